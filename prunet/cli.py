@@ -1,0 +1,397 @@
+"""The command line. Each verb is one public function; `--json` makes the last line of stdout one JSON object."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prunet import __version__
+from prunet.errors import UserError
+
+# Where typer keeps its click differs between versions; its own BadParameter knows.
+UsageError: Any = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    name="prunet",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Make a Stable Diffusion model smaller and faster: remove blocks of its U-Net, distil what is left.\n\n"
+    "Start with [bold]prunet inspect sd-v1 --plan bk-small[/], then [bold]prunet run RECIPE[/].",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object on the last line of stdout.")]
+PlanOption = Annotated[str, typer.Option("--plan", "-p", help="A preset's name or a YAML file with patterns.")]
+TeacherArgument = Annotated[
+    str, typer.Argument(help="diffusers folder, .safetensors file, hub id, or layout (sd-v1, sd-v2, sdxl).")
+]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option("--config", help="For a single file: folder or hub id with configs and tokenizers."),
+]
+RecipeArgument = Annotated[Path, typer.Argument(help="A YAML recipe, or a run folder (its recipe.yaml).")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a value of the recipe: stages.0.steps=100.")
+]
+Device = Annotated[str | None, typer.Option(help="cuda, cpu, mps; the best there is by default.")]
+PrecisionOption = Annotated[str, typer.Option(help="no, bf16, fp16, or auto: bf16 where the hardware has it.")]
+Micro = Annotated[
+    int | None,
+    typer.Option("--micro-batch", min=1, help="Samples at once on a device; what fits by default."),
+]
+Checkpointing = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Compute activations twice to need less memory.")
+]
+Tracker = Annotated[str | None, typer.Option(help="Also log to an accelerate tracker, such as tensorboard.")]
+
+
+def _say(as_json: bool, facts: dict[str, Any], text: Any = None) -> None:
+    if as_json:
+        print(json.dumps(facts))
+    elif text is not None:
+        from rich import print as show
+
+        show(text)
+
+
+def _runtime(device: str | None, precision: str, micro: int | None, checkpointing: bool, tracker: str | None) -> Any:
+    import torch
+
+    from prunet.training import Runtime
+
+    if precision not in ("auto", "no", "bf16", "fp16"):
+        raise UserError(f"--precision {precision}: choose auto, no, bf16 or fp16")
+    if device is not None:
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            first = str(error).splitlines()[0][:120]
+            raise UserError(f"--device {device}: not to be had here ({first}); try cpu") from error
+    if precision == "fp16" and (device or "").startswith("cpu"):
+        raise UserError("--precision fp16: CPUs train in bf16 or no; fp16 is for GPUs")
+    if tracker is not None:
+        from accelerate.tracking import get_available_trackers
+
+        available = [str(t.value if hasattr(t, "value") else t) for t in get_available_trackers()]
+        if tracker not in available:
+            raise UserError(f"--tracker {tracker}: not installed; available: {', '.join(available) or 'none'}")
+    return Runtime(
+        device=device,
+        precision=precision,
+        micro_batch=micro,
+        gradient_checkpointing=checkpointing,
+        tracker=tracker,
+    )  # type: ignore[arg-type]
+
+
+def _recipe(path: Path, overrides: list[str] | None) -> Any:
+    from prunet.recipe import load_recipe
+
+    return load_recipe(path / "recipe.yaml" if path.is_dir() else path, overrides or ())
+
+
+@app.command()
+def inspect(
+    teacher: TeacherArgument, plan: PlanOption = "none", config: ConfigOption = None, as_json: Json = False
+) -> None:
+    """Show what a plan does to a model, from its config alone: no weight is read.
+
+    Example: prunet inspect sdxl --plan ssd-1b
+    """
+    from prunet.drawing import draw_plan
+    from prunet.plan import Plan, derive, load_plan
+    from prunet.teacher import Teacher
+
+    chosen = Plan("none") if plan == "none" else load_plan(plan)
+    derived = derive(Teacher(teacher, config=config).unet_config, chosen)
+    title = teacher if plan == "none" else f"{teacher} by {chosen.name}"
+    _say(as_json, derived.facts() if as_json else {}, None if as_json else draw_plan(derived, title))
+
+
+@app.command()
+def plans(as_json: Json = False) -> None:
+    """List the plans that come with prunet."""
+    from rich.table import Table
+
+    from prunet.plan import load_plan, preset_names
+
+    found = [load_plan(name) for name in preset_names()]
+    table = Table("plan", "what it removes", "source", box=None)
+    for plan in found:
+        table.add_row(f"[bold]{plan.name}[/]", plan.description, f"[dim]{plan.source}[/]")
+    _say(
+        as_json,
+        {plan.name: {"remove": plan.remove, "description": plan.description} for plan in found},
+        table,
+    )
+
+
+@app.command()
+def build(
+    teacher: TeacherArgument,
+    plan: PlanOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the student.")],
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Make a student: what the plan leaves, with the teacher's weights, not yet distilled.
+
+    Writes a stock diffusers U-Net folder (load it with UNet2DConditionModel.from_pretrained).
+    """
+    from prunet.plan import derive, load_plan
+    from prunet.run import save_unet
+    from prunet.student import inherit
+    from prunet.teacher import Teacher
+
+    opened = Teacher(teacher, config=config)
+    derived = derive(opened.unet_config, load_plan(plan))
+    _refuse_foreign(output, "config.json")
+    save_unet(inherit(opened.unet, derived), output)
+    count = derived.student_size.parameters
+    _say(as_json, {"output": str(output), "parameters": count}, f"{output}: a U-Net of {count:,} parameters")
+
+
+def _refuse_foreign(folder: Path, own: str) -> None:
+    """Nothing that prunet did not write is replaced."""
+    if folder.exists() and not (folder.is_dir() and ((folder / own).exists() or not any(folder.iterdir()))):
+        raise UserError(f"{folder}: exists and holds something else; give another --output")
+
+
+def _run_until(until: str, path: Path, overrides: list[str] | None, runtime: Any, dry_run: bool, as_json: bool) -> None:
+    from prunet.run import Run, estimate
+
+    this = Run(_recipe(path, overrides), runtime)
+    if dry_run:
+        from prunet.drawing import draw_estimate
+
+        cost = estimate(this)
+        _say(as_json, cost, draw_estimate(this, cost))
+        return
+    for step in this.step_names(until):
+        this.do(step)
+    facts = {"output": str(this.folder), "steps": {name: "done" for name in this.step_names(until)}}
+    if until == "report":
+        facts["evaluation"] = json.loads((this.folder / "evaluation" / "evaluation.json").read_text())["distance"]
+        facts["report"] = str(this.folder / "report.html")
+    _say(as_json, facts, _where(this.folder, until))
+
+
+def _where(folder: Path, until: str) -> str:
+    if until != "report":
+        return f"[bold]{folder}[/]"
+    return f"Report: [bold]{folder / 'report.html'}[/]\nPipeline: [bold]{folder / 'pipeline'}[/]"
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done, and what it would cost.")
+    ] = False,
+    device: Device = None,
+    precision: PrecisionOption = "auto",
+    micro_batch: Micro = None,
+    gradient_checkpointing: Checkpointing = False,
+    tracker: Tracker = None,
+    as_json: Json = False,
+) -> None:
+    """Do a recipe: plan, build, cache, distil, evaluate, export, report.
+
+    What is finished and valid is skipped, so the same command also resumes a run that was stopped.
+    """
+    chosen = _runtime(device, precision, micro_batch, gradient_checkpointing, tracker)
+    _run_until("report", recipe, overrides, chosen, dry_run, as_json)
+
+
+@app.command()
+def cache(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    device: Device = None,
+    precision: PrecisionOption = "auto",
+    as_json: Json = False,
+) -> None:
+    """Do a recipe up to its cache: encode pictures and captions, or let the teacher draw the prompts."""
+    _run_until("cache", recipe, overrides, _runtime(device, precision, None, False, None), False, as_json)
+
+
+@app.command()
+def distil(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    device: Device = None,
+    precision: PrecisionOption = "auto",
+    micro_batch: Micro = None,
+    gradient_checkpointing: Checkpointing = False,
+    tracker: Tracker = None,
+    as_json: Json = False,
+) -> None:
+    """Do a recipe up to the distilled student; goes on from the last checkpoint."""
+    chosen = _runtime(device, precision, micro_batch, gradient_checkpointing, tracker)
+    _run_until("distil", recipe, overrides, chosen, False, as_json)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    device: Device = None,
+    precision: PrecisionOption = "auto",
+    as_json: Json = False,
+) -> None:
+    """Do a recipe up to its evaluation: sizes, speeds, and distance from the teacher before and after."""
+    _run_until("evaluate", recipe, overrides, _runtime(device, precision, None, False, None), False, as_json)
+    if not as_json:
+        from rich import print as show
+        from rich.markdown import Markdown
+
+        show(Markdown((Path(_recipe(recipe, overrides).output) / "evaluation" / "evaluation.md").read_text()))
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(help="A run folder whose distillation is finished.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="RUN/pipeline, or RUN/student.safetensors.")
+    ] = None,
+    single_file: Annotated[bool, typer.Option("--single-file", help="The original LDM layout as one file.")] = False,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Half precision (a folder gets the fp16 variant as well).")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the student of a run as a stock pipeline folder, or as one .safetensors for ComfyUI and others."""
+    from prunet.pipeline import export as export_folder
+    from prunet.pipeline import export_single_file
+    from prunet.run import Run, load_unet
+    from prunet.teacher import Teacher
+
+    if not (run_folder / "recipe.yaml").is_file():
+        raise UserError(f"{run_folder}: not a run folder (no recipe.yaml); `prunet run RECIPE` makes one")
+    if single_file and output is not None and output.suffix != ".safetensors":
+        raise UserError(f"--output {output}: name the single file something.safetensors")
+    this = Run(_recipe(run_folder, [f"output={json.dumps(str(run_folder))}"]))
+    if not this.result_of("evaluate").is_file():
+        raise UserError(f"{run_folder}: not evaluated yet; finish it with `prunet run {run_folder}`")
+    if single_file:
+        if not this.is_done("export"):
+            this.do("export")
+        written = export_single_file(run_folder / "pipeline", output or run_folder / "student.safetensors", fp16=fp16)
+    else:
+        target = output or run_folder / "pipeline"
+        _refuse_foreign(target, "model_index.json")
+        source = this.recipe.teacher
+        plain = Teacher(source.source, config=source.config, revision=source.revision)
+        written = export_folder(plain, load_unet(this.last_unet), target, card=this.card(), fp16=fp16)
+    size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.rglob("*.safetensors")))
+    _say(
+        as_json,
+        {"output": str(written), "bytes": size},
+        f"[bold]{written}[/]: {size / 1e6:,.1f} MB of weights",
+    )
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Pipeline folder, .safetensors file, hub id, or run folder.")],
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Picture, or folder if there are several.")] = Path(
+        "generated"
+    ),
+    num_images: Annotated[int, typer.Option("-n", "--num-images", min=1)] = 1,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = 25,
+    guidance_scale: Annotated[float, typer.Option("--guidance-scale", "-g", min=0)] = 7.5,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    size: Annotated[int | None, typer.Option(min=8, help="Pixels; the model's own by default.")] = None,
+    sampler: Annotated[str, typer.Option(help="dpmsolver++, ddim, pndm, euler, euler-a or unipc.")] = "dpmsolver++",
+    config: ConfigOption = None,
+    device: Device = None,
+    precision: PrecisionOption = "auto",
+    as_json: Json = False,
+) -> None:
+    """Draw pictures of a prompt with a pipeline: a teacher, a student, or the student of a run.
+
+    Example: prunet generate runs/demo "a red apple" -n 4
+    """
+    from prunet.files import new_file
+    from prunet.pipeline import generate as draw_pictures
+
+    runtime = _runtime(device, precision, None, False, None)
+    one_file = output.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+    if one_file and num_images > 1:
+        raise UserError(f"--output {output}: {num_images} pictures need a folder, not one file")
+    if not one_file and output.is_file():
+        raise UserError(f"--output {output}: is a file that is no picture; give a folder or something.png")
+    pictures = draw_pictures(
+        model,
+        prompt,
+        num_images=num_images,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        size=size,
+        sampler=sampler,
+        config=config,
+        device=runtime.torch_device,
+        dtype=runtime.dtype,
+    )
+    paths = [output] if one_file else [output / f"{seed + i:06d}.png" for i in range(len(pictures))]
+    for path, picture in zip(paths, pictures, strict=True):
+        with new_file(path) as part:
+            picture.save(
+                part,
+                format={".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(path.suffix.lower(), "PNG"),
+            )
+    _say(as_json, {"pictures": [str(p) for p in paths]}, "\n".join(str(p) for p in paths))
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"prunet {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Runs the command line; a `UserError` is one line on stderr and exit code 2."""
+    _quiet()
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        _fail(str(error))
+    except UsageError as error:
+        verb = error.ctx.command_path if error.ctx else "prunet"
+        _fail(f"{error.format_message()} (see `{verb} --help`)")
+    except (KeyboardInterrupt, typer.Abort):
+        print("Stopped; the same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail("Out of memory: lower --micro-batch, add --gradient-checkpointing, or lower data.size")
+    sys.exit(code or 0)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate" in str(error)
+
+
+def _quiet() -> None:
+    """Libraries warn about things that are prunet's business, not the user's."""
+    import os
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="(torch|diffusers|transformers|accelerate)")

@@ -1,0 +1,221 @@
+"""How near the student is to the teacher, and how much smaller and faster."""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+
+from prunet import bench
+from prunet.console import progress
+from prunet.files import new_file, write_json, write_text
+from prunet.losses import add_noise
+from prunet.pipeline import decode, draw_latents, set_sampler
+from prunet.recipe import Evaluation, read_prompts
+from prunet.sheets import grid
+from prunet.size import size_of
+from prunet.teacher import Teacher, conditioning
+
+#: Where in the noise schedule the denoisers are compared, as shares of its length.
+LEVELS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
+SHEET_COLUMNS = 8
+
+
+@dataclass(frozen=True)
+class Distance:
+    """From the teacher at equal prompts and seeds; lower is nearer.
+
+    `denoiser`: squared error of the output over the teacher's mean square, mean over noise levels; `denoiser_by_level`
+    the same at each of `LEVELS`; `latent`: mean squared error of the final latents; `picture`: root mean squared error
+    of the pictures, 0 to 1; `picture_by_prompt` the same for each.
+    """
+
+    denoiser: float
+    denoiser_by_level: list[float]
+    latent: float
+    picture: float
+    picture_by_prompt: list[float]
+
+
+def evaluate(
+    teacher: Teacher,
+    students: Mapping[str, UNet2DConditionModel],
+    spec: Evaluation,
+    folder: Path | str,
+    *,
+    size: int,
+    seed: int,
+    protocol: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Draws held-out prompts with the teacher and each student (`before` and `after`, say) and compares.
+
+    Writes into `folder`: `pictures/NAME/0000.png`, `sheet.png`, `evaluation.json` and `evaluation.md`, and returns
+    what the JSON holds. Speed is that of the last student, in the teacher's precision.
+    """
+    folder = Path(folder)
+    prompts = read_prompts(spec.prompts, spec.limit)
+    seeds = [seed + i for i in range(len(prompts))]
+    models: dict[str, Any] = {"teacher": teacher.unet}
+    models |= {name: net.to(teacher.device, teacher.dtype).eval() for name, net in students.items()}
+    latents: dict[str, Tensor] = {}
+    pictures: dict[str, list[Image.Image]] = {}
+    with progress("Evaluating", len(prompts) * len(models)) as bar:
+        for name, net in models.items():
+            pipe = set_sampler(teacher.pipeline(unet=net), spec.sampler)
+            rows, drawn = [], []
+            for at in range(0, len(prompts), 4):
+                rows.append(
+                    draw_latents(
+                        pipe,
+                        prompts[at : at + 4],
+                        seeds[at : at + 4],
+                        steps=spec.steps,
+                        guidance_scale=spec.guidance_scale,
+                        size=size,
+                    )
+                )
+                drawn += decode(pipe, rows[-1])
+                bar.advance(len(rows[-1]), note=name)
+            latents[name], pictures[name] = torch.cat(rows), drawn
+    last = list(students)[-1]
+    result = {
+        "protocol": {
+            "prompts": prompts,
+            "seed": seed,
+            "size": size,
+            **spec.model_dump(include={"steps", "guidance_scale", "sampler"}),
+            "precision": str(teacher.dtype).removeprefix("torch."),
+            **(protocol or {}),
+        },
+        "sizes": {
+            name: {k: v for k, v in asdict(size_of(dict(net.config))).items() if k != "latent_size"}
+            for name, net in (("teacher", models["teacher"]), ("student", models[last]))
+        },
+        "speed": bench.measure({"teacher": models["teacher"], "student": models[last]}, device=teacher.device),
+        "distance": {
+            name: asdict(_distance(teacher, net, prompts, latents, pictures, name, seed))
+            for name, net in models.items()
+            if name != "teacher"
+        },
+    }
+    _write(folder, result, pictures, prompts)
+    return result
+
+
+def _distance(
+    teacher: Teacher,
+    net: UNet2DConditionModel,
+    prompts: list[str],
+    latents: Mapping[str, Tensor],
+    pictures: Mapping[str, list[Image.Image]],
+    name: str,
+    seed: int,
+) -> Distance:
+    levels = denoiser_distance(teacher, net, prompts, latents["teacher"], seed)
+    by_prompt = [picture_rmse(a, b) for a, b in zip(pictures[name], pictures["teacher"], strict=True)]
+    return Distance(
+        denoiser=statistics.fmean(levels),
+        denoiser_by_level=levels,
+        latent=float((latents[name] - latents["teacher"]).square().mean()),
+        picture=statistics.fmean(by_prompt),
+        picture_by_prompt=by_prompt,
+    )
+
+
+@torch.no_grad()
+def denoiser_distance(
+    teacher: Teacher, net: UNet2DConditionModel, prompts: list[str], latents: Tensor, seed: int
+) -> list[float]:
+    """Relative squared error of the denoiser's output at each of `LEVELS`, on the teacher's own latents (B, 4, h, w).
+
+    The noise comes from the seed alone, so every student of a teacher meets the same inputs.
+    """
+    alphas_cumprod = teacher.noise_scheduler.alphas_cumprod
+    side = latents.shape[-1] * teacher.vae_scale
+    error, power = (
+        torch.zeros(len(LEVELS), dtype=torch.float64),
+        torch.zeros(len(LEVELS), dtype=torch.float64),
+    )
+    for at in range(0, len(prompts), 4):
+        text = teacher.encode_prompts(prompts[at : at + 4])
+        clean = latents[at : at + 4].cpu()
+        ids = torch.tensor([[side, side, 0, 0, side, side]] * len(clean), dtype=teacher.dtype, device=teacher.device)
+        known = conditioning(text.embeds, text.pooled, None if text.pooled is None else ids)
+        noise = torch.stack(
+            [
+                torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(seed + at + i))
+                for i in range(len(clean))
+            ]
+        )
+        for i, level in enumerate(LEVELS):
+            t = torch.full((len(clean),), int(level * len(alphas_cumprod)))
+            noisy = add_noise(clean, noise, alphas_cumprod[t]).to(teacher.device, teacher.dtype)
+            ours, theirs = (m(noisy, t.to(teacher.device), **known).sample.double().cpu() for m in (net, teacher.unet))
+            error[i] += (ours - theirs).square().sum()
+            power[i] += theirs.square().sum()
+    return (error / power).tolist()
+
+
+def picture_rmse(a: Image.Image, b: Image.Image) -> float:
+    """Root mean squared error of two pictures of one size, in units of full brightness."""
+    x, y = (np.asarray(p.convert("RGB"), dtype=np.float64) / 255 for p in (a, b))
+    return float(np.sqrt(((x - y) ** 2).mean()))
+
+
+def _write(folder: Path, result: dict[str, Any], pictures: Mapping[str, list[Image.Image]], prompts: list[str]) -> None:
+    for name, drawn in pictures.items():
+        for i, picture in enumerate(drawn):
+            with new_file(folder / "pictures" / name / f"{i:04d}.png") as part:
+                picture.save(part, format="PNG")
+    labels = [name if name == "teacher" else f"student {name}" for name in pictures]
+    rows = [drawn[:SHEET_COLUMNS] for drawn in pictures.values()]
+    with new_file(folder / "sheet.png") as part:
+        grid(rows, labels, prompts[:SHEET_COLUMNS]).save(part, format="PNG")
+    write_text(folder / "evaluation.md", markdown(result))
+    write_json(folder / "evaluation.json", result)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The evaluation as one Markdown table a subject."""
+    sizes, speed = result["sizes"], result["speed"]
+    speeds = speed["speeds"]
+
+    def row(label: str, teacher: float, student: float, form: str) -> str:
+        return f"| {label} | {form.format(teacher)} | {form.format(student)} | {100 * student / teacher:.0f} % |"
+
+    lines = ["| | teacher | student | student / teacher |", "|---|---:|---:|---:|"]
+    lines.append(row("U-Net parameters (M)", *(sizes[n]["parameters"] / 1e6 for n in sizes), "{:.2f}"))
+    lines.append(row("multiply-adds of a call (G)", *(sizes[n]["macs"] / 1e9 for n in sizes), "{:.3f}"))
+    lines.append(row("latency of a call (ms)", *(speeds[n]["latency_ms"] for n in speeds), "{:.1f}"))
+    if all(s["peak_memory_mb"] for s in speeds.values()):
+        lines.append(row("peak memory of a call (MB)", *(speeds[n]["peak_memory_mb"] for n in speeds), "{:.0f}"))
+    distance = result["distance"]
+    protocol = result["protocol"]
+    lines += [
+        "",
+        f"Latency: median of {speed['repeats']} calls in turn, batch {speed['batch_size']}, {speed['device']}, "
+        f"{speed['dtypes']['student']}.",
+        "",
+        f"Distance from the teacher on {len(protocol['prompts'])} held-out prompts at equal seeds (lower is nearer):",
+        "",
+        "| | " + " | ".join(distance) + " |",
+        "|---|" + "---:|" * len(distance),
+    ]
+    for label, key in (
+        ("denoiser output, relative squared error", "denoiser"),
+        ("final latents, mean squared error", "latent"),
+        ("pictures, root mean squared error (0 to 1)", "picture"),
+    ):
+        lines.append(f"| {label} | " + " | ".join(f"{d[key]:.4f}" for d in distance.values()) + " |")
+    lines += [
+        "",
+        f"{protocol['sampler']}, {protocol['steps']} steps, guidance {protocol['guidance_scale']}, "
+        f"{protocol['size']} px, seed {protocol['seed']}, {protocol['precision']}.",
+    ]
+    return "\n".join(lines) + "\n"

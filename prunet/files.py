@@ -1,0 +1,96 @@
+"""Files that are either whole or not there: written aside, synced, and renamed."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prunet.errors import UserError
+
+
+def aside(path: Path) -> Path:
+    """The name under which `path` is written until it is whole."""
+    return path.with_name(f".{path.name}.part")
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields a name to write to; what was written appears as `path` when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = aside(path)
+    try:
+        with clear_errors(path):
+            yield part
+            _sync(part)
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Like `new_file` for a folder; a folder that was there is replaced only when the new one is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, old = aside(path), path.with_name(f".{path.name}.old")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with clear_errors(path):
+            part.mkdir()
+            yield part
+            for file in part.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(part, path)
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def clear_errors(path: Path) -> Iterator[None]:
+    """A full disk or a folder without permission is the user's to mend: one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"No space left while writing {path}; what was finished before is kept") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(f"Cannot write {path}: {error.strerror}") from error
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    with new_file(path) as part:
+        part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_text(path: Path, text: str) -> None:
+    with new_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file that prunet wrote.
+
+    Raises:
+        UserError: not there, or not JSON any more.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from error

@@ -1,0 +1,359 @@
+"""The cache: latents and prompt embeddings, made once by the teacher's frozen parts and labelled.
+
+A cache folder holds `spec.json` (what it is made of), `shard-00000.safetensors` ... (256 samples each: `mean` and `std`
+(N, 4, h, w) of the scaled latents, `prompt_embeds` (N, 77, D), for SDXL `pooled` (N, P) and `time_ids` (N, 6)),
+`unconditional.safetensors`, and, once it is whole, `cache.json` with the number of samples and the pictures skipped.
+A shard is whole or not there, and depends on nothing but the spec, so a killed run goes on at the first missing one.
+"""
+
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markup import escape
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prunet.console import progress, say
+from prunet.errors import UserError
+from prunet.files import new_file, read_json, write_json
+from prunet.pictures import BrokenPicture, Picture, check_source, fit, read_pictures
+from prunet.recipe import Data, read_prompts
+from prunet.teacher import PromptEmbeds, Teacher
+
+FORMAT = 1
+SHARD = 256
+ENCODE_BATCH = 16
+STORED = torch.float16
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture as the denoiser meets it: mean and std (4, h, w), prompt embeddings (77, D), SDXL's extras."""
+
+    mean: Tensor
+    std: Tensor
+    embeds: Tensor
+    pooled: Tensor | None
+    time_ids: Tensor | None
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A whole cache folder, opened for reading; samples are read from disk when asked for."""
+
+    folder: Path
+    spec: dict[str, Any]
+    counts: tuple[int, ...]  # samples in each shard
+    skipped: tuple[tuple[str, str], ...]  # key of a picture, and why it could not be used
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "Cache":
+        """Opens a finished cache and checks that its shards are all there and whole.
+
+        Raises:
+            UserError: not a cache, not finished, or a shard that does not match its label.
+        """
+        folder = Path(folder)
+        if not (folder / "cache.json").is_file():
+            raise UserError(f"{folder}: no finished cache there; make it with `prunet cache RECIPE`")
+        index = read_json(folder / "cache.json")
+        cache = cls(
+            folder,
+            read_json(folder / "spec.json"),
+            tuple(index["counts"]),
+            tuple(map(tuple, index["skipped"])),
+        )
+        for shard, count in enumerate(cache.counts):
+            shape = _shard_shape(_shard_path(folder, shard))
+            if shape[0] != count:
+                raise UserError(f"{_shard_path(folder, shard)}: {shape[0]} samples, {count} expected: delete {folder}")
+        return cache
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        shape = _shard_shape(_shard_path(self.folder, next(i for i, count in enumerate(self.counts) if count)))
+        return shape[2], shape[3]
+
+    def check(self, teacher: Teacher) -> None:
+        """Refuses a cache that another teacher made."""
+        made_by, parts = self.spec["teacher"], self.spec["parts"]
+        if made_by != teacher.fingerprint(parts):
+            raise UserError(
+                f"{self.folder}: made with other {', '.join(parts)} than those of {teacher.source} (fingerprint "
+                f"{made_by}): delete the folder, or give another one with 'cache:'"
+            )
+
+    def sample(self, index: int) -> Sample:
+        shard = 0
+        while index >= self.counts[shard]:
+            index -= self.counts[shard]
+            shard += 1
+        file = _opened(_shard_path(self.folder, shard))
+        keys = set(file.keys())
+
+        def row(name: str) -> Tensor | None:
+            return file.get_slice(name)[index : index + 1][0].float() if name in keys else None
+
+        mean, std, embeds = row("mean"), row("std"), row("prompt_embeds")
+        assert mean is not None and std is not None and embeds is not None
+        return Sample(mean, std, embeds, row("pooled"), row("time_ids"))
+
+    @property
+    def unconditional(self) -> PromptEmbeds:
+        """What a dropped caption becomes: (1, 77, D) and, for SDXL, (1, P)."""
+        file = _opened(self.folder / "unconditional.safetensors")
+        pooled = file.get_tensor("pooled").float() if "pooled" in file.keys() else None  # noqa: SIM118
+        return PromptEmbeds(file.get_tensor("prompt_embeds").float(), pooled)
+
+
+def _shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+@lru_cache(maxsize=64)
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:
+        raise UserError(f"{path}: not a whole shard ({error}): delete it and run the cache again") from error
+
+
+def _shard_shape(path: Path) -> list[int]:
+    if not path.is_file():
+        raise UserError(f"{path}: missing: delete {path.parent / 'cache.json'} and run the cache again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_slice("mean").get_shape()
+    except Exception as error:
+        again = f"delete it and {path.parent / 'cache.json'}, and run the cache again"
+        raise UserError(f"{path}: damaged ({error}): {again}") from error
+
+
+# -- making one
+
+
+def cache_spec(teacher: Teacher, data: Data, seed: int) -> dict[str, Any]:
+    """What decides the bytes of a cache."""
+    parts = ["vae", *teacher.text_encoders] + (["unet"] if data.prompts is not None else [])
+    if data.prompts is not None:
+        content = _hash(read_prompts(data.prompts, data.limit))
+    else:
+        content = _hash(_listing(data.source))
+    chosen = data.model_dump(mode="json", exclude={"prompts"} if data.prompts is not None else {"source"})
+    return {
+        "format": FORMAT,
+        "teacher": teacher.fingerprint(parts),
+        "parts": sorted(parts),
+        "data": {**chosen, "size": data.size or teacher.native_size},
+        "content": content,
+        "seed": seed,
+    }
+
+
+def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234) -> Cache:
+    """Encodes pictures and captions (or lets the teacher draw prompts) into `folder`; goes on where it was stopped.
+
+    Raises:
+        UserError: nothing to read, not one usable picture, another cache in the folder, or no space left.
+    """
+    folder = Path(folder)
+    spec = cache_spec(teacher, data, seed)
+    size = int(spec["data"]["size"])
+    check_size(teacher, size)
+    if (folder / "spec.json").is_file():
+        if read_json(folder / "spec.json") != spec:
+            raise UserError(
+                f"{folder}: holds a cache of another teacher or other data: delete it, or give another with 'cache:'"
+            )
+        if (folder / "cache.json").is_file():
+            return Cache.open(folder)
+    elif data.source is not None:
+        check_source(data.source, image_column=data.image_column, caption_column=data.caption_column)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; the cache needs a folder")
+    write_json(folder / "spec.json", spec)
+    empty = teacher.encode_prompts([""], unconditional=True)
+    _write(folder / "unconditional.safetensors", _text_tensors(empty), {})
+
+    shards = _draw_prompts if data.prompts is not None else _encode_pictures
+    counts: list[int] = []
+    skipped: list[tuple[str, str]] = []
+    for count, bad in shards(teacher, data, folder, size, seed):
+        counts.append(count)
+        skipped += bad
+    if not sum(counts):
+        why = f" (first: {skipped[0][0]}: {skipped[0][1]})" if skipped else ""
+        raise UserError(f"{data.source}: not one usable picture with a caption{why}")
+    if skipped:
+        say(f"[yellow]{len(skipped)} pictures skipped[/], listed in {folder / 'cache.json'}:")
+        for key, why in skipped[:5]:
+            say(f"  {escape(f'{key}: {why}')}")
+    write_json(folder / "cache.json", {"counts": counts, "samples": sum(counts), "skipped": skipped})
+    return Cache.open(folder)
+
+
+def check_size(teacher: Teacher, size: int) -> None:
+    """Refuses a picture size that the U-Net's stages cannot halve."""
+    step = teacher.vae_scale * 2 ** (len(teacher.unet_config["block_out_channels"]) - 1)
+    if size % step:
+        raise UserError(f"data.size: {size} is not a multiple of {step}, which this model's stages need")
+
+
+def _encode_pictures(
+    teacher: Teacher, data: Data, folder: Path, size: int, seed: int
+) -> Iterator[tuple[int, list[tuple[str, str]]]]:
+    """One shard after another: (samples, [(key, why skipped)])."""
+    assert data.source is not None
+    pictures = read_pictures(data.source, image_column=data.image_column, caption_column=data.caption_column)
+    stream = itertools.islice(pictures, data.limit)
+    with progress("Encoding pictures", data.limit) as bar:
+        for shard in itertools.count():
+            group = list(itertools.islice(stream, max(1, SHARD // data.views)))
+            if not group:
+                return
+            path = _shard_path(folder, shard)
+            if not path.is_file():
+                _encode_shard(teacher, data, path, group, size, seed)
+            bar.advance(len(group))
+            yield _shard_label(path)
+
+
+def _encode_shard(teacher: Teacher, data: Data, path: Path, group: list[Picture], size: int, seed: int) -> None:
+    fitted, captions, skipped = [], [], []
+    for picture in group:
+        try:
+            image = picture.open()
+        except BrokenPicture as error:
+            skipped.append((error.key, error.why))
+            continue
+        for view in range(data.views):
+            number = _seed(seed, picture.key, view)
+            fitted.append(fit(image, size, crop=data.crop, flip=data.flip, seed=number))
+            captions.append(picture.captions[number % len(picture.captions)])
+    rows: list[dict[str, Tensor]] = []
+    for start in range(0, len(fitted), ENCODE_BATCH):
+        batch = fitted[start : start + ENCODE_BATCH]
+        mean, std = teacher.encode_images(torch.stack([f.pixels for f in batch]))
+        text = _text_tensors(teacher.encode_prompts(captions[start : start + ENCODE_BATCH]))
+        if teacher.kind == "sdxl":
+            ids = [(*f.original_size, *f.crop_top_left, size, size) for f in batch]
+            text["time_ids"] = torch.tensor(ids, dtype=torch.float32)
+        rows.append({"mean": mean, "std": std, **text})
+    _write(path, _concat(rows), {"captions": captions, "skipped": skipped, "count": len(captions)})
+
+
+def _draw_prompts(
+    teacher: Teacher, data: Data, folder: Path, size: int, seed: int
+) -> Iterator[tuple[int, list[tuple[str, str]]]]:
+    """The teacher draws the prompts itself; the latents are its own, so their standard deviation is 0."""
+    from prunet.pipeline import set_sampler
+
+    assert data.prompts is not None
+    prompts = read_prompts(data.prompts, data.limit)
+    work = [(p, i, text) for p, text in enumerate(prompts) for i in range(data.images_per_prompt)]
+    pipe: Any = None
+    with progress("Drawing with the teacher", len(work)) as bar:
+        for shard, start in enumerate(range(0, len(work), SHARD)):
+            path = _shard_path(folder, shard)
+            group = work[start : start + SHARD]
+            if not path.is_file():
+                pipe = pipe or set_sampler(teacher.pipeline(), "dpmsolver++")
+                rows = []
+                for at in range(0, len(group), ENCODE_BATCH):
+                    rows.append(_draw_batch(teacher, pipe, data, group[at : at + ENCODE_BATCH], size, seed))
+                    bar.advance(len(rows[-1]["mean"]))
+                texts = [text for _, _, text in group]
+                _write(path, _concat(rows), {"captions": texts, "skipped": [], "count": len(group)})
+            else:
+                bar.advance(len(group))
+            yield _shard_label(path)
+
+
+def _draw_batch(
+    teacher: Teacher, pipe: Any, data: Data, work: Sequence[tuple[int, int, str]], size: int, seed: int
+) -> dict[str, Tensor]:
+    texts = [text for _, _, text in work]
+    generators = [torch.Generator().manual_seed(_seed(seed, str(p), i)) for p, i, _ in work]
+    latents = pipe(
+        prompt=texts,
+        num_inference_steps=data.steps,
+        guidance_scale=data.guidance_scale,
+        height=size,
+        width=size,
+        generator=generators,
+        output_type="latent",
+    ).images.float()
+    text = _text_tensors(teacher.encode_prompts(texts))
+    if teacher.kind == "sdxl":
+        text["time_ids"] = torch.tensor([[size, size, 0, 0, size, size]] * len(texts), dtype=torch.float32)
+    return {"mean": latents, "std": torch.zeros_like(latents), **text}
+
+
+def _text_tensors(text: PromptEmbeds) -> dict[str, Tensor]:
+    return {"prompt_embeds": text.embeds} | ({} if text.pooled is None else {"pooled": text.pooled})
+
+
+def _concat(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    if not rows:
+        return {"mean": torch.zeros(0, 4, 1, 1)}
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def _write(path: Path, tensors: dict[str, Tensor], label: dict[str, Any]) -> None:
+    """Stores in half precision, except micro-conditioning: half cannot hold every size in pixels."""
+    stored = {n: t.to("cpu", t.dtype if n == "time_ids" else STORED).contiguous() for n, t in tensors.items()}
+    for name, tensor in stored.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{path}: {name} is not finite: the teacher overflows in this precision; try --precision no"
+            )
+    need = sum(t.numel() * t.element_size() for t in stored.values())
+    if shutil.disk_usage(path.parent).free < need + 2**20:
+        raise UserError(f"No space left while writing {path}; what was finished before is kept")
+    with new_file(path) as part:
+        save_file(stored, part, metadata={name: json.dumps(value) for name, value in label.items()})
+
+
+def _shard_label(path: Path) -> tuple[int, list[tuple[str, str]]]:
+    _shard_shape(path)
+    with safe_open(path, framework="pt") as file:
+        label = file.metadata()
+    return int(label["count"]), [(key, why) for key, why in json.loads(label["skipped"])]
+
+
+def _listing(source: str | list[str] | None) -> Any:
+    """Names and sizes of the local files that a source means; the name itself for what is not local."""
+    names = [source] if isinstance(source, str) else list(source or [])
+    out: list[Any] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.is_file())
+            out += [(str(p.relative_to(path)), p.stat().st_size) for p in files]
+        elif path.is_file():
+            out.append((path.name, path.stat().st_size))
+        else:
+            matches = sorted(path.parent.glob(path.name)) if path.parent.is_dir() and "*" in path.name else []
+            out += [(p.name, p.stat().st_size) for p in matches] or [name]
+    return out
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _seed(seed: int, key: str, view: int) -> int:
+    """A number that depends on the picture, not on its place in the stream or the batch."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {key} {view}".encode()).digest()[:7], "big")

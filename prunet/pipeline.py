@@ -1,0 +1,251 @@
+"""Stock pipelines: drawing with them, and writing a student as one."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prunet import ldm
+from prunet.console import progress
+from prunet.errors import UserError
+from prunet.files import new_file, new_folder
+from prunet.size import example_inputs
+from prunet.teacher import Teacher
+
+SAMPLERS = {
+    "dpmsolver++": DPMSolverMultistepScheduler,
+    "ddim": DDIMScheduler,
+    "pndm": PNDMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler-a": EulerAncestralDiscreteScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
+
+
+def set_sampler(pipe: Any, name: str | None) -> Any:
+    """Puts the named sampler in place of the pipeline's own, with the same noise schedule.
+
+    Raises:
+        UserError: no sampler of that name.
+    """
+    if name is None:
+        return pipe
+    if name not in SAMPLERS:
+        raise UserError(f"No sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
+    pipe.scheduler = SAMPLERS[name].from_config(pipe.scheduler.config)
+    return pipe
+
+
+@torch.no_grad()
+def draw(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int = 25,
+    guidance_scale: float = 7.5,
+    size: int | None = None,
+    batch_size: int = 4,
+    text: str | None = None,
+) -> list[Image.Image]:
+    """A picture for each prompt, from its own seed, so that no picture depends on the batch it was in.
+
+    `text`: shows a progress bar under this name.
+    """
+    out: list[Image.Image] = []
+    with progress(text or "", len(prompts) if text else None) as bar:
+        for start in range(0, len(prompts), batch_size):
+            at = slice(start, start + batch_size)
+            latents = draw_latents(pipe, prompts[at], seeds[at], steps=steps, guidance_scale=guidance_scale, size=size)
+            out += decode(pipe, latents)
+            bar.advance(len(latents))
+    return out
+
+
+@torch.no_grad()
+def draw_latents(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int = 25,
+    guidance_scale: float = 7.5,
+    size: int | None = None,
+) -> Tensor:
+    """The latents (B, 4, h, w) of the pictures, scaled; one generator on the CPU a picture, whatever the device."""
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    # Under autocast, so that a student in fp32 may stand beside text encoders in half precision.
+    device, dtype = pipe.vae.device, next(pipe.text_encoder.parameters()).dtype
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        result = pipe(
+            prompt=list(prompts),
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            height=size,
+            width=size,
+            generator=generators,
+            output_type="latent",
+        )
+    return result.images.float()
+
+
+@torch.no_grad()
+def decode(pipe: Any, latents: Tensor) -> list[Image.Image]:
+    """Pictures of scaled latents (B, 4, h, w), decoded in the VAE's own precision."""
+    vae = pipe.vae
+    pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
+    return pipe.image_processor.postprocess(pixels.float(), output_type="pil")
+
+
+def generate(
+    model: str | Path,
+    prompt: str | Sequence[str],
+    *,
+    num_images: int = 1,
+    steps: int = 25,
+    guidance_scale: float = 7.5,
+    seed: int = 0,
+    size: int | None = None,
+    sampler: str | None = "dpmsolver++",
+    config: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[Image.Image]:
+    """Draws `num_images` pictures of each prompt with the pipeline at `model` (folder, single file, hub id or run)."""
+    if sampler is not None and sampler not in SAMPLERS:
+        raise UserError(f"No sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    exported = Path(model) / "pipeline"
+    teacher = Teacher(exported if exported.is_dir() else model, config=config, device=device, dtype=dtype)
+    if size is not None:
+        from prunet.latents import check_size
+
+        check_size(teacher, size)
+    pipe = set_sampler(teacher.pipeline(), sampler)
+    prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
+    seeds = [seed + i for i in range(len(prompts))]
+    return draw(
+        pipe,
+        prompts,
+        seeds,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        size=size or teacher.native_size,
+        text="Drawing" if len(prompts) > 1 else None,
+    )
+
+
+# -- writing a student
+
+
+def export(
+    teacher: Teacher,
+    student: UNet2DConditionModel,
+    folder: Path | str,
+    *,
+    card: dict[str, Any] | None = None,
+    fp16: bool = False,
+) -> Path:
+    """Writes `student` with the teacher's other parts as a stock pipeline folder, and opens it again to be sure.
+
+    The other parts are the teacher's files, byte for byte. `fp16` adds the half-precision variant of the U-Net, the
+    VAE and the text encoders (`from_pretrained(..., variant="fp16")`). `card` fills the model card (`card.md.j2`).
+
+    Raises:
+        UserError: no space, or no permission.
+        RuntimeError: what was written does not load to the same bits (nothing is left behind then).
+    """
+    folder = Path(folder)
+    with new_folder(folder) as part:
+        teacher.save_parts(part)
+        student.save_pretrained(part / "unet", safe_serialization=True)
+        _forget_path(part / "unet" / "config.json")
+        if fp16:
+            _write_fp16(part, teacher)
+        (part / "README.md").write_text(model_card(card or {"teacher": teacher.source}), encoding="utf-8")
+        check_export(part, student)
+    return folder
+
+
+def _forget_path(config: Path) -> None:
+    """A config carries where its model was opened from, which means nothing elsewhere."""
+    value = json.loads(config.read_text(encoding="utf-8"))
+    value.pop("_name_or_path", None)
+    config.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_fp16(folder: Path, teacher: Teacher) -> None:
+    from safetensors.torch import load_file
+
+    for part in ("unet", "vae", *teacher.text_encoders):
+        for file in (folder / part).glob("*.safetensors"):
+            half = {k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}
+            save_file(half, file.with_name(f"{file.stem}.fp16.safetensors"), metadata={"format": "pt"})
+
+
+def check_export(folder: Path, student: UNet2DConditionModel) -> None:
+    """Opens the folder with stock diffusers and compares the U-Net bit for bit: config, weights, one output."""
+    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
+    again, ours = pipe.unet.eval(), student.to("cpu").eval()
+    expected = ours.state_dict()
+    got = again.state_dict()
+    if got.keys() != expected.keys() or any(not torch.equal(got[k], expected[k].float()) for k in expected):
+        raise RuntimeError(f"{folder}: the U-Net did not load to the same weights")
+    side = 2 ** (len(ours.config["block_out_channels"]) - 1)
+    inputs = example_inputs(dict(ours.config), latent_size=(side, side))
+    inputs["sample"] = torch.linspace(-2, 2, inputs["sample"].numel()).view_as(inputs["sample"])
+    with torch.no_grad():
+        if not torch.equal(again(**inputs).sample, ours.float()(**inputs).sample):
+            raise RuntimeError(f"{folder}: the U-Net loaded by diffusers computes something else")
+
+
+def export_single_file(pipeline: Path | str, path: Path | str, *, fp16: bool = False) -> Path:
+    """Writes a pipeline folder as one `.safetensors` in the original LDM layout, with its configs in `NAME.config`.
+
+    Raises:
+        UserError: not a pipeline folder, or `path` does not end in `.safetensors`.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path}: name the single file something.safetensors")
+    source = Teacher(pipeline, dtype=torch.float16 if fp16 else torch.float32)
+    encoders = [source.text_part(name) for name in source.text_encoders]
+    prediction_type = source.noise_scheduler.config.prediction_type
+    tensors = ldm.to_ldm(source.unet, source.vae, *encoders, dtype=source.dtype, prediction_type=prediction_type)
+    with new_folder(path.with_suffix(".config")) as part:
+        ignored = shutil.ignore_patterns("*.safetensors", "README.md")
+        shutil.copytree(pipeline, part, ignore=ignored, dirs_exist_ok=True)
+    with new_file(path) as file:
+        save_file(tensors, file, metadata={"format": "pt"})
+    again = ldm.from_ldm_unet(path, source.unet_config).state_dict()
+    if any(not torch.equal(again[k], v) for k, v in source.unet.state_dict().items()):
+        path.unlink()
+        raise RuntimeError(f"{path}: the U-Net did not load to the same weights")
+    return path
+
+
+def model_card(facts: dict[str, Any]) -> str:
+    """The README of an exported pipeline, from plan, recipe, data, measures and licence."""
+    env = jinja2.Environment(
+        loader=jinja2.PackageLoader("prunet", "."),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return env.get_template("card.md.j2").render(**facts)

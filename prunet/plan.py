@@ -1,0 +1,293 @@
+"""The plan: which blocks are removed, as a value, and all that follows from it and the teacher's config.
+
+Nothing here reads a weight. What is derived: the student's stock config, the weight map, the pairs of modules that
+distillation compares, parameters, MACs, and the programs in which the student will load.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prunet.errors import UserError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Patterns over diffusers' module names; what they match is removed from the teacher's denoiser.
+
+    `*`, `?` and `[...]` stay within one dotted part of a name, `{a,b}` are choices:
+    `down_blocks.*.{resnets,attentions}.1` is the second resnet and attention of every down stage.
+    """
+
+    name: str
+    remove: tuple[str, ...] = ()
+    description: str = ""
+    source: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(list(self.remove)).encode()).hexdigest()[:16]
+
+
+def preset_names() -> list[str]:
+    files = resources.files("prunet") / "plans"
+    return sorted(Path(f.name).stem for f in files.iterdir() if f.name.endswith(".yaml"))
+
+
+def parse_plan(value: Any, where: str, name: str = "plan") -> Plan:
+    """A plan from parsed YAML: a mapping with `remove`, or the list of patterns itself."""
+    if isinstance(value, list):
+        value = {"remove": value}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: a plan is a list of patterns or a mapping with 'remove', not {value!r}")
+    fields = {f.name for f in dataclasses.fields(Plan)}
+    for key in value:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), sorted(fields), 1)
+            raise UserError(
+                f"{where}: unknown key {key!r} in a plan" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+    remove = value.get("remove") or []
+    if not isinstance(remove, list) or not all(isinstance(p, str) and p.strip() for p in remove):
+        raise UserError(f"{where}: 'remove' is a list of patterns such as down_blocks.*.attentions.1, not {remove!r}")
+    return Plan(
+        name=str(value.get("name", name)),
+        remove=tuple(p.strip() for p in remove),
+        description=str(value.get("description", "")),
+        source=str(value.get("source", "")),
+    )
+
+
+def load_plan(plan: "Plan | str | Path | list[str] | Mapping[str, Any]") -> Plan:
+    """A preset's name, a YAML file, a list of patterns, a mapping, or a plan.
+
+    Raises:
+        UserError: no such preset or file, or not a plan.
+    """
+    if isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, list | Mapping):
+        return parse_plan(plan, "plan")
+    text = str(plan)
+    if text in preset_names():
+        raw = (resources.files("prunet") / "plans" / f"{text}.yaml").read_text(encoding="utf-8")
+        return parse_plan(yaml.safe_load(raw), text, name=text)
+    path = Path(text)
+    if not path.is_file():
+        near = difflib.get_close_matches(text, preset_names(), 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; presets: {', '.join(preset_names())}"
+        raise UserError(f"No plan {text!r}: neither a preset nor a file{hint}")
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {error}") from error
+    return parse_plan(value, str(path), name=path.stem)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a denoiser weighs: parameters, and multiply-adds of one call at `latent_size` (batch 1, 77 tokens)."""
+
+    parameters: int
+    macs: int  # without the matmuls inside attention, as the papers count
+    attention_macs: int
+    latent_size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A student module, the teacher module that it is compared with, and the name under which it is logged."""
+
+    student: str
+    teacher: str
+
+
+@dataclass(frozen=True)
+class Derived:
+    """All that follows from a plan and a teacher's config (`derive`)."""
+
+    plan: Plan
+    teacher_config: dict[str, Any]
+    student_config: dict[str, Any]
+    removed: dict[str, str]  # part -> the pattern that removed it
+    implied: tuple[str, ...]  # parts that go with them (the sampler that led to a removed stage)
+    weight_map: dict[str, str]  # student parameter -> teacher parameter
+    pairs: tuple[Pair, ...]
+    loads_in: dict[str, str]  # program -> "yes", or why not
+
+    @cached_property
+    def teacher_size(self) -> Size:
+        from prunet.size import size_of
+
+        return size_of(self.teacher_config)
+
+    @cached_property
+    def student_size(self) -> Size:
+        from prunet.size import size_of
+
+        return size_of(self.student_config)
+
+    def facts(self) -> dict[str, Any]:
+        """Everything as plain JSON types (`prunet inspect --json`, `plan.json` in a run)."""
+        teacher, student = self.teacher_size, self.student_size
+        return {
+            "plan": {**dataclasses.asdict(self.plan), "remove": list(self.plan.remove)},
+            "parameters": {"teacher": teacher.parameters, "student": student.parameters},
+            "macs": {"teacher": teacher.macs, "student": student.macs},
+            "attention_macs": {"teacher": teacher.attention_macs, "student": student.attention_macs},
+            "removed": sorted(self.removed),
+            "implied": list(self.implied),
+            "teacher_config": self.teacher_config,
+            "student_config": self.student_config,
+            "pairs": [dataclasses.asdict(pair) for pair in self.pairs],
+            "weight_map": self.weight_map,
+            "loads_in": self.loads_in,
+        }
+
+
+def derive(config: Mapping[str, Any], plan: Plan) -> Derived:
+    """Student config, weight map, pairs and where the student will load, from the teacher's config alone.
+
+    Raises:
+        UserError: a pattern matches nothing or a part that cannot go; the stages are uneven; a kept layer would meet
+            a skip connection of another width; diffusers has no form for the result.
+    """
+    from prunet import unet
+
+    teacher = json.loads(json.dumps(dict(config)))  # plain JSON types: a config is data
+    removed = unet.removed_parts(teacher, plan.remove)
+    student = unet.student_config(teacher, removed)
+    mapping = unet.module_map(teacher, removed)
+    weight_map = _weight_map(teacher, student, mapping)
+    implied = _check_form(teacher, student, removed, mapping)
+    return Derived(
+        plan=plan,
+        teacher_config=teacher,
+        student_config=student,
+        removed=removed,
+        implied=implied,
+        weight_map=weight_map,
+        pairs=_block_pairs(teacher, student, mapping),
+        loads_in=_loads_in(student),
+    )
+
+
+def _weight_map(teacher: dict, student: dict, mapping: Mapping[str, str]) -> dict[str, str]:
+    """Student parameter -> teacher parameter; every shape must agree, which is where a wrong skip shows."""
+    from prunet import unet
+
+    source = unet.skeleton(teacher).state_dict()
+    out = {}
+    for name, tensor in unet.skeleton(student).state_dict().items():
+        origin = unet.teacher_name(name, mapping)
+        if origin not in source:
+            raise UserError(
+                f"The student needs {name}, and the teacher has no {origin} to give it: the plan removes a stage whose "
+                "place the next one cannot take; remove the stages at the deep end (down_blocks' last, up_blocks.0)"
+            )
+        if source[origin].shape != tensor.shape:
+            part = ".".join(origin.split(".")[:4])
+            raise UserError(
+                f"{part} was made for another width than it would meet: {origin} is {tuple(source[origin].shape)}, its "
+                f"place in the student ({name}) needs {tuple(tensor.shape)}; keep the layer whose skip connection has "
+                f"that width: of three up layers the first and last fit, so remove up_blocks.*.{{resnets,attentions}}.1"
+            )
+        out[name] = origin
+    return out
+
+
+def _check_form(teacher: dict, student: dict, removed: Mapping[str, str], mapping: Mapping[str, str]) -> tuple:
+    """Counts the blocks kept against the blocks built, since diffusers does not say what it did not build.
+
+    Returns the parts that go without having been named: the samplers towards stages that are gone.
+    """
+    from prunet import unet
+
+    parts = {n for n in unet.module_names(teacher) if unet.PART.fullmatch(n)}
+    gone = {n for n in parts if any(n == r or n.startswith(r + ".") for r in removed)}
+    names = [n for n in unet.module_names(student) if unet.PART.fullmatch(n)]
+    built = {unet.teacher_name(n, mapping) for n in names}
+    back = sorted(built & gone)
+    if back:
+        raise UserError(
+            f"diffusers has no form without {back[0]} (pattern {removed.get(back[0], back[0])!r}): it would build it "
+            "again; leave it in the plan's model, or remove its whole stage"
+        )
+    missing = sorted(parts - gone - built)
+    implied = tuple(n for n in missing if n.split(".")[2:3] in (["downsamplers"], ["upsamplers"]))
+    if len(implied) != len(missing):
+        lost = next(n for n in missing if n not in implied)
+        raise UserError(
+            f"diffusers has no form that keeps {lost}: the student would lose it; remove it in the plan too"
+        )
+    modules, origin = (
+        dict(unet.skeleton(student).named_modules()),
+        dict(unet.skeleton(teacher).named_modules()),
+    )
+    for name, module in modules.items():
+        heads = getattr(module, "heads", None)
+        if heads is not None and heads != origin[unet.teacher_name(name, mapping)].heads:
+            raise UserError(
+                f"{name} would have {heads} heads, the teacher's has another number: remove its stage instead"
+            )
+    return tuple(n for n in implied if not n.endswith(".0"))
+
+
+def _block_pairs(teacher: dict, student: dict, mapping: Mapping[str, str]) -> tuple[Pair, ...]:
+    """BK-SDM's pairs: the output of each down and up stage, never the mid stage (arXiv 2305.15798, section 3.2).
+
+    A stage that lost its sampler ends at another resolution than the teacher's, so there the last attention's
+    `proj_out` (or the last resnet) is compared: the teacher's *last*, which need not be the one inherited.
+    """
+    from prunet import unet
+
+    pairs = []
+    t_net, s_net = unet.skeleton(teacher), unet.skeleton(student)
+    for side, sampler in (("down_blocks", "downsamplers"), ("up_blocks", "upsamplers")):
+        for i, block in enumerate(getattr(s_net, side)):
+            name = f"{side}.{i}"
+            origin = mapping[name]
+            source = getattr(t_net, side)[int(origin.split(".")[1])]
+            if (getattr(block, sampler, None) is None) == (getattr(source, sampler, None) is None):
+                pairs.append(Pair(name, origin))
+                continue
+            if getattr(block, "attentions", None) is not None:
+                tails = [f".attentions.{len(b.attentions) - 1}.proj_out" for b in (block, source)]
+            else:
+                tails = [f".resnets.{len(b.resnets) - 1}" for b in (block, source)]
+            pairs.append(Pair(name + tails[0], origin + tails[1]))
+    return tuple(pairs)
+
+
+# ComfyUI recognises an SDXL-shaped checkpoint by the transformer depth of each down resnet (its
+# `supported_models.py`: SDXL, SSD1B, Segmind_Vega, KOALA_1B, KOALA_700M); SD v1 and v2 by their widths alone.
+_COMFY_SDXL_DEPTHS = ([0, 0, 2, 2, 10, 10], [0, 0, 2, 2, 4, 4], [0, 0, 1, 1, 2, 2], [0, 2, 5], [0, 2, 6])
+
+
+def _loads_in(student: dict) -> dict[str, str]:
+    """Program -> "yes" or why not. diffusers is always "yes": a plan without a stock form was refused."""
+    from prunet import unet
+
+    out = {"diffusers": "yes"}
+    net = unet.skeleton(student)
+    depths = [
+        len(block.attentions[j].transformer_blocks) if getattr(block, "attentions", None) is not None else 0
+        for block in net.down_blocks
+        for j in range(len(block.resnets))
+    ]
+    if student["block_out_channels"][0] != 320 or student.get("cross_attention_dim") not in (768, 1024, 2048):
+        out["ComfyUI"] = "no: not the widths of SD v1, v2 or SDXL"
+    elif student["cross_attention_dim"] == 2048 and depths not in _COMFY_SDXL_DEPTHS:
+        out["ComfyUI"] = f"no: it knows SDXL students by their down depths, and {depths} is none that it knows"
+    else:
+        out["ComfyUI"] = "yes"
+    return out

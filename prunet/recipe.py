@@ -1,0 +1,253 @@
+"""The recipe: one YAML page that says teacher, plan, data, stages and evaluation.
+
+Device, precision, micro-batch and the number of processes are not part of it: results do not depend on where a
+recipe ran. They belong to the command line.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from prunet.errors import UserError
+from prunet.plan import Plan, load_plan, preset_names
+
+Steps = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Part(BaseModel):
+    """A part of a recipe: unknown keys are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class TeacherSource(Part):
+    source: str = Field(description="diffusers folder, .safetensors file or hub id")
+    config: str | None = Field(None, description="for a single file: folder or hub id with configs and tokenizers")
+    revision: str | None = Field(None, description="of a hub id")
+
+
+class Data(Part):
+    """Pictures with captions (`source`), or `prompts` from which the teacher makes the latents itself."""
+
+    source: str | list[str] | None = Field(None, description="folder, tar shards, parquet or datasets id")
+    prompts: str | list[str] | None = Field(None, description="prompts, or a text file with one a line")
+    size: Annotated[int, Field(ge=8, le=4096)] | None = Field(
+        None, description="pixels; the teacher's own if not given"
+    )
+    crop: Literal["center", "random"] = "center"
+    flip: bool = Field(False, description="mirror half of the pictures")
+    views: Steps = Field(1, description="crops, flips and captions drawn from each picture")
+    limit: Steps | None = Field(None, description="use only the first N pictures or prompts")
+    image_column: str = "image"
+    caption_column: str | None = None
+    steps: Steps = Field(25, description="prompts only: sampling steps")
+    guidance_scale: Weight = Field(7.5, description="prompts only")
+    images_per_prompt: Steps = Field(1, description="prompts only")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "Data":
+        if (self.source is None) == (self.prompts is None):
+            raise ValueError("give either 'source' (pictures with captions) or 'prompts'")
+        if self.size is not None and self.size % 8:
+            raise ValueError(f"'size' must be a multiple of 8, not {self.size}")
+        return self
+
+
+class Losses(Part):
+    """Weights of the three terms (arXiv 2305.15798, equation 4)."""
+
+    task: Weight = 1.0
+    output: Weight = 1.0
+    feature: Weight = 1.0
+
+    @model_validator(mode="after")
+    def _some(self) -> "Losses":
+        if not (self.task or self.output or self.feature):
+            raise ValueError("at least one weight must be above 0")
+        return self
+
+
+class Stage(Part):
+    """A piece of training. The defaults are BK-SDM's."""
+
+    steps: Steps
+    batch_size: Steps = 256
+    learning_rate: Positive = 5e-5
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 500
+    weight_decay: Weight = 1e-2
+    max_grad_norm: Positive = 1.0
+    losses: Losses = Losses()
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(0.9999, description="null: no EMA")
+    caption_dropout: Fraction = Field(0.1, description="share of samples that see the empty prompt")
+    min_snr_gamma: Positive | None = Field(None, description="weighs the task loss only")
+
+
+class Sheet(Part):
+    """The picture sheet drawn while training: teacher and student at fixed prompts and fixed noise."""
+
+    prompts: list[str] | None = Field(None, description="the first evaluation prompts if not given")
+    every: Annotated[int, Field(ge=0)] = Field(1000, description="steps; 0: never")
+
+
+class Evaluation(Part):
+    prompts: str | list[str] = Field(description="held-out prompts, or a text file with one a line")
+    limit: Steps | None = None
+    steps: Steps = 25
+    guidance_scale: Weight = 7.5
+    sampler: str = "dpmsolver++"
+
+    @field_validator("prompts")
+    @classmethod
+    def _not_empty(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("give at least one prompt")
+        return value
+
+
+class Export(Part):
+    fp16: bool = Field(False, description="write the weights in half precision")
+    single_file: bool = Field(False, description="also write the original LDM layout as one file")
+    license: str | None = Field(None, description="the student's licence: the teacher's, as a rule")
+
+
+class Recipe(Part):
+    teacher: TeacherSource
+    plan: Any
+    data: Data
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    evaluation: Evaluation
+    sheet: Sheet = Sheet()
+    export: Export = Export()
+    output: str = Field(description="the run folder")
+    cache: str | None = Field(None, description="where the latents go, to share them between runs; in the run folder")
+    seed: int = 1234
+    checkpoint_every: Steps = 1000
+    keep_checkpoints: Steps = 2
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _teacher(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+    @field_validator("plan", mode="before")
+    @classmethod
+    def _plan(cls, value: Any) -> Plan:
+        if not isinstance(value, Plan | str | list | Mapping):
+            raise ValueError(f"a preset's name ({', '.join(preset_names())}), a file, or a list of patterns")
+        return load_plan(value)
+
+    def fingerprint(self, *parts: str) -> str:
+        """A hash of the named parts of the recipe."""
+        chosen = {p: self.plan.fingerprint if p == "plan" else _plain(getattr(self, p)) for p in parts}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return [_plain(v) for v in value] if isinstance(value, list) else value
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Reads a YAML recipe; `overrides` are `key.sub=value` strings (`stages.0.steps=100`), values parsed as YAML.
+
+    Relative paths in a recipe are meant from the folder in which the command is given.
+
+    Raises:
+        UserError: not readable, an unknown key (with the nearest known one), or a value that does not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"No recipe at {path}: give a YAML file (see recipes/ for examples)")
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a recipe is a mapping with teacher, plan, data, stages, evaluation and output")
+    for override in overrides:
+        _override(value, override)
+    try:
+        return Recipe.model_validate(value)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from error
+
+
+def _override(value: Any, text: str) -> None:
+    key, sign, raw = text.partition("=")
+    if not sign or not key.strip():
+        raise UserError(f"--set {text!r}: write key=value, such as stages.0.steps=100")
+    try:
+        new = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {text!r}: the value is not YAML: {error}") from error
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        if isinstance(value, list) and parent.isdigit() and int(parent) < len(value):
+            value = value[int(parent)]
+        elif isinstance(value, dict):
+            if isinstance(value.get(parent), str) and parent == "teacher":
+                value[parent] = {"source": value[parent]}
+            value = value.setdefault(parent, {})
+        else:
+            raise UserError(f"--set {text!r}: no {parent!r} to go into")
+    if isinstance(value, list) and last.isdigit() and int(last) < len(value):
+        value[int(last)] = new
+    elif isinstance(value, dict):
+        value[last] = new
+    else:
+        raise UserError(f"--set {text!r}: no {last!r} to set")
+
+
+_PARTS: dict[str, type[Part]] = {
+    "teacher": TeacherSource,
+    "data": Data,
+    "stages": Stage,
+    "losses": Losses,
+    "sheet": Sheet,
+    "evaluation": Evaluation,
+    "export": Export,
+}
+
+
+def _explain(error: ValidationError) -> str:
+    """The first complaint of pydantic as one line that names the key and, for an unknown one, the nearest."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        parents = [str(p) for p in first["loc"][:-1] if not isinstance(p, int)]
+        known = list((_PARTS.get(parents[-1], Recipe) if parents else Recipe).model_fields)
+        key = str(first["loc"][-1])
+        near = difflib.get_close_matches(key, known, 1)
+        return f"unknown key {where!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+    if first["type"] == "missing":
+        return f"{where!r} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
+    return f"{where}: {message}{more}" if where else f"{message}{more}"
+
+
+def read_prompts(value: str | list[str], limit: int | None = None) -> list[str]:
+    """The prompts of a list, or of a text file with one a line (empty lines and `#` comments left out)."""
+    if isinstance(value, str):
+        path = Path(value)
+        if not path.is_file():
+            raise UserError(f"No prompt file at {path}: give a text file with one prompt a line, or a list of prompts")
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text: {error}") from error
+        value = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not value:
+            raise UserError(f"{path}: no prompt in it")
+    return value[:limit]

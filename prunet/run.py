@@ -1,0 +1,367 @@
+"""A recipe from plan to report, step by step; what is finished and valid is not done again.
+
+A run folder::
+
+    recipe.yaml  plan.json  steps.json   what was asked, what follows from it, which steps are done from which inputs
+    student/                             the U-Net before distillation
+    cache/                               latents and prompt embeddings (unless the recipe puts them elsewhere)
+    stage-1/ ...                         checkpoints/, log.jsonl, sheets/, and unet/ when the stage is done
+    evaluation/                          evaluation.json, evaluation.md, sheet.png, pictures/
+    pipeline/                            the student as a stock pipeline (and student.safetensors if asked)
+    report.html
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import UNet2DConditionModel
+
+from prunet.console import say
+from prunet.errors import UserError
+from prunet.files import clear_errors, new_folder, read_json, write_json, write_text
+from prunet.latents import Cache, cache, cache_spec, check_size
+from prunet.pictures import check_source
+from prunet.pipeline import SAMPLERS, export, export_single_file
+from prunet.plan import Derived, derive
+from prunet.recipe import Recipe, read_prompts
+from prunet.sheets import Sheets
+from prunet.size import training_memory
+from prunet.student import inherit
+from prunet.teacher import Teacher
+from prunet.training import PACE, Runtime, check_batch, distil
+
+STEPS = ("plan", "build", "cache", "distil", "evaluate", "export", "report")
+
+
+class Run:
+    """A recipe on this machine: its teacher and plan, checked; its folder; the fingerprint of every step's inputs."""
+
+    def __init__(self, recipe: Recipe, runtime: Runtime | None = None) -> None:
+        self.recipe, self.runtime = recipe, runtime or Runtime()
+        self.folder = Path(recipe.output)
+        self.teacher = Teacher(
+            recipe.teacher.source,
+            config=recipe.teacher.config,
+            revision=recipe.teacher.revision,
+            device=self.runtime.torch_device,
+            dtype=self.runtime.dtype,
+        )
+        self.derived: Derived = derive(self.teacher.unet_config, recipe.plan)
+        self.size = recipe.data.size or self.teacher.native_size
+        self._check()
+
+    def _check(self) -> None:
+        """All that can be wrong is found here, before anything is loaded or computed."""
+        recipe = self.recipe
+        if not recipe.plan.remove:
+            say("[yellow]The plan removes nothing:[/] the student will be as large as the teacher")
+        check_size(self.teacher, self.size)
+        if recipe.data.source is not None:
+            data = recipe.data
+            check_source(recipe.data.source, image_column=data.image_column, caption_column=data.caption_column)
+        else:
+            read_prompts(recipe.data.prompts or [], recipe.data.limit)
+        read_prompts(recipe.evaluation.prompts, recipe.evaluation.limit)
+        if recipe.evaluation.sampler not in SAMPLERS:
+            raise UserError(f"evaluation.sampler: no sampler {recipe.evaluation.sampler!r}: {', '.join(SAMPLERS)}")
+        _ = self.teacher.noise_scheduler
+        for stage in recipe.stages:
+            check_batch(stage, self.runtime, int(os.environ.get("WORLD_SIZE", 1)))
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"output: {self.folder} is a file; the run needs a folder")
+        with clear_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK):
+                raise UserError(f"output: cannot write into {self.folder}")
+        # Weights, their average and two moments, in fp32, in each checkpoint kept and the one being written.
+        need = self.derived.student_size.parameters * 16 * (recipe.keep_checkpoints + 1)
+        if shutil.disk_usage(self.folder).free < need:
+            raise UserError(
+                f"output: checkpoints in {self.folder} need about {need / 1e9:.1f} GB free; lower keep_checkpoints, or "
+                "give an output on another disk"
+            )
+
+    # -- fingerprints: each step's inputs, chained
+
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """Step -> hash of all that its result depends on."""
+        recipe = self.recipe
+        build = _hash(self.teacher.fingerprint(["unet"]), recipe.plan.fingerprint)
+        cached = _hash(cache_spec(self.teacher, recipe.data, recipe.seed))
+        out = {
+            "plan": _hash(self.teacher.unet_config, recipe.plan.fingerprint),
+            "build": build,
+            "cache": cached,
+        }
+        last = build
+        for number, stage in enumerate(recipe.stages, 1):
+            last = out[f"stage-{number}"] = _hash(last, cached, stage.model_dump(mode="json"), recipe.seed)
+        prompts = read_prompts(recipe.evaluation.prompts, recipe.evaluation.limit)
+        evaluation = recipe.evaluation.model_dump(mode="json", exclude={"prompts", "limit"})
+        out["evaluate"] = _hash(last, prompts, evaluation, recipe.seed, self.size)
+        out["export"] = _hash(out["evaluate"], recipe.export.model_dump(mode="json"), self.teacher.fingerprint())
+        out["report"] = _hash(out["export"])
+        return out
+
+    def is_done(self, step: str) -> bool:
+        """Whether `step` was finished from these inputs and its result is still there."""
+        done = self.folder / "steps.json"
+        if not done.is_file() or read_json(done).get(step, {}).get("inputs") != self.inputs[step]:
+            return False
+        return self.result_of(step).exists()
+
+    def result_of(self, step: str) -> Path:
+        """The file that is there when the step is done."""
+        weights = "diffusion_pytorch_model.safetensors"
+        if step.startswith("stage-"):
+            return self.folder / step / "unet" / weights
+        return {
+            "plan": self.folder / "plan.json",
+            "build": self.folder / "student" / weights,
+            "cache": self.cache_folder / "cache.json",
+            "evaluate": self.folder / "evaluation" / "evaluation.json",
+            "export": self.folder / "pipeline" / "unet" / weights,
+            "report": self.folder / "report.html",
+        }[step]
+
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.recipe.cache) if self.recipe.cache else self.folder / "cache"
+
+    def step_names(self, until: str = "report") -> list[str]:
+        """The steps in order, `distil` being one for each stage, up to and with `until`."""
+        stages = [f"stage-{number}" for number in range(1, len(self.recipe.stages) + 1)]
+        names = [n for step in STEPS[: STEPS.index(until) + 1] for n in (stages if step == "distil" else [step])]
+        return names
+
+    # -- the steps
+
+    def do(self, step: str) -> None:
+        """Does one step, unless it is done, and says which."""
+        if self.is_done(step):
+            say(f"[green]✓[/] {step} [dim]is done[/]")
+            return
+        say(f"[bold]→ {step}[/]")
+        start = time.perf_counter()
+        if step.startswith("stage-"):
+            self._stage(int(step.removeprefix("stage-")))
+        else:
+            steps: dict[str, Callable[[], None]] = {
+                "plan": self._plan,
+                "build": self._build,
+                "cache": self._cache,
+                "evaluate": self._evaluate,
+                "export": self._export,
+                "report": self._report,
+            }
+            steps[step]()
+        path = self.folder / "steps.json"
+        done = read_json(path) if path.is_file() else {}
+        seconds = round(time.perf_counter() - start, 1)
+        write_json(path, {**done, step: {"inputs": self.inputs[step], "seconds": seconds}})
+        say(f"[green]✓[/] {step} [dim]in {seconds:.0f} s[/]")
+
+    def _plan(self) -> None:
+        write_text(self.folder / "recipe.yaml", recipe_yaml(self.recipe))
+        write_json(self.folder / "plan.json", self.derived.facts())
+
+    def _build(self) -> None:
+        # In fp32 on the CPU, whatever the run's precision: the student starts from the weights as they are stored.
+        source = Teacher(
+            self.recipe.teacher.source,
+            config=self.recipe.teacher.config,
+            revision=self.recipe.teacher.revision,
+        )
+        save_unet(inherit(source.unet, self.derived), self.folder / "student")
+
+    def _cache(self) -> None:
+        made = cache(self.teacher, self.recipe.data, self.cache_folder, seed=self.recipe.seed)
+        say(f"  {len(made):,} samples at {self.size} px" + (f", {len(made.skipped)} skipped" if made.skipped else ""))
+
+    def _stage(self, number: int) -> None:
+        recipe, stage = self.recipe, self.recipe.stages[number - 1]
+        folder = self.folder / f"stage-{number}"
+        before = self.folder / ("student" if number == 1 else f"stage-{number - 1}/unet")
+        self._own_checkpoints(folder, number)
+        prompts = recipe.sheet.prompts or read_prompts(recipe.evaluation.prompts)[:6]
+        trained = distil(
+            self.teacher,
+            load_unet(before),
+            self.derived.pairs,
+            Cache.open(self.cache_folder),
+            stage,
+            folder,
+            seed=recipe.seed,
+            runtime=self.runtime,
+            sheets=Sheets(
+                self.teacher,
+                folder / "sheets",
+                prompts,
+                recipe.sheet.every,
+                recipe.seed,
+                self.size,
+                steps=recipe.evaluation.steps,
+                guidance_scale=recipe.evaluation.guidance_scale,
+            ),
+            checkpoint_every=recipe.checkpoint_every,
+            keep_checkpoints=recipe.keep_checkpoints,
+        )
+        if is_main_process():
+            save_unet(trained, folder / "unet")
+
+    def _own_checkpoints(self, folder: Path, number: int) -> None:
+        """Refuses to go on from checkpoints that come from another student, cache or seed."""
+        settings = {k: v for k, v in self.recipe.stages[number - 1].model_dump(mode="json").items() if k not in PACE}
+        before = self.inputs["build" if number == 1 else f"stage-{number - 1}"]
+        mine = {"inputs": _hash(before, self.inputs["cache"], settings, self.recipe.seed)}
+        label = folder / "inputs.json"
+        if (folder / "checkpoints").is_dir() and label.is_file() and read_json(label) != mine:
+            raise UserError(
+                f"{folder}: holds checkpoints of another teacher, plan, data, seed or stage settings: give another "
+                "output, or delete that folder"
+            )
+        write_json(label, mine)
+
+    @property
+    def last_unet(self) -> Path:
+        """Folder of the distilled U-Net."""
+        return self.folder / f"stage-{len(self.recipe.stages)}" / "unet"
+
+    def _evaluate(self) -> None:
+        from prunet.evaluation import evaluate
+
+        evaluate(
+            self.teacher,
+            {"before": load_unet(self.folder / "student"), "after": load_unet(self.last_unet)},
+            self.recipe.evaluation,
+            self.folder / "evaluation",
+            size=self.size,
+            seed=self.recipe.seed,
+            protocol={
+                "teacher": self.teacher.fingerprint(),
+                "student": self.inputs[f"stage-{len(self.recipe.stages)}"],
+            },
+        )
+
+    def _export(self) -> None:
+        plain = Teacher(
+            self.recipe.teacher.source,
+            config=self.recipe.teacher.config,
+            revision=self.recipe.teacher.revision,
+        )
+        options = self.recipe.export
+        export(plain, load_unet(self.last_unet), self.folder / "pipeline", card=self.card(), fp16=options.fp16)
+        if options.single_file:
+            export_single_file(self.folder / "pipeline", self.folder / "student.safetensors", fp16=options.fp16)
+
+    def card(self) -> dict[str, Any]:
+        """What the model card tells."""
+        result = read_json(self.folder / "evaluation" / "evaluation.json")
+        prompts = result["protocol"]["prompts"]
+        measures = {name: result["distance"][name] for name in ("before", "after")}
+        return {
+            "teacher": self.recipe.teacher.source,
+            "license": self.recipe.export.license,
+            "plan": {"name": self.recipe.plan.name, "remove": list(self.recipe.plan.remove)},
+            "recipe": self.recipe.model_dump(mode="json", exclude={"plan"}),
+            "samples": f"{len(Cache.open(self.cache_folder)):,}",
+            "size": self.size,
+            "sizes": result["sizes"],
+            "measures": {"prompts": len(prompts), **measures},
+            "prompt": prompts[0].replace('"', "'"),
+        }
+
+    def _report(self) -> None:
+        from prunet.report import write_report
+
+        write_report(self.folder)
+
+
+def run(recipe: Recipe, runtime: Runtime | None = None, *, until: str = "report") -> Path:
+    """Does the recipe up to and with step `until`, skipping what is finished and valid; returns the run folder.
+
+    Given again after a stop, it goes on where it was.
+
+    Raises:
+        UserError: anything in the recipe that does not fit, before the first step begins.
+    """
+    this = Run(recipe, runtime)
+    for step in this.step_names(until):
+        this.do(step)
+    return this.folder
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+# -- what the steps write and read
+
+
+def save_unet(net: UNet2DConditionModel, folder: Path) -> None:
+    """A stock diffusers folder of one denoiser, whole or not there."""
+    with new_folder(folder) as part:
+        net.save_pretrained(part, safe_serialization=True, max_shard_size="100GB")
+
+
+def load_unet(folder: Path) -> UNet2DConditionModel:
+    """A denoiser that `save_unet` wrote, in fp32.
+
+    Raises:
+        UserError: not there, or damaged.
+    """
+    try:
+        return UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32)
+    except Exception as error:
+        raise UserError(f"{folder}: no whole U-Net there ({error}): delete the folder and run again") from error
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    value = recipe.model_dump(mode="json", exclude={"plan"})
+    value["plan"] = {"name": recipe.plan.name, "remove": list(recipe.plan.remove)}
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+
+
+def _hash(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+# -- what it would cost
+
+
+def estimate(this: Run) -> dict[str, Any]:
+    """Memory by part from shapes, and hours from a short probe of the real step on this device with random weights."""
+    stage = this.recipe.stages[0]
+    micro = check_batch(stage, this.runtime)
+    latent = (this.size // this.teacher.vae_scale,) * 2
+    memory = training_memory(
+        this.derived.teacher_config,
+        this.derived.student_config,
+        latent_size=latent,
+        micro_batch=micro,
+        half=this.runtime.dtype != torch.float32,
+        ema=stage.ema_decay is not None,
+        gradient_checkpointing=this.runtime.gradient_checkpointing,
+    )
+    from prunet.probe import seconds_per_image
+
+    seconds = seconds_per_image(this.derived, latent, min(micro, 4), this.runtime)
+    images = sum(s.steps * s.batch_size for s in this.recipe.stages)
+    return {
+        "steps": {name: "done" if this.is_done(name) else "to do" for name in this.step_names()},
+        "memory_bytes": {**memory, "total": sum(memory.values())},
+        "micro_batch": micro,
+        "images": images,
+        "seconds_per_image": seconds,
+        "distil_hours": images * seconds / 3600,
+    }

@@ -1,0 +1,121 @@
+"""Parameters and multiply-adds of a denoiser, from its config alone."""
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from prunet import unet
+from prunet.plan import Size
+
+TEXT_TOKENS = 77
+
+
+def native_latent_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    """(height, width) of the latents that the model was made for."""
+    size = config.get("sample_size") or 64
+    return (int(size[0]), int(size[1])) if isinstance(size, list | tuple) else (int(size), int(size))
+
+
+def example_inputs(
+    config: Mapping[str, Any],
+    batch_size: int = 1,
+    *,
+    latent_size: tuple[int, int] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Arguments of the denoiser's `forward`: zeros (or meta tensors) of the right shapes.
+
+    `sample` (B, C, h, w), `timestep` (B,), `encoder_hidden_states` (B, 77, D), and for SDXL `added_cond_kwargs`
+    with `text_embeds` (B, P) and `time_ids` (B, 6).
+    """
+    height, width = latent_size or native_latent_size(config)
+    dim = config["cross_attention_dim"]
+    dim = dim[0] if isinstance(dim, list | tuple) else dim
+    inputs: dict[str, Any] = {
+        "sample": torch.zeros(batch_size, config.get("in_channels", 4), height, width, device=device, dtype=dtype),
+        "timestep": torch.zeros(batch_size, device=device, dtype=torch.long),
+        "encoder_hidden_states": torch.zeros(batch_size, TEXT_TOKENS, dim, device=device, dtype=dtype),
+    }
+    if config.get("addition_embed_type") == "text_time":
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.zeros(batch_size, pooled, device=device, dtype=dtype),
+            "time_ids": torch.zeros(batch_size, 6, device=device, dtype=dtype),
+        }
+    return inputs
+
+
+def size_of(config: Mapping[str, Any]) -> Size:
+    """Parameters, and multiply-adds of one call at the native size.
+
+    MACs are half of the FLOPs that `torch.utils.flop_counter` counts on the meta device; the matmuls inside
+    attention (queries with keys, weights with values) are told apart, because published figures leave them out.
+    """
+    net = unet.skeleton(config)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        net(**example_inputs(config, device="meta"))
+    flops = counter.get_flop_counts()["Global"]
+    attention = sum(n for op, n in flops.items() if "attention" in str(op) or "bmm" in str(op))
+    return Size(
+        parameters=sum(p.numel() for p in net.parameters()),
+        macs=(sum(flops.values()) - attention) // 2,
+        attention_macs=attention // 2,
+        latent_size=native_latent_size(config),
+    )
+
+
+@lru_cache(maxsize=32)
+def _activation_elements(text: str, latent_size: tuple[int, int]) -> int:
+    config = json.loads(text)
+    net, total = unet.skeleton(config), 0
+
+    def count(module: Any, args: Any, output: Any) -> None:
+        nonlocal total
+        total += output.numel() if isinstance(output, torch.Tensor) else 0
+
+    handles = [m.register_forward_hook(count) for m in net.modules() if not any(m.children())]
+    try:
+        with torch.no_grad():
+            net(**example_inputs(config, latent_size=latent_size, device="meta"))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total
+
+
+def activation_elements(config: Mapping[str, Any], latent_size: tuple[int, int]) -> int:
+    """Elements that one sample's forward pass leaves for the backward pass: the outputs of all leaf modules."""
+    return _activation_elements(json.dumps(dict(config), sort_keys=True), latent_size)
+
+
+def training_memory(
+    teacher: Mapping[str, Any],
+    student: Mapping[str, Any],
+    *,
+    latent_size: tuple[int, int],
+    micro_batch: int,
+    half: bool,
+    ema: bool,
+    gradient_checkpointing: bool = False,
+) -> dict[str, int]:
+    """Bytes that distillation needs, by part: an estimate from shapes.
+
+    The student is kept in fp32 with gradients and AdamW's two moments; the teacher in half precision if `half`.
+    """
+    t, s = size_of(teacher).parameters, size_of(student).parameters
+    elements = activation_elements(student, latent_size) * micro_batch
+    kept = 0.3 if gradient_checkpointing else 1.0
+    return {
+        "teacher": t * (2 if half else 4),
+        "student": s * 4,
+        "gradients": s * 4,
+        "optimizer": s * 8,
+        "ema": s * 4 if ema else 0,
+        "activations": int(elements * (2 if half else 4) * kept),
+    }

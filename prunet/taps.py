@@ -1,0 +1,46 @@
+"""Features of modules, caught while the model runs. A hook is gone when its `with` ends."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Features(list[Tensor | None]):
+    """The latest output of each tapped module, in the order in which they were named."""
+
+    def take(self) -> list[Tensor]:
+        """The features of the last forward pass; forgets them, so that they can be freed.
+
+        Raises:
+            RuntimeError: a tapped module did not run.
+        """
+        missing = [i for i, feature in enumerate(self) if feature is None]
+        if missing:
+            raise RuntimeError(f"tapped modules {missing} did not run in this forward pass")
+        out = [feature for feature in self if feature is not None]
+        self[:] = [None] * len(self)
+        return out
+
+
+@contextmanager
+def tap(modules: Sequence[nn.Module]) -> Iterator[Features]:
+    """Catches the output of each module; of a tuple (a down block gives its skips too) the first item.
+
+    The modules are objects of the bare model, so wrapping it (DDP, FSDP, `torch.compile`) cannot lose them.
+    """
+    features = Features([None] * len(modules))
+
+    def hook_for(i: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            features[i] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [module.register_forward_hook(hook_for(i)) for i, module in enumerate(modules)]
+    try:
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,438 @@
+"""The teacher: a Stable Diffusion pipeline, opened part by part and frozen.
+
+What differs between SD v1, v2 and SDXL (one or two text encoders, micro-conditioning, epsilon or v-prediction, the
+scaling factor, a VAE that must stay in fp32) is settled in this file and nowhere else.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from prunet.errors import UserError
+
+if TYPE_CHECKING:  # imported when used: a config can be read in a second, diffusers takes several
+    from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+
+LAYOUTS = ("sd-v1", "sd-v2", "sdxl")
+PIPELINES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+# The configs and tokenizers of a bare single file come from the hub, from the repositories that diffusers names too.
+HUB_CONFIGS = {
+    "sd-v1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd-v2": "stabilityai/stable-diffusion-2-1-base",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """Prompt embeddings (B, 77, D) and, for SDXL, the pooled ones (B, P)."""
+
+    embeds: Tensor
+    pooled: Tensor | None = None
+
+
+def layout_config(name: str) -> dict[str, Any]:
+    """The U-Net config of a known layout: `sd-v1`, `sd-v2` (v2.1-base) or `sdxl`."""
+    return json.loads((resources.files("prunet") / "layouts" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def conditioning(embeds: Tensor, pooled: Tensor | None = None, time_ids: Tensor | None = None) -> dict[str, Any]:
+    """Keyword arguments of the denoiser that say what to draw.
+
+    Shapes: `embeds` (B, 77, D); for SDXL `pooled` (B, P) and `time_ids` (B, 6): original height and width, crop top
+    and left, target height and width, in pixels.
+    """
+    if pooled is None:
+        return {"encoder_hidden_states": embeds}
+    return {
+        "encoder_hidden_states": embeds,
+        "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids},
+    }
+
+
+class Teacher:
+    """A frozen Stable Diffusion pipeline.
+
+    Args:
+        source: a diffusers folder, a single `.safetensors` file (SD v1, v2, SDXL), a hub id, or the name of a known
+            layout (a config without weights).
+        config: for a single file: the folder or hub id with configs, tokenizers and scheduler. Without it, the folder
+            `NAME.config` beside the file is used, else the hub.
+        revision: of a hub id.
+        device, dtype: where parts are put when they are loaded, and in which precision.
+
+    Raises:
+        UserError: nothing to open there, or nothing that prunet can compress.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        config: str | Path | None = None,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.source = str(source)
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self._revision = revision
+        self._file: Path | None = None  # the weights, if they are one file
+        self._hub: str | None = None  # the repository, if `_folder` is filled on demand
+        self._folder: Path | None = None  # configs, tokenizers, scheduler; and the weights if not in `_file`
+        self._fingerprints: dict[str, str] = {}
+        path = Path(source)
+        if self.source in LAYOUTS and not path.exists():
+            self.kind = "sdxl" if self.source == "sdxl" else "sd"
+        elif path.is_dir():
+            self._folder = path
+            self._read_index()
+        elif path.is_file():
+            self._open_file(path, config)
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+", self.source) and not path.suffix == ".safetensors":
+            self._hub = self.source
+            self._folder = self._download("*.json", "*/*.json", "tokenizer*/*")
+            self._read_index()
+        else:
+            raise UserError(
+                f"No teacher at {self.source}: give a diffusers folder, a .safetensors file, a hub id (owner/name), "
+                f"or a layout's name ({', '.join(LAYOUTS)}) to inspect a plan"
+            )
+
+    # -- what it is, from configs alone
+
+    def _open_file(self, path: Path, config: str | Path | None) -> None:
+        if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+            raise UserError(
+                f"{path} is a pickle, which can run code when it is opened. Convert it once, where you trust it: "
+                "python -c \"import torch, safetensors.torch as s; d = torch.load('IN.ckpt', weights_only=True); "
+                "s.save_file({k: v.contiguous() for k, v in d.get('state_dict', d).items() "
+                "if torch.is_tensor(v)}, 'OUT.safetensors')\""
+            )
+        if path.suffix != ".safetensors":
+            raise UserError(f"{path}: not a .safetensors file or a diffusers folder")
+        self._file = path
+        beside = path.with_suffix(".config")
+        config = config or (beside if beside.is_dir() else None)
+        if config is not None and Path(config).is_dir():
+            self._folder = Path(config)
+            self._read_index()
+            return
+        from prunet import ldm
+
+        layout = ldm.layout_of(path)
+        if layout is None:
+            raise UserError(
+                f"{path}: not a checkpoint of SD v1, v2 or SDXL that prunet knows by its tensors; if it is a pruned "
+                "or small one, give its configs with teacher.config (a diffusers folder without weights)"
+            )
+        self.kind = "sdxl" if layout == "sdxl" else "sd"
+        self._layout = layout
+        if config is not None:
+            self._hub = str(config)
+
+    def _read_index(self) -> None:
+        assert self._folder is not None
+        index = _read_json(self._folder / "model_index.json", f"{self._folder} is not a diffusers pipeline folder")
+        name = index.get("_class_name")
+        if name not in PIPELINES:
+            raise UserError(f"{self._folder}: a {name}; prunet compresses {' and '.join(PIPELINES)}")
+        self.kind = PIPELINES[name]
+        unet, vae = self.unet_config, self.part_config("vae")
+        if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
+            raise UserError(
+                f"{self._folder}: the U-Net takes {unet.get('in_channels', 4)} channels and the VAE makes "
+                f"{vae.get('latent_channels', 4)}; inpainting and other conditioned U-Nets are not supported"
+            )
+
+    def _configs(self) -> Path:
+        """The folder with configs and tokenizers, fetched for a bare single file when first needed."""
+        if self._folder is None:
+            if self._file is None:
+                raise UserError(f"{self.source} is the name of a layout, without weights: give a checkpoint instead")
+            self._hub = self._hub or HUB_CONFIGS[self._layout]
+            self._folder = self._download("*.json", "*/*.json", "tokenizer*/*")
+        return self._folder
+
+    def _download(self, *patterns: str) -> Path:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        assert self._hub is not None
+        try:
+            return Path(snapshot_download(self._hub, revision=self._revision, allow_patterns=list(patterns)))
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+            raise UserError(
+                f"{self._hub}: neither a folder here nor to be had from the hub ({type(error).__name__}); check the "
+                "name, the network, and `hf auth login` if it is gated"
+            ) from error
+
+    def part_config(self, part: str) -> dict[str, Any]:
+        """The `config.json` (scheduler: `scheduler_config.json`) of a part."""
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        return _read_json(self._configs() / part / name, f"{self.source} has no readable {part}/{name}")
+
+    @cached_property
+    def unet_config(self) -> dict[str, Any]:
+        if self._folder is None:
+            return layout_config(self._layout if self._file else self.source)
+        config = self.part_config("unet")
+        return {key: value for key, value in config.items() if key not in ("_diffusers_version", "_name_or_path")}
+
+    @cached_property
+    def noise_scheduler(self) -> "DDPMScheduler":
+        """The forward process that the teacher was trained with; `config.prediction_type` says what it predicts."""
+        from diffusers import DDPMScheduler
+
+        scheduler = DDPMScheduler.from_config(self.part_config("scheduler"))
+        if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(f"{self.source}: prediction type {scheduler.config.prediction_type!r} is not supported")
+        return scheduler
+
+    @property
+    def scaling_factor(self) -> float:
+        return float(self.part_config("vae").get("scaling_factor", 0.18215))
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels to a latent, along one side."""
+        return 2 ** (len(self.part_config("vae")["block_out_channels"]) - 1)
+
+    @property
+    def native_size(self) -> int:
+        """Side of the pictures that the teacher was made for, in pixels."""
+        from prunet.size import native_latent_size
+
+        return native_latent_size(self.unet_config)[0] * self.vae_scale
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        return ("text_encoder", "text_encoder_2") if self.kind == "sdxl" else ("text_encoder",)
+
+    # -- who it is
+
+    def _part_files(self, part: str) -> list[Path]:
+        if self._file is not None:
+            return [self._file]
+        return [self._weight_file(part), self._configs() / part / "config.json"]
+
+    def fingerprint(self, parts: Iterable[str] | None = None) -> str:
+        """A hash of the weights and configs of `parts` (all that are trained, by default), read from the files."""
+        parts = sorted(parts or ("unet", "vae", *self.text_encoders))
+        digest = hashlib.sha256()
+        for path in sorted({p for part in parts for p in self._part_files(part)}):
+            key = str(path)
+            if key not in self._fingerprints:
+                with path.open("rb") as file:
+                    self._fingerprints[key] = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(self._fingerprints[key].encode())
+        return digest.hexdigest()[:16]
+
+    # -- its parts, loaded when first used
+
+    def _weight_file(self, part: str) -> Path:
+        """The safetensors file of a part; a variant or an index counts, a pickle does not."""
+        folder, stem = self._configs() / part, WEIGHTS[part]
+        if self._hub is not None and not list(folder.glob(f"{stem}*.safetensors")):
+            self._download(f"{part}/{stem}.safetensors")
+            if not list(folder.glob(f"{stem}*.safetensors")):
+                self._download(f"{part}/{stem}*.safetensors*")
+        for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
+            if (folder / name).is_file():
+                return folder / name
+        sharded = sorted(folder.glob(f"{stem}*-of-*.safetensors"))
+        if sharded:
+            return sharded[0]
+        pickled = "; its .bin files are pickles, which prunet does not open: save the pipeline with safe_serialization"
+        raise UserError(
+            f"{self.source}: no {part}/{stem}.safetensors" + (pickled if list(folder.glob("*.bin")) else "")
+        )
+
+    def _load(self, part: str, cls: Any, dtype: torch.dtype | None = None) -> nn.Module:
+        from prunet import ldm
+
+        dtype = dtype or self.dtype
+        if self._file is not None:
+            config = self.part_config(part)
+            if part == "unet":
+                module: nn.Module = ldm.from_ldm_unet(self._file, config)
+            elif part == "vae":
+                module = ldm.from_ldm_vae(self._file, config)
+            else:
+                module = ldm.from_ldm_text_encoder(self._file, config, self.text_encoders.index(part))
+        else:
+            file = self._weight_file(part)
+            variant = "fp16" if ".fp16" in file.name else None
+            name = "dtype" if part.startswith("text") else "torch_dtype"  # transformers' and diffusers' words
+            options = {"subfolder": part, "variant": variant, "use_safetensors": True, name: dtype}
+            try:
+                module = cls.from_pretrained(self._configs(), **options)
+            except Exception as error:
+                raise UserError(f"{file}: cannot be read as a {cls.__name__}: {error}") from error
+        return freeze(module.to(self.device, dtype))
+
+    @cached_property
+    def unet(self) -> "UNet2DConditionModel":
+        from diffusers import UNet2DConditionModel
+
+        return self._load("unet", UNet2DConditionModel)  # type: ignore[return-value]
+
+    @cached_property
+    def vae(self) -> "AutoencoderKL":
+        """The autoencoder; in fp32 where its config says that half precision overflows (SDXL)."""
+        from diffusers import AutoencoderKL
+
+        upcast = self.part_config("vae").get("force_upcast", False)
+        return self._load("vae", AutoencoderKL, torch.float32 if upcast else None)  # type: ignore[return-value]
+
+    @cached_property
+    def _text_parts(self) -> dict[str, Any]:
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+        classes = (CLIPTextModel, CLIPTextModelWithProjection)
+        parts: dict[str, Any] = {}
+        for part, cls in zip(self.text_encoders, classes, strict=False):
+            tokenizer = part.replace("text_encoder", "tokenizer")
+            try:
+                parts[tokenizer] = CLIPTokenizer.from_pretrained(self._configs(), subfolder=tokenizer)
+            except Exception as error:
+                raise UserError(f"{self.source}: no readable {tokenizer}: {error}") from error
+            parts[part] = self._load(part, cls)
+        return parts
+
+    def text_part(self, name: str) -> nn.Module:
+        """A text encoder by its name in the pipeline."""
+        return self._text_parts[name]
+
+    def save_parts(self, folder: Path) -> None:
+        """Writes all of the pipeline but the U-Net into `folder`: the teacher's own files, byte for byte.
+
+        Of a single file the VAE and text encoders are written by diffusers, in the precision of this teacher.
+        """
+        configs = self._configs()
+        index = _read_json(configs / "model_index.json", self.source)
+        for name in [n for n, value in index.items() if isinstance(value, list) and n != "unet"]:
+            if index[name][0] is None:
+                continue
+            if name in WEIGHTS and self._file is not None:
+                part = self.vae if name == "vae" else self.text_part(name)
+                part.save_pretrained(folder / name, safe_serialization=True)  # type: ignore[operator]
+            elif name in WEIGHTS:
+                (folder / name).mkdir()
+                shutil.copyfile(configs / name / "config.json", folder / name / "config.json")
+                shutil.copyfile(self._weight_file(name), folder / name / f"{WEIGHTS[name]}.safetensors")
+            elif not self._copy_other(configs, name, folder):
+                index[name] = [None, None]
+        index["unet"] = ["diffusers", "UNet2DConditionModel"]
+        index.pop("_name_or_path", None)
+        if "safety_checker" in index and index["safety_checker"][0] is None:
+            index["requires_safety_checker"] = False
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _copy_other(self, configs: Path, name: str, folder: Path) -> bool:
+        """Copies a part without weights that prunet loads (tokenizer, scheduler, safety checker); False: not there."""
+        if self._hub is not None:
+            self._download(f"{name}/*.json", f"{name}/*.txt", f"{name}/model.safetensors")
+        files = [p for p in (configs / name).glob("*") if p.suffix in (".json", ".txt", ".safetensors", ".model")]
+        weights = any(p.suffix == ".safetensors" for p in files)
+        if not files or (name == "safety_checker" and not weights):
+            return False
+        (folder / name).mkdir()
+        for file in files:
+            shutil.copyfile(file, folder / name / file.name)
+        return True
+
+    def release(self, *parts: str) -> None:
+        """Forget loaded parts (`unet`, `vae`, `text`), so that their memory can be used for something else."""
+        for part in parts:
+            self.__dict__.pop("_text_parts" if part == "text" else part, None)
+
+    # -- what it does
+
+    def pipeline(self, **parts: Any) -> "DiffusionPipeline":
+        """A stock pipeline of the teacher's parts, with `parts` (such as `unet=student`) in place of its own."""
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+        common = {
+            "vae": parts["vae"] if "vae" in parts else self.vae,
+            "unet": parts["unet"] if "unet" in parts else self.unet,
+            "scheduler": _scheduler(self.part_config("scheduler")),
+            **self._text_parts,
+        }
+        if self.kind == "sdxl":
+            index = _read_json(self._configs() / "model_index.json", self.source)
+            zeros = index.get("force_zeros_for_empty_prompt", True)
+            pipe = StableDiffusionXLPipeline(**common, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+        else:
+            pipe = StableDiffusionPipeline(
+                **common, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+            )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str], *, unconditional: bool = False) -> PromptEmbeds:
+        """Embeddings of prompts, exactly as the stock pipeline makes them when it draws.
+
+        `unconditional`: what guidance compares with instead (SDXL: zeros where its pipeline says so); the texts are
+        then only counted.
+        """
+        pipe = self.pipeline(unet=None, vae=None)
+        out = pipe.encode_prompt(
+            prompt=list(prompts),
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=unconditional,
+        )
+        pick = 1 if unconditional else 0
+        return PromptEmbeds(out[pick], out[2 + pick] if self.kind == "sdxl" else None)
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (B, 4, h, w) of the latents of `pixels` (B, 3, H, W) in [-1, 1], scaled."""
+        vae = self.vae
+        dist = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist
+        return dist.mean.float() * self.scaling_factor, dist.std.float() * self.scaling_factor
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Eval mode, no gradients."""
+    return module.eval().requires_grad_(False)
+
+
+def _scheduler(config: dict[str, Any]) -> Any:
+    import diffusers
+
+    cls = getattr(diffusers, str(config.get("_class_name")), None)
+    if cls is None:
+        raise UserError(f"The teacher's scheduler {config.get('_class_name')!r} is not one of diffusers'")
+    return cls.from_config(config)
+
+
+def _read_json(path: Path, message: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{message}: no file {path}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{message}: {path} is not readable JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{message}: {path} holds no JSON object")
+    return value

@@ -1,0 +1,307 @@
+"""What is peculiar to `UNet2DConditionModel`: which parts can go, and the stock config of what is left.
+
+Everything here works on the *config alone*: modules are made on the meta device, no weight is read.
+"""
+
+import fnmatch
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from prunet.errors import UserError
+
+Config = dict[str, Any]
+
+#: The names that a plan may remove: stages, layers of a stage, transformer blocks of an attention, samplers.
+PART = re.compile(
+    r"(down_blocks|up_blocks)\.\d+(\.(resnets|attentions)\.\d+(\.transformer_blocks\.\d+)?"
+    r"|\.(downsamplers|upsamplers)(\.0)?)?"
+    r"|mid_block(\.(resnets|attentions)\.\d+(\.transformer_blocks\.\d+)?)?"
+)
+PER_STAGE_FIELDS = ("cross_attention_dim", "attention_head_dim", "only_cross_attention")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One level of a stage that stays: the resnet `resnet` of the teacher and, if any, its attention's blocks."""
+
+    resnet: int
+    blocks: tuple[int, ...] | None  # the teacher's indices of the transformer blocks kept; None: no attention
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One down or up stage that stays, with its index in the teacher."""
+
+    index: int
+    layers: tuple[Layer, ...]
+
+    @property
+    def has_attention(self) -> bool:
+        return any(layer.blocks is not None for layer in self.layers)
+
+
+def make_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
+    """The U-Net of `config` from its fields.
+
+    Not `from_config`, which drops an override when the loaded config held the default (`mid_block_type: None`
+    silently became a mid block again).
+    """
+    fields = {key: value for key, value in config.items() if not key.startswith("_")}
+    return UNet2DConditionModel(**fields)
+
+
+@lru_cache(maxsize=32)
+def _skeleton(text: str) -> UNet2DConditionModel:
+    with torch.device("meta"):
+        return make_unet(json.loads(text)).eval().requires_grad_(False)
+
+
+def skeleton(config: Mapping[str, Any]) -> UNet2DConditionModel:
+    """The modules of `config` on the meta device: names and shapes without storage."""
+    kind = config.get("_class_name", "UNet2DConditionModel")
+    if kind != "UNet2DConditionModel":
+        raise UserError(f"The denoiser is a {kind}; prunet removes blocks of UNet2DConditionModel (SD v1, v2, SDXL)")
+    try:
+        return _skeleton(json.dumps({key: config[key] for key in sorted(config) if not key.startswith("_")}))
+    except (TypeError, ValueError, IndexError, KeyError) as error:
+        raise UserError(f"diffusers cannot make a U-Net of this config: {error}") from error
+
+
+def module_names(config: Mapping[str, Any]) -> list[str]:
+    return [name for name, _ in skeleton(config).named_modules() if name]
+
+
+def expand(pattern: str) -> list[str]:
+    """`a.{b,c}.0` -> `a.b.0`, `a.c.0`."""
+    pieces = re.split(r"\{([^{}]*)\}", pattern)
+    choices = [piece.split(",") if i % 2 else [piece] for i, piece in enumerate(pieces)]
+    return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def match(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names that `pattern` means; `*`, `?` and `[...]` stay within one dotted part, `{a,b}` are choices."""
+    globs = [glob.split(".") for glob in expand(pattern)]
+
+    def fits(name: str) -> bool:
+        parts = name.split(".")
+        return any(len(parts) == len(glob) and all(map(fnmatch.fnmatchcase, parts, glob)) for glob in globs)
+
+    return [name for name in names if fits(name)]
+
+
+def removed_parts(config: Mapping[str, Any], patterns: Iterable[str]) -> dict[str, str]:
+    """Part -> the pattern that removes it. Refuses patterns that match nothing or what cannot go."""
+    names = module_names(config)
+    removed: dict[str, str] = {}
+    for pattern in patterns:
+        found = match(pattern, names)
+        if not found:
+            near = "; ".join(sorted({re.sub(r"\d+", "*", n) for n in names if PART.fullmatch(n)})[:12])
+            raise UserError(f"Pattern {pattern!r} matches no module of this U-Net; its parts are named like: {near}")
+        for name in found:
+            if not PART.fullmatch(name):
+                raise UserError(
+                    f"Pattern {pattern!r} matches {name}, which cannot be removed; what can: stages, mid_block, "
+                    "their resnets, attentions, transformer_blocks"
+                )
+            removed.setdefault(name, pattern)
+    return removed
+
+
+def _layers(module: Any, name: str, removed: Mapping[str, str]) -> tuple[Layer, ...]:
+    """The layers of a down or up stage that stay, in order. Refuses what diffusers has no form for."""
+    attentions = getattr(module, "attentions", None)
+    kept: list[Layer] = []
+    for j in range(len(module.resnets)):
+        resnet, attention = f"{name}.resnets.{j}", f"{name}.attentions.{j}"
+        blocks = None
+        if attentions is not None and attention not in removed:
+            blocks = _blocks(attentions[j], attention, removed)
+        if resnet in removed:
+            if blocks is not None:
+                raise UserError(
+                    f"Pattern {removed[resnet]!r} removes {resnet} but not {attention}, and diffusers has no form for "
+                    f"an attention without its resnet: remove {name}.{{resnets,attentions}}.{j} together"
+                )
+            continue
+        kept.append(Layer(j, blocks))
+    if not kept:
+        raise UserError(f"The plan removes every resnet of {name}: remove the stage {name!r} itself instead")
+    with_attention = [layer for layer in kept if layer.blocks is not None]
+    if with_attention and len(with_attention) < len(kept):
+        j = next(layer.resnet for layer in kept if layer.blocks is None)
+        raise UserError(
+            f"Pattern {removed[f'{name}.attentions.{j}']!r} removes {name}.attentions.{j} but not its resnet, and "
+            f"diffusers has no form for a stage where some resnets have an attention: remove "
+            f"{name}.{{resnets,attentions}}.{j} together, or all of {name}.attentions.*"
+        )
+    return tuple(kept)
+
+
+def _blocks(attention: Any, name: str, removed: Mapping[str, str]) -> tuple[int, ...]:
+    count = len(attention.transformer_blocks)
+    kept = tuple(b for b in range(count) if f"{name}.transformer_blocks.{b}" not in removed)
+    if not kept:
+        raise UserError(
+            f"Pattern {removed[f'{name}.transformer_blocks.0']!r} removes all {count} transformer blocks of {name}: "
+            f"remove {name} itself, with its resnet, instead"
+        )
+    return kept
+
+
+def kept_stages(config: Mapping[str, Any], removed: Mapping[str, str]) -> tuple[list[Stage], list[Stage]]:
+    """Down and up stages that stay, checked against each other (a skip connection needs both its ends)."""
+    net = skeleton(config)
+    sides: dict[str, list[Stage]] = {}
+    for side in ("down_blocks", "up_blocks"):
+        sides[side] = [
+            Stage(i, _layers(module, f"{side}.{i}", removed))
+            for i, module in enumerate(getattr(net, side))
+            if f"{side}.{i}" not in removed
+        ]
+    down, up = sides["down_blocks"], sides["up_blocks"]
+    if not down or len(down) != len(up):
+        raise UserError(
+            f"The plan leaves {len(down)} down stages and {len(up)} up stages; they come in pairs: remove "
+            f"up_blocks.K together with down_blocks.{len(net.down_blocks) - 1}-K, and keep at least one pair"
+        )
+    for d, u in zip(down, reversed(up), strict=True):
+        if len(u.layers) != len(d.layers) + 1:
+            more = "up" if len(u.layers) > len(d.layers) + 1 else "down"
+            raise UserError(
+                f"Uneven stages: down_blocks.{d.index} keeps {len(d.layers)} resnets, so its mirror up_blocks.{u.index} "
+                f"must keep {len(d.layers) + 1}, not {len(u.layers)} (one skip connection each): remove more from "
+                f"{more}_blocks.{u.index if more == 'up' else d.index}"
+            )
+    return down, up
+
+
+def _mid_type(config: Mapping[str, Any], removed: Mapping[str, str]) -> tuple[str | None, list[int], tuple[int, ...]]:
+    """The mid stage that stays: its diffusers type, the teacher's resnets kept, the transformer blocks kept."""
+    mid = skeleton(config).mid_block
+    if mid is None or "mid_block" in removed:
+        return None, [], ()
+    resnets = [j for j in range(len(mid.resnets)) if f"mid_block.resnets.{j}" not in removed]
+    attentions = [
+        j
+        for j, module in enumerate(mid.attentions)
+        if module is not None and f"mid_block.attentions.{j}" not in removed
+    ]
+    if len(resnets) == 2 and len(attentions) == 1:
+        blocks = _blocks(mid.attentions[0], "mid_block.attentions.0", removed)
+        return "UNetMidBlock2DCrossAttn", resnets, blocks
+    if len(resnets) == 1 and not attentions:
+        return "UNetMidBlock2D", resnets, ()
+    part = next(name for name in removed if name.startswith("mid_block."))
+    raise UserError(
+        f"Pattern {removed[part]!r} leaves a mid stage of {len(resnets)} resnets and {len(attentions)} attentions, for "
+        "which diffusers has no form: remove mid_block, or nothing of it, or its attention and one of its resnets"
+    )
+
+
+def _depths(stage: Stage, nested: bool) -> int | list[int]:
+    counts = [len(layer.blocks) for layer in stage.layers if layer.blocks is not None]
+    if not counts:
+        return 1
+    return counts if nested or len(set(counts)) > 1 else counts[0]
+
+
+def _transformer_fields(config: Config, down: list[Stage], up: list[Stage], mid_blocks: tuple[int, ...]) -> Config:
+    """`transformer_layers_per_block` and its reverse, in the shortest form that diffusers reads rightly.
+
+    diffusers takes the mid stage's depth from the last down entry, and the up depths from the reversed list
+    unless they are given.
+    """
+    rows = [_depths(stage, nested=False) for stage in down]
+    up_rows = [_depths(stage, nested=False) for stage in up]
+    if mid_blocks and not down[-1].has_attention:
+        rows[-1] = len(mid_blocks)
+    if mid_blocks and (rows[-1][0] if isinstance(rows[-1], list) else rows[-1]) != len(mid_blocks):
+        raise UserError(
+            f"The plan leaves {len(mid_blocks)} transformer blocks in mid_block.attentions.0 and {rows[-1]} in "
+            f"down_blocks.{down[-1].index}; diffusers has one number for both: remove as many from each"
+        )
+    symmetric = not any(isinstance(row, list) for row in rows) and all(
+        a == b for a, b, stage in zip(rows, reversed(up_rows), reversed(up), strict=True) if stage.has_attention
+    )
+    if symmetric:
+        plain = len(set(map(str, rows))) == 1
+        keep_list = isinstance(config.get("transformer_layers_per_block"), list | tuple)
+        return {
+            "transformer_layers_per_block": rows[0] if plain and not keep_list else rows,
+            "reverse_transformer_layers_per_block": None,
+        }
+    lists = [_depths(stage, nested=stage.has_attention) for stage in down]
+    if mid_blocks and not down[-1].has_attention:
+        lists[-1] = len(mid_blocks)
+    return {
+        "transformer_layers_per_block": lists,
+        "reverse_transformer_layers_per_block": [_depths(stage, nested=stage.has_attention) for stage in up],
+    }
+
+
+def _stage_type(name: str, stage: Stage) -> str:
+    return name if stage.has_attention else name.replace("CrossAttn", "")
+
+
+def student_config(config: Mapping[str, Any], removed: Mapping[str, str]) -> Config:
+    """The stock diffusers config of what is left. An empty plan gives the teacher's own."""
+    full: Config = dict(config)
+    if not removed:
+        return full
+    down, up = kept_stages(config, removed)
+    mid_type, _, mid_blocks = _mid_type(config, removed)
+    out = dict(full)
+    out["down_block_types"] = [_stage_type(full["down_block_types"][s.index], s) for s in down]
+    out["up_block_types"] = [_stage_type(full["up_block_types"][s.index], s) for s in up]
+    out["block_out_channels"] = [full["block_out_channels"][s.index] for s in down]
+    layers = [len(s.layers) for s in down]
+    out["layers_per_block"] = layers[0] if len(set(layers)) == 1 else layers
+    for field in PER_STAGE_FIELDS:
+        if isinstance(full.get(field), list | tuple):
+            out[field] = [full[field][s.index] for s in down]
+    out["mid_block_type"] = mid_type
+    fields = _transformer_fields(full, down, up, mid_blocks)
+    out.update({k: v for k, v in fields.items() if k in full or v not in (1, None)})
+    return out
+
+
+def module_map(config: Mapping[str, Any], removed: Mapping[str, str]) -> dict[str, str]:
+    """Student module -> teacher module, for the smallest prefixes that say it all (longest match wins)."""
+    down, up = kept_stages(config, removed)
+    mapping: dict[str, str] = {}
+    for side, stages in (("down_blocks", down), ("up_blocks", up)):
+        for i, stage in enumerate(stages):
+            student, teacher = f"{side}.{i}", f"{side}.{stage.index}"
+            mapping[student] = teacher
+            for j, layer in enumerate(stage.layers):
+                mapping[f"{student}.resnets.{j}"] = f"{teacher}.resnets.{layer.resnet}"
+                mapping[f"{student}.attentions.{j}"] = f"{teacher}.attentions.{layer.resnet}"
+                for b, block in enumerate(layer.blocks or ()):
+                    mapping[f"{student}.attentions.{j}.transformer_blocks.{b}"] = (
+                        f"{teacher}.attentions.{layer.resnet}.transformer_blocks.{block}"
+                    )
+    _, resnets, blocks = _mid_type(config, removed)
+    for j, resnet in enumerate(resnets):
+        mapping[f"mid_block.resnets.{j}"] = f"mid_block.resnets.{resnet}"
+    for b, block in enumerate(blocks):
+        mapping[f"mid_block.attentions.0.transformer_blocks.{b}"] = f"mid_block.attentions.0.transformer_blocks.{block}"
+    return mapping
+
+
+def teacher_name(name: str, mapping: Mapping[str, str]) -> str:
+    """The teacher's name of a student's module or parameter."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:end])
+        if prefix in mapping:
+            return ".".join([mapping[prefix], *parts[end:]])
+    return name
