@@ -202,7 +202,8 @@ def _write_fp16(folder: Path, teacher: Teacher) -> None:
 def check_export(folder: Path, student: UNet2DConditionModel) -> None:
     """Opens the folder with stock diffusers and compares the U-Net bit for bit: config, weights, one output."""
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
-    again, ours = pipe.unet.eval(), student.to("cpu").eval()
+    # Frozen, both of them: a matmul may take another path, and round otherwise, where a weight wants a gradient.
+    again, ours = (net.to("cpu").eval().requires_grad_(False) for net in (pipe.unet, student))
     expected = ours.state_dict()
     got = again.state_dict()
     if got.keys() != expected.keys() or any(not torch.equal(got[k], expected[k].float()) for k in expected):

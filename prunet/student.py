@@ -37,7 +37,7 @@ def inherit(source: nn.Module, derived: Derived) -> UNet2DConditionModel:
         },
         assign=True,
     )
-    return student.eval()
+    return student.eval().requires_grad_(False)
 
 
 def state_hash(module: nn.Module) -> str:

@@ -286,7 +286,7 @@ class Teacher:
                 module = cls.from_pretrained(self._configs(), **options)
             except Exception as error:
                 raise UserError(f"{file}: cannot be read as a {cls.__name__}: {error}") from error
-        return freeze(module.to(self.device, dtype))
+        return freeze(nn.Module.to(module, self.device, dtype))
 
     @cached_property
     def unet(self) -> "UNet2DConditionModel":

@@ -15,6 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from prunet.unet import make_unet
 
+torch.set_num_threads(1)  # the models are tiny: threads only wait for each other
+
 SMALL_UNETS = {
     "sd": {
         "sample_size": 8,

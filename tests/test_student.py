@@ -1,0 +1,57 @@
+"""The student inherits exactly, loads in stock diffusers, and leaves the teacher as it was."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from prunet import Plan, Teacher, build, derive, load_plan
+from prunet.size import example_inputs
+from prunet.student import state_hash
+
+KINDS = [("sd", "bk-base"), ("sd", "bk-small"), ("sd", "bk-tiny")]
+KINDS += [("sdxl", "ssd-1b"), ("sdxl", "vega"), ("sdxl", "koala-1b"), ("sdxl", "koala-700m")]
+
+
+def run(net: torch.nn.Module) -> torch.Tensor:
+    inputs = example_inputs(dict(net.config), 2)
+    inputs["sample"] = torch.randn(inputs["sample"].shape, generator=torch.Generator().manual_seed(3))
+    inputs["encoder_hidden_states"] += torch.linspace(-1, 1, inputs["encoder_hidden_states"].shape[-1])
+    with torch.no_grad():
+        return net(**inputs).sample
+
+
+@pytest.mark.parametrize(("kind", "plan"), KINDS)
+def test_reloaded_student_is_bit_equal(kind: str, plan: str, request, tmp_path) -> None:
+    teacher = Teacher(request.getfixturevalue(kind))
+    before = state_hash(teacher.unet)
+    student = build(teacher, load_plan(plan))
+    student.save_pretrained(tmp_path / "unet", safe_serialization=True)
+    again = UNet2DConditionModel.from_pretrained(tmp_path / "unet").eval().requires_grad_(False)
+    assert torch.equal(run(student), run(again))
+    assert state_hash(teacher.unet) == before
+    assert all(tensor.is_contiguous() for tensor in student.state_dict().values())
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_empty_plan_computes_the_teachers_bits(kind: str, request) -> None:
+    teacher = Teacher(request.getfixturevalue(kind))
+    student = build(teacher, Plan("none"))
+    assert torch.equal(run(student), run(teacher.unet))
+    ours, theirs = (set(p.data_ptr() for p in net.parameters()) for net in (student, teacher.unet))
+    assert not ours & theirs, "the student shares memory with the teacher"
+
+
+@pytest.mark.parametrize(("kind", "plan"), KINDS)
+def test_every_tensor_is_the_teachers(kind: str, plan: str, request) -> None:
+    teacher = Teacher(request.getfixturevalue(kind))
+    derived = derive(teacher.unet_config, load_plan(plan))
+    source = teacher.unet.state_dict()
+    for name, tensor in build(teacher, load_plan(plan)).state_dict().items():
+        assert torch.equal(tensor, source[derived.weight_map[name]]), name
+
+
+def test_state_hash_sees_one_bit() -> None:
+    net = torch.nn.Linear(2, 2)
+    before = state_hash(net)
+    net.weight.data.view(torch.int32)[0, 0] ^= 1
+    assert state_hash(net) != before

@@ -1,0 +1,208 @@
+"""The loop: resume equals uninterrupted, micro-batches change nothing, EMA and teacher are what they should be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_pipeline
+from safetensors.torch import load_file
+
+from prunet import Teacher, UserError, build, derive, distil, load_plan, training
+from prunet.latents import cache
+from prunet.losses import min_snr_weight
+from prunet.recipe import Data, Losses, Stage
+from prunet.student import state_hash
+from prunet.training import Draws, Runtime, batches, learning_rate_at
+
+CPU = Runtime(device="cpu", precision="no", log_every=1)
+STAGE = Stage(steps=6, batch_size=4, learning_rate=1e-3, warmup_steps=2, ema_decay=0.9)
+
+
+@pytest.fixture(scope="module")
+def made(sd, pictures, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache") / "latents"
+    return cache(Teacher(sd), Data(source=str(pictures), flip=True), folder, seed=1)
+
+
+def train(sd, made, folder, stage=STAGE, runtime=CPU, plan="bk-small", **options):
+    teacher = Teacher(sd)
+    student = build(teacher, load_plan(plan))
+    pairs = derive(teacher.unet_config, load_plan(plan)).pairs
+    return distil(teacher, student, pairs, made, stage, folder, seed=5, runtime=runtime, **options), teacher
+
+
+def losses(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows]
+
+
+def test_stopped_and_resumed_equals_uninterrupted(sd, made, tmp_path, monkeypatch) -> None:
+    whole, _ = train(sd, made, tmp_path / "whole", checkpoint_every=2)
+    save = training.save
+
+    def save_and_die(folder, step, *rest):
+        save(folder, step, *rest)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(sd, made, tmp_path / "parts", checkpoint_every=2)
+    monkeypatch.setattr(training, "save", save)
+    with (tmp_path / "parts" / "log.jsonl").open("a") as log:  # a row past the checkpoint, and one cut by the kill
+        log.write('{"step": 5, "loss": 0}\n{"step": 6, "lo')
+    parts, _ = train(sd, made, tmp_path / "parts", checkpoint_every=2)
+    assert state_hash(parts) == state_hash(whole)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    last = "checkpoints/step-0000006"
+    for name in ("student.safetensors", "ema.safetensors"):
+        a, b = (load_file(tmp_path / way / last / name) for way in ("whole", "parts"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_micro_batches_change_nothing_but_rounding(sd, made, tmp_path) -> None:
+    train(sd, made, tmp_path / "one")
+    train(sd, made, tmp_path / "four", runtime=Runtime(device="cpu", precision="no", micro_batch=1, log_every=1))
+    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "four"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing_but_rounding(sd, made, tmp_path) -> None:
+    for plan in ("bk-small", "bk-tiny"):
+        train(sd, made, tmp_path / plan / "plain", plan=plan)
+        small = Runtime(device="cpu", precision="no", gradient_checkpointing=True, log_every=1)
+        train(sd, made, tmp_path / plan / "checkpointed", runtime=small, plan=plan)
+        for a, b in zip(losses(tmp_path / plan / "plain"), losses(tmp_path / plan / "checkpointed"), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_teacher_is_not_changed_and_student_learns(sd, made, tmp_path) -> None:
+    untouched = state_hash(Teacher(sd).unet)
+    stage = STAGE.model_copy(update={"steps": 40, "learning_rate": 3e-3, "batch_size": 8, "caption_dropout": 0.0})
+    student, teacher = train(sd, made, tmp_path / "run", stage=stage)
+    assert state_hash(teacher.unet) == untouched
+    rows = losses(tmp_path / "run")
+    assert sum(r["feature"] for r in rows[-5:]) < 0.7 * sum(r["feature"] for r in rows[:5])
+    saved = load_file(sorted((tmp_path / "run" / "checkpoints").iterdir())[-1] / "student.safetensors")
+    assert saved.keys() == student.state_dict().keys(), "the checkpoint holds something else than the student"
+
+
+def test_ema_starts_from_the_inherited_student(sd, made, tmp_path) -> None:
+    """With a rate of almost nothing, the average is the student as it was built."""
+    stage = STAGE.model_copy(update={"learning_rate": 1e-12, "weight_decay": 0.0})
+    student, _ = train(sd, made, tmp_path / "run", stage=stage)
+    built = build(Teacher(sd), load_plan("bk-small")).state_dict()
+    for name, tensor in student.state_dict().items():
+        torch.testing.assert_close(tensor, built[name], rtol=0, atol=1e-6)
+
+
+def test_terms_of_the_empty_plan_vanish(sd, made, tmp_path) -> None:
+    """A student that is the teacher has no output or feature loss at the first step."""
+    teacher = Teacher(sd)
+    plan = load_plan([])
+    student, pairs = build(teacher, plan), derive(teacher.unet_config, plan).pairs
+    distil(teacher, student, pairs, made, STAGE, tmp_path / "run", seed=5, runtime=CPU)
+    first = losses(tmp_path / "run")[0]
+    assert first["output"] == pytest.approx(0, abs=1e-10)
+    assert first["feature"] == pytest.approx(0, abs=1e-8)
+    assert first["task"] > 0.1
+
+
+def test_min_snr_weighs_the_task_and_never_the_kd_terms(sd, made, tmp_path) -> None:
+    plain, weighed = STAGE.model_copy(update={"steps": 1}), STAGE.model_copy(update={"steps": 1, "min_snr_gamma": 1.0})
+    train(sd, made, tmp_path / "plain", stage=plain)
+    train(sd, made, tmp_path / "weighed", stage=weighed)
+    a, b = losses(tmp_path / "plain")[0], losses(tmp_path / "weighed")[0]
+    assert b["task"] < a["task"]
+    assert (b["output"], b["feature"]) == (a["output"], a["feature"])
+    assert min_snr_weight(torch.tensor([0.99]), 1.0, "epsilon").item() < 1
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(sd, made, tmp_path, monkeypatch) -> None:
+    real = training.mse
+    calls = iter(range(10**6))
+
+    def breaks(*args):
+        return real(*args) * (float("nan") if next(calls) >= 2 * 4 else 1.0)
+
+    monkeypatch.setattr(training, "mse", breaks)
+    with pytest.raises(UserError, match="not finite at step 5.*lower learning_rate"):
+        train(sd, made, tmp_path / "run", checkpoint_every=2)
+    kept = training.checkpoints(tmp_path / "run")
+    assert [p.name for p in kept] == ["step-0000002", "step-0000004"]
+    assert all(torch.isfinite(t).all() for t in load_file(kept[-1] / "student.safetensors").values())
+
+
+def test_checkpoint_of_other_settings_is_refused_but_the_pace_may_change(sd, made, tmp_path) -> None:
+    train(sd, made, tmp_path / "run", stage=STAGE.model_copy(update={"steps": 2}))
+    other = STAGE.model_copy(update={"losses": Losses(feature=0.0)})
+    with pytest.raises(UserError, match="losses"):
+        train(sd, made, tmp_path / "run", stage=other)
+    train(sd, made, tmp_path / "run", stage=STAGE.model_copy(update={"steps": 4, "learning_rate": 5e-4}))
+    assert losses(tmp_path / "run")[-1]["step"] == 4
+
+
+def test_damaged_checkpoint_is_one_clear_line(sd, made, tmp_path) -> None:
+    train(sd, made, tmp_path / "run", stage=STAGE.model_copy(update={"steps": 2}))
+    file = tmp_path / "run" / "checkpoints" / "step-0000002" / "student.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="damaged"):
+        train(sd, made, tmp_path / "run")
+
+
+def test_only_the_last_checkpoints_are_kept(sd, made, tmp_path) -> None:
+    train(sd, made, tmp_path / "run", checkpoint_every=1, keep_checkpoints=2)
+    assert [p.name for p in training.checkpoints(tmp_path / "run")] == ["step-0000005", "step-0000006"]
+
+
+def test_cache_of_another_teacher_is_refused(made, tmp_path) -> None:
+    other = make_pipeline(tmp_path / "other", "sd", seed=9)
+    with pytest.raises(UserError, match="made with other"):
+        train(other, made, tmp_path / "run")
+
+
+def test_v_prediction_and_sdxl_train(pictures, tmp_path) -> None:
+    for kind, prediction, plan in (("sd", "v_prediction", "bk-tiny"), ("sdxl", "epsilon", "vega")):
+        folder = make_pipeline(tmp_path / kind, kind, prediction_type=prediction)
+        teacher = Teacher(folder)
+        made = cache(teacher, Data(source=str(pictures)), tmp_path / f"{kind}-cache")
+        train(folder, made, tmp_path / f"{kind}-run", plan=plan)
+        rows = losses(tmp_path / f"{kind}-run")
+        assert rows[-1]["step"] == 6
+        assert all(row["feature"] > 0 for row in rows)
+
+
+def test_draws_depend_on_step_and_position_alone(made) -> None:
+    draws = Draws(made, STAGE, 3, 1000)
+    whole = [b for b in batches(draws, 0, 4, 0, 1)]
+    later = [b for b in batches(draws, 4, 4, 0, 1)]
+    assert torch.equal(whole[4]["noise"], later[0]["noise"])
+    shares = [list(batches(draws, 0, 2, rank, 2)) for rank in (0, 1)]
+    assert torch.equal(torch.cat([shares[0][1]["latents"], shares[1][1]["latents"]]), whole[1]["latents"])
+    assert not torch.equal(whole[0]["noise"][0], whole[0]["noise"][1])
+
+
+def test_captions_are_dropped_at_the_rate_asked_for(made) -> None:
+    stage = STAGE.model_copy(update={"caption_dropout": 0.25, "steps": 100})
+    draws = Draws(made, stage, 3, 1000)
+    empty = draws.unconditional.embeds[0]
+    dropped = sum(torch.equal(draws[step, i]["embeds"], empty) for step in range(100) for i in range(4))
+    assert 70 < dropped < 130
+
+
+def test_an_epoch_shows_each_sample_once(made) -> None:
+    seen = [training._permutation(1, 0, len(made)), training._permutation(1, 1, len(made))]
+    assert sorted(seen[0]) == list(range(len(made))) == sorted(seen[1])
+    assert seen[0] != seen[1]
+
+
+def test_learning_rate_by_hand() -> None:
+    stage = Stage(steps=12, learning_rate=1.0, warmup_steps=2, schedule="cosine")
+    assert [learning_rate_at(stage, s) for s in (0, 1, 2, 7, 12)] == pytest.approx([0.5, 1, 1, 0.5, 0])
+    assert learning_rate_at(Stage(steps=10, learning_rate=0.1, warmup_steps=0), 9) == 0.1
+
+
+def test_micro_batch_that_does_not_divide_is_refused(sd, made, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"--micro-batch 3.*1, 2, 4"):
+        train(sd, made, tmp_path / "run", runtime=Runtime(device="cpu", precision="no", micro_batch=3))
