@@ -77,13 +77,14 @@ def _runtime(device: str | None, precision: str, micro: int | None, checkpointin
         available = [str(t.value if hasattr(t, "value") else t) for t in get_available_trackers()]
         if tracker not in available:
             raise UserError(f"--tracker {tracker}: not installed; available: {', '.join(available) or 'none'}")
+    chosen: Any = precision
     return Runtime(
         device=device,
-        precision=precision,
+        precision=chosen,
         micro_batch=micro,
         gradient_checkpointing=checkpointing,
         tracker=tracker,
-    )  # type: ignore[arg-type]
+    )
 
 
 def _recipe(path: Path, overrides: list[str] | None) -> Any:

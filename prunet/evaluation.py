@@ -1,7 +1,7 @@
 """How near the student is to the teacher, and how much smaller and faster."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -186,15 +186,16 @@ def markdown(result: dict[str, Any]) -> str:
     sizes, speed = result["sizes"], result["speed"]
     speeds = speed["speeds"]
 
-    def row(label: str, teacher: float, student: float, form: str) -> str:
+    def row(label: str, values: Iterable[float], form: str) -> str:
+        teacher, student = values
         return f"| {label} | {form.format(teacher)} | {form.format(student)} | {100 * student / teacher:.0f} % |"
 
     lines = ["| | teacher | student | student / teacher |", "|---|---:|---:|---:|"]
-    lines.append(row("U-Net parameters (M)", *(sizes[n]["parameters"] / 1e6 for n in sizes), "{:.2f}"))
-    lines.append(row("multiply-adds of a call (G)", *(sizes[n]["macs"] / 1e9 for n in sizes), "{:.3f}"))
-    lines.append(row("latency of a call (ms)", *(speeds[n]["latency_ms"] for n in speeds), "{:.1f}"))
+    lines.append(row("U-Net parameters (M)", (sizes[n]["parameters"] / 1e6 for n in sizes), "{:.2f}"))
+    lines.append(row("multiply-adds of a call (G)", (sizes[n]["macs"] / 1e9 for n in sizes), "{:.3f}"))
+    lines.append(row("latency of a call (ms)", (speeds[n]["latency_ms"] for n in speeds), "{:.1f}"))
     if all(s["peak_memory_mb"] for s in speeds.values()):
-        lines.append(row("peak memory of a call (MB)", *(speeds[n]["peak_memory_mb"] for n in speeds), "{:.0f}"))
+        lines.append(row("peak memory of a call (MB)", (speeds[n]["peak_memory_mb"] for n in speeds), "{:.0f}"))
     distance = result["distance"]
     protocol = result["protocol"]
     lines += [

@@ -25,8 +25,9 @@ from torch import Tensor
 from prunet.console import progress, say
 from prunet.errors import UserError
 from prunet.files import new_file, read_json, write_json
-from prunet.pictures import BrokenPicture, Picture, check_source, fit, read_pictures
+from prunet.pictures import BrokenPicture, Picture, fit
 from prunet.recipe import Data, read_prompts
+from prunet.sources import check_source, read_pictures, source_files
 from prunet.teacher import PromptEmbeds, Teacher
 
 FORMAT = 1
@@ -150,7 +151,7 @@ def cache_spec(teacher: Teacher, data: Data, seed: int) -> dict[str, Any]:
     if data.prompts is not None:
         content = _hash(read_prompts(data.prompts, data.limit))
     else:
-        content = _hash(_listing(data.source))
+        content = _hash(source_files(data.source or []))
     chosen = data.model_dump(mode="json", exclude={"prompts"} if data.prompts is not None else {"source"})
     return {
         "format": FORMAT,
@@ -331,23 +332,6 @@ def _shard_label(path: Path) -> tuple[int, list[tuple[str, str]]]:
     with safe_open(path, framework="pt") as file:
         label = file.metadata()
     return int(label["count"]), [(key, why) for key, why in json.loads(label["skipped"])]
-
-
-def _listing(source: str | list[str] | None) -> Any:
-    """Names and sizes of the local files that a source means; the name itself for what is not local."""
-    names = [source] if isinstance(source, str) else list(source or [])
-    out: list[Any] = []
-    for name in names:
-        path = Path(name)
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file())
-            out += [(str(p.relative_to(path)), p.stat().st_size) for p in files]
-        elif path.is_file():
-            out.append((path.name, path.stat().st_size))
-        else:
-            matches = sorted(path.parent.glob(path.name)) if path.parent.is_dir() and "*" in path.name else []
-            out += [(p.name, p.stat().st_size) for p in matches] or [name]
-    return out
 
 
 def _hash(value: Any) -> str:

@@ -226,9 +226,9 @@ def export_single_file(pipeline: Path | str, path: Path | str, *, fp16: bool = F
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: name the single file something.safetensors")
     source = Teacher(pipeline, dtype=torch.float16 if fp16 else torch.float32)
-    encoders = [source.text_part(name) for name in source.text_encoders]
+    encoders = {name: source.text_part(name) for name in source.text_encoders}
     prediction_type = source.noise_scheduler.config.prediction_type
-    tensors = ldm.to_ldm(source.unet, source.vae, *encoders, dtype=source.dtype, prediction_type=prediction_type)
+    tensors = ldm.to_ldm(source.unet, source.vae, **encoders, dtype=source.dtype, prediction_type=prediction_type)  # type: ignore[arg-type]
     with new_folder(path.with_suffix(".config")) as part:
         ignored = shutil.ignore_patterns("*.safetensors", "README.md")
         shutil.copytree(pipeline, part, ignore=ignored, dirs_exist_ok=True)

@@ -31,27 +31,29 @@ class Part(BaseModel):
 
 class TeacherSource(Part):
     source: str = Field(description="diffusers folder, .safetensors file or hub id")
-    config: str | None = Field(None, description="for a single file: folder or hub id with configs and tokenizers")
-    revision: str | None = Field(None, description="of a hub id")
+    config: str | None = Field(
+        default=None, description="for a single file: folder or hub id with configs and tokenizers"
+    )
+    revision: str | None = Field(default=None, description="of a hub id")
 
 
 class Data(Part):
     """Pictures with captions (`source`), or `prompts` from which the teacher makes the latents itself."""
 
-    source: str | list[str] | None = Field(None, description="folder, tar shards, parquet or datasets id")
-    prompts: str | list[str] | None = Field(None, description="prompts, or a text file with one a line")
+    source: str | list[str] | None = Field(default=None, description="folder, tar shards, parquet or datasets id")
+    prompts: str | list[str] | None = Field(default=None, description="prompts, or a text file with one a line")
     size: Annotated[int, Field(ge=8, le=4096)] | None = Field(
         None, description="pixels; the teacher's own if not given"
     )
     crop: Literal["center", "random"] = "center"
-    flip: bool = Field(False, description="mirror half of the pictures")
-    views: Steps = Field(1, description="crops, flips and captions drawn from each picture")
-    limit: Steps | None = Field(None, description="use only the first N pictures or prompts")
+    flip: bool = Field(default=False, description="mirror half of the pictures")
+    views: Steps = Field(default=1, description="crops, flips and captions drawn from each picture")
+    limit: Steps | None = Field(default=None, description="use only the first N pictures or prompts")
     image_column: str = "image"
     caption_column: str | None = None
-    steps: Steps = Field(25, description="prompts only: sampling steps")
-    guidance_scale: Weight = Field(7.5, description="prompts only")
-    images_per_prompt: Steps = Field(1, description="prompts only")
+    steps: Steps = Field(default=25, description="prompts only: sampling steps")
+    guidance_scale: Weight = Field(default=7.5, description="prompts only")
+    images_per_prompt: Steps = Field(default=1, description="prompts only")
 
     @model_validator(mode="after")
     def _one_of(self) -> "Data":
@@ -87,16 +89,16 @@ class Stage(Part):
     weight_decay: Weight = 1e-2
     max_grad_norm: Positive = 1.0
     losses: Losses = Losses()
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(0.9999, description="null: no EMA")
-    caption_dropout: Fraction = Field(0.1, description="share of samples that see the empty prompt")
-    min_snr_gamma: Positive | None = Field(None, description="weighs the task loss only")
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=0.9999, description="null: no EMA")
+    caption_dropout: Fraction = Field(default=0.1, description="share of samples that see the empty prompt")
+    min_snr_gamma: Positive | None = Field(default=None, description="weighs the task loss only")
 
 
 class Sheet(Part):
     """The picture sheet drawn while training: teacher and student at fixed prompts and fixed noise."""
 
-    prompts: list[str] | None = Field(None, description="the first evaluation prompts if not given")
-    every: Annotated[int, Field(ge=0)] = Field(1000, description="steps; 0: never")
+    prompts: list[str] | None = Field(default=None, description="the first evaluation prompts if not given")
+    every: Annotated[int, Field(ge=0)] = Field(default=1000, description="steps; 0: never")
 
 
 class Evaluation(Part):
@@ -115,9 +117,9 @@ class Evaluation(Part):
 
 
 class Export(Part):
-    fp16: bool = Field(False, description="write the weights in half precision")
-    single_file: bool = Field(False, description="also write the original LDM layout as one file")
-    license: str | None = Field(None, description="the student's licence: the teacher's, as a rule")
+    fp16: bool = Field(default=False, description="write the weights in half precision")
+    single_file: bool = Field(default=False, description="also write the original LDM layout as one file")
+    license: str | None = Field(default=None, description="the student's licence: the teacher's, as a rule")
 
 
 class Recipe(Part):
@@ -129,7 +131,9 @@ class Recipe(Part):
     sheet: Sheet = Sheet()
     export: Export = Export()
     output: str = Field(description="the run folder")
-    cache: str | None = Field(None, description="where the latents go, to share them between runs; in the run folder")
+    cache: str | None = Field(
+        default=None, description="where the latents go, to share them between runs; in the run folder"
+    )
     seed: int = 1234
     checkpoint_every: Steps = 1000
     keep_checkpoints: Steps = 2

@@ -13,39 +13,44 @@ import yaml
 from PIL import Image
 
 from prunet import __version__, unet
-from prunet.errors import UserError
 from prunet.evaluation import LEVELS
 from prunet.files import read_json, write_text
 from prunet.training import read_log
 
 Row = Mapping[str, Any]
 Point = tuple[float, float]
+Axis = list[
+    list[tuple[float, Row]]
+]  # for each stage: where a row of its log stands among the steps of all, and the row
 COLUMNS = {"teacher": "teacher", "before": "student before", "after": "student after"}
 SERIES = {"loss": "total", "task": "task", "output": "output", "feature": "feature"}
 PICTURE_SIDE, SHEET_SIDE, MOST_SHEETS = 384, 1200, 6  # longest sides in pixels; sheets of a stage
 MOST_POINTS, MOST_TIPS = 500, 80  # of a line; of a chart
-SPAN = 1000  # of a chart's own coordinates, both ways; the page stretches them
 
 
 def write_report(folder: Path | str) -> Path:
     """Writes `report.html` into a run folder from what lies there; the page needs no other file and no network.
 
     Raises:
-        UserError: recipe, plan or evaluation is not there or not readable.
+        UserError: the run is not that far: no plan or no evaluation there, or not readable.
     """
     folder = Path(folder)
-    try:
-        recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
-        recipe = yaml.safe_load(recipe_text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{folder / 'recipe.yaml'}: not readable as YAML ({error})") from error
     plan = read_json(folder / "plan.json")
     evaluation = read_json(folder / "evaluation" / "evaluation.json")
+    recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    recipe = yaml.safe_load(recipe_text)
     steps = read_json(folder / "steps.json") if (folder / "steps.json").is_file() else {}
     stages = [folder / f"stage-{number}" for number in range(1, len(recipe["stages"]) + 1)]
     axis = _on_one_axis([read_log(log) if log.is_file() else [] for log in (stage / "log.jsonl" for stage in stages)])
-    template = _environment().get_template("report.html.j2")
-    page = template.render(
+    env = jinja2.Environment(
+        loader=jinja2.PackageLoader("prunet", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    env.filters |= {"number": _number, "many": _many, "percent": _percent, "duration": _duration}
+    page = env.get_template("report.html.j2").render(
         version=__version__,
         teacher=_short(recipe["teacher"]["source"]),
         recipe=recipe,
@@ -66,18 +71,6 @@ def write_report(folder: Path | str) -> Path:
     return path
 
 
-def _environment() -> jinja2.Environment:
-    env = jinja2.Environment(
-        loader=jinja2.PackageLoader("prunet", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    env.filters |= {"number": _number, "many": _many, "percent": _percent, "times": _times, "duration": _duration}
-    return env
-
-
 # -- numbers as text
 
 
@@ -89,16 +82,14 @@ def _number(value: float, digits: int = 3) -> str:
     return f"{value:.1e}" if size < -4 else f"{value:,.{max(0, digits - 1 - size)}f}"
 
 
-def _many(count: float) -> str:
-    return f"{_number(count / 1e9, 4)} G" if count >= 1e10 else f"{_number(count / 1e6, 4)} M"
+def _many(count: float, digits: int = 3) -> str:
+    """As the field says it: 266 k, 2,567 M parameters, 338 G multiply-adds."""
+    unit, scale = ("G", 1e9) if count >= 1e10 else ("M", 1e6) if count >= 1e6 else ("k", 1e3)
+    return f"{_number(count / scale, digits)} {unit}"
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.095 or share == 0 else f"{100 * share:.1f} %"
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:,.0f}×" if ratio >= 20 else f"{ratio:.1f}×"
 
 
 def _duration(seconds: float) -> str:
@@ -200,13 +191,9 @@ def _stage(name: str, net: Any, gone: set[str]) -> dict[str, Any]:
         if getattr(block, f"{kind}s", None) is not None:
             layers.append([_part(kind, f"{name}.{kind}s.0", getattr(block, f"{kind}s"), gone)])
     sizes = {n: p.numel() for n, p in block.named_parameters(prefix=name)}
-    return {
-        "name": name,
-        "gone": _is_gone(name, gone),
-        "layers": layers,
-        "parameters": sum(sizes.values()),
-        "kept": sum(size for n, size in sizes.items() if not _is_gone(n, gone)),
-    }
+    kept = sum(size for n, size in sizes.items() if not _is_gone(n, gone))
+    is_gone = _is_gone(name, gone)
+    return {"name": name, "gone": is_gone, "layers": layers, "parameters": sum(sizes.values()), "kept": kept}
 
 
 def _part(kind: str, name: str, module: Any, gone: set[str]) -> dict[str, Any]:
@@ -222,18 +209,18 @@ def _part(kind: str, name: str, module: Any, gone: set[str]) -> dict[str, Any]:
 # -- charts
 
 
-def _on_one_axis(logs: list[list[Row]]) -> list[list[tuple[float, Row]]]:
-    """The rows of each stage with their place among the steps of all; a stage begins where the last one ended."""
+def _on_one_axis(logs: list[list[Row]]) -> Axis:
+    """A stage begins where the last one ended."""
     starts = accumulate((log[-1]["step"] if log else 0 for log in logs), initial=0)
     return [[(start + row["step"], row) for row in log] for start, log in zip(starts, logs, strict=False)]
 
 
-def _segments(axis: list[list[tuple[float, Row]]], key: str) -> list[list[Point]]:
+def _segments(axis: Axis, key: str) -> list[list[Point]]:
     """One line a stage, without what a logarithmic scale has no place for (0: a loss that is not used)."""
     return [[(x, row[key]) for x, row in stage if 0 < row.get(key, 0) < math.inf] for stage in axis]
 
 
-def _loss_chart(axis: list[list[tuple[float, Row]]]) -> dict[str, Any] | None:
+def _loss_chart(axis: Axis) -> dict[str, Any] | None:
     """The losses over the steps of all stages."""
     rows = [row for stage in axis for row in stage]
     tips = [
@@ -260,10 +247,10 @@ def _level_chart(distance: Row) -> dict[str, Any] | None:
         for i, x in enumerate(LEVELS[: len(values["after"])])
     ]
     chart = _chart(lines, 100, tips)
-    return chart and {**chart, "x_ticks": [(x, f"{x} %") for x in range(0, 101, 20)], "stages": []}
+    return chart and chart | {"x_ticks": [(x, f"{x} %") for x in range(0, 101, 20)], "stages": []}
 
 
-def _pair_rows(axis: list[list[tuple[float, Row]]], pairs: list[Row]) -> list[dict[str, Any]]:
+def _pair_rows(axis: Axis, pairs: list[Row]) -> list[dict[str, Any]]:
     """The feature loss of each pair: first and last value, and its way between them."""
     rows = []
     for pair in pairs:
@@ -278,7 +265,7 @@ def _pair_rows(axis: list[list[tuple[float, Row]]], pairs: list[Row]) -> list[di
 def _chart(
     lines: Mapping[str, list[list[Point]]], right: float, tips: list[tuple[float, str]], *, smooth: bool = False
 ) -> dict[str, Any] | None:
-    """Lines over 0 to `right`, y logarithmic: `raw` and, if smoothed, `points` are what the page draws."""
+    """Lines over 0 to `right`, y logarithmic, in a square of 1000 that the page stretches; `raw`: not smoothed."""
     values = [y for segments in lines.values() for segment in segments for _, y in segment]
     if not values or not right:
         return None
@@ -288,7 +275,7 @@ def _chart(
         return math.log(high / y) / math.log(high / low)
 
     def place(points: list[Point]) -> list[str]:
-        return [f"{SPAN * x / right:.1f},{SPAN * height(y):.1f}" for x, y in _thin(points, MOST_POINTS)]
+        return [f"{1000 * x / right:.1f},{1000 * height(y):.1f}" for x, y in _thin(points, MOST_POINTS)]
 
     drawn = []
     for name, segments in lines.items():
@@ -296,9 +283,9 @@ def _chart(
         if ways:
             raw = [place(segment) for segment in segments if segment] if smooth else []
             drawn.append({"name": name, "raw": raw, "points": list(map(place, ways)), "last": ways[-1][-1][1]})
-    width = SPAN / max(1, len(tips))
-    bands = [(f"{SPAN * x / right - width / 2:.1f}", f"{width:.1f}", text) for x, text in tips]
-    return {"lines": drawn, "y_ticks": [(100 * height(y), _number(y, 2)) for y in _log_ticks(low, high)], "tips": bands}
+    width = 1000 / max(1, len(tips))
+    bands = [(f"{1000 * x / right - width / 2:.1f}", f"{width:.1f}", text) for x, text in tips]
+    return {"lines": drawn, "y_ticks": [(100 * height(y), f"{y:.3g}") for y in _log_ticks(low, high)], "tips": bands}
 
 
 def _smooth(points: list[Point]) -> list[Point]:
@@ -314,8 +301,8 @@ def _smooth(points: list[Point]) -> list[Point]:
 
 def _log_ticks(low: float, high: float) -> list[float]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
-        ticks = [m * 10.0**k for k in powers for m in steps if low <= m * 10.0**k <= high]
+    for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+        ticks = [m * 10.0**k for k in powers for m in digits if low <= m * 10.0**k <= high]
         if len(ticks) >= 3:
             return _thin(ticks, 7)
     return [low * (high / low) ** share for share in (0.1, 0.5, 0.9)]

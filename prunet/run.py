@@ -29,15 +29,15 @@ from prunet.console import say
 from prunet.errors import UserError
 from prunet.files import clear_errors, new_folder, read_json, write_json, write_text
 from prunet.latents import Cache, cache, cache_spec, check_size
-from prunet.pictures import check_source
 from prunet.pipeline import SAMPLERS, export, export_single_file
 from prunet.plan import Derived, derive
-from prunet.recipe import Recipe, read_prompts
+from prunet.recipe import Recipe, Stage, read_prompts
 from prunet.sheets import Sheets
 from prunet.size import training_memory
+from prunet.sources import check_source
 from prunet.student import inherit
 from prunet.teacher import Teacher
-from prunet.training import PACE, Runtime, check_batch, distil
+from prunet.training import PACE, Runtime, distil, micro_batch_of
 
 STEPS = ("plan", "build", "cache", "distil", "evaluate", "export", "report")
 
@@ -75,7 +75,7 @@ class Run:
             raise UserError(f"evaluation.sampler: no sampler {recipe.evaluation.sampler!r}: {', '.join(SAMPLERS)}")
         _ = self.teacher.noise_scheduler
         for stage in recipe.stages:
-            check_batch(stage, self.runtime, int(os.environ.get("WORLD_SIZE", 1)))
+            self.micro_batch(stage)
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"output: {self.folder} is a file; the run needs a folder")
         with clear_errors(self.folder):
@@ -89,6 +89,17 @@ class Run:
                 f"output: checkpoints in {self.folder} need about {need / 1e9:.1f} GB free; lower keep_checkpoints, or "
                 "give an output on another disk"
             )
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        side = self.size // self.teacher.vae_scale
+        return side, side
+
+    def micro_batch(self, stage: Stage) -> int:
+        """Samples at once on each device in this stage."""
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        configs = (self.derived.teacher_config, self.derived.student_config)
+        return micro_batch_of(stage, self.runtime, *configs, self.latent_size, ranks)
 
     # -- fingerprints: each step's inputs, chained
 
@@ -342,8 +353,7 @@ def _hash(*values: Any) -> str:
 def estimate(this: Run) -> dict[str, Any]:
     """Memory by part from shapes, and hours from a short probe of the real step on this device with random weights."""
     stage = this.recipe.stages[0]
-    micro = check_batch(stage, this.runtime)
-    latent = (this.size // this.teacher.vae_scale,) * 2
+    micro, latent = this.micro_batch(stage), this.latent_size
     memory = training_memory(
         this.derived.teacher_config,
         this.derived.student_config,

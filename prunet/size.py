@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -119,3 +120,28 @@ def training_memory(
         "ema": s * 4 if ema else 0,
         "activations": int(elements * (2 if half else 4) * kept),
     }
+
+
+def fitting_micro_batch(
+    teacher: Mapping[str, Any],
+    student: Mapping[str, Any],
+    *,
+    batch_size: int,
+    device: torch.device,
+    **options: Any,
+) -> int:
+    """The largest divisor of `batch_size` whose estimated memory fits the device; at least 1.
+
+    Judged by the memory that the device has, not by what is free now: the same command must not round differently
+    because something else was running.
+    """
+    if device.type == "cuda":
+        budget = 0.9 * torch.cuda.get_device_properties(device).total_memory
+    else:
+        budget = 0.5 * psutil.virtual_memory().total
+    for micro in range(batch_size, 1, -1):
+        if batch_size % micro == 0:
+            needed = training_memory(teacher, student, micro_batch=micro, **options)
+            if sum(needed.values()) <= budget:
+                return micro
+    return 1

@@ -106,7 +106,7 @@ class Teacher:
             self._read_index()
         elif path.is_file():
             self._open_file(path, config)
-        elif re.fullmatch(r"[\w.-]+/[\w.-]+", self.source) and not path.suffix == ".safetensors":
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+", self.source) and path.suffix != ".safetensors":
             self._hub = self.source
             self._folder = self._download("*.json", "*/*.json", "tokenizer*/*")
             self._read_index()
@@ -370,9 +370,11 @@ class Teacher:
         """A stock pipeline of the teacher's parts, with `parts` (such as `unet=student`) in place of its own."""
         from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
+        for name in ("unet", "vae"):
+            if name not in parts:
+                parts[name] = getattr(self, name)
         common = {
-            "vae": parts["vae"] if "vae" in parts else self.vae,
-            "unet": parts["unet"] if "unet" in parts else self.unet,
+            **parts,
             "scheduler": _scheduler(self.part_config("scheduler")),
             **self._text_parts,
         }

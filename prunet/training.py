@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +27,7 @@ from prunet.losses import add_noise, feature_losses, min_snr_weight, mse, traini
 from prunet.plan import Pair
 from prunet.recipe import Stage
 from prunet.sheets import Sheets
+from prunet.size import fitting_micro_batch
 from prunet.taps import tap
 from prunet.teacher import Teacher, conditioning
 
@@ -135,15 +136,37 @@ def learning_rate_at(stage: Stage, step: int) -> float:
     return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def check_batch(stage: Stage, runtime: Runtime, ranks: int = 1) -> int:
-    """The micro-batch; refuses one that does not divide the batch."""
-    micro = runtime.micro_batch or stage.batch_size // ranks
-    if micro < 1 or stage.batch_size % (micro * ranks):
+def micro_batch_of(
+    stage: Stage,
+    runtime: Runtime,
+    teacher_config: Mapping[str, Any],
+    student_config: Mapping[str, Any],
+    latent_size: tuple[int, int],
+    ranks: int = 1,
+) -> int:
+    """Samples at once on each device: as asked, or what fits. Refuses a number that does not divide the batch."""
+    share, rest = divmod(stage.batch_size, ranks)
+    asked = runtime.micro_batch
+    if rest or not share or (asked and share % asked):
+        fits = [str(m) for m in range(1, share + 1) if share % m == 0] if share and not rest else []
         raise UserError(
-            f"--micro-batch {micro} on {ranks} process(es) does not divide batch_size {stage.batch_size}: choose one of "
-            f"{', '.join(str(m) for m in range(1, stage.batch_size + 1) if stage.batch_size % (m * ranks) == 0)}"
+            f"batch_size {stage.batch_size} on {ranks} process(es) cannot be shared out"
+            + (
+                f" in micro-batches of {asked}: choose --micro-batch {', '.join(fits)}"
+                if fits
+                else ": choose a multiple"
+            )
         )
-    return micro
+    return asked or fitting_micro_batch(
+        teacher_config,
+        student_config,
+        batch_size=share,
+        device=runtime.torch_device,
+        latent_size=latent_size,
+        half=runtime.mixed_precision != "no",
+        ema=stage.ema_decay is not None,
+        gradient_checkpointing=runtime.gradient_checkpointing,
+    )
 
 
 def distil(
@@ -177,7 +200,8 @@ def distil(
         project_dir=str(folder) if runtime.tracker else None,
     )
     device, ranks = accelerator.device, accelerator.num_processes
-    micro_batch = check_batch(stage, runtime, ranks)
+    configs = (teacher.unet_config, dict(student.config))
+    micro_batch = micro_batch_of(stage, runtime, *configs, cache.latent_size, ranks)
     cache.check(teacher)
 
     # Pairs are module objects of the bare models, found before anything is wrapped.
@@ -225,7 +249,7 @@ def distil(
                 text = (batch["embeds"], batch.get("pooled"), batch.get("time_ids"))
 
                 with torch.no_grad():
-                    frozen = (None if x is None else x.to(teacher_unet.dtype) for x in text)
+                    frozen: Any = (None if x is None else x.to(teacher_unet.dtype) for x in text)
                     eps_t = teacher_unet(
                         noisy.to(teacher_unet.dtype),
                         batch["timestep"],
@@ -330,8 +354,8 @@ def _check_finite(losses: dict[str, float], step: int, stage: Stage, folder: Pat
         state = f"the last good state is {saved[-1]}" if saved else "no checkpoint was written yet"
         raise UserError(
             f"The loss is not finite at step {step} ({', '.join(bad[:3])}); {state}, and the same command goes on from "
-            f"there: try a lower learning_rate (now {stage.learning_rate:g}), more warmup_steps, a lower max_grad_norm, "
-            "or --precision bf16 or no"
+            f"there: try a lower learning_rate (now {stage.learning_rate:g}), more warmup_steps, a lower "
+            "max_grad_norm, or --precision bf16 or no"
         )
 
 

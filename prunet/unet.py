@@ -175,11 +175,10 @@ def kept_stages(config: Mapping[str, Any], removed: Mapping[str, str]) -> tuple[
         )
     for d, u in zip(down, reversed(up), strict=True):
         if len(u.layers) != len(d.layers) + 1:
-            more = "up" if len(u.layers) > len(d.layers) + 1 else "down"
+            where = f"up_blocks.{u.index}" if len(u.layers) > len(d.layers) + 1 else f"down_blocks.{d.index}"
             raise UserError(
                 f"Uneven stages: down_blocks.{d.index} keeps {len(d.layers)} resnets, so its mirror up_blocks.{u.index} "
-                f"must keep {len(d.layers) + 1}, not {len(u.layers)} (one skip connection each): remove more from "
-                f"{more}_blocks.{u.index if more == 'up' else d.index}"
+                f"must keep {len(d.layers) + 1} (one skip connection each), not {len(u.layers)}: remove more from {where}"
             )
     return down, up
 

@@ -16,9 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from prunet import pictures
+from prunet import pictures, sources
 from prunet.errors import UserError
-from prunet.pictures import BrokenPicture, check_source, fit, read_pictures
+from prunet.pictures import BrokenPicture, fit
+from prunet.sources import check_source, read_pictures
 
 
 def picture(color="red", size=(6, 4), mode="RGB") -> Image.Image:
@@ -258,7 +259,7 @@ def test_shards_by_path_glob_range_and_list_are_one_stream(tmp_path):
         assert list(usable.items()) == list(expected.items()) and not broken
         check_source(source)
     assert list(read(paths[1])[0]) == ["train-0009.tar/9/00"]
-    assert pictures._ranges("a{8..10}b{0..1}") == [f"a{n}b{m}" for n in (8, 9, 10) for m in (0, 1)]
+    assert sources._ranges("a{8..10}b{0..1}") == [f"a{n}b{m}" for n in (8, 9, 10) for m in (0, 1)]
     assert "train-0012.tar" in why_not(f"{tmp_path}/train-{{0008..0012}}.tar")
     assert "count up" in why_not(f"{tmp_path}/train-{{0009..0008}}.tar")
 
@@ -352,6 +353,7 @@ def test_shards_of_one_name_are_told_apart(tmp_path):
 
 def test_a_huge_member_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "MAX_FILE_MIB", 0)
+    monkeypatch.setattr(sources, "MAX_FILE_MIB", pictures.MAX_FILE_MIB)
     path = shard(tmp_path / "a.tar", {"0.png": encoded(), "0.txt": "a"})
     (sample,) = read_pictures(path)
     assert len(sample.open.args[1]) == 1

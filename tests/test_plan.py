@@ -67,9 +67,7 @@ def test_bk_students_have_the_published_config_keys_and_shapes(layout: str, name
     with torch.device("meta"):
         expected = UNet2DConditionModel(**{k: v for k, v in published.items() if k != "_class_name"})
     ours = skeleton(plan_of(layout, name).student_config)
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {
-        k: v.shape for k, v in expected.state_dict().items()
-    }
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in expected.state_dict().items()}
 
 
 def test_ssd_1b_has_the_published_config() -> None:
