@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from prunet.pipeline import export, generate
     from prunet.plan import Derived, Plan, derive, load_plan
     from prunet.recipe import Recipe, load_recipe
-    from prunet.run import run
+    from prunet.runs import Run, run
     from prunet.student import build
     from prunet.teacher import Teacher
-    from prunet.training import distil
+    from prunet.training import Runtime, distil
 
 __version__ = "0.1.0"
 
@@ -42,7 +42,9 @@ _HOME = {
     "generate": "pipeline",
     "Recipe": "recipe",
     "load_recipe": "recipe",
-    "run": "run",
+    "Runtime": "training",
+    "Run": "runs",
+    "run": "runs",
 }
 __all__ = [*_HOME, "__version__"]
 

@@ -142,7 +142,7 @@ def build(
     Writes a stock diffusers U-Net folder (load it with UNet2DConditionModel.from_pretrained).
     """
     from prunet.plan import derive, load_plan
-    from prunet.run import save_unet
+    from prunet.runs import save_unet
     from prunet.student import inherit
     from prunet.teacher import Teacher
 
@@ -161,7 +161,7 @@ def _refuse_foreign(folder: Path, own: str) -> None:
 
 
 def _run_until(until: str, path: Path, overrides: list[str] | None, runtime: Any, dry_run: bool, as_json: bool) -> None:
-    from prunet.run import Run, estimate
+    from prunet.runs import Run, estimate
 
     this = Run(_recipe(path, overrides), runtime)
     if dry_run:
@@ -267,7 +267,7 @@ def export(
     """Write the student of a run as a stock pipeline folder, or as one .safetensors for ComfyUI and others."""
     from prunet.pipeline import export as export_folder
     from prunet.pipeline import export_single_file
-    from prunet.run import Run, load_unet
+    from prunet.runs import Run, load_unet
     from prunet.teacher import Teacher
 
     if not (run_folder / "recipe.yaml").is_file():

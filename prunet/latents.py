@@ -324,14 +324,15 @@ def _write(path: Path, tensors: dict[str, Tensor], label: dict[str, Any]) -> Non
     if shutil.disk_usage(path.parent).free < need + 2**20:
         raise UserError(f"No space left while writing {path}; what was finished before is kept")
     with new_file(path) as part:
-        save_file(stored, part, metadata={name: json.dumps(value) for name, value in label.items()})
+        # One entry, because safetensors writes several in any order, and equal caches should be equal bytes.
+        save_file(stored, part, metadata={"label": json.dumps(label)})
 
 
 def _shard_label(path: Path) -> tuple[int, list[tuple[str, str]]]:
     _shard_shape(path)
     with safe_open(path, framework="pt") as file:
-        label = file.metadata()
-    return int(label["count"]), [(key, why) for key, why in json.loads(label["skipped"])]
+        label = json.loads(file.metadata()["label"])
+    return label["count"], [(key, why) for key, why in label["skipped"]]
 
 
 def _hash(value: Any) -> str:

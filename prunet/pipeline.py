@@ -49,7 +49,9 @@ def set_sampler(pipe: Any, name: str | None) -> Any:
         return pipe
     if name not in SAMPLERS:
         raise UserError(f"No sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
-    pipe.scheduler = SAMPLERS[name].from_config(pipe.scheduler.config)
+    # PNDM without its warm-up, as Stable Diffusion ships it: that needs at least four steps.
+    options = {"skip_prk_steps": True} if name == "pndm" else {}
+    pipe.scheduler = SAMPLERS[name].from_config(pipe.scheduler.config, **options)
     return pipe
 
 

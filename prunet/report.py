@@ -19,9 +19,7 @@ from prunet.training import read_log
 
 Row = Mapping[str, Any]
 Point = tuple[float, float]
-Axis = list[
-    list[tuple[float, Row]]
-]  # for each stage: where a row of its log stands among the steps of all, and the row
+Axis = list[list[tuple[float, Row]]]  # by stage: rows of its log, each with its place among the steps of all
 COLUMNS = {"teacher": "teacher", "before": "student before", "after": "student after"}
 SERIES = {"loss": "total", "task": "task", "output": "output", "feature": "feature"}
 PICTURE_SIDE, SHEET_SIDE, MOST_SHEETS = 384, 1200, 6  # longest sides in pixels; sheets of a stage
@@ -39,16 +37,11 @@ def write_report(folder: Path | str) -> Path:
     evaluation = read_json(folder / "evaluation" / "evaluation.json")
     recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
     recipe = yaml.safe_load(recipe_text)
-    steps = read_json(folder / "steps.json") if (folder / "steps.json").is_file() else {}
+    steps = read_json(path) if (path := folder / "steps.json").is_file() else {}
     stages = [folder / f"stage-{number}" for number in range(1, len(recipe["stages"]) + 1)]
-    axis = _on_one_axis([read_log(log) if log.is_file() else [] for log in (stage / "log.jsonl" for stage in stages)])
-    env = jinja2.Environment(
-        loader=jinja2.PackageLoader("prunet", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    axis = _read_logs(stages)
+    loader, undefined = jinja2.PackageLoader("prunet", "."), jinja2.StrictUndefined
+    env = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=undefined)
     env.filters |= {"number": _number, "many": _many, "percent": _percent, "duration": _duration}
     page = env.get_template("report.html.j2").render(
         version=__version__,
@@ -78,7 +71,7 @@ def _number(value: float, digits: int = 3) -> str:
     """`digits` significant digits, thousands apart, and an exponent only below 0.0001."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    size = math.floor(math.log10(abs(value)))
+    size = int(f"{value:.{digits - 1}e}".partition("e")[2])  # after rounding: 9.99 may become 10
     return f"{value:.1e}" if size < -4 else f"{value:,.{max(0, digits - 1 - size)}f}"
 
 
@@ -93,10 +86,8 @@ def _percent(share: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
+    scale, unit = (3600, "h") if seconds >= 3600 else (60, "min") if seconds >= 60 else (1, "s")
+    return f"{_number(seconds / scale, 2)} {unit}"
 
 
 def _short(source: str) -> str:
@@ -192,8 +183,8 @@ def _stage(name: str, net: Any, gone: set[str]) -> dict[str, Any]:
             layers.append([_part(kind, f"{name}.{kind}s.0", getattr(block, f"{kind}s"), gone)])
     sizes = {n: p.numel() for n, p in block.named_parameters(prefix=name)}
     kept = sum(size for n, size in sizes.items() if not _is_gone(n, gone))
-    is_gone = _is_gone(name, gone)
-    return {"name": name, "gone": is_gone, "layers": layers, "parameters": sum(sizes.values()), "kept": kept}
+    facts = {"parameters": sum(sizes.values()), "kept": kept}
+    return {"name": name, "gone": _is_gone(name, gone), "layers": layers, **facts}
 
 
 def _part(kind: str, name: str, module: Any, gone: set[str]) -> dict[str, Any]:
@@ -209,8 +200,9 @@ def _part(kind: str, name: str, module: Any, gone: set[str]) -> dict[str, Any]:
 # -- charts
 
 
-def _on_one_axis(logs: list[list[Row]]) -> Axis:
-    """A stage begins where the last one ended."""
+def _read_logs(stages: list[Path]) -> Axis:
+    """The logs of all stages on one axis: a stage begins where the last one ended."""
+    logs = [read_log(log) if (log := stage / "log.jsonl").is_file() else [] for stage in stages]
     starts = accumulate((log[-1]["step"] if log else 0 for log in logs), initial=0)
     return [[(start + row["step"], row) for row in log] for start, log in zip(starts, logs, strict=False)]
 
@@ -233,9 +225,8 @@ def _loss_chart(axis: Axis) -> dict[str, Any] | None:
         size = 10 ** math.floor(math.log10(right / 5))
         every = max(1, next(m * size for m in (1, 2, 5, 10) if m * size >= right / 5))
         chart["x_ticks"] = [(100 * x * every / right, f"{x * every:,.0f}") for x in range(int(right / every) + 1)]
-        ends = [stage[-1][0] if stage else 0 for stage in axis]
-        starts = list(enumerate([0, *ends[:-1]], 1))
-        chart["stages"] = [(100 * x / right, f"stage {i}") for i, x in starts] if len(axis) > 1 else []
+        starts = [0, *(stage[-1][0] if stage else 0 for stage in axis[:-1])]
+        chart["stages"] = [(100 * x / right, f"stage {i}") for i, x in enumerate(starts, 1) if len(axis) > 1]
     return chart
 
 
@@ -266,6 +257,7 @@ def _chart(
     lines: Mapping[str, list[list[Point]]], right: float, tips: list[tuple[float, str]], *, smooth: bool = False
 ) -> dict[str, Any] | None:
     """Lines over 0 to `right`, y logarithmic, in a square of 1000 that the page stretches; `raw`: not smoothed."""
+    lines = {name: kept for name, segments in lines.items() if (kept := [s for s in segments if s])}
     values = [y for segments in lines.values() for segment in segments for _, y in segment]
     if not values or not right:
         return None
@@ -279,10 +271,9 @@ def _chart(
 
     drawn = []
     for name, segments in lines.items():
-        ways = [_smooth(segment) if smooth else segment for segment in segments if segment]
-        if ways:
-            raw = [place(segment) for segment in segments if segment] if smooth else []
-            drawn.append({"name": name, "raw": raw, "points": list(map(place, ways)), "last": ways[-1][-1][1]})
+        ways = [_smooth(segment) if smooth else segment for segment in segments]
+        raw = list(map(place, segments)) if smooth else []
+        drawn.append({"name": name, "raw": raw, "points": list(map(place, ways)), "last": ways[-1][-1][1]})
     width = 1000 / max(1, len(tips))
     bands = [(f"{1000 * x / right - width / 2:.1f}", f"{width:.1f}", text) for x, text in tips]
     return {"lines": drawn, "y_ticks": [(100 * height(y), f"{y:.3g}") for y in _log_ticks(low, high)], "tips": bands}

@@ -178,7 +178,7 @@ def kept_stages(config: Mapping[str, Any], removed: Mapping[str, str]) -> tuple[
             where = f"up_blocks.{u.index}" if len(u.layers) > len(d.layers) + 1 else f"down_blocks.{d.index}"
             raise UserError(
                 f"Uneven stages: down_blocks.{d.index} keeps {len(d.layers)} resnets, so its mirror up_blocks.{u.index} "
-                f"must keep {len(d.layers) + 1} (one skip connection each), not {len(u.layers)}: remove more from {where}"
+                f"must keep {len(d.layers) + 1} (one skip each), not {len(u.layers)}: remove more from {where}"
             )
     return down, up
 

@@ -1,0 +1,3 @@
+from prunet.cli import main
+
+main()

@@ -1,0 +1,192 @@
+"""The command line as a user meets it: help, JSON, and one line for each mistake."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import make_pictures
+from safetensors.torch import save_file
+
+from prunet.cli import main
+
+
+def call(capsys, *args: object) -> tuple[int, str, str]:
+    """Runs `prunet ARGS` in this process: exit code, stdout, stderr."""
+    argv, sys.argv = sys.argv, ["prunet", *map(str, args)]
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv = argv
+    out, err = capsys.readouterr()
+    return int(code or 0), out, err
+
+
+def recipe(folder: Path, teacher: object, source: object, **changes) -> Path:
+    value = {
+        "teacher": str(teacher),
+        "plan": "bk-small",
+        "data": {"source": str(source)},
+        "stages": [{"steps": 2, "batch_size": 2}],
+        "evaluation": {"prompts": ["a"], "steps": 1},
+        "output": str(folder / "run"),
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(value | changes))
+    return path
+
+
+def test_inspect_json_has_the_facts(capsys) -> None:
+    code, out, _ = call(capsys, "inspect", "sd-v1", "--plan", "bk-tiny", "--json")
+    facts = json.loads(out.splitlines()[-1])
+    assert code == 0
+    assert facts["parameters"] == {"teacher": 859_520_964, "student": 323_384_964}
+    assert {"macs", "student_config", "pairs", "weight_map", "loads_in"} <= facts.keys()
+
+
+def test_inspect_draws_what_goes_in_lower_case(capsys) -> None:
+    code, out, _ = call(capsys, "inspect", "sd-v1", "--plan", "bk-small")
+    assert code == 0
+    assert "down_blocks.0 " in out
+    assert "R A r a" in out
+    assert "(mid_block)" in out
+    assert "482,346,884" in out
+
+
+def test_inspect_reads_no_weight(capsys, sd, tmp_path) -> None:
+    folder = shutil.copytree(sd, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert call(capsys, "inspect", folder, "--plan", "bk-small")[0] == 0
+
+
+def test_verbs_in_a_row(capsys, sd, pictures, tmp_path) -> None:
+    path = recipe(tmp_path, sd, pictures)
+    flags = ("--device", "cpu", "--precision", "no", "--json")
+    code, out, _ = call(capsys, "run", path, "--dry-run", *flags)
+    cost = json.loads(out.splitlines()[-1])
+    assert code == 0
+    assert cost["images"] == 4
+    assert cost["memory_bytes"]["total"] > 0
+    assert set(cost["steps"].values()) == {"to do"}
+    for verb in ("cache", "distil", "evaluate", "run"):
+        code, out, _ = call(capsys, verb, path, *flags)
+        assert code == 0, verb
+        assert json.loads(out.splitlines()[-1])["output"] == str(tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").is_file()
+    code, out, _ = call(capsys, "export", tmp_path / "run", "--single-file", "-o", tmp_path / "s.safetensors", "--json")
+    assert (code, json.loads(out.splitlines()[-1])["output"]) == (0, str(tmp_path / "s.safetensors"))
+    code, out, _ = call(
+        capsys, "generate", tmp_path / "run", "a cat", "-n", 2, "--steps", 1, "-o", tmp_path / "g", *flags
+    )
+    assert [Path(p).is_file() for p in json.loads(out.splitlines()[-1])["pictures"]] == [True, True]
+    code, out, _ = call(capsys, "build", sd, "--plan", "bk-tiny", "-o", tmp_path / "tiny", "--json")
+    assert (tmp_path / "tiny" / "config.json").is_file()
+
+
+@pytest.fixture
+def bad(tmp_path, sd, pictures):
+    """Files and folders that are not what they should be."""
+    made = tmp_path / "bad"
+    made.mkdir()
+    (made / "model.ckpt").write_bytes(b"pickle")
+    (made / "empty.safetensors").write_bytes(b"")
+    (made / "text.txt").write_text("hello")
+    save_file({"a": torch.zeros(1)}, made / "other.safetensors")
+    (made / "no-index").mkdir()
+    broken = shutil.copytree(sd, made / "broken-weights")
+    file = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:2000])
+    pickled = shutil.copytree(sd, made / "pickled")
+    (pickled / "unet" / "diffusion_pytorch_model.safetensors").rename(pickled / "unet/diffusion_pytorch_model.bin")
+    flux = shutil.copytree(sd, made / "flux")
+    (flux / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    garbled = shutil.copytree(sd, made / "garbled")
+    (garbled / "unet" / "config.json").write_text("{")
+    make_pictures(made / "pictures", 2)
+    for text in (made / "pictures").glob("*.txt"):
+        text.unlink()
+    (made / "list.yaml").write_text("- a\n")
+    (made / "plan.yaml").write_text("remove: [up_blocks.0]\n")
+    return made
+
+
+def mistakes(bad: Path, sd: Path, pictures: Path, tmp_path: Path) -> dict[str, tuple]:
+    def with_recipe(name: str, verb: str = "run", teacher: object = sd, source: object = pictures, **changes) -> tuple:
+        folder = tmp_path / name.replace(" ", "-")
+        folder.mkdir()
+        return (verb, recipe(folder, teacher, source, **changes), "--device", "cpu", "--precision", "no")
+
+    return {
+        "no such verb": ("inspekt",),
+        "no such option": ("inspect", "sd-v1", "--plans", "bk-tiny"),
+        "no argument": ("inspect",),
+        "no such teacher": ("inspect", bad / "nowhere"),
+        "pickle": ("inspect", bad / "model.ckpt"),
+        "empty file": ("inspect", bad / "empty.safetensors"),
+        "text file": ("inspect", bad / "text.txt"),
+        "other tensors": ("inspect", bad / "other.safetensors"),
+        "folder without an index": ("inspect", bad / "no-index"),
+        "other pipeline": ("inspect", bad / "flux"),
+        "garbled config": ("inspect", bad / "garbled"),
+        "no such plan": ("inspect", "sd-v1", "--plan", "bk-tny"),
+        "plan that matches nothing": ("inspect", "sdxl", "--plan", "bk-tiny"),
+        "uneven plan": ("inspect", "sd-v1", "--plan", bad / "plan.yaml"),
+        "plan that is no plan": ("inspect", "sd-v1", "--plan", bad / "text.txt"),
+        "layout without weights": ("build", "sd-v1", "--plan", "bk-tiny", "-o", tmp_path / "o"),
+        "cut weights": ("build", bad / "broken-weights", "--plan", "bk-tiny", "-o", tmp_path / "o"),
+        "pickled weights": ("build", bad / "pickled", "--plan", "bk-tiny", "-o", tmp_path / "o"),
+        "output that is something else": ("build", sd, "--plan", "bk-tiny", "-o", bad),
+        "no recipe": ("run", bad / "none.yaml"),
+        "recipe that is a list": ("run", bad / "list.yaml"),
+        "folder that is no run": ("run", bad),
+        "unknown key": with_recipe("unknown key", stage=[]),
+        "no pictures": with_recipe("no pictures", source=bad / "nowhere"),
+        "pictures without captions": with_recipe("pictures without captions", source=bad / "pictures"),
+        "no shards": with_recipe("no shards", source=bad / "train-*.tar"),
+        "size": with_recipe("size", data={"source": str(pictures), "size": 24}),
+        "prompt file": with_recipe("prompt file", evaluation={"prompts": str(bad / "none.txt")}),
+        "sampler": with_recipe("sampler", evaluation={"prompts": ["a"], "sampler": "best"}),
+        "output is a file": with_recipe("output is a file", output=str(bad / "text.txt")),
+        "run of cut weights": with_recipe("run of cut weights", teacher=bad / "broken-weights"),
+        "set": (*with_recipe("set"), "--set", "stages.0.step=3"),
+        "set without a value": (*with_recipe("set without a value"), "--set", "stages"),
+        "micro-batch": (*with_recipe("micro-batch"), "--micro-batch", 3),
+        "micro-batch of 0": (*with_recipe("micro-batch of 0"), "--micro-batch", 0),
+        "precision": ("run", bad / "none.yaml", "--precision", "fp8"),
+        "device": ("generate", sd, "a", "--device", "cuda:7"),
+        "tracker": (*with_recipe("tracker"), "--tracker", "nothing"),
+        "generate without a model": ("generate", bad / "nowhere", "a"),
+        "generate sampler": ("generate", sd, "a", "--sampler", "best"),
+        "generate size": ("generate", sd, "a", "--size", 24),
+        "several pictures in one file": ("generate", sd, "a", "-n", 2, "-o", bad / "a.png"),
+        "export of no run": ("export", bad),
+        "export name": ("export", bad, "--single-file", "-o", bad / "x.ckpt"),
+    }
+
+
+def test_each_mistake_is_one_line_and_exit_code_2(capsys, bad, sd, pictures, tmp_path) -> None:
+    tried = mistakes(bad, sd, pictures, tmp_path)
+    assert len(tried) >= 30
+    for name, args in tried.items():
+        code, out, err = call(capsys, *args)
+        lines = [line for line in err.splitlines() if not line.startswith(("→", "✓"))]
+        assert (code, len(lines)) == (2, 1), f"{name}: {code}\n{err}"
+        assert lines[0].startswith("error: "), name
+        assert "Traceback" not in out + err
+
+
+def test_mistakes_of_a_real_process_have_no_traceback(bad) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "prunet", "inspect", str(bad / "model.ckpt")], capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "safetensors" in done.stderr

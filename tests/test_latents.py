@@ -1,0 +1,175 @@
+"""The cache: what it stores, that it can be killed, and that it is refused where it does not belong."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_pictures, make_pipeline
+from PIL import Image
+from safetensors import safe_open
+
+from prunet import Cache, Teacher, UserError, cache, latents
+from prunet.pictures import fit
+from prunet.recipe import Data
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(latents, "SHARD", 4)
+
+
+def test_holds_what_the_teachers_own_parts_say(sd, pictures, tmp_path) -> None:
+    teacher = Teacher(sd)
+    made = cache(teacher, Data(source=str(pictures)), tmp_path / "c")
+    assert len(made) == 12
+    pipe = teacher.pipeline()
+    image = Image.open(pictures / "003.png")
+    dist = pipe.vae.encode(fit(image, 16).pixels[None]).latent_dist
+    sample = made.sample(3)
+    torch.testing.assert_close(sample.mean, dist.mean[0] * pipe.vae.config.scaling_factor, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(sample.std, dist.std[0] * pipe.vae.config.scaling_factor, atol=2e-3, rtol=2e-3)
+    embeds, _ = pipe.encode_prompt("picture 3", "cpu", 1, False)
+    torch.testing.assert_close(sample.embeds, embeds[0], atol=2e-3, rtol=2e-3)
+    empty, _ = pipe.encode_prompt("", "cpu", 1, False)
+    torch.testing.assert_close(made.unconditional.embeds, empty, atol=2e-3, rtol=2e-3)
+
+
+def test_sdxl_keeps_pooled_embeddings_and_micro_conditioning(sdxl, tmp_path) -> None:
+    folder = make_pictures(tmp_path / "p", count=3, size=4000 // 100)
+    teacher = Teacher(sdxl)
+    made = cache(teacher, Data(source=str(folder), crop="random"), tmp_path / "c")
+    sample = made.sample(1)
+    embeds, _, pooled, _ = teacher.pipeline().encode_prompt(
+        "picture 1", device="cpu", do_classifier_free_guidance=False
+    )
+    assert sample.pooled is not None
+    torch.testing.assert_close(sample.embeds, embeds[0], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(sample.pooled, pooled[0], atol=2e-3, rtol=2e-3)
+    height, width, _, _, *target = sample.time_ids.tolist()
+    assert (height, width) == (40, 41)
+    assert target == [16, 16]
+    assert made.unconditional.embeds.abs().sum() == 0, "SDXL's empty prompt is zeros where its pipeline says so"
+
+
+def test_killed_and_given_again_ends_in_the_same_bytes(sd, pictures, tmp_path, small_shards, monkeypatch) -> None:
+    data = Data(source=str(pictures), flip=True, crop="random", views=2)
+    cache(Teacher(sd), data, tmp_path / "whole", seed=3)
+    write = latents._write
+
+    def dies(path, *rest):
+        if path.name == "shard-00003.safetensors":
+            raise KeyboardInterrupt
+        write(path, *rest)
+
+    monkeypatch.setattr(latents, "_write", dies)
+    with pytest.raises(KeyboardInterrupt):
+        cache(Teacher(sd), data, tmp_path / "parts", seed=3)
+    assert not (tmp_path / "parts" / "cache.json").exists()
+    with pytest.raises(UserError, match="no finished cache"):
+        Cache.open(tmp_path / "parts")
+    monkeypatch.setattr(latents, "_write", write)
+    (tmp_path / "parts" / ".shard-00003.safetensors.part").write_bytes(b"half a shard")
+    encoded = []
+    teacher = Teacher(sd)
+    real = teacher.encode_images
+    teacher.encode_images = lambda pixels: encoded.append(len(pixels)) or real(pixels)
+    made = cache(teacher, data, tmp_path / "parts", seed=3)
+    assert sum(encoded) == 24 - 3 * 4, "finished shards were encoded again"
+    assert shards(tmp_path / "parts") == shards(tmp_path / "whole")
+    assert len(made) == 24
+
+
+def test_broken_pictures_are_skipped_counted_and_named(sd, tmp_path, capsys) -> None:
+    folder = make_pictures(tmp_path / "p", count=5)
+    (folder / "002.png").write_bytes(b"not a picture")
+    (folder / "004.txt").unlink()
+    made = cache(Teacher(sd), Data(source=str(folder)), tmp_path / "c")
+    assert len(made) == 3
+    assert [key for key, _ in made.skipped] == ["002.png", "004.png"]
+    assert "2 pictures skipped" in capsys.readouterr().err
+
+
+def test_nothing_usable_is_refused(sd, tmp_path) -> None:
+    folder = make_pictures(tmp_path / "p", count=2)
+    for file in folder.glob("*.png"):
+        file.write_bytes(b"x")
+    with pytest.raises(UserError, match="no usable picture"):
+        cache(Teacher(sd), Data(source=str(folder)), tmp_path / "c")
+
+
+def test_labelled_with_shapes_dtypes_and_fingerprint(sd, pictures, tmp_path) -> None:
+    teacher = Teacher(sd)
+    cache(teacher, Data(source=str(pictures)), tmp_path / "c")
+    with safe_open(tmp_path / "c" / "shard-00000.safetensors", framework="pt") as file:
+        assert file.get_slice("mean").get_shape() == [12, 4, 8, 8]
+        assert file.get_slice("prompt_embeds").get_shape() == [12, 77, 16]
+        assert file.get_slice("mean").get_dtype() == "F16"
+        assert json.loads(file.metadata()["label"])["captions"][3] == "picture 3"
+    spec = json.loads((tmp_path / "c" / "spec.json").read_text())
+    assert spec["teacher"] == teacher.fingerprint(["vae", "text_encoder"])
+
+
+def test_other_teacher_or_data_is_refused(sd, pictures, tmp_path) -> None:
+    cache(Teacher(sd), Data(source=str(pictures)), tmp_path / "c")
+    with pytest.raises(UserError, match="another teacher or other data"):
+        cache(Teacher(sd), Data(source=str(pictures), flip=True), tmp_path / "c")
+    other = make_pipeline(tmp_path / "other", "sd", seed=4)
+    with pytest.raises(UserError, match="another teacher or other data"):
+        cache(Teacher(other), Data(source=str(pictures)), tmp_path / "c")
+
+
+def test_another_unet_may_use_the_same_latents(sd, pictures, tmp_path) -> None:
+    """Latents of pictures depend on VAE and text encoder alone."""
+    made = cache(Teacher(sd), Data(source=str(pictures)), tmp_path / "c")
+    other = make_pipeline(tmp_path / "other", "sd", seed=4)
+    for part in ("vae", "text_encoder"):
+        for file in (sd / part).iterdir():
+            (other / part / file.name).write_bytes(file.read_bytes())
+    made.check(Teacher(other))
+
+
+def test_damaged_shard_is_one_clear_line(sd, pictures, tmp_path) -> None:
+    cache(Teacher(sd), Data(source=str(pictures)), tmp_path / "c")
+    shard = tmp_path / "c" / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    latents._opened.cache_clear()
+    with pytest.raises(UserError, match="damaged"):
+        Cache.open(tmp_path / "c")
+
+
+def test_views_see_other_crops_and_captions(sd, tmp_path) -> None:
+    folder = make_pictures(tmp_path / "p", count=4, size=40)
+    for file in folder.glob("*.txt"):
+        file.write_text("one\ntwo\nthree\n")
+    made = cache(Teacher(sd), Data(source=str(folder), crop="random", flip=True, views=6), tmp_path / "c")
+    assert len(made) == 24
+    means = [made.sample(i).mean for i in range(6)]
+    assert not all(torch.equal(means[0], m) for m in means[1:])
+    with safe_open(tmp_path / "c" / "shard-00000.safetensors", framework="pt") as file:
+        assert set(json.loads(file.metadata()["label"])["captions"]) == {"one", "two", "three"}
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_prompts_alone(kind, request, tmp_path, monkeypatch, small_shards) -> None:
+    """The teacher draws the latents: stock output, std 0, and no sample depends on the batch it was drawn in."""
+    teacher = Teacher(request.getfixturevalue(kind))
+    data = Data(prompts=["a", "b", "c"], images_per_prompt=2, steps=2, guidance_scale=3.0)
+    made = cache(teacher, data, tmp_path / "c")
+    assert len(made) == 6
+    assert all(made.sample(i).std.abs().sum() == 0 for i in range(6))
+    assert not torch.equal(made.sample(0).mean, made.sample(1).mean)
+    monkeypatch.setattr(latents, "ENCODE_BATCH", 1)
+    alone = cache(teacher, data, tmp_path / "alone")
+    for i in range(6):
+        torch.testing.assert_close(made.sample(i).mean, alone.sample(i).mean, atol=5e-3, rtol=5e-3)
+    assert "unet" in made.spec["parts"]
+
+
+def test_size_that_the_stages_cannot_halve_is_refused(sd, pictures, tmp_path) -> None:
+    with pytest.raises(UserError, match="not a multiple of 16"):
+        cache(Teacher(sd), Data(source=str(pictures), size=24), tmp_path / "c")

@@ -1,0 +1,127 @@
+"""Drawing, and export: stock, bit-equal, checked before it is called done."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from prunet import Teacher, UserError, build, export, generate, load_plan
+from prunet.pipeline import SAMPLERS, check_export, draw, export_single_file, set_sampler
+
+KINDS = [("sd", "bk-small"), ("sd", "bk-tiny"), ("sdxl", "ssd-1b"), ("sdxl", "koala-700m")]
+
+
+@pytest.mark.parametrize(("kind", "plan"), KINDS)
+def test_export_loads_in_stock_diffusers_and_draws_the_same(kind, plan, request, tmp_path) -> None:
+    teacher = Teacher(request.getfixturevalue(kind))
+    student = build(teacher, load_plan(plan))
+    export(teacher, student, tmp_path / "out")
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    stock.set_progress_bar_config(disable=True)
+    ours = teacher.pipeline(unet=student)
+
+    def one(pipe):
+        rng = torch.Generator().manual_seed(1)
+        return pipe("a cat", num_inference_steps=2, generator=rng, output_type="pt", height=16, width=16).images
+
+    for name in ("unet", "vae", *teacher.text_encoders):  # see Teacher: a gradient wanted changes the rounding
+        getattr(stock, name).requires_grad_(False)
+    assert torch.equal(one(stock), one(ours))
+
+
+def test_other_parts_are_the_teachers_bytes(sd, tmp_path) -> None:
+    teacher = Teacher(sd)
+    export(teacher, build(teacher, load_plan("bk-small")), tmp_path / "out")
+    for part in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        assert (tmp_path / "out" / part).read_bytes() == (sd / part).read_bytes()
+    config = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())
+    assert config["mid_block_type"] is None
+    assert "_name_or_path" not in config
+
+
+def test_fp16_variant_is_beside_the_full_weights(sd, tmp_path) -> None:
+    teacher = Teacher(sd)
+    export(teacher, build(teacher, load_plan("bk-base")), tmp_path / "out", fp16=True)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out", variant="fp16", torch_dtype=torch.float16)
+    assert pipe.unet.dtype == torch.float16
+    full = load_file(tmp_path / "out/unet/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(v, full[k].half()) for k, v in pipe.unet.state_dict().items())
+
+
+def test_check_refuses_a_changed_weight(sd, tmp_path) -> None:
+    teacher = Teacher(sd)
+    student = build(teacher, load_plan("bk-base"))
+    export(teacher, student, tmp_path / "out")
+    student.conv_in.weight.data[0, 0, 0, 0] += 1e-3
+    with pytest.raises(RuntimeError, match="same weights"):
+        check_export(tmp_path / "out", student)
+
+
+def test_failed_export_leaves_nothing(sd, tmp_path, monkeypatch) -> None:
+    from prunet import pipeline
+
+    def refuse(*args):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(pipeline, "check_export", refuse)
+    teacher = Teacher(sd)
+    with pytest.raises(RuntimeError):
+        export(teacher, build(teacher, load_plan("bk-base")), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("kind", "plan"), KINDS)
+def test_single_file_opens_again(kind, plan, request, tmp_path) -> None:
+    teacher = Teacher(request.getfixturevalue(kind))
+    student = build(teacher, load_plan(plan))
+    export(teacher, student, tmp_path / "out")
+    export_single_file(tmp_path / "out", tmp_path / "one.safetensors")
+    again = Teacher(tmp_path / "one.safetensors")
+    assert again.unet_config == Teacher(tmp_path / "out").unet_config
+    for a, b in ((again.unet, student), (again.vae, teacher.vae)):
+        assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+    pictures = [generate(m, "a cat", steps=2)[0].tobytes() for m in (tmp_path / "out", tmp_path / "one.safetensors")]
+    assert pictures[0] == pictures[1]
+
+
+def test_a_picture_does_not_depend_on_its_batch(sd) -> None:
+    pipe = set_sampler(Teacher(sd).pipeline(), "ddim")
+    prompts, seeds = ["a", "b", "c"], [5, 6, 7]
+    together = draw(pipe, prompts, seeds, steps=2, batch_size=3)
+    alone = draw(pipe, prompts, seeds, steps=2, batch_size=1)
+    for a, b in zip(together, alone, strict=True):
+        difference = max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes(), strict=True))
+        assert difference <= 1
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws(sd, sampler) -> None:
+    (picture,) = generate(sd, "a cat", steps=3, sampler=sampler)
+    assert picture.size == (16, 16)
+
+
+def test_same_seed_same_picture(sd) -> None:
+    a, b = (generate(sd, "a cat", num_images=2, steps=2, seed=4) for _ in range(2))
+    assert [x.tobytes() for x in a] == [x.tobytes() for x in b]
+    assert a[0].tobytes() != a[1].tobytes()
+
+
+def test_unknown_sampler_and_size_are_refused(sd) -> None:
+    with pytest.raises(UserError, match="dpmsolver"):
+        generate(sd, "a", sampler="best")
+    with pytest.raises(UserError, match="multiple of 16"):
+        generate(sd, "a", size=24)
+
+
+def test_fp16_only_teacher_opens(sd, tmp_path) -> None:
+    folder = shutil.copytree(sd, tmp_path / "half")
+    DiffusionPipeline.from_pretrained(sd, torch_dtype=torch.float16).save_pretrained(tmp_path / "v", variant="fp16")
+    for part, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        (folder / part / f"{name}.safetensors").unlink()
+        shutil.copy(tmp_path / "v" / part / f"{name}.fp16.safetensors", folder / part)
+    teacher = Teacher(folder)
+    assert teacher.unet.dtype == torch.float32
+    assert len(generate(folder, "a", steps=1)) == 1

@@ -1,0 +1,288 @@
+"""The report: one self-contained page whose every part follows from the run folder."""
+
+import html
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from prunet import unet
+from prunet.errors import UserError
+from prunet.plan import Derived, Plan, derive
+from prunet.recipe import Recipe
+from prunet.report import write_report
+from prunet.runs import recipe_yaml
+
+CONFIG = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": [8, 16, 16],
+    "norm_num_groups": 4,
+    "cross_attention_dim": 8,
+    "attention_head_dim": 2,
+    "transformer_layers_per_block": [1, 2, 2],
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+}
+PAIRS_GONE = ("down_blocks.*.{resnets,attentions}.1", "up_blocks.*.{resnets,attentions}.1")
+PLANS = {
+    "nothing": (),
+    "pairs": PAIRS_GONE,
+    "tiny": (*PAIRS_GONE, "mid_block", "down_blocks.2", "up_blocks.0"),
+    "depth": ("*_blocks.1.attentions.*.transformer_blocks.1", "mid_block.attentions.0.transformer_blocks.0"),
+    "thin mid": ("mid_block.attentions.0", "mid_block.resnets.1"),
+}
+PROMPTS = ["a red fox", "<script>alert('x')</script> & \"more\"", "very long, " * 60]
+
+
+class Page(HTMLParser):
+    """What a test asks of a page: its tags with their attributes, its text, and that its tags are closed."""
+
+    VOID = frozenset({"meta", "link", "img", "br"})
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(self.source)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, {k: v or "" for k, v in attrs}))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, {k: v or "" for k, v in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+    def parts(self, *, gone: bool) -> set[str]:
+        found = [a for _, a in self.tags if "data-part" in a]
+        return {a["data-part"] for a in found if ("gone" in a["class"].split()) is gone}
+
+
+def losses(derived: Derived, steps: int, every: int) -> list[dict[str, Any]]:
+    rows = []
+    for step in range(every, steps + 1, every):
+        features = {f"feature/{pair.student}": 2 / step for pair in derived.pairs}
+        row = {"step": step, "task": 0.4 + 1 / step, "output": 1 / step, "feature": sum(features.values())}
+        row |= {"loss": row["task"] + row["output"] + row["feature"]}
+        rows.append(row | features | {"learning_rate": 5e-5, "images_per_s": 31.2})
+    return rows
+
+
+def evaluation(derived: Derived, prompts: list[str], memory: float | None) -> dict[str, Any]:
+    def distance(scale: float) -> dict[str, Any]:
+        levels = [scale * level for level in (0.9, 0.6, 0.4, 0.3, 0.2, 0.15, 0.1)]
+        whole = {"denoiser": sum(levels) / 7, "denoiser_by_level": levels, "latent": scale, "picture": scale / 3}
+        return whole | {"picture_by_prompt": [scale / 3] * len(prompts)}
+
+    sizes = {"teacher": derived.teacher_size, "student": derived.student_size}
+    fields = ("parameters", "macs", "attention_macs")
+    return {
+        "protocol": {
+            "prompts": prompts,
+            "seed": 1234,
+            "size": 64,
+            "steps": 25,
+            "guidance_scale": 7.5,
+            "sampler": "dpmsolver++",
+            "precision": "float32",
+        },
+        "sizes": {name: {field: getattr(size, field) for field in fields} for name, size in sizes.items()},
+        "speed": {
+            "device": "CPU, 2 threads",
+            "batch_size": 2,
+            "repeats": 15,
+            "dtypes": {"teacher": "float32", "student": "float32"},
+            "speeds": {
+                "teacher": {"latency_ms": 30.0, "peak_memory_mb": memory},
+                "student": {"latency_ms": 20.0, "peak_memory_mb": memory and memory / 2},
+            },
+        },
+        "distance": {"before": distance(1.0), "after": distance(0.1)},
+    }
+
+
+def make_run(
+    folder: Path,
+    plan: str = "pairs",
+    *,
+    prompts: list[str] | None = None,
+    stages: int = 1,
+    rows: int = 20,
+    memory: float | None = 100.0,
+    sheets: bool = True,
+) -> Derived:
+    prompts = prompts or PROMPTS
+    derived = derive(CONFIG, Plan(plan, PLANS[plan]))
+    recipe = Recipe.model_validate(
+        {
+            "teacher": "/somewhere/private/my-model",
+            "plan": Plan(plan, PLANS[plan]),
+            "data": {"source": "pictures"},
+            "stages": [{"steps": rows * 10}] * stages,
+            "evaluation": {"prompts": prompts},
+            "output": "runs/fox",
+        }
+    )
+    pictures = folder / "evaluation" / "pictures"
+    for i in range(len(prompts)):
+        for name in ("teacher", "before", "after"):
+            (pictures / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (80, 80), (40 * i, 90, 200)).save(pictures / name / f"{i:04d}.png")
+    for number in range(1, stages + 1):
+        stage = folder / f"stage-{number}"
+        (stage / "sheets").mkdir(parents=True)
+        lines = [json.dumps(row) + "\n" for row in losses(derived, rows * 10, 10)]
+        (stage / "log.jsonl").write_text("".join(lines), encoding="utf-8")
+        for step in range(9) if sheets else ():
+            Image.new("RGB", (60, 40)).save(stage / "sheets" / f"step-{step:07d}.png")
+    (folder / "recipe.yaml").write_text(recipe_yaml(recipe), encoding="utf-8")
+    (folder / "plan.json").write_text(json.dumps(derived.facts()), encoding="utf-8")
+    measures = evaluation(derived, prompts, memory)
+    (folder / "evaluation" / "evaluation.json").write_text(json.dumps(measures), encoding="utf-8")
+    (folder / "steps.json").write_text(json.dumps({"build": {"inputs": "0", "seconds": 90.0}}), encoding="utf-8")
+    return derived
+
+
+def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    assert write_report(tmp_path) == tmp_path / "report.html"
+    page = Page(tmp_path / "report.html")
+    for _, attrs in page.tags:
+        for name in ("src", "href", "srcset", "action"):
+            assert attrs.get(name, "data:").startswith("data:")
+    assert not re.search(r"url\(|@import", page.source)
+    assert not page.all("script")
+    assert all(image["alt"] for image in page.all("img"))
+    assert "/somewhere/private" not in page.source.split("recipe.yaml</summary>")[0]
+
+
+def test_headline_says_how_small_and_how_fast(tmp_path: Path) -> None:
+    derived = make_run(tmp_path)
+    text = Page(write_report(tmp_path)).text
+    share = 100 * derived.student_size.parameters / derived.teacher_size.parameters
+    assert "Student of my-model by plan pairs" in text
+    assert f"{share:.0f} %" in text
+    assert "1.5×" in text
+    assert "10×" in text  # as near, since every distance fell to a tenth
+    assert "build 1.5 min" in text
+
+
+def test_every_prompt_is_there_as_text_beside_its_three_pictures(tmp_path: Path) -> None:
+    make_run(tmp_path, prompts=PROMPTS * 9)
+    page = Page(write_report(tmp_path))
+    captions = re.findall(r'<figure class="triple">\s*<figcaption>(.*?)</figcaption>', page.source, re.S)
+    assert [html.unescape(c) for c in captions] == PROMPTS * 9
+    assert "<script" not in page.source
+    pictures = [image for image in page.all("img") if "drawn by" in image["alt"]]
+    assert len(pictures) == 3 * 27
+    assert all(image["src"].startswith("data:image/webp;base64,") for image in pictures)
+    assert len([image for image in page.all("img") if "at step" in image["alt"]]) == 6  # of nine sheets
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_drawing_ghosts_what_the_plan_removes_and_nothing_else(tmp_path: Path, plan: str) -> None:
+    derived = make_run(tmp_path, plan, prompts=["a fox"])
+    page = Page(write_report(tmp_path))
+    roots = [*derived.removed, *derived.implied]
+    drawn = {n for n in unet.module_names(CONFIG) if unet.PART.fullmatch(n) and "transformer_blocks" not in n}
+    drawn = {n for n in drawn if not n.endswith("samplers")}
+    gone = {n for n in drawn if any(n == root or n.startswith(root + ".") for root in roots)}
+    assert page.parts(gone=True) == gone
+    assert page.parts(gone=False) == drawn - gone
+    blocks = [n for n in unet.module_names(CONFIG) if re.search(r"transformer_blocks\.\d+$", n)]
+    kept = [n for n in blocks if not any(n.startswith(root) for root in roots)]
+    if len(kept) < len(blocks):
+        assert f"{len(kept)} of {len(blocks)} transformer blocks stay" in page.text
+    if plan == "depth":
+        assert "A 1/2" in page.text
+    if plan == "nothing":
+        assert "The plan removes nothing" in page.text
+
+
+def test_curves_show_every_row_of_every_stage(tmp_path: Path) -> None:
+    derived = make_run(tmp_path, stages=2, rows=20)
+    page = Page(write_report(tmp_path))
+    curves = [line["points"].split(" ") for line in page.all("polyline")]
+    raw = [line for line in page.all("polyline") if line.get("class") == "raw"]
+    assert len(raw) == 2 * (4 + len(derived.pairs))
+    assert {len(line["points"].split(" ")) for line in raw} == {20}
+    for points in curves:
+        x, y = zip(*(map(float, point.split(",")) for point in points), strict=True)
+        assert list(x) == sorted(x)
+        assert all(0 <= value <= 1000 for value in (*x, *y))
+    assert [curves[i][-1].split(",")[0] for i in (0, 1)] == ["500.0", "1000.0"]  # ends of the two stages
+    assert "stage 2" in page.text
+    assert "step 400: total" in page.text
+
+
+def test_a_long_log_stays_a_light_page(tmp_path: Path) -> None:
+    make_run(tmp_path, rows=4000, prompts=["a fox"], sheets=False)
+    path = write_report(tmp_path)
+    assert path.stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2])
+def test_hardly_any_log(tmp_path: Path, rows: int) -> None:
+    make_run(tmp_path, rows=max(rows, 1), prompts=["a fox"])
+    if rows == 0:
+        (tmp_path / "stage-1" / "log.jsonl").unlink()
+    page = Page(write_report(tmp_path))
+    dots = [path for path in page.all("path") if path.get("class") == "dot"]
+    assert ("How it learned" in page.text) is (rows > 0)
+    assert len(dots) >= 14 + 4 * rows  # two lines over seven noise levels, four losses
+
+
+def test_what_is_missing_is_said_or_left_out(tmp_path: Path) -> None:
+    make_run(tmp_path, memory=None, sheets=False)
+    (tmp_path / "evaluation" / "pictures" / "before" / "0001.png").unlink()
+    (tmp_path / "steps.json").unlink()
+    page = Page(write_report(tmp_path))
+    assert "not measured" in page.text
+    assert "no picture" in page.text
+    assert "Pictures while training" not in page.text
+
+
+def test_losses_and_distances_of_nothing(tmp_path: Path) -> None:
+    """A weight of 0 gives rows of 0, a plan that removes nothing a distance of 0: no place on a log scale."""
+    make_run(tmp_path, "nothing", prompts=["a fox"])
+    log = tmp_path / "stage-1" / "log.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    zero = {key: 0.0 for key in rows[0] if key.startswith(("feature", "output"))}
+    log.write_text("".join(json.dumps(row | zero) + "\n" for row in rows))
+    path = tmp_path / "evaluation" / "evaluation.json"
+    measures = json.loads(path.read_text())
+    for distance in measures["distance"].values():
+        distance |= {"denoiser": 0.0, "denoiser_by_level": [0.0] * 7, "latent": 0.0, "picture": 0.0}
+    path.write_text(json.dumps(measures))
+    page = Page(write_report(tmp_path))
+    names = [g["class"] for g in page.all("g")]
+    assert names == ["line total", "line task"]
+    assert "as near as" not in page.text
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"plan\.json"):
+        write_report(tmp_path)

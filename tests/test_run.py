@@ -1,0 +1,184 @@
+"""The whole job on a small pipeline: skip what is done, survive kills, refuse before the expense."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import make_pipeline
+
+from prunet import Run, Runtime, UserError, load_recipe, run
+
+CPU = Runtime(device="cpu", precision="no", log_every=1)
+
+
+def recipe_file(folder: Path, teacher: Path, pictures: Path, **changes) -> Path:
+    value = {
+        "teacher": str(teacher),
+        "plan": "bk-small",
+        "data": {"source": str(pictures), "flip": True},
+        "stages": [{"steps": 4, "batch_size": 4, "warmup_steps": 1}, {"steps": 2, "batch_size": 4}],
+        "evaluation": {"prompts": ["a cat", "a dog"], "steps": 2},
+        "sheet": {"every": 2},
+        "output": str(folder / "run"),
+        "checkpoint_every": 2,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(value | changes))
+    return path
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hashes of all that a run leaves but for times: weights, caches, pictures, plan, log rows without speeds."""
+    out = {}
+    for file in sorted(folder.rglob("*")):
+        name = str(file.relative_to(folder))
+        if file.suffix in (".safetensors", ".png", ".pt") or file.name in ("plan.json", "config.json", "cache.json"):
+            out[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+        elif file.name == "log.jsonl":
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            out[name] = json.dumps([{k: v for k, v in row.items() if k != "images_per_s"} for row in rows])
+        elif file.name == "evaluation.json":
+            out[name] = json.dumps(json.loads(file.read_text())["distance"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def finished(sd, pictures, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    return run(load_recipe(recipe_file(folder, sd, pictures)), CPU)
+
+
+def test_leaves_all_that_it_promises(finished) -> None:
+    for name in (
+        "recipe.yaml",
+        "plan.json",
+        "student/diffusion_pytorch_model.safetensors",
+        "cache/cache.json",
+        "stage-1/log.jsonl",
+        "stage-1/sheets/step-0000000.png",
+        "stage-1/sheets/step-0000004.png",
+        "stage-2/unet/diffusion_pytorch_model.safetensors",
+        "evaluation/evaluation.json",
+        "evaluation/evaluation.md",
+        "evaluation/pictures/after/0001.png",
+        "pipeline/model_index.json",
+        "pipeline/README.md",
+        "report.html",
+    ):
+        assert (finished / name).is_file(), name
+    assert not [p for p in finished.rglob("*") if p.name.endswith((".part", ".old"))]
+
+
+def test_evaluation_tells_both_students_from_the_teacher(finished) -> None:
+    result = json.loads((finished / "evaluation" / "evaluation.json").read_text())
+    assert result["distance"]["before"]["denoiser"] > 0
+    assert result["distance"]["before"] != result["distance"]["after"]
+    assert result["sizes"]["student"]["parameters"] < result["sizes"]["teacher"]["parameters"]
+    assert result["speed"]["speeds"]["teacher"]["latency_ms"] > 0
+
+
+def test_finished_steps_are_skipped(finished, sd, pictures, tmp_path, capsys) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+    run(load_recipe(finished / "recipe.yaml"), CPU)
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
+    assert capsys.readouterr().err.count("is done") == 8
+
+
+def test_changed_evaluation_repeats_only_what_depends_on_it(finished, capsys) -> None:
+    recipe = load_recipe(finished / "recipe.yaml", ["evaluation.steps=3"])
+    this = Run(recipe, CPU)
+    todo = [step for step in this.step_names() if not this.is_done(step)]
+    assert todo == ["evaluate", "export", "report"]
+
+
+def test_deleted_result_is_made_again(finished) -> None:
+    this = Run(load_recipe(finished / "recipe.yaml"), CPU)
+    weights = finished / "student" / "diffusion_pytorch_model.safetensors"
+    saved = weights.read_bytes()
+    weights.unlink()
+    assert not this.is_done("build")
+    this.do("build")
+    assert weights.read_bytes() == saved
+
+
+def test_other_plan_in_the_same_folder_is_refused(finished) -> None:
+    this = Run(load_recipe(finished / "recipe.yaml", ["plan=bk-base"]), CPU)
+    with pytest.raises(UserError, match="another teacher, plan"):
+        this.do("stage-1")
+
+
+def test_nothing_starts_when_something_is_wrong(sd, pictures, tmp_path) -> None:
+    for changes in (
+        {"plan": ["down_blocks.9"]},
+        {"data": {"source": str(tmp_path / "none")}},
+        {"data": {"source": str(pictures), "size": 24}},
+        {"evaluation": {"prompts": str(tmp_path / "none.txt")}},
+        {"evaluation": {"prompts": ["a"], "sampler": "best"}},
+        {"teacher": str(tmp_path / "none")},
+    ):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        with pytest.raises(UserError):
+            run(load_recipe(recipe_file(folder, sd, pictures, **changes)), CPU)
+        assert not (folder / "run" / "plan.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["sdxl"])
+def test_sdxl_from_prompts_alone(kind, request, tmp_path) -> None:
+    recipe = recipe_file(
+        tmp_path,
+        request.getfixturevalue(kind),
+        tmp_path,
+        plan="vega",
+        data={"prompts": ["a", "b", "c", "d"], "steps": 2},
+        stages=[{"steps": 2, "batch_size": 2}],
+        export={"single_file": True, "fp16": True},
+    )
+    folder = run(load_recipe(recipe), CPU)
+    assert (folder / "student.safetensors").is_file()
+    assert (folder / "pipeline/unet/diffusion_pytorch_model.fp16.safetensors").is_file()
+
+
+WAIT_FOR = {
+    "cache": "run/cache/shard-00001.safetensors",
+    "distil": "run/stage-1/checkpoints/step-0000006",
+    "export": "run/.pipeline.part",
+}
+
+
+def test_killed_three_times_ends_in_the_same_files(tmp_path, pictures) -> None:
+    """A real process, killed with SIGKILL in the cache, while distilling and while exporting."""
+    teacher = make_pipeline(tmp_path / "teacher", "sd")
+    stages = [{"steps": 12, "batch_size": 4, "warmup_steps": 1}]
+    code = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from prunet import latents, load_recipe, run, Runtime\n"
+        "latents.SHARD = 2\n"
+        "run(load_recipe(sys.argv[1]), Runtime(device='cpu', precision='no', log_every=1))\n"
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def start(recipe: Path) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-c", code, str(recipe)], env=env, stderr=subprocess.DEVNULL)
+
+    whole = recipe_file(tmp_path / "whole", teacher, pictures, stages=stages)
+    parts = recipe_file(tmp_path / "parts", teacher, pictures, stages=stages)
+    assert start(whole).wait(300) == 0
+    killed = 0
+    for target in WAIT_FOR.values():
+        process, path = start(parts), tmp_path / "parts" / target
+        while process.poll() is None and not path.exists():
+            time.sleep(0.002)
+        killed += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert killed >= 2, "the kills came too late to mean anything"
+    assert start(parts).wait(300) == 0
+    assert contents(tmp_path / "parts" / "run") == contents(tmp_path / "whole" / "run")
