@@ -12,7 +12,6 @@ from prunet import unet
 from prunet.plan import Derived
 
 STAYS, GOES = "bold green", "red strike"
-PROGRAM_STYLE = {"yes": "green"}
 
 
 def draw_plan(derived: Derived, title: str) -> RenderableType:
@@ -115,9 +114,10 @@ def _all(size: Any) -> float:
 
 
 def _programs(derived: Derived) -> Text:
-    out = Text("  loads in  ", style="bold")
+    out = Text("\n  loads in", style="bold")
     for program, answer in derived.loads_in.items():
-        out.append(f"{program}: ").append(answer, style=PROGRAM_STYLE.get(answer, "yellow")).append("   ")
+        style = "not bold green" if answer == "yes" else "not bold yellow"
+        out.append(f"\n    {program}: ", style="not bold").append(answer, style=style)
     return out
 
 

@@ -90,6 +90,7 @@ def evaluate(
             "seed": seed,
             "size": size,
             **spec.model_dump(include={"steps", "guidance_scale", "sampler"}),
+            "levels": list(LEVELS),
             "precision": str(teacher.dtype).removeprefix("torch."),
             **(protocol or {}),
         },

@@ -176,8 +176,7 @@ def export(
     folder = Path(folder)
     with new_folder(folder) as part:
         teacher.save_parts(part)
-        student.save_pretrained(part / "unet", safe_serialization=True)
-        _forget_path(part / "unet" / "config.json")
+        write_unet(student, part / "unet")
         if fp16:
             _write_fp16(part, teacher)
         (part / "README.md").write_text(model_card(card or {"teacher": teacher.source}), encoding="utf-8")
@@ -185,8 +184,11 @@ def export(
     return folder
 
 
-def _forget_path(config: Path) -> None:
-    """A config carries where its model was opened from, which means nothing elsewhere."""
+def write_unet(net: UNet2DConditionModel, folder: Path) -> None:
+    """A stock diffusers folder of one denoiser, in one file."""
+    net.save_pretrained(folder, safe_serialization=True, max_shard_size="1TB")
+    # A config carries where its model was opened from, which means nothing elsewhere.
+    config = folder / "config.json"
     value = json.loads(config.read_text(encoding="utf-8"))
     value.pop("_name_or_path", None)
     config.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

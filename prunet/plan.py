@@ -277,17 +277,22 @@ def _loads_in(student: dict) -> dict[str, str]:
     """Program -> "yes" or why not. diffusers is always "yes": a plan without a stock form was refused."""
     from prunet import unet
 
-    out = {"diffusers": "yes"}
     net = unet.skeleton(student)
     depths = [
         len(block.attentions[j].transformer_blocks) if getattr(block, "attentions", None) is not None else 0
         for block in net.down_blocks
         for j in range(len(block.resnets))
     ]
+    comfy = "yes"
     if student["block_out_channels"][0] != 320 or student.get("cross_attention_dim") not in (768, 1024, 2048):
-        out["ComfyUI"] = "no: not the widths of SD v1, v2 or SDXL"
+        comfy = "no: not the widths of SD v1, v2 or SDXL"
+    elif not any(depths):
+        comfy = "no: it knows a checkpoint by an attention on the way down"
     elif student["cross_attention_dim"] == 2048 and depths not in _COMFY_SDXL_DEPTHS:
-        out["ComfyUI"] = f"no: it knows SDXL students by their down depths, and {depths} is none that it knows"
-    else:
-        out["ComfyUI"] = "yes"
-    return out
+        comfy = f"no: it knows SDXL students by their down depths, and {depths} is none that it knows"
+    uneven = isinstance(student["layers_per_block"], list)
+    return {
+        "diffusers": "yes",
+        "diffusers, single file": "no: its reader wants as many layers in every stage" if uneven else "yes",
+        "ComfyUI, single file": comfy,
+    }

@@ -13,7 +13,6 @@ import yaml
 from PIL import Image
 
 from prunet import __version__, unet
-from prunet.evaluation import LEVELS
 from prunet.files import read_json, write_text
 from prunet.training import read_log
 
@@ -56,7 +55,7 @@ def write_report(folder: Path | str) -> Path:
         losses=_loss_chart(axis),
         pairs=_pair_rows(axis, plan["pairs"]),
         sheets=[_sheets(stage / "sheets") for stage in stages],
-        levels=_level_chart(evaluation["distance"]),
+        levels=_level_chart(evaluation["distance"], evaluation["protocol"]["levels"]),
         times={name: step["seconds"] for name, step in steps.items()},
     )
     path = folder / "report.html"
@@ -230,12 +229,12 @@ def _loss_chart(axis: Axis) -> dict[str, Any] | None:
     return chart
 
 
-def _level_chart(distance: Row) -> dict[str, Any] | None:
+def _level_chart(distance: Row, levels: list[float]) -> dict[str, Any] | None:
     values = {name: distance[name]["denoiser_by_level"] for name in ("before", "after")}
-    lines = {name: [[(100 * x, y) for x, y in zip(LEVELS, ys, strict=False) if y > 0]] for name, ys in values.items()}
+    lines = {name: [[(100 * x, y) for x, y in zip(levels, ys, strict=False) if y > 0]] for name, ys in values.items()}
     tips = [
         (100 * x, f"noise level {x:.0%}: " + ", ".join(f"{name} {_number(ys[i])}" for name, ys in values.items()))
-        for i, x in enumerate(LEVELS[: len(values["after"])])
+        for i, x in enumerate(levels[: len(values["after"])])
     ]
     chart = _chart(lines, 100, tips)
     return chart and chart | {"x_ticks": [(x, f"{x} %") for x in range(0, 101, 20)], "stages": []}

@@ -29,7 +29,7 @@ from prunet.console import say
 from prunet.errors import UserError
 from prunet.files import clear_errors, new_folder, read_json, write_json, write_text
 from prunet.latents import Cache, cache, cache_spec, check_size
-from prunet.pipeline import SAMPLERS, export, export_single_file
+from prunet.pipeline import SAMPLERS, export, export_single_file, write_unet
 from prunet.plan import Derived, derive
 from prunet.recipe import Recipe, Stage, read_prompts
 from prunet.sheets import Sheets
@@ -322,7 +322,7 @@ def is_main_process() -> bool:
 def save_unet(net: UNet2DConditionModel, folder: Path) -> None:
     """A stock diffusers folder of one denoiser, whole or not there."""
     with new_folder(folder) as part:
-        net.save_pretrained(part, safe_serialization=True, max_shard_size="100GB")
+        write_unet(net, part)
 
 
 def load_unet(folder: Path) -> UNet2DConditionModel:

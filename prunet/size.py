@@ -92,7 +92,8 @@ def _activation_elements(text: str, latent_size: tuple[int, int]) -> int:
 
 def activation_elements(config: Mapping[str, Any], latent_size: tuple[int, int]) -> int:
     """Elements that one sample's forward pass leaves for the backward pass: the outputs of all leaf modules."""
-    return _activation_elements(json.dumps(dict(config), sort_keys=True), latent_size)
+    fields = {key: value for key, value in config.items() if not key.startswith("_")}
+    return _activation_elements(json.dumps(fields, sort_keys=True), latent_size)
 
 
 def training_memory(

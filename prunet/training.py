@@ -290,10 +290,11 @@ def distil(
                     log.write(row)
                     accelerator.log({k: v for k, v in row.items() if k != "step"}, step=done)
                 bar.advance(since, _note(row))
-                if saving and accelerator.is_main_process:
-                    save(folder, done, stage, student, optimizer, ema, accelerator, keep_checkpoints)
                 if drawing and sheets and accelerator.is_main_process:
                     sheets.draw(done, student, ema)
+                # Last, so that a run that goes on from this checkpoint has all that belongs to the steps before it.
+                if saving and accelerator.is_main_process:
+                    save(folder, done, stage, student, optimizer, ema, accelerator, keep_checkpoints)
                 accelerator.wait_for_everyone()
                 sums.zero_()
                 since, clock = 0, time.perf_counter()

@@ -177,8 +177,9 @@ def kept_stages(config: Mapping[str, Any], removed: Mapping[str, str]) -> tuple[
         if len(u.layers) != len(d.layers) + 1:
             where = f"up_blocks.{u.index}" if len(u.layers) > len(d.layers) + 1 else f"down_blocks.{d.index}"
             raise UserError(
-                f"Uneven stages: down_blocks.{d.index} keeps {len(d.layers)} resnets, so its mirror up_blocks.{u.index} "
-                f"must keep {len(d.layers) + 1} (one skip each), not {len(u.layers)}: remove more from {where}"
+                f"Uneven stages: down_blocks.{d.index} keeps {len(d.layers)} resnets, so its mirror "
+                f"up_blocks.{u.index} must keep {len(d.layers) + 1} (one skip each), not {len(u.layers)}: remove more "
+                f"from {where}"
             )
     return down, up
 

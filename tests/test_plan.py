@@ -136,17 +136,26 @@ def test_empty_plan_is_the_teacher() -> None:
         assert all(a == b for a, b in derived.weight_map.items())
 
 
+PROGRAMS = ("diffusers", "diffusers, single file", "ComfyUI, single file")
+
+
 def test_every_preset_fits_a_layout_and_says_where_it_loads() -> None:
     for name in preset_names():
         layout = "sd-v1" if name.startswith("bk") else "sdxl"
-        assert plan_of(layout, name).loads_in == {"diffusers": "yes", "ComfyUI": "yes"}
+        assert plan_of(layout, name).loads_in == dict.fromkeys(PROGRAMS, "yes")
 
 
 def test_sdxl_student_that_comfyui_does_not_know_says_so() -> None:
-    plan = load_plan(["down_blocks.2.attentions.*.transformer_blocks.9"])
-    config = layout_config("sdxl")
-    plan = load_plan([*plan.remove, "mid_block"])
-    assert derive(config, plan).loads_in["ComfyUI"].startswith("no")
+    plan = load_plan(["down_blocks.2.attentions.*.transformer_blocks.9", "mid_block"])
+    assert derive(layout_config("sdxl"), plan).loads_in["ComfyUI, single file"].startswith("no: it knows SDXL")
+
+
+def test_stages_of_different_length_do_not_load_from_one_file_in_diffusers() -> None:
+    plan = load_plan(["down_blocks.1.{resnets,attentions}.1", "up_blocks.2.{resnets,attentions}.1"])
+    derived = derive(layout_config("sd-v1"), plan)
+    assert derived.student_config["layers_per_block"] == [2, 1, 2, 2]
+    assert derived.loads_in["diffusers, single file"].startswith("no")
+    assert derived.loads_in["ComfyUI, single file"] == "yes"
 
 
 def test_patterns_stay_within_a_part_and_expand_braces() -> None:

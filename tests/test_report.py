@@ -107,6 +107,7 @@ def evaluation(derived: Derived, prompts: list[str], memory: float | None) -> di
             "steps": 25,
             "guidance_scale": 7.5,
             "sampler": "dpmsolver++",
+            "levels": [0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95],
             "precision": "float32",
         },
         "sizes": {name: {field: getattr(size, field) for field in fields} for name, size in sizes.items()},

@@ -18,9 +18,9 @@ from prunet import Run, Runtime, UserError, load_recipe, run
 CPU = Runtime(device="cpu", precision="no", log_every=1)
 
 
-def recipe_file(folder: Path, teacher: Path, pictures: Path, **changes) -> Path:
+def recipe_file(folder: Path, source: Path, pictures: Path, **changes) -> Path:
     value = {
-        "teacher": str(teacher),
+        "teacher": str(source),
         "plan": "bk-small",
         "data": {"source": str(pictures), "flip": True},
         "stages": [{"steps": 4, "batch_size": 4, "warmup_steps": 1}, {"steps": 2, "batch_size": 4}],

@@ -1,0 +1,133 @@
+"""Full size is real: the main job on models of the published sizes with random weights.
+
+    python benchmarks/full_size.py sd-v1 bk-small            # SD v1.4 at 512 px, two steps, exported
+    python benchmarks/full_size.py sdxl vega --size 512      # SDXL, one step
+
+Prints what it took and ends with one JSON line. Needs 24 GB of memory and about as much disk.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+import torch
+from conftest import _tokenizer, make_pictures
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from prunet import Run, Runtime
+from prunet.recipe import Recipe
+from prunet.teacher import layout_config
+from prunet.unet import make_unet
+
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+TEXT = {  # width, layers, heads, projection: CLIP ViT-L/14 and OpenCLIP ViT-bigG/14
+    "text_encoder": (768, 12, 12, 768),
+    "text_encoder_2": (1280, 32, 20, 1280),
+}
+
+
+def random_module(make, dtype: torch.dtype) -> torch.nn.Module:
+    """Small random weights without the slow initialisers."""
+    with torch.device("meta"):
+        module = make()
+    module = module.to(dtype).to_empty(device="cpu")
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.normal_(std=0.02)
+        else:
+            tensor.data.copy_(torch.arange(tensor.numel()).view_as(tensor))
+    return module
+
+
+def random_pipeline(folder: Path, layout: str, dtype: torch.dtype) -> None:
+    """A pipeline of the layout's full size, as safetensors."""
+    sdxl = layout == "sdxl"
+
+    def text(name: str, cls):
+        width, layers, heads, projection = TEXT[name]
+        config = CLIPTextConfig(
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=4 * width,
+            projection_dim=projection,
+        )
+        return random_module(lambda: cls(config), dtype)
+
+    tokenizer = _tokenizer(folder.parent / "tokenizer")
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    parts = {
+        "unet": random_module(lambda: make_unet(layout_config(layout)), dtype),
+        "vae": random_module(lambda: AutoencoderKL(**VAE, force_upcast=sdxl), dtype),
+        "text_encoder": text("text_encoder", CLIPTextModel),
+        "tokenizer": tokenizer,
+        "scheduler": scheduler,
+    }
+    if sdxl:
+        second = {"text_encoder_2": text("text_encoder_2", CLIPTextModelWithProjection), "tokenizer_2": tokenizer}
+        pipe = StableDiffusionXLPipeline(**parts, **second, add_watermarker=False)
+    else:
+        pipe = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    pipe.save_pretrained(folder, safe_serialization=True, max_shard_size="1TB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("layout", choices=["sd-v1", "sdxl"])
+    parser.add_argument("plan")
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--until", default="export", choices=["build", "cache", "distil", "export"])
+    parser.add_argument("--folder", type=Path, help="where the models go; a temporary folder by default")
+    args = parser.parse_args()
+    root = Path(tempfile.mkdtemp(dir=args.folder, prefix="prunet-full-size-"))
+    report: dict = {"layout": args.layout, "plan": args.plan, "size": args.size, "threads": torch.get_num_threads()}
+    try:
+        start = time.perf_counter()
+        random_pipeline(root / "teacher", args.layout, torch.float16 if args.layout == "sdxl" else torch.float32)
+        print(f"teacher: {time.perf_counter() - start:.0f} s")
+        recipe = Recipe.model_validate(
+            {
+                "teacher": str(root / "teacher"),
+                "plan": args.plan,
+                "data": {"source": str(make_pictures(root / "pictures", 2, args.size)), "size": args.size},
+                "stages": [{"steps": args.steps, "batch_size": 1, "ema_decay": None}],
+                "sheet": {"every": 0},
+                "evaluation": {"prompts": ["a cat"], "steps": 1},
+                "output": str(root / "run"),
+            }
+        )
+        this = Run(recipe, Runtime(device=args.device, precision=args.precision, micro_batch=1, log_every=1))
+        for step in this.step_names("distil" if args.until == "distil" else args.until):
+            start = time.perf_counter()
+            this.do(step)
+            report[step] = round(time.perf_counter() - start, 1)
+        report["losses"] = (root / "run/stage-1/log.jsonl").read_text().splitlines()[-1:]
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    report["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    report["cores"] = os.cpu_count()
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
