@@ -1,5 +1,6 @@
 """What the terminal shows while work goes on. All of it goes to stderr: stdout is for results."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,9 +18,13 @@ from rich.progress import (
 console = Console(stderr=True, highlight=False)
 
 
+#: Seconds between two lines where there is no terminal to draw a bar on.
+LINE_EVERY = 60
+
+
 @contextmanager
 def progress(text: str, total: float | None) -> Iterator["Bar"]:
-    """A bar with count, time gone and time left; on a file or pipe it prints nothing."""
+    """A bar with count, time gone and time left; on a file or pipe a line now and then."""
     columns = (
         SpinnerColumn(),
         TextColumn("[bold]{task.description}"),
@@ -31,19 +36,25 @@ def progress(text: str, total: float | None) -> Iterator["Bar"]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as shown:
-        yield Bar(shown, shown.add_task(text, total=total, note=""))
+        yield Bar(shown, text, total)
 
 
 class Bar:
     """One line of progress."""
 
-    def __init__(self, shown: Progress, task: int) -> None:
-        self._shown, self._task = shown, task
+    def __init__(self, shown: Progress, text: str, total: float | None) -> None:
+        self._shown, self._task = shown, shown.add_task(text, total=total, note="")
+        self._text, self._total, self._done, self._note = text, total, 0.0, ""
+        self._printed = time.monotonic()
 
     def advance(self, steps: float = 1, note: str | None = None) -> None:
-        self._shown.advance(self._task, steps)  # type: ignore[arg-type]
-        if note is not None:
-            self._shown.update(self._task, note=note)  # type: ignore[arg-type]
+        self._done += steps
+        self._note = self._note if note is None else note
+        self._shown.update(self._task, advance=steps, note=self._note)
+        if not console.is_terminal and self._text and time.monotonic() - self._printed > LINE_EVERY:
+            self._printed = time.monotonic()
+            of = f" of {self._total:g}" if self._total else ""
+            say(f"  {self._text}: {self._done:g}{of}  {self._note}")
 
 
 def say(text: str) -> None:

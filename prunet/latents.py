@@ -6,13 +6,14 @@ A cache folder holds `spec.json` (what it is made of), `shard-00000.safetensors`
 A shard is whole or not there, and depends on nothing but the spec, so a killed run goes on at the first missing one.
 """
 
+import bisect
 import hashlib
 import itertools
 import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,10 @@ class Cache:
     def __len__(self) -> int:
         return sum(self.counts)
 
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(itertools.accumulate(self.counts))
+
     @property
     def latent_size(self) -> tuple[int, int]:
         shape = _shard_shape(_shard_path(self.folder, next(i for i, count in enumerate(self.counts) if count)))
@@ -97,10 +102,8 @@ class Cache:
             )
 
     def sample(self, index: int) -> Sample:
-        shard = 0
-        while index >= self.counts[shard]:
-            index -= self.counts[shard]
-            shard += 1
+        shard = bisect.bisect_right(self._ends, index)
+        index -= self._ends[shard] - self.counts[shard]
         file = _opened(_shard_path(self.folder, shard))
         keys = set(file.keys())
 
@@ -123,7 +126,7 @@ def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.safetensors"
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")

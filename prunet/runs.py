@@ -27,7 +27,7 @@ from diffusers import UNet2DConditionModel
 
 from prunet.console import say
 from prunet.errors import UserError
-from prunet.files import clear_errors, new_folder, read_json, write_json, write_text
+from prunet.files import new_folder, read_json, write_json, write_text
 from prunet.latents import Cache, cache, cache_spec, check_size
 from prunet.pipeline import SAMPLERS, export, export_single_file, write_unet
 from prunet.plan import Derived, derive
@@ -78,13 +78,12 @@ class Run:
             self.micro_batch(stage)
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"output: {self.folder} is a file; the run needs a folder")
-        with clear_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.folder, os.W_OK):
-                raise UserError(f"output: cannot write into {self.folder}")
+        where = next(p for p in (self.folder.absolute(), *self.folder.absolute().parents) if p.exists())
+        if not os.access(where, os.W_OK):
+            raise UserError(f"output: cannot write into {where}")
         # Weights, their average and two moments, in fp32, in each checkpoint kept and the one being written.
         need = self.derived.student_size.parameters * 16 * (recipe.keep_checkpoints + 1)
-        if shutil.disk_usage(self.folder).free < need:
+        if shutil.disk_usage(where).free < need:
             raise UserError(
                 f"output: checkpoints in {self.folder} need about {need / 1e9:.1f} GB free; lower keep_checkpoints, or "
                 "give an output on another disk"

@@ -57,6 +57,17 @@ def size_of(config: Mapping[str, Any]) -> Size:
     MACs are half of the FLOPs that `torch.utils.flop_counter` counts on the meta device; the matmuls inside
     attention (queries with keys, weights with values) are told apart, because published figures leave them out.
     """
+    return _size_of(_text(config))
+
+
+def _text(config: Mapping[str, Any]) -> str:
+    """A config as a key for a cache."""
+    return json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True)
+
+
+@lru_cache(maxsize=32)
+def _size_of(text: str) -> Size:
+    config = json.loads(text)
     net = unet.skeleton(config)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
@@ -92,8 +103,7 @@ def _activation_elements(text: str, latent_size: tuple[int, int]) -> int:
 
 def activation_elements(config: Mapping[str, Any], latent_size: tuple[int, int]) -> int:
     """Elements that one sample's forward pass leaves for the backward pass: the outputs of all leaf modules."""
-    fields = {key: value for key, value in config.items() if not key.startswith("_")}
-    return _activation_elements(json.dumps(fields, sort_keys=True), latent_size)
+    return _activation_elements(_text(config), latent_size)
 
 
 def training_memory(

@@ -277,6 +277,7 @@ def distil(
             if ema:
                 ema.step(student.parameters())
             since, done = since + 1, step + 1
+            bar.advance()
 
             saving = done % checkpoint_every == 0 or done == stage.steps
             drawing = sheets is not None and sheets.every > 0 and (done % sheets.every == 0 or done == stage.steps)
@@ -289,7 +290,7 @@ def distil(
                 if accelerator.is_main_process:
                     log.write(row)
                     accelerator.log({k: v for k, v in row.items() if k != "step"}, step=done)
-                bar.advance(since, _note(row))
+                bar.advance(0, _note(row))
                 if drawing and sheets and accelerator.is_main_process:
                     sheets.draw(done, student, ema)
                 # Last, so that a run that goes on from this checkpoint has all that belongs to the steps before it.
