@@ -28,7 +28,7 @@ def draw_plan(derived: Derived, title: str) -> RenderableType:
 
 def _legend() -> str:
     stays, goes = f"[{STAYS}]R A ↓[/] stays", f"[{GOES}]r a ·[/] goes"
-    return f"{stays}, {goes}   R resnet, A attention (A4/10: 4 of 10 transformer blocks stay), ↓ ↑ sampler"
+    return f"{stays}, {goes}   R resnet, A attention, A4/10: 4 of 10 blocks stay"
 
 
 def _unet(derived: Derived) -> Table:

@@ -1,0 +1,78 @@
+"""Distances that are 0 for the teacher itself, grow with the damage, and equal what is computed by hand."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from prunet import Plan, Teacher, build, evaluate, load_plan
+from prunet.bench import measure
+from prunet.evaluation import LEVELS, denoiser_distance, picture_rmse
+from prunet.recipe import Evaluation
+from prunet.size import training_memory
+from prunet.teacher import layout_config
+
+SPEC = Evaluation(prompts=["a cat", "a dog", "a house"], steps=2, guidance_scale=3.0)
+
+
+def test_the_teacher_itself_is_at_no_distance(sd, tmp_path) -> None:
+    teacher = Teacher(sd)
+    same, cut = build(teacher, Plan("none")), build(teacher, load_plan("bk-small"))
+    result = evaluate(teacher, {"same": same, "cut": cut}, SPEC, tmp_path, size=16, seed=3)
+    assert result["distance"]["same"]["denoiser"] == 0
+    assert result["distance"]["same"]["picture_by_prompt"] == [0, 0, 0]
+    assert result["distance"]["cut"]["denoiser"] > 0.01
+    assert result["distance"]["cut"]["latent"] > 0
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == result
+    assert "| U-Net parameters (M) |" in (tmp_path / "evaluation.md").read_text()
+
+
+def test_denoiser_distance_by_hand(sd) -> None:
+    """A student that says twice what the teacher says is off by the teacher's own power: 1."""
+    teacher = Teacher(sd)
+    twice = build(teacher, Plan("none"))
+    for tensor in twice.conv_out.parameters():
+        tensor.data.mul_(2)
+    latents = torch.randn(5, 4, 8, 8)
+    distance = denoiser_distance(teacher, twice, ["a"] * 5, latents, seed=0)
+    assert distance == pytest.approx([1.0] * len(LEVELS), rel=1e-5)
+
+
+def test_evaluation_does_not_depend_on_other_students(sdxl, tmp_path) -> None:
+    teacher = Teacher(sdxl)
+    cut = build(teacher, load_plan("vega"))
+    alone = evaluate(teacher, {"cut": cut}, SPEC, tmp_path / "a", size=16, seed=3)
+    beside = evaluate(
+        teacher, {"other": build(teacher, Plan("none")), "cut": cut}, SPEC, tmp_path / "b", size=16, seed=3
+    )
+    assert alone["distance"]["cut"] == beside["distance"]["cut"]
+
+
+def test_picture_rmse_by_hand() -> None:
+    black, grey = Image.new("RGB", (2, 2)), Image.new("RGB", (2, 2), (51, 0, 0))
+    assert picture_rmse(black, black) == 0
+    assert picture_rmse(black, grey) == pytest.approx((0.2**2 / 3) ** 0.5)
+
+
+def test_measure_reports_every_model_with_its_precision(sdxl) -> None:
+    teacher = Teacher(sdxl)
+    small = build(teacher, load_plan("vega")).to(torch.bfloat16)
+    result = measure({"teacher": teacher.unet, "student": small}, repeats=2)
+    assert result["dtypes"] == {"teacher": "float32", "student": "bfloat16"}
+    models = {"teacher": teacher.unet, "student": small}
+    weights = {name: sum(p.nbytes for p in net.parameters()) / 2**20 for name, net in models.items()}
+    for name, speed in result["speeds"].items():
+        assert speed["latency_ms"] > 0
+        assert speed["peak_memory_mb"] is None or speed["peak_memory_mb"] >= weights[name]
+
+
+def test_memory_estimate_counts_each_parameter_as_it_is_kept() -> None:
+    """A teacher in half precision: 2 bytes; a student: weight, gradient, two moments, average, 4 bytes each."""
+    config = layout_config("sd-v1")
+    memory = training_memory(config, config, latent_size=(64, 64), micro_batch=1, half=True, ema=True)
+    count = 859_520_964
+    assert memory["teacher"] == 2 * count
+    assert memory["student"] + memory["gradients"] + memory["optimizer"] + memory["ema"] == 20 * count
+    twice = training_memory(config, config, latent_size=(64, 64), micro_batch=2, half=True, ema=True)
+    assert twice["activations"] == 2 * memory["activations"]
