@@ -166,7 +166,7 @@ def export(
 ) -> Path:
     """Writes `student` with the teacher's other parts as a stock pipeline folder, and opens it again to be sure.
 
-    The other parts are the teacher's files, byte for byte. `fp16` adds the half-precision variant of the U-Net, the
+    The other parts' weights are the teacher's, byte for byte. `fp16` adds the half-precision variant of the U-Net, the
     VAE and the text encoders (`from_pretrained(..., variant="fp16")`). `card` fills the model card (`card.md.j2`).
 
     Raises:

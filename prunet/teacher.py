@@ -322,7 +322,7 @@ class Teacher:
         return self._text_parts[name]
 
     def save_parts(self, folder: Path) -> None:
-        """Writes all of the pipeline but the U-Net into `folder`: the teacher's own files, byte for byte.
+        """Writes all of the pipeline but the U-Net into `folder`: the teacher's own weights, byte for byte.
 
         Of a single file the VAE and text encoders are written by diffusers, in the precision of this teacher.
         """
@@ -336,7 +336,7 @@ class Teacher:
                 part.save_pretrained(folder / name, safe_serialization=True)  # type: ignore[operator]
             elif name in WEIGHTS:
                 (folder / name).mkdir()
-                shutil.copyfile(configs / name / "config.json", folder / name / "config.json")
+                self._copy_config(configs, name, folder)
                 shutil.copyfile(self._weight_file(name), folder / name / f"{WEIGHTS[name]}.safetensors")
             elif not self._copy_other(configs, name, folder):
                 index[name] = [None, None]
@@ -345,6 +345,18 @@ class Teacher:
         if "safety_checker" in index and index["safety_checker"][0] is None:
             index["requires_safety_checker"] = False
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _copy_config(self, configs: Path, name: str, folder: Path) -> None:
+        """The config as it is, but for a text encoder stored in half precision.
+
+        transformers would load that in half by default while diffusers loads the U-Net in full, and the stock
+        pipeline, opened without a dtype, would fail at its first matmul.
+        """
+        config = _read_json(configs / name / "config.json", self.source)
+        for key in ("dtype", "torch_dtype"):
+            if name.startswith("text_encoder") and key in config:
+                config[key] = "float32"
+        (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def _copy_other(self, configs: Path, name: str, folder: Path) -> bool:
         """Copies a part without weights that prunet loads (tokenizer, scheduler, safety checker); False: not there."""

@@ -125,3 +125,14 @@ def test_fp16_only_teacher_opens(sd, tmp_path) -> None:
     teacher = Teacher(folder)
     assert teacher.unet.dtype == torch.float32
     assert len(generate(folder, "a", steps=1)) == 1
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_student_of_a_half_precision_teacher_draws_when_opened_without_a_dtype(kind, request, tmp_path) -> None:
+    """transformers takes the stored dtype by default, diffusers does not; the two must not meet."""
+    source = DiffusionPipeline.from_pretrained(request.getfixturevalue(kind), torch_dtype=torch.float16)
+    source.save_pretrained(tmp_path / "half")
+    teacher = Teacher(tmp_path / "half")
+    export(teacher, build(teacher, load_plan("bk-base" if kind == "sd" else "vega")), tmp_path / "out")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert pipe("a cat", num_inference_steps=1, height=16, width=16, output_type="np").images.shape == (1, 16, 16, 3)
