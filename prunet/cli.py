@@ -148,6 +148,7 @@ def build(
 
     opened = Teacher(teacher, config=config)
     derived = derive(opened.unet_config, load_plan(plan))
+    opened.check_weights()
     _refuse_foreign(output, "config.json")
     save_unet(inherit(opened.unet, derived), output)
     count = derived.student_size.parameters

@@ -208,11 +208,11 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234)
     return Cache.open(folder)
 
 
-def check_size(teacher: Teacher, size: int) -> None:
-    """Refuses a picture size that the U-Net's stages cannot halve."""
+def check_size(teacher: Teacher, size: int, name: str = "data.size") -> None:
+    """Refuses a picture size (of the option `name`) that the U-Net's stages cannot halve."""
     step = teacher.vae_scale * 2 ** (len(teacher.unet_config["block_out_channels"]) - 1)
     if size % step:
-        raise UserError(f"data.size: {size} is not a multiple of {step}, which this model's stages need")
+        raise UserError(f"{name}: {size} is not a multiple of {step}, which this model's stages need")
 
 
 def _encode_pictures(

@@ -138,7 +138,7 @@ def generate(
     if size is not None:
         from prunet.latents import check_size
 
-        check_size(teacher, size)
+        check_size(teacher, size, "size")
     pipe = set_sampler(teacher.pipeline(), sampler)
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
     seeds = [seed + i for i in range(len(prompts))]

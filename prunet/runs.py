@@ -74,6 +74,7 @@ class Run:
         if recipe.evaluation.sampler not in SAMPLERS:
             raise UserError(f"evaluation.sampler: no sampler {recipe.evaluation.sampler!r}: {', '.join(SAMPLERS)}")
         _ = self.teacher.noise_scheduler
+        self.teacher.check_weights()
         for stage in recipe.stages:
             self.micro_batch(stage)
         if self.folder.exists() and not self.folder.is_dir():

@@ -265,6 +265,18 @@ class Teacher:
             f"{self.source}: no {part}/{stem}.safetensors" + (pickled if list(folder.glob("*.bin")) else "")
         )
 
+    def check_weights(self) -> None:
+        """Refuses weight files that are missing, pickled or cut off, from their headers alone."""
+        from safetensors import SafetensorError, safe_open
+
+        for part in ("unet", "vae", *self.text_encoders):
+            file = self._file or self._weight_file(part)
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file}: cut off or damaged ({error}): fetch or copy it again") from error
+
     def _load(self, part: str, cls: Any, dtype: torch.dtype | None = None) -> nn.Module:
         from prunet import ldm
 

@@ -3,6 +3,7 @@
 Everything here works on the *config alone*: modules are made on the meta device, no weight is read.
 """
 
+import difflib
 import fnmatch
 import itertools
 import json
@@ -104,8 +105,12 @@ def removed_parts(config: Mapping[str, Any], patterns: Iterable[str]) -> dict[st
     for pattern in patterns:
         found = match(pattern, names)
         if not found:
-            near = "; ".join(sorted({re.sub(r"\d+", "*", n) for n in names if PART.fullmatch(n)})[:12])
-            raise UserError(f"Pattern {pattern!r} matches no module of this U-Net; its parts are named like: {near}")
+            near = difflib.get_close_matches(pattern, [n for n in names if PART.fullmatch(n)], 1, cutoff=0.3)
+            last = len(config["down_block_types"]) - 1
+            raise UserError(
+                f"Pattern {pattern!r} matches no module of this U-Net, whose stages are down_blocks.0 to .{last}, "
+                f"mid_block and up_blocks.0 to .{last}" + (f"; the nearest part is {near[0]}" if near else "")
+            )
         for name in found:
             if not PART.fullmatch(name):
                 raise UserError(
@@ -157,6 +162,10 @@ def _blocks(attention: Any, name: str, removed: Mapping[str, str]) -> tuple[int,
     return kept
 
 
+def _lacks_mirror(i: int, side: str, other: str, net: Any, removed: Mapping[str, str]) -> bool:
+    return f"{side}.{i}" in removed and f"{other}.{len(net.down_blocks) - 1 - i}" not in removed
+
+
 def kept_stages(config: Mapping[str, Any], removed: Mapping[str, str]) -> tuple[list[Stage], list[Stage]]:
     """Down and up stages that stay, checked against each other (a skip connection needs both its ends)."""
     net = skeleton(config)
@@ -168,11 +177,16 @@ def kept_stages(config: Mapping[str, Any], removed: Mapping[str, str]) -> tuple[
             if f"{side}.{i}" not in removed
         ]
     down, up = sides["down_blocks"], sides["up_blocks"]
-    if not down or len(down) != len(up):
+    if len(down) != len(up):
+        side, other = ("down_blocks", "up_blocks") if len(down) < len(up) else ("up_blocks", "down_blocks")
+        alone = next(f"{side}.{i}" for i in range(len(net.down_blocks)) if _lacks_mirror(i, side, other, net, removed))
+        mirror = f"{other}.{len(net.down_blocks) - 1 - int(alone.split('.')[1])}"
         raise UserError(
-            f"The plan leaves {len(down)} down stages and {len(up)} up stages; they come in pairs: remove "
-            f"up_blocks.K together with down_blocks.{len(net.down_blocks) - 1}-K, and keep at least one pair"
+            f"Pattern {removed[alone]!r} removes the stage {alone} but not its mirror, which its skip connections lead "
+            f"to: remove {mirror} too"
         )
+    if not down:
+        raise UserError("The plan removes every stage: keep at least down_blocks.0 and the last of up_blocks")
     for d, u in zip(down, reversed(up), strict=True):
         if len(u.layers) != len(d.layers) + 1:
             where = f"up_blocks.{u.index}" if len(u.layers) > len(d.layers) + 1 else f"down_blocks.{d.index}"
