@@ -64,6 +64,8 @@ def _call(net: nn.Module, batch_size: int, device: torch.device) -> Any:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def _peak_memory_mb(net: nn.Module, call: Any, device: torch.device) -> float | None:

@@ -69,8 +69,6 @@ def _runtime(device: str | None, precision: str, micro: int | None, checkpointin
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             first = str(error).splitlines()[0][:120]
             raise UserError(f"--device {device}: not to be had here ({first}); try cpu") from error
-    if precision == "fp16" and (device or "").startswith("cpu"):
-        raise UserError("--precision fp16: CPUs train in bf16 or no; fp16 is for GPUs")
     if tracker is not None:
         from accelerate.tracking import get_available_trackers
 
@@ -78,13 +76,17 @@ def _runtime(device: str | None, precision: str, micro: int | None, checkpointin
         if tracker not in available:
             raise UserError(f"--tracker {tracker}: not installed; available: {', '.join(available) or 'none'}")
     chosen: Any = precision
-    return Runtime(
+    runtime = Runtime(
         device=device,
         precision=chosen,
         micro_batch=micro,
         gradient_checkpointing=checkpointing,
         tracker=tracker,
     )
+    if precision == "fp16" and runtime.torch_device.type == "cpu":
+        raise UserError("--precision fp16: CPUs train in bf16 or no; fp16 is for GPUs")
+    runtime.use_device()
+    return runtime
 
 
 def _recipe(path: Path, overrides: list[str] | None) -> Any:
@@ -275,6 +277,8 @@ def export(
         raise UserError(f"{run_folder}: not a run folder (no recipe.yaml); `prunet run RECIPE` makes one")
     if single_file and output is not None and output.suffix != ".safetensors":
         raise UserError(f"--output {output}: name the single file something.safetensors")
+    if single_file and output is not None and output.exists():
+        raise UserError(f"--output {output}: exists; delete it first, or give another name")
     this = Run(_recipe(run_folder, [f"output={json.dumps(str(run_folder))}"]))
     if not this.result_of("evaluate").is_file():
         raise UserError(f"{run_folder}: not evaluated yet; finish it with `prunet run {run_folder}`")

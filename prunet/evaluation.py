@@ -146,7 +146,7 @@ def denoiser_distance(
     for at in range(0, len(prompts), 4):
         text = teacher.encode_prompts(prompts[at : at + 4])
         clean = latents[at : at + 4].cpu()
-        ids = torch.tensor([[side, side, 0, 0, side, side]] * len(clean), dtype=teacher.dtype, device=teacher.device)
+        ids = torch.tensor([[side, side, 0, 0, side, side]] * len(clean), dtype=torch.float32, device=teacher.device)
         known = conditioning(text.embeds, text.pooled, None if text.pooled is None else ids)
         noise = torch.stack(
             [

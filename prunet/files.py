@@ -28,25 +28,26 @@ def _sync(path: Path) -> None:
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yields a name to write to; what was written appears as `path` when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = aside(path)
     try:
         with clear_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             yield part
             _sync(part)
             os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        if part.is_file():
+            part.unlink()
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Like `new_file` for a folder; a folder that was there is replaced only when the new one is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part, old = aside(path), path.with_name(f".{path.name}.old")
     shutil.rmtree(part, ignore_errors=True)
     try:
         with clear_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             part.mkdir()
             yield part
             for file in part.rglob("*"):
@@ -69,8 +70,8 @@ def clear_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"No space left while writing {path}; what was finished before is kept") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"Cannot write {path}: {error.strerror}") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise UserError(f"Cannot write {path}: {error.strerror}; give another path") from error
         raise
 
 

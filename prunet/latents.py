@@ -28,7 +28,7 @@ from prunet.errors import UserError
 from prunet.files import new_file, read_json, write_json
 from prunet.pictures import BrokenPicture, Picture, fit
 from prunet.recipe import Data, read_prompts
-from prunet.sources import check_source, read_pictures, source_files
+from prunet.sources import check_source, read_pictures, source_files, source_is_there
 from prunet.teacher import PromptEmbeds, Teacher
 
 FORMAT = 1
@@ -148,11 +148,13 @@ def _shard_shape(path: Path) -> list[int]:
 # -- making one
 
 
-def cache_spec(teacher: Teacher, data: Data, seed: int) -> dict[str, Any]:
-    """What decides the bytes of a cache."""
+def cache_spec(teacher: Teacher, data: Data, seed: int, made: Path | None = None) -> dict[str, Any]:
+    """What decides the bytes of a cache. `made`: a finished one, of which the pictures may be gone."""
     parts = ["vae", *teacher.text_encoders] + (["unet"] if data.prompts is not None else [])
     if data.prompts is not None:
         content = _hash(read_prompts(data.prompts, data.limit))
+    elif made is not None and (made / "cache.json").is_file() and not source_is_there(data.source or []):
+        content = read_json(made / "spec.json")["content"]  # pictures may go when their latents are all there
     else:
         content = _hash(source_files(data.source or []))
     chosen = data.model_dump(mode="json", exclude={"prompts"} if data.prompts is not None else {"source"})
@@ -173,7 +175,7 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234)
         UserError: nothing to read, not one usable picture, another cache in the folder, or no space left.
     """
     folder = Path(folder)
-    spec = cache_spec(teacher, data, seed)
+    spec = cache_spec(teacher, data, seed, folder)
     size = int(spec["data"]["size"])
     check_size(teacher, size)
     if (folder / "spec.json").is_file():

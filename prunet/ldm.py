@@ -113,6 +113,20 @@ def layout_of(path: str | Path) -> str | None:
     return {768: "sd-v1", 1024: "sd-v2"}.get(width)
 
 
+def has_unet(path: str | Path, config: Mapping[str, Any]) -> bool:
+    """Whether the file's U-Net has just the tensors of `config` (names, and channels in), from the header alone."""
+    with _open(path) as file:
+        keys = {key for key in file.keys() if key.startswith(UNET)}  # noqa: SIM118
+        channels = file.get_slice(UNET + "input_blocks.0.0.weight").get_shape()[1]
+    return keys == set(unet_key_map(config).values()) and channels == config.get("in_channels", 4)
+
+
+def predicts_v(path: str | Path) -> bool:
+    """Whether the file bears the mark of a v-prediction model."""
+    with _open(path) as file:
+        return "v_pred" in file.keys()  # noqa: SIM118
+
+
 # Names: diffusers' parameter -> LDM's key
 
 

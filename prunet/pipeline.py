@@ -37,6 +37,9 @@ SAMPLERS = {
     "euler-a": EulerAncestralDiscreteScheduler,
     "unipc": UniPCMultistepScheduler,
 }
+# As Stable Diffusion ships them. Where another sampler's config does not say, diffusers' defaults would clip latents to
+# [-1, 1] (DDIM), and warm up over more steps than may be asked for (PNDM).
+SAMPLER_OPTIONS = {"ddim": {"clip_sample": False}, "pndm": {"skip_prk_steps": True}}
 
 
 def set_sampler(pipe: Any, name: str | None) -> Any:
@@ -49,9 +52,7 @@ def set_sampler(pipe: Any, name: str | None) -> Any:
         return pipe
     if name not in SAMPLERS:
         raise UserError(f"No sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
-    # PNDM without its warm-up, as Stable Diffusion ships it: that needs at least four steps.
-    options = {"skip_prk_steps": True} if name == "pndm" else {}
-    pipe.scheduler = SAMPLERS[name].from_config(pipe.scheduler.config, **options)
+    pipe.scheduler = SAMPLERS[name].from_config(pipe.scheduler.config, **SAMPLER_OPTIONS.get(name, {}))
     return pipe
 
 

@@ -34,7 +34,7 @@ from prunet.plan import Derived, derive
 from prunet.recipe import Recipe, Stage, read_prompts
 from prunet.sheets import Sheets
 from prunet.size import training_memory
-from prunet.sources import check_source
+from prunet.sources import check_source, source_is_there
 from prunet.student import inherit
 from prunet.teacher import Teacher
 from prunet.training import PACE, Runtime, distil, micro_batch_of
@@ -65,9 +65,12 @@ class Run:
         if not recipe.plan.remove:
             say("[yellow]The plan removes nothing:[/] the student will be as large as the teacher")
         check_size(self.teacher, self.size)
-        if recipe.data.source is not None:
-            data = recipe.data
-            check_source(recipe.data.source, image_column=data.image_column, caption_column=data.caption_column)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("prunet works in one process: start it with `prunet run`, not with torchrun or accelerate")
+        data, whole_cache = recipe.data, (self.cache_folder / "cache.json").is_file()
+        if data.source is not None:
+            if not (whole_cache and not source_is_there(data.source)):
+                check_source(data.source, image_column=data.image_column, caption_column=data.caption_column)
         else:
             read_prompts(recipe.data.prompts or [], recipe.data.limit)
         read_prompts(recipe.evaluation.prompts, recipe.evaluation.limit)
@@ -84,11 +87,31 @@ class Run:
             raise UserError(f"output: cannot write into {where}")
         # Weights, their average and two moments, in fp32, in each checkpoint kept and the one being written.
         need = self.derived.student_size.parameters * 16 * (recipe.keep_checkpoints + 1)
+        need -= sum(f.stat().st_size for f in self.folder.glob("stage-*/checkpoints/*/*"))
         if shutil.disk_usage(where).free < need:
             raise UserError(
                 f"output: checkpoints in {self.folder} need about {need / 1e9:.1f} GB free; lower keep_checkpoints, or "
                 "give an output on another disk"
             )
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        """Refuses a folder with the cache or the checkpoints of another run, before anything in it is replaced."""
+        if (self.cache_folder / "spec.json").is_file() and read_json(
+            self.cache_folder / "spec.json"
+        ) != self.cache_spec:
+            raise UserError(
+                f"{self.cache_folder}: holds a cache of another teacher or other data: delete it, or give another with "
+                "'cache:'"
+            )
+        for number in range(1, len(self.recipe.stages) + 1):
+            folder = self.folder / f"stage-{number}"
+            label = folder / "inputs.json"
+            if (folder / "checkpoints").is_dir() and label.is_file() and read_json(label) != self._stage_label(number):
+                raise UserError(
+                    f"{folder}: holds checkpoints of another teacher, plan, data, seed or stage settings: give another "
+                    "output, or delete that folder"
+                )
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -108,13 +131,14 @@ class Run:
         """Step -> hash of all that its result depends on."""
         recipe = self.recipe
         build = _hash(self.teacher.fingerprint(["unet"]), recipe.plan.fingerprint)
-        cached = _hash(cache_spec(self.teacher, recipe.data, recipe.seed))
+        cached = _hash(self.cache_spec)
         out = {
             "plan": _hash(self.teacher.unet_config, recipe.plan.fingerprint),
             "build": build,
             "cache": cached,
         }
-        last = build
+        # How the teacher is trained on and called: prediction type, noise schedule, its U-Net's config.
+        last = _hash(build, self.teacher.unet_config, dict(self.teacher.noise_scheduler.config))
         for number, stage in enumerate(recipe.stages, 1):
             last = out[f"stage-{number}"] = _hash(last, cached, stage.model_dump(mode="json"), recipe.seed)
         prompts = read_prompts(recipe.evaluation.prompts, recipe.evaluation.limit)
@@ -124,10 +148,15 @@ class Run:
         out["report"] = _hash(out["export"])
         return out
 
+    @cached_property
+    def cache_spec(self) -> dict[str, Any]:
+        return cache_spec(self.teacher, self.recipe.data, self.recipe.seed, self.cache_folder)
+
     def is_done(self, step: str) -> bool:
         """Whether `step` was finished from these inputs and its result is still there."""
-        done = self.folder / "steps.json"
-        if not done.is_file() or read_json(done).get(step, {}).get("inputs") != self.inputs[step]:
+        if self._done().get(step, {}).get("inputs") != self.inputs[step]:
+            return False
+        if step == "cache" and read_json(self.cache_folder / "spec.json") != self.cache_spec:
             return False
         return self.result_of(step).exists()
 
@@ -164,6 +193,7 @@ class Run:
             return
         say(f"[bold]→ {step}[/]")
         start = time.perf_counter()
+        self._forget(step)
         if step.startswith("stage-"):
             self._stage(int(step.removeprefix("stage-")))
         else:
@@ -176,11 +206,21 @@ class Run:
                 "report": self._report,
             }
             steps[step]()
-        path = self.folder / "steps.json"
-        done = read_json(path) if path.is_file() else {}
+        path, done = self.folder / "steps.json", self._done()
         seconds = round(time.perf_counter() - start, 1)
         write_json(path, {**done, step: {"inputs": self.inputs[step], "seconds": seconds}})
         say(f"[green]✓[/] {step} [dim]in {seconds:.0f} s[/]")
+
+    def _done(self) -> dict[str, Any]:
+        path = self.folder / "steps.json"
+        return read_json(path) if path.is_file() else {}
+
+    def _forget(self, step: str) -> None:
+        """A step that begins again is not done, nor is what comes after it, however far it gets this time."""
+        names, done = self.step_names(), self._done()
+        kept = {n: value for n, value in done.items() if n in names[: names.index(step)]}
+        if kept != done:
+            write_json(self.folder / "steps.json", kept)
 
     def _plan(self) -> None:
         write_text(self.folder / "recipe.yaml", recipe_yaml(self.recipe))
@@ -203,8 +243,10 @@ class Run:
         recipe, stage = self.recipe, self.recipe.stages[number - 1]
         folder = self.folder / f"stage-{number}"
         before = self.folder / ("student" if number == 1 else f"stage-{number - 1}/unet")
-        self._own_checkpoints(folder, number)
+        write_json(folder / "inputs.json", self._stage_label(number))
         prompts = recipe.sheet.prompts or read_prompts(recipe.evaluation.prompts)[:6]
+        if not recipe.sheet.every:
+            self.teacher.release("vae", "text")  # nothing else in the loop needs them
         trained = distil(
             self.teacher,
             load_unet(before),
@@ -212,7 +254,7 @@ class Run:
             Cache.open(self.cache_folder),
             stage,
             folder,
-            seed=recipe.seed,
+            seed=recipe.seed + number - 1,  # so that no stage repeats the noise of the one before
             runtime=self.runtime,
             sheets=Sheets(
                 self.teacher,
@@ -230,18 +272,11 @@ class Run:
         if is_main_process():
             save_unet(trained, folder / "unet")
 
-    def _own_checkpoints(self, folder: Path, number: int) -> None:
-        """Refuses to go on from checkpoints that come from another student, cache or seed."""
+    def _stage_label(self, number: int) -> dict[str, str]:
+        """What the checkpoints of a stage come from: student, cache, seed, and all of its settings but the pace."""
         settings = {k: v for k, v in self.recipe.stages[number - 1].model_dump(mode="json").items() if k not in PACE}
         before = self.inputs["build" if number == 1 else f"stage-{number - 1}"]
-        mine = {"inputs": _hash(before, self.inputs["cache"], settings, self.recipe.seed)}
-        label = folder / "inputs.json"
-        if (folder / "checkpoints").is_dir() and label.is_file() and read_json(label) != mine:
-            raise UserError(
-                f"{folder}: holds checkpoints of another teacher, plan, data, seed or stage settings: give another "
-                "output, or delete that folder"
-            )
-        write_json(label, mine)
+        return {"inputs": _hash(before, self.inputs["cache"], settings, self.recipe.seed)}
 
     @property
     def last_unet(self) -> Path:

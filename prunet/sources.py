@@ -8,6 +8,7 @@ metadata, or of one shard).
 
 import csv
 import glob
+import hashlib
 import json
 import os
 import re
@@ -386,10 +387,27 @@ def _from_row(key: str, row: dict[str, Any], image_column: str, captions: tuple[
     return make_picture(key, captions_of(row, captions), f"no caption in column {' or '.join(captions)}", data)
 
 
-def source_files(source: Source) -> list[tuple[str, int]]:
-    """Names and sizes in bytes of the local files of a source: what decides whether it is still the same."""
+def source_is_there(source: Source) -> bool:
+    """Whether the local files of a source can be found; a data set of the hub is taken to be there."""
+    try:
+        return bool((isinstance(source, str) and _is_hub_id(source)) or source_paths(source))
+    except UserError:
+        return False
+
+
+def source_files(source: Source) -> list[tuple[str, int | str]]:
+    """The local files of a source: names and sizes of pictures and shards, and what the lists of captions say.
+
+    This decides whether a source is still the same; it is not worth reading every picture for.
+    """
     if isinstance(source, str) and _is_hub_id(source):
         return [(source, 0)]
-    paths = source_paths(source)
-    files = (sorted(p.rglob("*")) if p.is_dir() else [p] for p in paths)
-    return [(p.name, p.stat().st_size) for p in chain.from_iterable(files) if p.is_file()]
+    out: list[tuple[str, int | str]] = []
+    for root in source_paths(source):
+        files = sorted(root.rglob("*")) if root.is_dir() else [root]
+        for file in files:
+            if file.is_file():
+                name = str(file.relative_to(root)) if root.is_dir() else file.name
+                text = file.suffix.lower() in (*CAPTION_FILES, ".jsonl", ".csv")
+                out.append((name, hashlib.sha256(file.read_bytes()).hexdigest() if text else file.stat().st_size))
+    return out

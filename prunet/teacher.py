@@ -131,8 +131,12 @@ class Teacher:
         self._file = path
         beside = path.with_suffix(".config")
         config = config or (beside if beside.is_dir() else None)
-        if config is not None and Path(config).is_dir():
-            self._folder = Path(config)
+        if config is not None:
+            if Path(config).is_dir():
+                self._folder = Path(config)
+            else:
+                self._hub = str(config)
+                self._folder = self._download("*.json", "*/*.json", "tokenizer*/*")
             self._read_index()
             return
         from prunet import ldm
@@ -145,8 +149,16 @@ class Teacher:
             )
         self.kind = "sdxl" if layout == "sdxl" else "sd"
         self._layout = layout
-        if config is not None:
-            self._hub = str(config)
+        if layout == "sd-v2" or ldm.predicts_v(path):
+            raise UserError(
+                f"{path}: an SD v2 or v-prediction checkpoint does not say what it predicts: give its configs with "
+                f"--config or teacher.config, such as {HUB_CONFIGS['sd-v2']} (epsilon, 512 px)"
+            )
+        if not ldm.has_unet(path, layout_config(layout)):
+            raise UserError(
+                f"{path}: a U-Net that is not the whole {layout}, pruned or with other inputs: give its configs with "
+                "--config or teacher.config (a diffusers folder without weights)"
+            )
 
     def _read_index(self) -> None:
         assert self._folder is not None
@@ -173,12 +185,11 @@ class Teacher:
 
     def _download(self, *patterns: str) -> Path:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         assert self._hub is not None
         try:
             return Path(snapshot_download(self._hub, revision=self._revision, allow_patterns=list(patterns)))
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        except Exception as error:  # the hub client's, its HTTP library's, the disk's
             raise UserError(
                 f"{self._hub}: neither a folder here nor to be had from the hub ({type(error).__name__}); check the "
                 "name, the network, and `hf auth login` if it is gated"
@@ -231,7 +242,7 @@ class Teacher:
     def _part_files(self, part: str) -> list[Path]:
         if self._file is not None:
             return [self._file]
-        return [self._weight_file(part), self._configs() / part / "config.json"]
+        return [*self._weight_files(part), self._configs() / part / "config.json"]
 
     def fingerprint(self, parts: Iterable[str] | None = None) -> str:
         """A hash of the weights and configs of `parts` (all that are trained, by default), read from the files."""
@@ -247,19 +258,20 @@ class Teacher:
 
     # -- its parts, loaded when first used
 
-    def _weight_file(self, part: str) -> Path:
-        """The safetensors file of a part; a variant or an index counts, a pickle does not."""
+    def _weight_files(self, part: str) -> list[Path]:
+        """The safetensors of a part: one file, the shards of one, or its fp16 variant; a pickle does not count."""
         folder, stem = self._configs() / part, WEIGHTS[part]
-        if self._hub is not None and not list(folder.glob(f"{stem}*.safetensors")):
+        if self._hub is not None and not (folder / f"{stem}.safetensors").is_file():
             self._download(f"{part}/{stem}.safetensors")
-            if not list(folder.glob(f"{stem}*.safetensors")):
+            if not (folder / f"{stem}.safetensors").is_file():
                 self._download(f"{part}/{stem}*.safetensors*")
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            names = _read_json(index, f"{self.source}: {part}").get("weight_map", {}).values()
+            return [folder / name for name in sorted(set(names))]
         for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
             if (folder / name).is_file():
-                return folder / name
-        sharded = sorted(folder.glob(f"{stem}*-of-*.safetensors"))
-        if sharded:
-            return sharded[0]
+                return [folder / name]
         pickled = "; its .bin files are pickles, which prunet does not open: save the pipeline with safe_serialization"
         raise UserError(
             f"{self.source}: no {part}/{stem}.safetensors" + (pickled if list(folder.glob("*.bin")) else "")
@@ -269,13 +281,15 @@ class Teacher:
         """Refuses weight files that are missing, pickled or cut off, from their headers alone."""
         from safetensors import SafetensorError, safe_open
 
+        if self._hub is not None and self._file is None:
+            return  # fetched when used, and checked by the hub's client
         for part in ("unet", "vae", *self.text_encoders):
-            file = self._file or self._weight_file(part)
-            try:
-                with safe_open(file, framework="pt"):
-                    pass
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: cut off or damaged ({error}): fetch or copy it again") from error
+            for file in [self._file] if self._file else self._weight_files(part):
+                try:
+                    with safe_open(file, framework="pt"):
+                        pass
+                except (SafetensorError, OSError) as error:
+                    raise UserError(f"{file}: cut off or damaged ({error}): fetch or copy it again") from error
 
     def _load(self, part: str, cls: Any, dtype: torch.dtype | None = None) -> nn.Module:
         from prunet import ldm
@@ -290,7 +304,7 @@ class Teacher:
             else:
                 module = ldm.from_ldm_text_encoder(self._file, config, self.text_encoders.index(part))
         else:
-            file = self._weight_file(part)
+            file = self._weight_files(part)[0]
             variant = "fp16" if ".fp16" in file.name else None
             name = "dtype" if part.startswith("text") else "torch_dtype"  # transformers' and diffusers' words
             options = {"subfolder": part, "variant": variant, "use_safetensors": True, name: dtype}
@@ -312,7 +326,9 @@ class Teacher:
         from diffusers import AutoencoderKL
 
         upcast = self.part_config("vae").get("force_upcast", False)
-        return self._load("vae", AutoencoderKL, torch.float32 if upcast else None)  # type: ignore[return-value]
+        vae = self._load("vae", AutoencoderKL, torch.float32 if upcast else None)
+        vae.enable_slicing()  # type: ignore[operator]  # one picture at a time: at 1024 px a batch would take many GB
+        return vae  # type: ignore[return-value]
 
     @cached_property
     def _text_parts(self) -> dict[str, Any]:
@@ -349,7 +365,13 @@ class Teacher:
             elif name in WEIGHTS:
                 (folder / name).mkdir()
                 self._copy_config(configs, name, folder)
-                shutil.copyfile(self._weight_file(name), folder / name / f"{WEIGHTS[name]}.safetensors")
+                files = self._weight_files(name)
+                for file in files:
+                    target = file.name if len(files) > 1 else f"{WEIGHTS[name]}.safetensors"
+                    shutil.copyfile(file, folder / name / target)
+                if len(files) > 1:
+                    index_name = f"{WEIGHTS[name]}.safetensors.index.json"
+                    shutil.copyfile(configs / name / index_name, folder / name / index_name)
             elif not self._copy_other(configs, name, folder):
                 index[name] = [None, None]
         index["unet"] = ["diffusers", "UNet2DConditionModel"]

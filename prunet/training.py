@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -25,7 +26,7 @@ from prunet.files import new_file, new_folder, read_json, write_json
 from prunet.latents import Cache
 from prunet.losses import add_noise, feature_losses, min_snr_weight, mse, training_target
 from prunet.plan import Pair
-from prunet.recipe import Stage
+from prunet.recipe import Losses, Stage
 from prunet.sheets import Sheets
 from prunet.size import fitting_micro_batch
 from prunet.taps import tap
@@ -56,6 +57,11 @@ class Runtime:
         if self.device is not None:
             return torch.device(self.device)
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
+
+    def use_device(self) -> None:
+        """accelerate takes the current CUDA device, whatever its number."""
+        if self.torch_device.type == "cuda" and self.torch_device.index is not None:
+            torch.cuda.set_device(self.torch_device)
 
     @property
     def mixed_precision(self) -> str:
@@ -193,6 +199,8 @@ def distil(
             teacher, or a loss that is not finite (the last good checkpoint stays).
     """
     folder, runtime = Path(folder), runtime or Runtime()
+    runtime.use_device()
+    AcceleratorState._reset_state()  # accelerate keeps the first precision of a process; ours may change
     accelerator = Accelerator(
         mixed_precision=runtime.mixed_precision,
         cpu=runtime.torch_device.type == "cpu",
@@ -221,7 +229,7 @@ def distil(
     scheduler = teacher.noise_scheduler
     prediction_type = scheduler.config.prediction_type
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
-    names = ["task", "output", *(f"feature/{pair.student}" for pair in pairs)]
+    names = ["task", "output", *(f"feature/{pair.student}" for pair in pairs), "grad_norm"]
     weights = stage.losses
     use_features = weights.feature > 0 and bool(pairs)
     draws = Draws(cache, stage, seed, scheduler.config.num_train_timesteps)
@@ -249,13 +257,11 @@ def distil(
                 text = (batch["embeds"], batch.get("pooled"), batch.get("time_ids"))
 
                 with torch.no_grad():
-                    frozen: Any = (None if x is None else x.to(teacher_unet.dtype) for x in text)
-                    eps_t = teacher_unet(
-                        noisy.to(teacher_unet.dtype),
-                        batch["timestep"],
-                        **conditioning(*frozen),
-                        return_dict=False,
-                    )[0]
+                    # Micro-conditioning stays in fp32: bf16 cannot hold every size in pixels.
+                    dtype = teacher_unet.dtype
+                    pooled = None if text[1] is None else text[1].to(dtype)
+                    frozen = conditioning(text[0].to(dtype), pooled, text[2])
+                    eps_t = teacher_unet(noisy.to(dtype), batch["timestep"], **frozen, return_dict=False)[0]
                 last = micro == accumulate - 1
                 with nullcontext() if last else accelerator.no_sync(model):
                     eps_s = model(noisy, batch["timestep"], **conditioning(*text), return_dict=False)[0]
@@ -271,7 +277,8 @@ def distil(
                     accelerator.backward(loss / accumulate)
                 sums[: len(terms)] += terms.detach() / accumulate
 
-            accelerator.clip_grad_norm_(model.parameters(), stage.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(model.parameters(), stage.max_grad_norm)
+            sums[-1] += norm
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if ema:
@@ -283,10 +290,10 @@ def distil(
             drawing = sheets is not None and sheets.every > 0 and (done % sheets.every == 0 or done == stage.steps)
             if done % runtime.log_every == 0 or saving or drawing:
                 # The only place where the device is waited for.
-                means = (accelerator.reduce(sums, "mean") / since).tolist()
-                _check_finite(dict(zip(names, means, strict=True)), done, stage, folder)
+                means = dict(zip(names, (accelerator.reduce(sums, "mean") / since).tolist(), strict=True))
+                _check_finite(means, done, stage, folder, overflow_is_skipped=accelerator.scaler is not None)
                 speed = since * stage.batch_size / (time.perf_counter() - clock)
-                row = _row(done, names, means, weights, learning_rate_at(stage, step), speed)
+                row = _row(done, means, weights, learning_rate_at(stage, step), speed)
                 if accelerator.is_main_process:
                     log.write(row)
                     accelerator.log({k: v for k, v in row.items() if k != "step"}, step=done)
@@ -311,11 +318,11 @@ def distil(
 # -- what is written on the way
 
 
-def _row(step: int, names: list[str], means: list[float], weights: Any, lr: float, speed: float) -> dict[str, Any]:
-    features = sum(means[2:])
-    total = weights.task * means[0] + weights.output * means[1] + weights.feature * features
-    row = {"step": step, "loss": total, "task": means[0], "output": means[1], "feature": features}
-    return row | dict(zip(names[2:], means[2:], strict=True)) | {"learning_rate": lr, "images_per_s": round(speed, 2)}
+def _row(step: int, means: dict[str, float], weights: Losses, lr: float, speed: float) -> dict[str, Any]:
+    feature = sum(value for name, value in means.items() if name.startswith("feature/"))
+    total = weights.task * means["task"] + weights.output * means["output"] + weights.feature * feature
+    row = {"step": step, "loss": total, "task": means["task"], "output": means["output"], "feature": feature}
+    return {**row, **means, "learning_rate": lr, "images_per_s": round(speed, 2)}
 
 
 def _note(row: dict[str, Any]) -> str:
@@ -349,8 +356,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_finite(losses: dict[str, float], step: int, stage: Stage, folder: Path) -> None:
-    bad = [name for name, value in losses.items() if not math.isfinite(value)]
+def _check_finite(means: dict[str, float], step: int, stage: Stage, folder: Path, *, overflow_is_skipped: bool) -> None:
+    """Losses and gradients; in fp16 the scaler skips the steps whose gradients overflow."""
+    bad = [n for n, v in means.items() if not math.isfinite(v) and not (n == "grad_norm" and overflow_is_skipped)]
     if bad:
         saved = checkpoints(folder)
         state = f"the last good state is {saved[-1]}" if saved else "no checkpoint was written yet"
@@ -415,6 +423,11 @@ def resume(
         raise UserError(
             f"{saved[-1]}: trained with {key} {state['stage'].get(key)}, now {now[key]}: set it back, give another "
             f"output, or delete {folder / 'checkpoints'}"
+        )
+    if state["step"] == stage.steps and changed:
+        raise UserError(
+            f"{saved[-1]}: the stage is finished, with {changed[0]} {state['stage'][changed[0]]}, now "
+            f"{now[changed[0]]}: set it back, raise steps to go on, or give another output"
         )
     if state["step"] > stage.steps:
         raise UserError(f"{saved[-1]}: already past steps {stage.steps}: raise it, or delete {folder / 'checkpoints'}")

@@ -165,6 +165,9 @@ def mistakes(bad: Path, sd: Path, pictures: Path, tmp_path: Path) -> dict[str, t
         "generate sampler": ("generate", sd, "a", "--sampler", "best"),
         "generate size": ("generate", sd, "a", "--size", 24),
         "several pictures in one file": ("generate", sd, "a", "-n", 2, "-o", bad / "a.png"),
+        "output under a file": ("build", sd, "--plan", "bk-tiny", "-o", bad / "text.txt" / "o"),
+        "pictures under a file": ("generate", sd, "a", "--steps", 1, "-o", bad / "text.txt" / "a.png"),
+        "fp16 on a CPU": (*with_recipe("fp16 on a CPU")[:2], "--precision", "fp16"),
         "export of no run": ("export", bad),
         "export name": ("export", bad, "--single-file", "-o", bad / "x.ckpt"),
     }

@@ -136,3 +136,25 @@ def test_student_of_a_half_precision_teacher_draws_when_opened_without_a_dtype(k
     export(teacher, build(teacher, load_plan("bk-base" if kind == "sd" else "vega")), tmp_path / "out")
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert pipe("a cat", num_inference_steps=1, height=16, width=16, output_type="np").images.shape == (1, 16, 16, 3)
+
+
+def test_ddim_does_not_clip_latents(sd) -> None:
+    """diffusers' default would, where the config of the sampler before does not say."""
+    pipe = set_sampler(Teacher(sd).pipeline(), "euler")
+    assert set_sampler(pipe, "ddim").scheduler.config.clip_sample is False
+
+
+def test_sharded_parts_are_one_model(sd, tmp_path) -> None:
+    folder = shutil.copytree(sd, tmp_path / "sharded")
+    unet = Teacher(sd).unet
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    unet.save_pretrained(folder / "unet", max_shard_size="500KB")
+    shards = sorted((folder / "unet").glob("*-of-*.safetensors"))
+    assert len(shards) > 1
+    assert all(torch.equal(v, unet.state_dict()[k]) for k, v in Teacher(folder).unet.state_dict().items())
+    before = Teacher(folder).fingerprint(["unet"])
+    shards[-1].write_bytes(shards[-1].read_bytes()[:-1] + b"\x01")
+    assert Teacher(folder).fingerprint(["unet"]) != before
+    shards[-1].write_bytes(b"")
+    with pytest.raises(UserError, match="cut off"):
+        Teacher(folder).check_weights()

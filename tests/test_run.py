@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import make_pipeline
+from conftest import make_pictures, make_pipeline
 
 from prunet import Run, Runtime, UserError, load_recipe, run
 
@@ -109,10 +110,29 @@ def test_deleted_result_is_made_again(finished) -> None:
     assert weights.read_bytes() == saved
 
 
-def test_other_plan_in_the_same_folder_is_refused(finished) -> None:
-    this = Run(load_recipe(finished / "recipe.yaml", ["plan=bk-base"]), CPU)
-    with pytest.raises(UserError, match="another teacher, plan"):
-        this.do("stage-1")
+def test_other_recipe_in_the_same_folder_is_refused_before_anything_changes(finished) -> None:
+    before = contents(finished)
+    for change, words in (
+        ("plan=bk-base", "another teacher, plan"),
+        ("data.flip=false", "another teacher or other data"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(load_recipe(finished / "recipe.yaml", [change]), CPU)
+    assert contents(finished) == before
+
+
+def test_pictures_may_go_when_the_cache_is_whole(sd, tmp_path) -> None:
+    folder = make_pictures(tmp_path / "pictures", 4)
+    recipe = load_recipe(recipe_file(tmp_path, sd, folder, stages=[{"steps": 2, "batch_size": 2}]))
+    run(recipe, CPU, until="cache")
+    shutil.rmtree(folder)
+    run(recipe, CPU, until="distil")
+    assert Run(recipe, CPU).is_done("stage-1")
+
+
+def test_stages_do_not_repeat_each_others_noise(finished) -> None:
+    rows = [(finished / f"stage-{n}" / "log.jsonl").read_text().splitlines() for n in (1, 2)]
+    assert json.loads(rows[0][0])["task"] != pytest.approx(json.loads(rows[1][0])["task"], rel=1e-3)
 
 
 def test_nothing_starts_when_something_is_wrong(sd, pictures, tmp_path) -> None:

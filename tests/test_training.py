@@ -12,6 +12,7 @@ from prunet import Teacher, UserError, build, derive, distil, load_plan, trainin
 from prunet.latents import cache
 from prunet.losses import min_snr_weight
 from prunet.recipe import Data, Losses, Stage
+from prunet.sheets import Sheets
 from prunet.student import state_hash
 from prunet.training import Draws, Runtime, batches, learning_rate_at
 
@@ -88,13 +89,54 @@ def test_teacher_is_not_changed_and_student_learns(sd, made, tmp_path) -> None:
     assert saved.keys() == student.state_dict().keys(), "the checkpoint holds something else than the student"
 
 
-def test_ema_starts_from_the_inherited_student(sd, made, tmp_path) -> None:
-    """With a rate of almost nothing, the average is the student as it was built."""
-    stage = STAGE.model_copy(update={"learning_rate": 1e-12, "weight_decay": 0.0})
-    student, _ = train(sd, made, tmp_path / "run", stage=stage)
-    built = build(Teacher(sd), load_plan("bk-small")).state_dict()
+def test_ema_is_the_average_of_the_student_by_hand(sd, made, tmp_path) -> None:
+    """Recomputed from the student of every checkpoint, with diffusers' warm-up (1 + n) / (10 + n)."""
+    student, _ = train(sd, made, tmp_path / "run", checkpoint_every=1, keep_checkpoints=9)
+    saved = [load_file(folder / "student.safetensors") for folder in training.checkpoints(tmp_path / "run")]
+    average = saved[0]
+    for n, weights in enumerate(saved[1:], 1):
+        decay = min(0.9, (1 + n) / (10 + n))
+        average = {k: decay * v + (1 - decay) * weights[k] for k, v in average.items()}
     for name, tensor in student.state_dict().items():
-        torch.testing.assert_close(tensor, built[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(tensor, average[name], rtol=1e-5, atol=1e-6)
+    assert not torch.equal(student.conv_in.weight, saved[-1]["conv_in.weight"])
+
+
+@pytest.mark.parametrize(("kind", "plan"), [("sd", "bk-tiny"), ("sdxl", "vega")])
+def test_bf16_trains_and_draws(kind, plan, request, pictures, tmp_path) -> None:
+    teacher = Teacher(request.getfixturevalue(kind), dtype=torch.bfloat16)
+    made = cache(teacher, Data(source=str(pictures)), tmp_path / "cache")
+    student = build(Teacher(request.getfixturevalue(kind)), load_plan(plan))
+    pairs = derive(teacher.unet_config, load_plan(plan)).pairs
+    sheets = Sheets(teacher, tmp_path / "sheets", ["a"], 2, seed=1, size=16, steps=2)
+    runtime = Runtime(device="cpu", precision="bf16", log_every=1)
+    stage = STAGE.model_copy(update={"steps": 2})
+    distil(teacher, student, pairs, made, stage, tmp_path / "run", runtime=runtime, sheets=sheets)
+    assert all(row["loss"] > 0 for row in losses(tmp_path / "run"))
+    assert student.dtype == torch.float32
+    assert len(list((tmp_path / "sheets").iterdir())) == 2
+
+
+def test_gradient_that_is_not_finite_stops_before_the_checkpoint(sd, made, tmp_path, monkeypatch) -> None:
+    """A finite loss with an infinite gradient would put NaN into weights that a checkpoint calls good."""
+    real = training.mse
+
+    def steep(prediction, target, weight=None):
+        loss = real(prediction, target, weight)
+        if prediction.requires_grad:
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    monkeypatch.setattr(training, "mse", steep)
+    with pytest.raises(UserError, match="grad_norm"):
+        train(sd, made, tmp_path / "run", checkpoint_every=1)
+    assert training.checkpoints(tmp_path / "run") == []
+
+
+def test_pace_of_a_finished_stage_may_not_change_but_for_more_steps(sd, made, tmp_path) -> None:
+    train(sd, made, tmp_path / "run", stage=STAGE.model_copy(update={"steps": 2}))
+    with pytest.raises(UserError, match="is finished, with learning_rate"):
+        train(sd, made, tmp_path / "run", stage=STAGE.model_copy(update={"steps": 2, "learning_rate": 0.5}))
 
 
 def test_terms_of_the_empty_plan_vanish(sd, made, tmp_path) -> None:
