@@ -1,0 +1,130 @@
+"""What the training stages share: state on disk, a budget in minutes, a learning rate, several processes."""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+
+def atomic_save(value, path: Path) -> None:
+    """Write aside, then rename: a run killed at any moment leaves a whole file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    torch.save(value, aside)
+    os.replace(aside, path)
+
+
+def load_state(path: Path) -> dict:
+    """The stage's state, or a fresh one; `seconds` count against its budget."""
+    if path.exists():
+        return torch.load(path, map_location="cpu", weights_only=True)
+    return {"step": 0, "seconds": 0.0, "images": 0}
+
+
+def save_record(record: dict, path: Path) -> None:
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(aside, path)
+
+
+def is_finished(record: Path, minutes: float) -> bool:
+    """A stage that wrote its record has spent its budget; with a larger budget it goes on from its state."""
+    return record.exists() and json.loads(record.read_text())["hours"] * 60 >= minutes
+
+
+def timed_steps(title: str, state: dict, minutes: float, log_every_s: float = 30) -> Iterator[float]:
+    """Yield progress in [0, 1) once per step until the budget is spent; count into `state`."""
+    budget_s = 60 * minutes
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    last = last_log = time.monotonic()
+    with Progress(*columns, disable=rank > 0) as bar:
+        task = bar.add_task(title, total=budget_s, completed=state["seconds"])
+        while state["seconds"] < budget_s:
+            yield state["seconds"] / budget_s
+            now = time.monotonic()
+            state["seconds"] = from_first_rank(state["seconds"] + now - last)
+            state["step"] += 1
+            line = f"{title} step {state['step']} " + " ".join(f"{k} {v:.4f}" for k, v in state["shown"].items())
+            bar.update(task, completed=min(state["seconds"], budget_s), description=line)
+            if now - last_log > log_every_s and rank == 0 and not bar.console.is_terminal:
+                print(f"{line} | {state['seconds'] / 60:.1f} of {minutes} min", flush=True)
+                last_log = now
+            last = now
+
+
+def learning_rate(progress: float, peak: float, warmup: float = 0.03) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if progress < warmup:
+        return peak * (progress + 1e-3) / (warmup + 1e-3)
+    return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def smooth(old: float | None, new: float, keep: float = 0.98) -> float:
+    return new if old is None else keep * old + (1 - keep) * new
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """bf16 where it is faster: CPUs without units for it are several times slower than in fp32."""
+    if device.type == "cuda" or _bf16_is_faster():
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+@functools.cache
+def _bf16_is_faster() -> bool:
+    return _matmul_s(torch.bfloat16) < _matmul_s(torch.float32)
+
+
+def _matmul_s(dtype: torch.dtype) -> float:
+    a = torch.ones(1024, 1024, dtype=dtype)
+    a @ a  # the first call also picks a kernel
+    start = time.perf_counter()
+    for _ in range(4):
+        a @ a
+    return time.perf_counter() - start
+
+
+# --- several processes, started by torchrun
+
+
+def join_group() -> tuple[int, int]:
+    """(rank, number of processes), from the variables that torchrun sets."""
+    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def average_gradients(model: nn.Module) -> None:
+    if not dist.is_initialized():
+        return
+    grads = [parameter.grad for parameter in model.parameters()]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
+
+
+def from_first_rank(number: float) -> float:
+    """All processes must agree on the clock, or one would stop while another waits for its gradients."""
+    if not dist.is_initialized():
+        return number
+    shared = torch.tensor(number, dtype=torch.float64)
+    dist.broadcast(shared, src=0)
+    return shared.item()

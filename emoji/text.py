@@ -1,0 +1,229 @@
+"""Stage 2: tokenizer and text encoder, trained against pictures before any denoiser exists, then frozen.
+
+A contrastive loss alone only teaches the end-of-text position, but the U-Net reads all 77 token states. So
+three linear heads also read single, randomly chosen states at or after the end of the text (with CLIP's
+causal mask these have seen the whole caption): one draws a tiny thumbnail, one names the label, one names the
+style. What a linear head can read, a cross-attention can read too: colours and rough shapes are there before
+the U-Net's first step.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from shards import SPLITS, Sample, read_split, stack_images, to_model
+from state import (
+    atomic_save,
+    autocast,
+    is_finished,
+    learning_rate,
+    load_state,
+    pick_device,
+    save_record,
+    smooth,
+    timed_steps,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+STYLES = ("3d", "noto", "flat")
+
+
+def learn_tokenizer(captions: list[str], vocab_size: int) -> CLIPTokenizer:
+    """Learn merges. Ids in CLIP's order: bytes, bytes that end a word, merges, specials."""
+    blank = CLIPTokenizer()  # for its normalizer and word splitting: merges must be learned on the same words
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = blank.backend_tokenizer.normalizer
+    learner.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    room = vocab_size - 2 * len(alphabet) - 2
+    trainer = trainers.BpeTrainer(
+        vocab_size=room + 2 * len(alphabet),
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    learner.train_from_iterator(captions, trainer)
+    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]][:room]
+    # The trainer only knows the word-final bytes it has seen; a user may type any other.
+    tokens = [
+        *alphabet,
+        *(f"{byte}</w>" for byte in alphabet),
+        *("".join(merge) for merge in merges),
+        START,
+        END,
+    ]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+
+
+def check_tokenizer(tokenizer: CLIPTokenizer, captions: list[str]) -> None:
+    """Decoding may only lose the spacing around punctuation and digits, as CLIP's own tokenizer does."""
+    for caption in captions:
+        ids = tokenizer(caption)["input_ids"]
+        decoded = tokenizer.decode(ids, skip_special_tokens=True)
+        assert decoded.replace(" ", "") == caption.replace(" ", ""), (caption, decoded)
+        assert tokenizer(decoded)["input_ids"] == ids, (caption, decoded)
+        assert len(ids) <= 77, caption
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    padded = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    return padded.input_ids
+
+
+class PictureTower(nn.Sequential):
+    """A few convolutions on 32 px pictures. Only a partner for the text encoder: it is thrown away."""
+
+    def __init__(self, width: int):
+        def down(a: int, b: int) -> list[nn.Module]:
+            return [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU()]
+
+        super().__init__(
+            *down(3, 64),
+            *down(64, 128),
+            *down(128, 192),
+            nn.Flatten(),
+            nn.Linear(192 * 16, width),
+        )
+
+
+class Heads(nn.Module):
+    """Everything that reads the text encoder during its training."""
+
+    def __init__(self, width: int, thumbnail: int, num_labels: int):
+        super().__init__()
+        self.tower = PictureTower(width)
+        self.project = nn.Linear(width, width, bias=False)
+        self.scale = nn.Parameter(torch.tensor(2.5))  # log of the inverse temperature
+        self.thumbnail = nn.Linear(width, 3 * thumbnail**2)
+        self.label = nn.Linear(width, num_labels)
+        self.style = nn.Linear(width, len(STYLES))
+
+
+def contrastive_loss(heads: Heads, text: Tensor, pictures: Tensor) -> Tensor:
+    a, b = F.normalize(heads.project(text), dim=-1), F.normalize(heads.tower(pictures), dim=-1)
+    logits = heads.scale.exp().clamp(max=50) * a @ b.T
+    target = torch.arange(len(a), device=a.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def pick_positions(ids: Tensor, kept: int, dice: torch.Generator) -> Tensor:
+    """The first 24 positions, and a few of the padding behind them: half the cost of a step, same meaning.
+
+    Captions end before 24 almost always; later positions only repeat the end-of-text token under other
+    position embeddings, and all of those get their turn.
+    """
+    head = 24
+    tail = head + torch.randperm(ids.shape[1] - head, generator=dice)[: kept - head]
+    return torch.cat([torch.arange(head), tail.sort().values])
+
+
+def states_after_end(states: Tensor, ids: Tensor, end_id: int, dice: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The state at the end of the text, and one more, anywhere between there and the last position."""
+    end = (ids == end_id).int().argmax(dim=1)
+    where = end + (torch.rand(len(ids), generator=dice).to(ids.device) * (ids.shape[1] - end)).long()
+    rows = torch.arange(len(ids), device=ids.device)
+    return states[rows, end], states[rows, where]
+
+
+def losses(heads: Heads, states: Tensor, ids: Tensor, end_id: int, batch: dict, dice) -> dict[str, Tensor]:
+    end, anywhere = states_after_end(states, ids, end_id, dice)
+    thumbnail = F.mse_loss(heads.thumbnail(anywhere), batch["thumbnail"].flatten(1))
+    return {
+        "contrastive": contrastive_loss(heads, end, batch["picture"]),
+        "thumbnail": thumbnail,
+        "label": F.cross_entropy(heads.label(anywhere), batch["label"]),
+        "style": F.cross_entropy(heads.style(anywhere), batch["style"]),
+    }
+
+
+WEIGHTS = {"contrastive": 0.5, "thumbnail": 10.0, "label": 0.5, "style": 0.5}
+
+
+def read_known_labels() -> list[str]:
+    """The labels the denoiser learns; the text encoder sees them more often than the others."""
+    return (Path(__file__).parent / "known-labels.txt").read_text().splitlines()
+
+
+def make_model(config: dict, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    pad = {"pad_token_id": tokenizer.pad_token_id}
+    return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **config["model"], **ids, **pad))
+
+
+def prepare(samples: list[Sample], thumbnail: int) -> dict[str, Tensor]:
+    pictures = F.avg_pool2d(to_model(stack_images(samples)), 4)  # 32 px is enough to tell emoji apart
+    labels = {label: index for index, label in enumerate(sorted({sample.label for sample in samples}))}
+    return {
+        "picture": pictures,
+        "thumbnail": F.adaptive_avg_pool2d(pictures, thumbnail),
+        "label": torch.tensor([labels[sample.label] for sample in samples]),
+        "style": torch.tensor([STYLES.index(sample.style) for sample in samples]),
+    }
+
+
+def train(config: dict, data: Path, root: Path, seed: int) -> None:
+    device, state_path, out = pick_device(), root / "text.pt", root / "text_encoder"
+    if is_finished(out / "record.json", config["minutes"]):
+        return
+    samples = read_split(data, "train")
+    captions = [caption for sample in samples for caption in sample.captions]
+    tokenizer = learn_tokenizer(captions, config["vocab_size"])
+    check_tokenizer(tokenizer, [c for split in SPLITS for s in read_split(data, split)[:200] for c in s.captions])
+    tokenizer.save_pretrained(root / "tokenizer")
+
+    tensors = prepare(samples, config["thumbnail"])
+    ids = [tokenize(tokenizer, sample.captions) for sample in samples]
+    known = set(read_known_labels())
+    weights = torch.tensor([float(sample.label in known) for sample in samples])
+    weights = config["known_share"] * weights / weights.sum() + (1 - config["known_share"]) / len(samples)
+
+    torch.manual_seed(seed)
+    model = make_model(config, tokenizer).to(device)
+    heads = Heads(config["model"]["hidden_size"], config["thumbnail"], int(tensors["label"].max()) + 1).to(device)
+    both = nn.ModuleList([model, heads])
+    optimizer = torch.optim.AdamW(both.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
+    state = load_state(state_path)
+    if "model" in state:
+        both.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    state["shown"] = {}
+
+    for progress in timed_steps("text", state, config["minutes"]):
+        lr = learning_rate(progress, config["learning_rate"])
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        dice = torch.Generator().manual_seed(seed + state["step"])
+        picked = torch.multinomial(weights, config["batch_size"], generator=dice)
+        batch = {name: tensor[picked].to(device) for name, tensor in tensors.items()}
+        choice = torch.rand(len(picked), generator=dice).tolist()
+        rows = [ids[i][int(u * len(ids[i]))] for i, u in zip(picked.tolist(), choice, strict=True)]
+        tokens = torch.stack(rows).to(device)
+
+        positions = pick_positions(tokens, config["positions"], dice).to(device)
+        tokens = tokens[:, positions]
+
+        with autocast(device):
+            states = model(tokens, position_ids=positions[None]).last_hidden_state
+            parts = losses(heads, states, tokens, tokenizer.eos_token_id, batch, dice)
+        loss = sum(WEIGHTS[name] * part for name, part in parts.items())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        optimizer.step()
+
+        state["images"] += len(picked)
+        shown = state["shown"]
+        state["shown"] = {name: smooth(shown.get(name), part.item(), 0.95) for name, part in parts.items()}
+        if state["step"] % 100 == 99:
+            atomic_save({**state, "model": both.state_dict(), "optimizer": optimizer.state_dict()}, state_path)
+
+    model.save_pretrained(out)
+    record = {name: state[name] for name in ("images", "shown")} | {"steps": state["step"]}
+    record |= {"hours": state["seconds"] / 3600, "parameters": sum(p.numel() for p in model.parameters())}
+    save_record(record | {"vocab_size": len(tokenizer)}, out / "record.json")
+    print(record)
