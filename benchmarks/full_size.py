@@ -23,8 +23,9 @@ from conftest import _tokenizer, make_pictures
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from prunet import Run, Runtime
+from prunet import Run, Runtime, Teacher, export
 from prunet.recipe import Recipe
+from prunet.runs import load_unet
 from prunet.teacher import layout_config
 from prunet.unet import make_unet
 
@@ -117,10 +118,15 @@ def main() -> None:
             }
         )
         this = Run(recipe, Runtime(device=args.device, precision=args.precision, micro_batch=1, log_every=1))
-        for step in this.step_names("distil" if args.until == "distil" else args.until):
+        # Straight from distillation to export: the evaluation draws, which would take most of an hour on a CPU.
+        for step in this.step_names("distil" if args.until == "export" else args.until):
             start = time.perf_counter()
             this.do(step)
             report[step] = round(time.perf_counter() - start, 1)
+        if args.until == "export":
+            start = time.perf_counter()
+            export(Teacher(root / "teacher"), load_unet(this.last_unet), root / "pipeline")
+            report["export"] = round(time.perf_counter() - start, 1)
         report["losses"] = (root / "run/stage-1/log.jsonl").read_text().splitlines()[-1:]
     finally:
         shutil.rmtree(root, ignore_errors=True)

@@ -13,6 +13,9 @@ from torch import nn
 
 from prunet.size import example_inputs
 
+#: After this many, three repeats of each are enough.
+MOST_SECONDS = 60
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -37,9 +40,12 @@ def measure(
     device = torch.device(device)
     calls = {name: _call(net, batch_size, device) for name, net in denoisers.items()}
     for call in calls.values():
-        call(), call()
+        call()
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
+    began = time.perf_counter()
+    for done in range(repeats):
+        if done >= 3 and time.perf_counter() - began > MOST_SECONDS:
+            break
         for name, call in calls.items():
             _wait(device)
             start = time.perf_counter()
@@ -52,7 +58,13 @@ def measure(
     }
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     dtypes = {name: str(next(net.parameters()).dtype).removeprefix("torch.") for name, net in denoisers.items()}
-    return {"device": where, "batch_size": batch_size, "repeats": repeats, "dtypes": dtypes, "speeds": speeds}
+    return {
+        "device": where,
+        "batch_size": batch_size,
+        "repeats": min(map(len, times.values())),
+        "dtypes": dtypes,
+        "speeds": speeds,
+    }
 
 
 def _call(net: nn.Module, batch_size: int, device: torch.device) -> Any:
