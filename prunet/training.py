@@ -322,12 +322,12 @@ def _row(step: int, means: dict[str, float], weights: Losses, lr: float, speed: 
     feature = sum(value for name, value in means.items() if name.startswith("feature/"))
     total = weights.task * means["task"] + weights.output * means["output"] + weights.feature * feature
     row = {"step": step, "loss": total, "task": means["task"], "output": means["output"], "feature": feature}
-    return {**row, **means, "learning_rate": lr, "images_per_s": round(speed, 2)}
+    return {**row, **means, "learning_rate": lr, "images_per_s": round(speed, 4)}
 
 
 def _note(row: dict[str, Any]) -> str:
     parts = [f"{name} {row[name]:.4f}" for name in ("loss", "task", "output", "feature")]
-    return "  ".join([*parts, f"{row['images_per_s']:.1f} images/s"])
+    return "  ".join([*parts, f"{row['images_per_s']:.3g} images/s"])
 
 
 class Log:
