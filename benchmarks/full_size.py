@@ -29,6 +29,8 @@ from prunet.runs import load_unet
 from prunet.teacher import layout_config
 from prunet.unet import make_unet
 
+torch.set_num_threads(os.cpu_count() or 1)  # the tests' models want one thread, these want all
+
 VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
