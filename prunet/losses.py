@@ -43,6 +43,13 @@ def mse(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Ten
     return (each * weight).mean()
 
 
-def feature_losses(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """One MSE a pair, as a vector (P,)."""
-    return torch.stack([mse(s, t) for s, t in zip(student, teacher, strict=True)])
+def feature_losses(student: Sequence[Tensor], teacher: Sequence[Tensor], normalize: bool = False) -> Tensor:
+    """One MSE a pair, as a vector (P,).
+
+    `normalize` divides each by the mean square of the teacher's feature, so that a few large features do not drown the
+    rest: the idea of LAPTOP-Diff (arXiv 2404.11098), here as the relative squared error.
+    """
+    terms = torch.stack([mse(s, t) for s, t in zip(student, teacher, strict=True)])
+    if not normalize:
+        return terms
+    return terms / torch.stack([t.float().square().mean() for t in teacher]).clamp(min=1e-12)

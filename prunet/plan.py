@@ -13,11 +13,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 
 from prunet.errors import UserError
+
+if TYPE_CHECKING:
+    from prunet.pairs import Pair
+
+
+#: How closely student and teacher are compared (see `prunet.pairs`).
+Level = Literal["block", "layer", "attention", "transformer"]
+LEVELS: tuple[Level, ...] = get_args(Level)
 
 
 @dataclass(frozen=True)
@@ -104,14 +112,6 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A student module, the teacher module that it is compared with, and the name under which it is logged."""
-
-    student: str
-    teacher: str
-
-
-@dataclass(frozen=True)
 class Derived:
     """All that follows from a plan and a teacher's config (`derive`)."""
 
@@ -121,7 +121,6 @@ class Derived:
     removed: dict[str, str]  # part -> the pattern that removed it
     implied: tuple[str, ...]  # parts that go with them (the sampler that led to a removed stage)
     weight_map: dict[str, str]  # student parameter -> teacher parameter
-    pairs: tuple[Pair, ...]
     loads_in: dict[str, str]  # program -> "yes", or why not
 
     @cached_property
@@ -136,6 +135,14 @@ class Derived:
 
         return size_of(self.student_config)
 
+    def pairs(self, level: Level = "block") -> "tuple[Pair, ...]":
+        """The modules that distillation compares at `level` (see `prunet.pairs`)."""
+        from prunet import unet
+        from prunet.pairs import find_pairs
+
+        mapping = unet.module_map(self.teacher_config, self.removed)
+        return find_pairs(self.teacher_config, self.student_config, mapping, level)
+
     def facts(self) -> dict[str, Any]:
         """Everything as plain JSON types (`prunet inspect --json`, `plan.json` in a run)."""
         teacher, student = self.teacher_size, self.student_size
@@ -148,7 +155,7 @@ class Derived:
             "implied": list(self.implied),
             "teacher_config": self.teacher_config,
             "student_config": self.student_config,
-            "pairs": [dataclasses.asdict(pair) for pair in self.pairs],
+            "pairs": {level: [dataclasses.asdict(pair) for pair in self.pairs(level)] for level in LEVELS},
             "weight_map": self.weight_map,
             "loads_in": self.loads_in,
         }
@@ -176,7 +183,6 @@ def derive(config: Mapping[str, Any], plan: Plan) -> Derived:
         removed=removed,
         implied=implied,
         weight_map=weight_map,
-        pairs=_block_pairs(teacher, student, mapping),
         loads_in=_loads_in(student),
     )
 
@@ -240,32 +246,6 @@ def _check_form(teacher: dict, student: dict, removed: Mapping[str, str], mappin
                 f"{name} would have {heads} heads, the teacher's has another number: remove its stage instead"
             )
     return tuple(n for n in implied if not n.endswith(".0"))
-
-
-def _block_pairs(teacher: dict, student: dict, mapping: Mapping[str, str]) -> tuple[Pair, ...]:
-    """BK-SDM's pairs: the output of each down and up stage, never the mid stage (arXiv 2305.15798, section 3.2).
-
-    A stage that lost its sampler ends at another resolution than the teacher's, so there the last attention's
-    `proj_out` (or the last resnet) is compared: the teacher's *last*, which need not be the one inherited.
-    """
-    from prunet import unet
-
-    pairs = []
-    t_net, s_net = unet.skeleton(teacher), unet.skeleton(student)
-    for side, sampler in (("down_blocks", "downsamplers"), ("up_blocks", "upsamplers")):
-        for i, block in enumerate(getattr(s_net, side)):
-            name = f"{side}.{i}"
-            origin = mapping[name]
-            source = getattr(t_net, side)[int(origin.split(".")[1])]
-            if (getattr(block, sampler, None) is None) == (getattr(source, sampler, None) is None):
-                pairs.append(Pair(name, origin))
-                continue
-            if getattr(block, "attentions", None) is not None:
-                tails = [f".attentions.{len(b.attentions) - 1}.proj_out" for b in (block, source)]
-            else:
-                tails = [f".resnets.{len(b.resnets) - 1}" for b in (block, source)]
-            pairs.append(Pair(name + tails[0], origin + tails[1]))
-    return tuple(pairs)
 
 
 # ComfyUI recognises an SDXL-shaped checkpoint by the transformer depth of each down resnet (its

@@ -23,8 +23,8 @@ def seconds_per_image(derived: Derived, latent_size: tuple[int, int], batch_size
         student = unet.make_unet(derived.student_config).train()
     if runtime.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    ours = [student.get_submodule(pair.student) for pair in derived.pairs]
-    theirs = [teacher.get_submodule(pair.teacher) for pair in derived.pairs]
+    ours = [student.get_submodule(pair.student) for pair in derived.pairs()]
+    theirs = [teacher.get_submodule(pair.teacher) for pair in derived.pairs()]
     model, optimizer = accelerator.prepare(student, torch.optim.AdamW(student.parameters(), lr=1e-6))
 
     def inputs(config: dict, dtype: torch.dtype) -> dict:

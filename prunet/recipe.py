@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from prunet.errors import UserError
-from prunet.plan import Plan, load_plan, preset_names
+from prunet.plan import Level, Plan, load_plan, preset_names
 
 Steps = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -65,11 +65,14 @@ class Data(Part):
 
 
 class Losses(Part):
-    """Weights of the three terms (arXiv 2305.15798, equation 4)."""
+    """Weights of the three terms (arXiv 2305.15798, equation 4), and what the feature term is made of."""
 
     task: Weight = 1.0
     output: Weight = 1.0
     feature: Weight = 1.0
+    level: Level = Field(default="block", description="which modules are compared: see docs/recipes.md")
+    normalize: bool = Field(default=False, description="divide each feature term by the teacher's mean square")
+    weights: dict[str, Weight] = Field(default={}, description="pattern over the teacher's names: factor of its terms")
 
     @model_validator(mode="after")
     def _some(self) -> "Losses":

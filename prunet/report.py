@@ -53,7 +53,7 @@ def write_report(folder: Path | str) -> Path:
         pictures=_pictures(folder / "evaluation" / "pictures", evaluation),
         net=_unet(plan),
         losses=_loss_chart(axis),
-        pairs=_pair_rows(axis, plan["pairs"]),
+        pairs=_pair_rows(axis, stages),
         sheets=[_sheets(stage / "sheets") for stage in stages],
         levels=_level_chart(evaluation["distance"], evaluation["protocol"]["levels"]),
         times={name: step["seconds"] for name, step in steps.items()},
@@ -240,11 +240,11 @@ def _level_chart(distance: Row, levels: list[float]) -> dict[str, Any] | None:
     return chart and chart | {"x_ticks": [(x, f"{x} %") for x in range(0, 101, 20)], "stages": []}
 
 
-def _pair_rows(axis: Axis, pairs: list[Row]) -> list[dict[str, Any]]:
-    """The feature loss of each pair: first and last value, and its way between them."""
-    rows = []
-    for pair in pairs:
-        segments = _segments(axis, f"feature/{pair['student']}")
+def _pair_rows(axis: Axis, stages: list[Path]) -> list[dict[str, Any]]:
+    """The feature loss of each pair of any stage: first and last value, and its way between them."""
+    rows, found = [], [read_json(stage / "pairs.json") for stage in stages if (stage / "pairs.json").is_file()]
+    for pair in {pair["teacher"]: pair for pairs in found for pair in pairs}.values():
+        segments = _segments(axis, f"feature/{pair['teacher']}")
         chart = _chart({"feature": segments}, max((x for s in segments for x, _ in s), default=0), [], smooth=True)
         if chart:
             first = next(s[0][1] for s in segments if s)

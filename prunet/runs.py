@@ -11,6 +11,7 @@ A run folder::
     report.html
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from prunet.console import say
 from prunet.errors import UserError
 from prunet.files import new_folder, read_json, write_json, write_text
 from prunet.latents import Cache, cache, cache_spec, check_size
+from prunet.pairs import term_factors
 from prunet.pipeline import SAMPLERS, export, export_single_file, write_unet
 from prunet.plan import Derived, derive
 from prunet.recipe import Recipe, Stage, read_prompts
@@ -80,6 +82,7 @@ class Run:
         self.teacher.check_weights()
         for stage in recipe.stages:
             self.micro_batch(stage)
+            term_factors(self.derived.pairs(stage.losses.level), stage.losses.weights)
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"output: {self.folder} is a file; the run needs a folder")
         where = next(p for p in (self.folder.absolute(), *self.folder.absolute().parents) if p.exists())
@@ -244,13 +247,15 @@ class Run:
         folder = self.folder / f"stage-{number}"
         before = self.folder / ("student" if number == 1 else f"stage-{number - 1}/unet")
         write_json(folder / "inputs.json", self._stage_label(number))
+        pairs = self.derived.pairs(stage.losses.level)
+        write_json(folder / "pairs.json", [dataclasses.asdict(pair) for pair in pairs])
         prompts = recipe.sheet.prompts or read_prompts(recipe.evaluation.prompts)[:6]
         if not recipe.sheet.every:
             self.teacher.release("vae", "text")  # nothing else in the loop needs them
         trained = distil(
             self.teacher,
             load_unet(before),
-            self.derived.pairs,
+            pairs,
             Cache.open(self.cache_folder),
             stage,
             folder,

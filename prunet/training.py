@@ -25,7 +25,7 @@ from prunet.errors import UserError
 from prunet.files import new_file, new_folder, read_json, write_json
 from prunet.latents import Cache
 from prunet.losses import add_noise, feature_losses, min_snr_weight, mse, training_target
-from prunet.plan import Pair
+from prunet.pairs import Pair, term_factors
 from prunet.recipe import Losses, Stage
 from prunet.sheets import Sheets
 from prunet.size import fitting_micro_batch
@@ -229,9 +229,11 @@ def distil(
     scheduler = teacher.noise_scheduler
     prediction_type = scheduler.config.prediction_type
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
-    names = ["task", "output", *(f"feature/{pair.student}" for pair in pairs), "grad_norm"]
+    names = ["task", "output", *(f"feature/{pair.teacher}" for pair in pairs), "grad_norm"]
     weights = stage.losses
+    factors = term_factors(pairs, weights.weights)
     use_features = weights.feature > 0 and bool(pairs)
+    scale = torch.tensor(factors, device=device)
     draws = Draws(cache, stage, seed, scheduler.config.num_train_timesteps)
     micro_batches = batches(draws, start, micro_batch, accelerator.process_index, ranks)
     accumulate = stage.batch_size // (micro_batch * ranks)
@@ -271,8 +273,9 @@ def distil(
                     terms = torch.stack([mse(eps_s, target, weight), mse(eps_s, eps_t)])
                     loss = weights.task * terms[0] + weights.output * terms[1]
                     if use_features:
-                        features = feature_losses(student_features.take(), teacher_features.take())
-                        loss = loss + weights.feature * features.sum()
+                        caught = student_features.take(), teacher_features.take()
+                        features = feature_losses(*caught, weights.normalize)
+                        loss = loss + weights.feature * (scale * features).sum()
                         terms = torch.cat([terms, features])
                     accelerator.backward(loss / accumulate)
                 sums[: len(terms)] += terms.detach() / accumulate
@@ -293,7 +296,7 @@ def distil(
                 means = dict(zip(names, (accelerator.reduce(sums, "mean") / since).tolist(), strict=True))
                 _check_finite(means, done, stage, folder, overflow_is_skipped=accelerator.scaler is not None)
                 speed = since * stage.batch_size / (time.perf_counter() - clock)
-                row = _row(done, means, weights, learning_rate_at(stage, step), speed)
+                row = _row(done, means, weights, factors, learning_rate_at(stage, step), speed)
                 if accelerator.is_main_process:
                     log.write(row)
                     accelerator.log({k: v for k, v in row.items() if k != "step"}, step=done)
@@ -318,8 +321,12 @@ def distil(
 # -- what is written on the way
 
 
-def _row(step: int, means: dict[str, float], weights: Losses, lr: float, speed: float) -> dict[str, Any]:
-    feature = sum(value for name, value in means.items() if name.startswith("feature/"))
+def _row(
+    step: int, means: dict[str, float], weights: Losses, factors: Sequence[float], lr: float, speed: float
+) -> dict[str, Any]:
+    """Terms as they are; `feature` is their sum with the factors, `loss` what was minimised."""
+    terms = [value for name, value in means.items() if name.startswith("feature/")]
+    feature = sum(factor * value for factor, value in zip(factors, terms, strict=True))
     total = weights.task * means["task"] + weights.output * means["output"] + weights.feature * feature
     row = {"step": step, "loss": total, "task": means["task"], "output": means["output"], "feature": feature}
     return {**row, **means, "learning_rate": lr, "images_per_s": round(speed, 4)}

@@ -103,12 +103,12 @@ def test_ssd_1b_inherits_blocks_1_2_3_and_7_of_ten() -> None:
 def test_pairs_of_bk_are_the_stages_and_never_the_mid() -> None:
     stages = [f"down_blocks.{i}" for i in range(4)] + [f"up_blocks.{i}" for i in range(4)]
     for name in ("bk-base", "bk-small"):
-        assert [(p.student, p.teacher) for p in plan_of("sd-v1", name).pairs] == [(s, s) for s in stages]
+        assert [(p.student, p.teacher) for p in plan_of("sd-v1", name).pairs()] == [(s, s) for s in stages]
 
 
 def test_pairs_of_bk_tiny_are_not_its_weight_map() -> None:
     derived = plan_of("sd-v1", "bk-tiny")
-    assert [(p.teacher, p.student) for p in derived.pairs] == [
+    assert [(p.teacher, p.student) for p in derived.pairs()] == [
         ("down_blocks.0", "down_blocks.0"),
         ("down_blocks.1", "down_blocks.1"),
         ("down_blocks.2.attentions.1.proj_out", "down_blocks.2.attentions.0.proj_out"),

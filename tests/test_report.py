@@ -84,7 +84,7 @@ class Page(HTMLParser):
 def losses(derived: Derived, steps: int, every: int) -> list[dict[str, Any]]:
     rows = []
     for step in range(every, steps + 1, every):
-        features = {f"feature/{pair.student}": 2 / step for pair in derived.pairs}
+        features = {f"feature/{pair.teacher}": 2 / step for pair in derived.pairs()}
         row = {"step": step, "task": 0.4 + 1 / step, "output": 1 / step, "feature": sum(features.values())}
         row |= {"loss": row["task"] + row["output"] + row["feature"]}
         rows.append(row | features | {"learning_rate": 5e-5, "images_per_s": 31.2})
@@ -157,6 +157,7 @@ def make_run(
         (stage / "sheets").mkdir(parents=True)
         lines = [json.dumps(row) + "\n" for row in losses(derived, rows * 10, 10)]
         (stage / "log.jsonl").write_text("".join(lines), encoding="utf-8")
+        (stage / "pairs.json").write_text(json.dumps(derived.facts()["pairs"]["block"]), encoding="utf-8")
         for step in range(9) if sheets else ():
             Image.new("RGB", (60, 40)).save(stage / "sheets" / f"step-{step:07d}.png")
     (folder / "recipe.yaml").write_text(recipe_yaml(recipe), encoding="utf-8")
@@ -228,7 +229,7 @@ def test_curves_show_every_row_of_every_stage(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path))
     curves = [line["points"].split(" ") for line in page.all("polyline")]
     raw = [line for line in page.all("polyline") if line.get("class") == "raw"]
-    assert len(raw) == 2 * (4 + len(derived.pairs))
+    assert len(raw) == 2 * (4 + len(derived.pairs()))
     assert {len(line["points"].split(" ")) for line in raw} == {20}
     for points in curves:
         x, y = zip(*(map(float, point.split(",")) for point in points), strict=True)

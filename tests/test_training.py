@@ -29,7 +29,7 @@ def made(sd, pictures, tmp_path_factory):
 def train(sd, made, folder, stage=STAGE, runtime=CPU, plan="bk-small", **options):
     teacher = Teacher(sd)
     student = build(teacher, load_plan(plan))
-    pairs = derive(teacher.unet_config, load_plan(plan)).pairs
+    pairs = derive(teacher.unet_config, load_plan(plan)).pairs()
     return distil(teacher, student, pairs, made, stage, folder, seed=5, runtime=runtime, **options), teacher
 
 
@@ -107,7 +107,7 @@ def test_bf16_trains_and_draws(kind, plan, request, pictures, tmp_path) -> None:
     teacher = Teacher(request.getfixturevalue(kind), dtype=torch.bfloat16)
     made = cache(teacher, Data(source=str(pictures)), tmp_path / "cache")
     student = build(Teacher(request.getfixturevalue(kind)), load_plan(plan))
-    pairs = derive(teacher.unet_config, load_plan(plan)).pairs
+    pairs = derive(teacher.unet_config, load_plan(plan)).pairs()
     sheets = Sheets(teacher, tmp_path / "sheets", ["a"], 2, seed=1, size=16, steps=2)
     runtime = Runtime(device="cpu", precision="bf16", log_every=1)
     stage = STAGE.model_copy(update={"steps": 2})
@@ -143,7 +143,7 @@ def test_terms_of_the_empty_plan_vanish(sd, made, tmp_path) -> None:
     """A student that is the teacher has no output or feature loss at the first step."""
     teacher = Teacher(sd)
     plan = load_plan([])
-    student, pairs = build(teacher, plan), derive(teacher.unet_config, plan).pairs
+    student, pairs = build(teacher, plan), derive(teacher.unet_config, plan).pairs()
     distil(teacher, student, pairs, made, STAGE, tmp_path / "run", seed=5, runtime=CPU)
     first = losses(tmp_path / "run")[0]
     assert first["output"] == pytest.approx(0, abs=1e-10)
