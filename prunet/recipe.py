@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from prunet.errors import UserError
 from prunet.plan import Level, Plan, load_plan, preset_names
@@ -81,10 +90,27 @@ class Losses(Part):
         return self
 
 
+def _read_plan(value: Any) -> Plan:
+    if not isinstance(value, Plan | str | list | Mapping):
+        raise ValueError(f"a preset's name ({', '.join(preset_names())}), a file, or a list of patterns")
+    return load_plan(value)
+
+
+def _write_plan(plan: Plan) -> dict[str, Any]:
+    return {"name": plan.name, "remove": list(plan.remove)}
+
+
+#: A plan in a recipe, read from a preset's name, a file or patterns, and written as name and patterns.
+PlanValue = Annotated[Any, BeforeValidator(_read_plan), PlainSerializer(_write_plan)]
+
+
 class Stage(Part):
     """A piece of training. The defaults are BK-SDM's."""
 
     steps: Steps
+    plan: PlanValue | None = Field(
+        default=None, description="a step on the way to the recipe's plan, which is the default"
+    )
     batch_size: Steps = 256
     learning_rate: Positive = 5e-5
     schedule: Literal["constant", "cosine"] = "constant"
@@ -127,7 +153,7 @@ class Export(Part):
 
 class Recipe(Part):
     teacher: TeacherSource
-    plan: Any
+    plan: PlanValue
     data: Data
     stages: Annotated[list[Stage], Field(min_length=1)]
     evaluation: Evaluation
@@ -146,12 +172,16 @@ class Recipe(Part):
     def _teacher(cls, value: Any) -> Any:
         return {"source": value} if isinstance(value, str) else value
 
-    @field_validator("plan", mode="before")
-    @classmethod
-    def _plan(cls, value: Any) -> Plan:
-        if not isinstance(value, Plan | str | list | Mapping):
-            raise ValueError(f"a preset's name ({', '.join(preset_names())}), a file, or a list of patterns")
-        return load_plan(value)
+    @model_validator(mode="after")
+    def _last_plan(self) -> "Recipe":
+        if self.stage_plans[-1].remove != self.plan.remove:
+            raise ValueError("the last stage must train the recipe's own plan: leave its 'plan' out")
+        return self
+
+    @property
+    def stage_plans(self) -> list[Plan]:
+        """What is removed in each stage."""
+        return [stage.plan or self.plan for stage in self.stages]
 
     def fingerprint(self, *parts: str) -> str:
         """A hash of the named parts of the recipe."""

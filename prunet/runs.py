@@ -13,6 +13,7 @@ A run folder::
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -30,14 +31,14 @@ from prunet.console import say
 from prunet.errors import UserError
 from prunet.files import new_folder, read_json, write_json, write_text
 from prunet.latents import Cache, cache, cache_spec, check_size
-from prunet.pairs import term_factors
+from prunet.pairs import Pair, term_factors
 from prunet.pipeline import SAMPLERS, export, export_single_file, write_unet
 from prunet.plan import Derived, derive
-from prunet.recipe import Recipe, Stage, read_prompts
+from prunet.recipe import Recipe, read_prompts
 from prunet.sheets import Sheets
 from prunet.size import training_memory
 from prunet.sources import check_source, source_is_there
-from prunet.student import inherit
+from prunet.student import compose, cut, inherit
 from prunet.teacher import Teacher
 from prunet.training import PACE, Runtime, distil, micro_batch_of
 
@@ -58,6 +59,7 @@ class Run:
             dtype=self.runtime.dtype,
         )
         self.derived: Derived = derive(self.teacher.unet_config, recipe.plan)
+        self.steps_down = [derive(self.teacher.unet_config, plan) for plan in recipe.stage_plans]
         self.size = recipe.data.size or self.teacher.native_size
         self._check()
 
@@ -80,9 +82,11 @@ class Run:
             raise UserError(f"evaluation.sampler: no sampler {recipe.evaluation.sampler!r}: {', '.join(SAMPLERS)}")
         _ = self.teacher.noise_scheduler
         self.teacher.check_weights()
-        for stage in recipe.stages:
-            self.micro_batch(stage)
-            term_factors(self.derived.pairs(stage.losses.level), stage.losses.weights)
+        for before, after in itertools.pairwise(self.steps_down):
+            compose(before, after)
+        for number, stage in enumerate(recipe.stages, 1):
+            self.micro_batch(number)
+            term_factors(self.pairs(number), stage.losses.weights)
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"output: {self.folder} is a file; the run needs a folder")
         where = next(p for p in (self.folder.absolute(), *self.folder.absolute().parents) if p.exists())
@@ -121,11 +125,15 @@ class Run:
         side = self.size // self.teacher.vae_scale
         return side, side
 
-    def micro_batch(self, stage: Stage) -> int:
-        """Samples at once on each device in this stage."""
+    def micro_batch(self, number: int) -> int:
+        """Samples at once on each device in stage `number`."""
         ranks = int(os.environ.get("WORLD_SIZE", 1))
-        configs = (self.derived.teacher_config, self.derived.student_config)
-        return micro_batch_of(stage, self.runtime, *configs, self.latent_size, ranks)
+        configs = (self.derived.teacher_config, self.steps_down[number - 1].student_config)
+        return micro_batch_of(self.recipe.stages[number - 1], self.runtime, *configs, self.latent_size, ranks)
+
+    def pairs(self, number: int) -> tuple[Pair, ...]:
+        """What stage `number` compares."""
+        return self.steps_down[number - 1].pairs(self.recipe.stages[number - 1].losses.level)
 
     # -- fingerprints: each step's inputs, chained
 
@@ -230,13 +238,7 @@ class Run:
         write_json(self.folder / "plan.json", self.derived.facts())
 
     def _build(self) -> None:
-        # In fp32 on the CPU, whatever the run's precision: the student starts from the weights as they are stored.
-        source = Teacher(
-            self.recipe.teacher.source,
-            config=self.recipe.teacher.config,
-            revision=self.recipe.teacher.revision,
-        )
-        save_unet(inherit(source.unet, self.derived), self.folder / "student")
+        save_unet(inherit(self._stored_teacher().unet, self.derived), self.folder / "student")
 
     def _cache(self) -> None:
         made = cache(self.teacher, self.recipe.data, self.cache_folder, seed=self.recipe.seed)
@@ -245,16 +247,15 @@ class Run:
     def _stage(self, number: int) -> None:
         recipe, stage = self.recipe, self.recipe.stages[number - 1]
         folder = self.folder / f"stage-{number}"
-        before = self.folder / ("student" if number == 1 else f"stage-{number - 1}/unet")
         write_json(folder / "inputs.json", self._stage_label(number))
-        pairs = self.derived.pairs(stage.losses.level)
+        pairs = self.pairs(number)
         write_json(folder / "pairs.json", [dataclasses.asdict(pair) for pair in pairs])
         prompts = recipe.sheet.prompts or read_prompts(recipe.evaluation.prompts)[:6]
         if not recipe.sheet.every:
             self.teacher.release("vae", "text")  # nothing else in the loop needs them
         trained = distil(
             self.teacher,
-            load_unet(before),
+            self._student_at_start(number),
             pairs,
             Cache.open(self.cache_folder),
             stage,
@@ -276,6 +277,20 @@ class Run:
         )
         if is_main_process():
             save_unet(trained, folder / "unet")
+
+    def _student_at_start(self, number: int) -> UNet2DConditionModel:
+        """What stage `number` trains: the student of the stage before it, cut further if the plan goes on."""
+        after = self.steps_down[number - 1]
+        if number == 1:
+            whole = after.removed.keys() == self.derived.removed.keys()
+            return load_unet(self.folder / "student") if whole else inherit(self._stored_teacher().unet, after)
+        before, trained = self.steps_down[number - 2], load_unet(self.folder / f"stage-{number - 1}" / "unet")
+        return trained if before.removed.keys() == after.removed.keys() else cut(trained, before, after)
+
+    def _stored_teacher(self) -> Teacher:
+        """In fp32 on the CPU, whatever the run's precision: students start from the weights as they are stored."""
+        source = self.recipe.teacher
+        return Teacher(source.source, config=source.config, revision=source.revision)
 
     def _stage_label(self, number: int) -> dict[str, str]:
         """What the checkpoints of a stage come from: student, cache, seed, and all of its settings but the pace."""
@@ -305,11 +320,7 @@ class Run:
         )
 
     def _export(self) -> None:
-        plain = Teacher(
-            self.recipe.teacher.source,
-            config=self.recipe.teacher.config,
-            revision=self.recipe.teacher.revision,
-        )
+        plain = self._stored_teacher()
         options = self.recipe.export
         export(plain, load_unet(self.last_unet), self.folder / "pipeline", card=self.card(), fp16=options.fp16)
         if options.single_file:
@@ -324,7 +335,7 @@ class Run:
             "teacher": self.recipe.teacher.source,
             "license": self.recipe.export.license,
             "plan": {"name": self.recipe.plan.name, "remove": list(self.recipe.plan.remove)},
-            "recipe": self.recipe.model_dump(mode="json", exclude={"plan"}),
+            "recipe": self.recipe.model_dump(mode="json"),
             "samples": f"{len(Cache.open(self.cache_folder)):,}",
             "size": self.size,
             "sizes": result["sizes"],
@@ -378,8 +389,7 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    value = recipe.model_dump(mode="json", exclude={"plan"})
-    value["plan"] = {"name": recipe.plan.name, "remove": list(recipe.plan.remove)}
+    value = recipe.model_dump(mode="json")
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
 
 
@@ -393,7 +403,7 @@ def _hash(*values: Any) -> str:
 def estimate(this: Run) -> dict[str, Any]:
     """Memory by part from shapes, and hours from a short probe of the real step on this device with random weights."""
     stage = this.recipe.stages[0]
-    micro, latent = this.micro_batch(stage), this.latent_size
+    micro, latent = this.micro_batch(1), this.latent_size
     memory = training_memory(
         this.derived.teacher_config,
         this.derived.student_config,

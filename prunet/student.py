@@ -1,12 +1,14 @@
 """The student: a stock denoiser made from a plan, with the weights that it inherits from the teacher."""
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from prunet import unet
+from prunet.errors import UserError
 from prunet.plan import Derived, Plan, derive
 from prunet.teacher import Teacher
 
@@ -23,21 +25,43 @@ def build(teacher: Teacher, plan: Plan) -> UNet2DConditionModel:
 
 
 def inherit(source: nn.Module, derived: Derived) -> UNet2DConditionModel:
-    """The student of `derived` with weights copied from `source`, the teacher's denoiser.
+    """The student of `derived` with weights copied from `source`, the teacher's denoiser."""
+    return _fill(derived, source.state_dict(), derived.weight_map)
 
-    Made on the meta device and filled by assignment, so no time goes into random weights.
-    """
-    weights: dict[str, Tensor] = source.state_dict()
+
+def _fill(derived: Derived, weights: Mapping[str, Tensor], origins: Mapping[str, str]) -> UNet2DConditionModel:
+    """Made on the meta device and filled by assignment, so no time goes into random weights."""
     with torch.device("meta"):
         student = unet.make_unet(derived.student_config)
     student.load_state_dict(
         {
             name: weights[origin].detach().to("cpu", torch.float32, copy=True).contiguous()
-            for name, origin in derived.weight_map.items()
+            for name, origin in origins.items()
         },
         assign=True,
     )
     return student.eval().requires_grad_(False)
+
+
+def compose(before: Derived, after: Derived) -> dict[str, str]:
+    """Parameter of `after`'s student -> parameter of `before`'s student, by way of the teacher's names.
+
+    Raises:
+        UserError: `after` keeps a part that `before` removed.
+    """
+    ours = {origin: name for name, origin in before.weight_map.items()}
+    lost = next((origin for origin in after.weight_map.values() if origin not in ours), None)
+    if lost is not None:
+        raise UserError(
+            f"plan {after.plan.name!r} keeps {lost}, which plan {before.plan.name!r} of the stage before it removed: a "
+            "stage can only remove more"
+        )
+    return {name: ours[origin] for name, origin in after.weight_map.items()}
+
+
+def cut(student: nn.Module, before: Derived, after: Derived) -> UNet2DConditionModel:
+    """The student of `after` with the weights of `student`, which is one of `before`: the next of several removals."""
+    return _fill(after, student.state_dict(), compose(before, after))
 
 
 def state_hash(module: nn.Module) -> str:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import make_pictures, make_pipeline
 
-from prunet import Run, Runtime, UserError, load_recipe, run
+from prunet import Run, Runtime, UserError, load_recipe, run, runs
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
 
@@ -164,6 +164,47 @@ def test_sdxl_from_prompts_alone(kind, request, tmp_path) -> None:
     folder = run(load_recipe(recipe), CPU)
     assert (folder / "student.safetensors").is_file()
     assert (folder / "pipeline/unet/diffusion_pytorch_model.fp16.safetensors").is_file()
+
+
+STAIRS = [
+    {"steps": 2, "batch_size": 2, "plan": ["mid_block.attentions.0", "mid_block.resnets.1"]},
+    {"steps": 2, "batch_size": 2, "plan": "ssd-1b", "losses": {"level": "layer"}},
+    {"steps": 2, "batch_size": 2},
+]
+
+
+def test_progressive_stages_cut_what_the_stage_before_trained(sdxl, pictures, tmp_path, monkeypatch) -> None:
+    """Three removals; killed at the border of the second and third stage and given again, it ends in the same bits."""
+    changes = {"plan": "vega", "stages": STAIRS, "sheet": {"every": 0}}
+    whole = run(load_recipe(recipe_file(tmp_path / "whole", sdxl, pictures, **changes)), CPU, until="distil")
+    depths = [json.loads((whole / f"stage-{n}/unet/config.json").read_text()) for n in (1, 2, 3)]
+    depths = [config["transformer_layers_per_block"][-1] for config in depths]
+    assert depths == [10, [4, 4], 2]
+    assert json.loads((whole / "plan.json").read_text())["plan"]["name"] == "vega"
+
+    recipe = load_recipe(recipe_file(tmp_path / "parts", sdxl, pictures, **changes))
+    real = runs.cut
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(
+        runs, "cut", lambda student, before, after: (real if len(before.removed) < 9 else die)(student, before, after)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, CPU)
+    monkeypatch.setattr(runs, "cut", real)
+    assert not (tmp_path / "parts/run/stage-3/checkpoints").exists()
+    parts = run(recipe, CPU, until="distil")
+    assert contents(parts) == contents(whole)
+
+
+def test_stage_that_brings_a_part_back_is_refused(sdxl, pictures, tmp_path) -> None:
+    stages = [{"steps": 1, "plan": "vega"}, {"steps": 1}]
+    with pytest.raises(UserError, match="can only remove more"):
+        Run(load_recipe(recipe_file(tmp_path, sdxl, pictures, plan="ssd-1b", stages=stages)), CPU)
+    with pytest.raises(UserError, match="last stage must train the recipe's own plan"):
+        load_recipe(recipe_file(tmp_path, sdxl, pictures, plan="ssd-1b", stages=stages[:1]))
 
 
 WAIT_FOR = {

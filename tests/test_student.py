@@ -1,12 +1,14 @@
 """The student inherits exactly, loads in stock diffusers, and leaves the teacher as it was."""
 
+import itertools
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from prunet import Plan, Teacher, build, derive, load_plan
+from prunet import Plan, Teacher, UserError, build, derive, load_plan
 from prunet.size import example_inputs
-from prunet.student import state_hash
+from prunet.student import compose, cut, state_hash
 
 KINDS = [("sd", "bk-base"), ("sd", "bk-small"), ("sd", "bk-tiny")]
 KINDS += [("sdxl", "ssd-1b"), ("sdxl", "vega"), ("sdxl", "koala-1b"), ("sdxl", "koala-700m")]
@@ -55,3 +57,25 @@ def test_state_hash_sees_one_bit() -> None:
     before = state_hash(net)
     net.weight.data.view(torch.int32)[0, 0] ^= 1
     assert state_hash(net) != before
+
+
+PATHS = [("sd", ["bk-base", "bk-small", "bk-tiny"]), ("sdxl", ["ssd-1b", "vega"]), ("sdxl", ["koala-1b", "koala-700m"])]
+
+
+@pytest.mark.parametrize(("kind", "path"), PATHS)
+def test_cut_step_by_step_is_cut_at_once(kind: str, path: list[str], request) -> None:
+    """The composed weight map is the direct one, shown by the weights."""
+    teacher = Teacher(request.getfixturevalue(kind))
+    steps = [derive(teacher.unet_config, load_plan(name)) for name in path]
+    student = build(teacher, load_plan(path[0]))
+    for before, after in itertools.pairwise(steps):
+        student = cut(student, before, after)
+        assert {k: before.weight_map[v] for k, v in compose(before, after).items()} == after.weight_map
+    assert state_hash(student) == state_hash(build(teacher, load_plan(path[-1])))
+
+
+def test_part_that_comes_back_is_refused(sdxl) -> None:
+    config = Teacher(sdxl).unet_config
+    vega, ssd = (derive(config, load_plan(name)) for name in ("vega", "ssd-1b"))
+    with pytest.raises(UserError, match=r"'ssd-1b' keeps .*'vega' of the stage before it removed"):
+        compose(vega, ssd)
