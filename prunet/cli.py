@@ -101,16 +101,39 @@ def inspect(
 ) -> None:
     """Show what a plan does to a model, from its config alone: no weight is read.
 
-    Example: prunet inspect sdxl --plan ssd-1b
+    Example: prunet inspect sdxl --plan ssd-1b. Given a recipe (.yaml), it shows the recipe's plan on its teacher, and
+    the way there if the stages remove step by step.
     """
     from prunet.drawing import draw_plan
     from prunet.plan import Plan, derive, load_plan
     from prunet.teacher import Teacher
 
+    if teacher.endswith((".yaml", ".yml")):
+        return _inspect_recipe(Path(teacher), as_json)
     chosen = Plan("none") if plan == "none" else load_plan(plan)
     derived = derive(Teacher(teacher, config=config).unet_config, chosen)
     title = teacher if plan == "none" else f"{teacher} by {chosen.name}"
     _say(as_json, derived.facts() if as_json else {}, None if as_json else draw_plan(derived, title))
+
+
+def _inspect_recipe(path: Path, as_json: bool) -> None:
+    from rich.console import Group
+    from rich.text import Text
+
+    from prunet.drawing import draw_plan, draw_stairs
+    from prunet.plan import derive
+    from prunet.student import check_steps
+    from prunet.teacher import Teacher
+
+    recipe = _recipe(path, None)
+    source = recipe.teacher
+    config = Teacher(source.source, config=source.config, revision=source.revision).unet_config
+    derived, steps = derive(config, recipe.plan), [derive(config, plan) for plan in recipe.stage_plans]
+    check_steps(steps)
+    notes = [f"{stage.steps:,} x {stage.batch_size}" for stage in recipe.stages]
+    title = f"{source.source} by {recipe.plan.name}"
+    facts = derived.facts() | {"stages": [step.facts() for step in steps]} if as_json else {}
+    _say(as_json, facts, None if as_json else Group(draw_plan(derived, title), Text(), draw_stairs(steps, notes)))
 
 
 @app.command()

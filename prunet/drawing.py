@@ -1,5 +1,6 @@
 """The U-Net drawn in the terminal: stages down on the left, up on the right, what goes and what stays."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -24,6 +25,51 @@ def draw_plan(derived: Derived, title: str) -> RenderableType:
         _sizes(derived),
         _programs(derived),
     )
+
+
+def draw_stairs(steps: Sequence[Derived], notes: Sequence[str]) -> RenderableType:
+    """A progressive recipe: parameters and MACs after each stage's removal, and what goes there."""
+    table = Table(box=None, padding=(0, 2), title="[bold]Stages[/]", title_justify="left")
+    for column in ("", "plan", "parameters", "MACs (G)", ""):
+        table.add_column(column, justify="right" if column in ("parameters", "MACs (G)") else "left", no_wrap=True)
+    teacher = steps[0].teacher_size
+    table.add_row("teacher", "", f"{teacher.parameters:,}", f"{teacher.macs / 1e9:,.4g}", _bar(1.0))
+    gone: set[str] = set()
+    lines = []
+    for number, (step, note) in enumerate(zip(steps, notes, strict=True), 1):
+        size, new = step.student_size, set(step.removed) - gone
+        share = _bar(size.parameters / teacher.parameters)
+        table.add_row(
+            f"{number}: {note}", f"[bold]{step.plan.name}[/]", f"{size.parameters:,}", f"{size.macs / 1e9:,.4g}", share
+        )
+        lines.append(f"  {number} removes {summary(new) or 'nothing more'}")
+        gone |= new
+    return Group(table, Text(), *map(Text, lines))
+
+
+def _bar(share: float, width: int = 12) -> Text:
+    full = round(share * width)
+    return Text("█" * full, style="cyan").append("░" * (width - full), style="dim").append(f" {share:.0%}")
+
+
+KINDS = ("resnets", "attentions", "transformer_blocks", "downsamplers", "upsamplers")
+
+
+def summary(parts: Iterable[str]) -> str:
+    """`down_blocks.2: 2 attentions, 12 transformer blocks; mid_block`: the parts counted by stage and kind."""
+    counts: dict[str, dict[str, int]] = {}
+    for part in sorted(parts):
+        names = part.split(".")
+        stage = names[0] if names[0] == "mid_block" else ".".join(names[:2])
+        kind = next((name for name in reversed(names) if name in KINDS), "")
+        counts.setdefault(stage, {}).setdefault(kind, 0)
+        counts[stage][kind] += 1
+    return "; ".join(stage if "" in found else f"{stage}: {_counted(found)}" for stage, found in counts.items())
+
+
+def _counted(found: Mapping[str, int]) -> str:
+    names = {kind: kind.replace("_", " ") for kind in found}
+    return ", ".join(f"{n} {names[kind] if n > 1 else names[kind].removesuffix('s')}" for kind, n in found.items())
 
 
 def _legend() -> str:

@@ -13,7 +13,6 @@ A run folder::
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -38,7 +37,7 @@ from prunet.recipe import Recipe, read_prompts
 from prunet.sheets import Sheets
 from prunet.size import training_memory
 from prunet.sources import check_source, source_is_there
-from prunet.student import compose, cut, inherit
+from prunet.student import check_steps, cut, inherit
 from prunet.teacher import Teacher
 from prunet.training import PACE, Runtime, distil, micro_batch_of
 
@@ -82,8 +81,7 @@ class Run:
             raise UserError(f"evaluation.sampler: no sampler {recipe.evaluation.sampler!r}: {', '.join(SAMPLERS)}")
         _ = self.teacher.noise_scheduler
         self.teacher.check_weights()
-        for before, after in itertools.pairwise(self.steps_down):
-            compose(before, after)
+        check_steps(self.steps_down)
         for number, stage in enumerate(recipe.stages, 1):
             self.micro_batch(number)
             term_factors(self.pairs(number), stage.losses.weights)

@@ -1,7 +1,8 @@
 """The student: a stock denoiser made from a plan, with the weights that it inherits from the teacher."""
 
 import hashlib
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -57,6 +58,12 @@ def compose(before: Derived, after: Derived) -> dict[str, str]:
             "stage can only remove more"
         )
     return {name: ours[origin] for name, origin in after.weight_map.items()}
+
+
+def check_steps(steps: Sequence[Derived]) -> None:
+    """Refuses plans of which a later one keeps what an earlier one removed."""
+    for before, after in itertools.pairwise(steps):
+        compose(before, after)
 
 
 def cut(student: nn.Module, before: Derived, after: Derived) -> UNet2DConditionModel:

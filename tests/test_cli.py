@@ -51,6 +51,22 @@ def test_inspect_json_has_the_facts(capsys) -> None:
     assert {"macs", "student_config", "pairs", "weight_map", "loads_in"} <= facts.keys()
 
 
+def test_inspect_of_a_recipe_draws_the_stairs(capsys, tmp_path) -> None:
+    stages = [{"steps": 5, "plan": ["mid_block.attentions.0", "mid_block.resnets.1"]}, {"steps": 5, "plan": "ssd-1b"}]
+    path = recipe(tmp_path, "sdxl", tmp_path, plan="vega", stages=[*stages, {"steps": 7}])
+    code, out, _ = call(capsys, "inspect", path)
+    assert code == 0
+    for count in (2_567_463_684, 1_331_334_404, 745_225_604):
+        assert f"{count:,}" in out
+    assert "mid_block: 1 attention, 1 resnet" in " ".join(out.split())
+    code, out, _ = call(capsys, "inspect", path, "--json")
+    assert [s["parameters"]["student"] for s in json.loads(out)["stages"]][1:] == [1_331_334_404, 745_225_604]
+    path = recipe(tmp_path, "sdxl", tmp_path, plan="ssd-1b", stages=[{"steps": 5, "plan": "vega"}, {"steps": 5}])
+    code, _, err = call(capsys, "inspect", path)
+    assert code == 2
+    assert "can only remove more" in err
+
+
 def test_inspect_draws_what_goes_in_lower_case(capsys) -> None:
     code, out, _ = call(capsys, "inspect", "sd-v1", "--plan", "bk-small")
     assert code == 0
