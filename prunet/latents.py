@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -94,12 +94,29 @@ class Cache:
 
     def check(self, teacher: Teacher) -> None:
         """Refuses a cache that another teacher made."""
-        made_by, parts = self.spec["teacher"], self.spec["parts"]
-        if made_by != teacher.fingerprint(parts):
+        other = [part for part, made_by in self.spec["parts"].items() if made_by != teacher.fingerprint([part])]
+        if other:
             raise UserError(
-                f"{self.folder}: made with other {', '.join(parts)} than those of {teacher.source} (fingerprint "
-                f"{made_by}): delete the folder, or give another one with 'cache:'"
+                f"{self.folder}: made with another {' and '.join(other)} than {teacher.source} has: delete the folder, "
+                "or give another one with 'cache:'"
             )
+
+    def kept(self, spec: dict[str, Any], shard: int) -> dict[str, Tensor]:
+        """What a cache of `spec` can take over from a shard of this one: latents if the VAE is the same, embeddings if
+        the text encoders are, nothing if the data is another.
+        """
+        ours, theirs = self.spec, spec
+        if (
+            any(ours[key] != theirs[key] for key in spec if key != "parts")
+            or ours["parts"].keys() != theirs["parts"].keys()
+        ):
+            return {}
+        same = {part for part, made_by in theirs["parts"].items() if ours["parts"][part] == made_by}
+        names = {"mean", "std"} if {"vae", "unet"} & theirs["parts"].keys() <= same else set()
+        if {part for part in theirs["parts"] if part.startswith("text_encoder")} <= same:
+            names |= {"prompt_embeds", "pooled"}
+        file = _opened(_shard_path(self.folder, shard))
+        return {name: file.get_tensor(name).float() for name in names & set(file.keys())}
 
     def sample(self, index: int) -> Sample:
         shard = bisect.bisect_right(self._ends, index)
@@ -160,16 +177,17 @@ def cache_spec(teacher: Teacher, data: Data, seed: int, made: Path | None = None
     chosen = data.model_dump(mode="json", exclude={"prompts"} if data.prompts is not None else {"source"})
     return {
         "format": FORMAT,
-        "teacher": teacher.fingerprint(parts),
-        "parts": sorted(parts),
+        "parts": {part: teacher.fingerprint([part]) for part in sorted(parts)},
         "data": {**chosen, "size": data.size or teacher.native_size},
         "content": content,
         "seed": seed,
     }
 
 
-def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234) -> Cache:
+def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234, like: Cache | None = None) -> Cache:
     """Encodes pictures and captions (or lets the teacher draw prompts) into `folder`; goes on where it was stopped.
+
+    From `like`, the cache of another teacher, it takes over what this one would compute again (`Cache.kept`).
 
     Raises:
         UserError: nothing to read, not one usable picture, another cache in the folder, or no space left.
@@ -196,7 +214,7 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234)
     shards = _draw_prompts if data.prompts is not None else _encode_pictures
     counts: list[int] = []
     skipped: list[tuple[str, str]] = []
-    for count, bad in shards(teacher, data, folder, size, seed):
+    for count, bad in shards(teacher, data, folder, size, seed, lambda shard: like.kept(spec, shard) if like else {}):
         counts.append(count)
         skipped += bad
     if not sum(counts):
@@ -217,8 +235,12 @@ def check_size(teacher: Teacher, size: int, name: str = "data.size") -> None:
         raise UserError(f"{name}: {size} is not a multiple of {step}, which this model's stages need")
 
 
+#: What can be taken over for a shard from the cache of another teacher.
+Kept = Callable[[int], dict[str, Tensor]]
+
+
 def _encode_pictures(
-    teacher: Teacher, data: Data, folder: Path, size: int, seed: int
+    teacher: Teacher, data: Data, folder: Path, size: int, seed: int, kept: Kept
 ) -> Iterator[tuple[int, list[tuple[str, str]]]]:
     """One shard after another: (samples, [(key, why skipped)])."""
     assert data.source is not None
@@ -231,12 +253,14 @@ def _encode_pictures(
                 return
             path = _shard_path(folder, shard)
             if not path.is_file():
-                _encode_shard(teacher, data, path, group, size, seed)
+                _encode_shard(teacher, data, path, group, size, seed, kept(shard))
             bar.advance(len(group))
             yield _shard_label(path)
 
 
-def _encode_shard(teacher: Teacher, data: Data, path: Path, group: list[Picture], size: int, seed: int) -> None:
+def _encode_shard(
+    teacher: Teacher, data: Data, path: Path, group: list[Picture], size: int, seed: int, kept: dict[str, Tensor]
+) -> None:
     fitted, captions, skipped = [], [], []
     for picture in group:
         try:
@@ -250,18 +274,22 @@ def _encode_shard(teacher: Teacher, data: Data, path: Path, group: list[Picture]
             captions.append(picture.captions[number % len(picture.captions)])
     rows: list[dict[str, Tensor]] = []
     for start in range(0, len(fitted), ENCODE_BATCH):
-        batch = fitted[start : start + ENCODE_BATCH]
-        mean, std = teacher.encode_images(torch.stack([f.pixels for f in batch]))
-        text = _text_tensors(teacher.encode_prompts(captions[start : start + ENCODE_BATCH]))
+        chosen = slice(start, start + ENCODE_BATCH)
+        batch = fitted[chosen]
+        row = {name: tensor[chosen] for name, tensor in kept.items()}
+        if "mean" not in row:
+            row["mean"], row["std"] = teacher.encode_images(torch.stack([f.pixels for f in batch]))
+        if "prompt_embeds" not in row:
+            row |= _text_tensors(teacher.encode_prompts(captions[chosen]))
         if teacher.kind == "sdxl":
             ids = [(*f.original_size, *f.crop_top_left, size, size) for f in batch]
-            text["time_ids"] = torch.tensor(ids, dtype=torch.float32)
-        rows.append({"mean": mean, "std": std, **text})
+            row["time_ids"] = torch.tensor(ids, dtype=torch.float32)
+        rows.append(row)
     _write(path, _concat(rows), {"captions": captions, "skipped": skipped, "count": len(captions)})
 
 
 def _draw_prompts(
-    teacher: Teacher, data: Data, folder: Path, size: int, seed: int
+    teacher: Teacher, data: Data, folder: Path, size: int, seed: int, kept: Kept
 ) -> Iterator[tuple[int, list[tuple[str, str]]]]:
     """The teacher draws the prompts itself; the latents are its own, so their standard deviation is 0."""
     from prunet.pipeline import set_sampler

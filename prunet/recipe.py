@@ -46,6 +46,14 @@ class TeacherSource(Part):
     revision: str | None = Field(default=None, description="of a hub id")
 
 
+def _read_teacher(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+#: A teacher in a recipe: its source alone, or a mapping.
+TeacherValue = Annotated[TeacherSource, BeforeValidator(_read_teacher)]
+
+
 class Data(Part):
     """Pictures with captions (`source`), or `prompts` from which the teacher makes the latents itself."""
 
@@ -118,6 +126,7 @@ class Stage(Part):
     weight_decay: Weight = 1e-2
     max_grad_norm: Positive = 1.0
     losses: Losses = Losses()
+    teacher: TeacherValue | None = Field(default=None, description="another teacher for this stage, of the same layout")
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=0.9999, description="null: no EMA")
     caption_dropout: Fraction = Field(default=0.1, description="share of samples that see the empty prompt")
     min_snr_gamma: Positive | None = Field(default=None, description="weighs the task loss only")
@@ -152,7 +161,7 @@ class Export(Part):
 
 
 class Recipe(Part):
-    teacher: TeacherSource
+    teacher: TeacherValue
     plan: PlanValue
     data: Data
     stages: Annotated[list[Stage], Field(min_length=1)]
@@ -166,11 +175,6 @@ class Recipe(Part):
     seed: int = 1234
     checkpoint_every: Steps = 1000
     keep_checkpoints: Steps = 2
-
-    @field_validator("teacher", mode="before")
-    @classmethod
-    def _teacher(cls, value: Any) -> Any:
-        return {"source": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _last_plan(self) -> "Recipe":

@@ -33,12 +33,12 @@ from prunet.latents import Cache, cache, cache_spec, check_size
 from prunet.pairs import Pair, term_factors
 from prunet.pipeline import SAMPLERS, export, export_single_file, write_unet
 from prunet.plan import Derived, derive
-from prunet.recipe import Recipe, read_prompts
+from prunet.recipe import Recipe, TeacherSource, read_prompts
 from prunet.sheets import Sheets
 from prunet.size import training_memory
 from prunet.sources import check_source, source_is_there
 from prunet.student import check_steps, cut, inherit
-from prunet.teacher import Teacher
+from prunet.teacher import Teacher, check_same_space
 from prunet.training import PACE, Runtime, distil, micro_batch_of
 
 STEPS = ("plan", "build", "cache", "distil", "evaluate", "export", "report")
@@ -50,17 +50,23 @@ class Run:
     def __init__(self, recipe: Recipe, runtime: Runtime | None = None) -> None:
         self.recipe, self.runtime = recipe, runtime or Runtime()
         self.folder = Path(recipe.output)
-        self.teacher = Teacher(
-            recipe.teacher.source,
-            config=recipe.teacher.config,
-            revision=recipe.teacher.revision,
-            device=self.runtime.torch_device,
-            dtype=self.runtime.dtype,
-        )
+        sources = [recipe.teacher, *(stage.teacher or recipe.teacher for stage in recipe.stages)]
+        opened = {source.model_dump_json(): self._open(source) for source in sources}
+        #: The recipe's teacher, whose weights the student inherits; and the one of each stage.
+        self.teacher, *self.teachers = (opened[source.model_dump_json()] for source in sources)
         self.derived: Derived = derive(self.teacher.unet_config, recipe.plan)
         self.steps_down = [derive(self.teacher.unet_config, plan) for plan in recipe.stage_plans]
         self.size = recipe.data.size or self.teacher.native_size
         self._check()
+
+    def _open(self, source: TeacherSource) -> Teacher:
+        return Teacher(
+            source.source,
+            config=source.config,
+            revision=source.revision,
+            device=self.runtime.torch_device,
+            dtype=self.runtime.dtype,
+        )
 
     def _check(self) -> None:
         """All that can be wrong is found here, before anything is loaded or computed."""
@@ -79,8 +85,10 @@ class Run:
         read_prompts(recipe.evaluation.prompts, recipe.evaluation.limit)
         if recipe.evaluation.sampler not in SAMPLERS:
             raise UserError(f"evaluation.sampler: no sampler {recipe.evaluation.sampler!r}: {', '.join(SAMPLERS)}")
-        _ = self.teacher.noise_scheduler
-        self.teacher.check_weights()
+        for teacher in dict.fromkeys([self.teacher, *self.teachers]):
+            _ = teacher.noise_scheduler
+            teacher.check_weights()
+            check_same_space(self.teacher, teacher)
         check_steps(self.steps_down)
         for number, stage in enumerate(recipe.stages, 1):
             self.micro_batch(number)
@@ -102,13 +110,12 @@ class Run:
 
     def _check_folder(self) -> None:
         """Refuses a folder with the cache or the checkpoints of another run, before anything in it is replaced."""
-        if (self.cache_folder / "spec.json").is_file() and read_json(
-            self.cache_folder / "spec.json"
-        ) != self.cache_spec:
-            raise UserError(
-                f"{self.cache_folder}: holds a cache of another teacher or other data: delete it, or give another with "
-                "'cache:'"
-            )
+        for folder, spec in self.cache_specs:
+            if (folder / "spec.json").is_file() and read_json(folder / "spec.json") != spec:
+                raise UserError(
+                    f"{folder}: holds a cache of another teacher or other data: delete it, or give another with "
+                    "'cache:'"
+                )
         for number in range(1, len(self.recipe.stages) + 1):
             folder = self.folder / f"stage-{number}"
             label = folder / "inputs.json"
@@ -140,7 +147,7 @@ class Run:
         """Step -> hash of all that its result depends on."""
         recipe = self.recipe
         build = _hash(self.teacher.fingerprint(["unet"]), recipe.plan.fingerprint)
-        cached = _hash(self.cache_spec)
+        cached = _hash([spec for _, spec in self.cache_specs])
         out = {
             "plan": _hash(self.teacher.unet_config, recipe.plan.fingerprint),
             "build": build,
@@ -149,24 +156,34 @@ class Run:
         # How the teacher is trained on and called: prediction type, noise schedule, its U-Net's config.
         last = _hash(build, self.teacher.unet_config, dict(self.teacher.noise_scheduler.config))
         for number, stage in enumerate(recipe.stages, 1):
-            last = out[f"stage-{number}"] = _hash(last, cached, stage.model_dump(mode="json"), recipe.seed)
+            settings = (
+                stage.model_dump(mode="json", exclude={"teacher"}),
+                self.teachers[number - 1].fingerprint(["unet"]),
+            )
+            last = out[f"stage-{number}"] = _hash(last, self.cache_specs[number - 1][1], settings, recipe.seed)
         prompts = read_prompts(recipe.evaluation.prompts, recipe.evaluation.limit)
         evaluation = recipe.evaluation.model_dump(mode="json", exclude={"prompts", "limit"})
         out["evaluate"] = _hash(last, prompts, evaluation, recipe.seed, self.size)
-        out["export"] = _hash(out["evaluate"], recipe.export.model_dump(mode="json"), self.teacher.fingerprint())
+        out["export"] = _hash(out["evaluate"], recipe.export.model_dump(mode="json"), self.teachers[-1].fingerprint())
         out["report"] = _hash(out["export"])
         return out
 
     @cached_property
-    def cache_spec(self) -> dict[str, Any]:
-        return cache_spec(self.teacher, self.recipe.data, self.recipe.seed, self.cache_folder)
+    def cache_specs(self) -> list[tuple[Path, dict[str, Any]]]:
+        """Folder and spec of the cache of each stage; teachers that encode alike share one."""
+        found: list[tuple[Path, dict[str, Any]]] = []
+        for number, teacher in enumerate(self.teachers, 1):
+            spec = cache_spec(teacher, self.recipe.data, self.recipe.seed, self.cache_folder)
+            own = Path(f"{self.cache_folder}-{number}") if found else self.cache_folder
+            found.append(next((other for other in found if other[1] == spec), (own, spec)))
+        return found
 
     def is_done(self, step: str) -> bool:
         """Whether `step` was finished from these inputs and its result is still there."""
         if self._done().get(step, {}).get("inputs") != self.inputs[step]:
             return False
-        if step == "cache" and read_json(self.cache_folder / "spec.json") != self.cache_spec:
-            return False
+        if step == "cache":
+            return all((folder / "cache.json").is_file() for folder, _ in self.cache_specs)
         return self.result_of(step).exists()
 
     def result_of(self, step: str) -> Path:
@@ -239,29 +256,38 @@ class Run:
         save_unet(inherit(self._stored_teacher().unet, self.derived), self.folder / "student")
 
     def _cache(self) -> None:
-        made = cache(self.teacher, self.recipe.data, self.cache_folder, seed=self.recipe.seed)
-        say(f"  {len(made):,} samples at {self.size} px" + (f", {len(made.skipped)} skipped" if made.skipped else ""))
+        made: Cache | None = None
+        folders = [folder for folder, _ in self.cache_specs]
+        for folder in dict.fromkeys(folders):
+            teacher = self.teachers[folders.index(folder)]
+            made = cache(teacher, self.recipe.data, folder, seed=self.recipe.seed, like=made)
+            skipped = f", {len(made.skipped)} skipped" if made.skipped else ""
+            say(f"  {len(made):,} samples at {self.size} px by {teacher.source}{skipped}")
+            if teacher is not self.teachers[0]:
+                teacher.release("vae", "text")
 
     def _stage(self, number: int) -> None:
-        recipe, stage = self.recipe, self.recipe.stages[number - 1]
+        recipe, stage, teacher = self.recipe, self.recipe.stages[number - 1], self.teachers[number - 1]
         folder = self.folder / f"stage-{number}"
+        for other in {*self.teachers, self.teacher} - {teacher}:
+            other.release("unet", "vae", "text")
         write_json(folder / "inputs.json", self._stage_label(number))
         pairs = self.pairs(number)
         write_json(folder / "pairs.json", [dataclasses.asdict(pair) for pair in pairs])
         prompts = recipe.sheet.prompts or read_prompts(recipe.evaluation.prompts)[:6]
         if not recipe.sheet.every:
-            self.teacher.release("vae", "text")  # nothing else in the loop needs them
+            teacher.release("vae", "text")  # nothing else in the loop needs them
         trained = distil(
-            self.teacher,
+            teacher,
             self._student_at_start(number),
             pairs,
-            Cache.open(self.cache_folder),
+            Cache.open(self.cache_specs[number - 1][0]),
             stage,
             folder,
             seed=recipe.seed + number - 1,  # so that no stage repeats the noise of the one before
             runtime=self.runtime,
             sheets=Sheets(
-                self.teacher,
+                teacher,
                 folder / "sheets",
                 prompts,
                 recipe.sheet.every,
@@ -285,16 +311,17 @@ class Run:
         before, trained = self.steps_down[number - 2], load_unet(self.folder / f"stage-{number - 1}" / "unet")
         return trained if before.removed.keys() == after.removed.keys() else cut(trained, before, after)
 
-    def _stored_teacher(self) -> Teacher:
+    def _stored_teacher(self, other: TeacherSource | None = None) -> Teacher:
         """In fp32 on the CPU, whatever the run's precision: students start from the weights as they are stored."""
-        source = self.recipe.teacher
+        source = other or self.recipe.teacher
         return Teacher(source.source, config=source.config, revision=source.revision)
 
     def _stage_label(self, number: int) -> dict[str, str]:
         """What the checkpoints of a stage come from: student, cache, seed, and all of its settings but the pace."""
-        settings = {k: v for k, v in self.recipe.stages[number - 1].model_dump(mode="json").items() if k not in PACE}
+        settings = self.recipe.stages[number - 1].model_dump(mode="json", exclude={*PACE, "teacher"})
         before = self.inputs["build" if number == 1 else f"stage-{number - 1}"]
-        return {"inputs": _hash(before, self.inputs["cache"], settings, self.recipe.seed)}
+        made_by = self.cache_specs[number - 1][1], self.teachers[number - 1].fingerprint(["unet"])
+        return {"inputs": _hash(before, made_by, settings, self.recipe.seed)}
 
     @property
     def last_unet(self) -> Path:
@@ -305,20 +332,20 @@ class Run:
         from prunet.evaluation import evaluate
 
         evaluate(
-            self.teacher,
+            self.teachers[-1],
             {"before": load_unet(self.folder / "student"), "after": load_unet(self.last_unet)},
             self.recipe.evaluation,
             self.folder / "evaluation",
             size=self.size,
             seed=self.recipe.seed,
             protocol={
-                "teacher": self.teacher.fingerprint(),
+                "teacher": self.teachers[-1].fingerprint(),
                 "student": self.inputs[f"stage-{len(self.recipe.stages)}"],
             },
         )
 
     def _export(self) -> None:
-        plain = self._stored_teacher()
+        plain = self._stored_teacher(self.recipe.stages[-1].teacher)
         options = self.recipe.export
         export(plain, load_unet(self.last_unet), self.folder / "pipeline", card=self.card(), fp16=options.fp16)
         if options.single_file:

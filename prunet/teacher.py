@@ -460,6 +460,40 @@ class Teacher:
         return dist.mean.float() * self.scaling_factor, dist.std.float() * self.scaling_factor
 
 
+def check_same_space(first: Teacher, other: Teacher) -> None:
+    """Refuses a second teacher of another layout, another latent space or another thing to predict."""
+    sides: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("U-Net", first.unet_config, other.unet_config),
+        ("latent space", _latent_space(first), _latent_space(other)),
+        ("noise schedule", _process(first), _process(other)),
+    ]
+    for what, ours, theirs in sides:
+        wrong = sorted(key for key in {*ours, *theirs} - {"sample_size"} if ours.get(key) != theirs.get(key))
+        if wrong:
+            raise UserError(
+                f"{other.source}: its {what} is not that of {first.source} ({wrong[0]}: {theirs.get(wrong[0])}, not "
+                f"{ours.get(wrong[0])}); teachers in turn need the same layout and the same latents"
+            )
+
+
+def _latent_space(teacher: Teacher) -> dict[str, Any]:
+    config = teacher.part_config("vae")
+    return {key: config.get(key) for key in ("latent_channels", "scaling_factor", "shift_factor", "block_out_channels")}
+
+
+def _process(teacher: Teacher) -> dict[str, Any]:
+    config = teacher.noise_scheduler.config
+    names = (
+        "prediction_type",
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "rescale_betas_zero_snr",
+    )
+    return {name: config.get(name) for name in names}
+
+
 def freeze(module: nn.Module) -> nn.Module:
     """Eval mode, no gradients."""
     return module.eval().requires_grad_(False)

@@ -1,6 +1,7 @@
 """The cache: what it stores, that it can be killed, and that it is refused where it does not belong."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def test_labelled_with_shapes_dtypes_and_fingerprint(sd, pictures, tmp_path) -> 
         assert file.get_slice("mean").get_dtype() == "F16"
         assert json.loads(file.metadata()["label"])["captions"][3] == "picture 3"
     spec = json.loads((tmp_path / "c" / "spec.json").read_text())
-    assert spec["teacher"] == teacher.fingerprint(["vae", "text_encoder"])
+    assert spec["parts"] == {part: teacher.fingerprint([part]) for part in ("text_encoder", "vae")}
 
 
 def test_other_teacher_or_data_is_refused(sd, pictures, tmp_path) -> None:
@@ -173,3 +174,30 @@ def test_prompts_alone(kind, request, tmp_path, monkeypatch, small_shards) -> No
 def test_size_that_the_stages_cannot_halve_is_refused(sd, pictures, tmp_path) -> None:
     with pytest.raises(UserError, match="not a multiple of 16"):
         cache(Teacher(sd), Data(source=str(pictures), size=24), tmp_path / "c")
+
+
+@pytest.mark.parametrize("other", ["vae", "text_encoder"])
+def test_cache_of_another_teacher_keeps_what_it_would_compute_again(sd, pictures, tmp_path, monkeypatch, other) -> None:
+    """Byte for byte the cache made from nothing; the part that is the same is never run."""
+    twin = tmp_path / "twin"
+    shutil.copytree(sd, twin)
+    strange = make_pipeline(tmp_path / "strange", "sd", seed=9)
+    shutil.rmtree(twin / other)
+    shutil.copytree(strange / other, twin / other)
+    data = Data(source=str(pictures))
+    first = cache(Teacher(sd), data, tmp_path / "first", seed=1)
+    whole = cache(Teacher(twin), data, tmp_path / "whole", seed=1)
+
+    def never(*args, **kwargs):
+        raise AssertionError("computed again")
+
+    teacher = Teacher(twin)
+    if other == "text_encoder":
+        monkeypatch.setattr(teacher, "encode_images", never)
+    else:
+        encode = teacher.encode_prompts
+        monkeypatch.setattr(teacher, "encode_prompts", lambda p, **k: encode(p, **k) if p == [""] else never())
+    made = cache(teacher, data, tmp_path / "made", seed=1, like=first)
+    shard = "shard-00000.safetensors"
+    assert (made.folder / shard).read_bytes() == (whole.folder / shard).read_bytes()
+    assert (made.folder / shard).read_bytes() != (first.folder / shard).read_bytes()

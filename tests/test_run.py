@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import make_pictures, make_pipeline
 
-from prunet import Run, Runtime, UserError, load_recipe, run, runs
+from prunet import Run, Runtime, Teacher, UserError, load_recipe, run, runs
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
 
@@ -205,6 +205,32 @@ def test_stage_that_brings_a_part_back_is_refused(sdxl, pictures, tmp_path) -> N
         Run(load_recipe(recipe_file(tmp_path, sdxl, pictures, plan="ssd-1b", stages=stages)), CPU)
     with pytest.raises(UserError, match="last stage must train the recipe's own plan"):
         load_recipe(recipe_file(tmp_path, sdxl, pictures, plan="ssd-1b", stages=stages[:1]))
+
+
+def test_teachers_in_turn(sd, pictures, tmp_path) -> None:
+    """The second teacher has another U-Net and text encoder: a cache of its own, and it is the one that is exported."""
+    second = make_pipeline(tmp_path / "second", "sd", seed=3)
+    for part in ("vae", "tokenizer"):
+        shutil.rmtree(second / part)
+        shutil.copytree(sd / part, second / part)
+    stage = {"steps": 2, "batch_size": 2, "warmup_steps": 0, "learning_rate": 1e-3}
+    stages = [stage, {**stage, "teacher": str(second)}]
+    folder = run(load_recipe(recipe_file(tmp_path, sd, pictures, stages=stages)), CPU)
+    assert Teacher(folder / "pipeline").fingerprint(["text_encoder"]) == Teacher(second).fingerprint(["text_encoder"])
+    alone = run(load_recipe(recipe_file(tmp_path / "alone", sd, pictures, stages=[stage, stage])), CPU)
+    assert contents(folder / "stage-1") == contents(alone / "stage-1")
+    assert contents(folder / "stage-2/unet") != contents(alone / "stage-2/unet")
+    assert (folder / "cache-2/cache.json").is_file()
+    assert not (alone / "cache-2").exists()
+
+
+def test_teacher_of_another_layout_or_latent_space_is_refused(sd, sdxl, pictures, tmp_path) -> None:
+    stages = [{"steps": 1}, {"steps": 1, "teacher": str(sdxl)}]
+    with pytest.raises(UserError, match="its U-Net is not that of"):
+        Run(load_recipe(recipe_file(tmp_path, sd, pictures, stages=stages)), CPU)
+    stages[1]["teacher"] = str(make_pipeline(tmp_path / "v", "sd", prediction_type="v_prediction"))
+    with pytest.raises(UserError, match="noise schedule is not that of"):
+        Run(load_recipe(recipe_file(tmp_path, sd, pictures, stages=stages)), CPU)
 
 
 WAIT_FOR = {
