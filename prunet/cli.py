@@ -186,16 +186,10 @@ def _refuse_foreign(folder: Path, own: str) -> None:
         raise UserError(f"{folder}: exists and holds something else; give another --output")
 
 
-def _run_until(until: str, path: Path, overrides: list[str] | None, runtime: Any, dry_run: bool, as_json: bool) -> None:
-    from prunet.runs import Run, estimate
+def _run_until(until: str, path: Path, overrides: list[str] | None, runtime: Any, as_json: bool) -> None:
+    from prunet.runs import Run
 
     this = Run(_recipe(path, overrides), runtime)
-    if dry_run:
-        from prunet.drawing import draw_estimate
-
-        cost = estimate(this)
-        _say(as_json, cost, draw_estimate(this, cost))
-        return
     for step in this.step_names(until):
         this.do(step)
     facts = {"output": str(this.folder), "steps": {name: "done" for name in this.step_names(until)}}
@@ -215,9 +209,6 @@ def _where(folder: Path, until: str) -> str:
 def run(
     recipe: RecipeArgument,
     overrides: SetOption = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be done, and what it would cost.")
-    ] = False,
     device: Device = None,
     precision: PrecisionOption = "auto",
     micro_batch: Micro = None,
@@ -230,7 +221,31 @@ def run(
     What is finished and valid is skipped, so the same command also resumes a run that was stopped.
     """
     chosen = _runtime(device, precision, micro_batch, gradient_checkpointing, tracker)
-    _run_until("report", recipe, overrides, chosen, dry_run, as_json)
+    _run_until("report", recipe, overrides, chosen, as_json)
+
+
+@app.command()
+def estimate(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    device: Device = None,
+    precision: PrecisionOption = "auto",
+    micro_batch: Micro = None,
+    gradient_checkpointing: Checkpointing = False,
+    as_json: Json = False,
+) -> None:
+    """Tell what a recipe would do and cost: steps, peak memory by part, hours on this device.
+
+    Memory comes from shapes, hours from a few steps of the real loop with random weights. Nothing is written.
+    """
+    from prunet.drawing import draw_estimate
+    from prunet.estimate import estimate as cost_of
+    from prunet.runs import Run
+
+    runtime = _runtime(device, precision, micro_batch, gradient_checkpointing, None)
+    this = Run(_recipe(recipe, overrides), runtime)
+    cost = cost_of(this)
+    _say(as_json, cost, draw_estimate(this, cost))
 
 
 @app.command()
@@ -242,7 +257,7 @@ def cache(
     as_json: Json = False,
 ) -> None:
     """Do a recipe up to its cache: encode pictures and captions, or let the teacher draw the prompts."""
-    _run_until("cache", recipe, overrides, _runtime(device, precision, None, False, None), False, as_json)
+    _run_until("cache", recipe, overrides, _runtime(device, precision, None, False, None), as_json)
 
 
 @app.command()
@@ -258,7 +273,7 @@ def distil(
 ) -> None:
     """Do a recipe up to the distilled student; goes on from the last checkpoint."""
     chosen = _runtime(device, precision, micro_batch, gradient_checkpointing, tracker)
-    _run_until("distil", recipe, overrides, chosen, False, as_json)
+    _run_until("distil", recipe, overrides, chosen, as_json)
 
 
 @app.command()
@@ -270,7 +285,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Do a recipe up to its evaluation: sizes, speeds, and distance from the teacher before and after."""
-    _run_until("evaluate", recipe, overrides, _runtime(device, precision, None, False, None), False, as_json)
+    _run_until("evaluate", recipe, overrides, _runtime(device, precision, None, False, None), as_json)
     if not as_json:
         from rich import print as show
         from rich.markdown import Markdown
@@ -294,7 +309,6 @@ def export(
     from prunet.pipeline import export as export_folder
     from prunet.pipeline import export_single_file
     from prunet.runs import Run, load_unet
-    from prunet.teacher import Teacher
 
     if not (run_folder / "recipe.yaml").is_file():
         raise UserError(f"{run_folder}: not a run folder (no recipe.yaml); `prunet run RECIPE` makes one")
@@ -312,9 +326,7 @@ def export(
     else:
         target = output or run_folder / "pipeline"
         _refuse_foreign(target, "model_index.json")
-        source = this.recipe.teacher
-        plain = Teacher(source.source, config=source.config, revision=source.revision)
-        written = export_folder(plain, load_unet(this.last_unet), target, card=this.card(), fp16=fp16)
+        written = export_folder(this.exported_teacher(), load_unet(this.last_unet), target, card=this.card(), fp16=fp16)
     size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.rglob("*.safetensors")))
     _say(
         as_json,

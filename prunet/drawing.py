@@ -168,7 +168,7 @@ def _programs(derived: Derived) -> Text:
 
 
 def draw_estimate(this: Any, cost: dict[str, Any]) -> RenderableType:
-    """What a run would do and cost (`prunet run --dry-run`)."""
+    """What a run would do and cost (`prunet estimate`)."""
     steps = Table(box=None, padding=(0, 2), title="[bold]Steps[/]", title_justify="left")
     for name, state in cost["steps"].items():
         steps.add_row(name, "[green]done[/]" if state == "done" else state, f"[dim]{this.result_of(name)}[/]")

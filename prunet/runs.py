@@ -35,7 +35,6 @@ from prunet.pipeline import SAMPLERS, export, export_single_file, write_unet
 from prunet.plan import Derived, derive
 from prunet.recipe import Recipe, TeacherSource, read_prompts
 from prunet.sheets import Sheets
-from prunet.size import training_memory
 from prunet.sources import check_source, source_is_there
 from prunet.student import check_steps, cut, inherit
 from prunet.teacher import Teacher, check_same_space
@@ -345,11 +344,20 @@ class Run:
         )
 
     def _export(self) -> None:
-        plain = self._stored_teacher(self.recipe.stages[-1].teacher)
         options = self.recipe.export
-        export(plain, load_unet(self.last_unet), self.folder / "pipeline", card=self.card(), fp16=options.fp16)
+        export(
+            self.exported_teacher(),
+            load_unet(self.last_unet),
+            self.folder / "pipeline",
+            card=self.card(),
+            fp16=options.fp16,
+        )
         if options.single_file:
             export_single_file(self.folder / "pipeline", self.folder / "student.safetensors", fp16=options.fp16)
+
+    def exported_teacher(self) -> Teacher:
+        """The last stage's, as it is stored: the student's pipeline has its other parts."""
+        return self._stored_teacher(self.recipe.stages[-1].teacher)
 
     def card(self) -> dict[str, Any]:
         """What the model card tells."""
@@ -420,33 +428,3 @@ def recipe_yaml(recipe: Recipe) -> str:
 
 def _hash(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-# -- what it would cost
-
-
-def estimate(this: Run) -> dict[str, Any]:
-    """Memory by part from shapes, and hours from a short probe of the real step on this device with random weights."""
-    stage = this.recipe.stages[0]
-    micro, latent = this.micro_batch(1), this.latent_size
-    memory = training_memory(
-        this.derived.teacher_config,
-        this.derived.student_config,
-        latent_size=latent,
-        micro_batch=micro,
-        half=this.runtime.dtype != torch.float32,
-        ema=stage.ema_decay is not None,
-        gradient_checkpointing=this.runtime.gradient_checkpointing,
-    )
-    from prunet.probe import seconds_per_image
-
-    seconds = seconds_per_image(this.derived, latent, min(micro, 4), this.runtime)
-    images = sum(s.steps * s.batch_size for s in this.recipe.stages)
-    return {
-        "steps": {name: "done" if this.is_done(name) else "to do" for name in this.step_names()},
-        "memory_bytes": {**memory, "total": sum(memory.values())},
-        "micro_batch": micro,
-        "images": images,
-        "seconds_per_image": seconds,
-        "distil_hours": images * seconds / 3600,
-    }

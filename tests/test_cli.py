@@ -84,7 +84,7 @@ def test_inspect_reads_no_weight(capsys, sd, tmp_path) -> None:
 def test_verbs_in_a_row(capsys, sd, pictures, tmp_path) -> None:
     path = recipe(tmp_path, sd, pictures)
     flags = ("--device", "cpu", "--precision", "no", "--json")
-    code, out, _ = call(capsys, "run", path, "--dry-run", *flags)
+    code, out, _ = call(capsys, "estimate", path, *flags)
     cost = json.loads(out.splitlines()[-1])
     assert code == 0
     assert cost["images"] == 4

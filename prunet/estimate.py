@@ -1,0 +1,94 @@
+"""What a recipe would cost: memory by part from shapes, hours from a few real steps with random weights."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from prunet import unet
+from prunet.losses import feature_losses, mse
+from prunet.pairs import Pair, output_elements
+from prunet.plan import Derived
+from prunet.runs import Run
+from prunet.size import example_inputs, training_memory
+from prunet.taps import tap
+from prunet.training import Runtime
+
+STEPS = 2
+
+
+def estimate(this: Run) -> dict[str, Any]:
+    """Peak memory by part, of the stage that needs most, and the hours of all stages on this device."""
+    runtime, stages = this.runtime, this.recipe.stages
+    memory = [_memory(this, number) for number in range(1, len(stages) + 1)]
+    speeds: dict[tuple[Any, ...], float] = {}
+    seconds = 0.0
+    for number, stage in enumerate(stages, 1):
+        derived, micro = this.steps_down[number - 1], min(this.micro_batch(number), 4)
+        key = (derived.plan.fingerprint, stage.losses.level, micro)
+        if key not in speeds:
+            speeds[key] = seconds_per_image(derived, this.pairs(number), this.latent_size, micro, runtime)
+        seconds += speeds[key] * stage.steps * stage.batch_size
+    images = sum(stage.steps * stage.batch_size for stage in stages)
+    most = max(memory, key=lambda parts: sum(parts.values()))
+    return {
+        "steps": {name: "done" if this.is_done(name) else "to do" for name in this.step_names()},
+        "memory_bytes": {**most, "total": sum(most.values())},
+        "micro_batch": this.micro_batch(1 + memory.index(most)),
+        "images": images,
+        "seconds_per_image": seconds / images,
+        "distil_hours": seconds / 3600,
+    }
+
+
+def _memory(this: Run, number: int) -> dict[str, int]:
+    """Bytes of a stage by part; the teacher's features are kept beside the student's activations until the loss."""
+    derived, micro = this.steps_down[number - 1], this.micro_batch(number)
+    half = this.runtime.dtype != torch.float32
+    parts = training_memory(
+        derived.teacher_config,
+        derived.student_config,
+        latent_size=this.latent_size,
+        micro_batch=micro,
+        half=half,
+        ema=this.recipe.stages[number - 1].ema_decay is not None,
+        gradient_checkpointing=this.runtime.gradient_checkpointing,
+    )
+    elements = output_elements(derived.teacher_config, this.pairs(number), this.latent_size)
+    return {**parts, "features": elements * micro * (2 if half else 4)}
+
+
+def seconds_per_image(
+    derived: Derived, pairs: Sequence[Pair], latent_size: tuple[int, int], batch_size: int, runtime: Runtime
+) -> float:
+    """Seconds for one image of a distillation step (teacher, student forward and backward, optimizer)."""
+    accelerator = Accelerator(mixed_precision=runtime.mixed_precision, cpu=runtime.torch_device.type == "cpu")
+    with torch.device(accelerator.device):
+        teacher = unet.make_unet(derived.teacher_config).to(runtime.dtype).eval().requires_grad_(False)
+        student = unet.make_unet(derived.student_config).train()
+    if runtime.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    ours = [student.get_submodule(pair.student) for pair in pairs]
+    theirs = [teacher.get_submodule(pair.teacher) for pair in pairs]
+    model, optimizer = accelerator.prepare(student, torch.optim.AdamW(student.parameters(), lr=1e-6))
+
+    def inputs(config: dict, dtype: torch.dtype) -> dict:
+        return example_inputs(config, batch_size, latent_size=latent_size, device=accelerator.device, dtype=dtype)
+
+    with tap(ours) as student_features, tap(theirs) as teacher_features:
+        for step in range(STEPS + 1):
+            if step == 1:  # the first one warms up
+                start = time.perf_counter()
+            with torch.no_grad():
+                eps_t = teacher(**inputs(derived.teacher_config, runtime.dtype)).sample
+            eps_s = model(**inputs(derived.student_config, torch.float32)).sample
+            features = feature_losses(student_features.take(), teacher_features.take())
+            accelerator.backward(mse(eps_s, eps_t) + features.sum())
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+    return (time.perf_counter() - start) / STEPS / batch_size
