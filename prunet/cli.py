@@ -1,5 +1,6 @@
 """The command line. Each verb is one public function; `--json` makes the last line of stdout one JSON object."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -44,6 +45,9 @@ Micro = Annotated[
 Checkpointing = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Compute activations twice to need less memory.")
 ]
+OffloadEma = Annotated[bool, typer.Option("--offload-ema", help="Keep the average of the weights on the CPU.")]
+Adam8Bit = Annotated[bool, typer.Option("--use-8bit-adam", help="The optimizer's state in 8 bits (GPU, bitsandbytes).")]
+Teacher8Bit = Annotated[bool, typer.Option("--teacher-8bit", help="The teacher's linear layers in 8 bits (torchao).")]
 Tracker = Annotated[str | None, typer.Option(help="Also log to an accelerate tracker, such as tensorboard.")]
 
 
@@ -56,7 +60,8 @@ def _say(as_json: bool, facts: dict[str, Any], text: Any = None) -> None:
         show(text)
 
 
-def _runtime(device: str | None, precision: str, micro: int | None, checkpointing: bool, tracker: str | None) -> Any:
+def _runtime(device: str | None, precision: str, tracker: str | None = None, **options: Any) -> Any:
+    """`options`: fields of `Runtime`, checked."""
     import torch
 
     from prunet.training import Runtime
@@ -76,13 +81,15 @@ def _runtime(device: str | None, precision: str, micro: int | None, checkpointin
         if tracker not in available:
             raise UserError(f"--tracker {tracker}: not installed; available: {', '.join(available) or 'none'}")
     chosen: Any = precision
-    runtime = Runtime(
-        device=device,
-        precision=chosen,
-        micro_batch=micro,
-        gradient_checkpointing=checkpointing,
-        tracker=tracker,
-    )
+    runtime = Runtime(device=device, precision=chosen, tracker=tracker, **options)
+    for flag, on, package in (
+        ("--use-8bit-adam", runtime.use_8bit_adam, "bitsandbytes"),
+        ("--teacher-8bit", runtime.teacher_8bit, "torchao"),
+    ):
+        if on and importlib.util.find_spec(package) is None:
+            raise UserError(f"{flag}: needs {package}, which is not installed: pip install 'prunet[memory]'")
+    if runtime.use_8bit_adam and runtime.torch_device.type != "cuda":
+        raise UserError("--use-8bit-adam: for CUDA devices only")
     if precision == "fp16" and runtime.torch_device.type == "cpu":
         raise UserError("--precision fp16: CPUs train in bf16 or no; fp16 is for GPUs")
     runtime.use_device()
@@ -213,6 +220,9 @@ def run(
     precision: PrecisionOption = "auto",
     micro_batch: Micro = None,
     gradient_checkpointing: Checkpointing = False,
+    offload_ema: OffloadEma = False,
+    use_8bit_adam: Adam8Bit = False,
+    teacher_8bit: Teacher8Bit = False,
     tracker: Tracker = None,
     as_json: Json = False,
 ) -> None:
@@ -220,7 +230,16 @@ def run(
 
     What is finished and valid is skipped, so the same command also resumes a run that was stopped.
     """
-    chosen = _runtime(device, precision, micro_batch, gradient_checkpointing, tracker)
+    chosen = _runtime(
+        device,
+        precision,
+        micro_batch=micro_batch,
+        gradient_checkpointing=gradient_checkpointing,
+        offload_ema=offload_ema,
+        use_8bit_adam=use_8bit_adam,
+        teacher_8bit=teacher_8bit,
+        tracker=tracker,
+    )
     _run_until("report", recipe, overrides, chosen, as_json)
 
 
@@ -232,6 +251,9 @@ def estimate(
     precision: PrecisionOption = "auto",
     micro_batch: Micro = None,
     gradient_checkpointing: Checkpointing = False,
+    offload_ema: OffloadEma = False,
+    use_8bit_adam: Adam8Bit = False,
+    teacher_8bit: Teacher8Bit = False,
     as_json: Json = False,
 ) -> None:
     """Tell what a recipe would do and cost: steps, peak memory by part, hours on this device.
@@ -242,7 +264,15 @@ def estimate(
     from prunet.estimate import estimate as cost_of
     from prunet.runs import Run
 
-    runtime = _runtime(device, precision, micro_batch, gradient_checkpointing, None)
+    runtime = _runtime(
+        device,
+        precision,
+        micro_batch=micro_batch,
+        gradient_checkpointing=gradient_checkpointing,
+        offload_ema=offload_ema,
+        use_8bit_adam=use_8bit_adam,
+        teacher_8bit=teacher_8bit,
+    )
     this = Run(_recipe(recipe, overrides), runtime)
     cost = cost_of(this)
     _say(as_json, cost, draw_estimate(this, cost))
@@ -257,7 +287,7 @@ def cache(
     as_json: Json = False,
 ) -> None:
     """Do a recipe up to its cache: encode pictures and captions, or let the teacher draw the prompts."""
-    _run_until("cache", recipe, overrides, _runtime(device, precision, None, False, None), as_json)
+    _run_until("cache", recipe, overrides, _runtime(device, precision), as_json)
 
 
 @app.command()
@@ -268,11 +298,23 @@ def distil(
     precision: PrecisionOption = "auto",
     micro_batch: Micro = None,
     gradient_checkpointing: Checkpointing = False,
+    offload_ema: OffloadEma = False,
+    use_8bit_adam: Adam8Bit = False,
+    teacher_8bit: Teacher8Bit = False,
     tracker: Tracker = None,
     as_json: Json = False,
 ) -> None:
     """Do a recipe up to the distilled student; goes on from the last checkpoint."""
-    chosen = _runtime(device, precision, micro_batch, gradient_checkpointing, tracker)
+    chosen = _runtime(
+        device,
+        precision,
+        micro_batch=micro_batch,
+        gradient_checkpointing=gradient_checkpointing,
+        offload_ema=offload_ema,
+        use_8bit_adam=use_8bit_adam,
+        teacher_8bit=teacher_8bit,
+        tracker=tracker,
+    )
     _run_until("distil", recipe, overrides, chosen, as_json)
 
 
@@ -285,7 +327,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Do a recipe up to its evaluation: sizes, speeds, and distance from the teacher before and after."""
-    _run_until("evaluate", recipe, overrides, _runtime(device, precision, None, False, None), as_json)
+    _run_until("evaluate", recipe, overrides, _runtime(device, precision), as_json)
     if not as_json:
         from rich import print as show
         from rich.markdown import Markdown
@@ -360,7 +402,7 @@ def generate(
     from prunet.files import new_file
     from prunet.pipeline import generate as draw_pictures
 
-    runtime = _runtime(device, precision, None, False, None)
+    runtime = _runtime(device, precision)
     one_file = output.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
     if one_file and num_images > 1:
         raise UserError(f"--output {output}: {num_images} pictures need a folder, not one file")

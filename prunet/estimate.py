@@ -14,7 +14,7 @@ from prunet.plan import Derived
 from prunet.runs import Run
 from prunet.size import example_inputs, training_memory
 from prunet.taps import tap
-from prunet.training import Runtime
+from prunet.training import Runtime, memory_options
 
 STEPS = 2
 
@@ -52,9 +52,7 @@ def _memory(this: Run, number: int) -> dict[str, int]:
         derived.student_config,
         latent_size=this.latent_size,
         micro_batch=micro,
-        half=half,
-        ema=this.recipe.stages[number - 1].ema_decay is not None,
-        gradient_checkpointing=this.runtime.gradient_checkpointing,
+        **memory_options(this.recipe.stages[number - 1], this.runtime),
     )
     elements = output_elements(derived.teacher_config, this.pairs(number), this.latent_size)
     return {**parts, "features": elements * micro * (2 if half else 4)}

@@ -300,6 +300,8 @@ class Run:
         )
         if is_main_process():
             save_unet(trained, folder / "unet")
+        if self.runtime.teacher_8bit:
+            teacher.release("unet")  # what is measured and exported is the teacher as it is stored
 
     def _student_at_start(self, number: int) -> UNet2DConditionModel:
         """What stage `number` trains: the student of the stage before it, cut further if the plan goes on."""

@@ -42,13 +42,18 @@ class Runtime:
     """Where and how it runs; no result depends on it but for rounding.
 
     `micro_batch`: samples at once on each device (None: the whole batch); `log_every`: steps between two read-backs
-    of the losses, which are the only points where the device is waited for.
+    of the losses, which are the only points where the device is waited for. What saves memory: `gradient_checkpointing`
+    (costs time), `offload_ema` (the average waits on the CPU), `use_8bit_adam` (bitsandbytes), `teacher_8bit` (torchao:
+    its linear layers' weights in 8 bits).
     """
 
     device: str | None = None
     precision: Precision = "auto"
     micro_batch: int | None = None
     gradient_checkpointing: bool = False
+    offload_ema: bool = False
+    use_8bit_adam: bool = False
+    teacher_8bit: bool = False
     tracker: str | None = None
     log_every: int = 10
 
@@ -169,10 +174,19 @@ def micro_batch_of(
         batch_size=share,
         device=runtime.torch_device,
         latent_size=latent_size,
-        half=runtime.mixed_precision != "no",
-        ema=stage.ema_decay is not None,
-        gradient_checkpointing=runtime.gradient_checkpointing,
+        **memory_options(stage, runtime),
     )
+
+
+def memory_options(stage: Stage, runtime: Runtime) -> dict[str, bool]:
+    """How much is kept, as `prunet.size.training_memory` asks for it."""
+    return {
+        "half": runtime.mixed_precision != "no",
+        "ema": stage.ema_decay is not None and not runtime.offload_ema,
+        "gradient_checkpointing": runtime.gradient_checkpointing,
+        "use_8bit_adam": runtime.use_8bit_adam,
+        "teacher_8bit": runtime.teacher_8bit,
+    }
 
 
 def distil(
@@ -214,14 +228,16 @@ def distil(
 
     # Pairs are module objects of the bare models, found before anything is wrapped.
     student_modules = [student.get_submodule(pair.student) for pair in pairs]
-    teacher_unet = teacher.unet.to(device)
+    teacher_unet = _in_8_bits(teacher.unet.to(device)) if runtime.teacher_8bit else teacher.unet.to(device)
     teacher_modules = [teacher_unet.get_submodule(pair.teacher) for pair in pairs]
     student.to(device).train().requires_grad_(True)
     if runtime.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=stage.learning_rate, weight_decay=stage.weight_decay)
+    optimizer = _adamw(runtime)(student.parameters(), lr=stage.learning_rate, weight_decay=stage.weight_decay)
     ema = EMAModel(student.parameters(), decay=stage.ema_decay, foreach=True) if stage.ema_decay else None
     start = resume(folder, stage, student, optimizer, ema, accelerator)
+    if ema and runtime.offload_ema:
+        ema.to("cpu")
     model, optimizer = accelerator.prepare(student, optimizer)
     if runtime.tracker:
         accelerator.init_trackers("prunet", config={"stage": stage.model_dump_json()})
@@ -285,7 +301,11 @@ def distil(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if ema:
+                if runtime.offload_ema:
+                    ema.to(device)
                 ema.step(student.parameters())
+                if runtime.offload_ema:
+                    ema.to("cpu")
             since, done = since + 1, step + 1
             bar.advance()
 
@@ -316,6 +336,22 @@ def distil(
     student = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     student.disable_gradient_checkpointing()
     return student.eval().requires_grad_(False).to("cpu")
+
+
+def _adamw(runtime: Runtime) -> Any:
+    if not runtime.use_8bit_adam:
+        return torch.optim.AdamW
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit
+
+
+def _in_8_bits(net: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Weights of linear layers as int8 with a scale a row; activations stay as they are."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(net, Int8WeightOnlyConfig())
+    return net
 
 
 # -- what is written on the way

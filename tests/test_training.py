@@ -1,5 +1,6 @@
 """The loop: resume equals uninterrupted, micro-batches change nothing, EMA and teacher are what they should be."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -248,3 +249,20 @@ def test_learning_rate_by_hand() -> None:
 def test_micro_batch_that_does_not_divide_is_refused(sd, made, tmp_path) -> None:
     with pytest.raises(UserError, match=r"micro-batches of 3.*1, 2, 4"):
         train(sd, made, tmp_path / "run", runtime=Runtime(device="cpu", precision="no", micro_batch=3))
+
+
+def test_average_that_waits_on_the_cpu_is_the_same(sd, made, tmp_path) -> None:
+    plain, _ = train(sd, made, tmp_path / "plain")
+    offloaded, _ = train(sd, made, tmp_path / "offloaded", runtime=dataclasses.replace(CPU, offload_ema=True))
+    assert state_hash(offloaded) == state_hash(plain)
+
+
+def test_teacher_in_8_bits_teaches_nearly_the_same(sd, made, tmp_path) -> None:
+    """Where torchao is installed: other bits, losses within two percent."""
+    pytest.importorskip("torchao")
+    stage = STAGE.model_copy(update={"steps": 2})
+    train(sd, made, tmp_path / "plain", stage=stage)
+    train(sd, made, tmp_path / "small", stage=stage, runtime=dataclasses.replace(CPU, teacher_8bit=True))
+    for ours, theirs in zip(losses(tmp_path / "small"), losses(tmp_path / "plain"), strict=True):
+        assert ours["output"] != theirs["output"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
