@@ -2,6 +2,7 @@
 
 A cache folder holds `spec.json` (what it is made of), `shard-00000.safetensors` ... (256 samples each: `mean` and `std`
 (N, 4, h, w) of the scaled latents, `prompt_embeds` (N, 77, D), for SDXL `pooled` (N, P) and `time_ids` (N, 6)),
+with `buckets` one `mean.I` and `std.I` a sample instead, because their sizes differ,
 `unconditional.safetensors`, and, once it is whole, `cache.json` with the number of samples and the pictures skipped.
 A shard is whole or not there, and depends on nothing but the spec, so a killed run goes on at the first missing one.
 """
@@ -26,12 +27,12 @@ from torch import Tensor
 from prunet.console import progress, say
 from prunet.errors import UserError
 from prunet.files import new_file, read_json, write_json
-from prunet.pictures import BrokenPicture, Picture, fit
+from prunet.pictures import BrokenPicture, Picture, bucket_sizes, fit, nearest_size
 from prunet.recipe import Data, read_prompts
 from prunet.sources import check_source, read_pictures, source_files, source_is_there
 from prunet.teacher import PromptEmbeds, Teacher
 
-FORMAT = 1
+FORMAT = 2
 SHARD = 256
 ENCODE_BATCH = 16
 STORED = torch.float16
@@ -56,6 +57,7 @@ class Cache:
     spec: dict[str, Any]
     counts: tuple[int, ...]  # samples in each shard
     skipped: tuple[tuple[str, str], ...]  # key of a picture, and why it could not be used
+    groups: tuple[Sequence[int], ...]  # the samples of each size, by number
 
     @classmethod
     def open(cls, folder: Path | str) -> "Cache":
@@ -73,11 +75,12 @@ class Cache:
             read_json(folder / "spec.json"),
             tuple(index["counts"]),
             tuple(map(tuple, index["skipped"])),
+            tuple(index["groups"] or [range(index["samples"])]),
         )
         for shard, count in enumerate(cache.counts):
-            shape = _shard_shape(_shard_path(folder, shard))
-            if shape[0] != count:
-                raise UserError(f"{_shard_path(folder, shard)}: {shape[0]} samples, {count} expected: delete {folder}")
+            found = _shard_label(_shard_path(folder, shard))["count"]
+            if found != count:
+                raise UserError(f"{_shard_path(folder, shard)}: {found} samples, {count} expected: delete {folder}")
         return cache
 
     def __len__(self) -> int:
@@ -89,8 +92,10 @@ class Cache:
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        shape = _shard_shape(_shard_path(self.folder, next(i for i, count in enumerate(self.counts) if count)))
-        return shape[2], shape[3]
+        """(h, w), with buckets the largest."""
+        sizes = [self.sample(group[0]).mean.shape for group in self.groups]
+        _, height, width = max(sizes, key=lambda shape: shape[1] * shape[2])
+        return height, width
 
     def check(self, teacher: Teacher) -> None:
         """Refuses a cache that another teacher made."""
@@ -112,11 +117,11 @@ class Cache:
         ):
             return {}
         same = {part for part, made_by in theirs["parts"].items() if ours["parts"][part] == made_by}
-        names = {"mean", "std"} if {"vae", "unet"} & theirs["parts"].keys() <= same else set()
+        stems = {"mean", "std"} if {"vae", "unet"} & theirs["parts"].keys() <= same else set()
         if {part for part in theirs["parts"] if part.startswith("text_encoder")} <= same:
-            names |= {"prompt_embeds", "pooled"}
+            stems |= {"prompt_embeds", "pooled"}
         file = _opened(_shard_path(self.folder, shard))
-        return {name: file.get_tensor(name).float() for name in names & set(file.keys())}
+        return {name: file.get_tensor(name).float() for name in file.keys() if name.split(".")[0] in stems}  # noqa: SIM118
 
     def sample(self, index: int) -> Sample:
         shard = bisect.bisect_right(self._ends, index)
@@ -125,6 +130,8 @@ class Cache:
         keys = set(file.keys())
 
         def row(name: str) -> Tensor | None:
+            if f"{name}.{index}" in keys:
+                return file.get_tensor(f"{name}.{index}").float()
             return file.get_slice(name)[index : index + 1][0].float() if name in keys else None
 
         mean, std, embeds = row("mean"), row("std"), row("prompt_embeds")
@@ -151,12 +158,14 @@ def _opened(path: Path) -> Any:
         raise UserError(f"{path}: not a whole shard ({error}): delete it and run the cache again") from error
 
 
-def _shard_shape(path: Path) -> list[int]:
+def _shard_label(path: Path) -> dict[str, Any]:
+    """`count`, `captions`, `skipped` and, with buckets, the `sizes` (h, w) of the samples."""
     if not path.is_file():
         raise UserError(f"{path}: missing: delete {path.parent / 'cache.json'} and run the cache again")
     try:
         with safe_open(path, framework="pt") as file:
-            return file.get_slice("mean").get_shape()
+            label: dict[str, Any] = json.loads(file.metadata()["label"])
+            return label
     except Exception as error:
         again = f"delete it and {path.parent / 'cache.json'}, and run the cache again"
         raise UserError(f"{path}: damaged ({error}): {again}") from error
@@ -212,11 +221,9 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
     _write(folder / "unconditional.safetensors", _text_tensors(empty), {})
 
     shards = _draw_prompts if data.prompts is not None else _encode_pictures
-    counts: list[int] = []
-    skipped: list[tuple[str, str]] = []
-    for count, bad in shards(teacher, data, folder, size, seed, lambda shard: like.kept(spec, shard) if like else {}):
-        counts.append(count)
-        skipped += bad
+    labels = list(shards(teacher, data, folder, size, seed, lambda shard: like.kept(spec, shard) if like else {}))
+    counts = [label["count"] for label in labels]
+    skipped = [(key, why) for label in labels for key, why in label["skipped"]]
     if not sum(counts):
         why = f" (first: {skipped[0][0]}: {skipped[0][1]})" if skipped else ""
         raise UserError(f"{data.source}: not one usable picture with a caption{why}")
@@ -224,15 +231,24 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
         say(f"[yellow]{len(skipped)} pictures skipped[/], listed in {folder / 'cache.json'}:")
         for key, why in skipped[:5]:
             say(f"  {escape(f'{key}: {why}')}")
-    write_json(folder / "cache.json", {"counts": counts, "samples": sum(counts), "skipped": skipped})
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, shape in enumerate(shape for label in labels for shape in label.get("sizes", [])):
+        groups.setdefault(tuple(shape), []).append(number)
+    index = {"counts": counts, "samples": sum(counts), "skipped": skipped, "groups": list(groups.values())}
+    write_json(folder / "cache.json", index)
     return Cache.open(folder)
 
 
 def check_size(teacher: Teacher, size: int, name: str = "data.size") -> None:
     """Refuses a picture size (of the option `name`) that the U-Net's stages cannot halve."""
-    step = teacher.vae_scale * 2 ** (len(teacher.unet_config["block_out_channels"]) - 1)
+    step = _side_step(teacher)
     if size % step:
         raise UserError(f"{name}: {size} is not a multiple of {step}, which this model's stages need")
+
+
+def _side_step(teacher: Teacher) -> int:
+    """Pixels of which a side must be a multiple, so that the U-Net's stages can halve it."""
+    return teacher.vae_scale * 2 ** (len(teacher.unet_config["block_out_channels"]) - 1)
 
 
 #: What can be taken over for a shard from the cache of another teacher.
@@ -241,8 +257,8 @@ Kept = Callable[[int], dict[str, Tensor]]
 
 def _encode_pictures(
     teacher: Teacher, data: Data, folder: Path, size: int, seed: int, kept: Kept
-) -> Iterator[tuple[int, list[tuple[str, str]]]]:
-    """One shard after another: (samples, [(key, why skipped)])."""
+) -> Iterator[dict[str, Any]]:
+    """One shard after another: its label."""
     assert data.source is not None
     pictures = read_pictures(data.source, image_column=data.image_column, caption_column=data.caption_column)
     stream = itertools.islice(pictures, data.limit)
@@ -262,6 +278,7 @@ def _encode_shard(
     teacher: Teacher, data: Data, path: Path, group: list[Picture], size: int, seed: int, kept: dict[str, Tensor]
 ) -> None:
     fitted, captions, skipped = [], [], []
+    sizes = bucket_sizes(size, _side_step(teacher)) if data.buckets else [(size, size)]
     for picture in group:
         try:
             image = picture.open()
@@ -270,27 +287,44 @@ def _encode_shard(
             continue
         for view in range(data.views):
             number = _seed(seed, picture.key, view)
-            fitted.append(fit(image, size, crop=data.crop, flip=data.flip, seed=number))
+            fitted.append(fit(image, nearest_size(image, sizes), crop=data.crop, flip=data.flip, seed=number))
             captions.append(picture.captions[number % len(picture.captions)])
-    rows: list[dict[str, Tensor]] = []
-    for start in range(0, len(fitted), ENCODE_BATCH):
-        chosen = slice(start, start + ENCODE_BATCH)
-        batch = fitted[chosen]
-        row = {name: tensor[chosen] for name, tensor in kept.items()}
-        if "mean" not in row:
-            row["mean"], row["std"] = teacher.encode_images(torch.stack([f.pixels for f in batch]))
-        if "prompt_embeds" not in row:
-            row |= _text_tensors(teacher.encode_prompts(captions[chosen]))
-        if teacher.kind == "sdxl":
-            ids = [(*f.original_size, *f.crop_top_left, size, size) for f in batch]
-            row["time_ids"] = torch.tensor(ids, dtype=torch.float32)
-        rows.append(row)
-    _write(path, _concat(rows), {"captions": captions, "skipped": skipped, "count": len(captions)})
+    label: dict[str, Any] = {"captions": captions, "skipped": skipped, "count": len(captions)}
+    tensors = dict(kept)
+    if not any(name.startswith("mean") for name in kept):
+        tensors |= _encode(teacher, [f.pixels for f in fitted], data.buckets)
+    if "prompt_embeds" not in kept:
+        tensors |= _concat([_text_tensors(teacher.encode_prompts(captions[at])) for at in _slices(len(captions))])
+    if teacher.kind == "sdxl":
+        ids = [(*f.original_size, *f.crop_top_left, *f.pixels.shape[1:]) for f in fitted]
+        tensors["time_ids"] = torch.tensor(ids, dtype=torch.float32)
+    if data.buckets:
+        label["sizes"] = [tensors[f"mean.{i}"].shape[1:] for i in range(len(fitted))]
+    _write(path, tensors, label)
+
+
+def _slices(count: int) -> list[slice]:
+    return [slice(start, start + ENCODE_BATCH) for start in range(0, count, ENCODE_BATCH)]
+
+
+def _encode(teacher: Teacher, pixels: list[Tensor], buckets: bool) -> dict[str, Tensor]:
+    """`mean` and `std` (N, 4, h, w); with buckets `mean.I` and `std.I` (4, h, w), encoded together by size."""
+    numbers = sorted(range(len(pixels)), key=lambda i: tuple(pixels[i].shape))
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for _, same in itertools.groupby(numbers, key=lambda i: tuple(pixels[i].shape)):
+        group = list(same)
+        for at in _slices(len(group)):
+            mean, std = teacher.encode_images(torch.stack([pixels[i] for i in group[at]]))
+            found |= {i: (mean[k], std[k]) for k, i in enumerate(group[at])}
+    parts = {"mean": [found[i][0] for i in range(len(pixels))], "std": [found[i][1] for i in range(len(pixels))]}
+    if buckets:
+        return {f"{name}.{i}": tensor for name, tensors in parts.items() for i, tensor in enumerate(tensors)}
+    return {name: torch.stack(tensors) if tensors else torch.zeros(0, 4, 1, 1) for name, tensors in parts.items()}
 
 
 def _draw_prompts(
     teacher: Teacher, data: Data, folder: Path, size: int, seed: int, kept: Kept
-) -> Iterator[tuple[int, list[tuple[str, str]]]]:
+) -> Iterator[dict[str, Any]]:
     """The teacher draws the prompts itself; the latents are its own, so their standard deviation is 0."""
     from prunet.pipeline import set_sampler
 
@@ -340,9 +374,7 @@ def _text_tensors(text: PromptEmbeds) -> dict[str, Tensor]:
 
 
 def _concat(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    if not rows:
-        return {"mean": torch.zeros(0, 4, 1, 1)}
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
 
 def _write(path: Path, tensors: dict[str, Tensor], label: dict[str, Any]) -> None:
@@ -359,13 +391,6 @@ def _write(path: Path, tensors: dict[str, Tensor], label: dict[str, Any]) -> Non
     with new_file(path) as part:
         # One entry, because safetensors writes several in any order, and equal caches should be equal bytes.
         save_file(stored, part, metadata={"label": json.dumps(label)})
-
-
-def _shard_label(path: Path) -> tuple[int, list[tuple[str, str]]]:
-    _shard_shape(path)
-    with safe_open(path, framework="pt") as file:
-        label = json.loads(file.metadata()["label"])
-    return label["count"], [(key, why) for key, why in label["skipped"]]
 
 
 def _hash(value: Any) -> str:

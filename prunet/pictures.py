@@ -6,11 +6,12 @@ skips, counts and names them all. If it lacks its caption or its picture, `capti
 
 import importlib
 import io
+import math
 import os
 import random
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -86,6 +87,23 @@ def fit(
     image = ImageOps.mirror(image) if flipped else image
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
     return Fitted(pixels, (H, W), (top, left), flipped)
+
+
+def bucket_sizes(size: int, step: int) -> list[tuple[int, int]]:
+    """(height, width) of at most `size` squared pixels, square to 4:1, in multiples of a sixteenth of `size`.
+
+    At 1024 these are the shapes in which SDXL was trained (arXiv 2307.01952, appendix I), but for a few between them.
+    `step`: what a side must be a multiple of.
+    """
+    unit = -(-max(step, size // 16) // step) * step
+    pairs = {(long, size * size // long // unit * unit) for long in range(size, 2 * size + 1, unit)}
+    return sorted({shape for long, short in pairs for shape in ((long, short), (short, long)) if short > 0})
+
+
+def nearest_size(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The size whose aspect ratio is nearest to the picture's."""
+    width, height = image.size
+    return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - math.log(height / width)))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

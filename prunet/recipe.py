@@ -64,6 +64,7 @@ class Data(Part):
     )
     crop: Literal["center", "random"] = "center"
     flip: bool = Field(default=False, description="mirror half of the pictures")
+    buckets: bool = Field(default=False, description="crop each picture to the nearest of several shapes of one area")
     views: Steps = Field(default=1, description="crops, flips and captions drawn from each picture")
     limit: Steps | None = Field(default=None, description="use only the first N pictures or prompts")
     image_column: str = "image"

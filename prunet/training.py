@@ -102,8 +102,7 @@ class Draws(Dataset[dict[str, Tensor]]):
     def __getitem__(self, at: tuple[int, int]) -> dict[str, Tensor]:
         step, position = at
         number = step * self.stage.batch_size + position
-        epoch, place = divmod(number, len(self.cache))
-        sample = self.cache.sample(_permutation(self.seed, epoch, len(self.cache))[place])
+        sample = self.cache.sample(self._choose(step, position))
         rng = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
         latents = sample.mean + sample.std * torch.randn(sample.mean.shape, generator=rng)
         noise = torch.randn(sample.mean.shape, generator=rng)
@@ -117,8 +116,32 @@ class Draws(Dataset[dict[str, Tensor]]):
             item["time_ids"] = sample.time_ids
         return item
 
+    def _choose(self, step: int, position: int) -> int:
+        """The number of a sample. A batch has one size; an epoch has about as many batches of a size as it has samples,
+        in random order, and each size goes through its samples in an order of its own.
+        """
+        size = self.stage.batch_size
+        shares = tuple(max(1, round(len(group) / size)) for group in self.cache.groups)
+        epoch, at = divmod(step, sum(shares))
+        chosen, before = _batch_order(self.seed, epoch, shares)[at]
+        group = self.cache.groups[chosen]
+        turn, place = divmod((epoch * shares[chosen] + before) * size + position, len(group))
+        return group[_permutation(self.seed, turn, len(group))[place]]
 
-@lru_cache(maxsize=2)
+
+@lru_cache(maxsize=4)
+def _batch_order(seed: int, epoch: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(size, how many batches of it came before in this epoch) of each batch of an epoch."""
+    batches = [group for group, share in enumerate(shares) for _ in range(share)]
+    counts = [0] * len(shares)
+    order = []
+    for i in _permutation(seed, epoch, len(batches)):
+        order.append((batches[i], counts[batches[i]]))
+        counts[batches[i]] += 1
+    return order
+
+
+@lru_cache(maxsize=128)
 def _permutation(seed: int, epoch: int, count: int) -> list[int]:
     rng = torch.Generator().manual_seed((seed * 7_368_787 + epoch) % 2**63)
     return torch.randperm(count, generator=rng).tolist()

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from prunet import Cache, Teacher, UserError, cache, latents
-from prunet.pictures import fit
+from prunet.pictures import bucket_sizes, fit
 from prunet.recipe import Data
 
 
@@ -201,3 +201,30 @@ def test_cache_of_another_teacher_keeps_what_it_would_compute_again(sd, pictures
     shard = "shard-00000.safetensors"
     assert (made.folder / shard).read_bytes() == (whole.folder / shard).read_bytes()
     assert (made.folder / shard).read_bytes() != (first.folder / shard).read_bytes()
+
+
+def test_buckets_crop_to_the_nearest_shape_and_tell_sdxl(sdxl, tmp_path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    shapes = [(40, 40), (80, 40), (40, 80), (80, 42), (39, 40)]  # width, height
+    for i, shape in enumerate(shapes):
+        Image.new("RGB", shape, (40 * i, 90, 200)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    teacher = Teacher(sdxl)
+    made = cache(teacher, Data(source=str(folder), size=32, buckets=True), tmp_path / "c")
+    samples = [made.sample(i) for i in range(5)]
+    assert [tuple(s.mean.shape) for s in samples] == [(4, 16, 16), (4, 12, 20), (4, 20, 12), (4, 12, 20), (4, 16, 16)]
+    assert [list(group) for group in made.groups] == [[0, 4], [1, 3], [2]]
+    assert made.latent_size == (16, 16)
+    assert samples[1].time_ids.tolist()[:2] == [40, 80]
+    assert samples[1].time_ids.tolist()[4:] == [24, 40]
+    alone = teacher.encode_images(fit(Image.open(folder / "2.png"), (40, 24)).pixels[None])
+    torch.testing.assert_close(samples[2].mean, alone[0][0], atol=2e-3, rtol=2e-3)
+
+
+def test_bucket_sizes_at_1024_are_those_of_sdxl() -> None:
+    """A few of the list in the paper's appendix I; none has more pixels, all sides are multiples of 64."""
+    sizes = bucket_sizes(1024, 32)
+    assert {(1024, 1024), (832, 1216), (896, 1152), (768, 1344), (640, 1536), (512, 2048), (1216, 832)} <= set(sizes)
+    assert all(h * w <= 1024**2 and h % 64 == w % 64 == 0 for h, w in sizes)
+    assert all((w, h) in sizes for h, w in sizes)

@@ -1,12 +1,14 @@
 """The loop: resume equals uninterrupted, micro-batches change nothing, EMA and teacher are what they should be."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_pipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 from prunet import Teacher, UserError, build, derive, distil, load_plan, training
@@ -201,7 +203,7 @@ def test_only_the_last_checkpoints_are_kept(sd, made, tmp_path) -> None:
 
 def test_cache_of_another_teacher_is_refused(made, tmp_path) -> None:
     other = make_pipeline(tmp_path / "other", "sd", seed=9)
-    with pytest.raises(UserError, match="made with other"):
+    with pytest.raises(UserError, match="made with another text_encoder and vae"):
         train(other, made, tmp_path / "run")
 
 
@@ -266,3 +268,24 @@ def test_teacher_in_8_bits_teaches_nearly_the_same(sd, made, tmp_path) -> None:
     for ours, theirs in zip(losses(tmp_path / "small"), losses(tmp_path / "plain"), strict=True):
         assert ours["output"] != theirs["output"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+
+
+def test_batches_of_buckets_have_one_size_and_see_every_picture(sdxl, tmp_path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(14):
+        Image.new("RGB", [(40, 40), (80, 40), (40, 80)][min(i // 6, 2)], (10 * i, 90, 200)).save(
+            folder / f"{i:02d}.png"
+        )
+        (folder / f"{i:02d}.txt").write_text(f"picture {i}")
+    teacher = Teacher(sdxl)
+    made = cache(teacher, Data(source=str(folder), size=32, buckets=True), tmp_path / "c")
+    stage = Stage(steps=7, batch_size=2, warmup_steps=0, caption_dropout=0.0)
+    draws = Draws(made, stage, 1, 1000)
+    seen = [[draws._choose(step, position) for position in range(2)] for step in range(7)]
+    assert sorted(itertools.chain(*seen)) == list(range(14))  # 3, 3 and 1 batches are one epoch
+    assert all(len({draws[(step, p)]["latents"].shape for p in range(2)}) == 1 for step in range(7))
+    plan = load_plan("vega")
+    pairs = derive(teacher.unet_config, plan).pairs("layer")
+    distil(teacher, build(teacher, plan), pairs, made, stage, tmp_path / "run", seed=1, runtime=CPU)
+    assert len(losses(tmp_path / "run")) == 7
