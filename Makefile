@@ -22,7 +22,7 @@ demo: setup
 	$(BIN)/prunet run recipes/demo.yaml --device cpu
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow -s

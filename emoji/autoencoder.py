@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from shards import read_split, stack_images, to_model
 from state import (
-    atomic_save,
     autocast,
     is_finished,
     learning_rate,
     load_state,
     pick_device,
     save_record,
+    save_state,
     smooth,
     timed_steps,
 )
@@ -129,7 +129,7 @@ def train(config: dict, data: Path, root: Path, seed: int) -> None:
         state["shown"]["mse"] = smooth(state["shown"].get("mse"), mse)
         if state["step"] % 100 == 99:
             print(f"autoencoder: {psnr_db(model, heldout[:48]):.2f} dB on 48 held-out pictures", flush=True)
-            atomic_save({**state, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, state_path)
+            save_state(state_path, state, model=model.state_dict(), optimizer=optimizer.state_dict())
 
     finish(model, images, heldout, state, root)
 

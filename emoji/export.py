@@ -1,4 +1,4 @@
-"""Stage 4: the pipeline folder, its labels, a sheet of samples and a model card with measured numbers."""
+"""The last stage: the pipeline folder with its training record, the sheet of the fixed prompts, and the model card."""
 
 import json
 import shutil
@@ -9,61 +9,102 @@ from card import write_card
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image, ImageDraw
 from rich.progress import track
-from shards import read_split
-from transformers import CLIPTextModel, CLIPTokenizer
+from state import pick_device, read_record, save_record
+from text import read_known_labels
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 SHEET_COLUMNS = 8
+SAMPLER = DPMSolverMultistepScheduler  # of all measures and sheets
+PARTS = {  # folder in the state -> folder in the pipeline
+    "autoencoder": "vae",
+    "tokenizer": "tokenizer",
+    "text_encoder": "text_encoder",
+    "text_encoder_2": "text_encoder_2",
+    "unet": "unet",
+}
 
 
-def make_scheduler(config: dict) -> DDIMScheduler:
-    """SD v1's schedule. DDIM, because its config also holds what other samplers need to know: no clipping."""
+def restore(shipped: Path, root: Path, parts: tuple[str, ...] = tuple(PARTS)) -> None:
+    """Copy what the state folder lacks from a pipeline folder, with what its training record says of it."""
+    if not (shipped / "training.json").exists():
+        raise SystemExit(f"{shipped} is not there, or holds no training.json: train it first")
+    records = read_record(shipped / "training.json")
+    for part in parts:
+        if (root / part).exists() or not (shipped / PARTS[part]).exists():
+            continue
+        shutil.copytree(shipped / PARTS[part], root / part)
+        if part in records:
+            save_record(records[part], root / part / "record.json")
+    log = shipped / "training-log.jsonl"
+    if "unet" in parts and log.exists() and not (root / "unet-log.jsonl").exists():
+        shutil.copy(log, root / "unet-log.jsonl")
+
+
+def make_scheduler(config: dict) -> DDIMScheduler | EulerDiscreteScheduler:
+    """SD v1 ships PNDM and SDXL Euler; DDIM here, whose config also tells other samplers not to clip."""
     return DDIMScheduler(**config, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
-def assemble(config: dict, root: Path) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(root / "autoencoder"),
-        text_encoder=CLIPTextModel.from_pretrained(root / "text_encoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(root / "tokenizer"),
-        unet=UNet2DConditionModel.from_pretrained(root / "unet"),
-        scheduler=make_scheduler(config["scheduler"]),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+def assemble(config: dict, root: Path) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    parts = {
+        "vae": AutoencoderKL.from_pretrained(root / "autoencoder"),
+        "text_encoder": CLIPTextModel.from_pretrained(root / "text_encoder"),
+        "tokenizer": CLIPTokenizer.from_pretrained(root / "tokenizer"),
+        "unet": UNet2DConditionModel.from_pretrained(root / "unet"),
+        "scheduler": make_scheduler(config["scheduler"]),
+    }
+    if (root / "text_encoder_2").exists():
+        parts["text_encoder_2"] = CLIPTextModelWithProjection.from_pretrained(root / "text_encoder_2")
+        parts["tokenizer_2"] = CLIPTokenizer.from_pretrained(root / "tokenizer")
+        return StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
-def save_pipeline(pipe: StableDiffusionPipeline, out: Path) -> None:
+def save_pipeline(pipe: DiffusionPipeline, out: Path) -> None:
     """fp16 weights as the plain files: half the download, and nobody has to know about variants."""
-    pipe.to(torch.float16).save_pretrained(out)
+    pipe.to("cpu", torch.float16).save_pretrained(out)
     # vocab.json and merges.txt, the files that SD v1's tokenizer folder has
-    pipe.tokenizer.backend_tokenizer.model.save(str(out / "tokenizer"))
-    # diffusers notes the folder that the weights were loaded from
+    for folder in out.glob("tokenizer*"):
+        pipe.tokenizer.backend_tokenizer.model.save(str(folder))
     for path in out.glob("*/config.json"):
         settings = json.loads(path.read_text())
-        settings.pop("_name_or_path", None)
+        settings.pop("_name_or_path", None)  # diffusers notes the folder that the weights were loaded from
+        if "text_encoder" in path.parent.name:
+            settings["dtype"] = "float32"  # else transformers loads fp16 beside an fp32 U-Net
         path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def round_weights(pipe: StableDiffusionPipeline) -> None:
-    """What is drawn and measured must be what is shipped, also on CPUs that cannot compute in fp16."""
-    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
-        module.half().float()
-
-
-def draw(pipe: StableDiffusionPipeline, prompts: list[str], config: dict, batch_size: int = 8) -> list[Image.Image]:
-    """One seed per picture, from its place in the list: sheets of two models can be compared."""
+def load_for_drawing(folder: Path) -> DiffusionPipeline:
+    """A shipped folder, as any stock program loads it; fp32, with the sampler of all measures."""
+    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True).to(pick_device())
+    pipe.scheduler = SAMPLER.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(
+    pipe: DiffusionPipeline,
+    prompts: list[str],
+    settings: dict,
+    first_seed: int = 0,
+    batch_size: int = 32,
+    show: bool = True,
+) -> list[Image.Image]:
+    """One seed per picture, from its place in the list: sheets of two models can be compared."""
     images = []
-    for start in track(range(0, len(prompts), batch_size), description="drawing"):
+    for start in track(range(0, len(prompts), batch_size), description="drawing", disable=not show):
         batch = prompts[start : start + batch_size]
-        dice = [torch.Generator().manual_seed(config["seed"] + start + i) for i in range(len(batch))]
-        steps, scale = config["num_inference_steps"], config["guidance_scale"]
+        dice = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(batch))]
+        steps, scale = settings["num_inference_steps"], settings["guidance_scale"]
         images += pipe(batch, guidance_scale=scale, num_inference_steps=steps, generator=dice).images
     return images
 
@@ -80,26 +121,24 @@ def make_sheet(images: list[Image.Image], titles: list[str], columns: int = SHEE
     return sheet
 
 
-def sample_prompts(labels: list[str], count: int = 40) -> list[str]:
-    """Evenly spread over the known labels, not picked by hand; the styles take turns."""
-    picked = [labels[int(i * len(labels) / count)].lower() for i in range(min(count, len(labels)))]
-    forms = ("{}", "{}, 3d", "{}, noto", "{}, flat")
-    return [forms[i % len(forms)].format(label) for i, label in enumerate(picked)]
+def read_sheet_prompts() -> list[str]:
+    """64 prompts, fixed before any training: evenly spread over the known labels, the forms taking turns."""
+    return (Path(__file__).parent / "sheet-prompts.txt").read_text().splitlines()
 
 
 def export(config: dict, data: Path, root: Path, out: Path) -> None:
-    pipe = assemble(config, root)
-    round_weights(pipe)
-    labels = (root / "labels.txt").read_text().splitlines()
-    prompts = sample_prompts(labels)
-    images = draw(pipe, prompts, config["samples"])
-    save_pipeline(pipe, out)
-    shutil.copy(root / "labels.txt", out / "labels.txt")
+    save_pipeline(assemble(config, root), out)
+    (out / "labels.txt").write_text("".join(f"{label}\n" for label in sorted(read_known_labels())))
+    parts = [part for part in PARTS if (root / part / "record.json").exists()]
+    save_record({part: read_record(root / part / "record.json") for part in parts}, out / "training.json")
+    # A run that was killed and resumed may have measured one step twice.
+    lines = (root / "unet-log.jsonl").read_text().splitlines()
+    log = {json.loads(line)["step"]: line for line in lines}
+    (out / "training-log.jsonl").write_text("".join(f"{line}\n" for line in log.values()))
+    prompts = read_sheet_prompts()
+    images = draw(load_for_drawing(out), prompts, config["samples"], config["samples"]["seed"])
     make_sheet(images, prompts).save(out / "samples.png", optimize=True)
-    parts = ("autoencoder", "text_encoder", "unet")
-    records = {part: json.loads((root / part / "record.json").read_text()) for part in parts}
-    num_heldout = sum(len(read_split(data, split)) for split in ("heldout-combinations", "heldout-labels"))
-    write_card(out, config, records, labels, num_heldout)
+    write_card(out, config)
     for path in out.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that only their owner can read
     size_mb = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6

@@ -224,9 +224,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for old in args.out.glob("*.tar"):
         old.unlink()
-    known = set((here / "known-labels.txt").read_text(encoding="utf-8").split("\n"))
+    first = set((here / "first-labels.txt").read_text(encoding="utf-8").split("\n"))
     for split in SPLITS:
-        write_shards(args.out, split, rows[split], args.per_shard, known)
+        write_shards(args.out, split, rows[split], args.per_shard, first)
         labels = {json.loads(text)["label"] for _, _, text in rows[split]}
         print(f"{split}: {len(rows[split])} pictures of {len(labels)} labels")
     total = sum(path.stat().st_size for path in args.out.glob("*.tar"))

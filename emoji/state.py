@@ -23,6 +23,11 @@ def atomic_save(value, path: Path) -> None:
     os.replace(aside, path)
 
 
+def save_state(path: Path, state: dict, **parts) -> None:
+    """Called within a step, after its update: a resumed run begins with the next one."""
+    atomic_save({**state, "step": state["step"] + 1, **parts}, path)
+
+
 def load_state(path: Path) -> dict:
     """The stage's state, or a fresh one; `seconds` count against its budget."""
     if path.exists():
@@ -36,9 +41,20 @@ def save_record(record: dict, path: Path) -> None:
     os.replace(aside, path)
 
 
+def read_record(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def log_point(path: Path, state: dict, **measured: float) -> None:
+    """One line of the stage's curve."""
+    point = {"step": state["step"] + 1, "images": state["images"], "hours": state["seconds"] / 3600, **measured}
+    with path.open("a") as file:
+        file.write(json.dumps({key: float(f"{value:.6g}") for key, value in point.items()}) + "\n")
+
+
 def is_finished(record: Path, minutes: float) -> bool:
     """A stage that wrote its record has spent its budget; with a larger budget it goes on from its state."""
-    return record.exists() and json.loads(record.read_text())["hours"] * 60 >= minutes
+    return record.exists() and read_record(record)["hours"] * 60 >= minutes
 
 
 def timed_steps(title: str, state: dict, minutes: float, log_every_s: float = 30) -> Iterator[float]:

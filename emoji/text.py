@@ -1,10 +1,13 @@
 """Stage 2: tokenizer and text encoder, trained against pictures before any denoiser exists, then frozen.
 
-A contrastive loss alone only teaches the end-of-text position, but the U-Net reads all 77 token states. So
+A contrastive loss alone only teaches the end-of-text position, but the U-Net reads the states of all tokens. So
 three linear heads also read single, randomly chosen states at or after the end of the text (with CLIP's
-causal mask these have seen the whole caption): one draws a tiny thumbnail, one names the label, one names the
+causal mask these have seen the whole caption): one draws a small thumbnail, one names the label, one names the
 style. What a linear head can read, a cross-attention can read too: colours and rough shapes are there before
 the U-Net's first step.
+
+emoji-xl has two encoders, as SDXL: the first is that of emoji-sd, as SDXL's is that of SD v1; the second, with a
+projection, is trained here (`with_projection: true`). SDXL's U-Net reads the last layer but one, so the heads do too.
 """
 
 import json
@@ -14,25 +17,27 @@ import torch
 import torch.nn.functional as F
 from shards import SPLITS, Sample, read_split, stack_images, to_model
 from state import (
-    atomic_save,
     autocast,
     is_finished,
     learning_rate,
     load_state,
     pick_device,
     save_record,
+    save_state,
     smooth,
     timed_steps,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+TextEncoder = CLIPTextModel | CLIPTextModelWithProjection
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 STYLES = ("3d", "noto", "flat")
 
 
-def learn_tokenizer(captions: list[str], vocab_size: int) -> CLIPTokenizer:
+def learn_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
     """Learn merges. Ids in CLIP's order: bytes, bytes that end a word, merges, specials."""
     blank = CLIPTokenizer()  # for its normalizer and word splitting: merges must be learned on the same words
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -57,7 +62,7 @@ def learn_tokenizer(captions: list[str], vocab_size: int) -> CLIPTokenizer:
         END,
     ]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
 
 
 def check_tokenizer(tokenizer: CLIPTokenizer, captions: list[str]) -> None:
@@ -67,12 +72,11 @@ def check_tokenizer(tokenizer: CLIPTokenizer, captions: list[str]) -> None:
         decoded = tokenizer.decode(ids, skip_special_tokens=True)
         assert decoded.replace(" ", "") == caption.replace(" ", ""), (caption, decoded)
         assert tokenizer(decoded)["input_ids"] == ids, (caption, decoded)
-        assert len(ids) <= 77, caption
+        assert len(ids) <= tokenizer.model_max_length, caption
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    padded = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-    return padded.input_ids
+    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 class PictureTower(nn.Sequential):
@@ -104,22 +108,20 @@ class Heads(nn.Module):
         self.style = nn.Linear(width, len(STYLES))
 
 
-def contrastive_loss(heads: Heads, text: Tensor, pictures: Tensor) -> Tensor:
-    a, b = F.normalize(heads.project(text), dim=-1), F.normalize(heads.tower(pictures), dim=-1)
-    logits = heads.scale.exp().clamp(max=50) * a @ b.T
+def read_text(model: TextEncoder, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The states that the U-Net will read (B, T, D), and the projected end of the text (B, D) if the model has one."""
+    output = model(tokens, output_hidden_states=True)
+    if isinstance(model, CLIPTextModelWithProjection):
+        return output.hidden_states[-2], output.text_embeds
+    return output.last_hidden_state, None
+
+
+def contrastive_loss(scale: Tensor, text: Tensor, pictures: Tensor) -> Tensor:
+    """CLIP's symmetric cross-entropy. (B, D) both. https://arxiv.org/abs/2103.00020, figure 3"""
+    a, b = F.normalize(text.float(), dim=-1), F.normalize(pictures.float(), dim=-1)
+    logits = scale.exp().clamp(max=100) * a @ b.T
     target = torch.arange(len(a), device=a.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-def pick_positions(ids: Tensor, kept: int, dice: torch.Generator) -> Tensor:
-    """The first 24 positions, and a few of the padding behind them: half the cost of a step, same meaning.
-
-    Captions end before 24 almost always; later positions only repeat the end-of-text token under other
-    position embeddings, and all of those get their turn.
-    """
-    head = 24
-    tail = head + torch.randperm(ids.shape[1] - head, generator=dice)[: kept - head]
-    return torch.cat([torch.arange(head), tail.sort().values])
 
 
 def states_after_end(states: Tensor, ids: Tensor, end_id: int, dice: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -130,14 +132,16 @@ def states_after_end(states: Tensor, ids: Tensor, end_id: int, dice: torch.Gener
     return states[rows, end], states[rows, where]
 
 
-def losses(heads: Heads, states: Tensor, ids: Tensor, end_id: int, batch: dict, dice) -> dict[str, Tensor]:
+def losses(
+    heads: Heads, states: Tensor, pooled: Tensor | None, ids: Tensor, end_id: int, batch: dict, dice: torch.Generator
+) -> dict[str, Tensor]:
     end, anywhere = states_after_end(states, ids, end_id, dice)
-    thumbnail = F.mse_loss(heads.thumbnail(anywhere), batch["thumbnail"].flatten(1))
+    pooled = heads.project(end) if pooled is None else pooled
     return {
-        "contrastive": contrastive_loss(heads, end, batch["picture"]),
-        "thumbnail": thumbnail,
-        "label": F.cross_entropy(heads.label(anywhere), batch["label"]),
-        "style": F.cross_entropy(heads.style(anywhere), batch["style"]),
+        "contrastive": contrastive_loss(heads.scale, pooled, heads.tower(batch["picture"])),
+        "thumbnail": F.mse_loss(heads.thumbnail(anywhere).float(), batch["thumbnail"].flatten(1)),
+        "label": F.cross_entropy(heads.label(anywhere).float(), batch["label"]),
+        "style": F.cross_entropy(heads.style(anywhere).float(), batch["style"]),
     }
 
 
@@ -145,14 +149,17 @@ WEIGHTS = {"contrastive": 0.5, "thumbnail": 10.0, "label": 0.5, "style": 0.5}
 
 
 def read_known_labels() -> list[str]:
-    """The labels the denoiser learns; the text encoder sees them more often than the others."""
+    """The labels the denoiser learns; the text encoders see them more often than the others."""
     return (Path(__file__).parent / "known-labels.txt").read_text().splitlines()
 
 
-def make_model(config: dict, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def make_model(config: dict, tokenizer: CLIPTokenizer) -> TextEncoder:
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    pad = {"pad_token_id": tokenizer.pad_token_id}
-    return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **config["model"], **ids, **pad))
+    more = {"pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": tokenizer.model_max_length}
+    kind = CLIPTextModelWithProjection if config["with_projection"] else CLIPTextModel
+    model = kind(CLIPTextConfig(vocab_size=len(tokenizer), **config["model"], **ids, **more))
+    model.set_attn_implementation("eager")  # fused attention is slow on CPUs where heads are narrow
+    return model
 
 
 def prepare(samples: list[Sample], thumbnail: int) -> dict[str, Tensor]:
@@ -166,17 +173,23 @@ def prepare(samples: list[Sample], thumbnail: int) -> dict[str, Tensor]:
     }
 
 
-def train(config: dict, data: Path, root: Path, seed: int) -> None:
-    device, state_path, out = pick_device(), root / "text.pt", root / "text_encoder"
+def make_tokenizer(samples: list[Sample], data: Path, config: dict) -> CLIPTokenizer:
+    tokenizer = learn_tokenizer([c for s in samples for c in s.captions], config["vocab_size"], config["max_length"])
+    check_tokenizer(tokenizer, [c for split in SPLITS for s in read_split(data, split)[:200] for c in s.captions])
+    return tokenizer
+
+
+def train(config: dict, data: Path, root: Path, seed: int, name: str = "text_encoder") -> None:
+    """`root/tokenizer` is made if it is not there; `root/NAME` is the encoder."""
+    device, state_path, out = pick_device(), root / f"{name}.pt", root / name
     if is_finished(out / "record.json", config["minutes"]):
         return
     samples = read_split(data, "train")
-    captions = [caption for sample in samples for caption in sample.captions]
-    tokenizer = learn_tokenizer(captions, config["vocab_size"])
-    check_tokenizer(tokenizer, [c for split in SPLITS for s in read_split(data, split)[:200] for c in s.captions])
-    tokenizer.save_pretrained(root / "tokenizer")
+    if not (root / "tokenizer").exists():
+        make_tokenizer(samples, data, config).save_pretrained(root / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer")
 
-    tensors = prepare(samples, config["thumbnail"])
+    tensors = {part: tensor.to(device) for part, tensor in prepare(samples, config["thumbnail"]).items()}
     ids = [tokenize(tokenizer, sample.captions) for sample in samples]
     known = set(read_known_labels())
     weights = torch.tensor([float(sample.label in known) for sample in samples])
@@ -193,24 +206,21 @@ def train(config: dict, data: Path, root: Path, seed: int) -> None:
         optimizer.load_state_dict(state["optimizer"])
     state["shown"] = {}
 
-    for progress in timed_steps("text", state, config["minutes"]):
+    for progress in timed_steps(name, state, config["minutes"]):
         lr = learning_rate(progress, config["learning_rate"])
         for group in optimizer.param_groups:
             group["lr"] = lr
         dice = torch.Generator().manual_seed(seed + state["step"])
         picked = torch.multinomial(weights, config["batch_size"], generator=dice)
-        batch = {name: tensor[picked].to(device) for name, tensor in tensors.items()}
+        batch = {part: tensor[picked.to(device)] for part, tensor in tensors.items()}
         choice = torch.rand(len(picked), generator=dice).tolist()
         rows = [ids[i][int(u * len(ids[i]))] for i, u in zip(picked.tolist(), choice, strict=True)]
         tokens = torch.stack(rows).to(device)
 
-        positions = pick_positions(tokens, config["positions"], dice).to(device)
-        tokens = tokens[:, positions]
-
         with autocast(device):
-            states = model(tokens, position_ids=positions[None]).last_hidden_state
-            parts = losses(heads, states, tokens, tokenizer.eos_token_id, batch, dice)
-        loss = sum(WEIGHTS[name] * part for name, part in parts.items())
+            states, pooled = read_text(model, tokens)
+            parts = losses(heads, states, pooled, tokens, tokenizer.eos_token_id, batch, dice)
+        loss = sum(WEIGHTS[part] * value for part, value in parts.items())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
@@ -218,12 +228,12 @@ def train(config: dict, data: Path, root: Path, seed: int) -> None:
 
         state["images"] += len(picked)
         shown = state["shown"]
-        state["shown"] = {name: smooth(shown.get(name), part.item(), 0.95) for name, part in parts.items()}
-        if state["step"] % 100 == 99:
-            atomic_save({**state, "model": both.state_dict(), "optimizer": optimizer.state_dict()}, state_path)
+        state["shown"] = {part: smooth(shown.get(part), value.item(), 0.95) for part, value in parts.items()}
+        if state["step"] % 200 == 199:
+            save_state(state_path, state, model=both.state_dict(), optimizer=optimizer.state_dict())
 
     model.save_pretrained(out)
-    record = {name: state[name] for name in ("images", "shown")} | {"steps": state["step"]}
+    record = {part: state[part] for part in ("images", "shown")} | {"steps": state["step"]}
     record |= {"hours": state["seconds"] / 3600, "parameters": sum(p.numel() for p in model.parameters())}
     save_record(record | {"vocab_size": len(tokenizer)}, out / "record.json")
-    print(record)
+    print(record, flush=True)

@@ -1,71 +1,85 @@
-"""Train the small Stable Diffusion that ships with prunet, on the emoji shards of make_data.py.
+"""Train the small models that ship with prunet, on the emoji shards of make_data.py.
 
-    python emoji/train_teacher.py all --state ~/.cache/prunet/emoji
+    python emoji/train.py emoji/emoji-clip.yaml       the scorer, by which the two teachers are measured
+    python emoji/train.py emoji/emoji-sd.yaml         a Stable Diffusion of the SD v1 layout
+    python emoji/train.py emoji/emoji-xl.yaml         one of the SDXL layout; wants emoji-sd first
 
-Four stages, each resumable: the same command goes on where it was stopped, and skips what is finished. With a
-larger budget (--minutes, or the config) a finished stage goes on learning.
+The stages of a model are the sections of its config, in order: autoencoder, text_encoder(_2), unet, then export
+(pipeline folder, model card, sheet of samples). Each one is resumable: the same command goes on where it was
+stopped and skips what is finished. With a larger budget (--minutes, or the config) a finished stage goes on
+learning; with --from-shipped it does so from the weights in the repository, on a machine that has nothing else.
 
-    autoencoder   pictures to latents
-    text          tokenizer and text encoder, trained against the pictures, then frozen
-    unet          the denoiser, on cached latents and cached prompt embeddings
-    export        the pipeline folder, its model card and its sheet of samples
+Works on two CPU cores; uses a GPU if there is one (then with --batch-size 512). On CPU cores the denoiser trains
+fastest with one process per core and one thread each:
 
-Works on two CPU cores; uses a GPU if there is one. On CPU cores that other programs use too, the denoiser
-trains fastest with one process per core and one thread each:
-
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 emoji/train_teacher.py unet
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 emoji/train.py emoji/emoji-sd.yaml unet
 """
 
 import argparse
 from pathlib import Path
 
-import torch
 import yaml
 
-STAGES = ("autoencoder", "text", "unet", "export")
+STAGES = ("autoencoder", "text_encoder", "text_encoder_2", "unet", "scorer", "export")
 
 
-def run_stage(stage: str, config: dict, args: argparse.Namespace) -> None:
+def run_stage(stage: str, config: dict, args: argparse.Namespace, root: Path) -> None:
+    """Imported here, because a stage needs only its own libraries."""
     if stage == "autoencoder":
         import autoencoder
 
-        autoencoder.train(config["autoencoder"], args.data, args.state, config["seed"])
-    elif stage == "text":
+        autoencoder.train(config[stage], args.data, root, config["seed"])
+    elif stage in ("text_encoder", "text_encoder_2"):
         import text
 
-        text.train(config["text"], args.data, args.state, config["seed"])
+        text.train(config[stage], args.data, root, config["seed"], stage)
     elif stage == "unet":
         import unet
 
-        unet.train(config, args.data, args.state)
-    elif stage == "export":
+        unet.train(config, args.data, root)
+    elif stage == "scorer":
+        import scorer
+
+        scorer.train(config[stage], args.data, root, args.config.with_suffix(""), config["seed"])
+    else:
         import export
 
-        export.export(config, args.data, args.state, args.out)
+        export.export(config, args.data, root, args.config.with_suffix(""))
 
 
 def main() -> None:
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=(*STAGES, "all"), help="what to run")
-    parser.add_argument("--config", type=Path, default=here / "emoji-sd.yaml", help="(%(default)s)")
+    parser.add_argument("config", type=Path, help="a model's settings; its folder gets the same name, beside it")
+    parser.add_argument("stage", nargs="?", choices=(*STAGES, "all"), default="all", help="what to run (%(default)s)")
     parser.add_argument("--data", type=Path, default=here / "data", help="folder of the shards (%(default)s)")
     parser.add_argument("--state", type=Path, default=Path.home() / ".cache/prunet/emoji", help="(%(default)s)")
-    parser.add_argument("--out", type=Path, default=here / "emoji-sd", help="pipeline folder (%(default)s)")
     parser.add_argument("--minutes", type=float, help="budget of the stage, in place of the config's")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--batch-size", type=int, help="of the stage, in place of the config's")
+    parser.add_argument("--from-shipped", action="store_true", help="take what the state lacks from the model's folder")
     args = parser.parse_args()
-    if args.minutes and args.stage in ("all", "export"):
-        parser.error("--minutes is the budget of one training stage: name the stage")
-
     config = yaml.safe_load(args.config.read_text())
-    if args.minutes:
-        config[args.stage]["minutes"] = args.minutes
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    args.state.mkdir(parents=True, exist_ok=True)
-    for stage in STAGES if args.stage == "all" else (args.stage,):
-        run_stage(stage, config, args)
+    stages = [stage for stage in STAGES if stage in config or (stage == "export" and "unet" in config)]
+    if args.stage != "all" and args.stage not in stages:
+        parser.error(f"{args.config} has no stage {args.stage}: it has {', '.join(stages)}")
+    for option, value in (("minutes", args.minutes), ("batch_size", args.batch_size)):
+        if value:
+            if args.stage not in config:
+                parser.error(f"--{option.replace('_', '-')} belongs to one training stage: name the stage")
+            config[args.stage][option] = value
+
+    root = args.state / args.config.stem
+    root.mkdir(parents=True, exist_ok=True)
+    if args.from_shipped or "shared_from" in config:
+        import export
+
+        if "shared_from" in config:
+            shared = args.config.parent / config["shared_from"]
+            export.restore(shared, root, ("autoencoder", "tokenizer", "text_encoder"))
+        if args.from_shipped:
+            export.restore(args.config.with_suffix(""), root)
+    for stage in stages if args.stage == "all" else (args.stage,):
+        run_stage(stage, config, args, root)
 
 
 if __name__ == "__main__":

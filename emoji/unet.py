@@ -1,75 +1,125 @@
-"""Stage 3: the denoiser, on cached latents and prompt embeddings. Epsilon, min-SNR weights, EMA."""
+"""Stage 3: the denoiser, on cached latents and prompt embeddings. Epsilon, weights by noise level, several EMAs."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from autoencoder import encode_all
+from conditioning import empty_condition, encode_captions, unet_arguments
 from copy_start import start_as_copy
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from shards import read_split, stack_images
+from diffusers.models.attention_processor import AttnProcessor
+from shards import Sample, read_split, stack_images
 from state import (
-    atomic_save,
     autocast,
     average_gradients,
     is_finished,
     join_group,
     learning_rate,
     load_state,
+    log_point,
     pick_device,
+    read_record,
     save_record,
+    save_state,
     smooth,
     timed_steps,
 )
-from text import read_known_labels, tokenize
+from text import read_known_labels
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+
+Cache = dict[str, Tensor]
 
 
-@torch.no_grad()
-def encode_captions(root: Path, captions: list[str], batch_size: int = 64) -> Tensor:
-    """(N, 77, width) fp16: what the pipeline will feed the U-Net."""
-    tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer")
-    encoder = CLIPTextModel.from_pretrained(root / "text_encoder").eval().to(pick_device())
-    batches = tokenize(tokenizer, captions).split(batch_size)
-    return torch.cat([encoder(batch.to(encoder.device)).last_hidden_state.half().cpu() for batch in batches])
-
-
-def prepare(data: Path, root: Path) -> dict[str, Tensor | list[Tensor]]:
-    """Latents and prompts of the known labels, made once: the frozen parts never run in the loop."""
+def known_samples(data: Path, split: str) -> list[Sample]:
     known = set(read_known_labels())
-    samples = [sample for sample in read_split(data, "train") if sample.label in known]
-    vae = AutoencoderKL.from_pretrained(root / "autoencoder").eval().to(pick_device())
-    captions = [caption for sample in samples for caption in sample.captions]
-    embeddings = encode_captions(root, captions)
-    counts = [len(sample.captions) for sample in samples]
-    return {
-        "latents": encode_all(vae, stack_images(samples)) * vae.config.scaling_factor,
-        "prompts": list(embeddings.split(counts)),
-        "empty": encode_captions(root, [""])[0],
-        "labels": sorted({sample.label for sample in samples}),
-    }
+    return [sample for sample in read_split(data, split) if sample.label in known]
 
 
-def min_snr_weights(alphas_cumprod: Tensor, gamma: float) -> Tensor:
-    """min(SNR, gamma) / SNR, for epsilon prediction. https://arxiv.org/abs/2303.09556, equation 6"""
+def prepare(samples: list[Sample], root: Path, device: torch.device) -> Cache:
+    """Latents and prompts, made once: the frozen parts never run in the loop.
+
+    latents (N, 4, h, w), prompts (C, T, D) and pooled (C, P) of all captions, first and count (N,): whose they are.
+    """
+    vae = AutoencoderKL.from_pretrained(root / "autoencoder").eval().to(device)
+    latents = encode_all(vae, stack_images(samples)) * vae.config.scaling_factor
+    count = torch.tensor([len(sample.captions) for sample in samples])
+    captions = encode_captions(root, [caption for sample in samples for caption in sample.captions])
+    cache = {"latents": latents, "count": count, "first": count.cumsum(0) - count, **captions}
+    return {name: value.to(device) for name, value in cache.items()}
+
+
+def loss_weights(alphas_cumprod: Tensor, gamma: float, floor: float) -> Tensor:
+    """Of the squared error of the noise: (min(SNR, gamma) + floor) / SNR.
+
+    With floor 0 this is min-SNR (https://arxiv.org/abs/2303.09556, equation 6), with floor 1 it tends to the loss of
+    v-prediction where there is much noise. There the picture's contents are decided, and min-SNR hardly looks.
+    """
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    return snr.clamp(max=gamma) / snr
+    return (snr.clamp(max=gamma) + floor) / snr
 
 
 @torch.no_grad()
-def update_ema(ema: dict[str, Tensor], model: UNet2DConditionModel, decay: float, step: int) -> None:
-    decay = min(decay, (1 + step) / (10 + step))  # young averages must forget the random start
-    torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 1 - decay)
+def update_emas(emas: list[list[Tensor]], model: UNet2DConditionModel, gammas: list[float], step: int) -> None:
+    """Averages over a share of the past that stays the same as it grows: decay (1 - 1 / t)^(gamma + 1)
+    (https://arxiv.org/abs/2312.02696, equation 127). At the end they are not of one fixed length but of several shares.
+    """
+    for ema, gamma in zip(emas, gammas, strict=True):
+        decay = (1 - 1 / (step + 2)) ** (gamma + 1)
+        torch._foreach_lerp_(ema, list(model.parameters()), 1 - decay)
 
 
-def draw_batch(cache: dict, config: dict, dice: torch.Generator) -> tuple[Tensor, Tensor]:
-    picked = torch.randint(len(cache["latents"]), (config["batch_size"],), generator=dice)
-    choice = torch.rand(len(picked), generator=dice).tolist()
-    drop = torch.rand(len(picked), generator=dice) < config["caption_dropout"]
-    rows = [cache["prompts"][i] for i in picked.tolist()]
-    prompts = torch.stack([row[int(u * len(row))] for row, u in zip(rows, choice, strict=True)])
-    prompts[drop] = cache["empty"]  # so that guidance has something to point away from
-    return cache["latents"][picked], prompts.float()
+def draw_batch(
+    cache: Cache, empty: Cache, batch_size: int, dropout: float, dice: torch.Generator
+) -> tuple[Tensor, Cache]:
+    device = cache["latents"].device
+    picked = torch.randint(len(cache["latents"]), (batch_size,), generator=dice).to(device)
+    which = torch.rand(batch_size, generator=dice).to(device) * cache["count"][picked]
+    rows = cache["first"][picked] + which.long()
+    drop = (torch.rand(batch_size, generator=dice) < dropout).to(device)
+    condition = {name: cache[name][rows] for name in empty}
+    for name, value in empty.items():  # so that guidance has something to point away from
+        condition[name][drop] = value[0]
+    return cache["latents"][picked], condition
+
+
+def draw_timesteps(batch_size: int, count: int, dice: torch.Generator) -> Tensor:
+    """One from each of `batch_size` equal parts of the schedule: uniform, with less variance than independent draws."""
+    spread = (torch.arange(batch_size) + torch.rand(batch_size, generator=dice)) / batch_size
+    return (spread * count).long()
+
+
+def noise_error(
+    model: UNet2DConditionModel, scheduler: DDPMScheduler, latents: Tensor, condition: Cache, dice: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Mean squared error of the predicted noise (B,), and the timesteps it was measured at."""
+    noise = torch.randn(latents.shape, generator=dice).to(latents.device)
+    timesteps = draw_timesteps(len(latents), scheduler.config.num_train_timesteps, dice).to(latents.device)
+    noisy = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
+    with autocast(latents.device):
+        output = model(noisy, timesteps, **unet_arguments(condition)).sample
+    return (output.float() - noise).square().mean(dim=(1, 2, 3)), timesteps
+
+
+@torch.no_grad()
+def validation_loss(
+    model: UNet2DConditionModel, scheduler: DDPMScheduler, cache: Cache, empty: Cache, weights: Tensor, count: int = 512
+) -> float:
+    """The weighted loss with captions, on the same pictures, captions, noise and timesteps at every call."""
+    dice, total = torch.Generator().manual_seed(1), 0.0
+    for _ in range(count // 64):
+        latents, condition = draw_batch(cache, empty, 64, 0.0, dice)
+        error, timesteps = noise_error(model, scheduler, latents, condition, dice)
+        total += (weights[timesteps] * error).mean().item()
+    return total / (count // 64)
+
+
+def make_model(config: dict, device: torch.device) -> UNet2DConditionModel:
+    model = UNet2DConditionModel(**config["model"])
+    start_as_copy(model)
+    if device.type == "cpu":  # fused attention is written for wide heads: with these it is half as fast
+        model.set_attn_processor(AttnProcessor())
+    return model.to(device, memory_format=torch.channels_last)
 
 
 def train(whole_config: dict, data: Path, root: Path) -> None:
@@ -78,22 +128,27 @@ def train(whole_config: dict, data: Path, root: Path) -> None:
     if is_finished(out / "record.json", config["minutes"]):
         return
     rank, world = join_group()
-    config = {**config, "batch_size": config["batch_size"] // world}
-    cache = prepare(data, root)
-    print(f"unet: {len(cache['latents'])} pictures of {len(cache['labels'])} labels", flush=True)
+    samples = known_samples(data, "train")
+    cache, empty = prepare(samples, root, device), {k: v.to(device) for k, v in empty_condition(root).items()}
+    heldout = prepare(known_samples(data, "heldout-combinations"), root, device)
+    print(f"unet: {len(samples)} pictures of {len({sample.label for sample in samples})} labels", flush=True)
     scheduler = DDPMScheduler(**whole_config["scheduler"])
-    weights = min_snr_weights(scheduler.alphas_cumprod, config["min_snr_gamma"]).to(device)
+    weights = loss_weights(scheduler.alphas_cumprod, config["min_snr_gamma"], config["noise_floor"]).to(device)
 
     torch.manual_seed(seed)
-    model = UNet2DConditionModel(**config["model"]).to(device, memory_format=torch.channels_last)
-    start_as_copy(model)
+    model, gammas = make_model(config, device), config["ema_gammas"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    ema = {name: value.clone() for name, value in model.state_dict().items()}
     state = load_state(state_path)
     if "model" in state:
         model.load_state_dict(state["model"])
+    elif out.exists():  # shipped weights of an earlier run, whose optimizer is gone
+        model.load_state_dict(UNet2DConditionModel.from_pretrained(out).state_dict())
+        record = read_record(out / "record.json")
+        state |= {"step": record["steps"], "seconds": record["hours"] * 3600, "images": record["images"]}
+    emas = [[parameter.detach().clone() for parameter in model.parameters()] for _ in gammas]
+    if "model" in state:
         optimizer.load_state_dict(state["optimizer"])
-        ema = {name: value.to(device) for name, value in state["ema"].items()}
+        emas = [[tensor.to(device) for tensor in ema] for ema in state["emas"]]
     state["shown"] = {}
 
     for progress in timed_steps("unet", state, config["minutes"]):
@@ -101,44 +156,72 @@ def train(whole_config: dict, data: Path, root: Path) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         dice = torch.Generator().manual_seed(seed + state["step"] * world + rank)
-        latents, prompts = draw_batch(cache, config, dice)
-        noise = torch.randn(latents.shape, generator=dice)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=dice)
-        noisy = scheduler.add_noise(latents, noise, timesteps).to(device, memory_format=torch.channels_last)
-
-        with autocast(device):
-            output = model(noisy, timesteps.to(device), prompts.to(device)).sample
-        error = (output.float() - noise.to(device)).square().mean(dim=(1, 2, 3))
+        latents, condition = draw_batch(cache, empty, config["batch_size"] // world, config["caption_dropout"], dice)
+        error, timesteps = noise_error(model, scheduler, latents, condition, dice)
         loss = (weights[timesteps] * error).mean()
         optimizer.zero_grad()
         loss.backward()
         average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        update_ema(ema, model, config["ema_decay"], state["step"])
+        update_emas(emas, model, gammas, state["step"])
 
         state["images"] += len(latents) * world
-        state["shown"] = {"loss": smooth(state["shown"].get("loss"), error.mean().item()), "lr": lr}
-        if state["step"] % 100 == 99 and rank == 0:
-            parts = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
-            atomic_save({**state, **parts}, state_path)
+        if state["step"] % 10 == 0:
+            state["shown"] = {"loss": smooth(state["shown"].get("loss"), loss.item(), 0.9), "lr": lr}
+        if state["step"] % 200 == 199 and rank == 0:
+            log_losses(root, state, model, scheduler, {"train": cache, "heldout": heldout}, empty, weights)
+            save_state(state_path, state, model=model.state_dict(), emas=emas, optimizer=optimizer.state_dict())
 
     if rank == 0:
-        model.load_state_dict(ema)
-        finish(model, cache, state, root)
+        best = choose_ema(model, emas, gammas, lambda: validation_loss(model, scheduler, cache, empty, weights, 2048))
+        log_losses(root, state, model, scheduler, {"train": cache, "heldout": heldout}, empty, weights)
+        finish(model, samples, state | {"ema": best}, root)
 
 
-def finish(model: UNet2DConditionModel, cache: dict, state: dict, root: Path) -> None:
-    model.save_pretrained(root / "unet")
-    (root / "labels.txt").write_text("".join(f"{label}\n" for label in cache["labels"]))
+def log_losses(
+    root: Path,
+    state: dict,
+    model: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    caches: dict[str, Cache],
+    empty: Cache,
+    weights: Tensor,
+) -> None:
+    losses = {name: validation_loss(model, scheduler, cache, empty, weights) for name, cache in caches.items()}
+    log_point(root / "unet-log.jsonl", state, **losses)
+
+
+def choose_ema(
+    model: UNet2DConditionModel, emas: list[list[Tensor]], gammas: list[float], measure: Callable[[], float]
+) -> dict[str, float]:
+    """Leaves the average with the lowest loss in `model`; says what each one's was."""
+    found = {}
+    for ema, gamma in zip(emas, gammas, strict=True):
+        _copy_into(model, ema)
+        found[str(gamma)] = measure()
+    best = min(range(len(gammas)), key=lambda index: list(found.values())[index])
+    _copy_into(model, emas[best])
+    return found
+
+
+@torch.no_grad()
+def _copy_into(model: UNet2DConditionModel, values: list[Tensor]) -> None:
+    for parameter, value in zip(model.parameters(), values, strict=True):
+        parameter.copy_(value)
+
+
+def finish(model: UNet2DConditionModel, samples: list[Sample], state: dict, root: Path) -> None:
+    model.to(memory_format=torch.contiguous_format).save_pretrained(root / "unet")
+    labels = sorted({sample.label for sample in samples})
     record = {
         "images": state["images"],
         "steps": state["step"],
         "hours": state["seconds"] / 3600,
-        "loss": state["shown"].get("loss"),
-        "pictures": len(cache["latents"]),
-        "labels": len(cache["labels"]),
+        "loss_by_ema": state["ema"],
+        "pictures": len(samples),
+        "labels": len(labels),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     save_record(record, root / "unet" / "record.json")
-    print(record)
+    print(record, flush=True)

@@ -27,7 +27,7 @@ from prunet.console import progress
 from prunet.errors import UserError
 from prunet.files import new_file, new_folder
 from prunet.size import example_inputs
-from prunet.teacher import Teacher
+from prunet.teacher import Teacher, freeze
 
 SAMPLERS = {
     "dpmsolver++": DPMSolverMultistepScheduler,
@@ -208,7 +208,7 @@ def check_export(folder: Path, student: UNet2DConditionModel) -> None:
     """Opens the folder with stock diffusers and compares the U-Net bit for bit: config, weights, one output."""
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
     # Frozen, both of them: a matmul may take another path, and round otherwise, where a weight wants a gradient.
-    again, ours = (net.to("cpu").eval().requires_grad_(False) for net in (pipe.unet, student))
+    again, ours = (freeze(net.to("cpu")) for net in (pipe.unet, student))
     expected = ours.state_dict()
     got = again.state_dict()
     if got.keys() != expected.keys() or any(not torch.equal(got[k], expected[k].float()) for k in expected):

@@ -37,7 +37,7 @@ from prunet.recipe import Recipe, TeacherSource, read_prompts
 from prunet.sheets import Sheets
 from prunet.sources import check_source, source_is_there
 from prunet.student import check_steps, cut, inherit
-from prunet.teacher import Teacher, check_same_space
+from prunet.teacher import Teacher, check_same_space, freeze
 from prunet.training import PACE, Runtime, distil, micro_batch_of
 
 STEPS = ("plan", "build", "cache", "distil", "evaluate", "export", "report")
@@ -418,7 +418,7 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
         UserError: not there, or damaged.
     """
     try:
-        return UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32)
+        return freeze(UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32))
     except Exception as error:
         raise UserError(f"{folder}: no whole U-Net there ({error}): delete the folder and run again") from error
 

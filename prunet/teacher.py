@@ -5,6 +5,7 @@ scaling factor, a VAE that must stay in fp32) is settled in this file and nowher
 """
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -495,7 +496,14 @@ def _process(teacher: Teacher) -> dict[str, Any]:
 
 
 def freeze(module: nn.Module) -> nn.Module:
-    """Eval mode, no gradients."""
+    """Ready to be called and nothing else; with weights where sums are rounded alike.
+
+    Weights mapped from a file lie at addresses of any alignment, and on some CPUs the BLAS takes another path for those
+    (AMD Zen 5: equal weights, other last bits). A copy lies where PyTorch aligns it.
+    """
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
     return module.eval().requires_grad_(False)
 
 

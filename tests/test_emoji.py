@@ -1,12 +1,17 @@
-"""What ships: the emoji data with its splits, and the teacher trained on it."""
+"""What ships: the emoji data with its splits, the teachers trained on it, and the scorer that measures them."""
 
 import itertools
 import json
+import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+from PIL import Image
+from transformers import AutoImageProcessor, CLIPModel
 
 from prunet import Teacher, derive, load_plan, load_recipe
 from prunet.recipe import read_prompts
@@ -14,6 +19,17 @@ from prunet.sources import read_pictures
 
 EMOJI = Path(__file__).parent.parent / "emoji"
 STYLES = {"3d", "noto", "flat"}
+TEACHERS = {"emoji-sd": ("bk-base", "bk-small", "bk-tiny"), "emoji-xl": ("ssd-1b", "vega", "koala-1b", "koala-700m")}
+SHIPPED = [name for name in TEACHERS if (EMOJI / name).exists()]
+
+
+@pytest.fixture
+def scripts(monkeypatch) -> None:
+    """emoji/*.py are scripts that import each other by name."""
+    monkeypatch.syspath_prepend(str(EMOJI))
+    yield
+    for name in [name for name, module in sys.modules.items() if str(EMOJI) in str(getattr(module, "__file__", ""))]:
+        del sys.modules[name]
 
 
 def records(split: str) -> list[dict]:
@@ -22,6 +38,12 @@ def records(split: str) -> list[dict]:
         with tarfile.open(shard) as tar:
             out += [json.load(tar.extractfile(m)) for m in tar if m.name.endswith(".json")]
     return out
+
+
+def stock(name: str) -> DiffusionPipeline:
+    pipe = DiffusionPipeline.from_pretrained(EMOJI / name, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def test_held_out_labels_and_combinations_are_in_no_training_picture() -> None:
@@ -37,36 +59,146 @@ def test_held_out_labels_and_combinations_are_in_no_training_picture() -> None:
     assert all(len(r["captions"]) >= 4 for r in every)
 
 
+def test_known_labels_are_in_the_training_split_and_some_of_their_styles_are_held_out() -> None:
+    known = set((EMOJI / "known-labels.txt").read_text().splitlines())
+    assert known <= {r["label"] for r in records("train")}
+    assert set((EMOJI / "first-labels.txt").read_text().splitlines()) <= known
+    assert sum(r["label"] in known for r in records("heldout-combinations")) >= 100
+
+
 def test_size_in_the_repository() -> None:
     assert sum(f.stat().st_size for f in (EMOJI / "data").glob("*.tar")) <= 25e6
-    assert sum(f.stat().st_size for f in (EMOJI / "emoji-sd").rglob("*") if f.is_file()) <= 60e6
+    sizes = [
+        sum(f.stat().st_size for f in (EMOJI / name).rglob("*") if f.is_file()) for name in (*TEACHERS, "emoji-clip")
+    ]
+    assert max(sizes) <= 60e6
+    assert sum(sizes) <= 100e6
 
 
-def test_teacher_is_a_stock_pipeline_of_the_sd_v1_layout() -> None:
-    pipe = DiffusionPipeline.from_pretrained(EMOJI / "emoji-sd", local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    pictures = pipe("red heart, 3d", num_inference_steps=2, output_type="np").images
-    assert pictures.shape == (1, 128, 128, 3)
-    config = Teacher(EMOJI / "emoji-sd").unet_config
-    assert (len(config["down_block_types"]), config["layers_per_block"], config["sample_size"]) == (4, 2, 16)
-    for plan in ("bk-base", "bk-small", "bk-tiny"):
+@pytest.mark.parametrize("name", SHIPPED)
+def test_teacher_is_a_stock_pipeline_and_takes_the_plans_of_its_layout(name: str) -> None:
+    pipe = stock(name)
+    config = Teacher(EMOJI / name).unet_config
+    assert (config["layers_per_block"], config["sample_size"]) == (2, 16)
+    assert len(config["down_block_types"]) == (4 if name == "emoji-sd" else 3)
+    for plan in TEACHERS[name]:
         derive(config, load_plan(plan))
 
-
-def test_teacher_tells_a_red_heart_from_a_green_one() -> None:
-    """Drawn at guidance 5 in 12 steps: the middle of the picture has the colour that the prompt names."""
-    pipe = DiffusionPipeline.from_pretrained(EMOJI / "emoji-sd", local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    middle = {}
-    for colour in ("red", "green", "blue"):
+    def draw(scale: float, **more) -> np.ndarray:
         rng = torch.Generator().manual_seed(0)
-        picture = pipe(
-            f"{colour} heart, 3d", num_inference_steps=12, guidance_scale=5.0, generator=rng, output_type="np"
+        return pipe(
+            "red heart, 3d", num_inference_steps=2, guidance_scale=scale, generator=rng, output_type="np"
+        ).images
+
+    plain, guided = draw(1.0), draw(7.0)
+    assert plain.shape == (1, 128, 128, 3)
+    assert np.isfinite(plain).all() and np.isfinite(guided).all()
+    assert np.abs(plain - guided).mean() > 0.01
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_image_to_image_keeps_the_shape_and_takes_the_colour(name: str) -> None:
+    """From a grey disc: strength 0.6 and `red heart` leave white corners and put red in the middle."""
+    pipe = AutoPipelineForImage2Image.from_pipe(stock(name))
+    pipe.set_progress_bar_config(disable=True)
+    y, x = np.mgrid[:128, :128]
+    disc = np.where(((x - 64) ** 2 + (y - 64) ** 2 < 48**2)[..., None], [140, 140, 140], [255, 255, 255])
+    start = Image.fromarray(disc.astype(np.uint8))
+    rng = torch.Generator().manual_seed(0)
+    out = pipe("red heart, 3d", image=start, strength=0.75, num_inference_steps=16, guidance_scale=3.0, generator=rng)
+    picture = np.array(out.images[0]).astype(float)
+    assert picture[:8, :8].mean() > 220
+    middle = picture[48:80, 48:80].mean((0, 1))
+    assert middle[0] > middle[1] + 30 and middle[0] > middle[2] + 30
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_teacher_tells_a_red_heart_from_a_green_one(name: str) -> None:
+    """Drawn in 12 steps: the middle of the picture has the colour that the prompt names."""
+    pipe = stock(name)
+    for colour, channel in (("red", 0), ("green", 1), ("blue", 2)):
+        rng = torch.Generator().manual_seed(0)
+        out = pipe(f"{colour} heart, 3d", num_inference_steps=12, guidance_scale=3.0, generator=rng, output_type="np")
+        assert out.images[0, 48:80, 48:80].mean((0, 1)).argmax() == channel, colour
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_training_conditions_are_those_of_the_stock_pipeline(name: str, scripts, tmp_path) -> None:
+    """What the U-Net was trained on is what a pipeline feeds it, for a prompt and for the empty one of guidance."""
+    import conditioning
+    import export
+
+    export.restore(EMOJI / name, tmp_path)
+    ours = conditioning.encode_captions(tmp_path, ["owl, noto"])
+    empty = conditioning.empty_condition(tmp_path)
+    pipe = stock(name)
+    with torch.no_grad():
+        theirs = pipe.encode_prompt(
+            "owl, noto", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
         )
-        middle[colour] = picture.images[0, 48:80, 48:80].mean((0, 1))
-    assert middle["red"].argmax() == 0
-    assert middle["green"].argmax() == 1
-    assert middle["blue"].argmax() == 2
+    torch.testing.assert_close(ours["prompts"].float(), theirs[0].float(), atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(empty["prompts"].float(), theirs[1].float(), atol=2e-3, rtol=2e-3)
+    if name == "emoji-xl":
+        torch.testing.assert_close(ours["pooled"].float(), theirs[2].float(), atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(empty["pooled"].float(), theirs[3].float(), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_measures_are_of_the_weights_that_ship(name: str, scripts) -> None:
+    import measure
+
+    found = json.loads((EMOJI / name / "measures.json").read_text())
+    assert found["weights"] == measure.weights_hash(EMOJI / name)
+    assert found["scorer"] == measure.weights_hash(EMOJI / "emoji-clip")
+    assert min(found[row]["pictures"] for row in measure.ROWS) >= 500
+
+
+def test_autoencoder_keeps_held_out_pictures(scripts) -> None:
+    from autoencoder import psnr_db
+    from shards import read_split, stack_images
+
+    assert psnr_db(stock("emoji-sd").vae, stack_images(read_split(EMOJI / "data", "heldout-labels")[:64])) > 30
+
+
+def test_scorer_is_a_stock_clip_model(scripts) -> None:
+    """Loaded and fed by transformers alone it gives the embeddings that the measures are made of."""
+    from score import Scorer
+    from shards import read_split, stack_images
+
+    pictures = stack_images(read_split(EMOJI / "data", "heldout-labels")[:8])
+    ours = Scorer.load(EMOJI / "emoji-clip").embed_images(pictures)
+    processor = AutoImageProcessor.from_pretrained(EMOJI / "emoji-clip", local_files_only=True)
+    pixels = processor([Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures], return_tensors="pt")
+    with torch.no_grad():
+        theirs = CLIPModel.from_pretrained(EMOJI / "emoji-clip", local_files_only=True).get_image_features(**pixels)
+    theirs = torch.nn.functional.normalize(getattr(theirs, "pooler_output", theirs), dim=-1)
+    assert (ours * theirs).sum(1).min() > 0.995
+
+
+def test_scorer_finds_captions_of_held_out_pictures_far_better_than_chance(scripts) -> None:
+    from score import Scorer
+    from scorer import retrieval
+    from shards import read_split
+
+    scorer, published = Scorer.load(EMOJI / "emoji-clip"), json.loads((EMOJI / "emoji-clip/training.json").read_text())
+    found = retrieval(scorer, read_split(EMOJI / "data", "heldout-labels"))
+    assert found["r_at_1"] == pytest.approx(published["retrieval"]["heldout-labels"]["r_at_1"], abs=0.01)
+    assert found["r_at_1"] > 20 * found["chance"]
+
+
+def test_kid_is_the_mean_over_pairs_of_the_cubic_kernel(scripts) -> None:
+    """Against the definition, pair by pair; zero on average for two samples of one distribution."""
+    from score import kid
+
+    rng = torch.Generator().manual_seed(0)
+    draw = [torch.nn.functional.normalize(torch.randn(200, 16, generator=rng), dim=1) for _ in range(3)]
+    a, b = draw[0][:7], draw[1][:5]
+    k = lambda x, y: (16 * float(x @ y) / 16 + 1) ** 3  # noqa: E731
+    expected = np.mean([k(x, y) for x, y in itertools.permutations(a, 2)])
+    expected += np.mean([k(x, y) for x, y in itertools.permutations(b, 2)])
+    expected -= 2 * np.mean([k(x, y) for x in a for y in b])
+    assert kid(a, b) == pytest.approx(expected, rel=1e-5)
+    assert abs(kid(draw[0], draw[1])) < 0.01 < kid(draw[0], draw[2].abs())
 
 
 def test_demo_evaluates_on_what_the_student_never_saw(monkeypatch) -> None:

@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel
 from prunet import Plan, Teacher, UserError, build, derive, load_plan
 from prunet.size import example_inputs
 from prunet.student import compose, cut, state_hash
+from prunet.teacher import freeze
 
 KINDS = [("sd", "bk-base"), ("sd", "bk-small"), ("sd", "bk-tiny")]
 KINDS += [("sdxl", "ssd-1b"), ("sdxl", "vega"), ("sdxl", "koala-1b"), ("sdxl", "koala-700m")]
@@ -28,7 +29,7 @@ def test_reloaded_student_is_bit_equal(kind: str, plan: str, request, tmp_path) 
     before = state_hash(teacher.unet)
     student = build(teacher, load_plan(plan))
     student.save_pretrained(tmp_path / "unet", safe_serialization=True)
-    again = UNet2DConditionModel.from_pretrained(tmp_path / "unet").eval().requires_grad_(False)
+    again = freeze(UNet2DConditionModel.from_pretrained(tmp_path / "unet"))
     assert torch.equal(run(student), run(again))
     assert state_hash(teacher.unet) == before
     assert all(tensor.is_contiguous() for tensor in student.state_dict().values())

@@ -1,0 +1,68 @@
+"""Measures of pictures by emoji-clip: retrieval of the prompt, and KID on its features."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from shards import to_model
+from text import tokenize
+from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer
+
+
+@dataclass
+class Scorer:
+    model: CLIPModel
+    tokenizer: CLIPTokenizer
+
+    @classmethod
+    def load(cls, folder: Path) -> "Scorer":
+        return cls(CLIPModel.from_pretrained(folder).float().eval(), CLIPTokenizer.from_pretrained(folder))
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor, batch_size: int = 128) -> Tensor:
+        """(N, 3, 128, 128) uint8 -> (N, D), normalized."""
+        device = self.model.device
+        side = self.model.config.vision_config.image_size
+        batches = (resize(batch.to(device), side) for batch in images.split(batch_size))
+        parts = [self.model.get_image_features(pixel_values=batch) for batch in batches]
+        return F.normalize(torch.cat([_tensor(part) for part in parts]), dim=-1).cpu()
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str], batch_size: int = 256) -> Tensor:
+        """(N, D), normalized."""
+        batches = tokenize(self.tokenizer, texts).split(batch_size)
+        parts = [self.model.get_text_features(input_ids=batch.to(self.model.device)) for batch in batches]
+        return F.normalize(torch.cat([_tensor(part) for part in parts]), dim=-1).cpu()
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """uint8 (B, 3, H, W) -> [-1, 1] (B, 3, side, side), as the preprocessor of the folder does it."""
+    return F.interpolate(to_model(images), size=side, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def _tensor(output) -> Tensor:
+    """transformers 5 returns an output object here, earlier ones the tensor."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def retrieval_at_1(images: Tensor, captions: Tensor, target: Tensor | None = None) -> float:
+    """Share of the pictures (N, D) whose nearest caption (C, D) is their own, number `target` (N,); by default the
+    i-th picture belongs to the i-th caption."""
+    target = torch.arange(len(images)) if target is None else target
+    return ((images @ captions.T).argmax(dim=1) == target).float().mean().item()
+
+
+def kid(ours: Tensor, real: Tensor) -> float:
+    """Squared maximum mean discrepancy, unbiased, kernel (x.y / D + 1)^3 (https://arxiv.org/abs/1801.01401), of the
+    normalized features times sqrt(D): the kernel then is (cosine + 1)^3."""
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a.double() @ b.double().T + 1) ** 3
+
+    def within(a: Tensor) -> Tensor:
+        k = kernel(a, a)
+        return (k.sum() - k.diagonal().sum()) / (len(a) * (len(a) - 1))
+
+    return (within(ours) + within(real) - 2 * kernel(ours, real).mean()).item()
