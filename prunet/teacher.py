@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,9 @@ def conditioning(embeds: Tensor, pooled: Tensor | None = None, time_ids: Tensor 
         "encoder_hidden_states": embeds,
         "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids},
     }
+
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Teacher:
@@ -495,7 +498,7 @@ def _process(teacher: Teacher) -> dict[str, Any]:
     return {name: config.get(name) for name in names}
 
 
-def freeze(module: nn.Module) -> nn.Module:
+def freeze(module: M) -> M:
     """Ready to be called and nothing else; with weights where sums are rounded alike.
 
     Weights mapped from a file lie at addresses of any alignment, and on some CPUs the BLAS takes another path for those
