@@ -11,7 +11,6 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -49,7 +48,7 @@ def restore(shipped: Path, root: Path, parts: tuple[str, ...] = tuple(PARTS)) ->
         shutil.copy(log, root / "unet-log.jsonl")
 
 
-def make_scheduler(config: dict) -> DDIMScheduler | EulerDiscreteScheduler:
+def make_scheduler(config: dict) -> DDIMScheduler:
     """SD v1 ships PNDM and SDXL Euler; DDIM here, whose config also tells other samplers not to clip."""
     return DDIMScheduler(**config, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 

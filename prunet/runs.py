@@ -4,8 +4,9 @@ A run folder::
 
     recipe.yaml  plan.json  steps.json   what was asked, what follows from it, which steps are done from which inputs
     student/                             the U-Net before distillation
-    cache/                               latents and prompt embeddings (unless the recipe puts them elsewhere)
-    stage-1/ ...                         checkpoints/, log.jsonl, sheets/, and unet/ when the stage is done
+    cache/ cache-2/ ...                  latents and prompt embeddings (unless the recipe puts them elsewhere); a second
+                                         one where a stage's teacher encodes otherwise
+    stage-1/ ...                         checkpoints/, log.jsonl, pairs.json, sheets/, and unet/ when the stage is done
     evaluation/                          evaluation.json, evaluation.md, sheet.png, pictures/
     pipeline/                            the student as a stock pipeline (and student.safetensors if asked)
     report.html
