@@ -336,6 +336,31 @@ def evaluate(
 
 
 @app.command()
+def ablate(
+    ablation: Annotated[Path, typer.Argument(help="A YAML file: recipe, seeds and arms (see benchmarks/).")],
+    overrides: SetOption = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at once: one a GPU, or sharing the CPU's cores.")] = 1,
+    device: Device = None,
+    precision: PrecisionOption = "auto",
+    micro_batch: Micro = None,
+    as_json: Json = False,
+) -> None:
+    """Do one recipe in several ways, with several seeds each, and make one table with intervals.
+
+    What is finished is skipped, so the same command goes on where it was stopped.
+    """
+    from prunet.ablation import ablate as do_all
+    from prunet.ablation import load_ablation, markdown
+
+    runtime = _runtime(device, precision, micro_batch=micro_batch)
+    chosen, recipes = load_ablation(ablation, overrides or ())
+    result = do_all(chosen, recipes, runtime, workers=workers)
+    from rich.markdown import Markdown
+
+    _say(as_json, result, Markdown(markdown(result)))
+
+
+@app.command()
 def export(
     run_folder: Annotated[Path, typer.Argument(help="A run folder whose distillation is finished.")],
     output: Annotated[

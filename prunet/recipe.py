@@ -4,6 +4,7 @@ Device, precision, micro-batch and the number of processes are not part of it: r
 recipe ran. They belong to the command line.
 """
 
+import copy
 import difflib
 import hashlib
 import json
@@ -164,6 +165,9 @@ class Export(Part):
 class Recipe(Part):
     teacher: TeacherValue
     plan: PlanValue
+    initialisation: Literal["inherited", "random"] = Field(
+        default="inherited", description="what the student begins with: the teacher's weights, or none (for comparison)"
+    )
     data: Data
     stages: Annotated[list[Stage], Field(min_length=1)]
     evaluation: Evaluation
@@ -188,9 +192,10 @@ class Recipe(Part):
         """What is removed in each stage."""
         return [stage.plan or self.plan for stage in self.stages]
 
-    def fingerprint(self, *parts: str) -> str:
-        """A hash of the named parts of the recipe."""
+    def fingerprint(self, *parts: str, extra: Any = None) -> str:
+        """A hash of the named parts of the recipe, and of something else that is plain data."""
         chosen = {p: self.plan.fingerprint if p == "plan" else _plain(getattr(self, p)) for p in parts}
+        chosen |= {"": extra} if extra else {}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -200,8 +205,9 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list) else value
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Iterable[str] = (), values: Mapping[str, Any] | None = None) -> Recipe:
     """Reads a YAML recipe; `overrides` are `key.sub=value` strings (`stages.0.steps=100`), values parsed as YAML.
+    `values` are the same with values that are parsed already, and go before them.
 
     Relative paths in a recipe are meant from the folder in which the command is given.
 
@@ -217,22 +223,28 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise UserError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: a recipe is a mapping with teacher, plan, data, stages, evaluation and output")
+    for key, new in (values or {}).items():
+        _override(value, key, copy.deepcopy(new), repr(key))
     for override in overrides:
-        _override(value, override)
+        _override(value, *_parse_override(override))
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}") from error
+        raise UserError(f"{path}: {explain(error)}") from error
 
 
-def _override(value: Any, text: str) -> None:
+def _parse_override(text: str) -> tuple[str, Any, str]:
+    """Key, value, and how to name it in a complaint."""
     key, sign, raw = text.partition("=")
     if not sign or not key.strip():
         raise UserError(f"--set {text!r}: write key=value, such as stages.0.steps=100")
     try:
-        new = yaml.safe_load(raw)
+        return key, yaml.safe_load(raw), f"--set {text!r}"
     except yaml.YAMLError as error:
         raise UserError(f"--set {text!r}: the value is not YAML: {error}") from error
+
+
+def _override(value: Any, key: str, new: Any, name: str) -> None:
     *parents, last = key.strip().split(".")
     for parent in parents:
         if isinstance(value, list) and parent.isdigit() and int(parent) < len(value):
@@ -242,13 +254,13 @@ def _override(value: Any, text: str) -> None:
                 value[parent] = {"source": value[parent]}
             value = value.setdefault(parent, {})
         else:
-            raise UserError(f"--set {text!r}: no {parent!r} to go into")
+            raise UserError(f"{name}: no {parent!r} to go into")
     if isinstance(value, list) and last.isdigit() and int(last) < len(value):
         value[int(last)] = new
     elif isinstance(value, dict):
         value[last] = new
     else:
-        raise UserError(f"--set {text!r}: no {last!r} to set")
+        raise UserError(f"{name}: no {last!r} to set")
 
 
 _PARTS: dict[str, type[Part]] = {
@@ -262,13 +274,13 @@ _PARTS: dict[str, type[Part]] = {
 }
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, whole: type[Part] = Recipe) -> str:
     """The first complaint of pydantic as one line that names the key and, for an unknown one, the nearest."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         parents = [str(p) for p in first["loc"][:-1] if not isinstance(p, int)]
-        known = list((_PARTS.get(parents[-1], Recipe) if parents else Recipe).model_fields)
+        known = list((_PARTS.get(parents[-1], whole) if parents else whole).model_fields)
         key = str(first["loc"][-1])
         near = difflib.get_close_matches(key, known, 1)
         return f"unknown key {where!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")

@@ -37,7 +37,7 @@ from prunet.plan import Derived, derive
 from prunet.recipe import Recipe, TeacherSource, read_prompts
 from prunet.sheets import Sheets
 from prunet.sources import check_source, source_is_there
-from prunet.student import check_steps, cut, inherit
+from prunet.student import check_steps, cut, inherit, random_student
 from prunet.teacher import Teacher, check_same_space, freeze
 from prunet.training import PACE, Runtime, distil, micro_batch_of
 
@@ -45,15 +45,21 @@ STEPS = ("plan", "build", "cache", "distil", "evaluate", "export", "report")
 
 
 class Run:
-    """A recipe on this machine: its teacher and plan, checked; its folder; the fingerprint of every step's inputs."""
+    """A recipe on this machine: its teacher and plan, checked; its folder; the fingerprint of every step's inputs.
 
-    def __init__(self, recipe: Recipe, runtime: Runtime | None = None) -> None:
+    `like`: another run on the same machine, with which this one shares the teachers that both have.
+    """
+
+    def __init__(self, recipe: Recipe, runtime: Runtime | None = None, *, like: "Run | None" = None) -> None:
         self.recipe, self.runtime = recipe, runtime or Runtime()
         self.folder = Path(recipe.output)
         sources = [recipe.teacher, *(stage.teacher or recipe.teacher for stage in recipe.stages)]
-        opened = {source.model_dump_json(): self._open(source) for source in sources}
+        self._opened: dict[str, Teacher] = like._opened if like else {}
+        for source in sources:
+            if (key := source.model_dump_json()) not in self._opened:
+                self._opened[key] = self._open(source)
         #: The recipe's teacher, whose weights the student inherits; and the one of each stage.
-        self.teacher, *self.teachers = (opened[source.model_dump_json()] for source in sources)
+        self.teacher, *self.teachers = (self._opened[source.model_dump_json()] for source in sources)
         self.derived: Derived = derive(self.teacher.unet_config, recipe.plan)
         self.steps_down = [derive(self.teacher.unet_config, plan) for plan in recipe.stage_plans]
         self.size = recipe.data.size or self.teacher.native_size
@@ -146,7 +152,8 @@ class Run:
     def inputs(self) -> dict[str, str]:
         """Step -> hash of all that its result depends on."""
         recipe = self.recipe
-        build = _hash(self.teacher.fingerprint(["unet"]), recipe.plan.fingerprint)
+        begins = [] if recipe.initialisation == "inherited" else [recipe.initialisation, recipe.seed]
+        build = _hash(self.teacher.fingerprint(["unet"]), recipe.plan.fingerprint, *begins)
         cached = _hash([spec for _, spec in self.cache_specs])
         out = {
             "plan": _hash(self.teacher.unet_config, recipe.plan.fingerprint),
@@ -253,7 +260,12 @@ class Run:
         write_json(self.folder / "plan.json", self.derived.facts())
 
     def _build(self) -> None:
-        save_unet(inherit(self._stored_teacher().unet, self.derived), self.folder / "student")
+        save_unet(self._initial(self.derived), self.folder / "student")
+
+    def _initial(self, derived: Derived) -> UNet2DConditionModel:
+        if self.recipe.initialisation == "random":
+            return random_student(derived, self.recipe.seed)
+        return inherit(self._stored_teacher().unet, derived)
 
     def _cache(self) -> None:
         made: Cache | None = None
@@ -309,7 +321,7 @@ class Run:
         after = self.steps_down[number - 1]
         if number == 1:
             whole = after.removed.keys() == self.derived.removed.keys()
-            return load_unet(self.folder / "student") if whole else inherit(self._stored_teacher().unet, after)
+            return load_unet(self.folder / "student") if whole else self._initial(after)
         before, trained = self.steps_down[number - 2], load_unet(self.folder / f"stage-{number - 1}" / "unet")
         return trained if before.removed.keys() == after.removed.keys() else cut(trained, before, after)
 

@@ -30,6 +30,13 @@ def inherit(source: nn.Module, derived: Derived) -> UNet2DConditionModel:
     return _fill(derived, source.state_dict(), derived.weight_map)
 
 
+def random_student(derived: Derived, seed: int) -> UNet2DConditionModel:
+    """The student of `derived` with random weights: what inheriting is compared with."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return unet.make_unet(derived.student_config).eval().requires_grad_(False)
+
+
 def _fill(derived: Derived, weights: Mapping[str, Tensor], origins: Mapping[str, str]) -> UNet2DConditionModel:
     """Made on the meta device and filled by assignment, so no time goes into random weights."""
     with torch.device("meta"):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from prunet import unet
 from prunet.console import progress, say
 from prunet.errors import UserError
 from prunet.files import new_file, new_folder, read_json, write_json
@@ -281,6 +282,7 @@ def distil(
 
     with (
         progress("Distilling", stage.steps) as bar,
+        unet.fast_attention([teacher_unet, student], device, half=runtime.mixed_precision != "no"),
         tap(student_modules if use_features else []) as student_features,
         tap(teacher_modules if use_features else []) as teacher_features,
     ):

@@ -1,0 +1,229 @@
+"""An ablation: one recipe with some of its values changed, several seeds each, in one table with intervals."""
+
+import math
+import os
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import yaml
+from pydantic import Field, ValidationError
+
+from prunet.console import console, progress, say
+from prunet.errors import UserError
+from prunet.files import read_json, write_json, write_text
+from prunet.recipe import Part, Recipe, explain, load_recipe
+from prunet.runs import Run
+from prunet.training import Runtime
+
+#: What the table shows of each student: key in evaluation.json, title.
+MEASURES = {
+    "denoiser": "denoiser error",
+    "latent": "latents, MSE",
+    "picture": "pictures, RMSE",
+}
+# Student's t, 97.5 %: half the width of a 95 % interval in standard errors, by degrees of freedom.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+class Ablation(Part):
+    """What is compared. `arms`: name -> values of the recipe that differ (`stages.0.losses.feature: 0`)."""
+
+    title: str = "Ablation"
+    recipe: str = Field(description="the recipe that all arms share")
+    set: dict[str, Any] = Field(default={}, description="values for all arms, in place of the recipe's")
+    seeds: Annotated[list[int], Field(min_length=1, default_factory=lambda: [1, 2, 3])]
+    arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    output: str = Field(description="folder of all runs and of the table")
+
+
+def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Ablation, dict[tuple[str, int], Recipe]]:
+    """The ablation in a YAML file, and the recipe of each (arm, seed), all checked.
+
+    `overrides` (`key=value`) are for the recipe of every arm.
+
+    Raises:
+        UserError: not readable, or a recipe that does not fit, with the name of its arm.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"No ablation at {path}: give a YAML file (see benchmarks/ for examples)")
+    try:
+        ablation = Ablation.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not readable as YAML: {error}") from error
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, Ablation)}") from error
+    folders = [folder_name(arm) for arm in ablation.arms]
+    if len(set(folders)) < len(folders) or "" in folders:
+        raise UserError(f"{path}: two arms would share one folder, or one has no name: {', '.join(ablation.arms)}")
+    recipes = {}
+    for arm, values in ablation.arms.items():
+        for seed in ablation.seeds:
+            output = Path(ablation.output) / folder_name(arm) / f"seed-{seed}"
+            fixed = {"seed": seed, "output": str(output), "cache": str(output / "cache")}
+            try:
+                recipe = load_recipe(ablation.recipe, overrides, values={**ablation.set, **values, **fixed})
+            except UserError as error:
+                raise UserError(f"{path}: arm {arm!r}: {error}") from error
+            recipes[arm, seed] = _share_cache(recipe, Path(ablation.output) / "caches")
+            same = next(iter(recipes.values()))
+            for part in ("teacher", "evaluation"):
+                if getattr(recipe, part) != getattr(same, part):
+                    raise UserError(f"{path}: arm {arm!r} changes {part}: what is measured must be the same for all")
+    return ablation, recipes
+
+
+def folder_name(arm: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", arm.lower()).strip("-")
+
+
+def _share_cache(recipe: Recipe, folder: Path) -> Recipe:
+    """Arms with the same data and seed train on one cache."""
+    teachers = [stage.teacher.model_dump() for stage in recipe.stages if stage.teacher]
+    name = recipe.fingerprint("teacher", "data", "seed", extra=teachers)
+    return recipe.model_copy(update={"cache": str(folder / name)})
+
+
+def ablate(
+    ablation: Ablation,
+    recipes: Mapping[tuple[str, int], Recipe],
+    runtime: Runtime | None = None,
+    *,
+    workers: int = 1,
+) -> dict[str, Any]:
+    """Does every recipe up to its evaluation, `workers` at a time, and writes `ablation.json` and `ablation.md`.
+
+    What is finished is not done again, so the same call goes on where it was stopped. With several GPUs each worker
+    has one of them; on a CPU they share its cores.
+
+    Raises:
+        UserError: a recipe that does not fit, before the first run begins.
+    """
+    runtime = runtime or Runtime()
+    runs: dict[tuple[str, int], Run] = {}
+    for key, recipe in recipes.items():
+        runs[key] = Run(recipe, runtime, like=next(iter(runs.values()), None))
+    for run in runs.values():  # first of all, since several arms wait for the same one
+        for step in run.step_names("cache"):
+            if not run.is_done(step):
+                run.do(step)
+        for teacher in {run.teacher, *run.teachers}:
+            teacher.release("unet", "vae", "text")
+    todo = [key for key, run in runs.items() if not run.is_done("evaluate")]
+    say(f"{len(runs)} runs: {len(ablation.arms)} arms, {len(ablation.seeds)} seeds; {len(todo)} to do")
+    with progress("Ablation", len(runs)) as bar:
+        bar.advance(len(runs) - len(todo))
+        for arm, seed in _each_done(todo, recipes, runtime, workers):
+            bar.advance(1, note=f"{arm}, seed {seed}")
+            collect(ablation, runs)
+    return collect(ablation, runs)
+
+
+def _each_done(
+    todo: Sequence[tuple[str, int]], recipes: Mapping[tuple[str, int], Recipe], runtime: Runtime, workers: int
+) -> Any:
+    if workers == 1:
+        for key in todo:
+            _do(recipes[key], runtime)
+            yield key
+        return
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (context.Value("i", 0), workers)) as pool:
+        work = {pool.submit(_do_in_worker, recipes[key], runtime): key for key in todo}
+        for done in as_completed(work):
+            done.result()
+            yield work[done]
+
+
+def _do(recipe: Recipe, runtime: Runtime) -> None:
+    run = Run(recipe, runtime)
+    for step in run.step_names("evaluate"):
+        run.do(step)
+
+
+_worker = 0
+
+
+def _start_worker(counter: Any, workers: int) -> None:
+    global _worker
+    with counter.get_lock():
+        _worker = counter.value
+        counter.value += 1
+    console.quiet = True
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def _do_in_worker(recipe: Recipe, runtime: Runtime) -> None:
+    if runtime.torch_device.type == "cuda":
+        runtime = replace(runtime, device=f"cuda:{_worker % torch.cuda.device_count()}")
+    runtime.use_device()
+    _do(recipe, runtime)
+
+
+# -- the table
+
+
+def collect(ablation: Ablation, runs: Mapping[tuple[str, int], Run]) -> dict[str, Any]:
+    """What is measured so far, written to `ablation.json` and `ablation.md` in the output folder."""
+    arms = {}
+    for arm in ablation.arms:
+        done = {seed: runs[arm, seed] for seed in ablation.seeds if runs[arm, seed].is_done("evaluate")}
+        results = {seed: read_json(run.result_of("evaluate")) for seed, run in done.items()}
+        arms[arm] = {
+            "seeds": list(results),
+            "parameters": next((r["sizes"]["student"]["parameters"] for r in results.values()), None),
+            "measures": {key: summary([r["distance"]["after"][key] for r in results.values()]) for key in MEASURES},
+        }
+    first = next((r for r in runs.values() if r.is_done("evaluate")), None)
+    protocol = read_json(first.result_of("evaluate"))["protocol"] if first else {}
+    shown = {k: v for k, v in protocol.items() if k not in ("seed", "student", "prompts")}
+    result = {"title": ablation.title, "arms": arms, "protocol": shown | {"prompts": protocol.get("prompts", [])}}
+    write_json(Path(ablation.output) / "ablation.json", result)
+    write_text(Path(ablation.output) / "ablation.md", markdown(result))
+    return result
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, and half the width of its 95 % interval (Student's t; None from one value)."""
+    if not values:
+        return {"values": [], "mean": None, "interval": None}
+    interval = None
+    if len(values) > 1:
+        t = T_975[len(values) - 2] if len(values) - 2 < len(T_975) else 1.96
+        interval = t * statistics.stdev(values) / math.sqrt(len(values))
+    return {"values": list(values), "mean": statistics.fmean(values), "interval": interval}
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """One row an arm; lower is nearer to the teacher, the best of each column in bold."""
+    lines = [f"# {result['title']}", "", "| | parameters (M) | seeds | " + " | ".join(MEASURES.values()) + " |"]
+    lines.append("|---|---:|---:|" + "---:|" * len(MEASURES))
+    arms = result["arms"]
+    means = {key: [a["measures"][key]["mean"] for a in arms.values() if a["seeds"]] for key in MEASURES}
+    for name, arm in arms.items():
+        if not arm["seeds"]:
+            lines.append(f"| {name} | | 0 |" + " |" * len(MEASURES))
+            continue
+        cells = [_cell(arm["measures"][key], min(means[key])) for key in MEASURES]
+        lines.append(f"| {name} | {arm['parameters'] / 1e6:.2f} | {len(arm['seeds'])} | " + " | ".join(cells) + " |")
+    if protocol := {k: v for k, v in result["protocol"].items() if v}:
+        lines += [
+            "",
+            f"Distance from the teacher on {len(protocol['prompts'])} held-out prompts at equal seeds, mean over the "
+            f"training seeds ± half of its 95 % interval (Student's t); lower is nearer. {protocol['sampler']}, "
+            f"{protocol['steps']} steps, guidance {protocol['guidance_scale']}, {protocol['size']} px.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(found: Mapping[str, Any], best: float) -> str:
+    mean = f"{found['mean']:.4f}"
+    mean = f"**{mean}**" if found["mean"] == best else mean
+    return mean if found["interval"] is None else f"{mean} ± {found['interval']:.4f}"

@@ -1,0 +1,95 @@
+"""An ablation's runs are those of `prunet run`; its table says what their files say."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prunet.ablation import ablate, load_ablation, markdown, summary
+from prunet.errors import UserError
+from prunet.runs import load_unet, run
+from prunet.student import state_hash
+from prunet.training import Runtime
+
+CPU = Runtime(device="cpu", precision="no")
+
+
+@pytest.fixture
+def files(tmp_path: Path, sd: Path, pictures: Path) -> Path:
+    stage = {"steps": 2, "batch_size": 2, "warmup_steps": 0, "learning_rate": 1e-3, "ema_decay": None}
+    recipe = {
+        "teacher": str(sd),
+        "plan": "bk-small",
+        "data": {"source": str(pictures)},
+        "stages": [stage],
+        "evaluation": {"prompts": ["a cat", "a dog"], "steps": 2, "guidance_scale": 1.0},
+        "sheet": {"every": 0},
+        "output": "unused",
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    ablation = {
+        "recipe": str(tmp_path / "recipe.yaml"),
+        "seeds": [1, 2],
+        "arms": {
+            "random": {"initialisation": "random", "stages.0.losses": {"output": 0, "feature": 0}},
+            "inherited, all losses": {},
+        },
+        "output": str(tmp_path / "out"),
+    }
+    (tmp_path / "ablation.yaml").write_text(yaml.safe_dump(ablation))
+    return tmp_path
+
+
+def test_table_says_what_separate_runs_say(files: Path) -> None:
+    result = ablate(*load_ablation(files / "ablation.yaml"), CPU)
+    _, recipes = load_ablation(files / "ablation.yaml")
+    for (arm, seed), recipe in recipes.items():
+        alone = recipe.model_copy(update={"output": str(files / "alone" / f"{arm} {seed}"), "cache": None})
+        folder = run(alone, CPU, until="evaluate")
+        expected = json.loads((folder / "evaluation" / "evaluation.json").read_text())["distance"]["after"]
+        found = result["arms"][arm]["measures"]
+        at = result["arms"][arm]["seeds"].index(seed)
+        assert {key: found[key]["values"][at] for key in found} == {key: expected[key] for key in found}
+    students = {key: state_hash(load_unet(Path(recipe.output) / "student")) for key, recipe in recipes.items()}
+    begun = {arm: {students[arm, seed] for seed in (1, 2)} for arm in result["arms"]}
+    assert len(begun["random"]) == 2 and len(begun["inherited, all losses"]) == 1
+    assert (files / "out" / "ablation.md").read_text() == markdown(result)
+
+
+def test_goes_on_where_it_was_stopped(files: Path) -> None:
+    ablation, recipes = load_ablation(files / "ablation.yaml")
+    first = {key: recipe for key, recipe in recipes.items() if key[0] == "random"}
+    ablate(ablation.model_copy(update={"arms": {"random": ablation.arms["random"]}}), first, CPU)
+    times = {path: path.stat().st_mtime_ns for path in (files / "out").rglob("*.safetensors")}
+    result = ablate(ablation, recipes, CPU, workers=2)
+    assert all(path.stat().st_mtime_ns == before for path, before in times.items())
+    assert [arm["seeds"] for arm in result["arms"].values()] == [[1, 2], [1, 2]]
+    assert len(list((files / "out" / "caches").iterdir())) == 2  # one a seed, shared by the arms
+
+
+def test_interval_is_student_t() -> None:
+    found = summary([1.0, 2.0, 4.0])
+    # From the definition; 4.303 is t(0.975, 2 degrees of freedom) in any table.
+    assert found["interval"] == pytest.approx(4.303 * statistics.stdev([1.0, 2.0, 4.0]) / math.sqrt(3))
+    assert summary([1.0])["interval"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arms": {"a": {"stages.0.stepz": 1}}}, "arm 'a'.*unknown key 'stages.0.stepz'; did you mean 'steps'"),
+        ({"arms": {"a": {"stages.3.steps": 1}}}, "arm 'a'.*'stages.3.steps': no '3' to go into"),
+        ({"arms": {"a": {}, "A ": {}}}, "would share one folder"),
+        ({"arms": {"a": {}, "b": {"evaluation.steps": 3}}}, "arm 'b' changes evaluation"),
+        ({"armz": {}}, "unknown key 'armz'; did you mean 'arms'"),
+        ({"seeds": []}, "seeds"),
+    ],
+)
+def test_bad_ablations_are_refused(files: Path, change: dict, message: str) -> None:
+    path = files / "ablation.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **change}))
+    with pytest.raises(UserError, match=message):
+        load_ablation(path)
