@@ -10,12 +10,15 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/.done
 
+# torchvision has no build for a CPU wheel of torch, and transformers fails where it finds one that does not fit. What the
+# Inception network needs of it therefore lies apart, for the tests: PYTHONPATH=.venv/eval prunet measure ...
 # The Makefile's own stamp: set up again when what is required changes.
 $(VENV)/.done: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; give another with PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,data]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --upgrade --target $(VENV)/eval torch-fidelity torchvision
 	@touch $@
 
 demo: setup

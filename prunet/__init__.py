@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from prunet.errors import UserError
     from prunet.evaluation import evaluate
     from prunet.latents import Cache, cache
+    from prunet.measuring import compare, measure
     from prunet.pipeline import export, generate
     from prunet.plan import Derived, Plan, derive, load_plan
+    from prunet.protocol import Protocol, load_protocol
     from prunet.recipe import Recipe, load_recipe
     from prunet.runs import Run, run
     from prunet.student import build
@@ -38,6 +40,10 @@ _HOME = {
     "cache": "latents",
     "distil": "training",
     "evaluate": "evaluation",
+    "measure": "measuring",
+    "compare": "measuring",
+    "Protocol": "protocol",
+    "load_protocol": "protocol",
     "export": "pipeline",
     "generate": "pipeline",
     "Recipe": "recipe",

@@ -361,6 +361,91 @@ def ablate(
 
 
 @app.command()
+def protocols(as_json: Json = False) -> None:
+    """List the protocols that come with prunet: what is drawn, and what is measured."""
+    from rich.table import Table
+
+    from prunet.protocol import load_protocol, protocol_names
+
+    found = {name: load_protocol(name)[0] for name in protocol_names()}
+    table = Table("protocol", "what it draws", "what it measures", box=None)
+    for name, value in found.items():
+        table.add_row(f"[bold]{name}[/]", value.description, ", ".join(value.metrics))
+    _say(as_json, {name: value.model_dump(mode="json") for name, value in found.items()}, table)
+
+
+@app.command()
+def compare(
+    measured: Annotated[list[Path], typer.Argument(help="Two or more folders of `prunet measure`.")],
+    as_json: Json = False,
+) -> None:
+    """Put the numbers of several models side by side; refused if they are of two protocols."""
+    from rich.markdown import Markdown
+
+    from prunet.measuring import compare as side_by_side
+    from prunet.measuring import markdown
+
+    results = side_by_side(measured)
+    _say(as_json, {"results": results}, Markdown(markdown(results)))
+
+
+@app.command()
+def measure(
+    model: Annotated[str, typer.Argument(help="Pipeline folder, .safetensors file, hub id, or run folder.")],
+    protocol: Annotated[str, typer.Option(help="A protocol's name (see `prunet protocols`) or a YAML file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for pictures and numbers.")],
+    prompts: Annotated[Path | None, typer.Option(help="The protocol's prompts: .txt, .csv or .tsv.")] = None,
+    real: Annotated[
+        Path | None, typer.Option(help="Real pictures (folder), features prunet saved, or pytorch-fid's .npz.")
+    ] = None,
+    weights: Annotated[list[str] | None, typer.Option(help="inception=FILE or clip=PATH: of the networks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Only the first N prompts: to try it.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 4,
+    config: ConfigOption = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Draw a protocol's prompts and measure the pictures: FID, KID, CLIP score and others, with intervals.
+
+    Resumable. Several processes share the work: accelerate launch -m prunet measure MODEL --protocol NAME -o FOLDER
+
+    Example: prunet measure runs/demo --protocol emoji/protocols/emoji-train.yaml -o runs/demo-measured
+    """
+    from prunet.features import declare_torchvision_ops
+
+    declare_torchvision_ops()
+    from prunet.measuring import markdown
+    from prunet.measuring import measure as measure_it
+    from prunet.protocol import load_protocol, protocol_prompts
+
+    chosen, beside = load_protocol(protocol)
+    texts = protocol_prompts(chosen, beside, prompts, limit)
+    files = {}
+    for text in weights or []:
+        name, sign, path = text.partition("=")
+        if not sign or not path:
+            raise UserError(f"--weights {text}: write inception=FILE or clip=PATH")
+        files[name] = Path(path)
+    runtime = _runtime(device, "no")
+    result = measure_it(
+        model,
+        chosen,
+        texts,
+        output,
+        beside=beside,
+        real=real,
+        weights=files,
+        config=config,
+        device=runtime.torch_device,
+        batch_size=batch_size,
+    )
+    if result:
+        from rich.markdown import Markdown
+
+        _say(as_json, result, Markdown(markdown([result])))
+
+
+@app.command()
 def export(
     run_folder: Annotated[Path, typer.Argument(help="A run folder whose distillation is finished.")],
     output: Annotated[

@@ -1,0 +1,63 @@
+"""Writes the two protocols of the shipped domain: prompts, and emoji-clip's features of the real pictures.
+
+    python emoji/protocols.py            # into emoji/protocols/; run it again when emoji-clip was trained again
+
+`emoji-train` asks for the (label, style) pairs that the teachers were trained on, `emoji-heldout` for labels that they
+know in styles that they never saw them in. Prompts go round until there are at least `FEWEST`.
+"""
+
+from pathlib import Path
+
+import torch
+import yaml
+from measure import caption
+from PIL import Image
+from safetensors.torch import save_file
+from shards import Sample, read_split, stack_images
+from text import read_known_labels
+
+from prunet.features import Clip
+from prunet.protocol import prompts_hash
+
+FEWEST = 500
+HERE = Path(__file__).parent
+
+
+def write(name: str, samples: list[Sample], scorer: Clip, folder: Path) -> None:
+    pairs = [caption(sample) for sample in samples]
+    prompts = pairs * -(-FEWEST // len(pairs))
+    (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n")
+    pictures = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in stack_images(samples)]
+    parts = [scorer(pictures[at : at + 100])["image"] for at in range(0, len(pictures), 100)]
+    label = {"network": scorer.hash, "content": prompts_hash(pairs)[:16]}
+    save_file({"features": torch.cat(parts)}, folder / f"{name}.safetensors", metadata=label)
+    protocol = {
+        "name": name,
+        "description": f"{len(pairs)} (label, style) pairs of the emoji set, measured by emoji-clip",
+        "prompts": {"source": "emoji/protocols.py wrote them.", "file": f"{name}.txt", "sha256": prompts_hash(prompts)},
+        "seed": 0,
+        "sampler": "dpmsolver++",
+        "steps": 25,
+        "guidance_scale": 2.0,
+        "metrics": ["clip_score", "retrieval", "kid"],
+        "features": "clip",
+        "kid_subset_size": min(500, len(pairs)),
+        "clip": {"model": "emoji-clip", "source": "It ships in emoji/emoji-clip.", "file": "../emoji-clip"},
+        "real": {"source": "emoji/protocols.py wrote them.", "file": f"{name}.safetensors"},
+    }
+    text = yaml.safe_dump(protocol, sort_keys=False, width=120)
+    (folder / f"{name}.yaml").write_text(f"# Written by emoji/protocols.py.\n{text}")
+    print(f"{name}: {len(prompts)} prompts, {len(pairs)} pairs")
+
+
+def main() -> None:
+    folder, known = HERE / "protocols", set(read_known_labels())
+    folder.mkdir(exist_ok=True)
+    scorer = Clip.load(HERE / "emoji-clip")
+    for name, split in (("emoji-train", "train"), ("emoji-heldout", "heldout-combinations")):
+        samples = [sample for sample in read_split(HERE / "data", split) if sample.label in known]
+        write(name, samples, scorer, folder)
+
+
+if __name__ == "__main__":
+    main()

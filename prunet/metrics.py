@@ -1,0 +1,186 @@
+"""Measures of sets of pictures, from their features; each with an interval that says how far to trust it.
+
+Checked against torch-fidelity's own command to 1e-4 (tests/test_metrics.py). Of features the mean and covariance are
+enough for FID; the other measures need the features themselves.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunet.errors import UserError
+
+Array = NDArray[np.float64]
+GROUPS = 20  # of the jackknife
+RESAMPLES = 2000  # of the bootstrap
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean (D,) and covariance (D, D) of `count` features (0: not known)."""
+
+    mean: Array
+    covariance: Array
+    count: int
+
+    @classmethod
+    def of(cls, features: Array) -> "Moments":
+        features = features.astype(np.float64)
+        return cls(features.mean(axis=0), np.cov(features, rowvar=False), len(features))
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Of both sets together, as `of` would find them (https://doi.org/10.1080/00031305.1983.10483115)."""
+        count, apart = self.count + other.count, other.mean - self.mean
+        scatter = self.covariance * (self.count - 1) + other.covariance * (other.count - 1)
+        scatter += np.outer(apart, apart) * self.count * other.count / count
+        return Moments(self.mean + apart * other.count / count, scatter / (count - 1), count)
+
+    @classmethod
+    def load(cls, path: Path) -> "Moments":
+        """pytorch-fid's file: an .npz with `mu` and `sigma`.
+
+        Raises:
+            UserError: not such a file.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                mean, covariance = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: not an .npz with mu and sigma, as pytorch-fid writes it ({error})") from error
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise UserError(f"{path}: mu {mean.shape} and sigma {covariance.shape} do not belong together")
+        return cls(mean, covariance, 0)
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """Between two Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (https://arxiv.org/abs/1706.08500)."""
+    values, vectors = np.linalg.eigh(b.covariance)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    # C1 C2 has the eigenvalues of the symmetric C2^(1/2) C1 C2^(1/2), which are found faster and never negative.
+    cross = np.sqrt(np.linalg.eigvalsh(root @ a.covariance @ root).clip(min=0)).sum()
+    return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
+
+
+def inception_score(logits: Array, splits: int = 10, seed: int = 2020) -> float:
+    """exp of the mean KL divergence between p(y | x) and p(y), the mean over splits (https://arxiv.org/abs/1606.03498).
+
+    `logits` (N, classes); shuffled and split as torch-fidelity does it.
+    """
+    logits = logits[np.random.RandomState(seed).permutation(len(logits))].astype(np.float64)
+    logits = logits - logits.max(axis=1, keepdims=True)
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    scores = []
+    for i in range(splits):
+        part = log_p[i * len(log_p) // splits : (i + 1) * len(log_p) // splits]
+        p = np.exp(part)
+        scores.append(np.exp((p * (part - np.log(p.mean(axis=0)))).sum(axis=1).mean()))
+    return float(np.mean(scores))
+
+
+def kernel_distance(a: Array, b: Array, subset_size: int = 1000, subsets: int = 100, seed: int = 2020) -> float:
+    """KID: unbiased squared MMD with the kernel (x.y / D + 1)^3, the mean over subsets (https://arxiv.org/abs/1801.01401).
+
+    `a` and `b` (N, D); subsets are drawn as torch-fidelity draws them.
+    """
+    rng, found = np.random.RandomState(seed), []
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    for _ in range(subsets):
+        x = a[rng.choice(len(a), subset_size, replace=False)]
+        y = b[rng.choice(len(b), subset_size, replace=False)]
+        found.append(_mmd2(x, y))
+    return float(np.mean(found))
+
+
+def _mmd2(x: Array, y: Array) -> float:
+    xx, yy, xy = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
+    within = ((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (xx, yy))
+    return float(sum(within) - 2 * xy.mean())
+
+
+def covered(points: Array, manifold: Array, neighbours: int = 3, rows: int = 2000) -> Array:
+    """(N,) 1.0 where a point lies nearer to one of `manifold` than that one's k-th nearest neighbour does.
+
+    The mean for pictures among real ones is precision, for real ones among pictures recall
+    (https://arxiv.org/abs/1904.06991).
+    """
+    radii = np.concatenate(
+        [np.partition(_distances(part, manifold), neighbours, axis=1)[:, neighbours] for part in _parts(manifold, rows)]
+    )
+    inside = [(_distances(part, manifold) <= radii).any(axis=1) for part in _parts(points, rows)]
+    return np.concatenate(inside).astype(np.float64)
+
+
+def _parts(values: Array, rows: int) -> list[Array]:
+    return [values[at : at + rows] for at in range(0, len(values), rows)]
+
+
+def _distances(a: Array, b: Array) -> Array:
+    import torch
+
+    return torch.cdist(torch.from_numpy(a).float(), torch.from_numpy(b).float()).numpy().astype(np.float64)
+
+
+def cosines(images: Array, texts: Array) -> Array:
+    """(N,) of each picture's embedding with its own prompt's; CLIP score is their mean (https://arxiv.org/abs/2104.08718)."""
+    return (_unit(images) * _unit(texts)).sum(axis=1)
+
+
+def retrieved(images: Array, texts: Array) -> Array:
+    """(N,) 1.0 where the nearest of all prompts is the picture's own (equal prompts count as one)."""
+    unique, own = np.unique(texts.round(5), axis=0, return_inverse=True)
+    return ((_unit(images) @ _unit(unique).T).argmax(axis=1) == own.reshape(-1)).astype(np.float64)
+
+
+def _unit(values: Array) -> Array:
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+# -- intervals
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number and its 95 % interval, which is about the pictures drawn; the real ones are taken as they are."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean_of(values: Sequence[float] | Array, seed: int = 0) -> Measure:
+    """Of one value a picture, by the bootstrap: percentiles of the means of resampled values."""
+    values = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Measure(float(values.mean()), float(low), float(high))
+
+
+def fid(ours: Array, real: Moments) -> Measure:
+    value = frechet_distance(Moments.of(ours), real)
+    return _jackknife(value, len(ours), lambda kept: frechet_distance(Moments.of(ours[kept]), real))
+
+
+def inception(logits: Array) -> Measure:
+    return _jackknife(inception_score(logits), len(logits), lambda kept: inception_score(logits[kept], splits=1))
+
+
+def kid(ours: Array, real: Array, subset_size: int = 1000) -> Measure:
+    """The interval comes from all pairs of features, since chance subsets would add to it."""
+    value = kernel_distance(ours, real, subset_size)
+    return _jackknife(value, len(ours), lambda kept: _mmd2(ours[kept].astype(np.float64), real.astype(np.float64)))
+
+
+def _jackknife(value: float, count: int, measure: Callable[[NDArray[np.int64]], float]) -> Measure:
+    """For what is not a mean: each of `GROUPS` random groups of pictures is left out once.
+
+    Resampling with replacement would show pictures twice, which FID and KID take for a lack of variety.
+    """
+    order = np.random.default_rng(0).permutation(count)
+    groups = np.array_split(order, min(GROUPS, count))
+    without = [measure(np.setdiff1d(order, group)) for group in groups]
+    spread = 1.96 * float(np.sqrt((len(groups) - 1) * np.var(without)))
+    return Measure(value, value - spread, value + spread)

@@ -1,0 +1,162 @@
+"""A measuring protocol: everything that a number depends on besides the model. Those of two are not compared.
+
+Shipped ones are the YAML files in `prunet/protocols/`; a file of the user's own works the same.
+"""
+
+import csv
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from prunet.errors import UserError
+from prunet.recipe import Part, Steps, Weight, explain
+
+FOLDER = Path(__file__).parent / "protocols"
+METRICS = ("fid", "is", "kid", "precision", "recall", "clip_score", "retrieval")
+#: They compare with pictures that are not generated.
+NEED_REAL = {"fid", "kid", "precision", "recall"}
+PROMPT_COLUMNS = ("text", "caption", "prompt", "prompts", "captions")
+
+
+class Given(Part):
+    """Prompts or pictures that the user supplies, or that lie beside the protocol (`file`)."""
+
+    source: str = Field(description="where they are from, for whoever has to get them")
+    file: str | None = Field(default=None, description="beside the protocol's own file, if they come with it")
+    count: Steps | None = None
+    of: Steps | None = Field(default=None, description="how many the file has, of which the first `count` are taken")
+    sha256: str | None = Field(default=None, description="of the prompts one a line, or of the statistics")
+
+
+class Clip(Part):
+    """The model of `clip_score` and `retrieval`."""
+
+    library: Literal["transformers", "open_clip"] = "transformers"
+    model: str
+    source: str = Field(description="where its weights are from")
+    file: str | None = None
+
+
+class Protocol(Part):
+    """What is drawn, how, and what it is compared with. `precision` is that of drawing."""
+
+    name: str
+    version: Steps = 1
+    description: str = ""
+    prompts: Given
+    seed: int = 0
+    size: Annotated[int, Field(ge=8)] | None = Field(default=None, description="pixels; the model's own if not given")
+    sampler: str = "dpmsolver++"
+    steps: Steps = 25
+    guidance_scale: Weight = 7.5
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    jpeg: Annotated[int, Field(ge=1, le=100)] | None = Field(
+        default=None, description="quality with which pictures are stored, and stored again when resized; PNG if null"
+    )
+    resize: Steps | None = Field(
+        default=None, description="side to which pictures are resized before they are measured"
+    )
+    resample: Literal["bicubic", "bilinear", "lanczos", "box"] = "bicubic"
+    metrics: Annotated[list[str], Field(min_length=1)]
+    features: Literal["inception", "clip"] = Field(default="inception", description="of fid, kid, precision, recall")
+    preprocessing: Literal["torch-fidelity", "pytorch-fid"] = Field(
+        default="torch-fidelity", description="how pictures are resized for the Inception network: the two differ"
+    )
+    kid_subset_size: Steps = 1000
+    clip: Clip | None = None
+    real: Given | None = None
+    note: str = Field(default="", description="where it departs from what it follows")
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Protocol":
+        if unknown := [m for m in self.metrics if m not in METRICS]:
+            raise ValueError(f"no metric {unknown[0]!r}: {', '.join(METRICS)}")
+        if self.real is None and (wanting := [m for m in self.metrics if m in NEED_REAL]):
+            raise ValueError(f"{wanting[0]} compares with real pictures: give 'real'")
+        if self.clip is None and ({"clip_score", "retrieval"} & set(self.metrics) or self.features == "clip"):
+            raise ValueError("clip_score, retrieval and features: clip want 'clip', a model")
+        return self
+
+
+def protocol_names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_protocol(name: str | Path) -> tuple[Protocol, Path]:
+    """A shipped protocol by name, or one in a YAML file; and the folder that its own files lie in.
+
+    Raises:
+        UserError: no such protocol, or one that does not fit, with the key.
+    """
+    path = Path(name) if str(name).endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"No protocol {str(name)!r}: choose {', '.join(protocol_names())}, or give a YAML file")
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Protocol.model_validate(value), path.parent
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not readable as YAML: {error}") from error
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, Protocol)}") from error
+
+
+def protocol_prompts(protocol: Protocol, folder: Path, given: Path | None, limit: int | None = None) -> list[str]:
+    """The prompts of a protocol, checked by count and hash.
+
+    Raises:
+        UserError: they do not come with it and none were given (says where they are from), or others were given.
+    """
+    wanted = protocol.prompts
+    path = given or (folder / wanted.file if wanted.file else None)
+    if path is None:
+        raise UserError(
+            f"protocol {protocol.name}: its prompts do not come with prunet: give --prompts FILE. {wanted.source}"
+        )
+    prompts = read_prompt_file(path)
+    length = wanted.of or wanted.count
+    if length not in (None, len(prompts)):
+        raise UserError(f"{path}: {len(prompts):,} prompts; protocol {protocol.name} wants {length:,}. {wanted.source}")
+    prompts = prompts[: wanted.count]
+    if wanted.sha256 is not None and prompts_hash(prompts) != wanted.sha256:
+        raise UserError(f"{path}: not the prompts of protocol {protocol.name} (their hash differs). {wanted.source}")
+    return prompts[:limit]
+
+
+def prompts_hash(prompts: list[str]) -> str:
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+
+
+def read_prompt_file(path: Path) -> list[str]:
+    """A text file with one prompt a line, or .csv or .tsv with a column of them.
+
+    Raises:
+        UserError: not there, not UTF-8, empty, or no such column.
+    """
+    if not path.is_file():
+        raise UserError(f"No prompt file at {path}: give a text file with one prompt a line, or a .csv or .tsv")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not readable as UTF-8 text: {error}") from error
+    if path.suffix in (".csv", ".tsv"):
+        rows = csv.DictReader(text.splitlines(keepends=True), delimiter="," if path.suffix == ".csv" else "\t")
+        columns = list(rows.fieldnames or [])
+        column = next((c for c in columns if c.lower() in PROMPT_COLUMNS), None)
+        if column is None:
+            raise UserError(f"{path}: no column of prompts ({', '.join(PROMPT_COLUMNS)}) among {', '.join(columns)}")
+        prompts = [(row[column] or "").strip() for row in rows]
+    else:
+        prompts = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    if not prompts:
+        raise UserError(f"{path}: no prompt in it")
+    return prompts
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """The keys in which two protocols, as results store them, differ; what only describes is left out."""
+    keys = sorted((a.keys() | b.keys()) - {"description", "note"})
+    return [key for key in keys if a.get(key) != b.get(key)]

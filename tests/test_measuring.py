@@ -1,0 +1,194 @@
+"""Measuring: the same bytes however the work is shared out; two protocols never in one table."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+from conftest import _tokenizer
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPModel
+
+from prunet import Teacher, UserError, compare, measure, metrics
+from prunet.generation import draw_shards, read_shard
+from prunet.protocol import Protocol, load_protocol, prompts_hash, protocol_names, protocol_prompts
+
+PROMPTS = [f"a {color} {thing}" for color in ("red", "blue", "green") for thing in range(70)]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip") / "clip"
+    tokenizer = _tokenizer(folder)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = CLIPModel(
+        CLIPConfig(
+            text_config={**size, "vocab_size": len(tokenizer), "eos_token_id": len(tokenizer) - 1},
+            vision_config={**size, "image_size": 16, "patch_size": 8},
+            projection_dim=8,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    side = {"height": 16, "width": 16}
+    processor = {"do_resize": True, "size": {"shortest_edge": 16}, "crop_size": side, "do_convert_rgb": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def protocol(clip: Path) -> Path:
+    folder = clip.parent
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    (folder / "real").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / "real" / f"{i:02d}.png")
+    value = {
+        "name": "tiny",
+        "prompts": {"source": "this test", "file": "prompts.txt", "count": len(PROMPTS)},
+        "steps": 2,
+        "guidance_scale": 2.0,
+        "resize": 12,
+        "jpeg": 90,
+        "metrics": ["clip_score", "retrieval", "kid", "fid", "precision", "recall"],
+        "features": "clip",
+        "kid_subset_size": 30,
+        "clip": {"model": "tiny", "source": "this test", "file": "clip"},
+        "real": {"source": "this test", "file": "real"},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(value))
+    return folder / "tiny.yaml"
+
+
+def run(sd: Path, protocol: Path, folder: Path, **options) -> dict:
+    chosen, beside = load_protocol(protocol)
+    return measure(sd, chosen, protocol_prompts(chosen, beside, None), folder, beside=beside, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(sd: Path, protocol: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("measured") / "whole"
+    run(sd, protocol, folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_two_processes_killed_once_give_the_same_bytes(sd: Path, protocol: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += ["-m", "prunet", "measure", str(sd), "--protocol", str(protocol), "-o", str(folder), "--device", "cpu"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while first.poll() is None and not list(folder.glob("pictures/*.tar")):
+        time.sleep(0.05)
+    for process in (*psutil.Process(first.pid).children(recursive=True), first):
+        process.kill()
+    first.wait()
+    assert not (folder / "measures.json").exists()
+    subprocess.run(command, env=env, check=True, capture_output=True, timeout=240)
+    assert contents(folder) == contents(whole)
+
+
+def test_batch_size_changes_no_more_than_rounding(sd: Path, tmp_path: Path) -> None:
+    pipe = Teacher(sd).pipeline()
+    sets = []
+    for batch_size in (1, 16):
+        how = {"seed": 3, "steps": 3, "guidance_scale": 2.0, "size": 16, "batch_size": batch_size}
+        paths = draw_shards(pipe, PROMPTS[:32], tmp_path / str(batch_size), **how)
+        sets.append([np.asarray(picture, dtype=int) for path in paths for picture, _ in read_shard(path)])
+    assert max(np.abs(a - b).max() for a, b in zip(*sets, strict=True)) <= 1
+    assert np.abs(sets[0][0] - sets[0][1]).max() > 3  # while two pictures are not the same
+
+
+def test_numbers_are_those_of_the_files(whole: Path, protocol: Path) -> None:
+    result = json.loads((whole / "measures.json").read_text())
+    parts = [load_file(path) for path in sorted((whole / "features" / "clip").glob("*"))]
+    image, text = (torch.cat([part[name] for part in parts]).double() for name in ("image", "text"))
+    cosine = torch.nn.functional.cosine_similarity(image, text).mean().item()
+    assert result["measures"]["clip_score"]["value"] == pytest.approx(cosine)
+    assert len(image) == len(PROMPTS) == result["protocol"]["count"]
+    real = load_file(whole / "real.safetensors")["features"].double().numpy()
+    unit = [v / np.linalg.norm(v, axis=1, keepdims=True) * np.sqrt(8) for v in (image.numpy(), real)]
+    expected = metrics.kernel_distance(*unit, subset_size=30)
+    assert result["measures"]["kid"]["value"] == pytest.approx(expected)
+    for found in result["measures"].values():
+        assert found["low"] <= found["value"] <= found["high"]
+
+
+def test_saved_features_stand_for_the_pictures(sd: Path, protocol: Path, whole: Path, tmp_path: Path) -> None:
+    again = run(sd, protocol, tmp_path / "again", real=whole / "real.safetensors")
+    before = json.loads((whole / "measures.json").read_text())
+    assert again["measures"] == before["measures"] and again["protocol"] == before["protocol"]
+    assert len(compare([whole, tmp_path / "again"])) == 2
+
+
+def test_two_protocols_are_not_put_side_by_side(whole: Path, tmp_path: Path) -> None:
+    result = json.loads((whole / "measures.json").read_text())
+    result["protocol"]["guidance_scale"] = 7.5
+    (tmp_path / "measures.json").write_text(json.dumps(result))
+    with pytest.raises(UserError, match=r"guidance_scale is 7\.5, not 2\.0"):
+        compare([whole, tmp_path])
+
+
+def test_another_model_is_refused_before_it_draws(sdxl: Path, protocol: Path, whole: Path) -> None:
+    with pytest.raises(UserError, match="another model or by another protocol"):
+        run(sdxl, protocol, whole)
+
+
+@pytest.mark.parametrize("name", protocol_names())
+def test_shipped_protocols_say_where_their_prompts_are(name: str) -> None:
+    chosen, beside = load_protocol(name)
+    with pytest.raises(UserError, match=r"give --prompts FILE\. It (is|takes) "):
+        protocol_prompts(chosen, beside, None)
+
+
+def test_prompts_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.csv"
+    path.write_text('file_name,text\na.jpg,"a cat, sitting"\nb.jpg,a dog\n')
+    given = {"name": "x", "metrics": ["is"], "prompts": {"source": "Here.", "count": 2}}
+    assert protocol_prompts(Protocol(**given), tmp_path, path) == ["a cat, sitting", "a dog"]
+    given["prompts"]["sha256"] = prompts_hash(["a cat, sitting", "a cow"])
+    with pytest.raises(UserError, match=r"their hash differs\)\. Here\."):
+        protocol_prompts(Protocol(**given), tmp_path, path)
+    given["prompts"]["count"] = 3
+    with pytest.raises(UserError, match="2 prompts; protocol x wants 3"):
+        protocol_prompts(Protocol(**given), tmp_path, path)
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="no column of prompts"):
+        protocol_prompts(Protocol(**given), tmp_path, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metrics": ["fidd"]}, "no metric 'fidd'"),
+        ({"metrics": ["fid"]}, "give 'real'"),
+        ({"metrics": ["clip_score"]}, "want 'clip'"),
+        ({"stepz": 3}, "unknown key 'stepz'; did you mean 'steps'"),
+    ],
+)
+def test_bad_protocols_are_refused(tmp_path: Path, change: dict, message: str) -> None:
+    value = {"name": "x", "metrics": ["is"], "prompts": {"source": "Here."}, **change}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(value))
+    with pytest.raises(UserError, match=message):
+        load_protocol(tmp_path / "x.yaml")
+
+
+def test_missing_weights_are_asked_for_before_anything_is_drawn(sd: Path, tmp_path: Path) -> None:
+    chosen = Protocol(name="x", metrics=["is"], prompts={"source": "Here."})
+    with pytest.raises(UserError, match="give --weights inception=PATH"):
+        measure(sd, chosen, PROMPTS, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
