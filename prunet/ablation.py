@@ -22,11 +22,12 @@ from prunet.recipe import Part, Recipe, explain, load_recipe
 from prunet.runs import Run
 from prunet.training import Runtime
 
-#: What the table shows of each student: key in evaluation.json, title.
+#: What the table shows of each student: (which, key) in evaluation.json, and the title.
 MEASURES = {
-    "denoiser": "denoiser error",
-    "latent": "latents, MSE",
-    "picture": "pictures, RMSE",
+    ("before", "denoiser"): "denoiser error before",
+    ("after", "denoiser"): "denoiser error",
+    ("after", "latent"): "latents, MSE",
+    ("after", "picture"): "pictures, RMSE",
 }
 # Student's t, 97.5 %: half the width of a 95 % interval in standard errors, by degrees of freedom.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -179,7 +180,10 @@ def collect(ablation: Ablation, runs: Mapping[tuple[str, int], Run]) -> dict[str
         arms[arm] = {
             "seeds": list(results),
             "parameters": next((r["sizes"]["student"]["parameters"] for r in results.values()), None),
-            "measures": {key: summary([r["distance"]["after"][key] for r in results.values()]) for key in MEASURES},
+            "measures": {
+                f"{which}/{key}": summary([r["distance"][which][key] for r in results.values()])
+                for which, key in MEASURES
+            },
         }
     first = next((r for r in runs.values() if r.is_done("evaluate")), None)
     protocol = read_json(first.result_of("evaluate"))["protocol"] if first else {}
@@ -206,19 +210,21 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = [f"# {result['title']}", "", "| | parameters (M) | seeds | " + " | ".join(MEASURES.values()) + " |"]
     lines.append("|---|---:|---:|" + "---:|" * len(MEASURES))
     arms = result["arms"]
-    means = {key: [a["measures"][key]["mean"] for a in arms.values() if a["seeds"]] for key in MEASURES}
+    keys = [f"{which}/{key}" for which, key in MEASURES]
+    means = {key: [a["measures"][key]["mean"] for a in arms.values() if a["seeds"]] for key in keys}
     for name, arm in arms.items():
         if not arm["seeds"]:
             lines.append(f"| {name} | | 0 |" + " |" * len(MEASURES))
             continue
-        cells = [_cell(arm["measures"][key], min(means[key])) for key in MEASURES]
+        cells = [_cell(arm["measures"][key], min(means[key])) for key in keys]
         lines.append(f"| {name} | {arm['parameters'] / 1e6:.2f} | {len(arm['seeds'])} | " + " | ".join(cells) + " |")
     if protocol := {k: v for k, v in result["protocol"].items() if v}:
         lines += [
             "",
-            f"Distance from the teacher on {len(protocol['prompts'])} held-out prompts at equal seeds, mean over the "
-            f"training seeds ± half of its 95 % interval (Student's t); lower is nearer. {protocol['sampler']}, "
-            f"{protocol['steps']} steps, guidance {protocol['guidance_scale']}, {protocol['size']} px.",
+            f"Distance from the teacher on {len(protocol['prompts'])} held-out prompts at equal seeds, after "
+            "distillation unless it says before; mean over the training seeds ± half of its 95 % interval (Student's "
+            f"t); lower is nearer. {protocol['sampler']}, {protocol['steps']} steps, guidance "
+            f"{protocol['guidance_scale']}, {protocol['size']} px.",
         ]
     return "\n".join(lines) + "\n"
 
