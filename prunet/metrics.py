@@ -7,6 +7,7 @@ enough for FID; the other measures need the features themselves.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,7 +114,7 @@ def covered(points: Array, manifold: Array, neighbours: int = 3, rows: int = 200
     return np.concatenate(inside).astype(np.float64)
 
 
-def _parts(values: Array, rows: int) -> list[Array]:
+def _parts(values: NDArray[Any], rows: int) -> list[NDArray[Any]]:
     return [values[at : at + rows] for at in range(0, len(values), rows)]
 
 
@@ -150,13 +151,19 @@ class Measure:
     high: float
 
 
-def mean_of(values: Sequence[float] | Array, seed: int = 0) -> Measure:
-    """Of one value a picture, by the bootstrap: percentiles of the means of resampled values."""
+def mean_of(values: Sequence[float] | Array) -> Measure:
+    """Of one value a picture."""
     values = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Measure(float(values.mean()), float(low), float(high))
+    return bootstrap(len(values), lambda which: values[which].mean(axis=-1))
+
+
+def bootstrap(count: int, measure: Callable[[NDArray[np.int64]], Any]) -> Measure:
+    """Percentiles of a measure of resampled pictures: it gets the numbers of those to use (..., count)."""
+    chosen = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
+    low, high = np.percentile(
+        np.concatenate([np.atleast_1d(measure(part)) for part in _parts(chosen, 100)]), [2.5, 97.5]
+    )
+    return Measure(float(measure(np.arange(count))), float(low), float(high))
 
 
 def fid(ours: Array, real: Moments) -> Measure:

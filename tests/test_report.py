@@ -3,6 +3,8 @@
 import html
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ PROMPTS = ["a red fox", "<script>alert('x')</script> & \"more\"", "very long, " 
 class Page(HTMLParser):
     """What a test asks of a page: its tags with their attributes, its text, and that its tags are closed."""
 
-    VOID = frozenset({"meta", "link", "img", "br"})
+    VOID = frozenset({"meta", "link", "img", "br", "input"})
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -95,7 +97,9 @@ def evaluation(derived: Derived, prompts: list[str], memory: float | None) -> di
     def distance(scale: float) -> dict[str, Any]:
         levels = [scale * level for level in (0.9, 0.6, 0.4, 0.3, 0.2, 0.15, 0.1)]
         whole = {"denoiser": sum(levels) / 7, "denoiser_by_level": levels, "latent": scale, "picture": scale / 3}
-        return whole | {"picture_by_prompt": [scale / 3] * len(prompts)}
+        around = {key: (0.9 * whole[key], 1.1 * whole[key]) for key in ("denoiser", "latent", "picture")}
+        by_prompt = [scale * (1 + i * 7 % 5) / 9 for i in range(len(prompts))]
+        return whole | {"picture_by_prompt": by_prompt, "intervals": around}
 
     sizes = {"teacher": derived.teacher_size, "student": derived.student_size}
     fields = ("parameters", "macs", "attention_macs")
@@ -176,7 +180,7 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
         for name in ("src", "href", "srcset", "action"):
             assert attrs.get(name, "data:").startswith("data:")
     assert not re.search(r"url\(|@import", page.source)
-    assert not page.all("script")
+    assert [script.get("src") for script in page.all("script")] == [None]
     assert all(image["alt"] for image in page.all("img"))
     assert "/somewhere/private" not in page.source.split("recipe.yaml</summary>")[0]
 
@@ -195,9 +199,11 @@ def test_headline_says_how_small_and_how_fast(tmp_path: Path) -> None:
 def test_every_prompt_is_there_as_text_beside_its_three_pictures(tmp_path: Path) -> None:
     make_run(tmp_path, prompts=PROMPTS * 9)
     page = Page(write_report(tmp_path))
-    captions = re.findall(r'<figure class="triple">\s*<figcaption>(.*?)</figcaption>', page.source, re.S)
+    captions = re.findall(
+        r'<figure class="triple" data-error="[^"]*">\s*<figcaption>(.*?)</figcaption>', page.source, re.S
+    )
     assert [html.unescape(c) for c in captions] == PROMPTS * 9
-    assert "<script" not in page.source
+    assert page.source.count("<script") == 1
     pictures = [image for image in page.all("img") if "drawn by" in image["alt"]]
     assert len(pictures) == 3 * 27
     assert all(image["src"].startswith("data:image/webp;base64,") for image in pictures)
@@ -288,3 +294,71 @@ def test_losses_and_distances_of_nothing(tmp_path: Path) -> None:
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"plan\.json"):
         write_report(tmp_path)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+#: Uses every control of the page as a reader would, and leaves what could be seen in its title.
+READER = """<script>
+const seen = {}, errors = [];
+const cards = () => [...document.querySelectorAll(".triple")];
+const shown = () => cards().filter((one) => one.offsetParent).map((one) => one.querySelector("figcaption").textContent);
+const controls = document.getElementById("wall-controls").elements;
+const tell = (control, value) => {
+  control.value = value;
+  control.dispatchEvent(new Event("input", { bubbles: true }));
+};
+const choose = (name, value) => tell(controls[name], value);
+seen.first = shown().length;
+document.getElementById("wall-all").click();
+seen.all = shown().length;
+choose("filter", "FOX");
+seen.foxes = shown();
+choose("filter", "nothing like it");
+seen.none = shown();
+choose("filter", "");
+const errorsOf = () => cards().map((one) => Number(one.dataset.error));
+choose("order", "worst");
+seen.worst = errorsOf();
+choose("order", "best");
+seen.best = errorsOf();
+choose("order", "given");
+seen.given = shown();
+choose("view", "slide");
+const card = cards()[0], divide = card.querySelector(".divide"), ours = card.querySelector(".after img");
+const boxes = ["teacher", "after"].map((name) => card.querySelector(`.${name} img`).getBoundingClientRect());
+seen.over = ["left", "top", "width"].every((side) => boxes[0][side] === boxes[1][side]);
+tell(divide, 25);
+seen.clip = getComputedStyle(ours).clipPath;
+const box = card.querySelector(".teacher").getBoundingClientRect();
+const at = { clientX: box.left + 0.8 * box.width, clientY: box.top + 5, pointerType: "mouse", isPrimary: true };
+card.querySelector(".teacher").setPointerCapture = () => {};
+card.querySelector(".teacher").dispatchEvent(new PointerEvent("pointerdown", { ...at, bubbles: true }));
+seen.dragged = Number(divide.value);
+seen.before = getComputedStyle(card.querySelector(".before")).display;
+choose("view", "beside");
+seen.beside = getComputedStyle(card.querySelector(".before")).display;
+seen.count = controls.count.value;
+seen.wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
+document.title = JSON.stringify(seen);
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@pytest.mark.parametrize("width", [400, 1200])
+def test_every_control_does_what_it_says(tmp_path: Path, width: int) -> None:
+    make_run(tmp_path, prompts=[f"{prompt} {i}" for i in range(9) for prompt in PROMPTS])
+    page = write_report(tmp_path)
+    page.write_text(page.read_text().replace("</body>", READER + "</body>"))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    options += ["--enable-logging=stderr", f"--window-size={width},1600", "--virtual-time-budget=4000", "--dump-dom"]
+    done = subprocess.run([CHROMIUM, *options, page.as_uri()], capture_output=True, text=True, timeout=120)
+    seen = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1]))
+    assert "CONSOLE" not in done.stderr
+    prompts = [f"{prompt} {i}" for i in range(9) for prompt in PROMPTS]
+    assert seen["first"] == 24 and seen["all"] == 27
+    assert seen["foxes"] == [prompt for prompt in prompts if "fox" in prompt] and not seen["none"]
+    assert seen["worst"] == sorted(seen["worst"], reverse=True) != sorted(seen["best"])
+    assert seen["best"] == sorted(seen["best"]) and seen["given"] == prompts
+    assert seen["over"] and seen["clip"] == "inset(0px 0px 0px 25%)" and 78 <= seen["dragged"] <= 82
+    assert (seen["before"], seen["beside"]) == ("none", "block")
+    assert seen["count"] == "27 of 27 prompts" and not seen["wide"]
