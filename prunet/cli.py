@@ -376,17 +376,29 @@ def protocols(as_json: Json = False) -> None:
 
 @app.command()
 def compare(
-    measured: Annotated[list[Path], typer.Argument(help="Two or more folders of `prunet measure`.")],
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders of `prunet measure`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page, for run folders.")] = Path(
+        "comparison.html"
+    ),
     as_json: Json = False,
 ) -> None:
-    """Put the numbers of several models side by side; refused if they are of two protocols."""
-    from rich.markdown import Markdown
+    """Put several runs side by side on one page, or the numbers of several measured models into one table.
 
+    Refused if they were not measured alike, with what differs.
+    """
+    from prunet.comparison import write_comparison
     from prunet.measuring import compare as side_by_side
     from prunet.measuring import markdown
 
-    results = side_by_side(measured)
-    _say(as_json, {"results": results}, Markdown(markdown(results)))
+    if any((folder / "measures.json").is_file() for folder in folders):
+        from rich.markdown import Markdown
+
+        results = side_by_side(folders)
+        return _say(as_json, {"results": results}, Markdown(markdown(results)))
+    if output.suffix != ".html" or output.is_dir():
+        raise UserError(f"--output {output}: name the page something.html")
+    page = write_comparison(folders, output)
+    _say(as_json, {"page": str(page)}, f"Page: [bold]{page}[/]")
 
 
 @app.command()

@@ -19,8 +19,11 @@
       card.hidden = !shown.has(card);
       wall.append(card);
     });
-    wall.classList.toggle("slide", view.value === "slide");
-    cards.forEach((card) => (card.querySelector(".divide").hidden = view.value !== "slide"));
+    wall.classList.toggle("slide", view.value !== "");
+    for (const card of cards) {
+      card.querySelector(".divide").hidden = view.value === "";
+      for (const cell of card.querySelectorAll(".cell")) cell.classList.toggle("chosen", cell.dataset.column === view.value);
+    }
     more.hidden = shown.size === found.length;
     more.textContent = `Show all ${found.length}`;
     count.value = `${shown.size} of ${cards.length} prompts`;
@@ -31,7 +34,7 @@
     const picture = card.querySelector(".cell.teacher");
     const set = () => card.style.setProperty("--at", `${divide.value}%`);
     const drag = (event) => {
-      if (view.value !== "slide" || (event.pointerType !== "mouse" && !event.isPrimary)) return;
+      if (view.value === "" || (event.pointerType !== "mouse" && !event.isPrimary)) return;
       const box = picture.getBoundingClientRect();
       divide.value = (100 * (event.clientX - box.left)) / box.width;
       set();

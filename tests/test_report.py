@@ -199,9 +199,7 @@ def test_headline_says_how_small_and_how_fast(tmp_path: Path) -> None:
 def test_every_prompt_is_there_as_text_beside_its_three_pictures(tmp_path: Path) -> None:
     make_run(tmp_path, prompts=PROMPTS * 9)
     page = Page(write_report(tmp_path))
-    captions = re.findall(
-        r'<figure class="triple" data-error="[^"]*">\s*<figcaption>(.*?)</figcaption>', page.source, re.S
-    )
+    captions = re.findall(r'<figure class="card"[^>]*>\s*<figcaption>(.*?)</figcaption>', page.source, re.S)
     assert [html.unescape(c) for c in captions] == PROMPTS * 9
     assert page.source.count("<script") == 1
     pictures = [image for image in page.all("img") if "drawn by" in image["alt"]]
@@ -300,7 +298,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 #: Uses every control of the page as a reader would, and leaves what could be seen in its title.
 READER = """<script>
 const seen = {}, errors = [];
-const cards = () => [...document.querySelectorAll(".triple")];
+const cards = () => [...document.querySelectorAll(".card")];
 const shown = () => cards().filter((one) => one.offsetParent).map((one) => one.querySelector("figcaption").textContent);
 const controls = document.getElementById("wall-controls").elements;
 const tell = (control, value) => {
@@ -323,7 +321,7 @@ choose("order", "best");
 seen.best = errorsOf();
 choose("order", "given");
 seen.given = shown();
-choose("view", "slide");
+choose("view", "after");
 const card = cards()[0], divide = card.querySelector(".divide"), ours = card.querySelector(".after img");
 const boxes = ["teacher", "after"].map((name) => card.querySelector(`.${name} img`).getBoundingClientRect());
 seen.over = ["left", "top", "width"].every((side) => boxes[0][side] === boxes[1][side]);
@@ -335,7 +333,7 @@ card.querySelector(".teacher").setPointerCapture = () => {};
 card.querySelector(".teacher").dispatchEvent(new PointerEvent("pointerdown", { ...at, bubbles: true }));
 seen.dragged = Number(divide.value);
 seen.before = getComputedStyle(card.querySelector(".before")).display;
-choose("view", "beside");
+choose("view", "");
 seen.beside = getComputedStyle(card.querySelector(".before")).display;
 seen.count = controls.count.value;
 seen.wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
@@ -343,21 +341,24 @@ document.title = JSON.stringify(seen);
 </script>"""
 
 
+def read_in_chromium(page: Path, reader: str, width: int, folder: Path) -> dict[str, Any]:
+    page.write_text(page.read_text().replace("</body>", reader + "</body>"))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    options += ["--enable-logging=stderr", f"--window-size={width},1600", "--virtual-time-budget=4000", "--dump-dom"]
+    done = subprocess.run([str(CHROMIUM), *options, page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr
+    return json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1]))
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 @pytest.mark.parametrize("width", [400, 1200])
 def test_every_control_does_what_it_says(tmp_path: Path, width: int) -> None:
-    make_run(tmp_path, prompts=[f"{prompt} {i}" for i in range(9) for prompt in PROMPTS])
-    page = write_report(tmp_path)
-    page.write_text(page.read_text().replace("</body>", READER + "</body>"))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    options += ["--enable-logging=stderr", f"--window-size={width},1600", "--virtual-time-budget=4000", "--dump-dom"]
-    done = subprocess.run([CHROMIUM, *options, page.as_uri()], capture_output=True, text=True, timeout=120)
-    seen = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1]))
-    assert "CONSOLE" not in done.stderr
     prompts = [f"{prompt} {i}" for i in range(9) for prompt in PROMPTS]
+    make_run(tmp_path, prompts=prompts)
+    seen = read_in_chromium(write_report(tmp_path), READER, width, tmp_path)
     assert seen["first"] == 24 and seen["all"] == 27
     assert seen["foxes"] == [prompt for prompt in prompts if "fox" in prompt] and not seen["none"]
-    assert seen["worst"] == sorted(seen["worst"], reverse=True) != sorted(seen["best"])
+    assert seen["worst"] == sorted(seen["worst"], reverse=True) != seen["best"]
     assert seen["best"] == sorted(seen["best"]) and seen["given"] == prompts
     assert seen["over"] and seen["clip"] == "inset(0px 0px 0px 25%)" and 78 <= seen["dragged"] <= 82
     assert (seen["before"], seen["beside"]) == ("none", "block")

@@ -1,0 +1,125 @@
+"""Several runs side by side: one page, refused if they were not measured alike."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prunet import __version__
+from prunet.charts import draw_chart, inline, render, short
+from prunet.errors import UserError
+from prunet.files import read_json, write_text
+from prunet.protocol import differences
+from prunet.report import PICTURE_SIDE, draw_unet, level_chart, read_logs, segments, step_ticks
+
+MOST_RUNS = 8  # that a page has colours and columns for
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A finished run: its name on the page, its folder, and what lies in it."""
+
+    name: str
+    kind: str  # its colour
+    folder: Path
+    plan: dict[str, Any]
+    evaluation: dict[str, Any]
+    recipe_text: str
+
+    @property
+    def distance(self) -> dict[str, Any]:
+        return self.evaluation["distance"]["after"]
+
+    @property
+    def axis(self) -> Any:
+        stages = yaml.safe_load(self.recipe_text)["stages"]
+        return read_logs([self.folder / f"stage-{number}" for number in range(1, len(stages) + 1)])
+
+
+def open_runs(folders: Sequence[Path | str]) -> list[Compared]:
+    """The runs in `folders`, whose evaluations must be of one protocol.
+
+    Raises:
+        UserError: not two to eight, one that is not evaluated, or two protocols (says in what they differ).
+    """
+    paths = [Path(folder) for folder in folders]
+    if not 2 <= len(paths) <= MOST_RUNS:
+        raise UserError(f"compare: give 2 to {MOST_RUNS} run folders, not {len(paths)}")
+    names = _names(paths)
+    runs = []
+    for i, folder in enumerate(paths):
+        if not (folder / "evaluation" / "evaluation.json").is_file():
+            raise UserError(f"{folder}: not evaluated; `prunet evaluate RECIPE` does that")
+        recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+        plan, evaluation = (read_json(folder / name) for name in ("plan.json", "evaluation/evaluation.json"))
+        runs.append(Compared(names[i], f"run-{i}", folder, plan, evaluation, recipe_text))
+    first = _protocol(runs[0])
+    for run in runs[1:]:
+        if apart := differences(first, _protocol(run)):
+            raise UserError(
+                f"{run.folder}: evaluated otherwise than {runs[0].folder}: they differ in {', '.join(apart)}; such "
+                "numbers say nothing about each other"
+            )
+    return runs
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    for depth in range(1, max(len(path.absolute().parts) for path in paths) + 1):
+        names = ["/".join(path.absolute().parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"compare: {paths[0]} is given twice")
+
+
+def _protocol(run: Compared) -> dict[str, Any]:
+    return {key: value for key, value in run.evaluation["protocol"].items() if key != "student"}
+
+
+def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
+    """Writes one page of all runs to `path`; it needs no other file and no network."""
+    runs, path = open_runs(folders), Path(path)
+    protocol = runs[0].evaluation["protocol"]
+    page = render(
+        "comparison.html.j2",
+        version=__version__,
+        teacher=short(yaml.safe_load(runs[0].recipe_text)["teacher"]["source"]),
+        runs=runs,
+        protocol=protocol,
+        columns={"teacher": "teacher"} | {run.kind: run.name for run in runs},
+        pictures=_pictures(runs, protocol["prompts"]),
+        nets=[draw_unet(run.plan) for run in runs],
+        losses=_named(runs, _loss_chart(runs)),
+        levels=_named(
+            runs, level_chart({run.kind: run.distance["denoiser_by_level"] for run in runs}, protocol["levels"])
+        ),
+    )
+    write_text(path, page)
+    return path
+
+
+def _pictures(runs: list[Compared], prompts: list[str]) -> list[dict[str, Any]]:
+    """Each prompt with what the teacher and the students drew of it; `error` is the mean of theirs."""
+    rows = []
+    for i, prompt in enumerate(prompts):
+        cells = {run.kind: run.folder / "evaluation" / "pictures" / "after" / f"{i:04d}.png" for run in runs}
+        cells |= {"teacher": runs[0].folder / "evaluation" / "pictures" / "teacher" / f"{i:04d}.png"}
+        errors = {run.kind: run.distance["picture_by_prompt"][i] for run in runs}
+        shown = {name: inline(file, PICTURE_SIDE) for name, file in cells.items()}
+        rows.append({"prompt": prompt, "cells": shown, "errors": errors, "error": sum(errors.values()) / len(runs)})
+    return rows
+
+
+def _loss_chart(runs: list[Compared]) -> dict[str, Any] | None:
+    """What each run minimised over its steps; comparable where the weights of the losses are the same."""
+    ways = {run.kind: segments(run.axis, "output") for run in runs}
+    right = max((x for way in ways.values() for segment in way for x, _ in segment), default=0)
+    chart = draw_chart(ways, right, [], smooth=True)
+    return chart and chart | {"x_ticks": step_ticks(right), "stages": []}
+
+
+def _named(runs: list[Compared], chart: dict[str, Any] | None) -> dict[str, Any] | None:
+    names = {run.kind: run.name for run in runs}
+    return chart and chart | {"lines": [{**line, "name": names[line["kind"]]} for line in chart["lines"]]}

@@ -1,0 +1,64 @@
+"""Several runs on one page: all of them there, none that was measured otherwise."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_report import CHROMIUM, PROMPTS, READER, Page, make_run, read_in_chromium
+
+from prunet.comparison import write_comparison
+from prunet.errors import UserError
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    folders = [tmp_path / name / "run" for name in ("first", "second", "third", "fourth")]
+    for folder, plan in zip(folders, ("pairs", "tiny", "depth", "nothing"), strict=True):
+        make_run(folder, plan, prompts=[f"{prompt} {i}" for i in range(9) for prompt in PROMPTS])
+    return folders
+
+
+def change(folder: Path, part: str, **values: object) -> None:
+    path = folder / "evaluation" / "evaluation.json"
+    whole = json.loads(path.read_text())
+    whole[part] |= values
+    path.write_text(json.dumps(whole))
+
+
+def test_every_run_is_there_by_a_name_that_tells_it_apart(runs: list[Path], tmp_path: Path) -> None:
+    page = Page(write_comparison(runs, tmp_path / "page.html"))
+    for name in ("first/run", "second/run", "third/run", "fourth/run"):
+        assert name in page.text
+        assert len([i for i in page.all("img") if i["alt"].endswith(f"drawn by {name}")]) == 27
+    assert len([image for image in page.all("img") if image["alt"].endswith("drawn by teacher")]) == 27
+    assert {g["class"] for g in page.all("g")} == {f"line run-{i}" for i in range(4)}
+
+
+def test_runs_that_were_measured_otherwise_are_refused(runs: list[Path], tmp_path: Path) -> None:
+    change(runs[2], "protocol", guidance_scale=3.0, student="another")
+    with pytest.raises(UserError, match=r"third/run: evaluated otherwise .*: they differ in guidance_scale;"):
+        write_comparison(runs, tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_what_is_no_comparison_is_refused(runs: list[Path], tmp_path: Path) -> None:
+    for folders, message in (
+        (runs[:1], "give 2 to 8 run folders, not 1"),
+        ([runs[0], runs[0]], "is given twice"),
+        ([runs[0], tmp_path], "not evaluated"),
+    ):
+        with pytest.raises(UserError, match=message):
+            write_comparison(folders, tmp_path / "page.html")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@pytest.mark.parametrize("width", [400, 1200])
+def test_its_controls_work(runs: list[Path], tmp_path: Path, width: int) -> None:
+    page = write_comparison(runs, tmp_path / "page.html")
+    for_a_run = (
+        READER.replace('"after"', '"run-2"').replace(".after img", ".run-2 img").replace('".before"', '".run-1"')
+    )
+    seen = read_in_chromium(page, for_a_run, width, tmp_path)
+    assert (seen["first"], seen["all"], seen["over"]) == (24, 27, True)
+    assert seen["clip"] == "inset(0px 0px 0px 25%)" and 78 <= seen["dragged"] <= 82
+    assert (seen["before"], seen["beside"], seen["wide"]) == ("none", "block", False)
