@@ -36,7 +36,7 @@ from text import read_known_labels
 from torch import Tensor
 
 NUM_CAPTIONS = 1000
-GUIDANCE_SCALES = (1.0, 2.0, 3.0, 5.0, 7.0)
+GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
 NUM_FOR_GUIDANCE = 160
 ROWS = ("training", "heldout-combinations", "heldout-labels")
 

@@ -83,8 +83,9 @@ def measure(
     if protocol.sampler not in SAMPLERS:
         raise UserError(f"protocol {protocol.name}: no sampler {protocol.sampler!r}: {', '.join(SAMPLERS)}")
     teacher.check_weights()
-    networks = load_networks(protocol, dict(weights or {}), beside, where)
     reference = _reference(protocol, real, beside)
+    content = _content_hash(reference)
+    networks = load_networks(protocol, dict(weights or {}), beside, where)
     if "kid" in protocol.metrics and len(prompts) < protocol.kid_subset_size:
         raise UserError(f"{len(prompts):,} prompts are too few for KID with subsets of {protocol.kid_subset_size:,}")
 
@@ -92,7 +93,7 @@ def measure(
     left_out = {"prompts": {"file", "source"}, "real": {"file", "source"}, "clip": {"file", "source"}}
     used = protocol.model_dump(mode="json", exclude=left_out)
     used |= {"size": size, "count": len(prompts), "prompts_sha256": prompts_hash(list(prompts))}
-    used |= {"networks": {name: net.hash for name, net in networks.items()}, "real_sha256": _content_hash(reference)}
+    used |= {"networks": {name: net.hash for name, net in networks.items()}, "real_sha256": content}
     spec = {"protocol": used, "model": teacher.fingerprint()}
     if (folder / "spec.json").is_file() and read_json(folder / "spec.json") != spec:
         raise UserError(f"{folder}: holds a measuring of another model or by another protocol: give another --output")

@@ -129,6 +129,10 @@ def bad(tmp_path, sd, pictures):
         text.unlink()
     (made / "list.yaml").write_text("- a\n")
     (made / "plan.yaml").write_text("remove: [up_blocks.0]\n")
+    clip = {"model": "x", "source": "There."}
+    protocol = {"name": "x", "prompts": {"source": "Here.", "file": "text.txt"}, "metrics": ["kid"], "features": "clip"}
+    protocol |= {"clip": clip, "real": {"source": "There."}, "kid_subset_size": 1}
+    (made / "protocol.yaml").write_text(yaml.safe_dump(protocol))
     return made
 
 
@@ -138,8 +142,31 @@ def mistakes(bad: Path, sd: Path, pictures: Path, tmp_path: Path) -> dict[str, t
         folder.mkdir()
         return (verb, recipe(folder, teacher, source, **changes), "--device", "cpu", "--precision", "no")
 
+    def measure(*options: object, protocol: object = bad / "protocol.yaml") -> tuple:
+        return ("measure", sd, "--protocol", protocol, "-o", tmp_path / "measured", "--device", "cpu", *options)
+
     return {
         "no such verb": ("inspekt",),
+        "no such protocol": measure(protocol="coco"),
+        "protocol that is none": measure(protocol=bad / "plan.yaml"),
+        "prompts that are not there": measure(protocol="parti"),
+        "prompts of something else": measure("--prompts", bad / "text.txt", protocol="parti"),
+        "no real pictures": measure(),
+        "real pictures that are not there": measure("--real", bad / "nowhere"),
+        "real pictures that are none": measure("--real", bad / "no-index"),
+        "real pictures that are text": measure("--real", bad / "text.txt"),
+        "features that are none": measure("--real", bad / "other.safetensors"),
+        "no weights": measure("--real", bad / "pictures"),
+        "weights without a name": measure("--weights", bad),
+        "weights of an unknown network": measure("--real", bad / "pictures", "--weights", "vgg=x"),
+        "weights that are not there": measure("--real", bad / "pictures", "--weights", f"clip={bad / 'nowhere'}"),
+        "measuring of cut weights": ("measure", bad / "broken-weights", *measure("--real", bad / "pictures")[2:]),
+        "comparison of one": ("compare", bad),
+        "comparison of what was not measured": ("compare", bad, tmp_path),
+        "comparison that is no page": ("compare", bad, tmp_path, "-o", bad / "text.txt"),
+        "no ablation": ("ablate", bad / "none.yaml"),
+        "ablation that is a list": ("ablate", bad / "list.yaml"),
+        "ablation that is none": ("ablate", bad / "plan.yaml"),
         "no such option": ("inspect", "sd-v1", "--plans", "bk-tiny"),
         "no argument": ("inspect",),
         "no such teacher": ("inspect", bad / "nowhere"),
