@@ -27,6 +27,7 @@ import torch
 import yaml
 from diffusers import UNet2DConditionModel
 
+from prunet.checkpoints import PACE
 from prunet.console import say
 from prunet.errors import UserError
 from prunet.files import new_folder, read_json, write_json, write_text
@@ -39,7 +40,7 @@ from prunet.sheets import Sheets
 from prunet.sources import check_source, source_is_there
 from prunet.student import check_steps, cut, inherit, random_student
 from prunet.teacher import Teacher, check_same_space, freeze
-from prunet.training import PACE, Runtime, distil, micro_batch_of
+from prunet.training import Runtime, distil, micro_batch_of
 
 STEPS = ("plan", "build", "cache", "distil", "evaluate", "export", "report")
 

@@ -2,12 +2,10 @@
 
 import json
 import math
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,14 +14,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from prunet import unet
-from prunet.console import progress, say
+from prunet.checkpoints import checkpoints, resume, save
+from prunet.console import progress
+from prunet.draws import Draws, batches
 from prunet.errors import UserError
-from prunet.files import new_file, new_folder, read_json, write_json
+from prunet.files import new_file
 from prunet.latents import Cache
 from prunet.losses import add_noise, feature_losses, min_snr_weight, mse, training_target
 from prunet.pairs import Pair, term_factors
@@ -34,8 +31,6 @@ from prunet.taps import tap
 from prunet.teacher import Teacher, conditioning
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
-#: What may be changed between two parts of one stage: how fast it goes and how far, not what is learned.
-PACE = {"steps", "learning_rate", "schedule", "warmup_steps", "max_grad_norm"}
 
 
 @dataclass(frozen=True)
@@ -87,78 +82,6 @@ class Runtime:
 
 def _has_mps() -> bool:
     return torch.backends.mps.is_available()
-
-
-class Draws(Dataset[dict[str, Tensor]]):
-    """What the denoiser sees at (step, position in the batch): a pure function of these two and the seed.
-
-    So it depends neither on the micro-batch nor on the number of processes, and a resumed run needs no generator
-    state. An item: `latents` and `noise` (4, h, w), `timestep` (), `embeds` (77, D), SDXL's `pooled` and `time_ids`.
-    """
-
-    def __init__(self, cache: Cache, stage: Stage, seed: int, num_timesteps: int) -> None:
-        self.cache, self.stage, self.seed, self.num_timesteps = cache, stage, seed, num_timesteps
-        self.unconditional = cache.unconditional
-
-    def __getitem__(self, at: tuple[int, int]) -> dict[str, Tensor]:
-        step, position = at
-        number = step * self.stage.batch_size + position
-        sample = self.cache.sample(self._choose(step, position))
-        rng = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
-        latents = sample.mean + sample.std * torch.randn(sample.mean.shape, generator=rng)
-        noise = torch.randn(sample.mean.shape, generator=rng)
-        timestep = torch.randint(0, self.num_timesteps, (), generator=rng)
-        dropped = bool(torch.rand((), generator=rng) < self.stage.caption_dropout)
-        empty = self.unconditional
-        item = {"latents": latents, "noise": noise, "timestep": timestep}
-        item["embeds"] = empty.embeds[0] if dropped else sample.embeds
-        if sample.pooled is not None and sample.time_ids is not None and empty.pooled is not None:
-            item["pooled"] = empty.pooled[0] if dropped else sample.pooled
-            item["time_ids"] = sample.time_ids
-        return item
-
-    def _choose(self, step: int, position: int) -> int:
-        """The number of a sample. A batch has one size; an epoch has about as many batches of a size as it has samples,
-        in random order, and each size goes through its samples in an order of its own.
-        """
-        size = self.stage.batch_size
-        shares = tuple(max(1, round(len(group) / size)) for group in self.cache.groups)
-        epoch, at = divmod(step, sum(shares))
-        chosen, before = _batch_order(self.seed, epoch, shares)[at]
-        group = self.cache.groups[chosen]
-        turn, place = divmod((epoch * shares[chosen] + before) * size + position, len(group))
-        return group[_permutation(self.seed, turn, len(group))[place]]
-
-
-@lru_cache(maxsize=4)
-def _batch_order(seed: int, epoch: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(size, how many batches of it came before in this epoch) of each batch of an epoch."""
-    batches = [group for group, share in enumerate(shares) for _ in range(share)]
-    counts = [0] * len(shares)
-    order = []
-    for i in _permutation(seed, epoch, len(batches)):
-        order.append((batches[i], counts[batches[i]]))
-        counts[batches[i]] += 1
-    return order
-
-
-@lru_cache(maxsize=128)
-def _permutation(seed: int, epoch: int, count: int) -> list[int]:
-    rng = torch.Generator().manual_seed((seed * 7_368_787 + epoch) % 2**63)
-    return torch.randperm(count, generator=rng).tolist()
-
-
-def batches(draws: Draws, start: int, micro_batch: int, rank: int, ranks: int) -> Iterator[dict[str, Tensor]]:
-    """The micro-batches of one process, from step `start` on."""
-    share = micro_batch * ranks
-
-    def places() -> Iterator[list[tuple[int, int]]]:
-        for step in range(start, draws.stage.steps):
-            for first in range(rank * micro_batch, draws.stage.batch_size, share):
-                yield [(step, position) for position in range(first, first + micro_batch)]
-
-    cuda = torch.cuda.is_available()
-    yield from DataLoader(draws, batch_sampler=places(), num_workers=4 if cuda else 0, pin_memory=cuda)  # type: ignore[arg-type]
 
 
 def learning_rate_at(stage: Stage, step: int) -> float:
@@ -435,82 +358,3 @@ def _check_finite(means: dict[str, float], step: int, stage: Stage, folder: Path
             f"there: try a lower learning_rate (now {stage.learning_rate:g}), more warmup_steps, a lower "
             "max_grad_norm, or --precision bf16 or no"
         )
-
-
-# -- checkpoints
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a stage, oldest first."""
-    return sorted((folder / "checkpoints").glob("step-*"))
-
-
-def save(
-    folder: Path,
-    step: int,
-    stage: Stage,
-    student: UNet2DConditionModel,
-    optimizer: Any,
-    ema: EMAModel | None,
-    accelerator: Accelerator,
-    keep: int,
-) -> None:
-    """Writes the state after `step` steps aside, renames it, and drops all but the last `keep`."""
-    with new_folder(folder / "checkpoints" / f"step-{step:07d}") as part:
-        save_file(
-            {k: v.detach().contiguous() for k, v in student.state_dict().items()},
-            part / "student.safetensors",
-        )
-        if ema:
-            names = [name for name, _ in student.named_parameters()]
-            save_file(dict(zip(names, ema.shadow_params, strict=True)), part / "ema.safetensors")
-        torch.save(optimizer.state_dict(), part / "optimizer.pt")
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        write_json(part / "state.json", {"step": step, "stage": stage.model_dump(mode="json"), "scaler": scaler})
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-
-
-def resume(
-    folder: Path,
-    stage: Stage,
-    student: UNet2DConditionModel,
-    optimizer: torch.optim.Optimizer,
-    ema: EMAModel | None,
-    accelerator: Accelerator,
-) -> int:
-    """Puts the last checkpoint's state in place and returns its step; 0 where there is none."""
-    saved = checkpoints(folder)
-    if not saved:
-        return 0
-    state = read_json(saved[-1] / "state.json")
-    now = stage.model_dump(mode="json")
-    changed = sorted(k for k in now if state["stage"].get(k) != now[k])
-    if set(changed) - PACE:
-        key = next(k for k in changed if k not in PACE)
-        raise UserError(
-            f"{saved[-1]}: trained with {key} {state['stage'].get(key)}, now {now[key]}: set it back, give another "
-            f"output, or delete {folder / 'checkpoints'}"
-        )
-    if state["step"] == stage.steps and changed:
-        raise UserError(
-            f"{saved[-1]}: the stage is finished, with {changed[0]} {state['stage'][changed[0]]}, now "
-            f"{now[changed[0]]}: set it back, raise steps to go on, or give another output"
-        )
-    if state["step"] > stage.steps:
-        raise UserError(f"{saved[-1]}: already past steps {stage.steps}: raise it, or delete {folder / 'checkpoints'}")
-    try:
-        student.load_state_dict(load_file(saved[-1] / "student.safetensors"))
-        optimizer.load_state_dict(torch.load(saved[-1] / "optimizer.pt", weights_only=True, map_location="cpu"))
-        if ema:
-            shadow = load_file(saved[-1] / "ema.safetensors")
-            ema.shadow_params = [shadow[name].to(p.device) for name, p in student.named_parameters()]
-            ema.optimization_step = state["step"]
-        if accelerator.scaler is not None and state["scaler"]:
-            accelerator.scaler.load_state_dict(state["scaler"])
-    except Exception as error:
-        before = f"delete it to go on from {saved[-2]}" if len(saved) > 1 else "delete it to begin anew"
-        raise UserError(f"{saved[-1]}: damaged or of another student ({error}): {before}") from error
-    how = "".join(f", {k} {state['stage'][k]} -> {now[k]}" for k in changed)
-    say(f"Going on from step {state['step']} of {stage.steps}{how}")
-    return int(state["step"])

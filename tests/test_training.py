@@ -13,13 +13,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from prunet import Teacher, UserError, build, derive, distil, load_plan, training, unet
+from prunet.draws import Draws, _permutation, batches
 from prunet.latents import cache
 from prunet.losses import min_snr_weight
 from prunet.recipe import Data, Losses, Stage
 from prunet.sheets import Sheets
 from prunet.size import example_inputs
 from prunet.student import state_hash
-from prunet.training import Draws, Runtime, batches, learning_rate_at
+from prunet.training import Runtime, learning_rate_at
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
 STAGE = Stage(steps=6, batch_size=4, learning_rate=1e-3, warmup_steps=2, ema_decay=0.9)
@@ -239,7 +240,7 @@ def test_captions_are_dropped_at_the_rate_asked_for(made) -> None:
 
 
 def test_an_epoch_shows_each_sample_once(made) -> None:
-    seen = [training._permutation(1, 0, len(made)), training._permutation(1, 1, len(made))]
+    seen = [_permutation(1, 0, len(made)), _permutation(1, 1, len(made))]
     assert sorted(seen[0]) == list(range(len(made))) == sorted(seen[1])
     assert seen[0] != seen[1]
 

@@ -1,0 +1,95 @@
+"""Checkpoints of a stage: written whole, the last few kept, and refused where they are of another stage."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+
+from prunet.console import say
+from prunet.errors import UserError
+from prunet.files import new_folder, read_json, write_json
+from prunet.recipe import Stage
+
+#: What may be changed between two parts of one stage: how fast it goes and how far, not what is learned.
+PACE = {"steps", "learning_rate", "schedule", "warmup_steps", "max_grad_norm"}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a stage, oldest first."""
+    return sorted((folder / "checkpoints").glob("step-*"))
+
+
+def save(
+    folder: Path,
+    step: int,
+    stage: Stage,
+    student: UNet2DConditionModel,
+    optimizer: Any,
+    ema: EMAModel | None,
+    accelerator: Accelerator,
+    keep: int,
+) -> None:
+    """Writes the state after `step` steps aside, renames it, and drops all but the last `keep`."""
+    with new_folder(folder / "checkpoints" / f"step-{step:07d}") as part:
+        save_file(
+            {k: v.detach().contiguous() for k, v in student.state_dict().items()},
+            part / "student.safetensors",
+        )
+        if ema:
+            names = [name for name, _ in student.named_parameters()]
+            save_file(dict(zip(names, ema.shadow_params, strict=True)), part / "ema.safetensors")
+        torch.save(optimizer.state_dict(), part / "optimizer.pt")
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+        write_json(part / "state.json", {"step": step, "stage": stage.model_dump(mode="json"), "scaler": scaler})
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def resume(
+    folder: Path,
+    stage: Stage,
+    student: UNet2DConditionModel,
+    optimizer: torch.optim.Optimizer,
+    ema: EMAModel | None,
+    accelerator: Accelerator,
+) -> int:
+    """Puts the last checkpoint's state in place and returns its step; 0 where there is none."""
+    saved = checkpoints(folder)
+    if not saved:
+        return 0
+    state = read_json(saved[-1] / "state.json")
+    now = stage.model_dump(mode="json")
+    changed = sorted(k for k in now if state["stage"].get(k) != now[k])
+    if set(changed) - PACE:
+        key = next(k for k in changed if k not in PACE)
+        raise UserError(
+            f"{saved[-1]}: trained with {key} {state['stage'].get(key)}, now {now[key]}: set it back, give another "
+            f"output, or delete {folder / 'checkpoints'}"
+        )
+    if state["step"] == stage.steps and changed:
+        raise UserError(
+            f"{saved[-1]}: the stage is finished, with {changed[0]} {state['stage'][changed[0]]}, now "
+            f"{now[changed[0]]}: set it back, raise steps to go on, or give another output"
+        )
+    if state["step"] > stage.steps:
+        raise UserError(f"{saved[-1]}: already past steps {stage.steps}: raise it, or delete {folder / 'checkpoints'}")
+    try:
+        student.load_state_dict(load_file(saved[-1] / "student.safetensors"))
+        optimizer.load_state_dict(torch.load(saved[-1] / "optimizer.pt", weights_only=True, map_location="cpu"))
+        if ema:
+            shadow = load_file(saved[-1] / "ema.safetensors")
+            ema.shadow_params = [shadow[name].to(p.device) for name, p in student.named_parameters()]
+            ema.optimization_step = state["step"]
+        if accelerator.scaler is not None and state["scaler"]:
+            accelerator.scaler.load_state_dict(state["scaler"])
+    except Exception as error:
+        before = f"delete it to go on from {saved[-2]}" if len(saved) > 1 else "delete it to begin anew"
+        raise UserError(f"{saved[-1]}: damaged or of another student ({error}): {before}") from error
+    how = "".join(f", {k} {state['stage'][k]} -> {now[k]}" for k in changed)
+    say(f"Going on from step {state['step']} of {stage.steps}{how}")
+    return int(state["step"])
