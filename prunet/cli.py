@@ -405,7 +405,10 @@ def compare(
 def measure(
     model: Annotated[str, typer.Argument(help="Pipeline folder, .safetensors file, hub id, or run folder.")],
     protocol: Annotated[str, typer.Option(help="A protocol's name (see `prunet protocols`) or a YAML file.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for pictures and numbers.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for pictures and numbers; of a run: RUN/measured/PROTOCOL."),
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(help="The protocol's prompts: .txt, .csv or .tsv.")] = None,
     real: Annotated[
         Path | None, typer.Option(help="Real pictures (folder), features prunet saved, or pytorch-fid's .npz.")
@@ -419,9 +422,10 @@ def measure(
 ) -> None:
     """Draw a protocol's prompts and measure the pictures: FID, KID, CLIP score and others, with intervals.
 
-    Resumable. Several processes share the work: accelerate launch -m prunet measure MODEL --protocol NAME -o FOLDER
+    Resumable. Several processes share the work: accelerate launch -m prunet measure MODEL --protocol NAME -o FOLDER.
+    What is measured of a run goes into its report, too.
 
-    Example: prunet measure runs/demo --protocol emoji/protocols/emoji-train.yaml -o runs/demo-measured
+    Example: prunet measure runs/demo --protocol emoji/protocols/emoji-train.yaml
     """
     from prunet.features import declare_torchvision_ops
 
@@ -432,6 +436,9 @@ def measure(
 
     chosen, beside = load_protocol(protocol)
     texts = protocol_prompts(chosen, beside, prompts, limit)
+    is_run = (Path(model) / "recipe.yaml").is_file()
+    if output is None and not is_run:
+        raise UserError(f"{model}: is no run folder: say where the pictures and numbers go with --output FOLDER")
     files = {}
     for text in weights or []:
         name, sign, path = text.partition("=")
@@ -443,7 +450,7 @@ def measure(
         model,
         chosen,
         texts,
-        output,
+        output or Path(model) / "measured" / chosen.name,
         beside=beside,
         real=real,
         weights=files,
@@ -454,6 +461,10 @@ def measure(
     if result:
         from rich.markdown import Markdown
 
+        from prunet.report import write_report
+
+        if output is None and (Path(model) / "report.html").is_file():
+            write_report(model)
         _say(as_json, result, Markdown(markdown([result])))
 
 

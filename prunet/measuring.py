@@ -33,21 +33,10 @@ from prunet.latents import check_size
 from prunet.metrics import Measure, Moments
 from prunet.pictures import FORMATS, to_rgb
 from prunet.pipeline import SAMPLERS, set_sampler
-from prunet.protocol import NEED_REAL, Protocol, differences, prompts_hash
+from prunet.protocol import NEED_REAL, Protocol, describe, differences, prompts_hash, title_rows
 from prunet.sources import PICTURE_FILES
 from prunet.teacher import Teacher
 
-TITLES = {
-    "fid": "FID",
-    "is": "Inception score",
-    "kid": "KID",
-    "precision": "precision",
-    "recall": "recall",
-    "clip_score": "CLIP score",
-    "retrieval": "R@1 among the prompts",
-}
-#: Which way is better.
-LOWER = {"fid", "kid"}
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -362,21 +351,11 @@ def _brief(value: Any) -> str:
 
 def markdown(results: Sequence[Mapping[str, Any]]) -> str:
     """Results by one protocol as a table, one row a model."""
-    protocol = results[0]["protocol"]
-    names = list(results[0]["measures"])
-    better = {name: "lower" if name in LOWER else "higher" for name in names}
-    lines = ["| | " + " | ".join(f"{TITLES[n]} ({better[n]} is better)" for n in names) + " |"]
-    lines.append("|---|" + "---:|" * len(names))
+    protocol, columns = results[0]["protocol"], title_rows(results[0])
+    lines = ["| | " + " | ".join(f"{title} ({better} is better)" for title, better, _ in columns) + " |"]
+    lines.append("|---|" + "---:|" * len(columns))
     for result in results:
-        cells = [result["measures"][n] for n in names]
-        row = [f"{c['value']:.4g} [{c['low']:.4g}, {c['high']:.4g}]" for c in cells]
+        row = [f"{c['value']:.4g} [{c['low']:.4g}, {c['high']:.4g}]" for _, _, c in title_rows(result)]
         lines.append(f"| {result['model']['source']} | " + " | ".join(row) + " |")
-    lines += [
-        "",
-        f"Protocol {protocol['name']} version {protocol['version']}: {protocol['count']:,} pictures, "
-        f"{protocol['sampler']}, {protocol['steps']} steps, guidance {protocol['guidance_scale']}, "
-        f"{protocol['size']} px"
-        + (f" resized to {protocol['resize']}" if protocol["resize"] else "")
-        + f", seed {protocol['seed']}; in brackets 95 % intervals over the pictures drawn.",
-    ]
+    lines += ["", f"{describe(protocol)}; in brackets 95 % intervals over the pictures drawn."]
     return "\n".join(lines) + "\n"

@@ -16,9 +16,18 @@ from prunet.errors import UserError
 from prunet.recipe import Part, Steps, Weight, explain
 
 FOLDER = Path(__file__).parent / "protocols"
-METRICS = ("fid", "is", "kid", "precision", "recall", "clip_score", "retrieval")
 #: They compare with pictures that are not generated.
 NEED_REAL = {"fid", "kid", "precision", "recall"}
+#: Their names in tables, and which way is better. CLIP score is called after its model, if that is not CLIP.
+TITLES = {
+    "fid": ("FID", "lower"),
+    "is": ("Inception score", "higher"),
+    "kid": ("KID", "lower"),
+    "precision": ("precision", "higher"),
+    "recall": ("recall", "higher"),
+    "clip_score": ("CLIP score", "higher"),
+    "retrieval": ("R@1 among the prompts", "higher"),
+}
 PROMPT_COLUMNS = ("text", "caption", "prompt", "prompts", "captions")
 
 
@@ -73,8 +82,8 @@ class Protocol(Part):
 
     @model_validator(mode="after")
     def _whole(self) -> "Protocol":
-        if unknown := [m for m in self.metrics if m not in METRICS]:
-            raise ValueError(f"no metric {unknown[0]!r}: {', '.join(METRICS)}")
+        if unknown := [m for m in self.metrics if m not in TITLES]:
+            raise ValueError(f"no metric {unknown[0]!r}: {', '.join(TITLES)}")
         if self.real is None and (wanting := [m for m in self.metrics if m in NEED_REAL]):
             raise ValueError(f"{wanting[0]} compares with real pictures: give 'real'")
         if self.clip is None and ({"clip_score", "retrieval"} & set(self.metrics) or self.features == "clip"):
@@ -160,3 +169,24 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """The keys in which two protocols, as results store them, differ; what only describes is left out."""
     keys = sorted((a.keys() | b.keys()) - {"description", "note"})
     return [key for key in keys if a.get(key) != b.get(key)]
+
+
+def title_rows(result: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, float]]]:
+    """Title, which way is better, and the numbers, of each measure in a result."""
+    rows, clip = [], (result["protocol"].get("clip") or {})
+    for name, found in result["measures"].items():
+        title, better = TITLES[name]
+        if name == "clip_score" and clip.get("library") == "transformers" and not clip["model"].startswith("openai/"):
+            title = f"{clip['model']} score"
+        rows.append((title, better, found))
+    return rows
+
+
+def describe(protocol: Mapping[str, Any]) -> str:
+    """A protocol, as a result stores it, in one line."""
+    resized = f" resized to {protocol['resize']}" if protocol["resize"] else ""
+    return (
+        f"Protocol {protocol['name']} version {protocol['version']}: {protocol['count']:,} pictures, "
+        f"{protocol['sampler']}, {protocol['steps']} steps, guidance {protocol['guidance_scale']}, "
+        f"{protocol['size']} px{resized}, seed {protocol['seed']}"
+    )

@@ -11,6 +11,7 @@ import yaml
 from prunet import __version__, unet
 from prunet.charts import Point, draw_chart, inline, many, number, render, short, thin
 from prunet.files import read_json, write_text
+from prunet.protocol import describe, title_rows
 from prunet.training import read_log
 
 Row = Mapping[str, Any]
@@ -53,11 +54,19 @@ def write_report(folder: Path | str) -> Path:
             {name: evaluation["distance"][name]["denoiser_by_level"] for name in ("before", "after")},
             evaluation["protocol"]["levels"],
         ),
+        measured=_measured(folder / "measured"),
+        describe=describe,
         times={name: step["seconds"] for name, step in steps.items()},
     )
     path = folder / "report.html"
     write_text(path, page)
     return path
+
+
+def _measured(folder: Path) -> list[dict[str, Any]]:
+    """What `prunet measure` found by each protocol, with titles and which way is better."""
+    found = [read_json(path) for path in sorted(folder.glob("*/measures.json"))]
+    return [result | {"rows": title_rows(result)} for result in found]
 
 
 # -- pictures

@@ -157,6 +157,7 @@ def mistakes(bad: Path, sd: Path, pictures: Path, tmp_path: Path) -> dict[str, t
         "real pictures that are text": measure("--real", bad / "text.txt"),
         "features that are none": measure("--real", bad / "other.safetensors"),
         "no weights": measure("--real", bad / "pictures"),
+        "measuring to nowhere": ("measure", sd, "--protocol", bad / "protocol.yaml"),
         "weights without a name": measure("--weights", bad),
         "weights of an unknown network": measure("--real", bad / "pictures", "--weights", "vgg=x"),
         "weights that are not there": measure("--real", bad / "pictures", "--weights", f"clip={bad / 'nowhere'}"),

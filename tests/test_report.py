@@ -289,6 +289,21 @@ def test_losses_and_distances_of_nothing(tmp_path: Path) -> None:
     assert "as near as" not in page.text
 
 
+def test_measures_by_a_protocol_are_there_with_their_intervals(tmp_path: Path) -> None:
+    make_run(tmp_path, prompts=["a fox"])
+    assert "Measured by protocol" not in Page(write_report(tmp_path)).text
+    clip = {"library": "transformers", "model": "emoji-clip"}
+    protocol = {"name": "mine", "version": 3, "count": 882, "sampler": "ddim", "steps": 25, "guidance_scale": 2.0}
+    protocol |= {"size": 128, "resize": None, "seed": 0, "clip": clip}
+    measures = {"clip_score": {"value": 0.8125, "low": 0.8, "high": 0.825}}
+    (tmp_path / "measured" / "mine").mkdir(parents=True)
+    result = {"model": {"source": "x"}, "protocol": protocol, "measures": measures}
+    (tmp_path / "measured" / "mine" / "measures.json").write_text(json.dumps(result))
+    text = Page(write_report(tmp_path)).text
+    assert "emoji-clip score higher is better 0.8125 0.8000 to 0.8250" in text  # never CLIP score
+    assert "Protocol mine version 3: 882 pictures, ddim, 25 steps, guidance 2.0, 128 px, seed 0" in text
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"plan\.json"):
         write_report(tmp_path)
