@@ -300,7 +300,8 @@ def test_measures_by_a_protocol_are_there_with_their_intervals(tmp_path: Path) -
     result = {"model": {"source": "x"}, "protocol": protocol, "measures": measures}
     (tmp_path / "measured" / "mine" / "measures.json").write_text(json.dumps(result))
     text = Page(write_report(tmp_path)).text
-    assert "emoji-clip score higher is better 0.8125 0.8000 to 0.8250" in text  # never CLIP score
+    assert "emoji-clip score higher is better" in text  # never CLIP score
+    assert "0.8125" in text and "0.8000 to 0.8250" in text
     assert "Protocol mine version 3: 882 pictures, ddim, 25 steps, guidance 2.0, 128 px, seed 0" in text
 
 
