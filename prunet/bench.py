@@ -90,15 +90,15 @@ def _peak_memory_mb(net: nn.Module, call: Any, device: torch.device) -> float | 
         call()
         torch.cuda.synchronize(device)
         return (weights + torch.cuda.max_memory_allocated(device) - before) / 2**20
-    before_kb = _resident_kb("VmRSS")
-    if before_kb is None or not _reset_peak():
+    before_kb = resident_kb("VmRSS")
+    if before_kb is None or not reset_peak():
         return None
     call()
-    peak_kb = _resident_kb("VmHWM") or before_kb
+    peak_kb = resident_kb("VmHWM") or before_kb
     return weights / 2**20 + max(0, peak_kb - before_kb) / 1024
 
 
-def _resident_kb(field: str) -> int | None:
+def resident_kb(field: str) -> int | None:
     try:
         found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
     except OSError:
@@ -106,7 +106,7 @@ def _resident_kb(field: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def _reset_peak() -> bool:
+def reset_peak() -> bool:
     """Linux: forget the process's highest memory use so far."""
     try:
         Path("/proc/self/clear_refs").write_text("5")

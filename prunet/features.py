@@ -73,6 +73,9 @@ class Inception:
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str] | None = None) -> Features:
+        if len({picture.size for picture in pictures}) > 1:
+            parts = [self([picture]) for picture in pictures]
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         pixels = torch.stack([torch.from_numpy(np.array(p.convert("RGB"))).permute(2, 0, 1) for p in pictures])
         name = "torch_fidelity.feature_extractor_inceptionv3.interpolate_bilinear_2d_like_tensorflow1x"
         resize = nullcontext() if self.preprocessing == "torch-fidelity" else patch(name, _resize_like_pytorch_fid)

@@ -11,6 +11,7 @@ All of it is resumable, and shared out among the processes of `accelerate launch
 """
 
 import importlib.metadata
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -87,6 +88,7 @@ def measure(
     if (folder / "spec.json").is_file() and read_json(folder / "spec.json") != spec:
         raise UserError(f"{folder}: holds a measuring of another model or by another protocol: give another --output")
     if state.is_main_process:
+        _check_disk(folder, len(prompts), size, protocol.jpeg)
         write_json(folder / "spec.json", spec)
     state.wait_for_everyone()
 
@@ -123,6 +125,15 @@ def measure(
     write_text(folder / "measures.md", markdown([result]))
     write_json(folder / "measures.json", result)
     return result
+
+
+def _check_disk(folder: Path, count: int, size: int, jpeg: int | None) -> None:
+    """Photographs take about 0.6 of their pixels as PNG, and a tenth of them as JPEG."""
+    drawn = sum(path.stat().st_size for path in folder.glob("pictures/*.tar"))
+    need = count * size * size * 3 * (0.1 if jpeg else 0.6) - drawn
+    where = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    if shutil.disk_usage(where).free < need:
+        raise UserError(f"--output {folder}: {count:,} pictures need about {need / 1e9:.1f} GB: give another disk")
 
 
 class _Lazy:

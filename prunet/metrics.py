@@ -91,11 +91,12 @@ def kernel_distance(a: Array, b: Array, subset_size: int = 1000, subsets: int = 
     for _ in range(subsets):
         x = a[rng.choice(len(a), subset_size, replace=False)]
         y = b[rng.choice(len(b), subset_size, replace=False)]
-        found.append(_mmd2(x, y))
+        found.append(squared_mmd(x, y))
     return float(np.mean(found))
 
 
-def _mmd2(x: Array, y: Array) -> float:
+def squared_mmd(x: Array, y: Array) -> float:
+    """Unbiased, over all pairs of `x` and `y` (N, D), with KID's kernel."""
     xx, yy, xy = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
     within = ((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (xx, yy))
     return float(sum(within) - 2 * xy.mean())
@@ -178,7 +179,9 @@ def inception(logits: Array) -> Measure:
 def kid(ours: Array, real: Array, subset_size: int = 1000) -> Measure:
     """The interval comes from all pairs of features, since chance subsets would add to it."""
     value = kernel_distance(ours, real, subset_size)
-    return _jackknife(value, len(ours), lambda kept: _mmd2(ours[kept].astype(np.float64), real.astype(np.float64)))
+    return _jackknife(
+        value, len(ours), lambda kept: squared_mmd(ours[kept].astype(np.float64), real.astype(np.float64))
+    )
 
 
 def _jackknife(value: float, count: int, measure: Callable[[NDArray[np.int64]], float]) -> Measure:

@@ -1,0 +1,234 @@
+"""Distillation, images a second and peak memory: prunet's loop beside the loop of the published scripts.
+
+    python benchmarks/distill_speed.py emoji                         # what ships, seconds
+    python benchmarks/distill_speed.py sd-v1 --plan bk-small         # SD v1.4's size at 512 px, random weights
+    python benchmarks/distill_speed.py sdxl --plan vega --size 1024
+
+The reference does on every step what the published scripts do: the VAE and the text encoder encode the batch, every
+pair's features are compared in fp32, losses are read back, the EMA is updated tensor by tensor. prunet's loop reads a
+cache; what filling it costs is told apart. Each loop runs in a process of its own, in turn, `--rounds` times; the best
+round counts. The last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from prunet.bench import reset_peak, resident_kb
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
+
+
+def sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 4096) -> float:
+    """Floating-point operations a second of the fastest thing there is: a large matmul."""
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    times = []
+    for _ in range(6):
+        sync(device)
+        start = time.perf_counter()
+        a @ a
+        sync(device)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return (resident_kb("VmHWM") or 0) * 1024 / 1e9
+
+
+class Parts:
+    """Seconds by part of the step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self.device = device
+
+    @contextmanager
+    def __call__(self, name: str):
+        sync(self.device)
+        start = time.perf_counter()
+        yield
+        sync(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def reference_loop(teacher, student, pairs, pictures: torch.Tensor, captions: list[str], args, runtime) -> dict:
+    """Written from the description of BK-SDM's training (arXiv 2305.15798), plainly."""
+    from accelerate import Accelerator
+    from diffusers.training_utils import EMAModel
+
+    from prunet.teacher import conditioning
+
+    accelerator = Accelerator(mixed_precision=runtime.mixed_precision, cpu=runtime.torch_device.type == "cpu")
+    device, parts = accelerator.device, Parts(accelerator.device)
+    frozen, scheduler = teacher.unet.to(device), teacher.noise_scheduler
+    vae = teacher.vae.to(device)
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(name: str):
+        def hook(module, inputs, output):
+            kept[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    for pair in pairs:
+        frozen.get_submodule(pair.teacher).register_forward_hook(keep(f"teacher {pair.teacher}"))
+        student.get_submodule(pair.student).register_forward_hook(keep(f"student {pair.student}"))
+    student.to(device).train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5, weight_decay=1e-2)
+    ema = EMAModel(student.parameters(), decay=0.9999)
+    model, optimizer = accelerator.prepare(student, optimizer)
+    times = []
+    for step in range(args.steps + 1):
+        if step == 1:
+            parts.seconds.clear()  # the first step warms up
+        start = time.perf_counter()
+        with parts("vae"), torch.no_grad():
+            latents = vae.encode(pictures.to(device, vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
+        with parts("text"), torch.no_grad():
+            text = teacher.encode_prompts(captions)
+        noise = torch.randn_like(latents)
+        t = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=device)
+        noisy = scheduler.add_noise(latents, noise, t)
+        ids = torch.tensor([[args.size, args.size, 0, 0, args.size, args.size]] * len(latents), device=device)
+        known = conditioning(text.embeds, text.pooled, None if text.pooled is None else ids.float())
+        with parts("teacher"), torch.no_grad():
+            theirs = frozen(noisy.to(frozen.dtype), t, **known).sample
+        with parts("student"):
+            ours = model(noisy.float(), t, **known).sample
+            mse = torch.nn.functional.mse_loss
+            loss = mse(ours.float(), noise.float()) + mse(ours.float(), theirs.float())
+            for pair in pairs:
+                a, b = kept[f"student {pair.student}"], kept[f"teacher {pair.teacher}"]
+                loss = loss + mse(a.float(), b.detach().float())
+            accelerator.gather(loss.detach().repeat(len(latents))).mean().item()
+        with parts("backward"):
+            accelerator.backward(loss)
+        with parts("optimizer"):
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        with parts("ema"):
+            ema.step(student.parameters())
+        times.append(time.perf_counter() - start)
+    return {"seconds_per_step": min(times[1:]), "parts": {k: v / args.steps for k, v in parts.seconds.items()}}
+
+
+def prunet_loop(this, cache, folder: Path, args, runtime) -> dict:
+    """The real loop; its log has images a second for each step, the first of which warms up."""
+    from prunet.runs import load_unet
+    from prunet.training import distil, read_log
+
+    stage = this.recipe.stages[0].model_copy(update={"steps": args.steps + 1})
+    student = load_unet(this.folder / "student")
+    distil(this.teacher, student, this.pairs(1), cache, stage, folder, runtime=runtime, checkpoint_every=10**9)
+    speeds = [row["images_per_s"] for row in read_log(folder / "log.jsonl")[1:]]
+    return {"seconds_per_step": args.batch / max(speeds)}
+
+
+def child(args: argparse.Namespace) -> None:
+    from prunet import Run, Runtime
+    from prunet.latents import Cache
+    from prunet.recipe import Recipe
+    from prunet.runs import load_unet
+    from prunet.size import size_of
+
+    torch.set_num_threads(args.threads)
+    runtime = Runtime(device=args.device, precision=args.precision, micro_batch=args.batch, log_every=1)
+    stage = {"steps": 1, "batch_size": args.batch, "losses": {"level": args.level}}
+    value = {"teacher": str(args.teacher), "plan": args.plan, "stages": [stage], "sheet": {"every": 0}}
+    value |= {"data": {"source": str(args.folder / "pictures"), "size": args.size}, "output": str(args.folder / "run")}
+    this = Run(Recipe.model_validate({**value, "evaluation": {"prompts": ["a cat"]}}), runtime)
+    start = time.perf_counter()
+    for step in this.step_names("cache"):
+        this.do(step)
+    out: dict = {"prepared_s": time.perf_counter() - start}
+    device, cache = runtime.torch_device, Cache.open(this.cache_folder)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak()  # of the preparation
+    if args.loop == "reference":
+        student = load_unet(this.folder / "student")
+        torch.manual_seed(0)
+        pictures = torch.rand(args.batch, 3, args.size, args.size) * 2 - 1
+        out |= reference_loop(this.teacher, student, this.pairs(1), pictures, ["a cat"] * args.batch, args, runtime)
+    else:
+        this.teacher.release("vae", "text")
+        out |= prunet_loop(this, cache, Path(tempfile.mkdtemp(dir=args.folder)), args, runtime)
+    macs = [size.macs + size.attention_macs for size in (this.derived.teacher_size, this.derived.student_size)]
+    side = (args.size / this.teacher.vae_scale) ** 2 / (size_of(this.teacher.unet_config).latent_size[0] ** 2)
+    flops = 2 * (macs[0] + 3 * macs[1]) * side * args.batch  # forward of both, twice as much backward of the student
+    dtype = runtime.dtype
+    out |= {"images_per_s": args.batch / out["seconds_per_step"], "peak_memory_gb": peak_memory_gb(device)}
+    out["share_of_matmul_peak"] = flops / out["seconds_per_step"] / matmul_flops(device, dtype)
+    print(json.dumps(out))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=["emoji", "sd-v1", "sdxl"])
+    parser.add_argument("--plan", default="bk-small")
+    parser.add_argument("--level", default="block", help="of the feature losses (%(default)s)")
+    parser.add_argument("--size", type=int, help="pixels; 128, 512 and 1024 by default")
+    parser.add_argument("--batch", type=int, help="16 for emoji, else 1")
+    parser.add_argument("--steps", type=int, default=3, help="timed ones (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, help="of each loop, in turn (%(default)s)")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--loop", choices=["reference", "prunet"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--teacher", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.size = args.size or {"emoji": 128, "sd-v1": 512, "sdxl": 1024}[args.model]
+    args.batch = args.batch or (16 if args.model == "emoji" else 1)
+    if args.loop:
+        return child(args)
+
+    from conftest import make_pictures
+    from full_size import random_pipeline
+
+    with tempfile.TemporaryDirectory(prefix="prunet-speed-") as text:
+        folder = Path(text)
+        make_pictures(folder / "pictures", 2 * args.batch, args.size)
+        teacher = HERE.parent / "emoji" / "emoji-sd"
+        if args.model != "emoji":
+            teacher = folder / "teacher"
+            random_pipeline(teacher, args.model, torch.float16 if args.model == "sdxl" else torch.float32)
+        best: dict[str, dict] = {}
+        options = [arg for arg in sys.argv[1:] if not arg.startswith("--rounds")]
+        for _ in range(args.rounds):
+            for loop in ("reference", "prunet"):
+                where = ["--loop", loop, "--folder", str(folder), "--teacher", str(teacher)]
+                done = subprocess.run([sys.executable, __file__, *options, *where], stdout=subprocess.PIPE, text=True)
+                if done.returncode:
+                    raise SystemExit(f"the {loop} loop failed")
+                found = json.loads(done.stdout.splitlines()[-1])
+                print(loop, json.dumps(found), flush=True)
+                if loop not in best or found["images_per_s"] > best[loop]["images_per_s"]:
+                    best[loop] = found
+    speed = best["prunet"]["images_per_s"] / best["reference"]["images_per_s"]
+    memory = best["prunet"]["peak_memory_gb"] / best["reference"]["peak_memory_gb"]
+    print(f"prunet: {speed:.2f} times the images a second, {memory:.0%} of the peak memory")
+    said = {"model": args.model, "plan": args.plan, "size": args.size, "batch": args.batch, "threads": args.threads}
+    print(json.dumps({**said, **best, "speed": speed, "memory": memory}))
+
+
+if __name__ == "__main__":
+    main()
