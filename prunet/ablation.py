@@ -4,21 +4,23 @@ import math
 import os
 import re
 import statistics
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, Strict, ValidationError
 
 from prunet.console import console, progress, say
 from prunet.errors import UserError
 from prunet.files import read_json, write_json, write_text
-from prunet.recipe import Part, Recipe, explain, load_recipe
+from prunet.recipe import Part, Recipe, Seed, explain, load_recipe, load_yaml
 from prunet.runs import Run
 from prunet.training import Runtime
 
@@ -29,6 +31,8 @@ MEASURES = {
     ("after", "latent"): "latents, MSE",
     ("after", "picture"): "pictures, RMSE",
 }
+#: Values of a recipe that the ablation gives to each run.
+OWN = {"seed", "output", "cache"}
 # Student's t, 97.5 %: half the width of a 95 % interval in standard errors, by degrees of freedom.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -39,9 +43,9 @@ class Ablation(Part):
     title: str = "Ablation"
     recipe: str = Field(description="the recipe that all arms share")
     set: dict[str, Any] = Field(default={}, description="values for all arms, in place of the recipe's")
-    seeds: Annotated[list[int], Field(min_length=1, default_factory=lambda: [1, 2, 3])]
+    seeds: Annotated[list[Annotated[Seed, Strict()]], Field(min_length=1, default_factory=lambda: [1, 2, 3])]
     arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
-    output: str = Field(description="folder of all runs and of the table")
+    output: str = Field(min_length=1, description="folder of all runs and of the table")
 
 
 def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Ablation, dict[tuple[str, int], Recipe]]:
@@ -53,14 +57,16 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Abla
         UserError: not readable, or a recipe that does not fit, with the name of its arm.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"No ablation at {path}: give a YAML file (see benchmarks/ for examples)")
     try:
-        ablation = Ablation.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML: {error}") from error
+        ablation = Ablation.model_validate(load_yaml(path, "an ablation"))
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, Ablation)}") from error
+    if len(set(ablation.seeds)) < len(ablation.seeds):
+        raise UserError(f"{path}: a seed is given twice: {', '.join(map(str, ablation.seeds))}")
+    given = {*ablation.set, *(key for arm in ablation.arms.values() for key in arm)}
+    given |= {override.partition("=")[0].strip() for override in overrides}
+    if own := OWN & given:
+        raise UserError(f"{path}: {sorted(own)[0]!r} is set for each run by the ablation itself: leave it out")
     folders = [folder_name(arm) for arm in ablation.arms]
     if len(set(folders)) < len(folders) or "" in folders:
         raise UserError(f"{path}: two arms would share one folder, or one has no name: {', '.join(ablation.arms)}")
@@ -74,11 +80,19 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Abla
             except UserError as error:
                 raise UserError(f"{path}: arm {arm!r}: {error}") from error
             recipes[arm, seed] = _share_cache(recipe, Path(ablation.output) / "caches")
-            same = next(iter(recipes.values()))
-            for part in ("teacher", "evaluation"):
-                if getattr(recipe, part) != getattr(same, part):
-                    raise UserError(f"{path}: arm {arm!r} changes {part}: what is measured must be the same for all")
+            same, ours = (_measured(r) for r in (next(iter(recipes.values())), recipe))
+            if apart := [part for part in ours if ours[part] != same[part]]:
+                first = next(iter(ablation.arms))
+                raise UserError(
+                    f"{path}: arms {first!r} and {arm!r} differ in {apart[0]}, so that no table can hold both"
+                )
     return ablation, recipes
+
+
+def _measured(recipe: Recipe) -> dict[str, Any]:
+    """What decides how a student is measured: by which teacher's pictures, of what size, how drawn."""
+    last = recipe.stages[-1].teacher or recipe.teacher
+    return {"teacher": last, "evaluation": recipe.evaluation, "data.size": recipe.data.size}
 
 
 def folder_name(arm: str) -> str:
@@ -110,7 +124,10 @@ def ablate(
     runtime = runtime or Runtime()
     runs: dict[tuple[str, int], Run] = {}
     for key, recipe in recipes.items():
-        runs[key] = Run(recipe, runtime, like=next(iter(runs.values()), None))
+        try:
+            runs[key] = Run(recipe, runtime, like=next(iter(runs.values()), None))
+        except UserError as error:
+            raise UserError(f"arm {key[0]!r}: {error}") from error
     for run in runs.values():  # first of all, since several arms wait for the same one
         for step in run.step_names("cache"):
             if not run.is_done(step):
@@ -138,9 +155,14 @@ def _each_done(
     context = get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (context.Value("i", 0), workers)) as pool:
         work = {pool.submit(_do_in_worker, recipes[key], runtime): key for key in todo}
-        for done in as_completed(work):
-            done.result()
-            yield work[done]
+        try:
+            for done in as_completed(work):
+                done.result()
+                yield work[done]
+        except BrokenProcessPool as error:
+            raise UserError(
+                "A worker was killed (out of memory, perhaps): lower --workers; the same command goes on from here"
+            ) from error
 
 
 def _do(recipe: Recipe, runtime: Runtime) -> None:
@@ -158,7 +180,16 @@ def _start_worker(counter: Any, workers: int) -> None:
         _worker = counter.value
         counter.value += 1
     console.quiet = True
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would go on writing where the same command, given again, writes, too."""
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def _do_in_worker(recipe: Recipe, runtime: Runtime) -> None:

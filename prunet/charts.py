@@ -11,6 +11,8 @@ from typing import Any
 import jinja2
 from PIL import Image
 
+from prunet.errors import UserError
+
 Point = tuple[float, float]
 MOST_POINTS = 500  # of a line
 
@@ -62,8 +64,11 @@ def inline(path: Path, side: int) -> dict[str, Any] | None:
     """A picture as a data URI, no larger than it is shown: PNG when tiny, else WebP; None when it is not there."""
     if not path.is_file():
         return None
-    with Image.open(path) as file:
-        picture = file.convert("RGB")
+    try:
+        with Image.open(path, formats=("PNG",)) as file:
+            picture = file.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{path}: damaged ({error}): delete its folder and evaluate again") from error
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     kind = "png" if max(picture.size) <= 64 else "webp"
     data = io.BytesIO()

@@ -463,9 +463,9 @@ def measure(
 
         from prunet.report import write_report
 
+        _say(as_json, result, Markdown(markdown([result])))
         if output is None and (Path(model) / "report.html").is_file():
             write_report(model)
-        _say(as_json, result, Markdown(markdown([result])))
 
 
 @app.command()

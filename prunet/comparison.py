@@ -33,6 +33,10 @@ class Compared:
         return self.evaluation["distance"]["after"]
 
     @property
+    def teacher(self) -> str:
+        return short(yaml.safe_load(self.recipe_text)["teacher"]["source"])
+
+    @property
     def axis(self) -> Any:
         stages = yaml.safe_load(self.recipe_text)["stages"]
         return read_logs([self.folder / f"stage-{number}" for number in range(1, len(stages) + 1)])
@@ -50,11 +54,7 @@ def open_runs(folders: Sequence[Path | str]) -> list[Compared]:
     names = _names(paths)
     runs = []
     for i, folder in enumerate(paths):
-        if not (folder / "evaluation" / "evaluation.json").is_file():
-            raise UserError(f"{folder}: not evaluated; `prunet evaluate RECIPE` does that")
-        recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
-        plan, evaluation = (read_json(folder / name) for name in ("plan.json", "evaluation/evaluation.json"))
-        runs.append(Compared(names[i], f"run-{i}", folder, plan, evaluation, recipe_text))
+        runs.append(_open_run(folder, names[i], f"run-{i}"))
     first = _protocol(runs[0])
     for run in runs[1:]:
         if apart := differences(first, _protocol(run)):
@@ -65,10 +65,31 @@ def open_runs(folders: Sequence[Path | str]) -> list[Compared]:
     return runs
 
 
+def _open_run(folder: Path, name: str, kind: str) -> Compared:
+    """A run whose evaluation is of the student that it has now.
+
+    Raises:
+        UserError: it is not, or something in the folder is damaged.
+    """
+    try:
+        steps = read_json(folder / "steps.json") if (folder / "steps.json").is_file() else {}
+        if "evaluate" not in steps:
+            raise UserError(f"{folder}: not evaluated, or trained since: finish it with `prunet run {folder}`")
+        plan, evaluation = (read_json(folder / part) for part in ("plan.json", "evaluation/evaluation.json"))
+        if "intervals" not in evaluation["distance"]["after"]:
+            raise UserError(f"{folder}: evaluated by an older prunet: delete {folder / 'evaluation'} and run it again")
+        recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+        run = Compared(name, kind, folder, plan, evaluation, recipe_text)
+        _ = run.axis, _protocol(run), draw_unet(plan), evaluation["sizes"], evaluation["speed"], run.teacher
+        return run
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"{folder}: damaged ({error!r}): finish it again with its recipe") from error
+
+
 def _names(paths: list[Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart."""
-    for depth in range(1, max(len(path.absolute().parts) for path in paths) + 1):
-        names = ["/".join(path.absolute().parts[-depth:]) for path in paths]
+    for depth in range(1, max(len(path.resolve().parts) for path in paths) + 1):
+        names = ["/".join(path.resolve().parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
             return names
     raise UserError(f"compare: {paths[0]} is given twice")
@@ -85,7 +106,7 @@ def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
     page = render(
         "comparison.html.j2",
         version=__version__,
-        teacher=short(yaml.safe_load(runs[0].recipe_text)["teacher"]["source"]),
+        teacher=runs[0].teacher,
         runs=runs,
         protocol=protocol,
         columns={"teacher": "teacher"} | {run.kind: run.name for run in runs},

@@ -125,7 +125,8 @@ class Clip:
             tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
             return _tensor(net.get_text_features(input_ids=tokens["input_ids"].to(device)))
 
-        return cls(images, texts, file_hash(weights))
+        files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".safetensors") and p.is_file())
+        return cls(images, texts, hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()[:16])
 
     @classmethod
     def load_open_clip(cls, name: str, weights: Path, device: str | torch.device = "cpu") -> "Clip":

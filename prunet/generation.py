@@ -16,7 +16,7 @@ from PIL import Image
 from prunet.console import progress
 from prunet.errors import UserError
 from prunet.files import new_file
-from prunet.pictures import FORMATS, encode
+from prunet.pictures import encode
 from prunet.pipeline import draw
 
 SHARD = 100
@@ -80,7 +80,7 @@ def read_shard(path: Path) -> Iterator[tuple[Image.Image, str]]:
         with tarfile.open(path) as tar:
             files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
         for name in sorted(n for n in files if not n.endswith(".txt")):
-            picture = Image.open(io.BytesIO(files[name]), formats=FORMATS).convert("RGB")
+            picture = Image.open(io.BytesIO(files[name]), formats=("PNG", "JPEG")).convert("RGB")
             yield picture, files[f"{name.rpartition('.')[0]}.txt"].decode()
     except (OSError, tarfile.TarError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: damaged ({error}): delete it, and it is drawn again") from error

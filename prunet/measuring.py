@@ -2,15 +2,16 @@
 
 The folder that comes of it::
 
-    spec.json                  the protocol as it was used, and the model's fingerprint
-    pictures/00000.tar ...     what was drawn, with prompts
-    features/NET/00000...      features of each shard; real.safetensors: of the real pictures, to be given again
+    pictures/00000.tar ...     what was drawn, with prompts; spec.json: from what
+    features/NET-HASH/00000... features of each shard
+    real.safetensors           those of the real pictures, to be given again
     measures.json  measures.md
 
 All of it is resumable, and shared out among the processes of `accelerate launch`.
 """
 
 import importlib.metadata
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,22 +21,19 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
 from prunet import metrics
-from prunet.console import progress, say
+from prunet.charts import short
 from prunet.errors import UserError
-from prunet.features import INCEPTION_SOURCE, Clip, Features, Inception, file_hash, prepared
-from prunet.files import new_file, read_json, write_json, write_text
-from prunet.generation import SHARD, draw_shards, read_shard
+from prunet.features import INCEPTION_SOURCE, Clip, Inception
+from prunet.files import read_json, write_json, write_text
+from prunet.generation import draw_shards
 from prunet.latents import check_size
 from prunet.metrics import Measure, Moments
-from prunet.pictures import FORMATS, to_rgb
 from prunet.pipeline import SAMPLERS, set_sampler
-from prunet.protocol import NEED_REAL, Protocol, describe, differences, prompts_hash, title_rows
-from prunet.sources import PICTURE_FILES
+from prunet.prompts import prompts_hash
+from prunet.protocol import NEED_REAL, Protocol, describe, differences, title_rows
+from prunet.statistics import FEWEST, Reference, drawn_shards, extract, gather, preparation, tag
 from prunet.teacher import Teacher
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,67 +62,113 @@ def measure(
     """
     folder, state = Path(folder), PartialState(cpu=torch.device(device).type == "cpu")
     where = state.device if state.num_processes > 1 else torch.device(device)
-    exported = Path(model) / "pipeline"
-    teacher = Teacher(
-        exported if exported.is_dir() else model, config=config, device=where, dtype=DTYPES[protocol.precision]
-    )
+    teacher = _open_model(Path(str(model)), str(model), config, where, DTYPES[protocol.precision])
     size = protocol.size or teacher.native_size
     check_size(teacher, size, "size")
     if protocol.sampler not in SAMPLERS:
         raise UserError(f"protocol {protocol.name}: no sampler {protocol.sampler!r}: {', '.join(SAMPLERS)}")
     teacher.check_weights()
-    reference = _reference(protocol, real, beside)
-    content = _content_hash(reference)
+    _check_count(protocol, len(prompts))
+    reference = Reference.open(protocol, real, beside)
     networks = load_networks(protocol, dict(weights or {}), beside, where)
-    if "kid" in protocol.metrics and len(prompts) < protocol.kid_subset_size:
-        raise UserError(f"{len(prompts):,} prompts are too few for KID with subsets of {protocol.kid_subset_size:,}")
-
-    # What lies where does not matter, what it holds does.
-    left_out = {"prompts": {"file", "source"}, "real": {"file", "source"}, "clip": {"file", "source"}}
-    used = protocol.model_dump(mode="json", exclude=left_out)
-    used |= {"size": size, "count": len(prompts), "prompts_sha256": prompts_hash(list(prompts))}
-    used |= {"networks": {name: net.hash for name, net in networks.items()}, "real_sha256": content}
-    spec = {"protocol": used, "model": teacher.fingerprint()}
-    if (folder / "spec.json").is_file() and read_json(folder / "spec.json") != spec:
-        raise UserError(f"{folder}: holds a measuring of another model or by another protocol: give another --output")
+    drawing = {
+        "model": teacher.fingerprint(),
+        "prompts_sha256": prompts_hash(prompts),
+        **protocol.model_dump(include={"seed", "sampler", "steps", "guidance_scale", "precision", "jpeg"}),
+        **{"size": size, "count": len(prompts)},
+    }
+    _check_folder(folder / "pictures", drawing)
+    state.wait_for_everyone()
     if state.is_main_process:
         _check_disk(folder, len(prompts), size, protocol.jpeg)
-        write_json(folder / "spec.json", spec)
-    state.wait_for_everyone()
+        write_json(folder / "pictures" / "spec.json", drawing)
 
     share = {"rank": state.process_index, "ranks": state.num_processes}
-    how = {"steps": protocol.steps, "guidance_scale": protocol.guidance_scale, "seed": protocol.seed}
-    shards = draw_shards(
+    named = {
+        name: folder / "features" / f"{name}-{tag(net.hash, preparation(protocol, name))}"
+        for name, net in networks.items()
+    }
+    theirs: Any = None
+    if reference is not None:  # before anything is drawn, since a picture among them may be broken
+        net = networks[protocol.features]
+        extracted = folder / "features" / f"real-{tag(named[protocol.features].name, reference.content)}"
+        extract(reference.shards(), net, protocol, extracted, **share)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            theirs = reference.features(net, protocol, extracted, folder / "real.safetensors")
+    paths = draw_shards(
         _Lazy(lambda: set_sampler(teacher.pipeline(), protocol.sampler)),
         prompts,
         folder / "pictures",
+        seed=protocol.seed,
+        steps=protocol.steps,
+        guidance_scale=protocol.guidance_scale,
         size=size,
         jpeg=protocol.jpeg,
         batch_size=batch_size,
-        **share,  # type: ignore[arg-type]
-        **how,  # type: ignore[arg-type]
+        **share,
     )
     teacher.release("unet", "vae", "text")
+    shards = drawn_shards(paths, len(prompts))
     for name, net in networks.items():
-        _extract(shards, net, protocol, folder / "features" / name, **share)
-        if reference is not None and reference.is_dir() and name == protocol.features:
-            _extract(_chunks(reference), net, protocol, folder / "features" / f"{name}-real", **share)
+        extract(shards, net, protocol, named[name], **share)
     state.wait_for_everyone()
     if not state.is_main_process:
         return {}
 
-    found = {name: _together(folder / "features" / name) for name in networks}
-    theirs = _real_features(reference, folder, networks, protocol)
-    measures = {name: asdict(value) for name, value in measured(protocol, found, theirs).items()}
+    found = {name: gather(shards, named[name]) for name in networks}
+    # What lies where does not matter, what it holds does.
+    left_out = {"prompts": {"file", "source"}, "real": {"file", "source"}, "clip": {"file", "source"}}
+    used = protocol.model_dump(mode="json", exclude=left_out)
+    used |= {"size": size, "count": len(prompts), "prompts_sha256": drawing["prompts_sha256"]}
+    used |= {"networks": {name: net.hash for name, net in networks.items()}}
     result = {
-        "model": {"source": Path(str(model)).name, "fingerprint": spec["model"]},
-        "protocol": used,
-        "measures": measures,
+        "model": {"source": short(str(model)), "fingerprint": drawing["model"]},
+        "protocol": used | {"real_sha256": reference.content if reference else None},
+        "measures": {name: asdict(value) for name, value in measured(protocol, found, theirs).items()},
         "versions": {name: importlib.metadata.version(name) for name in ("prunet", "torch", "diffusers")},
     }
+    for name, measure in result["measures"].items():
+        if not all(map(math.isfinite, measure.values())):
+            raise UserError(
+                f"{name} came out as {measure['value']}: too few pictures, or features that are not numbers"
+            )
     write_text(folder / "measures.md", markdown([result]))
     write_json(folder / "measures.json", result)
     return result
+
+
+def _open_model(path: Path, source: str, config: str | None, device: torch.device, dtype: torch.dtype) -> Teacher:
+    """The pipeline of a run, or any other."""
+    if (path / "recipe.yaml").is_file():
+        if not (path / "pipeline" / "model_index.json").is_file():
+            raise UserError(f"{path}: a run without its pipeline yet: finish it with `prunet run {path}`")
+        source = str(path / "pipeline")
+    return Teacher(source, config=config, device=device, dtype=dtype)
+
+
+def _check_count(protocol: Protocol, count: int) -> None:
+    sets = {"is", *NEED_REAL} & set(protocol.metrics)
+    if sets and count < FEWEST:
+        raise UserError(f"{count} prompts are too few for {sorted(sets)[0]}: {FEWEST} at least")
+    if "kid" in protocol.metrics and count < protocol.kid_subset_size:
+        raise UserError(f"{count:,} prompts are too few for KID with subsets of {protocol.kid_subset_size:,}")
+
+
+def _check_folder(pictures: Path, drawing: dict[str, Any]) -> None:
+    """Pictures that were drawn otherwise are neither used nor deleted."""
+    spec = pictures / "spec.json"
+    if not spec.is_file():
+        if pictures.is_dir() and any(pictures.glob("*.tar")):
+            raise UserError(f"{pictures}: pictures without a spec.json: delete that folder, or give another --output")
+        return
+    before = read_json(spec)
+    apart = sorted(key for key in drawing if before.get(key) != drawing[key])
+    if apart:
+        raise UserError(
+            f"{pictures}: holds pictures drawn with another {', '.join(apart)}: delete that folder to draw them anew, "
+            "or give another --output"
+        )
 
 
 def _check_disk(folder: Path, count: int, size: int, jpeg: int | None) -> None:
@@ -184,121 +228,6 @@ def load_networks(
     return networks
 
 
-# -- features, one file a shard
-
-
-def _extract(
-    shards: Sequence[Any], net: Any, protocol: Protocol, folder: Path, *, rank: int = 0, ranks: int = 1
-) -> None:
-    """Features of each shard (a tar of ours, or a list of picture files) into a file of its own."""
-    mine = [(i, shard) for i, shard in enumerate(shards) if i % ranks == rank]
-    with progress(f"Features: {folder.name}", len(mine)) as bar:
-        for i, shard in mine:
-            path = folder / f"{i:05d}.safetensors"
-            if not path.is_file():
-                drawn = isinstance(shard, Path)
-                samples = list(read_shard(shard) if drawn else map(_open, shard))
-                parts: list[Features] = []
-                for at in range(0, len(samples), 50):
-                    pictures, texts = zip(*samples[at : at + 50], strict=True)
-                    how = (protocol.resize, protocol.resample, protocol.jpeg)
-                    parts.append(net([prepared(p, *how) for p in pictures], list(texts) if drawn else None))
-                whole = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
-                with new_file(path) as part_file:
-                    save_file(whole, part_file)
-            bar.advance()
-
-
-def _open(path: Path) -> tuple[Image.Image, str]:
-    try:
-        with Image.open(path, formats=FORMATS) as picture:
-            picture.load()
-            return to_rgb(picture), ""
-    except OSError as error:
-        raise UserError(f"{path}: not readable as a picture ({error}): take it away or mend it") from error
-
-
-def _chunks(folder: Path) -> list[list[Path]]:
-    """The pictures in a folder, a shard's worth at a time."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_FILES)
-    return [files[at : at + SHARD] for at in range(0, len(files), SHARD)]
-
-
-def _together(folder: Path) -> dict[str, metrics.Array]:
-    parts = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
-    return {name: torch.cat([part[name] for part in parts]).double().numpy() for name in parts[0]}
-
-
-def _reference(protocol: Protocol, real: Path | None, beside: Path | None) -> Path | None:
-    """Where the real pictures, their features or their moments are.
-
-    Raises:
-        UserError: the protocol needs some and there are none.
-    """
-    if protocol.real is None or not NEED_REAL & set(protocol.metrics):
-        return None
-    path = real or (beside / protocol.real.file if beside and protocol.real.file else None)
-    if path is None:
-        raise UserError(
-            f"protocol {protocol.name} compares with real pictures: give --real PATH. {protocol.real.source}"
-        )
-    if path.is_dir():
-        count = sum(map(len, _chunks(path)))
-        if not count:
-            raise UserError(f"--real {path}: no picture in it")
-        if protocol.real.count not in (None, count):
-            raise UserError(f"--real {path}: {count:,} pictures, not {protocol.real.count:,}. {protocol.real.source}")
-    elif not path.is_file() or path.suffix not in (".npz", ".safetensors"):
-        raise UserError(f"--real {path}: give a folder of pictures, .safetensors of prunet, or pytorch-fid's .npz")
-    elif path.suffix == ".npz":
-        if others := sorted(NEED_REAL & set(protocol.metrics) - {"fid"}):
-            raise UserError(f"--real {path}: mean and covariance are not enough for {others[0]}: give the pictures")
-        Moments.load(path)
-    return path
-
-
-def _content_hash(reference: Path | None) -> str | None:
-    """Of the real pictures' features, or of what they will be made from."""
-    if reference is None:
-        return None
-    if reference.is_dir():
-        names = [f"{file_hash(path)}" for chunk in _chunks(reference) for path in chunk]
-        return prompts_hash(names)[:16]
-    if reference.suffix == ".npz":
-        return file_hash(reference)
-    return _label(reference)["content"]
-
-
-def _label(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(path, "pt") as file:
-            label = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not readable as safetensors ({error})") from error
-    if not {"network", "content"} <= label.keys():
-        raise UserError(f"{path}: not features that prunet saved (real.safetensors of a measuring)")
-    return label
-
-
-def _real_features(reference: Path | None, folder: Path, networks: Mapping[str, Any], protocol: Protocol) -> Any:
-    """`Moments`, or features (N, D), of the real pictures; those of a folder are saved to be given again."""
-    if reference is None:
-        return None
-    if reference.suffix == ".npz" and reference.is_file():
-        return Moments.load(reference)
-    name = protocol.features
-    if reference.is_dir():
-        features = _together(folder / "features" / f"{name}-real")[_key(protocol)]
-        label = {"network": networks[name].hash, "content": str(_content_hash(reference))}
-        with new_file(folder / "real.safetensors") as part:
-            save_file({"features": torch.from_numpy(features).float()}, part, metadata=label)
-        say(f"  features of {len(features):,} real pictures are in {folder / 'real.safetensors'}, for the next --real")
-        return features
-    if _label(reference)["network"] != networks[name].hash:
-        raise UserError(f"{reference}: features by another network: give the pictures, or features made by this one")
-    return load_file(reference)["features"].double().numpy()
-
-
 def _points(protocol: Protocol, features: metrics.Array) -> metrics.Array:
     """Only the direction of CLIP's embeddings says what is in a picture; KID's kernel then is (cosine + 1)^3."""
     if protocol.features == "inception":
@@ -306,21 +235,19 @@ def _points(protocol: Protocol, features: metrics.Array) -> metrics.Array:
     return features / np.linalg.norm(features, axis=1, keepdims=True) * np.sqrt(features.shape[1])
 
 
-def _key(protocol: Protocol) -> str:
-    return "pool" if protocol.features == "inception" else "image"
-
-
 def measured(protocol: Protocol, found: Mapping[str, Mapping[str, metrics.Array]], real: Any) -> dict[str, Measure]:
     """The protocol's metrics from features by network; `real` as `_real_features` gives it."""
-    out = {}
+    out, key = {}, "pool" if protocol.features == "inception" else "image"
+    ours = _points(protocol, found[protocol.features][key]) if NEED_REAL & set(protocol.metrics) else np.zeros((0, 0))
     if isinstance(real, np.ndarray):
         real = _points(protocol, real)
+        if real.shape[1] != ours.shape[1]:
+            raise UserError(f"--real: features of {real.shape[1]} numbers, where the network gives {ours.shape[1]}")
     for name in protocol.metrics:
-        ours = _points(protocol, found[protocol.features][_key(protocol)]) if name in NEED_REAL else np.zeros((0, 0))
         if name == "fid":
             out[name] = metrics.fid(ours, real if isinstance(real, Moments) else Moments.of(real))
         elif name == "kid":
-            out[name] = metrics.kid(ours, real, min(protocol.kid_subset_size, len(real)))
+            out[name] = metrics.kid(ours, real, protocol.kid_subset_size)
         elif name in ("precision", "recall"):
             out[name] = metrics.mean_of(metrics.covered(*((ours, real) if name == "precision" else (real, ours))))
         elif name == "is":
@@ -337,11 +264,9 @@ def compare(folders: Sequence[Path | str]) -> list[dict[str, Any]]:
     Raises:
         UserError: a folder without a result, or two protocols (says in what they differ).
     """
-    results = []
-    for folder in map(Path, folders):
-        if not (folder / "measures.json").is_file():
-            raise UserError(f"{folder}: nothing measured there (no measures.json); `prunet measure` makes one")
-        results.append(read_json(folder / "measures.json"))
+    results = [read_result(Path(folder)) for folder in folders]
+    if len({Path(folder).resolve() for folder in folders}) < len(results):
+        raise UserError("compare: one folder is given twice")
     first = results[0]["protocol"]
     for folder, result in zip(map(Path, folders), results, strict=True):
         if apart := differences(first, result["protocol"]):
@@ -353,6 +278,31 @@ def compare(folders: Sequence[Path | str]) -> list[dict[str, Any]]:
                 "about each other"
             )
     return results
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """What `measure` wrote into a folder.
+
+    Raises:
+        UserError: nothing there, or not whole.
+    """
+    path = folder / "measures.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: nothing measured there (no measures.json); `prunet measure` makes one")
+    try:
+        result = read_json(path)
+        (
+            title_rows(result),
+            describe(result["protocol"]),
+            str(result["model"]["source"] + result["model"]["fingerprint"]),
+        )
+        if not result["measures"] or not all(
+            math.isfinite(sum(found.values())) for found in result["measures"].values()
+        ):
+            raise ValueError("numbers are missing")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: damaged, or of another version ({error!r}): measure again") from error
+    return result
 
 
 def _brief(value: Any) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +50,7 @@ class Moments:
         try:
             with np.load(path, allow_pickle=False) as file:
                 mean, covariance = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
             raise UserError(f"{path}: not an .npz with mu and sigma, as pytorch-fid writes it ({error})") from error
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise UserError(f"{path}: mu {mean.shape} and sigma {covariance.shape} do not belong together")

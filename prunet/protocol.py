@@ -3,17 +3,15 @@
 Shipped ones are the YAML files in `prunet/protocols/`; a file of the user's own works the same.
 """
 
-import csv
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from prunet.errors import UserError
-from prunet.recipe import Part, Steps, Weight, explain
+from prunet.prompts import prompts_hash, read_prompt_file
+from prunet.recipe import Part, Seed, Steps, Weight, explain, load_yaml
 
 FOLDER = Path(__file__).parent / "protocols"
 #: They compare with pictures that are not generated.
@@ -28,7 +26,6 @@ TITLES = {
     "clip_score": ("CLIP score", "higher"),
     "retrieval": ("R@1 among the prompts", "higher"),
 }
-PROMPT_COLUMNS = ("text", "caption", "prompt", "prompts", "captions")
 
 
 class Given(Part):
@@ -53,11 +50,11 @@ class Clip(Part):
 class Protocol(Part):
     """What is drawn, how, and what it is compared with. `precision` is that of drawing."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     version: Steps = 1
     description: str = ""
     prompts: Given
-    seed: int = 0
+    seed: Seed = 0
     size: Annotated[int, Field(ge=8)] | None = Field(default=None, description="pixels; the model's own if not given")
     sampler: str = "dpmsolver++"
     steps: Steps = 25
@@ -75,7 +72,7 @@ class Protocol(Part):
     preprocessing: Literal["torch-fidelity", "pytorch-fid"] = Field(
         default="torch-fidelity", description="how pictures are resized for the Inception network: the two differ"
     )
-    kid_subset_size: Steps = 1000
+    kid_subset_size: Annotated[int, Field(ge=10)] = 1000
     clip: Clip | None = None
     real: Given | None = None
     note: str = Field(default="", description="where it departs from what it follows")
@@ -105,10 +102,7 @@ def load_protocol(name: str | Path) -> tuple[Protocol, Path]:
     if not path.is_file():
         raise UserError(f"No protocol {str(name)!r}: choose {', '.join(protocol_names())}, or give a YAML file")
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Protocol.model_validate(value), path.parent
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML: {error}") from error
+        return Protocol.model_validate(load_yaml(path, "a protocol")), path.parent
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, Protocol)}") from error
 
@@ -132,37 +126,9 @@ def protocol_prompts(protocol: Protocol, folder: Path, given: Path | None, limit
     prompts = prompts[: wanted.count]
     if wanted.sha256 is not None and prompts_hash(prompts) != wanted.sha256:
         raise UserError(f"{path}: not the prompts of protocol {protocol.name} (their hash differs). {wanted.source}")
+    if len(prompts[:limit]) < 2:
+        raise UserError(f"{path}: one prompt is too few to measure by")
     return prompts[:limit]
-
-
-def prompts_hash(prompts: list[str]) -> str:
-    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-
-
-def read_prompt_file(path: Path) -> list[str]:
-    """A text file with one prompt a line, or .csv or .tsv with a column of them.
-
-    Raises:
-        UserError: not there, not UTF-8, empty, or no such column.
-    """
-    if not path.is_file():
-        raise UserError(f"No prompt file at {path}: give a text file with one prompt a line, or a .csv or .tsv")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not readable as UTF-8 text: {error}") from error
-    if path.suffix in (".csv", ".tsv"):
-        rows = csv.DictReader(text.splitlines(keepends=True), delimiter="," if path.suffix == ".csv" else "\t")
-        columns = list(rows.fieldnames or [])
-        column = next((c for c in columns if c.lower() in PROMPT_COLUMNS), None)
-        if column is None:
-            raise UserError(f"{path}: no column of prompts ({', '.join(PROMPT_COLUMNS)}) among {', '.join(columns)}")
-        prompts = [(row[column] or "").strip() for row in rows]
-    else:
-        prompts = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    if not prompts:
-        raise UserError(f"{path}: no prompt in it")
-    return prompts
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

@@ -26,8 +26,10 @@ from pydantic import (
 
 from prunet.errors import UserError
 from prunet.plan import Level, Plan, load_plan, preset_names
+from prunet.prompts import read_prompt_file
 
 Steps = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, le=2**62)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -177,7 +179,7 @@ class Recipe(Part):
     cache: str | None = Field(
         default=None, description="where the latents go, to share them between runs; in the run folder"
     )
-    seed: int = 1234
+    seed: Seed = 1234
     checkpoint_every: Steps = 1000
     keep_checkpoints: Steps = 2
 
@@ -205,6 +207,33 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list) else value
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice: the second would silently take the place of the first."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((key for key in keys if keys.count(key) > 1 and key != "<<"), None):
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: not there, not readable, or no mapping.
+    """
+    if not path.is_file():
+        raise UserError(f"No file at {path}: give {what} in YAML (docs/ has examples)")
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {what} is a mapping of keys and values")
+    return value
+
+
 def load_recipe(path: str | Path, overrides: Iterable[str] = (), values: Mapping[str, Any] | None = None) -> Recipe:
     """Reads a YAML recipe; `overrides` are `key.sub=value` strings (`stages.0.steps=100`), values parsed as YAML.
     `values` are the same with values that are parsed already, and go before them.
@@ -217,12 +246,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), values: Mapping
     path = Path(path)
     if not path.is_file():
         raise UserError(f"No recipe at {path}: give a YAML file (see recipes/ for examples)")
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a recipe is a mapping with teacher, plan, data, stages, evaluation and output")
+    value = load_yaml(path, "a recipe")
     for key, new in (values or {}).items():
         _override(value, key, copy.deepcopy(new), repr(key))
     for override in overrides:
@@ -292,16 +316,7 @@ def explain(error: ValidationError, whole: type[Part] = Recipe) -> str:
 
 
 def read_prompts(value: str | list[str], limit: int | None = None) -> list[str]:
-    """The prompts of a list, or of a text file with one a line (empty lines and `#` comments left out)."""
+    """The prompts of a list, or of a file (see `prunet.prompts`)."""
     if isinstance(value, str):
-        path = Path(value)
-        if not path.is_file():
-            raise UserError(f"No prompt file at {path}: give a text file with one prompt a line, or a list of prompts")
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text: {error}") from error
-        value = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not value:
-            raise UserError(f"{path}: no prompt in it")
+        value = read_prompt_file(Path(value))
     return value[:limit]

@@ -10,8 +10,10 @@ import yaml
 
 from prunet import __version__, unet
 from prunet.charts import Point, draw_chart, inline, many, number, render, short, thin
+from prunet.errors import UserError
 from prunet.files import read_json, write_text
 from prunet.protocol import describe, title_rows
+from prunet.teacher import Teacher
 from prunet.training import read_log
 
 Row = Mapping[str, Any]
@@ -31,6 +33,8 @@ def write_report(folder: Path | str) -> Path:
     folder = Path(folder)
     plan = read_json(folder / "plan.json")
     evaluation = read_json(folder / "evaluation" / "evaluation.json")
+    if "intervals" not in evaluation["distance"]["after"]:
+        raise UserError(f"{folder}: evaluated by an older prunet: delete {folder / 'evaluation'} and run it again")
     recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
     recipe = yaml.safe_load(recipe_text)
     steps = read_json(path) if (path := folder / "steps.json").is_file() else {}
@@ -54,7 +58,7 @@ def write_report(folder: Path | str) -> Path:
             {name: evaluation["distance"][name]["denoiser_by_level"] for name in ("before", "after")},
             evaluation["protocol"]["levels"],
         ),
-        measured=_measured(folder / "measured"),
+        measured=_measured(folder),
         describe=describe,
         times={name: step["seconds"] for name, step in steps.items()},
     )
@@ -64,9 +68,13 @@ def write_report(folder: Path | str) -> Path:
 
 
 def _measured(folder: Path) -> list[dict[str, Any]]:
-    """What `prunet measure` found by each protocol, with titles and which way is better."""
-    found = [read_json(path) for path in sorted(folder.glob("*/measures.json"))]
-    return [result | {"rows": title_rows(result)} for result in found]
+    """What `prunet measure` found by each protocol of the student that is there now."""
+    paths = sorted((folder / "measured").glob("*/measures.json"))
+    if not paths or not (folder / "pipeline" / "model_index.json").is_file():
+        return []
+    now = Teacher(folder / "pipeline").fingerprint()
+    found = [read_json(path) for path in paths]
+    return [result | {"rows": title_rows(result)} for result in found if result["model"]["fingerprint"] == now]
 
 
 # -- pictures

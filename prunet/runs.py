@@ -228,6 +228,7 @@ class Run:
         say(f"[bold]→ {step}[/]")
         start = time.perf_counter()
         self._forget(step)
+        write_text(self.folder / "recipe.yaml", recipe_yaml(self.recipe))  # settings may have changed since the plan
         if step.startswith("stage-"):
             self._stage(int(step.removeprefix("stage-")))
         else:
@@ -257,7 +258,6 @@ class Run:
             write_json(self.folder / "steps.json", kept)
 
     def _plan(self) -> None:
-        write_text(self.folder / "recipe.yaml", recipe_yaml(self.recipe))
         write_json(self.folder / "plan.json", self.derived.facts())
 
     def _build(self) -> None:

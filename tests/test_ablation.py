@@ -85,9 +85,16 @@ def test_interval_is_student_t() -> None:
         ({"arms": {"a": {"stages.0.stepz": 1}}}, "arm 'a'.*unknown key 'stages.0.stepz'; did you mean 'steps'"),
         ({"arms": {"a": {"stages.3.steps": 1}}}, "arm 'a'.*'stages.3.steps': no '3' to go into"),
         ({"arms": {"a": {}, "A ": {}}}, "would share one folder"),
-        ({"arms": {"a": {}, "b": {"evaluation.steps": 3}}}, "arm 'b' changes evaluation"),
+        ({"arms": {"a": {}, "b": {"evaluation.steps": 3}}}, "arms 'a' and 'b' differ in evaluation"),
         ({"armz": {}}, "unknown key 'armz'; did you mean 'arms'"),
         ({"seeds": []}, "seeds"),
+        ({"seeds": [1, 1]}, "a seed is given twice"),
+        ({"seeds": [True]}, "seeds"),
+        ({"seeds": [2**70]}, "seeds"),
+        ({"output": ""}, "output"),
+        ({"arms": {"a": {}, "b": {"data.size": 8}}}, "differ in data.size"),
+        ({"arms": {"a": {}, "b": {"stages.0.teacher": "other"}}}, "differ in teacher"),
+        ({"arms": {"a": {"seed": 3}}}, "'seed' is set for each run"),
     ],
 )
 def test_bad_ablations_are_refused(files: Path, change: dict, message: str) -> None:
@@ -95,3 +102,14 @@ def test_bad_ablations_are_refused(files: Path, change: dict, message: str) -> N
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **change}))
     with pytest.raises(UserError, match=message):
         load_ablation(path)
+
+
+def test_overrides_cannot_give_all_runs_one_seed(files: Path) -> None:
+    with pytest.raises(UserError, match="'seed' is set for each run"):
+        load_ablation(files / "ablation.yaml", ["seed=5"])
+
+
+def test_an_arm_given_twice_is_refused(files: Path) -> None:
+    (files / "ablation.yaml").write_text("recipe: recipe.yaml\noutput: out\narms:\n  a: {}\n  a: {plan: bk-tiny}\n")
+    with pytest.raises(UserError, match="'a' is given twice"):
+        load_ablation(files / "ablation.yaml")

@@ -131,7 +131,7 @@ def bad(tmp_path, sd, pictures):
     (made / "plan.yaml").write_text("remove: [up_blocks.0]\n")
     clip = {"model": "x", "source": "There."}
     protocol = {"name": "x", "prompts": {"source": "Here.", "file": "text.txt"}, "metrics": ["kid"], "features": "clip"}
-    protocol |= {"clip": clip, "real": {"source": "There."}, "kid_subset_size": 1}
+    protocol |= {"clip": clip, "real": {"source": "There."}, "kid_subset_size": 10}
     (made / "protocol.yaml").write_text(yaml.safe_dump(protocol))
     return made
 

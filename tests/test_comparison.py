@@ -46,6 +46,7 @@ def test_what_is_no_comparison_is_refused(runs: list[Path], tmp_path: Path) -> N
         (runs[:1], "give 2 to 8 run folders, not 1"),
         ([runs[0], runs[0]], "is given twice"),
         ([runs[0], tmp_path], "not evaluated"),
+        ([runs[0], runs[1].parent / ".." / "first" / "run"], "is given twice"),
     ):
         with pytest.raises(UserError, match=message):
             write_comparison(folders, tmp_path / "page.html")
@@ -62,3 +63,25 @@ def test_its_controls_work(runs: list[Path], tmp_path: Path, width: int) -> None
     assert (seen["first"], seen["all"], seen["over"]) == (24, 27, True)
     assert seen["clip"] == "inset(0px 0px 0px 25%)" and 78 <= seen["dragged"] <= 82
     assert (seen["before"], seen["beside"], seen["wide"]) == ("none", "block", False)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("recipe.yaml", None),
+        ("recipe.yaml", "{}"),
+        ("recipe.yaml", "a: ["),
+        ("plan.json", "{}"),
+        ("evaluation/evaluation.json", "{}"),
+        ("stage-1/log.jsonl", "{}"),
+        ("steps.json", "{}"),
+        ("evaluation/pictures/after/0003.png", ""),
+    ],
+)
+def test_a_damaged_run_is_one_line(runs: list[Path], tmp_path: Path, file: str, text: str | None) -> None:
+    if text is None:
+        (runs[1] / file).unlink()
+    else:
+        (runs[1] / file).write_text(text)
+    with pytest.raises(UserError, match="second/run"):
+        write_comparison(runs, tmp_path / "page.html")

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,13 @@ import torch
 import yaml
 from conftest import _tokenizer
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
 from prunet import Teacher, UserError, compare, measure, metrics
 from prunet.generation import draw_shards, read_shard
-from prunet.protocol import Protocol, load_protocol, prompts_hash, protocol_names, protocol_prompts
+from prunet.prompts import prompts_hash, read_prompt_file
+from prunet.protocol import Protocol, load_protocol, protocol_names, protocol_prompts
 
 PROMPTS = [f"a {color} {thing}" for color in ("red", "blue", "green") for thing in range(70)]
 
@@ -93,9 +96,10 @@ def test_two_processes_killed_once_give_the_same_bytes(sd: Path, protocol: Path,
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while first.poll() is None and not list(folder.glob("pictures/*.tar")):
-        time.sleep(0.05)
+        time.sleep(0.01)
     for process in (*psutil.Process(first.pid).children(recursive=True), first):
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     first.wait()
     assert not (folder / "measures.json").exists()
     subprocess.run(command, env=env, check=True, capture_output=True, timeout=240)
@@ -115,7 +119,7 @@ def test_batch_size_changes_no_more_than_rounding(sd: Path, tmp_path: Path) -> N
 
 def test_numbers_are_those_of_the_files(whole: Path, protocol: Path) -> None:
     result = json.loads((whole / "measures.json").read_text())
-    parts = [load_file(path) for path in sorted((whole / "features" / "clip").glob("*"))]
+    parts = [load_file(path) for path in sorted((whole / "features").glob("clip-*/*"))]
     image, text = (torch.cat([part[name] for part in parts]).double() for name in ("image", "text"))
     cosine = torch.nn.functional.cosine_similarity(image, text).mean().item()
     assert result["measures"]["clip_score"]["value"] == pytest.approx(cosine)
@@ -143,8 +147,69 @@ def test_two_protocols_are_not_put_side_by_side(whole: Path, tmp_path: Path) -> 
         compare([whole, tmp_path])
 
 
+def copy_of(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def test_features_made_otherwise_are_refused(sd: Path, protocol: Path, whole: Path, tmp_path: Path) -> None:
+    value = yaml.safe_load(protocol.read_text()) | {"resize": 14}
+    other = protocol.with_name("other.yaml")
+    other.write_text(yaml.safe_dump(value))
+    with pytest.raises(UserError, match="features by another preparation"):
+        run(sd, other, tmp_path / "new", real=whole / "real.safetensors")
+    again = run(sd, other, copy_of(whole, tmp_path))  # the same pictures, looked at otherwise
+    assert again["measures"] != json.loads((whole / "measures.json").read_text())["measures"]
+
+
+def test_what_is_damaged_is_made_again_or_named(sd: Path, protocol: Path, whole: Path, tmp_path: Path) -> None:
+    folder, expected = copy_of(whole, tmp_path), (whole / "measures.json").read_bytes()
+    first, second, _ = sorted(folder.glob("features/clip-*/*"))
+    first.write_bytes(first.read_bytes()[:900])
+    save_file({name: value[:3] for name, value in load_file(second).items()}, second)
+    shutil.copy(second, second.with_name("00009.safetensors"))
+    run(sd, protocol, folder)
+    assert (folder / "measures.json").read_bytes() == expected
+    shard = folder / "pictures" / "00001.tar"
+    shard.write_bytes(shard.read_bytes()[:20480])
+    first.with_name("00001.safetensors").unlink()
+    with pytest.raises(UserError, match=r"00001\.tar: .*delete it"):
+        run(sd, protocol, folder)
+    shard.unlink()
+    run(sd, protocol, folder)
+    assert (folder / "measures.json").read_bytes() == expected
+
+
+def test_a_broken_real_picture_is_named_before_anything_is_drawn(sd: Path, protocol: Path, tmp_path: Path) -> None:
+    real = Path(shutil.copytree(protocol.parent / "real", tmp_path / "real"))
+    (real / "00.png").write_bytes((real / "00.png").read_bytes()[:200])
+    (real / "folder.png").mkdir()
+    with pytest.raises(UserError, match=r"00\.png: .*take it away or mend it"):
+        run(sd, protocol, tmp_path / "out", real=real)
+    assert not list((tmp_path / "out").rglob("*.tar"))
+    for path in sorted(real.glob("*.png"))[:25]:
+        path.unlink() if path.is_file() else path.rmdir()
+    with pytest.raises(UserError, match="too few for KID"):
+        run(sd, protocol, tmp_path / "out", real=real)
+
+
+def test_pictures_of_nobody_are_not_used(sd: Path, protocol: Path, whole: Path, tmp_path: Path) -> None:
+    folder = copy_of(whole, tmp_path)
+    (folder / "pictures" / "spec.json").unlink()
+    with pytest.raises(UserError, match=r"without a spec\.json"):
+        run(sd, protocol, folder)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "5", '{"protocol": {}, "measures": {}, "model": {}}'])
+def test_damaged_results_are_one_line(whole: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "measures.json").write_text(text)
+    with pytest.raises(UserError, match="damaged, or of another version"):
+        compare([whole, tmp_path])
+    with pytest.raises(UserError, match="given twice"):
+        compare([whole, whole / ".." / whole.name])
+
+
 def test_another_model_is_refused_before_it_draws(sdxl: Path, protocol: Path, whole: Path) -> None:
-    with pytest.raises(UserError, match="another model or by another protocol"):
+    with pytest.raises(UserError, match=r"drawn with another .*model"):
         run(sdxl, protocol, whole)
 
 
@@ -172,11 +237,36 @@ def test_prompts_are_checked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("a.CSV", "Prompt\n1 cat\n2 dogs\n", ["1 cat", "2 dogs"]),
+        ("a.csv", 'text\n"one\ntwo"\na \u2028 line\n', ["one\ntwo", "a \u2028 line"]),
+        ("a.tsv", 'Prompt\tNote\n"quoted, not\tx\nnext\ty\n', ['"quoted, not', "next"]),
+        ("a.txt", "# no\none\r\n\r\ntwo \x0b words\rthree", ["one", "two \x0b words", "three"]),
+        ("a.csv", 'text\na\n"never closed\nb\n', "not readable as CSV"),
+        ("a.csv", "n,text\n1,a\n2,\n", "row 2 has no prompt"),
+        ("a.csv", f"text\n{'x' * 200_000}\n", "not readable as CSV"),
+        ("a.txt", "a\0b\n", "zero byte"),
+        ("a.txt", "# only this\n", "no prompt in it"),
+    ],
+)
+def test_prompt_files_are_read_as_they_are_meant(tmp_path: Path, name: str, text: str, found: object) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    if isinstance(found, str):
+        with pytest.raises(UserError, match=found):
+            read_prompt_file(tmp_path / name)
+    else:
+        assert read_prompt_file(tmp_path / name) == found
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"metrics": ["fidd"]}, "no metric 'fidd'"),
         ({"metrics": ["fid"]}, "give 'real'"),
         ({"metrics": ["clip_score"]}, "want 'clip'"),
+        ({"name": "../evil"}, "name"),
+        ({"seed": 2**70}, "seed"),
         ({"stepz": 3}, "unknown key 'stepz'; did you mean 'steps'"),
     ],
 )

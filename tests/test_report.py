@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -168,7 +169,9 @@ def make_run(
     (folder / "plan.json").write_text(json.dumps(derived.facts()), encoding="utf-8")
     measures = evaluation(derived, prompts, memory)
     (folder / "evaluation" / "evaluation.json").write_text(json.dumps(measures), encoding="utf-8")
-    (folder / "steps.json").write_text(json.dumps({"build": {"inputs": "0", "seconds": 90.0}}), encoding="utf-8")
+    (folder / "steps.json").write_text(
+        json.dumps({name: {"inputs": "0", "seconds": 90.0} for name in ("build", "evaluate")}), encoding="utf-8"
+    )
     return derived
 
 
@@ -289,15 +292,21 @@ def test_losses_and_distances_of_nothing(tmp_path: Path) -> None:
     assert "as near as" not in page.text
 
 
-def test_measures_by_a_protocol_are_there_with_their_intervals(tmp_path: Path) -> None:
+def test_measures_by_a_protocol_are_there_with_their_intervals(tmp_path: Path, monkeypatch) -> None:
     make_run(tmp_path, prompts=["a fox"])
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").touch()
+    monkeypatch.setattr("prunet.report.Teacher", lambda folder: SimpleNamespace(fingerprint=lambda: "now"))
     assert "Measured by protocol" not in Page(write_report(tmp_path)).text
     clip = {"library": "transformers", "model": "emoji-clip"}
     protocol = {"name": "mine", "version": 3, "count": 882, "sampler": "ddim", "steps": 25, "guidance_scale": 2.0}
     protocol |= {"size": 128, "resize": None, "seed": 0, "clip": clip}
     measures = {"clip_score": {"value": 0.8125, "low": 0.8, "high": 0.825}}
     (tmp_path / "measured" / "mine").mkdir(parents=True)
-    result = {"model": {"source": "x"}, "protocol": protocol, "measures": measures}
+    result = {"model": {"source": "x", "fingerprint": "before"}, "protocol": protocol, "measures": measures}
+    (tmp_path / "measured" / "mine" / "measures.json").write_text(json.dumps(result))
+    assert "Measured by protocol" not in Page(write_report(tmp_path)).text  # of a student that was trained on since
+    result["model"]["fingerprint"] = "now"
     (tmp_path / "measured" / "mine" / "measures.json").write_text(json.dumps(result))
     text = Page(write_report(tmp_path)).text
     assert "emoji-clip score higher is better" in text  # never CLIP score

@@ -1,0 +1,58 @@
+"""Lists of prompts from text, CSV and TSV files."""
+
+import csv
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from prunet.errors import UserError
+
+PROMPT_COLUMNS = ("text", "caption", "prompt", "prompts", "captions")
+
+
+def read_prompt_file(path: Path) -> list[str]:
+    """A text file with one prompt a line (without empty lines and `#` comments), or .csv or .tsv with a column of them.
+
+    Raises:
+        UserError: not there, not UTF-8, empty, no such column, or a row without a prompt.
+    """
+    if not path.is_file():
+        raise UserError(f"No prompt file at {path}: give a text file with one prompt a line, or a .csv or .tsv")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not readable as UTF-8 text: {error}") from error
+    if "\0" in text:
+        raise UserError(f"{path}: holds a zero byte: not a text file")
+    kind = path.suffix.lower()
+    if kind in (".csv", ".tsv"):
+        return _column(path, text, tabs=kind == ".tsv")
+    # Lines end as in any editor; str.splitlines would also cut at characters that a prompt may hold.
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not prompts:
+        raise UserError(f"{path}: no prompt in it")
+    return prompts
+
+
+def _column(path: Path, text: str, *, tabs: bool) -> list[str]:
+    how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), **how))  # type: ignore[arg-type]
+    except csv.Error as error:
+        raise UserError(f"{path}: not readable as {path.suffix[1:].upper()}: {error}") from error
+    if not rows:
+        raise UserError(f"{path}: no prompt in it")
+    column = next((name for name in rows[0] if name and name.strip().lower() in PROMPT_COLUMNS), None)
+    if column is None:
+        found = ", ".join(str(name) for name in rows[0])
+        raise UserError(f"{path}: no column of prompts ({', '.join(PROMPT_COLUMNS)}) among {found[:200]}")
+    prompts = [(row[column] or "").strip() for row in rows]
+    if "" in prompts:
+        raise UserError(f"{path}: row {prompts.index('') + 1} has no prompt")
+    return prompts
+
+
+def prompts_hash(prompts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
