@@ -11,9 +11,12 @@ import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
 from transformers import AutoImageProcessor, CLIPModel
 
-from prunet import Teacher, derive, load_plan, load_recipe
+from prunet import Teacher, derive, load_plan, load_protocol, load_recipe
+from prunet.features import Clip
+from prunet.protocol import protocol_prompts
 from prunet.recipe import read_prompts
 from prunet.sources import read_pictures
 
@@ -147,10 +150,12 @@ def test_training_conditions_are_those_of_the_stock_pipeline(name: str, scripts,
 def test_measures_are_of_the_weights_that_ship(name: str, scripts) -> None:
     import measure
 
+    if not (EMOJI / name / "measures.json").is_file():
+        pytest.skip("not measured yet, as its card says")
     found = json.loads((EMOJI / name / "measures.json").read_text())
     assert found["weights"] == measure.weights_hash(EMOJI / name)
     assert found["scorer"] == measure.weights_hash(EMOJI / "emoji-clip")
-    assert min(found[row]["pictures"] for row in measure.ROWS) >= 500
+    assert min(found[row]["pictures"] for row in measure.ROWS) >= 1000
 
 
 def test_autoencoder_keeps_held_out_pictures(scripts) -> None:
@@ -209,3 +214,22 @@ def test_demo_evaluates_on_what_the_student_never_saw(monkeypatch) -> None:
     prompts = read_prompts(recipe.evaluation.prompts)
     assert len(prompts) == 12
     assert not captions & set(prompts)
+
+
+@pytest.mark.parametrize(("name", "split"), [("emoji-train", "train"), ("emoji-heldout", "heldout-combinations")])
+def test_protocols_fit_the_data_and_the_scorer_that_ship(scripts, name: str, split: str) -> None:
+    from shards import read_split, stack_images
+
+    protocol, beside = load_protocol(EMOJI / "protocols" / f"{name}.yaml")
+    known = set((EMOJI / "known-labels.txt").read_text().splitlines())
+    samples = [sample for sample in read_split(EMOJI / "data", split) if sample.label in known]
+    pairs = [f"{sample.label.lower()}, {sample.style}" for sample in samples]
+    prompts = protocol_prompts(protocol, beside, None)
+    assert len(prompts) >= 500 and prompts[: len(pairs)] == pairs and set(prompts) == set(pairs)
+    scorer = Clip.load(beside / protocol.clip.file)
+    with safe_open(beside / protocol.real.file, "pt") as file:
+        assert json.loads(file.metadata()["prunet"])["network"] == scorer.hash
+        features = file.get_tensor("features")
+    pictures = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in stack_images(samples[:8])]
+    torch.testing.assert_close(features[:8], scorer(pictures)["image"], rtol=1e-3, atol=1e-3)
+    assert len(features) == len(pairs)
