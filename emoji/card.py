@@ -47,6 +47,11 @@ def measures_table(measures: dict) -> str:
     return head + "\n".join(rows)
 
 
+def autoencoder_line(measures: dict) -> str:
+    found = f"{measures['psnr_db']:.1f} dB on {measures['psnr_pictures']} held-out pictures"
+    return f"The autoencoder gives back {found} (PSNR, mean over the pictures)."
+
+
 def guidance_line(measures: dict) -> str:
     found = measures.get("r_at_1_by_guidance")
     if not found:
@@ -110,7 +115,7 @@ def write_card(out: Path, config: dict) -> None:
         pictures=training["unet"]["pictures"],
         parts="\n".join(parts),
         table=measures_table(measures) + "\n\n" + guidance_line(measures) if measures else "Not measured yet.",
-        psnr=f"{measures['psnr_db']:.1f} dB on {measures['psnr_pictures']} held-out pictures" if measures else "",
+        psnr=autoencoder_line(measures) if measures else "",
         gamma=config["unet"]["min_snr_gamma"],
         floor=config["unet"]["noise_floor"],
         dropout=config["unet"]["caption_dropout"],
