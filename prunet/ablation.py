@@ -33,7 +33,8 @@ MEASURES = {
 }
 #: Values of a recipe that the ablation gives to each run.
 OWN = {"seed", "output", "cache"}
-# Student's t, 97.5 %: half the width of a 95 % interval in standard errors, by degrees of freedom.
+# Student's t, 97.5 %: half the width of a 95 % interval in standard errors, by degrees of freedom. The last one
+# serves for more than ten, too, and is a little too wide for them.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
@@ -231,7 +232,7 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
         return {"values": [], "mean": None, "interval": None}
     interval = None
     if len(values) > 1:
-        t = T_975[len(values) - 2] if len(values) - 2 < len(T_975) else 1.96
+        t = T_975[min(len(values) - 2, len(T_975) - 1)]
         interval = t * statistics.stdev(values) / math.sqrt(len(values))
     return {"values": list(values), "mean": statistics.fmean(values), "interval": interval}
 

@@ -52,9 +52,7 @@ def open_runs(folders: Sequence[Path | str]) -> list[Compared]:
     if not 2 <= len(paths) <= MOST_RUNS:
         raise UserError(f"compare: give 2 to {MOST_RUNS} run folders, not {len(paths)}")
     names = _names(paths)
-    runs = []
-    for i, folder in enumerate(paths):
-        runs.append(_open_run(folder, names[i], f"run-{i}"))
+    runs = [_open_run(folder, names[i], f"run-{i}") for i, folder in enumerate(paths)]
     first = _protocol(runs[0])
     for run in runs[1:]:
         if apart := differences(first, _protocol(run)):
@@ -134,7 +132,7 @@ def _pictures(runs: list[Compared], prompts: list[str]) -> list[dict[str, Any]]:
 
 
 def _loss_chart(runs: list[Compared]) -> dict[str, Any] | None:
-    """What each run minimised over its steps; comparable where the weights of the losses are the same."""
+    """The output loss of each run over its steps: the one term that is the same whatever else a run minimised."""
     ways = {run.kind: segments(run.axis, "output") for run in runs}
     right = max((x for way in ways.values() for segment in way for x, _ in segment), default=0)
     chart = draw_chart(ways, right, [], smooth=True)

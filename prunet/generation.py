@@ -7,7 +7,7 @@ always the same, so the files are, too, byte for byte.
 
 import io
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ SHARD = 100
 
 
 def draw_shards(
-    pipe: Any,
+    open_pipe: Callable[[], Any],
     prompts: Sequence[str],
     folder: Path,
     *,
@@ -38,16 +38,19 @@ def draw_shards(
 ) -> list[Path]:
     """Draws a picture of each prompt, the i-th from seed + i, into `folder`; shards that are there are left alone.
 
-    Returns the paths of all shards, those of the other processes included. `jpeg` is a quality; PNG if None.
+    `open_pipe` is called when the first picture is drawn, so that a finished set costs nothing. `jpeg` is a quality;
+    PNG if None. Returns the paths of all shards, those of the other processes included.
     """
     paths = [folder / f"{at // SHARD:05d}.tar" for at in range(0, len(prompts), SHARD)]
     mine = [at for i, at in enumerate(range(0, len(prompts), SHARD)) if i % ranks == rank]
+    pipe = None
     with progress("Drawing", sum(len(prompts[at : at + SHARD]) for at in mine)) as bar:
         for at in mine:
             path, texts = paths[at // SHARD], prompts[at : at + SHARD]
             if path.is_file():
                 bar.advance(len(texts))
                 continue
+            pipe = pipe or open_pipe()
             pictures: list[Image.Image] = []
             for start in range(0, len(texts), batch_size):
                 batch = texts[start : start + batch_size]

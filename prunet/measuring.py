@@ -35,8 +35,7 @@ from prunet.prompts import prompts_hash
 from prunet.protocol import NEED_REAL, Protocol, describe, differences, title_rows
 from prunet.statistics import FEWEST, Reference, drawn_shards, extract, gather, preparation, tag
 from prunet.teacher import Teacher
-
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from prunet.training import Runtime
 
 
 def measure(
@@ -58,11 +57,11 @@ def measure(
     saved, or pytorch-fid's .npz (FID only); `weights`: files of `inception` and `clip`.
 
     Raises:
-        UserError: something is missing or does not fit, before anything is drawn; the folder holds another measuring.
+        UserError: something is missing or does not fit, before anything is drawn; the folder holds other pictures.
     """
     folder, state = Path(folder), PartialState(cpu=torch.device(device).type == "cpu")
     where = state.device if state.num_processes > 1 else torch.device(device)
-    teacher = _open_model(Path(str(model)), str(model), config, where, DTYPES[protocol.precision])
+    teacher = _open_model(Path(str(model)), str(model), config, where, Runtime(precision=protocol.precision).dtype)
     size = protocol.size or teacher.native_size
     check_size(teacher, size, "size")
     if protocol.sampler not in SAMPLERS:
@@ -82,6 +81,7 @@ def measure(
     if state.is_main_process:
         _check_disk(folder, len(prompts), size, protocol.jpeg)
         write_json(folder / "pictures" / "spec.json", drawing)
+    state.wait_for_everyone()  # no picture without its spec
 
     share = {"rank": state.process_index, "ranks": state.num_processes}
     named = {
@@ -97,7 +97,7 @@ def measure(
         if state.is_main_process:
             theirs = reference.features(net, protocol, extracted, folder / "real.safetensors")
     paths = draw_shards(
-        _Lazy(lambda: set_sampler(teacher.pipeline(), protocol.sampler)),
+        lambda: set_sampler(teacher.pipeline(), protocol.sampler),
         prompts,
         folder / "pictures",
         seed=protocol.seed,
@@ -117,25 +117,29 @@ def measure(
         return {}
 
     found = {name: gather(shards, named[name]) for name in networks}
-    # What lies where does not matter, what it holds does.
-    left_out = {"prompts": {"file", "source"}, "real": {"file", "source"}, "clip": {"file", "source"}}
-    used = protocol.model_dump(mode="json", exclude=left_out)
-    used |= {"size": size, "count": len(prompts), "prompts_sha256": drawing["prompts_sha256"]}
-    used |= {"networks": {name: net.hash for name, net in networks.items()}}
+    numbers = {name: asdict(value) for name, value in measured(protocol, found, theirs).items()}
+    if broken := [name for name, value in numbers.items() if not all(map(math.isfinite, value.values()))]:
+        raise UserError(f"{broken[0]} is not a number: too few pictures, or features that are not numbers")
+    hashes = {name: net.hash for name, net in networks.items()}
     result = {
         "model": {"source": short(str(model)), "fingerprint": drawing["model"]},
-        "protocol": used | {"real_sha256": reference.content if reference else None},
-        "measures": {name: asdict(value) for name, value in measured(protocol, found, theirs).items()},
+        "protocol": _as_used(protocol, drawing, hashes, reference.content if reference else None),
+        "measures": numbers,
         "versions": {name: importlib.metadata.version(name) for name in ("prunet", "torch", "diffusers")},
     }
-    for name, measure in result["measures"].items():
-        if not all(map(math.isfinite, measure.values())):
-            raise UserError(
-                f"{name} came out as {measure['value']}: too few pictures, or features that are not numbers"
-            )
     write_text(folder / "measures.md", markdown([result]))
     write_json(folder / "measures.json", result)
     return result
+
+
+def _as_used(
+    protocol: Protocol, drawing: Mapping[str, Any], networks: Mapping[str, str], real: str | None
+) -> dict[str, Any]:
+    """The protocol with all that it left open. What lies where does not matter, what it holds does."""
+    left_out = {"prompts": {"file", "source"}, "real": {"file", "source"}, "clip": {"file", "source"}}
+    used = protocol.model_dump(mode="json", exclude=left_out)
+    used |= {key: drawing[key] for key in ("size", "count", "prompts_sha256")}
+    return used | {"networks": dict(networks), "real_sha256": real}
 
 
 def _open_model(path: Path, source: str, config: str | None, device: torch.device, dtype: torch.dtype) -> Teacher:
@@ -180,24 +184,6 @@ def _check_disk(folder: Path, count: int, size: int, jpeg: int | None) -> None:
         raise UserError(f"--output {folder}: {count:,} pictures need about {need / 1e9:.1f} GB: give another disk")
 
 
-class _Lazy:
-    """A pipeline that is loaded when the first shard is drawn, so that a finished set costs nothing."""
-
-    def __init__(self, make: Any) -> None:
-        self._make, self._made = make, None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._whole(), name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._whole()(*args, **kwargs)
-
-    def _whole(self) -> Any:
-        if self._made is None:
-            self._made = self._make()
-        return self._made
-
-
 def load_networks(
     protocol: Protocol, weights: dict[str, Path], beside: Path | None, device: torch.device | str
 ) -> dict[str, Any]:
@@ -236,7 +222,7 @@ def _points(protocol: Protocol, features: metrics.Array) -> metrics.Array:
 
 
 def measured(protocol: Protocol, found: Mapping[str, Mapping[str, metrics.Array]], real: Any) -> dict[str, Measure]:
-    """The protocol's metrics from features by network; `real` as `_real_features` gives it."""
+    """The protocol's metrics from features by network; `real` as `Reference.features` gives it."""
     out, key = {}, "pool" if protocol.features == "inception" else "image"
     ours = _points(protocol, found[protocol.features][key]) if NEED_REAL & set(protocol.metrics) else np.zeros((0, 0))
     if isinstance(real, np.ndarray):
@@ -291,14 +277,9 @@ def read_result(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: nothing measured there (no measures.json); `prunet measure` makes one")
     try:
         result = read_json(path)
-        (
-            title_rows(result),
-            describe(result["protocol"]),
-            str(result["model"]["source"] + result["model"]["fingerprint"]),
-        )
-        if not result["measures"] or not all(
-            math.isfinite(sum(found.values())) for found in result["measures"].values()
-        ):
+        numbers = [sum(found.values()) for _, _, found in title_rows(result)]
+        complete = describe(result["protocol"]) and result["model"]["source"] and result["model"]["fingerprint"]
+        if not complete or not numbers or not all(map(math.isfinite, numbers)):
             raise ValueError("numbers are missing")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{path}: damaged, or of another version ({error!r}): measure again") from error

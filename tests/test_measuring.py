@@ -111,7 +111,7 @@ def test_batch_size_changes_no_more_than_rounding(sd: Path, tmp_path: Path) -> N
     sets = []
     for batch_size in (1, 16):
         how = {"seed": 3, "steps": 3, "guidance_scale": 2.0, "size": 16, "batch_size": batch_size}
-        paths = draw_shards(pipe, PROMPTS[:32], tmp_path / str(batch_size), **how)
+        paths = draw_shards(lambda: pipe, PROMPTS[:32], tmp_path / str(batch_size), **how)
         sets.append([np.asarray(picture, dtype=int) for path in paths for picture, _ in read_shard(path)])
     assert max(np.abs(a - b).max() for a, b in zip(*sets, strict=True)) <= 1
     assert np.abs(sets[0][0] - sets[0][1]).max() > 3  # while two pictures are not the same
