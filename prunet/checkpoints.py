@@ -14,6 +14,7 @@ from prunet.console import say
 from prunet.errors import UserError
 from prunet.files import new_folder, read_json, write_json
 from prunet.recipe import Stage
+from prunet.sharding import local, piece, whole
 
 #: What may be changed between two parts of one stage: how fast it goes and how far, not what is learned.
 PACE = {"steps", "learning_rate", "schedule", "warmup_steps", "max_grad_norm"}
@@ -34,20 +35,41 @@ def save(
     accelerator: Accelerator,
     keep: int,
 ) -> None:
-    """Writes the state after `step` steps aside, renames it, and drops all but the last `keep`."""
+    """Writes the state after `step` steps aside, renames it, and drops all but the last `keep`.
+
+    All processes come here, because each may hold a piece of the state; the main one writes. So a checkpoint does not
+    show how many there were.
+    """
+    state = {k: whole(v.detach()).contiguous() for k, v in student.state_dict().items()}
+    average = ema_state(student, ema) if ema else None
+    moments = _mapped(optimizer.state_dict(), lambda value, _: whole(value), student)
+    if not accelerator.is_main_process:
+        return
     with new_folder(folder / "checkpoints" / f"step-{step:07d}") as part:
-        save_file(
-            {k: v.detach().contiguous() for k, v in student.state_dict().items()},
-            part / "student.safetensors",
-        )
-        if ema:
-            names = [name for name, _ in student.named_parameters()]
-            save_file(dict(zip(names, ema.shadow_params, strict=True)), part / "ema.safetensors")
-        torch.save(optimizer.state_dict(), part / "optimizer.pt")
+        save_file(state, part / "student.safetensors")
+        if average:
+            save_file(average, part / "ema.safetensors")
+        torch.save(moments, part / "optimizer.pt")
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
         write_json(part / "state.json", {"step": step, "stage": stage.model_dump(mode="json"), "scaler": scaler})
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
+
+
+def ema_state(student: UNet2DConditionModel, ema: EMAModel) -> dict[str, torch.Tensor]:
+    """The averaged weights by name, in full."""
+    named = zip(student.named_parameters(), ema.shadow_params, strict=True)
+    return {name: whole(shadow, like=parameter) for (name, parameter), shadow in named}
+
+
+def _mapped(state: dict[str, Any], change: Any, student: UNet2DConditionModel) -> dict[str, Any]:
+    """An optimizer's state with each of its values (moments, counts) and the parameter that it belongs to changed."""
+    parameters = list(student.parameters())
+    moments = {
+        number: {key: change(value, parameters[number]) for key, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": moments}
 
 
 def resume(
@@ -79,11 +101,14 @@ def resume(
     if state["step"] > stage.steps:
         raise UserError(f"{saved[-1]}: already past steps {stage.steps}: raise it, or delete {folder / 'checkpoints'}")
     try:
-        student.load_state_dict(load_file(saved[-1] / "student.safetensors"))
-        optimizer.load_state_dict(torch.load(saved[-1] / "optimizer.pt", weights_only=True, map_location="cpu"))
+        named = dict(student.named_parameters())
+        weights = load_file(saved[-1] / "student.safetensors")
+        student.load_state_dict({k: piece(v, named.get(k, v)) for k, v in weights.items()})
+        moments = torch.load(saved[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
+        optimizer.load_state_dict(_mapped(moments, piece, student))
         if ema:
             shadow = load_file(saved[-1] / "ema.safetensors")
-            ema.shadow_params = [shadow[name].to(p.device) for name, p in student.named_parameters()]
+            ema.shadow_params = [local(piece(shadow[name], p)).to(p.device) for name, p in named.items()]
             ema.optimization_step = state["step"]
         if accelerator.scaler is not None and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,10 +49,21 @@ Checkpointing = Annotated[
 OffloadEma = Annotated[bool, typer.Option("--offload-ema", help="Keep the average of the weights on the CPU.")]
 Adam8Bit = Annotated[bool, typer.Option("--use-8bit-adam", help="The optimizer's state in 8 bits (GPU, bitsandbytes).")]
 Teacher8Bit = Annotated[bool, typer.Option("--teacher-8bit", help="The teacher's linear layers in 8 bits (torchao).")]
+Fsdp = Annotated[
+    bool, typer.Option("--fsdp", help="Share the student out among the processes (FSDP2), instead of a copy in each.")
+]
 Tracker = Annotated[str | None, typer.Option(help="Also log to an accelerate tracker, such as tensorboard.")]
 
 
+#: What several processes may do together.
+SHARED = ("run", "cache", "distil", "evaluate", "measure")
+
+
 def _say(as_json: bool, facts: dict[str, Any], text: Any = None) -> None:
+    from prunet.processes import is_main
+
+    if not is_main():
+        return
     if as_json:
         print(json.dumps(facts))
     elif text is not None:
@@ -90,6 +102,10 @@ def _runtime(device: str | None, precision: str, tracker: str | None = None, **o
             raise UserError(f"{flag}: needs {package}, which is not installed: pip install 'prunet[memory]'")
     if runtime.use_8bit_adam and runtime.torch_device.type != "cuda":
         raise UserError("--use-8bit-adam: for CUDA devices only")
+    if runtime.fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise UserError("--fsdp: shares the student out among several processes: start them with accelerate launch")
+    if runtime.fsdp and (runtime.mixed_precision == "fp16" or runtime.use_8bit_adam):
+        raise UserError("--fsdp: with --precision bf16 or no, and without --use-8bit-adam")
     if precision == "fp16" and runtime.torch_device.type == "cpu":
         raise UserError("--precision fp16: CPUs train in bf16 or no; fp16 is for GPUs")
     runtime.use_device()
@@ -223,6 +239,7 @@ def run(
     offload_ema: OffloadEma = False,
     use_8bit_adam: Adam8Bit = False,
     teacher_8bit: Teacher8Bit = False,
+    fsdp: Fsdp = False,
     tracker: Tracker = None,
     as_json: Json = False,
 ) -> None:
@@ -238,6 +255,7 @@ def run(
         offload_ema=offload_ema,
         use_8bit_adam=use_8bit_adam,
         teacher_8bit=teacher_8bit,
+        fsdp=fsdp,
         tracker=tracker,
     )
     _run_until("report", recipe, overrides, chosen, as_json)
@@ -254,6 +272,7 @@ def estimate(
     offload_ema: OffloadEma = False,
     use_8bit_adam: Adam8Bit = False,
     teacher_8bit: Teacher8Bit = False,
+    fsdp: Fsdp = False,
     as_json: Json = False,
 ) -> None:
     """Tell what a recipe would do and cost: steps, peak memory by part, hours on this device.
@@ -272,6 +291,7 @@ def estimate(
         offload_ema=offload_ema,
         use_8bit_adam=use_8bit_adam,
         teacher_8bit=teacher_8bit,
+        fsdp=fsdp,
     )
     this = Run(_recipe(recipe, overrides), runtime)
     cost = cost_of(this)
@@ -301,6 +321,7 @@ def distil(
     offload_ema: OffloadEma = False,
     use_8bit_adam: Adam8Bit = False,
     teacher_8bit: Teacher8Bit = False,
+    fsdp: Fsdp = False,
     tracker: Tracker = None,
     as_json: Json = False,
 ) -> None:
@@ -313,6 +334,7 @@ def distil(
         offload_ema=offload_ema,
         use_8bit_adam=use_8bit_adam,
         teacher_8bit=teacher_8bit,
+        fsdp=fsdp,
         tracker=tracker,
     )
     _run_until("distil", recipe, overrides, chosen, as_json)
@@ -329,10 +351,10 @@ def evaluate(
     """Do a recipe up to its evaluation: sizes, speeds, and distance from the teacher before and after."""
     _run_until("evaluate", recipe, overrides, _runtime(device, precision), as_json)
     if not as_json:
-        from rich import print as show
         from rich.markdown import Markdown
 
-        show(Markdown((Path(_recipe(recipe, overrides).output) / "evaluation" / "evaluation.md").read_text()))
+        text = (Path(_recipe(recipe, overrides).output) / "evaluation" / "evaluation.md").read_text()
+        _say(as_json, {}, Markdown(text))
 
 
 @app.command()
@@ -565,10 +587,17 @@ def generate(
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
     if version:
         print(f"prunet {__version__}")
         raise typer.Exit
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and context.invoked_subcommand not in SHARED:
+        raise UserError(
+            f"prunet {context.invoked_subcommand}: works in one process; accelerate launch and torchrun are for "
+            f"{', '.join(SHARED)}"
+        )
 
 
 def main() -> None:
@@ -592,7 +621,9 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f" (process {rank})"
+    print(f"error{where}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -602,7 +633,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _quiet() -> None:
     """Libraries warn about things that are prunet's business, not the user's."""
-    import os
     import warnings
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

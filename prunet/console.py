@@ -15,7 +15,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(stderr=True, highlight=False)
+from prunet.processes import is_main
+
+#: Of several processes one speaks.
+console = Console(stderr=True, highlight=False, quiet=not is_main())
 
 
 #: Seconds between two lines where there is no terminal to draw a bar on.
@@ -35,7 +38,7 @@ def progress(text: str, total: float | None) -> Iterator["Bar"]:
         TextColumn("<"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as shown:
+    with Progress(*columns, console=console, disable=console.quiet or not console.is_terminal) as shown:
         yield Bar(shown, text, total)
 
 

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
-from prunet import bench
+from prunet import bench, processes
 from prunet.console import progress
 from prunet.files import new_file, write_json, write_text
 from prunet.losses import add_noise
@@ -25,6 +25,8 @@ from prunet.teacher import Teacher, conditioning
 #: Where in the noise schedule the denoisers are compared, as shares of its length.
 LEVELS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 SHEET_COLUMNS = 8
+#: Prompts at once, always the same ones.
+BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,11 @@ def evaluate(
     """Draws held-out prompts with the teacher and each student (`before` and `after`, say) and compares.
 
     Writes into `folder`: `pictures/NAME/0000.png`, `sheet.png`, `evaluation.json` and `evaluation.md`, and returns
-    what the JSON holds. Speed is that of the last student, in the teacher's precision.
+    what the JSON holds. Speed is that of the last student, in the teacher's precision. Several processes share out the
+    drawing.
     """
     folder = Path(folder)
+    processes.join(teacher.device)
     prompts = read_prompts(spec.prompts, spec.limit)
     seeds = [seed + i for i in range(len(prompts))]
     models: dict[str, Any] = {"teacher": teacher.unet}
@@ -69,22 +73,28 @@ def evaluate(
     with progress("Evaluating", len(prompts) * len(models)) as bar:
         for name, net in models.items():
             pipe = set_sampler(teacher.pipeline(unet=net), spec.sampler)
-            rows, drawn = [], []
-            for at in range(0, len(prompts), 4):
-                rows.append(
-                    draw_latents(
+            mine = []
+            for rows in _batches(len(prompts)):
+                if processes.is_mine(rows.start // BATCH):
+                    drawn = draw_latents(
                         pipe,
-                        prompts[at : at + 4],
-                        seeds[at : at + 4],
+                        prompts[rows],
+                        seeds[rows],
                         steps=spec.steps,
                         guidance_scale=spec.guidance_scale,
                         size=size,
                     )
-                )
-                drawn += decode(pipe, rows[-1])
-                bar.advance(len(rows[-1]), note=name)
-            latents[name], pictures[name] = torch.cat(rows), drawn
+                    mine.append((rows.start, drawn.cpu(), decode(pipe, drawn)))
+                bar.advance(len(prompts[rows]), note=name)
+            drawn_by_all = processes.gather(mine)
+            latents[name] = torch.cat([rows for _, rows, _ in drawn_by_all])
+            pictures[name] = [picture for _, _, row in drawn_by_all for picture in row]
     last = list(students)[-1]
+    distances = {
+        name: asdict(_distance(teacher, net, prompts, latents, pictures, name, seed))
+        for name, net in models.items()
+        if name != "teacher"
+    }
     result = {
         "protocol": {
             "prompts": prompts,
@@ -99,15 +109,17 @@ def evaluate(
             name: {k: v for k, v in asdict(size_of(dict(net.config))).items() if k != "latent_size"}
             for name, net in (("teacher", models["teacher"]), ("student", models[last]))
         },
-        "speed": bench.measure({"teacher": models["teacher"], "student": models[last]}, device=teacher.device),
-        "distance": {
-            name: asdict(_distance(teacher, net, prompts, latents, pictures, name, seed))
-            for name, net in models.items()
-            if name != "teacher"
-        },
+        "speed": processes.from_main(
+            lambda: bench.measure({"teacher": models["teacher"], "student": models[last]}, device=teacher.device)
+        ),
+        "distance": distances,
     }
-    _write(folder, result, pictures, prompts)
+    processes.from_main(lambda: _write(folder, result, pictures, prompts))
     return result
+
+
+def _batches(count: int) -> list[slice]:
+    return [slice(start, start + BATCH) for start in range(0, count, BATCH)]
 
 
 def _distance(
@@ -147,25 +159,29 @@ def denoiser_errors(
     """
     alphas_cumprod = teacher.noise_scheduler.alphas_cumprod
     side = latents.shape[-1] * teacher.vae_scale
-    error, power = np.zeros((2, len(prompts), len(LEVELS)))
-    for at in range(0, len(prompts), 4):
-        rows = slice(at, at + 4)
+    mine = []
+    for batch, rows in enumerate(_batches(len(prompts))):
+        if not processes.is_mine(batch):
+            continue
         text = teacher.encode_prompts(prompts[rows])
         clean = latents[rows].cpu()
         ids = torch.tensor([[side, side, 0, 0, side, side]] * len(clean), dtype=torch.float32, device=teacher.device)
         known = conditioning(text.embeds, text.pooled, None if text.pooled is None else ids)
         noise = torch.stack(
             [
-                torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(seed + at + i))
+                torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(seed + rows.start + i))
                 for i in range(len(clean))
             ]
         )
+        sums = np.zeros((2, len(clean), len(LEVELS)))  # error, power
         for i, level in enumerate(LEVELS):
             t = torch.full((len(clean),), int(level * len(alphas_cumprod)))
             noisy = add_noise(clean, noise, alphas_cumprod[t]).to(teacher.device, teacher.dtype)
             ours, theirs = (m(noisy, t.to(teacher.device), **known).sample.double().cpu() for m in (net, teacher.unet))
-            error[rows, i] = (ours - theirs).square().sum(dim=(1, 2, 3)).numpy()
-            power[rows, i] = theirs.square().sum(dim=(1, 2, 3)).numpy()
+            sums[0, :, i] = (ours - theirs).square().sum(dim=(1, 2, 3)).numpy()
+            sums[1, :, i] = theirs.square().sum(dim=(1, 2, 3)).numpy()
+        mine.append((rows.start, sums))
+    error, power = np.concatenate([sums for _, sums in processes.gather(mine)], axis=1)
     return error, power
 
 

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prunet import processes
 from prunet.console import progress, say
 from prunet.errors import UserError
 from prunet.files import new_file, read_json, write_json
@@ -196,12 +197,14 @@ def cache_spec(teacher: Teacher, data: Data, seed: int, made: Path | None = None
 def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234, like: Cache | None = None) -> Cache:
     """Encodes pictures and captions (or lets the teacher draw prompts) into `folder`; goes on where it was stopped.
 
-    From `like`, the cache of another teacher, it takes over what this one would compute again (`Cache.kept`).
+    From `like`, the cache of another teacher, it takes over what this one would compute again (`Cache.kept`). Several
+    processes share out the shards.
 
     Raises:
         UserError: nothing to read, not one usable picture, another cache in the folder, or no space left.
     """
     folder = Path(folder)
+    processes.join(teacher.device)
     spec = cache_spec(teacher, data, seed, folder)
     size = int(spec["data"]["size"])
     check_size(teacher, size)
@@ -216,12 +219,22 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
         check_source(data.source, image_column=data.image_column, caption_column=data.caption_column)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; the cache needs a folder")
+    processes.from_main(lambda: _begin(teacher, folder, spec))
+    write_shards = _draw_prompts if data.prompts is not None else _encode_pictures
+    shards = write_shards(teacher, data, folder, size, seed, lambda shard: like.kept(spec, shard) if like else {})
+    processes.from_main(lambda: _finish(data, folder, shards))
+    return Cache.open(folder)
+
+
+def _begin(teacher: Teacher, folder: Path, spec: dict[str, Any]) -> None:
     write_json(folder / "spec.json", spec)
     empty = teacher.encode_prompts([""], unconditional=True)
     _write(folder / "unconditional.safetensors", _text_tensors(empty), {})
 
-    shards = _draw_prompts if data.prompts is not None else _encode_pictures
-    labels = list(shards(teacher, data, folder, size, seed, lambda shard: like.kept(spec, shard) if like else {}))
+
+def _finish(data: Data, folder: Path, shards: int) -> None:
+    """Writes `cache.json`, by which the cache is whole, from the labels of all its shards."""
+    labels = [_shard_label(_shard_path(folder, shard)) for shard in range(shards)]
     counts = [label["count"] for label in labels]
     skipped = [(key, why) for label in labels for key, why in label["skipped"]]
     if not sum(counts):
@@ -236,7 +249,6 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
         groups.setdefault(tuple(shape), []).append(number)
     index = {"counts": counts, "samples": sum(counts), "skipped": skipped, "groups": list(groups.values())}
     write_json(folder / "cache.json", index)
-    return Cache.open(folder)
 
 
 def check_size(teacher: Teacher, size: int, name: str = "data.size") -> None:
@@ -255,10 +267,8 @@ def _side_step(teacher: Teacher) -> int:
 Kept = Callable[[int], dict[str, Tensor]]
 
 
-def _encode_pictures(
-    teacher: Teacher, data: Data, folder: Path, size: int, seed: int, kept: Kept
-) -> Iterator[dict[str, Any]]:
-    """One shard after another: its label."""
+def _encode_pictures(teacher: Teacher, data: Data, folder: Path, size: int, seed: int, kept: Kept) -> int:
+    """Writes this process's shards; returns the number of all of them."""
     assert data.source is not None
     pictures = read_pictures(data.source, image_column=data.image_column, caption_column=data.caption_column)
     stream = itertools.islice(pictures, data.limit)
@@ -266,12 +276,12 @@ def _encode_pictures(
         for shard in itertools.count():
             group = list(itertools.islice(stream, max(1, SHARD // data.views)))
             if not group:
-                return
+                return shard
             path = _shard_path(folder, shard)
-            if not path.is_file():
+            if processes.is_mine(shard) and not path.is_file():
                 _encode_shard(teacher, data, path, group, size, seed, kept(shard))
             bar.advance(len(group))
-            yield _shard_label(path)
+    raise AssertionError("unreachable")
 
 
 def _encode_shard(
@@ -322,9 +332,7 @@ def _encode(teacher: Teacher, pixels: list[Tensor], buckets: bool) -> dict[str, 
     return {name: torch.stack(tensors) if tensors else torch.zeros(0, 4, 1, 1) for name, tensors in parts.items()}
 
 
-def _draw_prompts(
-    teacher: Teacher, data: Data, folder: Path, size: int, seed: int, kept: Kept
-) -> Iterator[dict[str, Any]]:
+def _draw_prompts(teacher: Teacher, data: Data, folder: Path, size: int, seed: int, kept: Kept) -> int:
     """The teacher draws the prompts itself; the latents are its own, so their standard deviation is 0."""
     from prunet.pipeline import set_sampler
 
@@ -333,10 +341,11 @@ def _draw_prompts(
     work = [(p, i, text) for p, text in enumerate(prompts) for i in range(data.images_per_prompt)]
     pipe: Any = None
     with progress("Drawing with the teacher", len(work)) as bar:
-        for shard, start in enumerate(range(0, len(work), SHARD)):
+        starts = range(0, len(work), SHARD)
+        for shard, start in enumerate(starts):
             path = _shard_path(folder, shard)
             group = work[start : start + SHARD]
-            if not path.is_file():
+            if processes.is_mine(shard) and not path.is_file():
                 pipe = pipe or set_sampler(teacher.pipeline(), "dpmsolver++")
                 rows = []
                 for at in range(0, len(group), ENCODE_BATCH):
@@ -346,7 +355,7 @@ def _draw_prompts(
                 _write(path, _concat(rows), {"captions": texts, "skipped": [], "count": len(group)})
             else:
                 bar.advance(len(group))
-            yield _shard_label(path)
+    return len(starts)
 
 
 def _draw_batch(

@@ -47,9 +47,14 @@ def feature_losses(student: Sequence[Tensor], teacher: Sequence[Tensor], normali
     """One MSE a pair, as a vector (P,).
 
     `normalize` divides each by the mean square of the teacher's feature, so that a few large features do not drown the
-    rest: the idea of LAPTOP-Diff (arXiv 2404.11098), here as the relative squared error.
+    rest: the idea of LAPTOP-Diff (arXiv 2404.11098), here as the relative squared error of each sample, so that it does
+    not depend on which samples share a micro-batch.
     """
-    terms = torch.stack([mse(s, t) for s, t in zip(student, teacher, strict=True)])
-    if not normalize:
-        return terms
-    return terms / torch.stack([t.float().square().mean() for t in teacher]).clamp(min=1e-12)
+    return torch.stack(
+        [mse(s, t, _inverse_power(t) if normalize else None) for s, t in zip(student, teacher, strict=True)]
+    )
+
+
+def _inverse_power(feature: Tensor) -> Tensor:
+    """(B, ...) to (B,)."""
+    return 1 / feature.float().square().flatten(1).mean(1).clamp(min=1e-12)

@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import torch
 import yaml
 from diffusers import UNet2DConditionModel
 
+from prunet import processes
 from prunet.checkpoints import PACE
 from prunet.console import say
 from prunet.errors import UserError
@@ -81,8 +81,6 @@ class Run:
         if not recipe.plan.remove:
             say("[yellow]The plan removes nothing:[/] the student will be as large as the teacher")
         check_size(self.teacher, self.size)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UserError("prunet works in one process: start it with `prunet run`, not with torchrun or accelerate")
         data, whole_cache = recipe.data, (self.cache_folder / "cache.json").is_file()
         if data.source is not None:
             if not (whole_cache and not source_is_there(data.source)):
@@ -139,9 +137,9 @@ class Run:
 
     def micro_batch(self, number: int) -> int:
         """Samples at once on each device in stage `number`."""
-        ranks = int(os.environ.get("WORLD_SIZE", 1))
         configs = (self.derived.teacher_config, self.steps_down[number - 1].student_config)
-        return micro_batch_of(self.recipe.stages[number - 1], self.runtime, *configs, self.latent_size, ranks)
+        stage = self.recipe.stages[number - 1]
+        return micro_batch_of(stage, self.runtime, *configs, self.latent_size, processes.count())
 
     def pairs(self, number: int) -> tuple[Pair, ...]:
         """What stage `number` compares."""
@@ -221,41 +219,41 @@ class Run:
     # -- the steps
 
     def do(self, step: str) -> None:
-        """Does one step, unless it is done, and says which."""
-        if self.is_done(step):
+        """Does one step, unless it is done, and says which. All processes come here, and leave when it is done."""
+        processes.join(self.runtime.torch_device)
+        if processes.from_main(lambda: self.is_done(step)):
             say(f"[green]✓[/] {step} [dim]is done[/]")
             return
         say(f"[bold]→ {step}[/]")
         start = time.perf_counter()
-        self._forget(step)
-        write_text(self.folder / "recipe.yaml", recipe_yaml(self.recipe))  # settings may have changed since the plan
+        processes.from_main(lambda: self._begin(step))
+        shared = {"cache": self._cache, "evaluate": self._evaluate}
+        alone = {"plan": self._plan, "build": self._build, "export": self._export, "report": self._report}
         if step.startswith("stage-"):
             self._stage(int(step.removeprefix("stage-")))
+        elif step in shared:
+            shared[step]()
         else:
-            steps: dict[str, Callable[[], None]] = {
-                "plan": self._plan,
-                "build": self._build,
-                "cache": self._cache,
-                "evaluate": self._evaluate,
-                "export": self._export,
-                "report": self._report,
-            }
-            steps[step]()
-        path, done = self.folder / "steps.json", self._done()
+            processes.from_main(alone[step])
         seconds = round(time.perf_counter() - start, 1)
-        write_json(path, {**done, step: {"inputs": self.inputs[step], "seconds": seconds}})
+        processes.from_main(lambda: self._finish(step, seconds))
         say(f"[green]✓[/] {step} [dim]in {seconds:.0f} s[/]")
 
-    def _done(self) -> dict[str, Any]:
-        path = self.folder / "steps.json"
-        return read_json(path) if path.is_file() else {}
-
-    def _forget(self, step: str) -> None:
+    def _begin(self, step: str) -> None:
         """A step that begins again is not done, nor is what comes after it, however far it gets this time."""
         names, done = self.step_names(), self._done()
         kept = {n: value for n, value in done.items() if n in names[: names.index(step)]}
         if kept != done:
             write_json(self.folder / "steps.json", kept)
+        write_text(self.folder / "recipe.yaml", recipe_yaml(self.recipe))  # settings may have changed since the plan
+
+    def _finish(self, step: str, seconds: float) -> None:
+        done = {**self._done(), step: {"inputs": self.inputs[step], "seconds": seconds}}
+        write_json(self.folder / "steps.json", done)
+
+    def _done(self) -> dict[str, Any]:
+        path = self.folder / "steps.json"
+        return read_json(path) if path.is_file() else {}
 
     def _plan(self) -> None:
         write_json(self.folder / "plan.json", self.derived.facts())
@@ -284,9 +282,10 @@ class Run:
         folder = self.folder / f"stage-{number}"
         for other in {*self.teachers, self.teacher} - {teacher}:
             other.release("unet", "vae", "text")
-        write_json(folder / "inputs.json", self._stage_label(number))
         pairs = self.pairs(number)
-        write_json(folder / "pairs.json", [dataclasses.asdict(pair) for pair in pairs])
+        if processes.is_main():
+            write_json(folder / "inputs.json", self._stage_label(number))
+            write_json(folder / "pairs.json", [dataclasses.asdict(pair) for pair in pairs])
         prompts = recipe.sheet.prompts or read_prompts(recipe.evaluation.prompts)[:6]
         if not recipe.sheet.every:
             teacher.release("vae", "text")  # nothing else in the loop needs them
@@ -312,7 +311,7 @@ class Run:
             checkpoint_every=recipe.checkpoint_every,
             keep_checkpoints=recipe.keep_checkpoints,
         )
-        if is_main_process():
+        if processes.is_main():
             save_unet(trained, folder / "unet")
         if self.runtime.teacher_8bit:
             teacher.release("unet")  # what is measured and exported is the teacher as it is stored
@@ -410,10 +409,6 @@ def run(recipe: Recipe, runtime: Runtime | None = None, *, until: str = "report"
     for step in this.step_names(until):
         this.do(step)
     return this.folder
-
-
-def is_main_process() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 # -- what the steps write and read

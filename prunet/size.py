@@ -117,21 +117,22 @@ def training_memory(
     gradient_checkpointing: bool = False,
     use_8bit_adam: bool = False,
     teacher_8bit: bool = False,
+    shards: int = 1,
 ) -> dict[str, int]:
     """Bytes that distillation needs on the device, by part: an estimate from shapes.
 
     The student is kept in fp32 with gradients and AdamW's two moments; the teacher in half precision if `half`. `ema`:
-    whether an average is kept on the device.
+    whether an average is kept on the device. `shards`: processes among which what is the student's is shared out.
     """
     t, s = size_of(teacher).parameters, size_of(student).parameters
     elements = activation_elements(student, latent_size) * micro_batch
     kept = 0.3 if gradient_checkpointing else 1.0
     return {
         "teacher": t * (1 if teacher_8bit else 2 if half else 4),
-        "student": s * 4,
-        "gradients": s * 4,
-        "optimizer": s * (2 if use_8bit_adam else 8),
-        "ema": s * 4 if ema else 0,
+        "student": s * 4 // shards,
+        "gradients": s * 4 // shards,
+        "optimizer": s * (2 if use_8bit_adam else 8) // shards,
+        "ema": s * 4 // shards if ema else 0,
         "activations": int(elements * (2 if half else 4) * kept),
     }
 

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
-from prunet import unet
+from prunet import processes, unet
 from prunet.checkpoints import checkpoints, resume, save
 from prunet.console import progress
 from prunet.draws import Draws, batches
@@ -25,6 +25,7 @@ from prunet.latents import Cache
 from prunet.losses import add_noise, feature_losses, min_snr_weight, mse, training_target
 from prunet.pairs import Pair, term_factors
 from prunet.recipe import Losses, Stage
+from prunet.sharding import local, shard, unsharded, whole
 from prunet.sheets import Sheets
 from prunet.size import fitting_micro_batch
 from prunet.taps import tap
@@ -40,7 +41,8 @@ class Runtime:
     `micro_batch`: samples at once on each device (None: the whole batch); `log_every`: steps between two read-backs
     of the losses, which are the only points where the device is waited for. What saves memory: `gradient_checkpointing`
     (costs time), `offload_ema` (the average waits on the CPU), `use_8bit_adam` (bitsandbytes), `teacher_8bit` (torchao:
-    its linear layers' weights in 8 bits).
+    its linear layers' weights in 8 bits), `fsdp` (several processes share out the student's weights, gradients, moments
+    and average).
     """
 
     device: str | None = None
@@ -50,14 +52,16 @@ class Runtime:
     offload_ema: bool = False
     use_8bit_adam: bool = False
     teacher_8bit: bool = False
+    fsdp: bool = False
     tracker: str | None = None
     log_every: int = 10
 
     @property
     def torch_device(self) -> torch.device:
-        if self.device is not None:
-            return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
+        kind = self.device or ("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
+        if kind == "cuda" and processes.count() > 1:
+            return torch.device("cuda", processes.local_rank())
+        return torch.device(kind)
 
     def use_device(self) -> None:
         """accelerate takes the current CUDA device, whatever its number."""
@@ -125,7 +129,7 @@ def micro_batch_of(
     )
 
 
-def memory_options(stage: Stage, runtime: Runtime) -> dict[str, bool]:
+def memory_options(stage: Stage, runtime: Runtime) -> dict[str, Any]:
     """How much is kept, as `prunet.size.training_memory` asks for it."""
     return {
         "half": runtime.mixed_precision != "no",
@@ -133,6 +137,7 @@ def memory_options(stage: Stage, runtime: Runtime) -> dict[str, bool]:
         "gradient_checkpointing": runtime.gradient_checkpointing,
         "use_8bit_adam": runtime.use_8bit_adam,
         "teacher_8bit": runtime.teacher_8bit,
+        "shards": processes.count() if runtime.fsdp else 1,
     }
 
 
@@ -161,6 +166,7 @@ def distil(
     """
     folder, runtime = Path(folder), runtime or Runtime()
     runtime.use_device()
+    processes.join(runtime.torch_device)
     AcceleratorState._reset_state()  # accelerate keeps the first precision of a process; ours may change
     accelerator = Accelerator(
         mixed_precision=runtime.mixed_precision,
@@ -170,7 +176,8 @@ def distil(
     )
     device, ranks = accelerator.device, accelerator.num_processes
     configs = (teacher.unet_config, dict(student.config))
-    micro_batch = micro_batch_of(stage, runtime, *configs, cache.latent_size, ranks)
+    # One number for all, though their devices may differ: they meet at every step.
+    micro_batch = processes.from_main(lambda: micro_batch_of(stage, runtime, *configs, cache.latent_size, ranks))
     cache.check(teacher)
 
     # Pairs are module objects of the bare models, found before anything is wrapped.
@@ -180,12 +187,17 @@ def distil(
     student.to(device).train().requires_grad_(True)
     if runtime.gradient_checkpointing:
         student.enable_gradient_checkpointing()
+    if runtime.fsdp:
+        shard(student, device)
+    held = [local(parameter) for parameter in student.parameters()]
     optimizer = _adamw(runtime)(student.parameters(), lr=stage.learning_rate, weight_decay=stage.weight_decay)
-    ema = EMAModel(student.parameters(), decay=stage.ema_decay, foreach=True) if stage.ema_decay else None
+    ema = EMAModel(held, decay=stage.ema_decay, foreach=True) if stage.ema_decay else None
     start = resume(folder, stage, student, optimizer, ema, accelerator)
     if ema and runtime.offload_ema:
         ema.to("cpu")
-    model, optimizer = accelerator.prepare(student, optimizer)
+    # In evaluation mode accelerate gives the model its precision and leaves out DDP, which FSDP stands in for.
+    model = accelerator.prepare_model(student, evaluation_mode=runtime.fsdp)
+    optimizer = accelerator.prepare_optimizer(optimizer)
     if runtime.tracker:
         accelerator.init_trackers("prunet", config={"stage": stage.model_dump_json()})
 
@@ -200,7 +212,7 @@ def distil(
     draws = Draws(cache, stage, seed, scheduler.config.num_train_timesteps)
     micro_batches = batches(draws, start, micro_batch, accelerator.process_index, ranks)
     accumulate = stage.batch_size // (micro_batch * ranks)
-    log = Log(folder / "log.jsonl", start)
+    log = processes.from_main(lambda: Log(folder / "log.jsonl", start))
     sums, since, clock = torch.zeros(len(names), device=device), 0, time.perf_counter()
 
     with (
@@ -212,7 +224,7 @@ def distil(
         bar.advance(start)
         for step in range(start, stage.steps):
             if sheets and step == start == 0:
-                sheets.draw(0, student, ema=None)
+                sheets.draw(0, student, held, ema=None)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(stage, step)
             for micro in range(accumulate):
@@ -245,13 +257,13 @@ def distil(
                 sums[: len(terms)] += terms.detach() / accumulate
 
             norm = accelerator.clip_grad_norm_(model.parameters(), stage.max_grad_norm)
-            sums[-1] += norm
+            sums[-1] += whole(norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if ema:
                 if runtime.offload_ema:
                     ema.to(device)
-                ema.step(student.parameters())
+                ema.step(held)
                 if runtime.offload_ema:
                     ema.to("cpu")
             since, done = since + 1, step + 1
@@ -269,10 +281,10 @@ def distil(
                     log.write(row)
                     accelerator.log({k: v for k, v in row.items() if k != "step"}, step=done)
                 bar.advance(0, _note(row))
-                if drawing and sheets and accelerator.is_main_process:
-                    sheets.draw(done, student, ema)
+                if drawing and sheets:
+                    sheets.draw(done, student, held, ema)
                 # Last, so that a run that goes on from this checkpoint has all that belongs to the steps before it.
-                if saving and accelerator.is_main_process:
+                if saving:
                     save(folder, done, stage, student, optimizer, ema, accelerator, keep_checkpoints)
                 accelerator.wait_for_everyone()
                 sums.zero_()
@@ -280,8 +292,10 @@ def distil(
     if runtime.tracker:
         accelerator.end_training()
     if ema:
-        ema.copy_to(student.parameters())
+        ema.copy_to(held)
     student = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    if runtime.fsdp:
+        student = unsharded(student)
     student.disable_gradient_checkpointing()
     return student.eval().requires_grad_(False).to("cpu")
 

@@ -1,0 +1,57 @@
+"""The processes that share the work of one command (`accelerate launch`, torchrun). One alone is the usual case.
+
+Process r of n does every n-th piece from the r-th on; what only one may do, the main process does, and the others
+wait. Nothing that is computed depends on their number.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+
+T = TypeVar("T")
+
+#: For how long the others wait while one process works alone (exports a pipeline, say). A process that died is the
+#: launcher's business, which stops them all at once.
+PATIENCE = timedelta(hours=6)
+
+
+def count() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and says things."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def is_mine(piece: int) -> bool:
+    """Whether piece number `piece` of shared work is this process's."""
+    return piece % count() == int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """This process's number on its machine, which is that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def join(device: torch.device) -> PartialState:
+    """Meets the other processes, if there are any."""
+    return PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` gives in the main process, once all processes have come here."""
+    state = PartialState()
+    state.wait_for_everyone()
+    value = [make() if state.is_main_process else None]
+    return broadcast_object_list(value)[0]  # type: ignore[return-value]
+
+
+def gather(mine: Sequence[tuple[int, *tuple[Any, ...]]]) -> list[Any]:
+    """All processes' pieces, each a tuple that begins with its number, in the order of these."""
+    return sorted(gather_object(list(mine)), key=lambda piece: piece[0])
