@@ -86,7 +86,7 @@ def draw_batch(
 def draw_timesteps(batch_size: int, count: int, dice: torch.Generator) -> Tensor:
     """One from each of `batch_size` equal parts of the schedule: uniform, with less variance than independent draws."""
     spread = (torch.arange(batch_size) + torch.rand(batch_size, generator=dice)) / batch_size
-    return (spread * count).long()
+    return (spread * count).long().clamp(max=count - 1)  # the last one may be rounded up to 1
 
 
 def noise_error(
