@@ -116,6 +116,8 @@ def inspect(
     from prunet.teacher import Teacher
 
     if teacher.endswith((".yaml", ".yml")):
+        if plan != "none" or config is not None:
+            raise UserError(f"{teacher}: a recipe names its own plan and teacher.config: leave --plan and --config out")
         return _inspect_recipe(Path(teacher), as_json)
     chosen = Plan("none") if plan == "none" else load_plan(plan)
     derived = derive(Teacher(teacher, config=config).unet_config, chosen)
