@@ -162,6 +162,13 @@ def mistakes(bad: Path, sd: Path, pictures: Path, tmp_path: Path) -> dict[str, t
         "weights of an unknown network": measure("--real", bad / "pictures", "--weights", "vgg=x"),
         "weights that are not there": measure("--real", bad / "pictures", "--weights", f"clip={bad / 'nowhere'}"),
         "measuring of cut weights": ("measure", bad / "broken-weights", *measure("--real", bad / "pictures")[2:]),
+        "evaluation with weights of nothing": (*with_recipe("lpips", "evaluate"), "--weights", "vgg"),
+        "evaluation with strange weights": (*with_recipe("lpips of clip", "evaluate"), "--weights", "clip=x"),
+        "evaluation with half the weights": (*with_recipe("half of lpips", "evaluate"), "--weights", "vgg=x"),
+        "evaluation with weights that are not there": (
+            *with_recipe("no lpips", "evaluate"),
+            *("--weights", f"vgg={bad / 'text.txt'}", "--weights", f"lpips={bad / 'none.pth'}"),
+        ),
         "comparison of one": ("compare", bad),
         "comparison of what was not measured": ("compare", bad, tmp_path),
         "comparison that is no page": ("compare", bad, tmp_path, "-o", bad / "text.txt"),
