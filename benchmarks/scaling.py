@@ -93,15 +93,27 @@ def main() -> None:
         found["FSDP2"] = together([distil(args, folder, "fsdp", n, args.batch, "--fsdp")], 1)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", __file__]
     reduce = [*launch, "--all-reduce", str(count), "--device", args.device]
-    done = subprocess.run(reduce, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        reduce, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     seconds = json.loads(done.stdout.splitlines()[-1])
     step = args.batch / found["apart"]
     for name, speed in found.items():
         print(f"{name:12} {speed:8.1f} images/s  {args.batch / speed * 1000:8.1f} ms a step")
-    print(f"messages: {4 * count / 1e6:.1f} MB of gradients, {1000 * seconds:.1f} ms; {seconds / step:.0%} of a step's time")
+    print(
+        f"messages: {4 * count / 1e6:.1f} MB of gradients, {1000 * seconds:.1f} ms; {seconds / step:.0%} of a step's time"
+    )
     cost = found["apart"] / found["DDP"] - 1
-    print(f"DDP takes {cost:.1%} longer than without messages; the model says 0 (all hidden) to {seconds / step:.1%} (none)")
-    said = {"processes": n, "batch": args.batch, "device": args.device, "images_per_s": found, "gradient_bytes": 4 * count}
+    print(
+        f"DDP takes {cost:.1%} longer than without messages; the model says 0 (all hidden) to {seconds / step:.1%} (none)"
+    )
+    said = {
+        "processes": n,
+        "batch": args.batch,
+        "device": args.device,
+        "images_per_s": found,
+        "gradient_bytes": 4 * count,
+    }
     print(json.dumps({**said, "all_reduce_s": seconds, "step_s": step, "ddp_overhead": cost}))
 
 

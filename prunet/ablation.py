@@ -139,23 +139,21 @@ def ablate(
     say(f"{len(runs)} runs: {len(ablation.arms)} arms, {len(ablation.seeds)} seeds; {len(todo)} to do")
     with progress("Ablation", len(runs)) as bar:
         bar.advance(len(runs) - len(todo))
-        for arm, seed in _each_done(todo, recipes, runtime, workers):
+        for arm, seed in _each_done({key: runs[key] for key in todo}, workers):
             bar.advance(1, note=f"{arm}, seed {seed}")
             collect(ablation, runs)
     return collect(ablation, runs)
 
 
-def _each_done(
-    todo: Sequence[tuple[str, int]], recipes: Mapping[tuple[str, int], Recipe], runtime: Runtime, workers: int
-) -> Any:
+def _each_done(todo: Mapping[tuple[str, int], Run], workers: int) -> Any:
     if workers == 1:
-        for key in todo:
-            _do(recipes[key], runtime)
+        for key, run in todo.items():
+            _do(run.recipe, run.runtime, like=run)  # checked again: the disk may be full by now
             yield key
         return
     context = get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (context.Value("i", 0), workers)) as pool:
-        work = {pool.submit(_do_in_worker, recipes[key], runtime): key for key in todo}
+        work = {pool.submit(_do_in_worker, run.recipe, run.runtime): key for key, run in todo.items()}
         try:
             for done in as_completed(work):
                 done.result()
@@ -166,8 +164,8 @@ def _each_done(
             ) from error
 
 
-def _do(recipe: Recipe, runtime: Runtime) -> None:
-    run = Run(recipe, runtime)
+def _do(recipe: Recipe, runtime: Runtime, like: Run | None = None) -> None:
+    run = Run(recipe, runtime, like=like)
     for step in run.step_names("evaluate"):
         run.do(step)
 

@@ -112,6 +112,17 @@ def _runtime(device: str | None, precision: str, tracker: str | None = None, **o
     return runtime
 
 
+def _weights(given: list[str] | None, examples: str) -> dict[str, Path]:
+    """NAME=PATH, several of them, as a mapping."""
+    files = {}
+    for text in given or []:
+        name, sign, path = text.partition("=")
+        if not sign or not path:
+            raise UserError(f"--weights {text}: write {examples}")
+        files[name] = Path(path)
+    return files
+
+
 def _recipe(path: Path, overrides: list[str] | None) -> Any:
     from prunet.recipe import load_recipe
 
@@ -132,6 +143,8 @@ def inspect(
     from prunet.teacher import Teacher
 
     if teacher.endswith((".yaml", ".yml")):
+        if plan != "none" or config is not None:
+            raise UserError(f"{teacher}: a recipe names its own plan and teacher.config: leave --plan and --config out")
         return _inspect_recipe(Path(teacher), as_json)
     chosen = Plan("none") if plan == "none" else load_plan(plan)
     derived = derive(Teacher(teacher, config=config).unet_config, chosen)
@@ -209,7 +222,7 @@ def _refuse_foreign(folder: Path, own: str) -> None:
         raise UserError(f"{folder}: exists and holds something else; give another --output")
 
 
-def _run_until(until: str, path: Path, overrides: list[str] | None, runtime: Any, as_json: bool) -> None:
+def _run_until(until: str, path: Path, overrides: list[str] | None, runtime: Any, as_json: bool) -> Any:
     from prunet.runs import Run
 
     this = Run(_recipe(path, overrides), runtime)
@@ -220,6 +233,7 @@ def _run_until(until: str, path: Path, overrides: list[str] | None, runtime: Any
         facts["evaluation"] = json.loads((this.folder / "evaluation" / "evaluation.json").read_text())["distance"]
         facts["report"] = str(this.folder / "report.html")
     _say(as_json, facts, _where(this.folder, until))
+    return this
 
 
 def _where(folder: Path, until: str) -> str:
@@ -344,17 +358,35 @@ def distil(
 def evaluate(
     recipe: RecipeArgument,
     overrides: SetOption = None,
+    weights: Annotated[list[str] | None, typer.Option(help="vgg=FILE and lpips=FILE: measure LPIPS, too.")] = None,
     device: Device = None,
     precision: PrecisionOption = "auto",
     as_json: Json = False,
 ) -> None:
-    """Do a recipe up to its evaluation: sizes, speeds, and distance from the teacher before and after."""
-    _run_until("evaluate", recipe, overrides, _runtime(device, precision), as_json)
+    """Do a recipe up to its evaluation: sizes, speeds, and distance from the teacher before and after.
+
+    LPIPS, too, given its weights; of a finished run it is added: prunet evaluate RUN --weights vgg=FILE
+    --weights lpips=FILE
+    """
+    if files := _weights(weights, "vgg=FILE and lpips=FILE"):
+        from prunet.features import declare_torchvision_ops
+
+        declare_torchvision_ops()
+    runtime = _runtime(device, precision)
+    from prunet.lpips import Lpips, add_lpips
+    from prunet.processes import is_main
+    from prunet.report import write_report
+
+    lpips = Lpips.load(files, runtime.torch_device) if files else None
+    this = _run_until("evaluate", recipe, overrides, runtime, as_json)
+    if lpips and is_main():
+        add_lpips(this.folder / "evaluation", lpips)
+        if this.is_done("report"):
+            write_report(this.folder)
     if not as_json:
         from rich.markdown import Markdown
 
-        text = (Path(_recipe(recipe, overrides).output) / "evaluation" / "evaluation.md").read_text()
-        _say(as_json, {}, Markdown(text))
+        _say(as_json, {}, Markdown((this.folder / "evaluation" / "evaluation.md").read_text()))
 
 
 @app.command()
@@ -461,12 +493,7 @@ def measure(
     is_run = (Path(model) / "recipe.yaml").is_file()
     if output is None and not is_run:
         raise UserError(f"{model}: is no run folder: say where the pictures and numbers go with --output FOLDER")
-    files = {}
-    for text in weights or []:
-        name, sign, path = text.partition("=")
-        if not sign or not path:
-            raise UserError(f"--weights {text}: write inception=FILE or clip=PATH")
-        files[name] = Path(path)
+    files = _weights(weights, "inception=FILE or clip=PATH")
     runtime = _runtime(device, "no")
     result = measure_it(
         model,

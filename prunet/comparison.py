@@ -12,7 +12,7 @@ from prunet.charts import draw_chart, inline, render, short
 from prunet.errors import UserError
 from prunet.files import read_json, write_text
 from prunet.protocol import differences
-from prunet.report import PICTURE_SIDE, draw_unet, level_chart, read_logs, segments, step_ticks
+from prunet.report import PICTURE_SIDE, draw_unet, level_chart, read_evaluation, read_logs, segments, step_ticks
 
 MOST_RUNS = 8  # that a page has colours and columns for
 
@@ -73,12 +73,18 @@ def _open_run(folder: Path, name: str, kind: str) -> Compared:
         steps = read_json(folder / "steps.json") if (folder / "steps.json").is_file() else {}
         if "evaluate" not in steps:
             raise UserError(f"{folder}: not evaluated, or trained since: finish it with `prunet run {folder}`")
-        plan, evaluation = (read_json(folder / part) for part in ("plan.json", "evaluation/evaluation.json"))
-        if "intervals" not in evaluation["distance"]["after"]:
-            raise UserError(f"{folder}: evaluated by an older prunet: delete {folder / 'evaluation'} and run it again")
+        plan, evaluation = read_json(folder / "plan.json"), read_evaluation(folder / "evaluation")
         recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
         run = Compared(name, kind, folder, plan, evaluation, recipe_text)
-        _ = run.axis, _protocol(run), draw_unet(plan), evaluation["sizes"], evaluation["speed"], run.teacher
+        _ = (
+            run.axis,
+            _protocol(run),
+            draw_unet(plan),
+            evaluation["sizes"],
+            evaluation["speed"],
+            run.teacher,
+            run.distance,
+        )
         return run
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{folder}: damaged ({error!r}): finish it again with its recipe") from error
@@ -109,6 +115,7 @@ def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
         protocol=protocol,
         columns={"teacher": "teacher"} | {run.kind: run.name for run in runs},
         pictures=_pictures(runs, protocol["prompts"]),
+        fields=["denoiser", "latent", "picture", *(["lpips"] if _same_lpips(runs) else [])],
         nets=[draw_unet(run.plan) for run in runs],
         losses=_named(runs, _loss_chart(runs)),
         levels=_named(
@@ -117,6 +124,12 @@ def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
     )
     write_text(path, page)
     return path
+
+
+def _same_lpips(runs: list[Compared]) -> bool:
+    """Whether every run has LPIPS, by the same weights; it is left out otherwise."""
+    made_by = {run.evaluation.get("lpips") for run in runs}
+    return len(made_by) == 1 and None not in made_by
 
 
 def _pictures(runs: list[Compared], prompts: list[str]) -> list[dict[str, Any]]:

@@ -236,7 +236,10 @@ def markdown(result: dict[str, Any]) -> str:
         ("denoiser output, relative squared error", "denoiser"),
         ("final latents, mean squared error", "latent"),
         ("pictures, root mean squared error (0 to 1)", "picture"),
+        ("pictures, LPIPS (VGG16)", "lpips"),
     ):
+        if any(key not in d for d in distance.values()):
+            continue  # LPIPS, where it was not asked for
         cells = (
             f"{d[key]:.4f} [{d['intervals'][key][0]:.4f}, {d['intervals'][key][1]:.4f}]" for d in distance.values()
         )

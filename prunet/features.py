@@ -55,7 +55,7 @@ class Inception:
             UserError: torch-fidelity is not installed, or the file does not hold these weights.
         """
         extractor = torch_fidelity("feature_extractor_inceptionv3")
-        state = _read_weights(weights)
+        state = read_weights("inception", weights, INCEPTION_SOURCE)
         # torch-fidelity unpickles the file it is given: it gets one that was written here.
         with tempfile.TemporaryDirectory() as folder:
             torch.save(state, Path(folder) / "weights.pth")
@@ -76,11 +76,10 @@ class Inception:
         if len({picture.size for picture in pictures}) > 1:
             parts = [self([picture]) for picture in pictures]
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        pixels = torch.stack([torch.from_numpy(np.array(p.convert("RGB"))).permute(2, 0, 1) for p in pictures])
         name = "torch_fidelity.feature_extractor_inceptionv3.interpolate_bilinear_2d_like_tensorflow1x"
         resize = nullcontext() if self.preprocessing == "torch-fidelity" else patch(name, _resize_like_pytorch_fid)
         with resize:  # type: ignore[attr-defined]
-            pool, logits = self.net(pixels.to(self.device))
+            pool, logits = self.net(pixels_of(pictures).to(self.device))
         return {"pool": pool.cpu(), "logits": logits.cpu()}
 
 
@@ -168,7 +167,7 @@ def torch_fidelity(module: str) -> Any:
         declare_torchvision_ops()
         return importlib.import_module(f"torch_fidelity.{module}")
     except ImportError as error:
-        raise UserError("The Inception network needs torch-fidelity: pip install 'prunet[eval]'") from error
+        raise UserError("Inception and LPIPS need torch-fidelity: pip install 'prunet[eval]'") from error
 
 
 _ops: Any = None  # lives as long as its declarations are wanted
@@ -191,9 +190,14 @@ def declare_torchvision_ops() -> None:
         importlib.import_module("torchvision")
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(name: str, path: Path, source: str) -> dict[str, Tensor]:
+    """The tensors in a .pth, opened without unpickling code, or .safetensors; `source`: where the right one is from.
+
+    Raises:
+        UserError: not there, or not readable.
+    """
     if not path.is_file():
-        raise UserError(f"--weights inception={path}: no such file: take {INCEPTION_SOURCE}")
+        raise UserError(f"--weights {name}={path}: no such file: take {source}")
     try:
         return (
             load_file(path)
@@ -201,7 +205,12 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             else torch.load(path, weights_only=True, map_location="cpu")
         )
     except Exception as error:
-        raise UserError(f"{path}: not readable as weights: take {INCEPTION_SOURCE}") from error
+        raise UserError(f"{path}: not readable as weights: take {source}") from error
+
+
+def pixels_of(pictures: Sequence[Image.Image]) -> Tensor:
+    """(B, 3, H, W) of pictures of one size, 0 to 255."""
+    return torch.stack([torch.from_numpy(np.array(p.convert("RGB"))).permute(2, 0, 1) for p in pictures])
 
 
 def _tensor(output: Any) -> Tensor:

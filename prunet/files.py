@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -95,3 +95,18 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error})") from error
+
+
+def read_label(path: Path, keys: Iterable[str], mend: str) -> dict[str, Any]:
+    """The JSON object in a file that prunet wrote, which must have `keys`.
+
+    Raises:
+        UserError: not there, or not whole any more; says how to `mend` it.
+    """
+    try:
+        value = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}: {mend}") from error
+    if missing := sorted(set(keys) - (value.keys() if isinstance(value, dict) else set())):
+        raise UserError(f"{path}: damaged, or of another version (no {missing[0]!r} in it): {mend}")
+    return value

@@ -27,7 +27,7 @@ from torch import Tensor
 from prunet import processes
 from prunet.console import progress, say
 from prunet.errors import UserError
-from prunet.files import new_file, read_json, write_json
+from prunet.files import new_file, read_label, write_json
 from prunet.pictures import BrokenPicture, Picture, bucket_sizes, fit, nearest_size
 from prunet.recipe import Data, read_prompts
 from prunet.sources import check_source, read_pictures, source_files, source_is_there
@@ -70,10 +70,11 @@ class Cache:
         folder = Path(folder)
         if not (folder / "cache.json").is_file():
             raise UserError(f"{folder}: no finished cache there; make it with `prunet cache RECIPE`")
-        index = read_json(folder / "cache.json")
+        keys = ("counts", "skipped", "groups", "samples")
+        index = read_label(folder / "cache.json", keys, "delete it and run the cache again")
         cache = cls(
             folder,
-            read_json(folder / "spec.json"),
+            read_spec(folder),
             tuple(index["counts"]),
             tuple(map(tuple, index["skipped"])),
             tuple(index["groups"] or [range(index["samples"])]),
@@ -181,7 +182,7 @@ def cache_spec(teacher: Teacher, data: Data, seed: int, made: Path | None = None
     if data.prompts is not None:
         content = _hash(read_prompts(data.prompts, data.limit))
     elif made is not None and (made / "cache.json").is_file() and not source_is_there(data.source or []):
-        content = read_json(made / "spec.json")["content"]  # pictures may go when their latents are all there
+        content = read_spec(made)["content"]  # pictures may go when their latents are all there
     else:
         content = _hash(source_files(data.source or []))
     chosen = data.model_dump(mode="json", exclude={"prompts"} if data.prompts is not None else {"source"})
@@ -192,6 +193,16 @@ def cache_spec(teacher: Teacher, data: Data, seed: int, made: Path | None = None
         "content": content,
         "seed": seed,
     }
+
+
+def read_spec(folder: Path) -> dict[str, Any]:
+    """The spec of the cache in a folder.
+
+    Raises:
+        UserError: damaged.
+    """
+    keys = ("format", "parts", "data", "content", "seed")
+    return read_label(folder / "spec.json", keys, f"delete {folder}, or give another cache with 'cache:'")
 
 
 def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234, like: Cache | None = None) -> Cache:
@@ -209,7 +220,7 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
     size = int(spec["data"]["size"])
     check_size(teacher, size)
     if (folder / "spec.json").is_file():
-        if read_json(folder / "spec.json") != spec:
+        if read_spec(folder) != spec:
             raise UserError(
                 f"{folder}: holds a cache of another teacher or other data: delete it, or give another with 'cache:'"
             )

@@ -26,7 +26,7 @@ from prunet import metrics
 from prunet.charts import short
 from prunet.errors import UserError
 from prunet.features import INCEPTION_SOURCE, Clip, Inception
-from prunet.files import read_json, write_json, write_text
+from prunet.files import read_json, read_label, write_json, write_text
 from prunet.generation import draw_shards
 from prunet.latents import check_size
 from prunet.metrics import Measure, Moments
@@ -166,8 +166,8 @@ def _check_folder(pictures: Path, drawing: dict[str, Any]) -> None:
         if pictures.is_dir() and any(pictures.glob("*.tar")):
             raise UserError(f"{pictures}: pictures without a spec.json: delete that folder, or give another --output")
         return
-    before = read_json(spec)
-    apart = sorted(key for key in drawing if before.get(key) != drawing[key])
+    before = read_label(spec, drawing, f"delete {pictures} to draw anew, or give another --output")
+    apart = sorted(key for key in drawing if before[key] != drawing[key])
     if apart:
         raise UserError(
             f"{pictures}: holds pictures drawn with another {', '.join(apart)}: delete that folder to draw them anew, "

@@ -57,6 +57,11 @@ def _read_teacher(value: Any) -> Any:
 TeacherValue = Annotated[TeacherSource, BeforeValidator(_read_teacher)]
 
 
+#: What has a meaning for pictures only, and for prompts only.
+OF_PICTURES = ("crop", "flip", "buckets", "views", "image_column", "caption_column")
+OF_PROMPTS = ("steps", "guidance_scale", "images_per_prompt")
+
+
 class Data(Part):
     """Pictures with captions (`source`), or `prompts` from which the teacher makes the latents itself."""
 
@@ -80,6 +85,10 @@ class Data(Part):
     def _one_of(self) -> "Data":
         if (self.source is None) == (self.prompts is None):
             raise ValueError("give either 'source' (pictures with captions) or 'prompts'")
+        kind, names = ("pictures", OF_PROMPTS) if self.source is not None else ("prompts", OF_PICTURES)
+        # Not whatever is set: the recipe.yaml of a run folder sets everything, its defaults too.
+        if idle := [name for name in names if getattr(self, name) != type(self).model_fields[name].default]:
+            raise ValueError(f"{idle[0]!r} has no meaning where the data are {kind}: leave it out")
         if self.size is not None and self.size % 8:
             raise ValueError(f"'size' must be a multiple of 8, not {self.size}")
         return self

@@ -32,9 +32,7 @@ def write_report(folder: Path | str) -> Path:
     """
     folder = Path(folder)
     plan = read_json(folder / "plan.json")
-    evaluation = read_json(folder / "evaluation" / "evaluation.json")
-    if "intervals" not in evaluation["distance"]["after"]:
-        raise UserError(f"{folder}: evaluated by an older prunet: delete {folder / 'evaluation'} and run it again")
+    evaluation = read_evaluation(folder / "evaluation")
     recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
     recipe = yaml.safe_load(recipe_text)
     steps = read_json(path) if (path := folder / "steps.json").is_file() else {}
@@ -65,6 +63,18 @@ def write_report(folder: Path | str) -> Path:
     path = folder / "report.html"
     write_text(path, page)
     return path
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """What `evaluate` left in a folder, which of a run is `evaluation`.
+
+    Raises:
+        UserError: not there, not readable, or older than the intervals.
+    """
+    evaluation = read_json(folder / "evaluation.json")
+    if not all("intervals" in distance for distance in evaluation["distance"].values()):
+        raise UserError(f"{folder.parent}: evaluated by an older prunet: delete {folder} and run it again")
+    return evaluation
 
 
 def _measured(folder: Path) -> list[dict[str, Any]]:

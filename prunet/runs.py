@@ -31,7 +31,7 @@ from prunet.checkpoints import PACE
 from prunet.console import say
 from prunet.errors import UserError
 from prunet.files import new_folder, read_json, write_json, write_text
-from prunet.latents import Cache, cache, cache_spec, check_size
+from prunet.latents import Cache, cache, cache_spec, check_size, read_spec
 from prunet.pairs import Pair, term_factors
 from prunet.pipeline import SAMPLERS, export, export_single_file, write_unet
 from prunet.plan import Derived, derive
@@ -116,7 +116,7 @@ class Run:
     def _check_folder(self) -> None:
         """Refuses a folder with the cache or the checkpoints of another run, before anything in it is replaced."""
         for folder, spec in self.cache_specs:
-            if (folder / "spec.json").is_file() and read_json(folder / "spec.json") != spec:
+            if (folder / "spec.json").is_file() and read_spec(folder) != spec:
                 raise UserError(
                     f"{folder}: holds a cache of another teacher or other data: delete it, or give another with "
                     "'cache:'"

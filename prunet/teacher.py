@@ -103,13 +103,18 @@ class Teacher:
         self._folder: Path | None = None  # configs, tokenizers, scheduler; and the weights if not in `_file`
         self._fingerprints: dict[str, str] = {}
         path = Path(source)
-        if self.source in LAYOUTS and not path.exists():
-            self.kind = "sdxl" if self.source == "sdxl" else "sd"
+        if path.is_file():
+            self._open_file(path, config)
+        elif config is not None and (path.is_dir() or path.suffix != ".safetensors"):
+            raise UserError(
+                f"{self.source}: --config (in a recipe teacher.config) is for a single .safetensors file; a folder, "
+                "hub id or layout has its own configs: leave it out"
+            )
         elif path.is_dir():
             self._folder = path
             self._read_index()
-        elif path.is_file():
-            self._open_file(path, config)
+        elif self.source in LAYOUTS:
+            self.kind = "sdxl" if self.source == "sdxl" else "sd"
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", self.source) and path.suffix != ".safetensors":
             self._hub = self.source
             self._folder = self._download("*.json", "*/*.json", "tokenizer*/*")

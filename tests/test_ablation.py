@@ -12,6 +12,7 @@ from prunet.ablation import ablate, load_ablation, markdown, summary
 from prunet.errors import UserError
 from prunet.runs import load_unet, run
 from prunet.student import state_hash
+from prunet.teacher import Teacher
 from prunet.training import Runtime
 
 CPU = Runtime(device="cpu", precision="no")
@@ -43,8 +44,11 @@ def files(tmp_path: Path, sd: Path, pictures: Path) -> Path:
     return tmp_path
 
 
-def test_table_says_what_separate_runs_say(files: Path) -> None:
+def test_table_says_what_separate_runs_say(files: Path, monkeypatch) -> None:
+    load, loaded = Teacher._load, []
+    monkeypatch.setattr(Teacher, "_load", lambda self, part, *rest: loaded.append(part) or load(self, part, *rest))
     result = ablate(*load_ablation(files / "ablation.yaml"), CPU)
+    assert loaded.count("unet") == 3  # one that all runs share, and one for each of two students that inherit
     _, recipes = load_ablation(files / "ablation.yaml")
     for (arm, seed), recipe in recipes.items():
         alone = recipe.model_copy(update={"output": str(files / "alone" / f"{arm} {seed}"), "cache": None})

@@ -31,7 +31,7 @@ def call(capsys, *args: object) -> tuple[int, str, str]:
 
 def recipe(folder: Path, teacher: object, source: object, **changes) -> Path:
     value = {
-        "teacher": str(teacher),
+        "teacher": teacher if isinstance(teacher, dict) else str(teacher),
         "plan": "bk-small",
         "data": {"source": str(source)},
         "stages": [{"steps": 2, "batch_size": 2}],
@@ -162,6 +162,13 @@ def mistakes(bad: Path, sd: Path, pictures: Path, tmp_path: Path) -> dict[str, t
         "weights of an unknown network": measure("--real", bad / "pictures", "--weights", "vgg=x"),
         "weights that are not there": measure("--real", bad / "pictures", "--weights", f"clip={bad / 'nowhere'}"),
         "measuring of cut weights": ("measure", bad / "broken-weights", *measure("--real", bad / "pictures")[2:]),
+        "evaluation with weights of nothing": (*with_recipe("lpips", "evaluate"), "--weights", "vgg"),
+        "evaluation with strange weights": (*with_recipe("lpips of clip", "evaluate"), "--weights", "clip=x"),
+        "evaluation with half the weights": (*with_recipe("half of lpips", "evaluate"), "--weights", "vgg=x"),
+        "evaluation with weights that are not there": (
+            *with_recipe("no lpips", "evaluate"),
+            *("--weights", f"vgg={bad / 'text.txt'}", "--weights", f"lpips={bad / 'none.pth'}"),
+        ),
         "comparison of one": ("compare", bad),
         "comparison of what was not measured": ("compare", bad, tmp_path),
         "comparison that is no page": ("compare", bad, tmp_path, "-o", bad / "text.txt"),
@@ -178,6 +185,14 @@ def mistakes(bad: Path, sd: Path, pictures: Path, tmp_path: Path) -> dict[str, t
         "folder without an index": ("inspect", bad / "no-index"),
         "other pipeline": ("inspect", bad / "flux"),
         "garbled config": ("inspect", bad / "garbled"),
+        "config of a folder": ("inspect", sd, "--config", sd),
+        "config of a layout": ("inspect", "sd-v1", "--config", sd),
+        "config for a student of a folder": ("build", sd, "--plan", "bk-tiny", "-o", tmp_path / "o", "--config", sd),
+        "config of a folder that draws": ("generate", sd, "a", "--config", bad / "nowhere"),
+        "config of a folder that is measured": measure("--real", bad / "pictures", "--config", sd),
+        "config of a folder in a recipe": with_recipe("config", teacher={"source": str(sd), "config": str(sd)}),
+        "config of a recipe": (*with_recipe("config of a recipe", "inspect")[:2], "--config", sd),
+        "plan of a recipe": (*with_recipe("plan of a recipe", "inspect")[:2], "--plan", "bk-tiny"),
         "no such plan": ("inspect", "sd-v1", "--plan", "bk-tny"),
         "plan that matches nothing": ("inspect", "sdxl", "--plan", "bk-tiny"),
         "uneven plan": ("inspect", "sd-v1", "--plan", bad / "plan.yaml"),
@@ -226,6 +241,15 @@ def test_each_mistake_is_one_line_and_exit_code_2(capsys, bad, sd, pictures, tmp
         assert (code, len(lines)) == (2, 1), f"{name}: {code}\n{err}"
         assert lines[0].startswith("error: "), name
         assert "Traceback" not in out + err
+
+
+def test_a_config_that_would_not_be_used_is_refused(capsys, sd, tmp_path) -> None:
+    for args in (("inspect", sd), ("generate", sd, "a"), ("build", sd, "--plan", "bk-tiny", "-o", tmp_path / "o")):
+        code, _, err = call(capsys, *args, "--config", tmp_path)
+        assert code == 2
+        assert err.startswith(f"error: {sd}: --config (in a recipe teacher.config) is for a single .safetensors file")
+    code, _, err = call(capsys, "inspect", tmp_path / "none.safetensors", "--config", sd)
+    assert code == 2 and "No teacher at" in err
 
 
 def test_mistakes_of_a_real_process_have_no_traceback(bad) -> None:

@@ -41,6 +41,25 @@ def test_runs_that_were_measured_otherwise_are_refused(runs: list[Path], tmp_pat
     assert not (tmp_path / "page.html").exists()
 
 
+def test_lpips_is_compared_where_all_have_it_by_the_same_weights(runs: list[Path], tmp_path: Path) -> None:
+    def add_lpips(folder: Path, value: float, made_by: str) -> None:
+        path = folder / "evaluation" / "evaluation.json"
+        whole = json.loads(path.read_text())
+        whole["distance"]["after"]["lpips"] = value
+        whole["distance"]["after"]["intervals"]["lpips"] = (value - 0.01, value + 0.01)
+        path.write_text(json.dumps(whole | {"lpips": made_by}))
+
+    def text() -> str:
+        return Page(write_comparison(runs[:2], tmp_path / "page.html")).text
+
+    add_lpips(runs[0], 0.4321, "these")
+    assert "LPIPS" not in text()
+    add_lpips(runs[1], 0.1234, "those")
+    assert "LPIPS" not in text()
+    add_lpips(runs[1], 0.1234, "these")
+    assert "LPIPS" in text() and "0.432" in text() and "0.123" in text()
+
+
 def test_what_is_no_comparison_is_refused(runs: list[Path], tmp_path: Path) -> None:
     for folders, message in (
         (runs[:1], "give 2 to 8 run folders, not 1"),

@@ -143,6 +143,28 @@ def test_damaged_shard_is_one_clear_line(sd, pictures, tmp_path) -> None:
         Cache.open(tmp_path / "c")
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "5", '{"format": 2}', None])
+def test_damaged_labels_say_how_to_mend_them(sd, pictures, tmp_path, text) -> None:
+    folder, data = tmp_path / "c", Data(source=str(pictures))
+    cache(Teacher(sd), data, folder)
+    spec, index = folder / "spec.json", folder / "cache.json"
+    whole = spec.read_text()
+    spec.write_text(text) if text else spec.unlink()
+    mend = f"{spec}: .*: delete {folder}, or give another cache with 'cache:'"
+    with pytest.raises(UserError, match=mend) as error:
+        Cache.open(folder)
+    assert "\n" not in str(error.value)
+    if text:
+        with pytest.raises(UserError, match=mend):
+            cache(Teacher(sd), data, folder)
+    spec.write_text(whole)
+    index.write_text(text or "")
+    with pytest.raises(UserError, match=f"{index}: .*: delete it and run the cache again"):
+        Cache.open(folder)
+    index.unlink()
+    assert len(cache(Teacher(sd), data, folder)) == 12
+
+
 def test_views_see_other_crops_and_captions(sd, tmp_path) -> None:
     folder = make_pictures(tmp_path / "p", count=4, size=40)
     for file in folder.glob("*.txt"):

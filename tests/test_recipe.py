@@ -7,6 +7,7 @@ import yaml
 
 from prunet import UserError, load_recipe
 from prunet.recipe import read_prompts
+from prunet.runs import recipe_yaml
 
 GOOD = {
     "teacher": "somewhere",
@@ -49,6 +50,10 @@ BAD = {
     "rate that is not a number": ({"stages": [{"steps": 1, "learning_rate": "fast"}]}, "learning_rate"),
     "no loss": ({"stages": [{"steps": 1, "losses": {"task": 0, "output": 0, "feature": 0}}]}, "above 0"),
     "pictures and prompts": ({"data": {"source": "x", "prompts": ["y"]}}, "either"),
+    "crop of prompts": ({"data": {"prompts": ["y"], "crop": "random"}}, "data: 'crop' has no meaning .* are prompts"),
+    "flip of prompts": ({"data": {"prompts": ["y"], "flip": True}}, "'flip' has no meaning .* are prompts: leave it"),
+    "buckets of prompts": ({"data": {"prompts": ["y"], "buckets": True}}, "'buckets' has no meaning .* are prompts"),
+    "steps of pictures": ({"data": {"source": "x", "steps": 5}}, "'steps' has no meaning .* are pictures"),
     "neither": ({"data": {}}, "either"),
     "odd size": ({"data": {"source": "x", "size": 100}}, "multiple of 8"),
     "crop": ({"data": {"source": "x", "crop": "left"}}, "center"),
@@ -65,6 +70,13 @@ def test_bad_recipe_is_one_line_that_names_the_key(case: str, tmp_path) -> None:
     with pytest.raises(UserError, match=words) as error:
         load_recipe(write(tmp_path, **changes))
     assert "\n" not in str(error.value)
+
+
+def test_recipe_of_a_run_folder_is_read_again(tmp_path) -> None:
+    """It says all values, those too that prompts have no use for."""
+    recipe = load_recipe(write(tmp_path, data={"prompts": ["y"], "steps": 5}))
+    (tmp_path / "recipe.yaml").write_text(recipe_yaml(recipe))
+    assert load_recipe(tmp_path / "recipe.yaml").data == recipe.data
 
 
 def test_missing_key_is_named(tmp_path) -> None:
