@@ -1,12 +1,16 @@
 """Full size is real: the main job on models of the published sizes with random weights.
 
     python benchmarks/full_size.py sd-v1 bk-small            # SD v1.4 at 512 px, two steps, exported
-    python benchmarks/full_size.py sdxl vega --size 512      # SDXL, one step
+    python benchmarks/full_size.py sdxl vega --size 1024 --steps 3 --level layer --precision bf16 \\
+        --gradient-checkpointing --until distil              # SDXL in less than 24 GB
 
-Prints what it took and ends with one JSON line. Needs 24 GB of memory and about as much disk.
+Prints what it took, and the peak memory of distillation beside what `prunet estimate` says of it, and ends with one
+JSON line. Needs 24 GB of memory and about as much disk.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import resource
@@ -24,6 +28,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, Sta
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from prunet import Run, Runtime, Teacher, export
+from prunet.bench import reset_peak, resident_kb
+from prunet.estimate import memory
 from prunet.recipe import Recipe
 from prunet.runs import load_unet
 from prunet.teacher import layout_config
@@ -91,6 +97,12 @@ def random_pipeline(folder: Path, layout: str, dtype: torch.dtype) -> None:
     pipe.save_pretrained(folder, safe_serialization=True, max_shard_size="1TB")
 
 
+def give_back() -> None:
+    """Memory that was freed goes back to the system, so that what is in use can be told from it."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("layout", choices=["sd-v1", "sdxl"])
@@ -99,6 +111,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--level", default="block", help="of the feature losses (%(default)s)")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--until", default="export", choices=["build", "cache", "distil", "export"])
     parser.add_argument("--folder", type=Path, help="where the models go; a temporary folder by default")
     args = parser.parse_args()
@@ -113,18 +127,28 @@ def main() -> None:
                 "teacher": str(root / "teacher"),
                 "plan": args.plan,
                 "data": {"source": str(make_pictures(root / "pictures", 2, args.size)), "size": args.size},
-                "stages": [{"steps": args.steps, "batch_size": 1, "ema_decay": None}],
+                "stages": [{"steps": args.steps, "batch_size": 1, "ema_decay": None, "losses": {"level": args.level}}],
                 "sheet": {"every": 0},
                 "evaluation": {"prompts": ["a cat"], "steps": 1},
                 "output": str(root / "run"),
             }
         )
-        this = Run(recipe, Runtime(device=args.device, precision=args.precision, micro_batch=1, log_every=1))
+        how = {"micro_batch": 1, "log_every": 1, "gradient_checkpointing": args.gradient_checkpointing}
+        this = Run(recipe, Runtime(device=args.device, precision=args.precision, **how))
         # Straight from distillation to export: the evaluation draws, which would take most of an hour on a CPU.
         for step in this.step_names("distil" if args.until == "export" else args.until):
+            if step == "stage-1":
+                report["estimated_gb"] = {k: round(v / 1e9, 2) for k, v in memory(this, 1).items()}
+                this.teacher.release("unet", "vae", "text")
+                give_back()
+                before_kb = resident_kb("VmRSS") or 0
+                reset_peak()
             start = time.perf_counter()
             this.do(step)
             report[step] = round(time.perf_counter() - start, 1)
+            if step == "stage-1":
+                report["measured_gb"] = round(((resident_kb("VmHWM") or 0) - before_kb) * 1024 / 1e9, 2)
+                report["estimate_is"] = round(sum(report["estimated_gb"].values()) / report["measured_gb"], 3)
         if args.until == "export":
             start = time.perf_counter()
             export(Teacher(root / "teacher"), load_unet(this.last_unet), root / "pipeline")

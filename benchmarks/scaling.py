@@ -3,10 +3,10 @@
     python benchmarks/scaling.py                        # two CPU processes, the shipped teacher
     python benchmarks/scaling.py --processes 8 --device cuda --batch 256 --recipe mine.yaml
 
-In turn, at equal total batch: one process with as many threads; as many processes that do not talk to each other, each with
-its share of the batch (what the hardware could do at best); DDP; FSDP2. The model: a step takes as long as it does
-without messages, and beside it the gradients are averaged at the speed that an all-reduce of their size has by itself; what
-of that is not hidden behind the backward pass is added. The last line is JSON.
+In turn, at equal total batch: one process with as many threads; as many processes that do not talk to each other, each
+with its share of the batch (what the hardware could do at best); DDP; FSDP2. The model: a step takes as long as it does
+without messages, and beside it the gradients are averaged at the speed that an all-reduce of their size has by itself;
+what of that is not hidden behind the backward pass is added. The last line is JSON.
 """
 
 import argparse
@@ -100,13 +100,9 @@ def main() -> None:
     step = args.batch / found["apart"]
     for name, speed in found.items():
         print(f"{name:12} {speed:8.1f} images/s  {args.batch / speed * 1000:8.1f} ms a step")
-    print(
-        f"messages: {4 * count / 1e6:.1f} MB of gradients, {1000 * seconds:.1f} ms; {seconds / step:.0%} of a step's time"
-    )
+    print(f"messages: {4 * count / 1e6:.1f} MB of gradients, {1000 * seconds:.1f} ms, {seconds / step:.0%} of a step")
     cost = found["apart"] / found["DDP"] - 1
-    print(
-        f"DDP takes {cost:.1%} longer than without messages; the model says 0 (all hidden) to {seconds / step:.1%} (none)"
-    )
+    print(f"DDP: {cost:+.1%} time; the model says between 0 (all messages hidden) and {seconds / step:.1%} (none)")
     said = {
         "processes": n,
         "batch": args.batch,

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from prunet import unet
+from prunet import processes, unet
 from prunet.losses import feature_losses, mse
-from prunet.pairs import Pair, output_elements
+from prunet.memory import step_memory
+from prunet.pairs import Pair
 from prunet.plan import Derived
 from prunet.runs import Run
 from prunet.size import example_inputs, training_memory
@@ -22,7 +23,7 @@ STEPS = 2
 def estimate(this: Run) -> dict[str, Any]:
     """Peak memory by part, of the stage that needs most, and the hours of all stages on this device."""
     runtime, stages = this.runtime, this.recipe.stages
-    memory = [_memory(this, number) for number in range(1, len(stages) + 1)]
+    found = [memory(this, number) for number in range(1, len(stages) + 1)]
     speeds: dict[tuple[Any, ...], float] = {}
     seconds = 0.0
     for number, stage in enumerate(stages, 1):
@@ -32,30 +33,33 @@ def estimate(this: Run) -> dict[str, Any]:
             speeds[key] = seconds_per_image(derived, this.pairs(number), this.latent_size, micro, runtime)
         seconds += speeds[key] * stage.steps * stage.batch_size
     images = sum(stage.steps * stage.batch_size for stage in stages)
-    most = max(memory, key=lambda parts: sum(parts.values()))
+    most = max(found, key=lambda parts: sum(parts.values()))
     return {
         "steps": {name: "done" if this.is_done(name) else "to do" for name in this.step_names()},
         "memory_bytes": {**most, "total": sum(most.values())},
-        "micro_batch": this.micro_batch(1 + memory.index(most)),
+        "micro_batch": this.micro_batch(1 + found.index(most)),
         "images": images,
         "seconds_per_image": seconds / images,
         "distil_hours": seconds / 3600,
     }
 
 
-def _memory(this: Run, number: int) -> dict[str, int]:
-    """Bytes of a stage by part; the teacher's features are kept beside the student's activations until the loss."""
-    derived, micro = this.steps_down[number - 1], this.micro_batch(number)
-    half = this.runtime.dtype != torch.float32
-    parts = training_memory(
-        derived.teacher_config,
-        derived.student_config,
+def memory(this: Run, number: int) -> dict[str, int]:
+    """Bytes of a stage by part; `activations` are all that a step needs beside the other parts at its worst moment."""
+    derived, micro, stage = this.steps_down[number - 1], this.micro_batch(number), this.recipe.stages[number - 1]
+    configs, options = (derived.teacher_config, derived.student_config), memory_options(stage, this.runtime)
+    parts = training_memory(*configs, latent_size=this.latent_size, micro_batch=micro, **options)
+    activations = step_memory(
+        *configs,
+        this.pairs(number) if stage.losses.feature else (),
         latent_size=this.latent_size,
         micro_batch=micro,
-        **memory_options(this.recipe.stages[number - 1], this.runtime),
+        accumulate=stage.batch_size // (micro * processes.count()),
+        device=this.runtime.torch_device,
+        half=options["half"],
+        gradient_checkpointing=options["gradient_checkpointing"],
     )
-    elements = output_elements(derived.teacher_config, this.pairs(number), this.latent_size)
-    return {**parts, "features": elements * micro * (2 if half else 4)}
+    return {**parts, "activations": activations}
 
 
 def seconds_per_image(
@@ -70,7 +74,7 @@ def seconds_per_image(
         student.enable_gradient_checkpointing()
     ours = [student.get_submodule(pair.student) for pair in pairs]
     theirs = [teacher.get_submodule(pair.teacher) for pair in pairs]
-    model, optimizer = accelerator.prepare(student, torch.optim.AdamW(student.parameters(), lr=1e-6))
+    model, optimizer = accelerator.prepare(student, torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True))
 
     def inputs(config: dict, dtype: torch.dtype) -> dict:
         return example_inputs(config, batch_size, latent_size=latent_size, device=accelerator.device, dtype=dtype)

@@ -12,7 +12,6 @@ Pairs follow the weight map (a student's module is compared with the one that it
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +22,7 @@ import torch
 from prunet import unet
 from prunet.errors import UserError
 from prunet.plan import Level
-from prunet.size import example_inputs, native_latent_size
+from prunet.size import example_inputs
 from prunet.taps import tap
 
 
@@ -81,13 +80,6 @@ def _output_shapes(text: str) -> dict[str, tuple[int, ...]]:
     with torch.no_grad(), tap([net.get_submodule(name) for name in names]) as features:
         net(**example_inputs(config, device="meta"))
         return {name: tuple(feature.shape[1:]) for name, feature in zip(names, features.take(), strict=True)}
-
-
-def output_elements(teacher: Mapping[str, Any], pairs: Sequence[Pair], latent_size: tuple[int, int]) -> int:
-    """Elements of the teacher's features of one sample at `latent_size`."""
-    (height, width), shapes = native_latent_size(teacher), output_shapes(teacher)
-    native = sum(math.prod(shapes[pair.teacher]) for pair in pairs)
-    return native * latent_size[0] * latent_size[1] // (height * width)
 
 
 def term_factors(pairs: Sequence[Pair], weights: Mapping[str, float]) -> list[float]:

@@ -121,8 +121,9 @@ def training_memory(
 ) -> dict[str, int]:
     """Bytes that distillation needs on the device, by part: an estimate from shapes.
 
-    The student is kept in fp32 with gradients and AdamW's two moments; the teacher in half precision if `half`. `ema`:
-    whether an average is kept on the device. `shards`: processes among which what is the student's is shared out.
+    The student is kept in fp32 with gradients and AdamW's two moments; the teacher in half precision if `half`, where
+    a step's activations hold the student's weights in half precision as well. `ema`: whether an average is kept on the
+    device. `shards`: processes among which what is the student's is shared out.
     """
     t, s = size_of(teacher).parameters, size_of(student).parameters
     elements = activation_elements(student, latent_size) * micro_batch
@@ -133,7 +134,7 @@ def training_memory(
         "gradients": s * 4 // shards,
         "optimizer": s * (2 if use_8bit_adam else 8) // shards,
         "ema": s * 4 // shards if ema else 0,
-        "activations": int(elements * (2 if half else 4) * kept),
+        "activations": int(elements * (2 if half else 4) * kept) + (s * 2 if half else 0),
     }
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -302,7 +303,7 @@ def distil(
 
 def _adamw(runtime: Runtime) -> Any:
     if not runtime.use_8bit_adam:
-        return torch.optim.AdamW
+        return partial(torch.optim.AdamW, fused=True)  # one kernel; several times as fast as a loop over the weights
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit

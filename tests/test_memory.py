@@ -1,0 +1,68 @@
+"""The peak of a step: counted on tensors without contents as on real ones, and following what it should follow."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_pipeline
+
+from prunet import Teacher, derive, load_plan, unet
+from prunet.losses import feature_losses, mse
+from prunet.memory import Living, step_memory
+from prunet.size import example_inputs
+from prunet.taps import tap
+
+CPU = torch.device("cpu")
+
+
+def peak(derived: Any, **changes: Any) -> int:
+    options = {"latent_size": (16, 16), "micro_batch": 2, "accumulate": 1, "device": CPU, "half": False}
+    options |= {"gradient_checkpointing": False, **changes}
+    return step_memory(derived.teacher_config, derived.student_config, derived.pairs("layer"), **options)
+
+
+@pytest.fixture(scope="module")
+def derived(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = make_pipeline(tmp_path_factory.mktemp("memory") / "teacher", "sd")
+    return derive(Teacher(folder).unet_config, load_plan("bk-small"))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_real_tensors_need_what_those_without_contents_need(derived: Any, half: bool) -> None:
+    dtype = torch.bfloat16 if half else torch.float32
+    teacher = unet.make_unet(derived.teacher_config).to(dtype).eval().requires_grad_(False)
+    student, pairs = unet.make_unet(derived.student_config).train(), derived.pairs("layer")
+    kept = {"batch_size": 2, "latent_size": (16, 16)}
+    with (
+        Living() as living,
+        unet.fast_attention([teacher, student], CPU, half=half),
+        tap([student.get_submodule(pair.student) for pair in pairs]) as ours,
+        tap([teacher.get_submodule(pair.teacher) for pair in pairs]) as theirs,
+    ):
+        with torch.no_grad():
+            eps_t = teacher(**example_inputs(derived.teacher_config, dtype=dtype, **kept)).sample
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            eps_s = student(**example_inputs(derived.student_config, **kept)).sample
+        (mse(eps_s, eps_t) + feature_losses(ours.take(), theirs.take()).sum()).backward()
+    gradients = sum(p.grad.nbytes for p in student.parameters())
+    assert peak(derived, half=half) == pytest.approx(living.most - gradients, rel=0.1)
+
+
+def test_a_tensor_counts_once_and_as_long_as_it_lives() -> None:
+    with Living() as living:
+        a = torch.zeros(1000)
+        b = a.view(10, 100)
+        del a
+        assert living.now == 4000
+        c = b + 1
+        assert living.now == 8000
+        del b, c
+    assert (living.now, living.most) == (0, 8000)
+
+
+def test_what_saves_memory_saves_it(derived: Any) -> None:
+    plain = peak(derived, micro_batch=8)
+    assert peak(derived, micro_batch=8, gradient_checkpointing=True) < 0.7 * plain
+    assert peak(derived, micro_batch=8, half=True) < plain
+    assert 1.8 * plain < peak(derived, micro_batch=16) < 2.2 * plain
+    assert peak(derived, micro_batch=8, accumulate=2) > plain  # the second micro-batch meets gradients
