@@ -43,7 +43,7 @@ class Runtime:
     of the losses, which are the only points where the device is waited for. What saves memory: `gradient_checkpointing`
     (costs time), `offload_ema` (the average waits on the CPU), `use_8bit_adam` (bitsandbytes), `teacher_8bit` (torchao:
     its linear layers' weights in 8 bits), `fsdp` (several processes share out the student's weights, gradients, moments
-    and average).
+    and average). `compile`: teacher and student by torch.compile, features included.
     """
 
     device: str | None = None
@@ -54,6 +54,7 @@ class Runtime:
     use_8bit_adam: bool = False
     teacher_8bit: bool = False
     fsdp: bool = False
+    compile: bool = False
     tracker: str | None = None
     log_every: int = 10
 
@@ -197,7 +198,9 @@ def distil(
     if ema and runtime.offload_ema:
         ema.to("cpu")
     # In evaluation mode accelerate gives the model its precision and leaves out DDP, which FSDP stands in for.
-    model = accelerator.prepare_model(student, evaluation_mode=runtime.fsdp)
+    compiled: Any = torch.compile if runtime.compile else lambda net: net
+    model = accelerator.prepare_model(compiled(student), evaluation_mode=runtime.fsdp)
+    frozen_unet = compiled(teacher_unet)
     optimizer = accelerator.prepare_optimizer(optimizer)
     if runtime.tracker:
         accelerator.init_trackers("prunet", config={"stage": stage.model_dump_json()})
@@ -240,7 +243,7 @@ def distil(
                     dtype = teacher_unet.dtype
                     pooled = None if text[1] is None else text[1].to(dtype)
                     frozen = conditioning(text[0].to(dtype), pooled, text[2])
-                    eps_t = teacher_unet(noisy.to(dtype), batch["timestep"], **frozen, return_dict=False)[0]
+                    eps_t = frozen_unet(noisy.to(dtype), batch["timestep"], **frozen, return_dict=False)[0]
                 last = micro == accumulate - 1
                 with nullcontext() if last else accelerator.no_sync(model):
                     eps_s = model(noisy, batch["timestep"], **conditioning(*text), return_dict=False)[0]
@@ -294,7 +297,7 @@ def distil(
         accelerator.end_training()
     if ema:
         ema.copy_to(held)
-    student = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    student = accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False)
     if runtime.fsdp:
         student = unsharded(student)
     student.disable_gradient_checkpointing()
