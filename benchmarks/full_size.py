@@ -20,7 +20,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import torch
 from conftest import _tokenizer, make_pictures
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from prunet import Run, Runtime, Teacher, export
@@ -57,8 +63,8 @@ def random_module(make, dtype: torch.dtype) -> torch.nn.Module:
     return module
 
 
-def random_pipeline(folder: Path, layout: str, dtype: torch.dtype) -> None:
-    """A pipeline of the layout's full size, as safetensors."""
+def random_pipe(layout: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """A pipeline of the layout's full size."""
     sdxl = layout == "sdxl"
 
     def text(name: str, cls):
@@ -72,7 +78,8 @@ def random_pipeline(folder: Path, layout: str, dtype: torch.dtype) -> None:
         )
         return random_module(lambda: cls(config), dtype)
 
-    tokenizer = _tokenizer(folder.parent / "tokenizer")
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = _tokenizer(Path(folder) / "tokenizer")
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
     parts = {
         "unet": random_module(lambda: make_unet(layout_config(layout)), dtype),
@@ -83,12 +90,13 @@ def random_pipeline(folder: Path, layout: str, dtype: torch.dtype) -> None:
     }
     if sdxl:
         second = {"text_encoder_2": text("text_encoder_2", CLIPTextModelWithProjection), "tokenizer_2": tokenizer}
-        pipe = StableDiffusionXLPipeline(**parts, **second, add_watermarker=False)
-    else:
-        pipe = StableDiffusionPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
-    pipe.save_pretrained(folder, safe_serialization=True, max_shard_size="1TB")
+        return StableDiffusionXLPipeline(**parts, **second, add_watermarker=False)
+    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def random_pipeline(folder: Path, layout: str, dtype: torch.dtype) -> None:
+    """The same, as safetensors."""
+    random_pipe(layout, dtype).save_pretrained(folder, safe_serialization=True, max_shard_size="1TB")
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
 """Latency and peak memory of calls, side by side in one run."""
 
+import ctypes
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -104,7 +106,10 @@ def seconds_of(call: Call, device: torch.device) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    if device.type != "cpu":
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def wait(device: torch.device) -> None:
@@ -121,7 +126,8 @@ def weights_mb(net: nn.Module) -> float:
 def working_mb(call: Call, device: torch.device) -> float | None:
     """What a call needs beside the weights at its worst moment; None where the system does not tell.
 
-    On a CPU it is by how much the process grows, so memory that it had freed and kept is not counted.
+    On a CPU it is by how much the process grows. What it had freed and kept goes back to the system first, where the C
+    library can (glibc); elsewhere the figure is too small by that.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -130,6 +136,9 @@ def working_mb(call: Call, device: torch.device) -> float | None:
         call()
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if give_back is not None:
+        give_back(0)
     before_kb = resident_kb("VmRSS")
     if before_kb is None or not reset_peak():
         return None
