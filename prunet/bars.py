@@ -55,7 +55,7 @@ def draw_bars(title: str, soft: str, rows: Sequence[Sequence[Panel]]) -> str:
 
 def _place(panel: Panel, left: float, top: float, width: float) -> dict[str, Any]:
     """All numbers that the template writes."""
-    label = min(0.4 * width, max(LETTER * len(f"{bar.label} {bar.note}") for bar in panel.bars) + 14)
+    label = min(0.45 * width, max(LETTER * len(f"{bar.label} {bar.note}") for bar in panel.bars) + 20)
     text = max(BOLD * len(bar.text) for bar in panel.bars) + 14
     first, reach = left + label, max(bar.reach for bar in panel.bars)
     scale = (width - label - text) / reach if reach else 0.0
@@ -67,7 +67,9 @@ def _place(panel: Panel, left: float, top: float, width: float) -> dict[str, Any
             pieces.append({"kind": kind, "x": x, "width": max(0.0, scale * length), "value": length})
             x += scale * length
         whisker = bar.whisker and [first + scale * end for end in bar.whisker]
+        room = int((label - 20) / LETTER) - len(bar.note) - 1
         place = {
+            "label": bar.label if len(bar.label) <= room + 1 else f"{bar.label[: max(1, room)]}…",
             "y": head + ROW * i,
             "pieces": pieces,
             "end": first + scale * bar.reach + 8,

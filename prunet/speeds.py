@@ -24,9 +24,9 @@ Row = Mapping[str, Any]
 
 def write_speeds(result: Mapping[str, Any], folder: Path) -> None:
     """Writes `bench.json`, `bench.md` and `bench.svg`."""
-    write_text(folder / "bench.svg", chart(result))
-    write_text(folder / "bench.md", f"{markdown(result)}\n![The same as a chart](bench.svg)\n")
     write_json(folder / "bench.json", result)
+    write_text(folder / "bench.md", f"{markdown(result)}\n![The same as a chart](bench.svg)\n")
+    write_text(folder / "bench.svg", chart(result))
 
 
 # -- the table
@@ -151,7 +151,8 @@ def chart(result: Mapping[str, Any]) -> str:
     if all(row["peak_memory_mb"] for row in rows):
         last.append(_lengths("Peak memory", "MB", "memory", "peak_memory_mb", rows, result))
     title = "How fast they draw" if others else f"How fast {rows[0]['model']} draws"
-    return draw_bars(title, conditions(result), [*panels, last])
+    beside = max(len(_name(row, result)) for row in rows) <= 26  # no longer than half of the width has room for
+    return draw_bars(title, conditions(result), [*panels, *([last] if beside else [[panel] for panel in last])])
 
 
 def _speed_ups(rows: Sequence[Row], result: Mapping[str, Any]) -> Panel:
