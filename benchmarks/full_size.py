@@ -24,7 +24,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import torch
 from conftest import _tokenizer, make_pictures
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from prunet import Run, Runtime, Teacher, export
@@ -63,8 +69,8 @@ def random_module(make, dtype: torch.dtype) -> torch.nn.Module:
     return module
 
 
-def random_pipeline(folder: Path, layout: str, dtype: torch.dtype) -> None:
-    """A pipeline of the layout's full size, as safetensors."""
+def random_pipe(layout: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """A pipeline of the layout's full size."""
     sdxl = layout == "sdxl"
 
     def text(name: str, cls):
@@ -78,7 +84,8 @@ def random_pipeline(folder: Path, layout: str, dtype: torch.dtype) -> None:
         )
         return random_module(lambda: cls(config), dtype)
 
-    tokenizer = _tokenizer(folder.parent / "tokenizer")
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = _tokenizer(Path(folder) / "tokenizer")
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
     parts = {
         "unet": random_module(lambda: make_unet(layout_config(layout)), dtype),
@@ -89,12 +96,13 @@ def random_pipeline(folder: Path, layout: str, dtype: torch.dtype) -> None:
     }
     if sdxl:
         second = {"text_encoder_2": text("text_encoder_2", CLIPTextModelWithProjection), "tokenizer_2": tokenizer}
-        pipe = StableDiffusionXLPipeline(**parts, **second, add_watermarker=False)
-    else:
-        pipe = StableDiffusionPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
-    pipe.save_pretrained(folder, safe_serialization=True, max_shard_size="1TB")
+        return StableDiffusionXLPipeline(**parts, **second, add_watermarker=False)
+    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+def random_pipeline(folder: Path, layout: str, dtype: torch.dtype) -> None:
+    """The same, as safetensors."""
+    random_pipe(layout, dtype).save_pretrained(folder, safe_serialization=True, max_shard_size="1TB")
 
 
 def give_back() -> None:
@@ -145,14 +153,14 @@ def main() -> None:
                 reset_peak()
             start = time.perf_counter()
             this.do(step)
-            report[step] = round(time.perf_counter() - start, 1)
+            report[f"{step}_s"] = round(time.perf_counter() - start, 1)
             if step == "stage-1":
                 report["measured_gb"] = round(((resident_kb("VmHWM") or 0) - before_kb) * 1024 / 1e9, 2)
                 report["estimate_is"] = round(sum(report["estimated_gb"].values()) / report["measured_gb"], 3)
         if args.until == "export":
             start = time.perf_counter()
             export(Teacher(root / "teacher"), load_unet(this.last_unet), root / "pipeline")
-            report["export"] = round(time.perf_counter() - start, 1)
+            report["export_s"] = round(time.perf_counter() - start, 1)
         report["losses"] = (root / "run/stage-1/log.jsonl").read_text().splitlines()[-1:]
     finally:
         shutil.rmtree(root, ignore_errors=True)

@@ -57,6 +57,21 @@ def short(source: str) -> str:
     return source if len(parts) == 2 and parts[0] not in (".", "..", "", "~") else parts[-1]
 
 
+def names_of(sources: Sequence[Path | str]) -> list[str]:
+    """The shortest ends of paths that tell them apart.
+
+    Raises:
+        UserError: one is given twice.
+    """
+    parts = [Path(source).resolve().parts for source in sources]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    twice = next(source for i, source in enumerate(sources) if parts[i] in parts[:i])
+    raise UserError(f"{twice} is given twice")
+
+
 # -- pictures
 
 

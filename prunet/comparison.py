@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from prunet import __version__
-from prunet.charts import draw_chart, inline, render, short
+from prunet.charts import draw_chart, inline, names_of, render, short
 from prunet.errors import UserError
 from prunet.files import read_json, write_text
 from prunet.protocol import differences
@@ -51,7 +51,7 @@ def open_runs(folders: Sequence[Path | str]) -> list[Compared]:
     paths = [Path(folder) for folder in folders]
     if not 2 <= len(paths) <= MOST_RUNS:
         raise UserError(f"compare: give 2 to {MOST_RUNS} run folders, not {len(paths)}")
-    names = _names(paths)
+    names = names_of(paths)
     runs = [_open_run(folder, names[i], f"run-{i}") for i, folder in enumerate(paths)]
     first = _protocol(runs[0])
     for run in runs[1:]:
@@ -88,15 +88,6 @@ def _open_run(folder: Path, name: str, kind: str) -> Compared:
         return run
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{folder}: damaged ({error!r}): finish it again with its recipe") from error
-
-
-def _names(paths: list[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
-    for depth in range(1, max(len(path.resolve().parts) for path in paths) + 1):
-        names = ["/".join(path.resolve().parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    raise UserError(f"compare: {paths[0]} is given twice")
 
 
 def _protocol(run: Compared) -> dict[str, Any]:

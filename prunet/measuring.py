@@ -30,11 +30,10 @@ from prunet.files import read_json, read_label, write_json, write_text
 from prunet.generation import draw_shards
 from prunet.latents import check_size
 from prunet.metrics import Measure, Moments
-from prunet.pipeline import SAMPLERS, set_sampler
+from prunet.pipeline import SAMPLERS, open_model, set_sampler
 from prunet.prompts import prompts_hash
 from prunet.protocol import NEED_REAL, Protocol, describe, differences, title_rows
 from prunet.statistics import FEWEST, Reference, drawn_shards, extract, gather, preparation, tag
-from prunet.teacher import Teacher
 from prunet.training import Runtime
 
 
@@ -61,7 +60,7 @@ def measure(
     """
     folder, state = Path(folder), PartialState(cpu=torch.device(device).type == "cpu")
     where = state.device if state.num_processes > 1 else torch.device(device)
-    teacher = _open_model(Path(str(model)), str(model), config, where, Runtime(precision=protocol.precision).dtype)
+    teacher = open_model(model, config=config, device=where, dtype=Runtime(precision=protocol.precision).dtype)
     size = protocol.size or teacher.native_size
     check_size(teacher, size, "size")
     if protocol.sampler not in SAMPLERS:
@@ -140,15 +139,6 @@ def _as_used(
     used = protocol.model_dump(mode="json", exclude=left_out)
     used |= {key: drawing[key] for key in ("size", "count", "prompts_sha256")}
     return used | {"networks": dict(networks), "real_sha256": real}
-
-
-def _open_model(path: Path, source: str, config: str | None, device: torch.device, dtype: torch.dtype) -> Teacher:
-    """The pipeline of a run, or any other."""
-    if (path / "recipe.yaml").is_file():
-        if not (path / "pipeline" / "model_index.json").is_file():
-            raise UserError(f"{path}: a run without its pipeline yet: finish it with `prunet run {path}`")
-        source = str(path / "pipeline")
-    return Teacher(source, config=config, device=device, dtype=dtype)
 
 
 def _check_count(protocol: Protocol, count: int) -> None:

@@ -117,6 +117,25 @@ def decode(pipe: Any, latents: Tensor) -> list[Image.Image]:
     return pipe.image_processor.postprocess(pixels.float(), output_type="pil")
 
 
+def open_model(
+    model: str | Path,
+    *,
+    config: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Teacher:
+    """The pipeline at `model`: folder, single file, hub id, or the student of a run.
+
+    Raises:
+        UserError: nothing to open there, or a run that has not exported its student yet.
+    """
+    if (Path(model) / "recipe.yaml").is_file():
+        if not (Path(model) / "pipeline" / "model_index.json").is_file():
+            raise UserError(f"{model}: a run without its pipeline yet: finish it with `prunet run {model}`")
+        model = Path(model) / "pipeline"
+    return Teacher(model, config=config, device=device, dtype=dtype)
+
+
 def generate(
     model: str | Path,
     prompt: str | Sequence[str],
@@ -134,8 +153,7 @@ def generate(
     """Draws `num_images` pictures of each prompt with the pipeline at `model` (folder, single file, hub id or run)."""
     if sampler is not None and sampler not in SAMPLERS:
         raise UserError(f"No sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
-    exported = Path(model) / "pipeline"
-    teacher = Teacher(exported if exported.is_dir() else model, config=config, device=device, dtype=dtype)
+    teacher = open_model(model, config=config, device=device, dtype=dtype)
     if size is not None:
         from prunet.latents import check_size
 

@@ -1,6 +1,7 @@
 """Parameters and multiply-adds of a denoiser, from its config alone."""
 
 import json
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -13,6 +14,13 @@ from prunet import unet
 from prunet.plan import Size
 
 TEXT_TOKENS = 77
+#: Kinds of operations by patterns of their names, the first that fits: `bmm` is a matmul, but inside attention.
+KINDS = {
+    "attention": r"attention|bmm|softmax",
+    "convolution": r"conv(olution|\dd)",
+    "matmul": r"mm$|matmul|(\b|_)linear",
+    "normalisation": r"norm|silu|gelu",
+}
 
 
 def native_latent_size(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -54,10 +62,30 @@ def example_inputs(
 def size_of(config: Mapping[str, Any]) -> Size:
     """Parameters, and multiply-adds of one call at the native size.
 
-    MACs are half of the FLOPs that `torch.utils.flop_counter` counts on the meta device; the matmuls inside
-    attention (queries with keys, weights with values) are told apart, because published figures leave them out.
+    The matmuls inside attention (queries with keys, weights with values) are told apart, because published figures
+    leave them out.
     """
-    return _size_of(_text(config))
+    net, macs = unet.skeleton(config), macs_by_kind(config)
+    return Size(
+        parameters=sum(p.numel() for p in net.parameters()),
+        macs=macs["convolution"] + macs["matmul"],
+        attention_macs=macs["attention"],
+        latent_size=native_latent_size(config),
+    )
+
+
+def macs_by_kind(config: Mapping[str, Any], latent_size: tuple[int, int] | None = None) -> dict[str, int]:
+    """Multiply-adds of one call (batch 1, 77 tokens) by kind: `convolution`, `matmul` (linear layers), `attention`.
+
+    Half of the FLOPs that `torch.utils.flop_counter` counts on the meta device, at the native size by default.
+    """
+    return dict(_macs_by_kind(_text(config), latent_size))
+
+
+def kind_of(operation: str) -> str:
+    """The kind of an operation by its name (`aten::addmm`): one of `KINDS`, or `other`."""
+    name = operation.lower()
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "other")
 
 
 def _text(config: Mapping[str, Any]) -> str:
@@ -66,20 +94,16 @@ def _text(config: Mapping[str, Any]) -> str:
 
 
 @lru_cache(maxsize=32)
-def _size_of(text: str) -> Size:
+def _macs_by_kind(text: str, latent_size: tuple[int, int] | None) -> dict[str, int]:
     config = json.loads(text)
     net = unet.skeleton(config)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        net(**example_inputs(config, device="meta"))
-    flops = counter.get_flop_counts()["Global"]
-    attention = sum(n for op, n in flops.items() if "attention" in str(op) or "bmm" in str(op))
-    return Size(
-        parameters=sum(p.numel() for p in net.parameters()),
-        macs=(sum(flops.values()) - attention) // 2,
-        attention_macs=attention // 2,
-        latent_size=native_latent_size(config),
-    )
+        net(**example_inputs(config, latent_size=latent_size, device="meta"))
+    flops = {"convolution": 0, "matmul": 0, "attention": 0}
+    for operation, count in counter.get_flop_counts()["Global"].items():
+        flops[kind_of(str(operation))] += count
+    return {kind: count // 2 for kind, count in flops.items()}
 
 
 @lru_cache(maxsize=32)

@@ -1,0 +1,62 @@
+"""How fast the published sizes draw: SD v1.4 or SDXL and the students of some plans, with random weights.
+
+    python benchmarks/inference_speed.py sd-v1 bk-base bk-small bk-tiny --device cuda --compile
+    python benchmarks/inference_speed.py sdxl ssd-1b vega --device cuda --batch-size 1 4
+
+What `prunet bench` does with checkpoints, for machines that have none. Writes bench.md, bench.svg and bench.json.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from full_size import random_module, random_pipe
+
+from prunet.inference import bench, check_compiler
+from prunet.plan import derive, load_plan
+from prunet.speeds import markdown, write_speeds
+from prunet.teacher import layout_config
+from prunet.training import Runtime
+from prunet.unet import make_unet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("layout", choices=["sd-v1", "sdxl"])
+    parser.add_argument("plans", nargs="+")
+    parser.add_argument("--size", type=int)
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1])
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--precision", default="auto", choices=["auto", "no", "bf16", "fp16"])
+    parser.add_argument("--device")
+    parser.add_argument("--output", type=Path, default=Path("runs/inference-speed"))
+    args = parser.parse_args()
+    runtime = Runtime(device=args.device, precision=args.precision)
+    derived = {plan: derive(layout_config(args.layout), load_plan(plan)) for plan in args.plans}
+    if args.compile:
+        check_compiler(runtime.torch_device)
+    first = random_pipe(args.layout, runtime.dtype).to(runtime.torch_device)
+    if args.layout == "sdxl":
+        first.vae.to(torch.float32)  # as its config asks for
+    first.vae.enable_slicing()
+    pipelines = {args.layout: first}
+    for plan, student in derived.items():
+        net = random_module(lambda config=student.student_config: make_unet(config), runtime.dtype)
+        parts = {**first.components, "unet": net.to(runtime.torch_device)}
+        pipelines[plan] = type(first)(**parts, **({} if args.layout == "sdxl" else {"requires_safety_checker": False}))
+    result = bench(
+        pipelines,
+        size=args.size,
+        batch_sizes=args.batch_size,
+        steps=args.steps,
+        repeats=args.repeats,
+        compiled=args.compile,
+    )
+    write_speeds(result, args.output)
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()

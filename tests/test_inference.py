@@ -1,0 +1,210 @@
+"""Speeds beside their limits: what adds up adds up, and the limit is what the configs say. No test asserts a time."""
+
+import itertools
+import json
+import xml.etree.ElementTree as ElementTree
+from typing import Any
+
+import pytest
+import torch
+from test_cli import call
+from torch import nn
+
+from prunet import Teacher, UserError, build, export, load_plan
+from prunet.bench import times_in_turn
+from prunet.inference import bench, open_pipelines
+from prunet.profile import PARTS, times_by_kind
+from prunet.size import kind_of, macs_by_kind, size_of
+from prunet.speeds import chart, markdown, write_speeds
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_round():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prunet.profile.ROUNDS", 1)  # more are for the noise, which no test looks at
+        yield
+
+
+@pytest.fixture(scope="module")
+def student(sd, tmp_path_factory):
+    teacher = Teacher(sd)
+    return export(teacher, build(teacher, load_plan("bk-small")), tmp_path_factory.mktemp("students") / "small")
+
+
+@pytest.fixture(scope="module")
+def result(sd, student) -> dict[str, Any]:
+    pipelines = open_pipelines([str(sd), str(student)], ["bk-tiny"])
+    return bench(pipelines, batch_sizes=(1, 2), steps=7, repeats=3)
+
+
+def total(parts: dict[str, float]) -> float:
+    return sum(parts.values())
+
+
+def test_macs_by_kind_are_those_of_the_size(sd) -> None:
+    config = Teacher(sd).unet_config
+    kinds, size = macs_by_kind(config), size_of(config)
+    assert kinds["convolution"] + kinds["matmul"] == size.macs
+    assert kinds["attention"] == size.attention_macs
+    larger = macs_by_kind(config, (16, 16))
+    assert larger["convolution"] == 4 * kinds["convolution"]
+    assert larger["attention"] > 4 * kinds["attention"]  # some of it grows with the square of the pixels
+
+
+def test_operations_are_known_by_their_names() -> None:
+    names = {
+        "attention": "_scaled_dot_product_flash_attention_for_cpu baddbmm bmm _softmax _flash_attention_forward",
+        "convolution": "conv2d cudnn_convolution mkldnn_convolution _convolution",
+        "matmul": "mm addmm linear matmul",
+        "normalisation": "native_group_norm layer_norm silu gelu",
+        "other": "add copy_ _to_copy cat upsample_nearest2d mul empty _convert_indices_from_coo_to_csr",
+    }
+    for kind, operations in names.items():
+        assert {name: kind_of(f"aten::{name}") for name in operations.split()} == dict.fromkeys(
+            operations.split(), kind
+        )
+    assert kind_of("mkldnn::_linear_pointwise") == "matmul"
+    assert kind_of("mkldnn::_convolution_pointwise") == "convolution"
+
+
+def test_calls_take_turns() -> None:
+    seen: list[str] = []
+    calls = {name: lambda name=name: seen.append(name) for name in "abc"}
+    times = times_in_turn(calls, 4, CPU)
+    assert "".join(seen) == "abc" * 5
+    assert {name: len(found) for name, found in times.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_the_profile_names_what_a_call_does() -> None:
+    nets = {"convolution": nn.Conv2d(8, 8, 3), "matmul": nn.Linear(64, 64), "normalisation": nn.GroupNorm(4, 8)}
+    inputs = {"convolution": (2, 8, 32, 32), "matmul": (32, 64), "normalisation": (2, 8, 32, 32)}
+    calls = {kind: lambda kind=kind: nets[kind](torch.zeros(inputs[kind])) for kind in nets}
+    found = times_by_kind(calls, dict.fromkeys(calls, 5.0), CPU)
+    for kind, parts in found.items():
+        assert set(parts) == set(PARTS)
+        assert total(parts) == pytest.approx(5.0)
+        assert {name for name, ms in parts.items() if ms} - {"other", "between"} == {kind}
+
+
+def test_the_limit_is_the_ratio_of_multiply_adds(result, sd, student) -> None:
+    sizes = [size_of(Teacher(folder).unet_config) for folder in (sd, student)]
+    teachers, students = (size.macs + size.attention_macs for size in sizes)
+    rows = [row for row in result["rows"] if row["model"] == "small"]
+    assert {row["batch_size"] for row in rows} == {1, 2}
+    assert {row["limit"] for row in rows} == {teachers / students}
+    assert result["models"]["small"]["parameters"] == sizes[1].parameters
+    for row in rows:
+        assert row["share"] == row["speed_up"] / row["limit"]
+        assert row["interval"][0] <= row["speed_up"] <= row["interval"][1]
+
+
+def test_a_plan_that_is_not_trained_is_as_large_as_its_student(result, sd) -> None:
+    net = build(Teacher(sd), load_plan("bk-tiny"))
+    assert result["models"]["plan bk-tiny"]["parameters"] == sum(p.numel() for p in net.parameters())
+
+
+def test_parts_add_up(result) -> None:
+    baseline = {row["batch_size"]: row for row in result["rows"] if row["model"] == "sd"}
+    for row in result["rows"]:
+        first = baseline[row["batch_size"]]
+        assert row["seconds"] == pytest.approx((row["text_ms"] + 7 * row["denoiser_ms"] + row["vae_ms"]) / 1000)
+        assert row["pictures_per_s"] == pytest.approx(row["batch_size"] / row["seconds"])
+        assert total(row["kinds_ms"]) == pytest.approx(row["denoiser_ms"])
+        assert all(ms > 0 for kind, ms in row["kinds_ms"].items() if kind != "between")
+        assert total(row["over_ms"]) == pytest.approx(row["denoiser_ms"] - first["denoiser_ms"] / row["limit"])
+        assert row["speed_up"] == pytest.approx(first["denoiser_ms"] / row["denoiser_ms"])
+    assert {row["speed_up"] for row in baseline.values()} == {1.0}
+
+
+def test_what_is_below_the_limit_is_explained_by_its_largest_part(result) -> None:
+    slow = json.loads(json.dumps(result))
+    row = next(row for row in slow["rows"] if row["model"] == "small" and row["batch_size"] == 2)
+    row["share"], row["over_ms"] = 0.5, dict.fromkeys(PARTS, 0.0) | {"attention": 1.5, "matmul": 0.5}
+    text = markdown(slow)
+    assert (
+        "**small (batch 2) reaches 50 % of what its MACs allow**: most of the time over the limit goes into att" in text
+    )
+    macs = {name: model["macs"]["attention"] for name, model in slow["models"].items()}
+    assert f"| {100 * macs['small'] / macs['sd']:.0f} % | +1.5 |" in text
+    row["share"] = 0.9
+    assert "small (batch 2) reaches" not in markdown(slow)
+
+
+def test_files_hold_what_was_found(result, tmp_path) -> None:
+    write_speeds(result, tmp_path)
+    assert json.loads((tmp_path / "bench.json").read_text()) == json.loads(json.dumps(result))
+    assert markdown(result) in (tmp_path / "bench.md").read_text()
+    svg = ElementTree.parse(tmp_path / "bench.svg").getroot()
+    words = " ".join(svg.itertext())
+    for row in result["rows"]:
+        assert f"{row['speed_up']:.2f}× of {row['limit']:.2f}×" in words or row["model"] == "sd"
+    width = float(svg.get("width", 0))
+    bars = [(float(r.get("x", 0)), float(r.get("width", 0))) for r in svg.iter("{http://www.w3.org/2000/svg}rect")]
+    assert all(x >= 0 and x + length <= width for x, length in bars)
+
+
+def test_bars_of_a_call_are_as_long_as_its_kinds(result) -> None:
+    """In the chart, a model's bar over the baseline's is its time over the baseline's."""
+    svg = ElementTree.fromstring(chart(result))
+    ns = "{http://www.w3.org/2000/svg}"
+    panel = next(g for g in svg.iter(f"{ns}g") if g.get("aria-label") == "A denoiser call by operations")
+    rows = [row for row in panel.iter(f"{ns}g") if row.get("class") == "row"]
+    lengths = [sum(float(r.get("width", 0)) for r in row.iter(f"{ns}rect")) for row in rows]
+    times = [row["denoiser_ms"] for row in result["rows"] if row["batch_size"] == 1]
+    for (a, b), (x, y) in zip(itertools.pairwise(lengths), itertools.pairwise(times), strict=True):
+        assert b / a == pytest.approx(y / x, rel=0.02)
+
+
+def test_one_model_alone_has_nothing_to_be_compared_with(sdxl) -> None:
+    result = bench(open_pipelines([str(sdxl)], size=32), size=32, repeats=3)
+    assert result["size"] == 32
+    assert result["models"]["sdxl"]["macs"] == macs_by_kind(Teacher(sdxl).unet_config, (16, 16))
+    assert "speed-up" not in markdown(result)
+    assert "Speed-up" not in chart(result)
+
+
+def test_a_name_is_text_and_nothing_else(result) -> None:
+    odd = json.loads(json.dumps(result).replace("small", "<b>&"))
+    assert "<b>&" in " ".join(ElementTree.fromstring(chart(odd)).itertext())
+
+
+def test_the_verb_says_the_same_as_its_files(capsys, sd, student, tmp_path) -> None:
+    out = tmp_path / "out"
+    flags = ("--device", "cpu", "--precision", "no", "--repeats", 3, "-o", out, "--json")
+    code, text, _ = call(capsys, "bench", sd, student, *flags)
+    assert code == 0
+    facts = json.loads(text.splitlines()[-1])
+    assert facts == json.loads((out / "bench.json").read_text())
+    assert list(facts["models"]) == ["sd", "small"]
+    assert call(capsys, "bench", sd, *flags)[0] == 0  # its own folder is written again
+
+
+def test_pipelines_are_refused_before_weights_load(sd, student, monkeypatch) -> None:
+    monkeypatch.setattr(Teacher, "_load", lambda *args, **options: pytest.fail("a weight was read"))
+    for models, options, message in (
+        ([sd, student, sd], {}, "is given twice"),
+        ([sd, student], {"size": 20}, "size: 20 is not a multiple of 16"),
+        ([sd], {"plans": ["bk-tny"]}, "bk-tny"),
+        ([sd, student / "unet"], {}, "not a diffusers pipeline folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_pipelines([str(model) for model in models], **options)
+
+
+@pytest.mark.slow
+def test_compiled_denoisers_compute_the_same_and_are_compared_with_compiled_ones(sd) -> None:
+    pipelines = open_pipelines([str(sd)], ["bk-tiny"])
+    result = bench(pipelines, repeats=3, compiled=True)
+    assert [(row["model"], row["mode"]) for row in result["rows"]] == [
+        (name, mode) for mode in ("eager", "compiled") for name in ("sd", "plan bk-tiny")
+    ]
+    assert all(row["compile_s"] > 0 for row in result["rows"] if row["mode"] == "compiled")
+    assert "(compiled)" in markdown(result)
+    net = pipelines["sd"].unet
+    inputs = {"timestep": torch.tensor([5, 5]), "encoder_hidden_states": torch.randn(2, 77, 16)}
+    with torch.no_grad():
+        sample = torch.randn(2, 4, 8, 8)
+        ours = torch.compile(net, dynamic=False)(sample, **inputs).sample
+        assert torch.allclose(ours, net(sample, **inputs).sample, atol=1e-4)
