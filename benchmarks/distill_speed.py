@@ -150,7 +150,10 @@ def child(args: argparse.Namespace) -> None:
     from prunet.size import size_of
 
     torch.set_num_threads(args.threads)
-    runtime = Runtime(device=args.device, precision=args.precision, micro_batch=args.batch, log_every=1)
+    compiled = args.compile and args.loop == "prunet"
+    runtime = Runtime(
+        device=args.device, precision=args.precision, micro_batch=args.batch, log_every=1, compile=compiled
+    )
     stage = {"steps": 1, "batch_size": args.batch, "losses": {"level": args.level}}
     value = {"teacher": str(args.teacher), "plan": args.plan, "stages": [stage], "sheet": {"every": 0}}
     value |= {"data": {"source": str(args.folder / "pictures"), "size": args.size}, "output": str(args.folder / "run")}
@@ -191,6 +194,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="of each loop, in turn (%(default)s)")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="prunet's loop by torch.compile")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--loop", choices=["reference", "prunet"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

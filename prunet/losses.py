@@ -5,6 +5,7 @@ L = w_task * MSE(eps_S, target) + w_output * MSE(eps_S, eps_T) + w_feature * sum
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +39,30 @@ def min_snr_weight(alpha_bar: Tensor, gamma: float, prediction_type: str) -> Ten
 def mse(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean squared error over all elements in fp32; `weight` (B,) weighs samples."""
     if weight is None:
-        return F.mse_loss(prediction.float(), target.float())
+        return _MeanSquaredError.apply(prediction, target)  # type: ignore[no-any-return]
     each = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
     return (each * weight).mean()
+
+
+class _MeanSquaredError(torch.autograd.Function):
+    """In fp32, like `F.mse_loss` of both as floats, whose backward pass would keep those fp32 copies of every feature
+    until it comes to them; here the features are kept as they are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(prediction, target)
+        return F.mse_loss(prediction.float(), target.float())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        prediction, target = ctx.saved_tensors
+        slope = (prediction.float() - target.float()).mul_(grads[0] * (2 / prediction.numel()))
+        of_prediction, of_target = ctx.needs_input_grad
+        return (
+            slope.to(prediction.dtype) if of_prediction else None,
+            (-slope).to(target.dtype) if of_target else None,
+        )
 
 
 def feature_losses(student: Sequence[Tensor], teacher: Sequence[Tensor], normalize: bool = False) -> Tensor:

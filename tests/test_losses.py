@@ -22,6 +22,16 @@ def test_mse_of_half_precision_is_computed_in_full() -> None:
     assert mse(a, torch.zeros_like(a)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_mse_is_that_of_autograd(dtype: torch.dtype) -> None:
+    a, b = (torch.randn(5, 7).to(dtype).requires_grad_() for _ in range(2))
+    ours = torch.autograd.grad(3 * mse(a, b), (a, b))
+    theirs = torch.autograd.grad(3 * nn.functional.mse_loss(a.float(), b.float()), (a, b))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine, other)
+
+
 def test_feature_losses_are_one_plain_mean_a_pair() -> None:
     student = [torch.tensor([1.0, 1.0]), torch.tensor([0.0, 0.0, 3.0])]
     teacher = [torch.tensor([0.0, 3.0]), torch.tensor([0.0, 0.0, 0.0])]

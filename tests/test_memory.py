@@ -60,6 +60,16 @@ def test_a_tensor_counts_once_and_as_long_as_it_lives() -> None:
     assert (living.now, living.most) == (0, 8000)
 
 
+def test_feature_losses_keep_no_copies_in_fp32() -> None:
+    features = [torch.randn(4, 8, 16, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(6)]
+    teacher = [feature.detach() + 1 for feature in features]
+    with Living() as living:
+        before = living.now
+        loss = feature_losses(features, teacher).sum()
+        assert living.now - before < features[0].nbytes
+        loss.backward()
+
+
 def test_what_saves_memory_saves_it(derived: Any) -> None:
     plain = peak(derived, micro_batch=8)
     assert peak(derived, micro_batch=8, gradient_checkpointing=True) < 0.7 * plain

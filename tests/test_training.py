@@ -305,3 +305,17 @@ def test_fast_attention_computes_the_same_and_leaves_no_trace(sd: Path) -> None:
         assert torch.equal(net(**inputs).sample, fused)
     torch.testing.assert_close(plain, fused, rtol=1e-4, atol=1e-5)
     assert {type(p).__name__ for p in net.attn_processors.values()} == {"AttnProcessor2_0"}
+
+
+def test_compiled_equals_plain(sd, made, tmp_path, monkeypatch) -> None:
+    """Dynamo's graphs, run as they are: no feature is lost, and nothing falls back to Python (a graph break)."""
+    backend_of = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net: backend_of(net, backend="eager", fullgraph=True))
+    stage = STAGE.model_copy(update={"steps": 2, "losses": Losses(level="layer")})
+    train(sd, made, tmp_path / "plain", stage=stage)
+    torch._dynamo.reset()
+    student, _ = train(sd, made, tmp_path / "compiled", stage=stage, runtime=dataclasses.replace(CPU, compile=True))
+    assert type(student) is UNet2DConditionModel
+    plain, compiled = losses(tmp_path / "plain"), losses(tmp_path / "compiled")
+    for a, b in zip(plain, compiled, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)

@@ -1,0 +1,75 @@
+"""The command line. Each verb is one public function; `--json` makes the last line of stdout one JSON object."""
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from prunet import __version__
+from prunet.cli import models, recipes, results  # noqa: F401  (their verbs)
+from prunet.cli.options import app
+from prunet.errors import UserError
+
+# Where typer keeps its click differs between versions; its own BadParameter knows.
+UsageError: Any = typer.BadParameter.__mro__[1]
+#: What several processes may do together.
+SHARED = ("run", "cache", "distil", "evaluate", "measure")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        print(f"prunet {__version__}")
+        raise typer.Exit
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and context.invoked_subcommand not in SHARED:
+        raise UserError(
+            f"prunet {context.invoked_subcommand}: works in one process; accelerate launch and torchrun are for "
+            f"{', '.join(SHARED)}"
+        )
+
+
+def main() -> None:
+    """Runs the command line; a `UserError` is one line on stderr and exit code 2."""
+    _quiet()
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        _fail(str(error))
+    except UsageError as error:
+        verb = error.ctx.command_path if error.ctx else "prunet"
+        _fail(f"{error.format_message()} (see `{verb} --help`)")
+    except (KeyboardInterrupt, typer.Abort):
+        print("Stopped; the same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail("Out of memory: lower --micro-batch, add --gradient-checkpointing, or lower data.size")
+    sys.exit(code or 0)
+
+
+def _fail(message: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f" (process {rank})"
+    print(f"error{where}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate" in str(error)
+
+
+def _quiet() -> None:
+    """Libraries warn about things that are prunet's business, not the user's."""
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="(torch|diffusers|transformers|accelerate)")

@@ -1,0 +1,202 @@
+"""Verbs about models: look at a plan, build a student, export it, draw with it."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prunet.cli.options import (
+    ConfigOption,
+    Json,
+    PlanOption,
+    TeacherArgument,
+    app,
+    open_recipe,
+    refuse_foreign,
+    say,
+    with_runtime,
+)
+from prunet.errors import UserError
+
+
+@app.command()
+def inspect(
+    teacher: TeacherArgument, plan: PlanOption = "none", config: ConfigOption = None, as_json: Json = False
+) -> None:
+    """Show what a plan does to a model, from its config alone: no weight is read.
+
+    Example: prunet inspect sdxl --plan ssd-1b. Given a recipe (.yaml), it shows the recipe's plan on its teacher, and
+    the way there if the stages remove step by step.
+    """
+    from prunet.drawing import draw_plan
+    from prunet.plan import Plan, derive, load_plan
+    from prunet.teacher import Teacher
+
+    if teacher.endswith((".yaml", ".yml")):
+        if plan != "none" or config is not None:
+            raise UserError(f"{teacher}: a recipe names its own plan and teacher.config: leave --plan and --config out")
+        return _inspect_recipe(Path(teacher), as_json)
+    chosen = Plan("none") if plan == "none" else load_plan(plan)
+    derived = derive(Teacher(teacher, config=config).unet_config, chosen)
+    title = teacher if plan == "none" else f"{teacher} by {chosen.name}"
+    say(as_json, derived.facts() if as_json else {}, None if as_json else draw_plan(derived, title))
+
+
+def _inspect_recipe(path: Path, as_json: bool) -> None:
+    from rich.console import Group
+    from rich.text import Text
+
+    from prunet.drawing import draw_plan, draw_stairs
+    from prunet.plan import derive
+    from prunet.student import check_steps
+    from prunet.teacher import Teacher
+
+    recipe = open_recipe(path, None)
+    source = recipe.teacher
+    config = Teacher(source.source, config=source.config, revision=source.revision).unet_config
+    derived, steps = derive(config, recipe.plan), [derive(config, plan) for plan in recipe.stage_plans]
+    check_steps(steps)
+    notes = [f"{stage.steps:,} x {stage.batch_size}" for stage in recipe.stages]
+    title = f"{source.source} by {recipe.plan.name}"
+    facts = derived.facts() | {"stages": [step.facts() for step in steps]} if as_json else {}
+    say(as_json, facts, None if as_json else Group(draw_plan(derived, title), Text(), draw_stairs(steps, notes)))
+
+
+@app.command()
+def plans(as_json: Json = False) -> None:
+    """List the plans that come with prunet."""
+    from rich.table import Table
+
+    from prunet.plan import load_plan, preset_names
+
+    found = [load_plan(name) for name in preset_names()]
+    table = Table("plan", "what it removes", "source", box=None)
+    for plan in found:
+        table.add_row(f"[bold]{plan.name}[/]", plan.description, f"[dim]{plan.source}[/]")
+    say(
+        as_json,
+        {plan.name: {"remove": plan.remove, "description": plan.description} for plan in found},
+        table,
+    )
+
+
+@app.command()
+def build(
+    teacher: TeacherArgument,
+    plan: PlanOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the student.")],
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Make a student: what the plan leaves, with the teacher's weights, not yet distilled.
+
+    Writes a stock diffusers U-Net folder (load it with UNet2DConditionModel.from_pretrained).
+    """
+    from prunet.plan import derive, load_plan
+    from prunet.runs import save_unet
+    from prunet.student import inherit
+    from prunet.teacher import Teacher
+
+    opened = Teacher(teacher, config=config)
+    derived = derive(opened.unet_config, load_plan(plan))
+    opened.check_weights()
+    refuse_foreign(output, "config.json")
+    save_unet(inherit(opened.unet, derived), output)
+    count = derived.student_size.parameters
+    say(as_json, {"output": str(output), "parameters": count}, f"{output}: a U-Net of {count:,} parameters")
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(help="A run folder whose distillation is finished.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="RUN/pipeline, or RUN/student.safetensors.")
+    ] = None,
+    single_file: Annotated[bool, typer.Option("--single-file", help="The original LDM layout as one file.")] = False,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Half precision (a folder gets the fp16 variant as well).")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the student of a run as a stock pipeline folder, or as one .safetensors for ComfyUI and others."""
+    from prunet.pipeline import export as export_folder
+    from prunet.pipeline import export_single_file
+    from prunet.runs import Run, load_unet
+
+    if not (run_folder / "recipe.yaml").is_file():
+        raise UserError(f"{run_folder}: not a run folder (no recipe.yaml); `prunet run RECIPE` makes one")
+    if single_file and output is not None and output.suffix != ".safetensors":
+        raise UserError(f"--output {output}: name the single file something.safetensors")
+    if single_file and output is not None and output.exists():
+        raise UserError(f"--output {output}: exists; delete it first, or give another name")
+    this = Run(open_recipe(run_folder, [f"output={json.dumps(str(run_folder))}"]))
+    if not this.result_of("evaluate").is_file():
+        raise UserError(f"{run_folder}: not evaluated yet; finish it with `prunet run {run_folder}`")
+    if single_file:
+        if not this.is_done("export"):
+            this.do("export")
+        written = export_single_file(run_folder / "pipeline", output or run_folder / "student.safetensors", fp16=fp16)
+    else:
+        target = output or run_folder / "pipeline"
+        refuse_foreign(target, "model_index.json")
+        written = export_folder(this.exported_teacher(), load_unet(this.last_unet), target, card=this.card(), fp16=fp16)
+    size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.rglob("*.safetensors")))
+    say(
+        as_json,
+        {"output": str(written), "bytes": size},
+        f"[bold]{written}[/]: {size / 1e6:,.1f} MB of weights",
+    )
+
+
+@app.command()
+@with_runtime("device", "precision")
+def generate(
+    runtime: Any,
+    model: Annotated[str, typer.Argument(help="Pipeline folder, .safetensors file, hub id, or run folder.")],
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Picture, or folder if there are several.")] = Path(
+        "generated"
+    ),
+    num_images: Annotated[int, typer.Option("-n", "--num-images", min=1)] = 1,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = 25,
+    guidance_scale: Annotated[float, typer.Option("--guidance-scale", "-g", min=0)] = 7.5,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    size: Annotated[int | None, typer.Option(min=8, help="Pixels; the model's own by default.")] = None,
+    sampler: Annotated[str, typer.Option(help="dpmsolver++, ddim, pndm, euler, euler-a or unipc.")] = "dpmsolver++",
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Draw pictures of a prompt with a pipeline: a teacher, a student, or the student of a run.
+
+    Example: prunet generate runs/demo "a red apple" -n 4
+    """
+    from prunet.files import new_file
+    from prunet.pipeline import generate as draw_pictures
+
+    one_file = output.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+    if one_file and num_images > 1:
+        raise UserError(f"--output {output}: {num_images} pictures need a folder, not one file")
+    if not one_file and output.is_file():
+        raise UserError(f"--output {output}: is a file that is no picture; give a folder or something.png")
+    pictures = draw_pictures(
+        model,
+        prompt,
+        num_images=num_images,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        size=size,
+        sampler=sampler,
+        config=config,
+        device=runtime.torch_device,
+        dtype=runtime.dtype,
+    )
+    paths = [output] if one_file else [output / f"{seed + i:06d}.png" for i in range(len(pictures))]
+    for path, picture in zip(paths, pictures, strict=True):
+        with new_file(path) as part:
+            picture.save(
+                part,
+                format={".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(path.suffix.lower(), "PNG"),
+            )
+    say(as_json, {"pictures": [str(p) for p in paths]}, "\n".join(str(p) for p in paths))

@@ -1,0 +1,191 @@
+"""What verbs share: their options, how they open a recipe, what they print."""
+
+import functools
+import importlib.util
+import inspect
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prunet.errors import UserError
+
+app = typer.Typer(
+    name="prunet",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Make a Stable Diffusion model smaller and faster: remove blocks of its U-Net, distil what is left.\n\n"
+    "Start with [bold]prunet inspect sd-v1 --plan bk-small[/], then [bold]prunet run RECIPE[/].",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object on the last line of stdout.")]
+PlanOption = Annotated[str, typer.Option("--plan", "-p", help="A preset's name or a YAML file with patterns.")]
+TeacherArgument = Annotated[
+    str, typer.Argument(help="diffusers folder, .safetensors file, hub id, or layout (sd-v1, sd-v2, sdxl).")
+]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option("--config", help="For a single file: folder or hub id with configs and tokenizers."),
+]
+RecipeArgument = Annotated[Path, typer.Argument(help="A YAML recipe, or a run folder (its recipe.yaml).")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a value of the recipe: stages.0.steps=100.")
+]
+
+#: Fields of `Runtime` as options: type and default.
+RUNTIME: dict[str, tuple[Any, Any]] = {
+    "device": (Annotated[str | None, typer.Option(help="cuda, cpu, mps; the best there is by default.")], None),
+    "precision": (
+        Annotated[str, typer.Option(help="no, bf16, fp16, or auto: bf16 where the hardware has it.")],
+        "auto",
+    ),
+    "micro_batch": (
+        Annotated[int | None, typer.Option(min=1, help="Samples at once on a device; what fits by default.")],
+        None,
+    ),
+    "gradient_checkpointing": (
+        Annotated[
+            bool, typer.Option("--gradient-checkpointing", help="Compute activations twice to need less memory.")
+        ],
+        False,
+    ),
+    "offload_ema": (
+        Annotated[bool, typer.Option("--offload-ema", help="Keep the average of the weights on the CPU.")],
+        False,
+    ),
+    "use_8bit_adam": (
+        Annotated[bool, typer.Option("--use-8bit-adam", help="The optimizer's state in 8 bits (GPU, bitsandbytes).")],
+        False,
+    ),
+    "teacher_8bit": (
+        Annotated[bool, typer.Option("--teacher-8bit", help="The teacher's linear layers in 8 bits (torchao).")],
+        False,
+    ),
+    "fsdp": (
+        Annotated[
+            bool,
+            typer.Option("--fsdp", help="Share the student out among the processes (FSDP2), not a copy in each."),
+        ],
+        False,
+    ),
+    "compile": (
+        Annotated[bool, typer.Option("--compile", help="torch.compile both models: minutes first, then faster.")],
+        False,
+    ),
+    "tracker": (
+        Annotated[str | None, typer.Option(help="Also log to an accelerate tracker, such as tensorboard.")],
+        None,
+    ),
+}
+#: Those of a distillation.
+LOOP = tuple(name for name in RUNTIME if name != "tracker")
+
+
+def with_runtime(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a verb these options of `RUNTIME`; it gets them as one checked `Runtime`, its argument `runtime`."""
+
+    def wrap(verb: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(verb)
+        def call(**given: Any) -> None:
+            verb(runtime=make_runtime(**{name: given.pop(name) for name in names}), **given)
+
+        own = [p for p in inspect.signature(verb).parameters.values() if p.name != "runtime"]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        ours = [
+            inspect.Parameter(name, kind, default=default, annotation=annotation)
+            for name, (annotation, default) in ((name, RUNTIME[name]) for name in names)
+        ]
+        last = own.pop()  # --json, which comes last in every verb's help
+        shown = [*own, *ours, last.replace(kind=kind)]
+        call.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in shown}
+        return call
+
+    return wrap
+
+
+def make_runtime(device: str | None = None, precision: str = "auto", tracker: str | None = None, **options: Any) -> Any:
+    """`options`: fields of `Runtime`, checked."""
+    from prunet.features import declare_torchvision_ops
+
+    declare_torchvision_ops()
+    import torch
+
+    from prunet.training import Runtime
+
+    if precision not in ("auto", "no", "bf16", "fp16"):
+        raise UserError(f"--precision {precision}: choose auto, no, bf16 or fp16")
+    if device is not None:
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            first = str(error).splitlines()[0][:120]
+            raise UserError(f"--device {device}: not to be had here ({first}); try cpu") from error
+    if tracker is not None:
+        from accelerate.tracking import get_available_trackers
+
+        available = [str(t.value if hasattr(t, "value") else t) for t in get_available_trackers()]
+        if tracker not in available:
+            raise UserError(f"--tracker {tracker}: not installed; available: {', '.join(available) or 'none'}")
+    chosen: Any = precision
+    runtime = Runtime(device=device, precision=chosen, tracker=tracker, **options)
+    for flag, on, package in (
+        ("--use-8bit-adam", runtime.use_8bit_adam, "bitsandbytes"),
+        ("--teacher-8bit", runtime.teacher_8bit, "torchao"),
+    ):
+        if on and importlib.util.find_spec(package) is None:
+            raise UserError(f"{flag}: needs {package}, which is not installed: pip install 'prunet[memory]'")
+    if runtime.use_8bit_adam and runtime.torch_device.type != "cuda":
+        raise UserError("--use-8bit-adam: for CUDA devices only")
+    if runtime.fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise UserError("--fsdp: shares the student out among several processes: start them with accelerate launch")
+    if runtime.fsdp and (runtime.mixed_precision == "fp16" or runtime.use_8bit_adam):
+        raise UserError("--fsdp: with --precision bf16 or no, and without --use-8bit-adam")
+    if runtime.compile:
+        from prunet.inference import check_compiler
+
+        check_compiler(runtime.torch_device)
+    if precision == "fp16" and runtime.torch_device.type == "cpu":
+        raise UserError("--precision fp16: CPUs train in bf16 or no; fp16 is for GPUs")
+    runtime.use_device()
+    return runtime
+
+
+def named_files(given: list[str] | None, examples: str) -> dict[str, Path]:
+    """NAME=PATH, several of them, as a mapping."""
+    files = {}
+    for text in given or []:
+        name, sign, path = text.partition("=")
+        if not sign or not path:
+            raise UserError(f"--weights {text}: write {examples}")
+        files[name] = Path(path)
+    return files
+
+
+def open_recipe(path: Path, overrides: list[str] | None) -> Any:
+    from prunet.recipe import load_recipe
+
+    return load_recipe(path / "recipe.yaml" if path.is_dir() else path, overrides or ())
+
+
+def refuse_foreign(folder: Path, own: str) -> None:
+    """Nothing that prunet did not write is replaced."""
+    if folder.exists() and not (folder.is_dir() and ((folder / own).exists() or not any(folder.iterdir()))):
+        raise UserError(f"{folder}: exists and holds something else; give another --output")
+
+
+def say(as_json: bool, facts: dict[str, Any], text: Any = None) -> None:
+    from prunet.processes import is_main
+
+    if not is_main():
+        return
+    if as_json:
+        print(json.dumps(facts))
+    elif text is not None:
+        from rich import print as show
+
+        show(text)

@@ -1,0 +1,143 @@
+"""Verbs that do a recipe: all of it, up to some step, or in several ways."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prunet.cli.options import LOOP, Json, RecipeArgument, SetOption, app, named_files, open_recipe, say, with_runtime
+
+
+def _run_until(until: str, path: Path, overrides: list[str] | None, runtime: Any, as_json: bool) -> Any:
+    from prunet.runs import Run
+
+    this = Run(open_recipe(path, overrides), runtime)
+    for step in this.step_names(until):
+        this.do(step)
+    facts = {"output": str(this.folder), "steps": {name: "done" for name in this.step_names(until)}}
+    if until == "report":
+        facts["evaluation"] = json.loads((this.folder / "evaluation" / "evaluation.json").read_text())["distance"]
+        facts["report"] = str(this.folder / "report.html")
+    say(as_json, facts, _where(this.folder, until))
+    return this
+
+
+def _where(folder: Path, until: str) -> str:
+    if until != "report":
+        return f"[bold]{folder}[/]"
+    return f"Report: [bold]{folder / 'report.html'}[/]\nPipeline: [bold]{folder / 'pipeline'}[/]"
+
+
+@app.command()
+@with_runtime(*LOOP, "tracker")
+def run(
+    runtime: Any,
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    as_json: Json = False,
+) -> None:
+    """Do a recipe: plan, build, cache, distil, evaluate, export, report.
+
+    What is finished and valid is skipped, so the same command also resumes a run that was stopped.
+    """
+    _run_until("report", recipe, overrides, runtime, as_json)
+
+
+@app.command()
+@with_runtime(*LOOP)
+def estimate(
+    runtime: Any,
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a recipe would do and cost: steps, peak memory by part, hours on this device.
+
+    Memory comes from shapes, hours from a few steps of the real loop with random weights. Nothing is written.
+    """
+    from prunet.drawing import draw_estimate
+    from prunet.estimate import estimate as cost_of
+    from prunet.runs import Run
+
+    this = Run(open_recipe(recipe, overrides), runtime)
+    cost = cost_of(this)
+    say(as_json, cost, draw_estimate(this, cost))
+
+
+@app.command()
+@with_runtime("device", "precision")
+def cache(
+    runtime: Any,
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    as_json: Json = False,
+) -> None:
+    """Do a recipe up to its cache: encode pictures and captions, or let the teacher draw the prompts."""
+    _run_until("cache", recipe, overrides, runtime, as_json)
+
+
+@app.command()
+@with_runtime(*LOOP, "tracker")
+def distil(
+    runtime: Any,
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    as_json: Json = False,
+) -> None:
+    """Do a recipe up to the distilled student; goes on from the last checkpoint."""
+    _run_until("distil", recipe, overrides, runtime, as_json)
+
+
+@app.command()
+@with_runtime("device", "precision")
+def evaluate(
+    runtime: Any,
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    weights: Annotated[list[str] | None, typer.Option(help="vgg=FILE and lpips=FILE: measure LPIPS, too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Do a recipe up to its evaluation: sizes, speeds, and distance from the teacher before and after.
+
+    LPIPS, too, given its weights; of a finished run it is added: prunet evaluate RUN --weights vgg=FILE
+    --weights lpips=FILE
+    """
+    from prunet.lpips import Lpips, add_lpips
+    from prunet.processes import is_main
+    from prunet.report import write_report
+
+    files = named_files(weights, "vgg=FILE and lpips=FILE")
+    lpips = Lpips.load(files, runtime.torch_device) if files else None
+    this = _run_until("evaluate", recipe, overrides, runtime, as_json)
+    if lpips and is_main():
+        add_lpips(this.folder / "evaluation", lpips)
+        if this.is_done("report"):
+            write_report(this.folder)
+    if not as_json:
+        from rich.markdown import Markdown
+
+        say(as_json, {}, Markdown((this.folder / "evaluation" / "evaluation.md").read_text()))
+
+
+@app.command()
+@with_runtime("device", "precision", "micro_batch")
+def ablate(
+    runtime: Any,
+    ablation: Annotated[Path, typer.Argument(help="A YAML file: recipe, seeds and arms (see benchmarks/).")],
+    overrides: SetOption = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at once: one a GPU, or sharing the CPU's cores.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Do one recipe in several ways, with several seeds each, and make one table with intervals.
+
+    What is finished is skipped, so the same command goes on where it was stopped.
+    """
+    from prunet.ablation import ablate as do_all
+    from prunet.ablation import load_ablation, markdown
+
+    chosen, recipes = load_ablation(ablation, overrides or ())
+    result = do_all(chosen, recipes, runtime, workers=workers)
+    from rich.markdown import Markdown
+
+    say(as_json, result, Markdown(markdown(result)))

@@ -1,0 +1,175 @@
+"""Verbs about results: quality by a protocol, speed, and several of either side by side."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prunet.cli.options import ConfigOption, Json, app, named_files, refuse_foreign, say, with_runtime
+from prunet.errors import UserError
+
+
+@app.command()
+def protocols(as_json: Json = False) -> None:
+    """List the protocols that come with prunet: what is drawn, and what is measured."""
+    from rich.table import Table
+
+    from prunet.protocol import load_protocol, protocol_names
+
+    found = {name: load_protocol(name)[0] for name in protocol_names()}
+    table = Table("protocol", "what it draws", "what it measures", box=None)
+    for name, value in found.items():
+        table.add_row(f"[bold]{name}[/]", value.description, ", ".join(value.metrics))
+    say(as_json, {name: value.model_dump(mode="json") for name, value in found.items()}, table)
+
+
+@app.command()
+@with_runtime("device")
+def measure(
+    runtime: Any,
+    model: Annotated[str, typer.Argument(help="Pipeline folder, .safetensors file, hub id, or run folder.")],
+    protocol: Annotated[str, typer.Option(help="A protocol's name (see `prunet protocols`) or a YAML file.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for pictures and numbers; of a run: RUN/measured/PROTOCOL."),
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="The protocol's prompts: .txt, .csv or .tsv.")] = None,
+    real: Annotated[
+        Path | None, typer.Option(help="Real pictures (folder), features prunet saved, or pytorch-fid's .npz.")
+    ] = None,
+    weights: Annotated[list[str] | None, typer.Option(help="inception=FILE or clip=PATH: of the networks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Only the first N prompts: to try it.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 4,
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Draw a protocol's prompts and measure the pictures: FID, KID, CLIP score and others, with intervals.
+
+    Resumable. Several processes share the work: accelerate launch -m prunet measure MODEL --protocol NAME -o FOLDER.
+    What is measured of a run goes into its report, too.
+
+    Example: prunet measure runs/demo --protocol emoji/protocols/emoji-train.yaml
+    """
+    from prunet.measuring import markdown
+    from prunet.measuring import measure as measure_it
+    from prunet.protocol import load_protocol, protocol_prompts
+
+    chosen, beside = load_protocol(protocol)
+    texts = protocol_prompts(chosen, beside, prompts, limit)
+    is_run = (Path(model) / "recipe.yaml").is_file()
+    if output is None and not is_run:
+        raise UserError(f"{model}: is no run folder: say where the pictures and numbers go with --output FOLDER")
+    files = named_files(weights, "inception=FILE or clip=PATH")
+    result = measure_it(
+        model,
+        chosen,
+        texts,
+        output or Path(model) / "measured" / chosen.name,
+        beside=beside,
+        real=real,
+        weights=files,
+        config=config,
+        device=runtime.torch_device,
+        batch_size=batch_size,
+    )
+    if result:
+        from rich.markdown import Markdown
+
+        from prunet.report import write_report
+
+        say(as_json, result, Markdown(markdown([result])))
+        if output is None and (Path(model) / "report.html").is_file():
+            write_report(model)
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders of `prunet measure`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page, for run folders.")] = Path(
+        "comparison.html"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Put several runs side by side on one page, or the numbers of several measured models into one table.
+
+    Refused if they were not measured alike, with what differs.
+    """
+    from prunet.comparison import write_comparison
+    from prunet.measuring import compare as side_by_side
+    from prunet.measuring import markdown
+
+    if any((folder / "measures.json").is_file() for folder in folders):
+        from rich.markdown import Markdown
+
+        results = side_by_side(folders)
+        return say(as_json, {"results": results}, Markdown(markdown(results)))
+    if output.suffix != ".html" or output.is_dir():
+        raise UserError(f"--output {output}: name the page something.html")
+    page = write_comparison(folders, output)
+    say(as_json, {"page": str(page)}, f"Page: [bold]{page}[/]")
+
+
+@app.command()
+@with_runtime("device", "precision")
+def bench(
+    runtime: Any,
+    models: Annotated[
+        list[str],
+        typer.Argument(help="Pipeline folders, .safetensors files, hub ids or run folders; the first is the baseline."),
+    ],
+    plans: Annotated[
+        list[str] | None,
+        typer.Option("--plan", "-p", help="Also what this plan leaves of the baseline, not trained; several times."),
+    ] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="Pixels; the baseline's own by default.")] = None,
+    batch_sizes: Annotated[
+        list[int] | None, typer.Option("--batch-size", min=1, help="Pictures at once; may be given several times.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps, to add up the time of a picture.")] = 25,
+    repeats: Annotated[
+        int, typer.Option(min=3, help="Calls of each, of which the median counts; fewer after a minute, but three.")
+    ] = 15,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Time the denoisers by torch.compile, too (minutes each on a CPU).")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for bench.md, bench.svg (the chart) and bench.json.")
+    ] = None,
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Time a teacher and its students side by side: text, denoiser, VAE, pictures a second, peak memory.
+
+    All calls take turns, so that what disturbs the machine disturbs them all. A student's speed-up is shown beside what
+    its multiply-adds (MACs) allow: twice as fast for half the MACs. Where it reaches less than 90 % of that, the table
+    tells which operations take the rest.
+
+    Example: prunet bench my-model runs/mine --batch-size 1 --batch-size 4 -o runs/mine/bench
+
+    Before anything is trained: prunet bench my-model --plan bk-small --plan bk-tiny
+    """
+    from rich.markdown import Markdown
+
+    from prunet.files import clear_errors
+    from prunet.inference import bench as time_all
+    from prunet.inference import check_compiler, open_pipelines
+    from prunet.speeds import markdown, write_speeds
+
+    if output is not None:
+        refuse_foreign(output, "bench.json")
+        with clear_errors(output):
+            output.mkdir(parents=True, exist_ok=True)
+    if compiled:
+        check_compiler(runtime.torch_device)
+    where = {"device": runtime.torch_device, "dtype": runtime.dtype}
+    result = time_all(
+        open_pipelines(models, plans or (), size=size, config=config, **where),
+        size=size,
+        batch_sizes=list(dict.fromkeys(batch_sizes or [1])),
+        steps=steps,
+        repeats=repeats,
+        compiled=compiled,
+    )
+    if output is not None:
+        write_speeds(result, output)
+    say(as_json, result, Markdown(markdown(result)))
