@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from prunet import processes
 from prunet.console import progress
 from prunet.errors import UserError
 from prunet.files import new_file
@@ -33,8 +34,6 @@ def draw_shards(
     size: int,
     jpeg: int | None = None,
     batch_size: int = 4,
-    rank: int = 0,
-    ranks: int = 1,
 ) -> list[Path]:
     """Draws a picture of each prompt, the i-th from seed + i, into `folder`; shards that are there are left alone.
 
@@ -42,7 +41,7 @@ def draw_shards(
     PNG if None. Returns the paths of all shards, those of the other processes included.
     """
     paths = [folder / f"{at // SHARD:05d}.tar" for at in range(0, len(prompts), SHARD)]
-    mine = [at for i, at in enumerate(range(0, len(prompts), SHARD)) if i % ranks == rank]
+    mine = [at for i, at in enumerate(range(0, len(prompts), SHARD)) if processes.is_mine(i)]
     pipe = None
     with progress("Drawing", sum(len(prompts[at : at + SHARD]) for at in mine)) as bar:
         for at in mine:

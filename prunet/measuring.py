@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 
-from prunet import metrics
+from prunet import metrics, processes
 from prunet.charts import short
 from prunet.errors import UserError
 from prunet.features import INCEPTION_SOURCE, Clip, Inception
@@ -58,7 +57,7 @@ def measure(
     Raises:
         UserError: something is missing or does not fit, before anything is drawn; the folder holds other pictures.
     """
-    folder, state = Path(folder), PartialState(cpu=torch.device(device).type == "cpu")
+    folder, state = Path(folder), processes.join(torch.device(device))
     where = state.device if state.num_processes > 1 else torch.device(device)
     teacher = open_model(model, config=config, device=where, dtype=Runtime(precision=protocol.precision).dtype)
     size = protocol.size or teacher.native_size
@@ -82,7 +81,6 @@ def measure(
         write_json(folder / "pictures" / "spec.json", drawing)
     state.wait_for_everyone()  # no picture without its spec
 
-    share = {"rank": state.process_index, "ranks": state.num_processes}
     named = {
         name: folder / "features" / f"{name}-{tag(net.hash, preparation(protocol, name))}"
         for name, net in networks.items()
@@ -91,7 +89,7 @@ def measure(
     if reference is not None:  # before anything is drawn, since a picture among them may be broken
         net = networks[protocol.features]
         extracted = folder / "features" / f"real-{tag(named[protocol.features].name, reference.content)}"
-        extract(reference.shards(), net, protocol, extracted, **share)
+        extract(reference.shards(), net, protocol, extracted)
         state.wait_for_everyone()
         if state.is_main_process:
             theirs = reference.features(net, protocol, extracted, folder / "real.safetensors")
@@ -105,12 +103,11 @@ def measure(
         size=size,
         jpeg=protocol.jpeg,
         batch_size=batch_size,
-        **share,
     )
     teacher.release("unet", "vae", "text")
     shards = drawn_shards(paths, len(prompts))
     for name, net in networks.items():
-        extract(shards, net, protocol, named[name], **share)
+        extract(shards, net, protocol, named[name])
     state.wait_for_everyone()
     if not state.is_main_process:
         return {}

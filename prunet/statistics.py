@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from prunet import processes
 from prunet.console import progress
 from prunet.errors import UserError
 from prunet.features import Features, file_hash, prepared
@@ -67,9 +68,9 @@ def _open(path: Path) -> Image.Image:
         raise UserError(f"--real: {path.parent / error.key}: {error.why}: take it away or mend it") from error
 
 
-def extract(shards: Sequence[Shard], net: Any, protocol: Protocol, folder: Path, rank: int, ranks: int) -> None:
-    """Features of each shard into a file of its own; whole ones are left alone. Process `rank` does its share."""
-    mine = [(i, shard) for i, shard in enumerate(shards) if i % ranks == rank]
+def extract(shards: Sequence[Shard], net: Any, protocol: Protocol, folder: Path) -> None:
+    """Features of each shard into a file of its own; whole ones are left alone. Several processes share them out."""
+    mine = [(i, shard) for i, shard in enumerate(shards) if processes.is_mine(i)]
     with progress(f"Features: {folder.name}", len(mine)) as bar:
         for i, shard in mine:
             path = folder / f"{i:05d}.safetensors"
