@@ -11,14 +11,16 @@ round counts. The last line is JSON.
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -53,10 +55,10 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 class Parts:
-    """Seconds by part of the step."""
+    """Seconds that each part of the step took, at each step."""
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
+        self.all: dict[str, list[float]] = {}
         self.device = device
 
     @contextmanager
@@ -65,7 +67,25 @@ class Parts:
         start = time.perf_counter()
         yield
         sync(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.all.setdefault(name, []).append(time.perf_counter() - start)
+
+    def timed(self, name: str, call):
+        @functools.wraps(call)
+        def inner(*args, **kwargs):
+            with self(name):
+                return call(*args, **kwargs)
+
+        return inner
+
+    def drawn(self, batches):
+        """Passes batches on, and times how long each is waited for."""
+        end = object()
+        while True:
+            with self("data"):
+                batch = next(batches, end)
+            if batch is end:
+                return
+            yield batch
 
 
 def reference_loop(teacher, student, pairs, pictures: torch.Tensor, captions: list[str], args, runtime) -> dict:
@@ -95,9 +115,7 @@ def reference_loop(teacher, student, pairs, pictures: torch.Tensor, captions: li
     ema = EMAModel(student.parameters(), decay=0.9999)
     model, optimizer = accelerator.prepare(student, optimizer)
     times = []
-    for step in range(args.steps + 1):
-        if step == 1:
-            parts.seconds.clear()  # the first step warms up
+    for _ in range(args.steps + 1):
         start = time.perf_counter()
         with parts("vae"), torch.no_grad():
             latents = vae.encode(pictures.to(device, vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
@@ -127,19 +145,43 @@ def reference_loop(teacher, student, pairs, pictures: torch.Tensor, captions: li
         with parts("ema"):
             ema.step(student.parameters())
         times.append(time.perf_counter() - start)
-    return {"seconds_per_step": min(times[1:]), "parts": {k: v / args.steps for k, v in parts.seconds.items()}}
+    best = {name: min(seconds) for name, seconds in parts.all.items()}
+    return {"seconds_per_step": min(times[1:]), "parts": best, "peak_memory_gb": peak_memory_gb(device)}
 
 
 def prunet_loop(this, cache, folder: Path, args, runtime) -> dict:
     """The real loop; its log has images a second for each step, the first of which warms up."""
+    from accelerate import Accelerator
+    from diffusers.training_utils import EMAModel
+
+    from prunet import training
     from prunet.runs import load_unet
     from prunet.training import distil, read_log
 
-    stage = this.recipe.stages[0].model_copy(update={"steps": args.steps + 1})
-    student = load_unet(this.folder / "student")
-    distil(this.teacher, student, this.pairs(1), cache, stage, folder, runtime=runtime, checkpoint_every=10**9)
-    speeds = [row["images_per_s"] for row in read_log(folder / "log.jsonl")[1:]]
-    return {"seconds_per_step": args.batch / max(speeds)}
+    def steps(where: Path, parts: Parts | None = None) -> list[float]:
+        """Seconds of each step but the first, which warms up."""
+        student = load_unet(this.folder / "student")
+        stage = this.recipe.stages[0].model_copy(update={"steps": args.steps + 1})
+        if parts:
+            for name, net in (("teacher", this.teacher.unet), ("student", student)):
+                net.forward = parts.timed(name, net.forward)
+        distil(this.teacher, student, this.pairs(1), cache, stage, where, runtime=runtime, checkpoint_every=10**9)
+        return [args.batch / row["images_per_s"] for row in read_log(where / "log.jsonl")[1:]]
+
+    out = {"seconds_per_step": min(steps(folder / "timed")), "peak_memory_gb": peak_memory_gb(runtime.torch_device)}
+    if (
+        not args.compile
+    ):  # compiled code has no parts; and to wait for each part costs time, so this is a run of its own
+        parts, draw = Parts(runtime.torch_device), training.batches
+        places = {"backward": (Accelerator, "backward"), "clip": (Accelerator, "clip_grad_norm_")}
+        places |= {"optimizer": (torch.optim.AdamW, "step"), "ema": (EMAModel, "step")}
+        with ExitStack() as stack:
+            for name, place in places.items():
+                stack.enter_context(patch.object(*place, parts.timed(name, getattr(*place))))
+            stack.enter_context(patch.object(training, "batches", lambda *given: parts.drawn(draw(*given))))
+            steps(folder / "parts", parts)
+        out["parts"] = {name: min(seconds) for name, seconds in parts.all.items()}
+    return out
 
 
 def child(args: argparse.Namespace) -> None:
@@ -178,7 +220,7 @@ def child(args: argparse.Namespace) -> None:
     side = (args.size / this.teacher.vae_scale) ** 2 / (size_of(this.teacher.unet_config).latent_size[0] ** 2)
     flops = 2 * (macs[0] + 3 * macs[1]) * side * args.batch  # forward of both, twice as much backward of the student
     dtype = runtime.dtype
-    out |= {"images_per_s": args.batch / out["seconds_per_step"], "peak_memory_gb": peak_memory_gb(device)}
+    out["images_per_s"] = args.batch / out["seconds_per_step"]
     out["share_of_matmul_peak"] = flops / out["seconds_per_step"] / matmul_flops(device, dtype)
     print(json.dumps(out))
 
@@ -216,11 +258,11 @@ def main() -> None:
             teacher = folder / "teacher"
             random_pipeline(teacher, args.model, torch.float16 if args.model == "sdxl" else torch.float32)
         best: dict[str, dict] = {}
-        options = [arg for arg in sys.argv[1:] if not arg.startswith("--rounds")]
         for _ in range(args.rounds):
             for loop in ("reference", "prunet"):
                 where = ["--loop", loop, "--folder", str(folder), "--teacher", str(teacher)]
-                done = subprocess.run([sys.executable, __file__, *options, *where], stdout=subprocess.PIPE, text=True)
+                command = [sys.executable, __file__, *sys.argv[1:], *where]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
                 if done.returncode:
                     raise SystemExit(f"the {loop} loop failed")
                 found = json.loads(done.stdout.splitlines()[-1])
@@ -229,6 +271,11 @@ def main() -> None:
                     best[loop] = found
     speed = best["prunet"]["images_per_s"] / best["reference"]["images_per_s"]
     memory = best["prunet"]["peak_memory_gb"] / best["reference"]["peak_memory_gb"]
+    for name, found in best.items():
+        shares = ", ".join(
+            f"{part} {seconds / found['seconds_per_step']:.0%}" for part, seconds in found.get("parts", {}).items()
+        )
+        print(f"{name}: {found['images_per_s']:.3g} images/s, of a step: {shares}")
     print(f"prunet: {speed:.2f} times the images a second, {memory:.0%} of the peak memory")
     said = {"model": args.model, "plan": args.plan, "size": args.size, "batch": args.batch, "threads": args.threads}
     print(json.dumps({**said, **best, "speed": speed, "memory": memory}))
