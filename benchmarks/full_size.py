@@ -105,10 +105,20 @@ def random_pipeline(folder: Path, layout: str, dtype: torch.dtype) -> None:
     random_pipe(layout, dtype).save_pretrained(folder, safe_serialization=True, max_shard_size="1TB")
 
 
-def give_back() -> None:
-    """Memory that was freed goes back to the system, so that what is in use can be told from it."""
+def start_counting(device: torch.device) -> int:
+    """Bytes in use, once what was freed is given back; from here on `most_bytes` counts."""
     gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
     ctypes.CDLL(None).malloc_trim(0)
+    reset_peak()
+    return 1024 * (resident_kb("VmRSS") or 0)
+
+
+def most_bytes(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 1024 * (resident_kb("VmHWM") or 0)
 
 
 def main() -> None:
@@ -148,14 +158,12 @@ def main() -> None:
             if step == "stage-1":
                 report["estimated_gb"] = {k: round(v / 1e9, 2) for k, v in memory(this, 1).items()}
                 this.teacher.release("unet", "vae", "text")
-                give_back()
-                before_kb = resident_kb("VmRSS") or 0
-                reset_peak()
+                before = start_counting(this.runtime.torch_device)
             start = time.perf_counter()
             this.do(step)
             report[f"{step}_s"] = round(time.perf_counter() - start, 1)
             if step == "stage-1":
-                report["measured_gb"] = round(((resident_kb("VmHWM") or 0) - before_kb) * 1024 / 1e9, 2)
+                report["measured_gb"] = round(most_bytes(this.runtime.torch_device) / 1e9 - before / 1e9, 2)
                 report["estimate_is"] = round(sum(report["estimated_gb"].values()) / report["measured_gb"], 3)
         if args.until == "export":
             start = time.perf_counter()
