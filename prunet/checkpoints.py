@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from prunet.console import say
 from prunet.errors import UserError
 from prunet.files import new_folder, read_json, write_json
+from prunet.processes import is_main
 from prunet.recipe import Stage
 from prunet.sharding import local, piece, whole
 
@@ -40,13 +41,15 @@ def save(
     All processes come here, because each may hold a piece of the state; the main one writes. So a checkpoint does not
     show how many there were.
     """
-    state = {k: whole(v.detach()).contiguous() for k, v in student.state_dict().items()}
-    average = ema_state(student, ema) if ema else None
-    moments = _mapped(optimizer.state_dict(), lambda value, _: whole(value), student)
+    state = {k: _in_full(v.detach()) for k, v in student.state_dict().items()}
+    named = dict(student.named_parameters())
+    shadows = zip(named.items(), ema.shadow_params, strict=True) if ema else ()
+    average = {name: _in_full(shadow, like=parameter) for (name, parameter), shadow in shadows}
+    moments = _mapped(optimizer.state_dict(), lambda value, _: _in_full(value), student)
     if not accelerator.is_main_process:
         return
     with new_folder(folder / "checkpoints" / f"step-{step:07d}") as part:
-        save_file(state, part / "student.safetensors")
+        save_file({k: v.contiguous() for k, v in state.items()}, part / "student.safetensors")
         if average:
             save_file(average, part / "ema.safetensors")
         torch.save(moments, part / "optimizer.pt")
@@ -56,10 +59,14 @@ def save(
         shutil.rmtree(old)
 
 
-def ema_state(student: UNet2DConditionModel, ema: EMAModel) -> dict[str, torch.Tensor]:
-    """The averaged weights by name, in full."""
-    named = zip(student.named_parameters(), ema.shadow_params, strict=True)
-    return {name: whole(shadow, like=parameter) for (name, parameter), shadow in named}
+def _in_full(value: Any, like: torch.Tensor | None = None) -> Any:
+    """A value of the state. What had to be gathered leaves the device at once, which may not have room for all of it,
+    and is kept by the process that writes.
+    """
+    full = whole(value, like)
+    if full is value:
+        return value
+    return full.cpu() if is_main() else None
 
 
 def _mapped(state: dict[str, Any], change: Any, student: UNet2DConditionModel) -> dict[str, Any]:

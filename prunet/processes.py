@@ -7,11 +7,11 @@ wait. Nothing that is computed depends on their number.
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+if TYPE_CHECKING:  # to be imported takes seconds, and the terminal's output asks only who speaks
+    import torch
+    from accelerate import PartialState
 
 T = TypeVar("T")
 
@@ -39,13 +39,18 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def join(device: torch.device) -> PartialState:
+def join(device: "torch.device") -> "PartialState":
     """Meets the other processes, if there are any."""
+    from accelerate import PartialState
+
     return PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
 
 
 def from_main(make: Callable[[], T]) -> T:
     """What `make` gives in the main process, once all processes have come here."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
     state = PartialState()
     state.wait_for_everyone()
     value = [make() if state.is_main_process else None]
@@ -54,4 +59,6 @@ def from_main(make: Callable[[], T]) -> T:
 
 def gather(mine: Sequence[tuple[int, *tuple[Any, ...]]]) -> list[Any]:
     """All processes' pieces, each a tuple that begins with its number, in the order of these."""
+    from accelerate.utils import gather_object
+
     return sorted(gather_object(list(mine)), key=lambda piece: piece[0])

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prunet import __version__
+from prunet import __version__, processes
 from prunet.cli import models, recipes, results  # noqa: F401  (their verbs)
 from prunet.cli.options import app
 from prunet.errors import UserError
@@ -24,7 +24,7 @@ def _root(
     if version:
         print(f"prunet {__version__}")
         raise typer.Exit
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and context.invoked_subcommand not in SHARED:
+    if processes.count() > 1 and context.invoked_subcommand not in SHARED:
         raise UserError(
             f"prunet {context.invoked_subcommand}: works in one process; accelerate launch and torchrun are for "
             f"{', '.join(SHARED)}"

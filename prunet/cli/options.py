@@ -4,13 +4,13 @@ import functools
 import importlib.util
 import inspect
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from prunet import processes
 from prunet.errors import UserError
 
 app = typer.Typer(
@@ -73,7 +73,7 @@ RUNTIME: dict[str, tuple[Any, Any]] = {
         False,
     ),
     "compile": (
-        Annotated[bool, typer.Option("--compile", help="torch.compile both models: minutes first, then faster.")],
+        Annotated[bool, typer.Option("--compile", help="torch.compile both models; the first step takes minutes.")],
         False,
     ),
     "tracker": (
@@ -81,8 +81,9 @@ RUNTIME: dict[str, tuple[Any, Any]] = {
         None,
     ),
 }
-#: Those of a distillation.
-LOOP = tuple(name for name in RUNTIME if name != "tracker")
+#: Those of a distillation, and those of them that an estimate can count.
+LOOP = tuple(RUNTIME)
+COUNTED = tuple(name for name in LOOP if name not in ("fsdp", "compile", "tracker"))
 
 
 def with_runtime(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -141,7 +142,7 @@ def make_runtime(device: str | None = None, precision: str = "auto", tracker: st
             raise UserError(f"{flag}: needs {package}, which is not installed: pip install 'prunet[memory]'")
     if runtime.use_8bit_adam and runtime.torch_device.type != "cuda":
         raise UserError("--use-8bit-adam: for CUDA devices only")
-    if runtime.fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if runtime.fsdp and processes.count() == 1:
         raise UserError("--fsdp: shares the student out among several processes: start them with accelerate launch")
     if runtime.fsdp and (runtime.mixed_precision == "fp16" or runtime.use_8bit_adam):
         raise UserError("--fsdp: with --precision bf16 or no, and without --use-8bit-adam")
@@ -179,9 +180,7 @@ def refuse_foreign(folder: Path, own: str) -> None:
 
 
 def say(as_json: bool, facts: dict[str, Any], text: Any = None) -> None:
-    from prunet.processes import is_main
-
-    if not is_main():
+    if not processes.is_main():
         return
     if as_json:
         print(json.dumps(facts))

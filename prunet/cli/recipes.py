@@ -6,7 +6,19 @@ from typing import Annotated, Any
 
 import typer
 
-from prunet.cli.options import LOOP, Json, RecipeArgument, SetOption, app, named_files, open_recipe, say, with_runtime
+from prunet import processes
+from prunet.cli.options import (
+    COUNTED,
+    LOOP,
+    Json,
+    RecipeArgument,
+    SetOption,
+    app,
+    named_files,
+    open_recipe,
+    say,
+    with_runtime,
+)
 
 
 def _run_until(until: str, path: Path, overrides: list[str] | None, runtime: Any, as_json: bool) -> Any:
@@ -30,7 +42,7 @@ def _where(folder: Path, until: str) -> str:
 
 
 @app.command()
-@with_runtime(*LOOP, "tracker")
+@with_runtime(*LOOP)
 def run(
     runtime: Any,
     recipe: RecipeArgument,
@@ -45,7 +57,7 @@ def run(
 
 
 @app.command()
-@with_runtime(*LOOP)
+@with_runtime(*COUNTED)
 def estimate(
     runtime: Any,
     recipe: RecipeArgument,
@@ -78,7 +90,7 @@ def cache(
 
 
 @app.command()
-@with_runtime(*LOOP, "tracker")
+@with_runtime(*LOOP)
 def distil(
     runtime: Any,
     recipe: RecipeArgument,
@@ -104,13 +116,12 @@ def evaluate(
     --weights lpips=FILE
     """
     from prunet.lpips import Lpips, add_lpips
-    from prunet.processes import is_main
     from prunet.report import write_report
 
     files = named_files(weights, "vgg=FILE and lpips=FILE")
     lpips = Lpips.load(files, runtime.torch_device) if files else None
     this = _run_until("evaluate", recipe, overrides, runtime, as_json)
-    if lpips and is_main():
+    if lpips and processes.is_main():
         add_lpips(this.folder / "evaluation", lpips)
         if this.is_done("report"):
             write_report(this.folder)
