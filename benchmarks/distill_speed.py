@@ -14,6 +14,7 @@ import argparse
 import functools
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,28 @@ from prunet.bench import reset_peak, resident_kb
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
+
+
+SIZES = {"emoji": 128, "sd-v1": 512, "sdxl": 1024}  # pixels
+
+
+def make_teacher(model: str, folder: Path) -> Path:
+    """What ships, or random weights of the published size."""
+    if model == "emoji":
+        return HERE.parent / "emoji" / "emoji-sd"
+    from full_size import random_pipeline
+
+    random_pipeline(folder / "teacher", model, torch.float16 if model == "sdxl" else torch.float32)
+    return folder / "teacher"
+
+
+def limit_memory(device: torch.device, budget_gb: float) -> None:
+    """From here on an allocation beyond it fails."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget_gb * 1e9 / total), device)
+    else:
+        resource.setrlimit(resource.RLIMIT_DATA, (int(budget_gb * 1e9),) * 2)
 
 
 def sync(device: torch.device) -> None:
@@ -194,8 +217,15 @@ def child(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     compiled = args.compile and args.loop == "prunet"
     runtime = Runtime(
-        device=args.device, precision=args.precision, micro_batch=args.batch, log_every=1, compile=compiled
+        device=args.device,
+        precision=args.precision,
+        micro_batch=args.batch,
+        log_every=1,
+        compile=compiled,
+        gradient_checkpointing=args.gradient_checkpointing,
     )
+    if args.budget:
+        limit_memory(runtime.torch_device, args.budget)
     stage = {"steps": 1, "batch_size": args.batch, "losses": {"level": args.level}}
     value = {"teacher": str(args.teacher), "plan": args.plan, "stages": [stage], "sheet": {"every": 0}}
     value |= {"data": {"source": str(args.folder / "pictures"), "size": args.size}, "output": str(args.folder / "run")}
@@ -237,26 +267,24 @@ def main() -> None:
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="prunet's loop by torch.compile")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="in prunet's loop")
+    parser.add_argument("--budget", type=float, metavar="GB", help="memory that each loop may take")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--loop", choices=["reference", "prunet"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--teacher", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.size = args.size or {"emoji": 128, "sd-v1": 512, "sdxl": 1024}[args.model]
+    args.size = args.size or SIZES[args.model]
     args.batch = args.batch or (16 if args.model == "emoji" else 1)
     if args.loop:
         return child(args)
 
     from conftest import make_pictures
-    from full_size import random_pipeline
 
     with tempfile.TemporaryDirectory(prefix="prunet-speed-") as text:
         folder = Path(text)
         make_pictures(folder / "pictures", 2 * args.batch, args.size)
-        teacher = HERE.parent / "emoji" / "emoji-sd"
-        if args.model != "emoji":
-            teacher = folder / "teacher"
-            random_pipeline(teacher, args.model, torch.float16 if args.model == "sdxl" else torch.float32)
+        teacher = make_teacher(args.model, folder)
         best: dict[str, dict] = {}
         for _ in range(args.rounds):
             for loop in ("reference", "prunet"):

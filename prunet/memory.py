@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prunet import unet
+from prunet.cpu import fast_attention
 from prunet.losses import feature_losses, mse
 from prunet.pairs import Pair
 from prunet.size import example_inputs
@@ -77,7 +78,7 @@ def step_memory(
 
         with (
             Living() as living,
-            unet.fast_attention([teacher, student], device, half=half),
+            fast_attention([teacher, student], device, half=half),
             tap(ours) as student_features,
             tap(theirs) as teacher_features,
         ):

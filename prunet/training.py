@@ -16,9 +16,10 @@ from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
-from prunet import processes, unet
+from prunet import processes
 from prunet.checkpoints import checkpoints, resume, save
 from prunet.console import progress
+from prunet.cpu import fast_attention, kept_memory
 from prunet.draws import Draws, batches
 from prunet.errors import UserError
 from prunet.files import new_file
@@ -221,7 +222,8 @@ def distil(
 
     with (
         progress("Distilling", stage.steps) as bar,
-        unet.fast_attention([teacher_unet, student], device, half=runtime.mixed_precision != "no"),
+        kept_memory(device),
+        fast_attention([teacher_unet, student], device, half=runtime.mixed_precision != "no"),
         tap(student_modules if use_features else []) as student_features,
         tap(teacher_modules if use_features else []) as teacher_features,
     ):

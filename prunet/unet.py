@@ -8,15 +8,13 @@ import fnmatch
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor
 
 from prunet.errors import UserError
 
@@ -49,27 +47,6 @@ class Stage:
     @property
     def has_attention(self) -> bool:
         return any(layer.blocks is not None for layer in self.layers)
-
-
-@contextmanager
-def fast_attention(nets: Iterable[UNet2DConditionModel], device: torch.device, *, half: bool) -> Iterator[None]:
-    """On a CPU in bf16, PyTorch's fused attention is slower than plain matmuls where heads are narrow.
-
-    A small model of 8 to 24 channels a head trains 1.45 times as fast without it; Stable Diffusion has 40 to 160.
-    """
-    narrow = [net for net in nets if device.type == "cpu" and half and _widest_head(net) <= 32]
-    before = [(net, net.attn_processors) for net in narrow]
-    for net in narrow:
-        net.set_attn_processor(AttnProcessor())
-    try:
-        yield
-    finally:
-        for net, processors in before:
-            net.set_attn_processor(processors)
-
-
-def _widest_head(net: UNet2DConditionModel) -> int:
-    return max((m.inner_dim // m.heads for m in net.modules() if isinstance(m, Attention)), default=0)
 
 
 def make_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:

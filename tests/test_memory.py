@@ -7,6 +7,7 @@ import torch
 from conftest import make_pipeline
 
 from prunet import Teacher, derive, load_plan, unet
+from prunet.cpu import fast_attention
 from prunet.losses import feature_losses, mse
 from prunet.memory import Living, step_memory
 from prunet.size import example_inputs
@@ -35,7 +36,7 @@ def test_real_tensors_need_what_those_without_contents_need(derived: Any, half: 
     kept = {"batch_size": 2, "latent_size": (16, 16)}
     with (
         Living() as living,
-        unet.fast_attention([teacher, student], CPU, half=half),
+        fast_attention([teacher, student], CPU, half=half),
         tap([student.get_submodule(pair.student) for pair in pairs]) as ours,
         tap([teacher.get_submodule(pair.teacher) for pair in pairs]) as theirs,
     ):

@@ -12,13 +12,12 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from prunet import Teacher, UserError, build, derive, distil, load_plan, training, unet
+from prunet import Teacher, UserError, build, derive, distil, load_plan, training
 from prunet.draws import Draws, _permutation, batches
 from prunet.latents import cache
 from prunet.losses import min_snr_weight
 from prunet.recipe import Data, Losses, Stage
 from prunet.sheets import Sheets
-from prunet.size import example_inputs
 from prunet.student import state_hash
 from prunet.training import Runtime, learning_rate_at
 
@@ -292,19 +291,6 @@ def test_batches_of_buckets_have_one_size_and_see_every_picture(sdxl, tmp_path) 
     pairs = derive(teacher.unet_config, plan).pairs("layer")
     distil(teacher, build(teacher, plan), pairs, made, stage, tmp_path / "run", seed=1, runtime=CPU)
     assert len(losses(tmp_path / "run")) == 7
-
-
-def test_fast_attention_computes_the_same_and_leaves_no_trace(sd: Path) -> None:
-    net = UNet2DConditionModel.from_pretrained(sd / "unet")
-    inputs = example_inputs(dict(net.config), 2)
-    with torch.no_grad():
-        fused = net(**inputs).sample
-        with unet.fast_attention([net], torch.device("cpu"), half=True):
-            assert {type(p).__name__ for p in net.attn_processors.values()} == {"AttnProcessor"}
-            plain = net(**inputs).sample
-        assert torch.equal(net(**inputs).sample, fused)
-    torch.testing.assert_close(plain, fused, rtol=1e-4, atol=1e-5)
-    assert {type(p).__name__ for p in net.attn_processors.values()} == {"AttnProcessor2_0"}
 
 
 def test_compiled_equals_plain(sd, made, tmp_path, monkeypatch) -> None:

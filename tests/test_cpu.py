@@ -1,0 +1,79 @@
+"""Attention by chunks beside the formula, PyTorch's own, and a whole U-Net's."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+
+from prunet.cpu import Chunked, fast_attention
+from prunet.size import example_inputs
+
+CPU = torch.device("cpu")
+
+
+def inputs(queries: int, keys: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """As diffusers has them: heads in the second place by a transposition."""
+    torch.manual_seed(0)
+    parts = (torch.randn(3, n, 2, 8, dtype=torch.float64).transpose(1, 2) for n in (queries, keys, keys))
+    return [part.to(dtype).requires_grad_() for part in parts]
+
+
+def outputs(attention, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What it computes, and the gradients of a sum whose terms differ."""
+    out = attention(*parts)
+    slope = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, parts, slope)]
+
+
+def formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    scores = torch.einsum("bhnd,bhmd->bhnm", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("bhnm,bhmd->bhnd", scores.exp() / scores.exp().sum(-1, keepdim=True), v)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1000, 1000), (341, 7), (5, 5)])
+def test_chunks_compute_the_formula_and_its_gradients(queries: int, keys: int) -> None:
+    chunked = outputs(Chunked.apply, inputs(queries, keys, torch.float32))
+    truth = outputs(formula, inputs(queries, keys, torch.float64))
+    for ours, theirs in zip(chunked, truth, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_in_bf16_it_errs_no_more_than_the_fused_kernel() -> None:
+    truth = outputs(formula, inputs(1000, 1000, torch.float64))
+    parts = inputs(1000, 1000, torch.bfloat16)
+    for ours, fused, right in zip(
+        outputs(Chunked.apply, parts), outputs(F.scaled_dot_product_attention, parts), truth, strict=True
+    ):
+        error, of_fused = ((x.double() - right).norm() / right.norm() for x in (ours, fused))
+        assert error < max(1.5 * of_fused, 0.01)
+
+
+def test_it_keeps_no_scores() -> None:
+    kept: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        Chunked.apply(*inputs(1000, 1000, torch.float32))
+    assert sum(kept) == 4 * 3 * 2 * 1000 * 8
+
+
+def test_a_unet_computes_the_same_and_has_its_own_again(sd: Path) -> None:
+    net = UNet2DConditionModel.from_pretrained(sd / "unet")
+    given = example_inputs(dict(net.config), 2)
+    with torch.no_grad():
+        fused = net(**given).sample
+        with fast_attention([net], CPU, half=True):
+            assert {type(p).__name__ for p in net.attn_processors.values()} == {"_Processor"}
+            plain = net(**given).sample
+            mask = torch.ones(2, given["encoder_hidden_states"].shape[1])
+            assert torch.isfinite(net(**given, encoder_attention_mask=mask).sample).all()  # by the stock processor
+        assert torch.equal(net(**given).sample, fused)
+        with fast_attention([net], CPU, half=False):
+            assert {type(p).__name__ for p in net.attn_processors.values()} == {"AttnProcessor2_0"}
+    torch.testing.assert_close(plain, fused, rtol=1e-4, atol=1e-5)
+    assert {type(p).__name__ for p in net.attn_processors.values()} == {"AttnProcessor2_0"}
