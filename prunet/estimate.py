@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from prunet import processes, unet
+from prunet.cpu import fast_attention, kept_memory
 from prunet.losses import feature_losses, mse
 from prunet.memory import step_memory
 from prunet.pairs import Pair
@@ -45,7 +46,11 @@ def estimate(this: Run) -> dict[str, Any]:
 
 
 def memory(this: Run, number: int) -> dict[str, int]:
-    """Bytes of a stage by part; `activations` are all that a step needs beside the other parts at its worst moment."""
+    """Bytes of a stage by part; `activations` are all that a step needs beside the other parts at its worst moment.
+
+    `heap`: on a CPU the holes between what a step makes and frees again, and the kernels' own buffers. No shape tells
+    them; half of what a step makes is what the processes of benchmarks/full_size.py had at two sizes.
+    """
     derived, micro, stage = this.steps_down[number - 1], this.micro_batch(number), this.recipe.stages[number - 1]
     configs, options = (derived.teacher_config, derived.student_config), memory_options(stage, this.runtime)
     parts = training_memory(*configs, latent_size=this.latent_size, micro_batch=micro, **options)
@@ -59,7 +64,8 @@ def memory(this: Run, number: int) -> dict[str, int]:
         half=options["half"],
         gradient_checkpointing=options["gradient_checkpointing"],
     )
-    return {**parts, "activations": activations}
+    heap = (parts["gradients"] + activations) // 2 if this.runtime.torch_device.type == "cpu" else 0
+    return {**parts, "activations": activations, "heap": heap}
 
 
 def seconds_per_image(
@@ -79,7 +85,12 @@ def seconds_per_image(
     def inputs(config: dict, dtype: torch.dtype) -> dict:
         return example_inputs(config, batch_size, latent_size=latent_size, device=accelerator.device, dtype=dtype)
 
-    with tap(ours) as student_features, tap(theirs) as teacher_features:
+    with (
+        kept_memory(accelerator.device),
+        fast_attention([teacher, student], accelerator.device, half=runtime.mixed_precision != "no"),
+        tap(ours) as student_features,
+        tap(theirs) as teacher_features,
+    ):
         for step in range(STEPS + 1):
             if step == 1:  # the first one warms up
                 start = time.perf_counter()

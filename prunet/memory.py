@@ -20,7 +20,7 @@ from prunet.taps import tap
 
 
 class Living(TorchDispatchMode):
-    """Counts the bytes of all tensors that live; `most` is what was needed at once."""
+    """Counts the bytes of all tensors made since; `most` is what was needed at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,8 +29,10 @@ class Living(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            # A view of what was there before (a weight, transposed) is nothing new.
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
                 self._count(tensor.untyped_storage())
         return out
 

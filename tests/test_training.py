@@ -67,6 +67,53 @@ def test_stopped_and_resumed_equals_uninterrupted(sd, made, tmp_path, monkeypatc
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def plain_losses(sd: Path, made, stage: Stage, dtype: torch.dtype) -> list[float]:
+    """The loop as the paper has it: stock attention, optimizer and losses of PyTorch, features copied to fp32."""
+    teacher, student = Teacher(sd, dtype=dtype), build(Teacher(sd), load_plan("bk-small")).train().requires_grad_(True)
+    kept, pairs = {}, derive(teacher.unet_config, load_plan("bk-small")).pairs(stage.losses.level)
+
+    def keep(name: str):
+        return lambda module, inputs, out: kept.update({name: (out[0] if isinstance(out, tuple) else out).float()})
+
+    for pair in pairs:
+        teacher.unet.get_submodule(pair.teacher).register_forward_hook(keep(f"teacher {pair.teacher}"))
+        student.get_submodule(pair.student).register_forward_hook(keep(f"student {pair.teacher}"))
+    decay = stage.weight_decay
+    optimizer = torch.optim.AdamW(student.parameters(), weight_decay=decay, foreach=False, fused=False)
+    draws, found, mse = Draws(made, stage, 5, 1000), [], torch.nn.functional.mse_loss
+    for step in range(stage.steps):
+        items = [draws[step, place] for place in range(stage.batch_size)]
+        latents, noise, t, text = (
+            torch.stack([i[k] for i in items]) for k in ("latents", "noise", "timestep", "embeds")
+        )
+        noisy = teacher.noise_scheduler.add_noise(latents, noise, t)
+        with torch.no_grad():
+            theirs = teacher.unet(noisy.to(dtype), t, text.to(dtype)).sample
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            ours = student(noisy, t, text).sample
+        loss = mse(ours.float(), noise) + mse(ours.float(), theirs.float())
+        loss = loss + sum(mse(kept[f"student {p.teacher}"], kept[f"teacher {p.teacher}"]) for p in pairs)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), stage.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = learning_rate_at(stage, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize(("precision", "dtype", "rel"), [("no", torch.float32, 1e-5), ("bf16", torch.bfloat16, 0.01)])
+def test_what_makes_it_fast_changes_no_loss(sd, made, tmp_path, precision, dtype, rel) -> None:
+    stage = STAGE.model_copy(update={"losses": Losses(level="layer")})
+    teacher = Teacher(sd, dtype=dtype)
+    pairs = derive(teacher.unet_config, load_plan("bk-small")).pairs("layer")
+    student, runtime = build(Teacher(sd), load_plan("bk-small")), dataclasses.replace(CPU, precision=precision)
+    distil(teacher, student, pairs, made, stage, tmp_path, seed=5, runtime=runtime)
+    plain = plain_losses(sd, made, stage, dtype)
+    assert [row["loss"] for row in losses(tmp_path)] == pytest.approx(plain, rel=rel)
+    assert plain[-1] < 0.9 * plain[0], "too little is learned for a fault in the optimizer to show"
+
+
 def test_micro_batches_change_nothing_but_rounding(sd, made, tmp_path) -> None:
     train(sd, made, tmp_path / "one")
     train(sd, made, tmp_path / "four", runtime=Runtime(device="cpu", precision="no", micro_batch=1, log_every=1))
