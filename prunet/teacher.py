@@ -5,7 +5,6 @@ scaling factor, a VAE that must stay in fp32) is settled in this file and nowher
 """
 
 import hashlib
-import itertools
 import json
 import re
 import shutil
@@ -507,10 +506,12 @@ def freeze(module: M) -> M:
     """Ready to be called and nothing else; with weights where sums are rounded alike.
 
     Weights mapped from a file lie at addresses of any alignment, and on some CPUs the BLAS takes another path for those
-    (AMD Zen 5: equal weights, other last bits). A copy lies where PyTorch aligns it.
+    (AMD Zen 5: equal weights, other last bits). A copy lies where PyTorch aligns it. One weight that is not copied
+    would keep the whole file in memory beside the copies, so it is all or none.
     """
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
-        if tensor.data_ptr() % 64:
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(tensor.data_ptr() % 64 for tensor in tensors):
+        for tensor in tensors:
             tensor.data = tensor.data.clone()
     return module.eval().requires_grad_(False)
 
