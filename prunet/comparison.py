@@ -69,6 +69,8 @@ def _open_run(folder: Path, name: str, kind: str) -> Compared:
     Raises:
         UserError: it is not, or something in the folder is damaged.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder: give runs that `prunet run` or `prunet measure` left")
     try:
         steps = read_json(folder / "steps.json") if (folder / "steps.json").is_file() else {}
         if "evaluate" not in steps:

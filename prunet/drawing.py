@@ -73,8 +73,8 @@ def _counted(found: Mapping[str, int]) -> str:
 
 
 def _legend() -> str:
-    stays, goes = f"[{STAYS}]R A ↓[/] stays", f"[{GOES}]r a ·[/] goes"
-    return f"{stays}, {goes}   R resnet, A attention, A4/10: 4 of 10 blocks stay"
+    stays, goes = f"[{STAYS}]R A[/] stays", f"[{GOES}]r a[/] goes"
+    return f"{stays}, {goes}  R resnet, A attention (A4/10: 4 of 10 blocks), ↓ ↑ resize"
 
 
 def _unet(derived: Derived) -> Table:

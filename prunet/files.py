@@ -11,6 +11,12 @@ from typing import Any
 
 from prunet.errors import UserError
 
+#: What is wrong with a path, or with who wants to write there.
+UNWRITABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG, errno.EINVAL),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
+
 
 def aside(path: Path) -> Path:
     """The name under which `path` is written until it is whole."""
@@ -70,9 +76,24 @@ def clear_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"No space left while writing {path}; what was finished before is kept") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        if error.errno in UNWRITABLE:
             raise UserError(f"Cannot write {path}: {error.strerror}; give another path") from error
         raise
+
+
+def check_writable(folder: Path, what: str) -> Path:
+    """The folder in which `folder` is or will be made.
+
+    Raises:
+        UserError: it cannot be; `what` is the name of the setting.
+    """
+    with clear_errors(folder):
+        where = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not where.is_dir():
+        raise UserError(f"{what}: {where} is a file; a folder is needed there")
+    if not os.access(where, os.W_OK):
+        raise UserError(f"{what}: cannot write into {where}; give another path")
+    return where
 
 
 def write_json(path: Path, value: Any) -> None:

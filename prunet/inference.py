@@ -153,7 +153,11 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # dynamo's, the C++ compiler's, Triton's
-        raise UserError(f"--compile: nothing can be compiled for {device} here ({str(error)[:200]})") from error
+        why = str(error).strip().splitlines()[0][:160]
+        raise UserError(
+            f"--compile: nothing can be compiled for {device} here ({why}): install a C++ compiler (g++), or leave "
+            "it out"
+        ) from error
 
 
 def _modules(pipe: Any) -> list[torch.nn.Module]:

@@ -25,7 +25,7 @@ from prunet import metrics, processes
 from prunet.charts import short
 from prunet.errors import UserError
 from prunet.features import INCEPTION_SOURCE, Clip, Inception
-from prunet.files import read_json, read_label, write_json, write_text
+from prunet.files import check_writable, read_json, read_label, write_json, write_text
 from prunet.generation import draw_shards
 from prunet.latents import check_size
 from prunet.metrics import Measure, Moments
@@ -166,9 +166,8 @@ def _check_disk(folder: Path, count: int, size: int, jpeg: int | None) -> None:
     """Photographs take about 0.6 of their pixels as PNG, and a tenth of them as JPEG."""
     drawn = sum(path.stat().st_size for path in folder.glob("pictures/*.tar"))
     need = count * size * size * 3 * (0.1 if jpeg else 0.6) - drawn
-    where = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    if shutil.disk_usage(where).free < need:
-        raise UserError(f"--output {folder}: {count:,} pictures need about {need / 1e9:.1f} GB: give another disk")
+    if shutil.disk_usage(check_writable(folder, "--output")).free < need:
+        raise UserError(f"--output {folder}: {count:,} pictures need about {need / 1e6:,.1f} MB: give another disk")
 
 
 def load_networks(

@@ -40,6 +40,15 @@ class Part(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_null(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for key, text in value.items():
+                if isinstance(text, str) and "\0" in text:
+                    raise ValueError(f"{key}: a null character in {text!r}")
+        return value
+
 
 class TeacherSource(Part):
     source: str = Field(description="diffusers folder, .safetensors file or hub id")
@@ -132,7 +141,7 @@ class Stage(Part):
     plan: PlanValue | None = Field(
         default=None, description="a step on the way to the recipe's plan, which is the default"
     )
-    batch_size: Steps = 256
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 256
     learning_rate: Positive = 5e-5
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 500
@@ -226,6 +235,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+#: What PyYAML raises of its own, for a 13th month, for `!!int abc`, for a thousand brackets.
+BAD_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError)
+
+
 def load_yaml(path: Path, what: str) -> dict[str, Any]:
     """The mapping in a YAML file.
 
@@ -236,7 +249,7 @@ def load_yaml(path: Path, what: str) -> dict[str, Any]:
         raise UserError(f"No file at {path}: give {what} in YAML (docs/ has examples)")
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (*BAD_YAML, OSError) as error:
         raise UserError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: {what} is a mapping of keys and values")
@@ -254,7 +267,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), values: Mapping
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"No recipe at {path}: give a YAML file (see recipes/ for examples)")
+        raise UserError(f"No recipe at {path}: give a YAML file (see recipes/ for examples) or a run folder")
     value = load_yaml(path, "a recipe")
     for key, new in (values or {}).items():
         _override(value, key, copy.deepcopy(new), repr(key))
@@ -273,14 +286,14 @@ def _parse_override(text: str) -> tuple[str, Any, str]:
         raise UserError(f"--set {text!r}: write key=value, such as stages.0.steps=100")
     try:
         return key, yaml.safe_load(raw), f"--set {text!r}"
-    except yaml.YAMLError as error:
+    except BAD_YAML as error:
         raise UserError(f"--set {text!r}: the value is not YAML: {error}") from error
 
 
 def _override(value: Any, key: str, new: Any, name: str) -> None:
     *parents, last = key.strip().split(".")
     for parent in parents:
-        if isinstance(value, list) and parent.isdigit() and int(parent) < len(value):
+        if isinstance(value, list) and parent.isdecimal() and int(parent) < len(value):
             value = value[int(parent)]
         elif isinstance(value, dict):
             if isinstance(value.get(parent), str) and parent == "teacher":
@@ -288,7 +301,7 @@ def _override(value: Any, key: str, new: Any, name: str) -> None:
             value = value.setdefault(parent, {})
         else:
             raise UserError(f"{name}: no {parent!r} to go into")
-    if isinstance(value, list) and last.isdigit() and int(last) < len(value):
+    if isinstance(value, list) and last.isdecimal() and int(last) < len(value):
         value[int(last)] = new
     elif isinstance(value, dict):
         value[last] = new

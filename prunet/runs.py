@@ -15,7 +15,6 @@ A run folder::
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import time
 from functools import cached_property
@@ -30,7 +29,7 @@ from prunet import processes
 from prunet.checkpoints import PACE
 from prunet.console import say
 from prunet.errors import UserError
-from prunet.files import new_folder, read_json, write_json, write_text
+from prunet.files import check_writable, new_folder, read_json, write_json, write_text
 from prunet.latents import Cache, cache, cache_spec, check_size, read_spec
 from prunet.pairs import Pair, term_factors
 from prunet.pipeline import SAMPLERS, export, export_single_file, write_unet
@@ -98,11 +97,9 @@ class Run:
         for number, stage in enumerate(recipe.stages, 1):
             self.micro_batch(number)
             term_factors(self.pairs(number), stage.losses.weights)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"output: {self.folder} is a file; the run needs a folder")
-        where = next(p for p in (self.folder.absolute(), *self.folder.absolute().parents) if p.exists())
-        if not os.access(where, os.W_OK):
-            raise UserError(f"output: cannot write into {where}")
+        where = check_writable(self.folder, "output")
+        for folder, _ in self.cache_specs:
+            check_writable(folder, "cache")
         # Weights, their average and two moments, in fp32, in each checkpoint kept and the one being written.
         need = self.derived.student_size.parameters * 16 * (recipe.keep_checkpoints + 1)
         need -= sum(f.stat().st_size for f in self.folder.glob("stage-*/checkpoints/*/*"))

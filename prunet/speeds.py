@@ -52,8 +52,10 @@ def markdown(result: Mapping[str, Any]) -> str:
     if others:
         lines += _against_limit(others)
     for row in others:
-        if row["share"] < ENOUGH:
+        if row["share"] < ENOUGH and row["interval"][1] < ENOUGH * row["limit"]:
             lines += ["", *_explain(row, result)]
+        elif row["share"] < ENOUGH:
+            lines += ["", f"{_name(row, result)}: the interval is too wide to judge; more --repeats would narrow it."]
     if any(row["compile_s"] for row in rows):
         compiled = (f"{_name(row, result)} {number(row['compile_s'])} s" for row in rows if row["compile_s"])
         lines += ["", f"Compiling, with the first call: {'; '.join(compiled)}."]

@@ -101,6 +101,10 @@ def test_verbs_in_a_row(capsys, sd, pictures, tmp_path) -> None:
         capsys, "generate", tmp_path / "run", "a cat", "-n", 2, "--steps", 1, "-o", tmp_path / "g", *flags
     )
     assert [Path(p).is_file() for p in json.loads(out.splitlines()[-1])["pictures"]] == [True, True]
+    (tmp_path / "run").rename(tmp_path / "moved")  # a run folder goes on where it is, not where it was
+    code, out, _ = call(capsys, "run", tmp_path / "moved", *flags)
+    assert json.loads(out.splitlines()[-1])["output"] == str(tmp_path / "moved")
+    assert not (tmp_path / "run").exists()
     code, out, _ = call(capsys, "build", sd, "--plan", "bk-tiny", "-o", tmp_path / "tiny", "--json")
     assert (tmp_path / "tiny" / "config.json").is_file()
 
@@ -215,11 +219,19 @@ def mistakes(bad: Path, sd: Path, pictures: Path, tmp_path: Path) -> dict[str, t
         "run of cut weights": with_recipe("run of cut weights", teacher=bad / "broken-weights"),
         "set": (*with_recipe("set"), "--set", "stages.0.step=3"),
         "set without a value": (*with_recipe("set without a value"), "--set", "stages"),
+        "no such month": (*with_recipe("month"), "--set", "data.limit=2001-13-45"),
+        "no number": (*with_recipe("number"), "--set", "data.limit=!!int abc"),
+        "brackets without end": (*with_recipe("brackets"), "--set", "data.limit=" + "[" * 5000),
+        "no digit": (*with_recipe("digit"), "--set", "stages.².steps=3"),
+        "null character": (*with_recipe("null"), "--set", r'output="a\0b"'),
+        "batch of everything": (*with_recipe("everything"), "--set", "stages.0.batch_size=100000000000"),
+        "cache is a file": (*with_recipe("cache"), "--set", f"cache={bad / 'text.txt'}"),
         "micro-batch": (*with_recipe("micro-batch"), "--micro-batch", 3),
         "micro-batch of 0": (*with_recipe("micro-batch of 0"), "--micro-batch", 0),
         "precision": ("run", bad / "none.yaml", "--precision", "fp8"),
         "device": ("generate", sd, "a", "--device", "cuda:7"),
         "tracker": (*with_recipe("tracker"), "--tracker", "nothing"),
+        "device that computes nothing": ("bench", sd, "--device", "meta"),
         "generate without a model": ("generate", bad / "nowhere", "a"),
         "generate sampler": ("generate", sd, "a", "--sampler", "best"),
         "generate size": ("generate", sd, "a", "--size", 24),
@@ -227,6 +239,9 @@ def mistakes(bad: Path, sd: Path, pictures: Path, tmp_path: Path) -> dict[str, t
         "bench of one model twice": ("bench", sd, sd),
         "bench of cut weights": ("bench", sd, bad / "broken-weights", "--device", "cpu"),
         "bench size": ("bench", sd, "--size", 24, "--device", "cpu"),
+        "bench of a wall": ("bench", sd, "--size", 6_400_000, "--device", "cpu"),
+        "bench to a long name": ("bench", sd, "-o", tmp_path / ("x" * 300), "--device", "cpu"),
+        "comparison of nothing": ("compare", bad / "nowhere", bad),
         "bench plan": ("bench", sd, "--plan", "bk-tny", "--device", "cpu"),
         "bench batch size": ("bench", sd, "--batch-size", 0),
         "bench of a layout": ("bench", "sd-v1", "--device", "cpu"),

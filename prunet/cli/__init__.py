@@ -1,6 +1,7 @@
 """The command line. Each verb is one public function; `--json` makes the last line of stdout one JSON object."""
 
 import os
+import re
 import sys
 from typing import Annotated, Any
 
@@ -13,6 +14,8 @@ from prunet.errors import UserError
 
 # Where typer keeps its click differs between versions; its own BadParameter knows.
 UsageError: Any = typer.BadParameter.__mro__[1]
+#: Exit code of a command that was stopped by Ctrl-C; typer gives it instead of the exception.
+INTERRUPTED = 130
 #: What several processes may do together.
 SHARED = ("run", "cache", "distil", "evaluate", "measure")
 
@@ -42,12 +45,22 @@ def main() -> None:
         verb = error.ctx.command_path if error.ctx else "prunet"
         _fail(f"{error.format_message()} (see `{verb} --help`)")
     except (KeyboardInterrupt, typer.Abort):
-        print("Stopped; the same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        code = INTERRUPTED
+    except OSError as error:
+        if error.filename is None:
             raise
-        _fail("Out of memory: lower --micro-batch, add --gradient-checkpointing, or lower data.size")
+        _fail(f"{error.filename}: {error.strerror}; give another path, or mend this one")
+    except (MemoryError, RuntimeError) as error:
+        if _is_out_of_memory(error):
+            _fail(
+                "Out of memory: do less at once (--micro-batch, --batch-size), take smaller pictures (data.size, "
+                "--size), or distil with --gradient-checkpointing"
+            )
+        if processes.count() == 1 or not re.search("connection (closed|reset)|nccl|gloo", str(error), re.IGNORECASE):
+            raise
+        _fail("another process has ended, and says why")
+    if code == INTERRUPTED:
+        print("Stopped; what was finished is kept, and the same command goes on from there.", file=sys.stderr)
     sys.exit(code or 0)
 
 

@@ -71,7 +71,7 @@ def plans(as_json: Json = False) -> None:
     from prunet.plan import load_plan, preset_names
 
     found = [load_plan(name) for name in preset_names()]
-    table = Table("plan", "what it removes", "source", box=None)
+    table = Table("plan", "what it is", "source", box=None)
     for plan in found:
         table.add_row(f"[bold]{plan.name}[/]", plan.description, f"[dim]{plan.source}[/]")
     say(
@@ -142,10 +142,12 @@ def export(
         refuse_foreign(target, "model_index.json")
         written = export_folder(this.exported_teacher(), load_unet(this.last_unet), target, card=this.card(), fp16=fp16)
     size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.rglob("*.safetensors")))
+    loads = this.derived.loads_in
     say(
         as_json,
-        {"output": str(written), "bytes": size},
-        f"[bold]{written}[/]: {size / 1e6:,.1f} MB of weights",
+        {"output": str(written), "bytes": size, "loads_in": loads},
+        f"[bold]{written}[/]: {size / 1e6:,.1f} MB of weights\n"
+        + "\n".join(f"  {program}: {answer}" for program, answer in loads.items()),
     )
 
 
@@ -160,7 +162,9 @@ def generate(
     ),
     num_images: Annotated[int, typer.Option("-n", "--num-images", min=1)] = 1,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = 25,
-    guidance_scale: Annotated[float, typer.Option("--guidance-scale", "-g", min=0)] = 7.5,
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance-scale", "-g", min=0, help="7.5 by default; of a run that of its recipe.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     size: Annotated[int | None, typer.Option(min=8, help="Pixels; the model's own by default.")] = None,
     sampler: Annotated[str, typer.Option(help="dpmsolver++, ddim, pndm, euler, euler-a or unipc.")] = "dpmsolver++",
@@ -179,6 +183,9 @@ def generate(
         raise UserError(f"--output {output}: {num_images} pictures need a folder, not one file")
     if not one_file and output.is_file():
         raise UserError(f"--output {output}: is a file that is no picture; give a folder or something.png")
+    if guidance_scale is None:
+        is_run = (Path(model) / "recipe.yaml").is_file()
+        guidance_scale = open_recipe(Path(model), None).evaluation.guidance_scale if is_run else 7.5
     pictures = draw_pictures(
         model,
         prompt,

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import inspect
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,7 +41,7 @@ SetOption = Annotated[
 RUNTIME: dict[str, tuple[Any, Any]] = {
     "device": (Annotated[str | None, typer.Option(help="cuda, cpu, mps; the best there is by default.")], None),
     "precision": (
-        Annotated[str, typer.Option(help="no, bf16, fp16, or auto: bf16 where the hardware has it.")],
+        Annotated[str, typer.Option(help="no (fp32), bf16, fp16, or auto: bf16 where the hardware has it.")],
         "auto",
     ),
     "micro_batch": (
@@ -121,6 +122,8 @@ def make_runtime(device: str | None = None, precision: str = "auto", tracker: st
     if precision not in ("auto", "no", "bf16", "fp16"):
         raise UserError(f"--precision {precision}: choose auto, no, bf16 or fp16")
     if device is not None:
+        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+            raise UserError(f"--device {device}: give cpu, cuda, cuda:N or mps")
         try:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -139,7 +142,7 @@ def make_runtime(device: str | None = None, precision: str = "auto", tracker: st
         ("--teacher-8bit", runtime.teacher_8bit, "torchao"),
     ):
         if on and importlib.util.find_spec(package) is None:
-            raise UserError(f"{flag}: needs {package}, which is not installed: pip install 'prunet[memory]'")
+            raise UserError(f"{flag}: needs {package}, which is not installed: pip install -e '.[memory]'")
     if runtime.use_8bit_adam and runtime.torch_device.type != "cuda":
         raise UserError("--use-8bit-adam: for CUDA devices only")
     if runtime.fsdp and processes.count() == 1:
@@ -168,9 +171,12 @@ def named_files(given: list[str] | None, examples: str) -> dict[str, Path]:
 
 
 def open_recipe(path: Path, overrides: list[str] | None) -> Any:
+    """Of a run folder its recipe, with the folder itself as output: it may have been moved or copied."""
     from prunet.recipe import load_recipe
 
-    return load_recipe(path / "recipe.yaml" if path.is_dir() else path, overrides or ())
+    if path.is_dir():
+        return load_recipe(path / "recipe.yaml", overrides or (), {"output": str(path)})
+    return load_recipe(path, overrides or ())
 
 
 def refuse_foreign(folder: Path, own: str) -> None:

@@ -12,6 +12,7 @@ from prunet.errors import UserError
 @app.command()
 def protocols(as_json: Json = False) -> None:
     """List the protocols that come with prunet: what is drawn, and what is measured."""
+    from rich.console import Group
     from rich.table import Table
 
     from prunet.protocol import load_protocol, protocol_names
@@ -20,7 +21,8 @@ def protocols(as_json: Json = False) -> None:
     table = Table("protocol", "what it draws", "what it measures", box=None)
     for name, value in found.items():
         table.add_row(f"[bold]{name}[/]", value.description, ", ".join(value.metrics))
-    say(as_json, {name: value.model_dump(mode="json") for name, value in found.items()}, table)
+    note = "\nOf your own, or for the shipped emoji: a YAML file, such as emoji/protocols/emoji-train.yaml"
+    say(as_json, {name: value.model_dump(mode="json") for name, value in found.items()}, Group(table, note))
 
 
 @app.command()
@@ -37,8 +39,10 @@ def measure(
     real: Annotated[
         Path | None, typer.Option(help="Real pictures (folder), features prunet saved, or pytorch-fid's .npz.")
     ] = None,
-    weights: Annotated[list[str] | None, typer.Option(help="inception=FILE or clip=PATH: of the networks.")] = None,
-    limit: Annotated[int | None, typer.Option(min=2, help="Only the first N prompts: to try it.")] = None,
+    weights: Annotated[list[str] | None, typer.Option(help="The metrics' networks: inception=FILE, clip=PATH.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=2, help="Only the first N prompts, to try it (KID in smaller subsets).")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 4,
     config: ConfigOption = None,
     as_json: Json = False,
@@ -56,6 +60,8 @@ def measure(
 
     chosen, beside = load_protocol(protocol)
     texts = protocol_prompts(chosen, beside, prompts, limit)
+    if limit:
+        chosen = chosen.model_copy(update={"kid_subset_size": max(10, min(chosen.kid_subset_size, len(texts)))})
     is_run = (Path(model) / "recipe.yaml").is_file()
     if output is None and not is_run:
         raise UserError(f"{model}: is no run folder: say where the pictures and numbers go with --output FOLDER")
@@ -121,13 +127,13 @@ def bench(
         list[str] | None,
         typer.Option("--plan", "-p", help="Also what this plan leaves of the baseline, not trained; several times."),
     ] = None,
-    size: Annotated[int | None, typer.Option(min=8, help="Pixels; the baseline's own by default.")] = None,
+    size: Annotated[int | None, typer.Option(min=8, max=4096, help="Pixels; the baseline's own by default.")] = None,
     batch_sizes: Annotated[
-        list[int] | None, typer.Option("--batch-size", min=1, help="Pictures at once; may be given several times.")
+        list[int] | None, typer.Option("--batch-size", min=1, help="Pictures at once (1); may be given several times.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps, to add up the time of a picture.")] = 25,
     repeats: Annotated[
-        int, typer.Option(min=3, help="Calls of each, of which the median counts; fewer after a minute, but three.")
+        int, typer.Option(min=3, help="Calls of each; the median counts. After a minute it stops early, never below 3.")
     ] = 15,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Time the denoisers by torch.compile, too (minutes each on a CPU).")
