@@ -195,7 +195,8 @@ def test_headline_says_how_small_and_how_fast(tmp_path: Path) -> None:
     assert "Student of my-model by plan pairs" in text
     assert f"{share:.0f} %" in text
     assert "1.5×" in text
-    assert "10×" in text  # as near, since every distance fell to a tenth
+    tile = text.split("distance before distillation")[1][:40]
+    assert "10 %" in tile, "every distance fell to a tenth"
     assert "build 1.5 min" in text
 
 
@@ -289,7 +290,7 @@ def test_losses_and_distances_of_nothing(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path))
     names = [g["class"] for g in page.all("g")]
     assert names == ["line total", "line task"]
-    assert "as near as" not in page.text
+    assert "distance before distillation" not in page.text
 
 
 def test_measures_by_a_protocol_are_there_with_their_intervals(tmp_path: Path, monkeypatch) -> None:
