@@ -5,17 +5,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
-from prunet import processes, unet
+from prunet import processes
 from prunet.cpu import fast_attention, kept_memory
-from prunet.losses import feature_losses, mse
 from prunet.memory import step_memory
 from prunet.pairs import Pair
 from prunet.plan import Derived
+from prunet.probe import probe
 from prunet.runs import Run
-from prunet.size import example_inputs, training_memory
-from prunet.taps import tap
+from prunet.size import training_memory
 from prunet.training import Runtime, memory_options
 
 STEPS = 2
@@ -72,36 +70,23 @@ def seconds_per_image(
     derived: Derived, pairs: Sequence[Pair], latent_size: tuple[int, int], batch_size: int, runtime: Runtime
 ) -> float:
     """Seconds for one image of a distillation step (teacher, student forward and backward, optimizer)."""
-    accelerator = Accelerator(mixed_precision=runtime.mixed_precision, cpu=runtime.torch_device.type == "cpu")
-    with torch.device(accelerator.device):
-        teacher = unet.make_unet(derived.teacher_config).to(runtime.dtype).eval().requires_grad_(False)
-        student = unet.make_unet(derived.student_config).train()
-    if runtime.gradient_checkpointing:
-        student.enable_gradient_checkpointing()
-    ours = [student.get_submodule(pair.student) for pair in pairs]
-    theirs = [teacher.get_submodule(pair.teacher) for pair in pairs]
-    model, optimizer = accelerator.prepare(student, torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True))
-
-    def inputs(config: dict, dtype: torch.dtype) -> dict:
-        return example_inputs(config, batch_size, latent_size=latent_size, device=accelerator.device, dtype=dtype)
-
+    device, half = runtime.torch_device, runtime.mixed_precision != "no"
+    configs = (derived.teacher_config, derived.student_config)
+    setting: dict[str, Any] = {"latent_size": latent_size, "micro_batch": batch_size, "dtype": runtime.dtype}
+    setting |= {"gradient_checkpointing": runtime.gradient_checkpointing, "device": device}
     with (
-        kept_memory(accelerator.device),
-        fast_attention([teacher, student], accelerator.device, half=runtime.mixed_precision != "no"),
-        tap(ours) as student_features,
-        tap(theirs) as teacher_features,
+        kept_memory(device),
+        probe(*configs, pairs, **setting) as (teacher, student, loss),
+        fast_attention([teacher, student], device, half=half),
     ):
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
         for step in range(STEPS + 1):
             if step == 1:  # the first one warms up
                 start = time.perf_counter()
-            with torch.no_grad():
-                eps_t = teacher(**inputs(derived.teacher_config, runtime.dtype)).sample
-            eps_s = model(**inputs(derived.student_config, torch.float32)).sample
-            features = feature_losses(student_features.take(), teacher_features.take())
-            accelerator.backward(mse(eps_s, eps_t) + features.sum())
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            loss().backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if accelerator.device.type == "cuda":
+            if device.type == "cuda":
                 torch.cuda.synchronize()
     return (time.perf_counter() - start) / STEPS / batch_size

@@ -1,8 +1,7 @@
 """Peak memory of a distillation step, from shapes: the step is gone through with tensors that have no contents."""
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prunet import unet
 from prunet.cpu import fast_attention
-from prunet.losses import feature_losses, mse
 from prunet.pairs import Pair
-from prunet.size import example_inputs
-from prunet.taps import tap
+from prunet.probe import probe
 
 
 class Living(TorchDispatchMode):
@@ -65,42 +61,16 @@ def step_memory(
     """Bytes that a step needs at its worst moment beside weights, gradients and moments: activations, features,
     weights cast to half precision, temporary results.
     """
-    teacher_dtype = torch.bfloat16 if half else torch.float32
-    with FakeTensorMode():
-        with _default_dtype(teacher_dtype):
-            teacher = unet.make_unet(dict(teacher_config)).eval().requires_grad_(False)
-        student = unet.make_unet(dict(student_config)).train()
-        if gradient_checkpointing:
-            student.enable_gradient_checkpointing()
-        theirs = [teacher.get_submodule(pair.teacher) for pair in pairs]
-        ours = [student.get_submodule(pair.student) for pair in pairs]
-
-        def inputs(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-            return example_inputs(config, micro_batch, latent_size=latent_size, dtype=dtype)
-
-        with (
-            Living() as living,
-            fast_attention([teacher, student], device, half=half),
-            tap(ours) as student_features,
-            tap(theirs) as teacher_features,
-        ):
-            for _ in range(min(accumulate, 2)):  # the second one meets the gradients of the first
-                with torch.no_grad():
-                    eps_t = teacher(**inputs(teacher_config, teacher_dtype)).sample
-                with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                    eps_s = student(**inputs(student_config, torch.float32)).sample
-                features = feature_losses(student_features.take(), teacher_features.take()) if pairs else eps_s[:0]
-                (mse(eps_s, eps_t) + features.sum()).backward()
-                del eps_t, eps_s, features
+    setting: dict[str, Any] = {"latent_size": latent_size, "micro_batch": micro_batch}
+    setting |= {"gradient_checkpointing": gradient_checkpointing}
+    dtype = torch.bfloat16 if half else torch.float32
+    with (
+        FakeTensorMode(),
+        probe(teacher_config, student_config, pairs, dtype=dtype, **setting) as (teacher, student, loss),
+        fast_attention([teacher, student], device, half=half),
+        Living() as living,
+    ):
+        for _ in range(min(accumulate, 2)):  # the second one meets the gradients of the first
+            loss().backward()
         gradients = sum(p.numel() * p.element_size() for p in student.parameters())
     return max(0, living.most - gradients)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
