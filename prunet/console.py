@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -48,18 +49,24 @@ class Bar:
     def __init__(self, shown: Progress, text: str, total: float | None) -> None:
         self._shown, self._task = shown, shown.add_task(text, total=total, note="")
         self._text, self._total, self._done, self._note = text, total, 0.0, ""
-        self._printed = time.monotonic()
+        self._printed, self._printed_at = time.monotonic(), 0.0
 
     def advance(self, steps: float = 1, note: str | None = None) -> None:
+        if not self._done and steps > 1:
+            self._printed_at = steps  # done before this process began
         self._done += steps
         self._note = self._note if note is None else note
         self._shown.update(self._task, advance=steps, note=self._note)
-        if not console.is_terminal and self._text and time.monotonic() - self._printed > LINE_EVERY:
-            self._printed = time.monotonic()
-            of = f" of {self._total:g}" if self._total else ""
+        now = time.monotonic()
+        if not console.is_terminal and self._text and now - self._printed > LINE_EVERY:
+            of = ""
+            if self._total:  # at the pace since the line before
+                pace = (now - self._printed) / max(self._done - self._printed_at, 1e-9)
+                of = f" of {self._total:g}, {timedelta(seconds=round(pace * (self._total - self._done)))} left"
+            self._printed, self._printed_at = now, self._done
             say(f"  {self._text}: {self._done:g}{of}  {self._note}")
 
 
 def say(text: str) -> None:
     """One line about what happens."""
-    console.print(text)
+    console.print(text, soft_wrap=True)
