@@ -2,6 +2,7 @@
 
     python benchmarks/distill_speed.py emoji                         # what ships, seconds
     python benchmarks/distill_speed.py sd-v1 --plan bk-small         # SD v1.4's size at 512 px, random weights
+    python benchmarks/distill_speed.py sd-v1 --batch 12 --micro-batch 1  # the same batch in little memory
     python benchmarks/distill_speed.py sdxl --plan vega --size 1024
 
 The reference does on every step what the published scripts do: the VAE and the text encoder encode the batch, every
@@ -219,7 +220,7 @@ def child(args: argparse.Namespace) -> None:
     runtime = Runtime(
         device=args.device,
         precision=args.precision,
-        micro_batch=args.batch,
+        micro_batch=args.micro_batch or args.batch,
         log_every=1,
         compile=compiled,
         gradient_checkpointing=args.gradient_checkpointing,
@@ -262,6 +263,7 @@ def main() -> None:
     parser.add_argument("--level", default="block", help="of the feature losses (%(default)s)")
     parser.add_argument("--size", type=int, help="pixels; 128, 512 and 1024 by default")
     parser.add_argument("--batch", type=int, help="16 for emoji, else 1")
+    parser.add_argument("--micro-batch", type=int, help="samples at once in prunet's loop; the whole batch by default")
     parser.add_argument("--steps", type=int, default=3, help="timed ones (%(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="of each loop, in turn (%(default)s)")
     parser.add_argument("--precision", default="auto")
@@ -305,7 +307,8 @@ def main() -> None:
         )
         print(f"{name}: {found['images_per_s']:.3g} images/s, of a step: {shares}")
     print(f"prunet: {speed:.2f} times the images a second, {memory:.0%} of the peak memory")
-    said = {"model": args.model, "plan": args.plan, "size": args.size, "batch": args.batch, "threads": args.threads}
+    names = ("model", "plan", "size", "batch", "micro_batch", "threads")
+    said = {name: getattr(args, name) for name in names}
     print(json.dumps({**said, **best, "speed": speed, "memory": memory}))
 
 
