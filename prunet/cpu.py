@@ -22,20 +22,18 @@ def kept_memory(device: torch.device) -> Iterator[None]:
     """Freed memory is kept for what comes next, on a CPU under glibc.
 
     glibc gives a large block back to the system as soon as it is free, and the system zeroes it page by page when it is
-    asked for again: for every feature map of every step, up to half of a step's time.
+    asked for again: for every feature map of every step, up to half of a step's time. At the end all is given back.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if device.type == "cpu" and sys.platform == "linux" else None
-    if mallopt is None:
+    if device.type != "cpu" or sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         yield
         return
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, -1)
+    # For as long as the process lives: once it is told a threshold, glibc no longer moves its own.
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, -1)
     try:
         yield
     finally:
-        mallopt(M_MMAP_MAX, 65536)  # both as glibc has them at first
-        mallopt(M_TRIM_THRESHOLD, 128 * 1024)
-        ctypes.CDLL(None).malloc_trim(0)
+        libc.malloc_trim(0)
 
 
 @contextmanager
