@@ -6,7 +6,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-slow check format clean
+.PHONY: setup demo test test-processes test-slow check format clean
 
 setup: $(VENV)/.done
 
@@ -27,6 +27,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+test-processes: setup
+	$(BIN)/python -m pytest -n auto --dist worksteal -m processes
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow -s

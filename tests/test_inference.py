@@ -122,6 +122,9 @@ def test_what_is_below_the_limit_is_explained_by_its_largest_part(result) -> Non
     slow = json.loads(json.dumps(result))
     row = next(row for row in slow["rows"] if row["model"] == "small" and row["batch_size"] == 2)
     row["share"], row["over_ms"] = 0.5, dict.fromkeys(PARTS, 0.0) | {"attention": 1.5, "matmul": 0.5}
+    row["interval"] = [0.1, 10.0]
+    assert "small (batch 2): the interval is too wide to judge" in markdown(slow)
+    row["interval"] = [0.4 * row["limit"], 0.6 * row["limit"]]
     text = markdown(slow)
     assert (
         "**small (batch 2) reaches 50 % of what its MACs allow**: most of the time over the limit goes into att" in text

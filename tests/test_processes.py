@@ -86,6 +86,7 @@ def test_two_processes_equal_one(alone: Path, teacher: Path, pictures: Path, tmp
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.processes
 def test_alone_then_sharded_then_alone_equals_one(alone: Path, teacher: Path, pictures: Path, tmp_path: Path) -> None:
     """A checkpoint does not show how many processes wrote it, nor whether they shared the student out (FSDP2)."""
     recipe = write_recipe(tmp_path, teacher, pictures)

@@ -240,6 +240,7 @@ WAIT_FOR = {
 }
 
 
+@pytest.mark.processes
 def test_killed_three_times_ends_in_the_same_files(tmp_path, pictures) -> None:
     """A real process, killed with SIGKILL in the cache, while distilling and while exporting."""
     teacher = make_pipeline(tmp_path / "teacher", "sd")
