@@ -47,7 +47,7 @@ def memory(this: Run, number: int) -> dict[str, int]:
     """Bytes of a stage by part; `activations` are all that a step needs beside the other parts at its worst moment.
 
     `heap`: on a CPU the holes between what a step makes and frees again, and the kernels' own buffers. No shape tells
-    them; half of what a step makes is what the processes of benchmarks/full_size.py had at two sizes.
+    them; half of what a step makes is what two runs had (benchmarks/2026-11-21-full-size.md).
     """
     derived, micro, stage = this.steps_down[number - 1], this.micro_batch(number), this.recipe.stages[number - 1]
     configs, options = (derived.teacher_config, derived.student_config), memory_options(stage, this.runtime)
