@@ -2,13 +2,15 @@
 
     python benchmarks/distill_speed.py emoji                         # what ships, seconds
     python benchmarks/distill_speed.py sd-v1 --plan bk-small         # SD v1.4's size at 512 px, random weights
-    python benchmarks/distill_speed.py sd-v1 --batch 12 --micro-batch 1  # the same batch in little memory
+    python benchmarks/distill_speed.py sd-v1 --batch 16 --micro-batch 1  # the same batch in little memory
     python benchmarks/distill_speed.py sdxl --plan vega --size 1024
 
 The reference does on every step what the published scripts do: the VAE and the text encoder encode the batch, every
-pair's features are compared in fp32, losses are read back, the EMA is updated tensor by tensor. prunet's loop reads a
-cache; what filling it costs is told apart. Each loop runs in a process of its own, in turn, `--rounds` times; the best
-round counts. The last line is JSON.
+pair's features are compared in fp32, losses are read back, the EMA is updated tensor by tensor. Their commands ask for
+gradient checkpointing (Nota-NetsPresso/BK-SDM, scripts/kd_train.sh; segmind/distill-sd, README), and so does the
+reference; `--no-reference-checkpointing` lets it keep its activations. prunet's loop reads a cache; what filling it costs
+is told apart. Each loop runs in a process of its own, in turn, `--rounds` times; the best round counts. The last line is
+JSON.
 """
 
 import argparse
@@ -135,6 +137,8 @@ def reference_loop(teacher, student, pairs, pictures: torch.Tensor, captions: li
         frozen.get_submodule(pair.teacher).register_forward_hook(keep(f"teacher {pair.teacher}"))
         student.get_submodule(pair.student).register_forward_hook(keep(f"student {pair.student}"))
     student.to(device).train().requires_grad_(True)
+    if args.reference_checkpointing:
+        student.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5, weight_decay=1e-2)
     ema = EMAModel(student.parameters(), decay=0.9999)
     model, optimizer = accelerator.prepare(student, optimizer)
@@ -270,6 +274,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="prunet's loop by torch.compile")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="in prunet's loop")
+    parser.add_argument(
+        "--reference-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="in the reference, as published (%(default)s)",
+    )
     parser.add_argument("--budget", type=float, metavar="GB", help="memory that each loop may take")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--loop", choices=["reference", "prunet"], help=argparse.SUPPRESS)
@@ -307,7 +317,7 @@ def main() -> None:
         )
         print(f"{name}: {found['images_per_s']:.3g} images/s, of a step: {shares}")
     print(f"prunet: {speed:.2f} times the images a second, {memory:.0%} of the peak memory")
-    names = ("model", "plan", "size", "batch", "micro_batch", "threads")
+    names = ("model", "plan", "size", "batch", "micro_batch", "threads", "reference_checkpointing")
     said = {name: getattr(args, name) for name in names}
     print(json.dumps({**said, **best, "speed": speed, "memory": memory}))
 

@@ -13,8 +13,10 @@ from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
 
-#: Queries of all samples at once: more would not be faster, and their scores against 4,096 keys take 8 MB a head.
-QUERIES = 1024
+#: Scores at once: more would not be faster, and these take 64 MB (1,024 queries of 8 heads against 4,096 keys).
+SCORES = 2**25
+#: The backward pass finds the probabilities of so many scores again; of more it makes them anew.
+KEPT = 2**22
 
 
 @contextmanager
@@ -74,28 +76,29 @@ class _Processor:
 class Chunked(torch.autograd.Function):
     """softmax(q k' / sqrt(d)) v of queries (B, H, N, d) and keys and values (B, H, M, d), in their precision.
 
-    Keeps no scores: the backward pass makes each chunk's again (as arXiv 2205.14135 does, section 3.1), and sums what
-    the chunks say of keys and values in fp32.
+    Keeps the probabilities where they are few; of many the backward pass makes each chunk's again (as arXiv 2205.14135
+    does, section 3.1). What the chunks say of keys and values is summed in fp32.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, v = (k * k.shape[-1] ** -0.5).transpose(-1, -2).contiguous(), v.contiguous()
         out = torch.empty_like(q)
-        for rows in _chunks(q):
-            out[:, :, rows] = torch.softmax(q[:, :, rows] @ keys, -1) @ v
-        ctx.save_for_backward(q, keys, v, out)
+        for rows in _chunks(q, v):
+            p = torch.softmax(q[:, :, rows] @ keys, -1)
+            out[:, :, rows] = p @ v
+        ctx.save_for_backward(q, keys, v, out, *([p] if _scores(q, v) <= KEPT else []))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, keys, v, out = ctx.saved_tensors
+        q, keys, v, out, *kept = ctx.saved_tensors
         (grad,) = grads
         k, values = (x.transpose(-1, -2).contiguous() for x in (keys, v))  # k is scaled already
         grad_q, grad_k, grad_v = torch.empty_like(q), *(torch.zeros_like(x, dtype=torch.float32) for x in (v, v))
         mean = (grad.float() * out.float()).sum(-1, keepdim=True).to(q.dtype)
-        for rows in _chunks(q):
-            p = torch.softmax(q[:, :, rows] @ keys, -1)
+        for rows in _chunks(q, v):
+            p = kept[0] if kept else torch.softmax(q[:, :, rows] @ keys, -1)
             slope = (grad[:, :, rows] @ values).sub_(mean[:, :, rows]).mul_(p)
             grad_q[:, :, rows] = slope @ k
             grad_k += slope.transpose(-1, -2) @ q[:, :, rows]
@@ -103,6 +106,10 @@ class Chunked(torch.autograd.Function):
         return grad_q, (grad_k * q.shape[-1] ** -0.5).to(q.dtype), grad_v.to(q.dtype)
 
 
-def _chunks(q: Tensor) -> list[slice]:
-    step = max(64, QUERIES // len(q))
+def _scores(q: Tensor, v: Tensor) -> int:
+    return q[..., 0].numel() * v.shape[2]
+
+
+def _chunks(q: Tensor, v: Tensor) -> list[slice]:
+    step = max(64, SCORES * q.shape[2] // _scores(q, v))
     return [slice(i, i + step) for i in range(0, q.shape[2], step)]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
+from prunet import cpu
 from prunet.cpu import Chunked, fast_attention
 from prunet.size import example_inputs
 
@@ -32,8 +33,12 @@ def formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bhnm,bhmd->bhnd", scores.exp() / scores.exp().sum(-1, keepdim=True), v)
 
 
+@pytest.mark.parametrize("scores", [1, cpu.SCORES])
+@pytest.mark.parametrize("kept", [0, cpu.KEPT])
 @pytest.mark.parametrize(("queries", "keys"), [(1000, 1000), (341, 7), (5, 5)])
-def test_chunks_compute_the_formula_and_its_gradients(queries: int, keys: int) -> None:
+def test_chunks_compute_the_formula_and_its_gradients(queries, keys, scores, kept, monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "SCORES", scores)  # of 1: chunks of 64 queries
+    monkeypatch.setattr(cpu, "KEPT", min(scores, kept))
     chunked = outputs(Chunked.apply, inputs(queries, keys, torch.float32))
     truth = outputs(formula, inputs(queries, keys, torch.float64))
     for ours, theirs in zip(chunked, truth, strict=True):
@@ -50,7 +55,8 @@ def test_in_bf16_it_errs_no_more_than_the_fused_kernel() -> None:
         assert error < max(1.5 * of_fused, 0.01)
 
 
-def test_it_keeps_no_scores() -> None:
+@pytest.mark.parametrize("tokens", [1000, 200])
+def test_it_keeps_few_scores(tokens: int) -> None:
     kept: list[int] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -58,8 +64,10 @@ def test_it_keeps_no_scores() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        Chunked.apply(*inputs(1000, 1000, torch.float32))
-    assert sum(kept) == 4 * 3 * 2 * 1000 * 8
+        Chunked.apply(*inputs(tokens, tokens, torch.float32))
+    scores = 3 * 2 * tokens**2
+    assert sum(kept) == 4 * 3 * 2 * tokens * 8 + (scores if scores <= cpu.KEPT else 0)
+    assert (scores <= cpu.KEPT) == (tokens == 200)
 
 
 def test_a_unet_computes_the_same_and_has_its_own_again(sd: Path) -> None:
