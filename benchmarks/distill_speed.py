@@ -6,11 +6,11 @@
     python benchmarks/distill_speed.py sdxl --plan vega --size 1024
 
 The reference does on every step what the published scripts do: the VAE and the text encoder encode the batch, every
-pair's features are compared in fp32, losses are read back, the EMA is updated tensor by tensor. Their commands ask for
-gradient checkpointing (Nota-NetsPresso/BK-SDM, scripts/kd_train.sh; segmind/distill-sd, README), and so does the
-reference; `--no-reference-checkpointing` lets it keep its activations. prunet's loop reads a cache; what filling it costs
-is told apart. Each loop runs in a process of its own, in turn, `--rounds` times; the best round counts. The last line is
-JSON.
+pair's features are compared in fp32, losses are read back, the EMA is updated tensor by tensor. The published
+commands train with gradient checkpointing (Nota-NetsPresso/BK-SDM, scripts/kd_train.sh; segmind/distill-sd, README),
+and so does the reference; with `--no-reference-checkpointing` it keeps its activations. prunet's loop reads a cache;
+what filling it costs is told apart. Each loop runs in a process of its own, in turn, `--rounds` times; the best round
+counts. The last line is JSON.
 """
 
 import argparse
