@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
@@ -176,6 +177,8 @@ def distil(
         cpu=runtime.torch_device.type == "cpu",
         log_with=runtime.tracker,
         project_dir=str(folder) if runtime.tracker else None,
+        # Gradients lie where they are averaged, not there as well.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     device, ranks = accelerator.device, accelerator.num_processes
     configs = (teacher.unet_config, dict(student.config))
