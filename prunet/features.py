@@ -10,7 +10,6 @@ import importlib.util
 import io
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +36,8 @@ INCEPTION_SOURCE = (
 class Inception:
     """`pool` (N, 2048) for FID, KID, precision and recall, and `logits` (N, 1008) for the Inception score.
 
-    `preprocessing` is how pictures become 299 px: as in TensorFlow 1 (torch-fidelity) or as pytorch-fid does it.
+    `preprocessing` is how pictures become 299 px for `pool`: as in TensorFlow 1 (torch-fidelity) or as pytorch-fid does
+    it. For `logits` it is torch-fidelity's way always, since the Inception score is that tool's.
     """
 
     net: nn.Module
@@ -76,10 +76,12 @@ class Inception:
         if len({picture.size for picture in pictures}) > 1:
             parts = [self([picture]) for picture in pictures]
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        name = "torch_fidelity.feature_extractor_inceptionv3.interpolate_bilinear_2d_like_tensorflow1x"
-        resize = nullcontext() if self.preprocessing == "torch-fidelity" else patch(name, _resize_like_pytorch_fid)
-        with resize:  # type: ignore[attr-defined]
-            pool, logits = self.net(pixels_of(pictures).to(self.device))
+        pixels = pixels_of(pictures).to(self.device)
+        pool, logits = self.net(pixels)
+        if self.preprocessing == "pytorch-fid":
+            name = "torch_fidelity.feature_extractor_inceptionv3.interpolate_bilinear_2d_like_tensorflow1x"
+            with patch(name, _resize_like_pytorch_fid):
+                pool, _ = self.net(pixels)
         return {"pool": pool.cpu(), "logits": logits.cpu()}
 
 

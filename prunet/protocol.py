@@ -70,7 +70,8 @@ class Protocol(Part):
     metrics: Annotated[list[str], Field(min_length=1)]
     features: Literal["inception", "clip"] = Field(default="inception", description="of fid, kid, precision, recall")
     preprocessing: Literal["torch-fidelity", "pytorch-fid"] = Field(
-        default="torch-fidelity", description="how pictures are resized for the Inception network: the two differ"
+        default="torch-fidelity",
+        description="how pictures are resized for the Inception network: the two differ; for `is` torch-fidelity's",
     )
     kid_subset_size: Annotated[int, Field(ge=10)] = 1000
     clip: Clip | None = None

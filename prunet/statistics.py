@@ -34,7 +34,8 @@ WIDTH = 2048  # of Inception's features
 def preparation(protocol: Protocol, network: str) -> str:
     """What is done to a picture before the network sees it."""
     resized = (protocol.resize, protocol.resample, protocol.jpeg) if protocol.resize else ()
-    return json.dumps([*resized, *([protocol.preprocessing] if network == "inception" else [])])
+    how = f"{protocol.preprocessing} for pool, torch-fidelity for logits"
+    return json.dumps([*resized, *([how] if network == "inception" else [])])
 
 
 def tag(*values: str) -> str:

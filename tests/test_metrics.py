@@ -116,10 +116,11 @@ net = Inception.load(weights, "pytorch-fid")
 picture = Image.open(sorted(ours.glob("*.png"))[0])
 seen = []
 net.net.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-net([picture])
+logits = net([picture])["logits"]
+out["logits_apart"] = (logits - Inception.load(weights)([picture])["logits"]).abs().max().item()
 x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
 expected = 2 * torch.nn.functional.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1
-out["pytorch_fid_input"] = (seen[0] - expected).abs().max().item()
+out["pytorch_fid_input"] = (seen[-1] - expected).abs().max().item()
 print(json.dumps(out))
 """
 FIDELITY = "from prunet.features import torch_fidelity; torch_fidelity('fidelity').main()"
@@ -154,6 +155,7 @@ def test_equals_torch_fidelitys_own_command(tmp_path: Path) -> None:
             assert value == pytest.approx(expected[name], rel=1e-4), (batch, name)
     assert expected["frechet_inception_distance"] > 0 and expected["recall"] < 1
     assert found["pytorch_fid_input"] < 1e-5
+    assert found["logits_apart"] == 0  # of the Inception score, which is torch-fidelity's whatever FID sees
 
 
 MAKE_WEIGHTS = """
