@@ -45,24 +45,21 @@ def mse(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Ten
 
 
 class _MeanSquaredError(torch.autograd.Function):
-    """In fp32, like `F.mse_loss` of both as floats, whose backward pass would keep those fp32 copies of every feature
-    until it comes to them; here the features are kept as they are.
+    """In fp32, like `F.mse_loss` of both as floats; but of both features only their difference waits for the backward
+    pass, in the precision that the gradient will have, so that the teacher's can go at once.
     """
 
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, target: Tensor) -> Tensor:
-        ctx.save_for_backward(prediction, target)
-        return F.mse_loss(prediction.float(), target.float())
+        apart = prediction.float() - target.float()
+        ctx.save_for_backward(apart.to(prediction.dtype))
+        return apart.square().mean()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        prediction, target = ctx.saved_tensors
-        slope = (prediction.float() - target.float()).mul_(grads[0] * (2 / prediction.numel()))
-        of_prediction, of_target = ctx.needs_input_grad
-        return (
-            slope.to(prediction.dtype) if of_prediction else None,
-            (-slope).to(target.dtype) if of_target else None,
-        )
+        (apart,) = ctx.saved_tensors
+        slope = apart * (grads[0] * (2 / apart.numel()))
+        return slope if ctx.needs_input_grad[0] else None, -slope if ctx.needs_input_grad[1] else None
 
 
 def feature_losses(student: Sequence[Tensor], teacher: Sequence[Tensor], normalize: bool = False) -> Tensor:

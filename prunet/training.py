@@ -258,8 +258,8 @@ def distil(
                     terms = torch.stack([mse(eps_s, target, weight), mse(eps_s, eps_t)])
                     loss = weights.task * terms[0] + weights.output * terms[1]
                     if use_features:
-                        caught = student_features.take(), teacher_features.take()
-                        features = feature_losses(*caught, weights.normalize)
+                        # Named nowhere, so that the teacher's are gone before the backward pass.
+                        features = feature_losses(student_features.take(), teacher_features.take(), weights.normalize)
                         loss = loss + weights.feature * (scale * features).sum()
                         terms = torch.cat([terms, features])
                     accelerator.backward(loss / accumulate)
