@@ -22,10 +22,8 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --upgrade --target $(VENV)/eval torch-fidelity torchvision
 	@touch $@
 
-# Two processes with half of the cores each: small models gain little from the threads of one.
 demo: setup
-	OMP_NUM_THREADS=$$($(BIN)/python -c "import os; print(max(1, os.cpu_count() // 2))") \
-		$(BIN)/torchrun --standalone --nproc-per-node 2 -m prunet run recipes/demo.yaml --device cpu
+	$(BIN)/prunet run recipes/demo.yaml --device cpu
 
 test: setup
 	$(BIN)/python -m pytest -n auto --dist worksteal
