@@ -58,7 +58,8 @@ class _MeanSquaredError(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (apart,) = ctx.saved_tensors
-        slope = apart * (grads[0] * (2 / apart.numel()))
+        # A GPU would round the factor to the features' precision first, in which fp16 hardly holds it.
+        slope = (apart.float() * (grads[0] * (2 / apart.numel()))).to(apart.dtype)
         return slope if ctx.needs_input_grad[0] else None, -slope if ctx.needs_input_grad[1] else None
 
 
