@@ -126,6 +126,11 @@ def join_group() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def average_gradients(model: nn.Module) -> None:
     if not dist.is_initialized():
         return

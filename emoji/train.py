@@ -36,7 +36,9 @@ def run_stage(stage: str, config: dict, args: argparse.Namespace, root: Path) ->
     elif stage == "unet":
         import unet
 
-        unet.train(config, args.data, root, compile_step=args.compile)
+        source = config["unet"].get("distil_from")
+        tutor = args.config.parent / source if source else None
+        unet.train(config, args.data, root, tutor=tutor, compile_step=args.compile)
     elif stage == "scorer":
         import scorer
 
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, default=Path.home() / ".cache/prunet/emoji", help="(%(default)s)")
     parser.add_argument("--minutes", type=float, help="budget of the stage, in place of the config's")
     parser.add_argument("--batch-size", type=int, help="of the stage, in place of the config's")
+    parser.add_argument("--learning-rate", type=float, help="the stage's peak, in place of the config's")
     parser.add_argument(
         "--compile", action="store_true", help="the U-Net's step (CPU: 8 minutes first, then 1.5 times as fast)"
     )
@@ -65,8 +68,8 @@ def main() -> None:
     stages = [stage for stage in STAGES if stage in config or (stage == "export" and "unet" in config)]
     if args.stage != "all" and args.stage not in stages:
         parser.error(f"{args.config} has no stage {args.stage}: it has {', '.join(stages)}")
-    for option, value in (("minutes", args.minutes), ("batch_size", args.batch_size)):
-        if value:
+    for option in ("minutes", "batch_size", "learning_rate"):
+        if value := getattr(args, option):
             if args.stage not in config:
                 parser.error(f"--{option.replace('_', '-')} belongs to one training stage: name the stage")
             config[args.stage][option] = value
@@ -75,12 +78,15 @@ def main() -> None:
     root.mkdir(parents=True, exist_ok=True)
     if args.from_shipped or "shared_from" in config:
         import export
+        from state import join_group, wait_for_all
 
-        if "shared_from" in config:
-            shared = args.config.parent / config["shared_from"]
-            export.restore(shared, root, ("autoencoder", "tokenizer", "text_encoder"))
-        if args.from_shipped:
-            export.restore(args.config.with_suffix(""), root)
+        if join_group()[0] == 0:  # two processes would copy into each other's folders
+            if "shared_from" in config:
+                shared = args.config.parent / config["shared_from"]
+                export.restore(shared, root, ("autoencoder", "tokenizer", "text_encoder"))
+            if args.from_shipped:
+                export.restore(args.config.with_suffix(""), root)
+        wait_for_all()
     for stage in stages if args.stage == "all" else (args.stage,):
         run_stage(stage, config, args, root)
 

@@ -1,4 +1,7 @@
-"""Stage 3: the denoiser, on cached latents and prompt embeddings. Epsilon, weights by noise level, several EMAs."""
+"""Stage 3: the denoiser, on cached latents and prompt embeddings. Epsilon, weights by noise level, several EMAs.
+
+Where the config names a trained model to `distil_from`, the noise to predict is mixed with what that one predicts.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,15 +39,19 @@ def known_samples(data: Path, split: str) -> list[Sample]:
     return [sample for sample in read_split(data, split) if sample.label in known]
 
 
-def prepare(samples: list[Sample], root: Path, device: torch.device) -> Cache:
+def prepare(samples: list[Sample], root: Path, device: torch.device, tutor: Path | None = None) -> Cache:
     """Latents and prompts, made once: the frozen parts never run in the loop.
 
     latents (N, 4, h, w), prompts (C, T, D) and pooled (C, P) of all captions, first and count (N,): whose they are.
+    `tutor_prompts`, where there is a `tutor`: its folder's encoder reads the captions too.
     """
     vae = AutoencoderKL.from_pretrained(root / "autoencoder").eval().to(device)
     latents = encode_all(vae, stack_images(samples)) * vae.config.scaling_factor
     count = torch.tensor([len(sample.captions) for sample in samples])
-    captions = encode_captions(root, [caption for sample in samples for caption in sample.captions])
+    texts = [caption for sample in samples for caption in sample.captions]
+    captions = encode_captions(root, texts)
+    if tutor:
+        captions["tutor_prompts"] = encode_captions(tutor, texts)["prompts"]
     cache = {"latents": latents, "count": count, "first": count.cumsum(0) - count, **captions}
     return {name: value.to(device) for name, value in cache.items()}
 
@@ -90,15 +97,39 @@ def draw_timesteps(batch_size: int, count: int, dice: torch.Generator) -> Tensor
 
 
 def noise_error(
-    model: UNet2DConditionModel, scheduler: DDPMScheduler, latents: Tensor, condition: Cache, dice: torch.Generator
+    model: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    latents: Tensor,
+    condition: Cache,
+    dice: torch.Generator,
+    target: Callable[[Tensor, Tensor, Tensor, Cache], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean squared error of the predicted noise (B,), and the timesteps it was measured at."""
+    """Mean squared error of the predicted noise (B,), and the timesteps it was measured at.
+
+    `target` (noise, noisy latents, timesteps, condition) takes the place of the noise.
+    """
     noise = torch.randn(latents.shape, generator=dice).to(latents.device)
     timesteps = draw_timesteps(len(latents), scheduler.config.num_train_timesteps, dice).to(latents.device)
     noisy = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
     with autocast(latents.device):
         output = model(noisy, timesteps, **unet_arguments(condition)).sample
-    return (output.float() - noise).square().mean(dim=(1, 2, 3)), timesteps
+        goal = noise if target is None else target(noise, noisy, timesteps, condition)
+    return (output.float() - goal).square().mean(dim=(1, 2, 3)), timesteps
+
+
+def tutored_noise(tutor: UNet2DConditionModel, share: float) -> Callable[[Tensor, Tensor, Tensor, Cache], Tensor]:
+    """(1 - share) x noise + share x what the trained `tutor` predicts, of the same latents and captions.
+
+    The squared error to this mixture has the gradient of both errors' weighted sum. The tutor's part is the mean of all
+    the noises that a noisy picture may have: it spares the gradient the variance of the one that was drawn.
+    """
+
+    @torch.no_grad()
+    def target(noise: Tensor, noisy: Tensor, timesteps: Tensor, condition: Cache) -> Tensor:
+        said = tutor(noisy, timesteps, encoder_hidden_states=condition["tutor_prompts"].float()).sample
+        return torch.lerp(noise, said.float(), share)
+
+    return target
 
 
 @torch.no_grad()
@@ -114,35 +145,28 @@ def validation_loss(
     return total / (count // 64)
 
 
-def make_model(config: dict, device: torch.device) -> UNet2DConditionModel:
-    model = UNet2DConditionModel(**config["model"])
-    start_as_copy(model)
+def placed(model: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
     if device.type == "cpu":  # fused attention is written for wide heads: with these it is half as fast
         model.set_attn_processor(AttnProcessor())
     return model.to(device, memory_format=torch.channels_last)
 
 
-def compiled(
-    model: UNet2DConditionModel, scheduler: DDPMScheduler, cache: Cache, empty: Cache, batch_size: int
-) -> UNet2DConditionModel:
-    """The same model with its training step compiled, before the clock starts: this takes minutes."""
-    print("unet: compiling", flush=True)
-    fast, dice = torch.compile(model), torch.Generator().manual_seed(0)
-    error, _ = noise_error(fast, scheduler, *draw_batch(cache, empty, batch_size, 0.0, dice), dice)
-    error.mean().backward()
-    model.zero_grad()
-    return fast
+def make_model(config: dict, device: torch.device) -> UNet2DConditionModel:
+    model = UNet2DConditionModel(**config["model"])
+    start_as_copy(model)
+    return placed(model, device)
 
 
-def train(whole_config: dict, data: Path, root: Path, *, compile_step: bool = False) -> None:
+def train(whole_config: dict, data: Path, root: Path, *, tutor: Path | None = None, compile_step: bool = False) -> None:
+    """`tutor`: the pipeline folder to distil from, in the same latent space and of the SD v1 layout."""
     config, seed = whole_config["unet"], whole_config["seed"]
     device, state_path, out = pick_device(), root / "unet.pt", root / "unet"
     if is_finished(out / "record.json", config["minutes"]):
         return
     rank, world = join_group()
     samples = known_samples(data, "train")
-    cache, empty = prepare(samples, root, device), {k: v.to(device) for k, v in empty_condition(root).items()}
-    heldout = prepare(known_samples(data, "heldout-combinations"), root, device)
+    cache, empty = prepare(samples, root, device, tutor), {k: v.to(device) for k, v in empty_condition(root).items()}
+    heldout = prepare(known_samples(data, "heldout-combinations"), root, device, tutor)
     print(f"unet: {len(samples)} pictures of {len({sample.label for sample in samples})} labels", flush=True)
     scheduler = DDPMScheduler(**whole_config["scheduler"])
     weights = loss_weights(scheduler.alphas_cumprod, config["min_snr_gamma"], config["noise_floor"]).to(device)
@@ -163,7 +187,17 @@ def train(whole_config: dict, data: Path, root: Path, *, compile_step: bool = Fa
         emas = [[tensor.to(device) for tensor in ema] for ema in state["emas"]]
     state["shown"] = {}
     batch_size = config["batch_size"] // world
-    fast = compiled(model, scheduler, cache, empty, batch_size) if compile_step else model
+    compiled = torch.compile if compile_step else lambda net: net
+    fast, target = compiled(model), None
+    if tutor:
+        empty["tutor_prompts"] = empty_condition(tutor)["prompts"].to(device)
+        trained = placed(UNet2DConditionModel.from_pretrained(tutor / "unet"), device).requires_grad_(False)
+        target = tutored_noise(compiled(trained), config["distil_share"])
+    if compile_step:  # before the clock starts: this takes minutes
+        print("unet: compiling", flush=True)
+        dice = torch.Generator().manual_seed(0)
+        drawn = draw_batch(cache, empty, batch_size, 0.0, dice)
+        noise_error(fast, scheduler, *drawn, dice, target)[0].mean().backward()
 
     for progress in timed_steps("unet", state, config["minutes"]):
         lr = learning_rate(progress, config["learning_rate"])
@@ -171,7 +205,7 @@ def train(whole_config: dict, data: Path, root: Path, *, compile_step: bool = Fa
             group["lr"] = lr
         dice = torch.Generator().manual_seed(seed + state["step"] * world + rank)
         latents, condition = draw_batch(cache, empty, batch_size, config["caption_dropout"], dice)
-        error, timesteps = noise_error(fast, scheduler, latents, condition, dice)
+        error, timesteps = noise_error(fast, scheduler, latents, condition, dice, target)
         loss = (weights[timesteps] * error).mean()
         optimizer.zero_grad()
         loss.backward()

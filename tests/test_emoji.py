@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
 from transformers import AutoImageProcessor, CLIPModel
@@ -144,6 +144,27 @@ def test_training_conditions_are_those_of_the_stock_pipeline(name: str, scripts,
     if name == "emoji-xl":
         torch.testing.assert_close(ours["pooled"].float(), theirs[2].float(), atol=2e-3, rtol=2e-3)
         torch.testing.assert_close(empty["pooled"].float(), theirs[3].float(), atol=2e-3, rtol=2e-3)
+
+
+def test_distillation_target_is_what_the_tutor_says_of_the_same_latents_and_captions(scripts) -> None:
+    from conditioning import empty_condition, encode_captions
+    from diffusers import DDPMScheduler
+    from unet import draw_batch, noise_error, placed, tutored_noise
+
+    root = EMOJI / "emoji-sd"
+    prompts, empty = encode_captions(root, ["red apple, 3d", "dog face, noto"])["prompts"], empty_condition(root)
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    cache = {"latents": latents, "count": torch.ones(2).long(), "first": torch.arange(2), "prompts": prompts}
+    cache["tutor_prompts"], empty["tutor_prompts"] = prompts, empty["prompts"]
+    net = placed(UNet2DConditionModel.from_pretrained(root / "unet").requires_grad_(False), torch.device("cpu"))
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+    def error(**target) -> torch.Tensor:
+        dice = torch.Generator().manual_seed(1)
+        return noise_error(net, scheduler, *draw_batch(cache, empty, 8, 0.5, dice), dice, **target)[0]
+
+    # Taught by itself, a model is wrong only by the drawn noise's share: for dropped captions as for kept ones.
+    torch.testing.assert_close(error(target=tutored_noise(net, 0.75)), error() / 16, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
