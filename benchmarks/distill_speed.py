@@ -174,7 +174,7 @@ def reference_loop(teacher, student, pairs, pictures: torch.Tensor, captions: li
             ema.step(student.parameters())
         times.append(time.perf_counter() - start)
     best = {name: min(seconds) for name, seconds in parts.all.items()}
-    return {"seconds_per_step": min(times[1:]), "parts": best, "peak_memory_gb": peak_memory_gb(device)}
+    return {"seconds_per_step": min(times[1:] or times), "parts": best, "peak_memory_gb": peak_memory_gb(device)}
 
 
 def prunet_loop(this, cache, folder: Path, args, runtime) -> dict:
@@ -187,19 +187,19 @@ def prunet_loop(this, cache, folder: Path, args, runtime) -> dict:
     from prunet.training import distil, read_log
 
     def steps(where: Path, parts: Parts | None = None) -> list[float]:
-        """Seconds of each step but the first, which warms up."""
+        """Seconds of each step but the first, which warms up, unless it is the only one."""
         student = load_unet(this.folder / "student")
         stage = this.recipe.stages[0].model_copy(update={"steps": args.steps + 1})
         if parts:
             for name, net in (("teacher", this.teacher.unet), ("student", student)):
                 net.forward = parts.timed(name, net.forward)
         distil(this.teacher, student, this.pairs(1), cache, stage, where, runtime=runtime, checkpoint_every=10**9)
-        return [args.batch / row["images_per_s"] for row in read_log(where / "log.jsonl")[1:]]
+        rows = read_log(where / "log.jsonl")
+        return [args.batch / row["images_per_s"] for row in rows[1:] or rows]
 
     out = {"seconds_per_step": min(steps(folder / "timed")), "peak_memory_gb": peak_memory_gb(runtime.torch_device)}
-    if (
-        not args.compile
-    ):  # compiled code has no parts; and to wait for each part costs time, so this is a run of its own
+    # Compiled code has no parts; and to wait for each part costs time, so this is a run of its own.
+    if args.steps and not args.compile:
         parts, draw = Parts(runtime.torch_device), training.batches
         places = {"backward": (Accelerator, "backward"), "clip": (Accelerator, "clip_grad_norm_")}
         places |= {"optimizer": (torch.optim.AdamW, "step"), "ema": (EMAModel, "step")}
@@ -268,7 +268,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="pixels; 128, 512 and 1024 by default")
     parser.add_argument("--batch", type=int, help="16 for emoji, else 1")
     parser.add_argument("--micro-batch", type=int, help="samples at once in prunet's loop; the whole batch by default")
-    parser.add_argument("--steps", type=int, default=3, help="timed ones (%(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="timed ones after one that warms up (%(default)s); 0: that one, for memory"
+    )
     parser.add_argument("--rounds", type=int, default=1, help="of each loop, in turn (%(default)s)")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -125,5 +125,7 @@ def write_card(out: Path, config: dict) -> None:
 
 
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
+    path = Path(sys.argv[1] if len(sys.argv) > 1 else "")
+    if path.stem not in LAYOUTS or not path.is_file():
+        sys.exit("give a teacher's settings: emoji/emoji-sd.yaml or emoji/emoji-xl.yaml")
     write_card(path.with_suffix(""), yaml.safe_load(path.read_text()))

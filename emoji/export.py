@@ -40,9 +40,12 @@ def restore(shipped: Path, root: Path, parts: tuple[str, ...] = tuple(PARTS)) ->
     for part in parts:
         if (root / part).exists() or not (shipped / PARTS[part]).exists():
             continue
-        shutil.copytree(shipped / PARTS[part], root / part)
+        aside = root / f".{part}.part"  # renamed when it is whole: a part that is there is never looked at again
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(shipped / PARTS[part], aside)
         if part in records:
-            save_record(records[part], root / part / "record.json")
+            save_record(records[part], aside / "record.json")
+        aside.rename(root / part)
     log = shipped / "training-log.jsonl"
     if "unet" in parts and log.exists() and not (root / "unet-log.jsonl").exists():
         shutil.copy(log, root / "unet-log.jsonl")

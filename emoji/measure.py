@@ -135,6 +135,10 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=1000, help="a row at least (%(default)s)")
     parser.add_argument("--guidance", type=float, help="take this scale instead of choosing one")
     args = parser.parse_args()
+    if not (args.folder / "model_index.json").is_file() or not args.folder.with_suffix(".yaml").is_file():
+        parser.error(
+            f"{args.folder}: give the folder of a pipeline with its settings beside it, such as emoji/emoji-sd"
+        )
 
     known = set(read_known_labels())
     splits = {split: read_split(args.data, split) for split in ("train", "heldout-combinations", "heldout-labels")}

@@ -70,6 +70,8 @@ def timed_steps(title: str, state: dict, minutes: float, log_every_s: float = 30
             now = time.monotonic()
             state["seconds"] = from_first_rank(state["seconds"] + now - last)
             state["step"] += 1
+            if not all(map(math.isfinite, state["shown"].values())):
+                raise SystemExit(f"{title}: the loss is not finite at step {state['step']}: lower the learning rate")
             line = f"{title} step {state['step']} " + " ".join(f"{k} {v:.4f}" for k, v in state["shown"].items())
             bar.update(task, completed=min(state["seconds"], budget_s), description=line)
             if now - last_log > log_every_s and rank == 0 and not bar.console.is_terminal:

@@ -16,6 +16,7 @@ fastest with one process per core and one thread each:
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import yaml
@@ -36,6 +37,8 @@ def run_stage(stage: str, config: dict, args: argparse.Namespace, root: Path) ->
     elif stage == "unet":
         import unet
 
+        if missing := [part for part in ("autoencoder", "tokenizer", "text_encoder") if not (root / part).exists()]:
+            raise SystemExit(f"{root}: no {missing[0]} yet: run its stage first, or give --from-shipped")
         source = config["unet"].get("distil_from")
         tutor = args.config.parent / source if source else None
         unet.train(config, args.data, root, tutor=tutor, compile_step=args.compile)
@@ -64,15 +67,23 @@ def main() -> None:
     )
     parser.add_argument("--from-shipped", action="store_true", help="take what the state lacks from the model's folder")
     args = parser.parse_args()
+    if not args.config.is_file():
+        parser.error(f"no config at {args.config}; those that ship are emoji/*.yaml")
     config = yaml.safe_load(args.config.read_text())
     stages = [stage for stage in STAGES if stage in config or (stage == "export" and "unet" in config)]
     if args.stage != "all" and args.stage not in stages:
         parser.error(f"{args.config} has no stage {args.stage}: it has {', '.join(stages)}")
     for option in ("minutes", "batch_size", "learning_rate"):
-        if value := getattr(args, option):
+        if (value := getattr(args, option)) is not None:
+            name = f"--{option.replace('_', '-')}"
             if args.stage not in config:
-                parser.error(f"--{option.replace('_', '-')} belongs to one training stage: name the stage")
+                parser.error(f"{name} belongs to one training stage: name the stage")
+            if not 0 < value < math.inf:
+                parser.error(f"{name} {value}: give a number above 0")
             config[args.stage][option] = value
+    tutor = config.get("unet", {}).get("distil_from")
+    if tutor and not (args.config.parent / tutor / "unet" / "config.json").is_file():
+        parser.error(f"{args.config}: unet.distil_from: no pipeline in {args.config.parent / tutor}: train it first")
 
     root = args.state / args.config.stem
     root.mkdir(parents=True, exist_ok=True)

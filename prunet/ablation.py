@@ -65,8 +65,8 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Abla
     if len(set(ablation.seeds)) < len(ablation.seeds):
         raise UserError(f"{path}: a seed is given twice: {', '.join(map(str, ablation.seeds))}")
     given = {*ablation.set, *(key for arm in ablation.arms.values() for key in arm)}
-    given |= {override.partition("=")[0].strip() for override in overrides}
-    if own := OWN & given:
+    given |= {override.partition("=")[0] for override in overrides}
+    if own := OWN & {key.strip() for key in given}:
         raise UserError(f"{path}: {sorted(own)[0]!r} is set for each run by the ablation itself: leave it out")
     folders = [folder_name(arm) for arm in ablation.arms]
     if len(set(folders)) < len(folders) or "" in folders:
@@ -87,6 +87,11 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Abla
                 raise UserError(
                     f"{path}: arms {first!r} and {arm!r} differ in {apart[0]}, so that no table can hold both"
                 )
+    seen: dict[str, str] = {}
+    for arm in ablation.arms:
+        asked = recipes[arm, ablation.seeds[0]].model_dump_json(exclude={"output", "cache"})
+        if (same_as := seen.setdefault(asked, arm)) != arm:
+            raise UserError(f"{path}: arms {same_as!r} and {arm!r} are the same recipe: leave one out")
     return ablation, recipes
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from prunet.console import say
 from prunet.errors import UserError
-from prunet.files import new_folder, read_json, write_json
+from prunet.files import new_folder, read_label, write_json
 from prunet.processes import is_main
 from prunet.recipe import Stage
 from prunet.sharding import local, piece, whole
@@ -91,7 +91,8 @@ def resume(
     saved = checkpoints(folder)
     if not saved:
         return 0
-    state = read_json(saved[-1] / "state.json")
+    before = f"delete it to go on from {saved[-2]}" if len(saved) > 1 else "delete it to begin anew"
+    state = read_label(saved[-1] / "state.json", ("step", "stage", "scaler"), f"damaged is {saved[-1]}: {before}")
     now = stage.model_dump(mode="json")
     changed = sorted(k for k in now if state["stage"].get(k) != now[k])
     if set(changed) - PACE:
@@ -120,7 +121,6 @@ def resume(
         if accelerator.scaler is not None and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
     except Exception as error:
-        before = f"delete it to go on from {saved[-2]}" if len(saved) > 1 else "delete it to begin anew"
         raise UserError(f"{saved[-1]}: damaged or of another student ({error}): {before}") from error
     how = "".join(f", {k} {state['stage'][k]} -> {now[k]}" for k in changed)
     say(f"Going on from step {state['step']} of {stage.steps}{how}")

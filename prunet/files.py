@@ -106,16 +106,16 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, mend: str = "delete it and give the same command again") -> Any:
     """The JSON value in a file that prunet wrote.
 
     Raises:
-        UserError: not there, or not JSON any more.
+        UserError: not there, or not JSON any more; says how to `mend` it.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from error
+        raise UserError(f"{path}: not readable as JSON ({error}): {mend}") from error
 
 
 def read_label(path: Path, keys: Iterable[str], mend: str) -> dict[str, Any]:
@@ -124,10 +124,7 @@ def read_label(path: Path, keys: Iterable[str], mend: str) -> dict[str, Any]:
     Raises:
         UserError: not there, or not whole any more; says how to `mend` it.
     """
-    try:
-        value = read_json(path)
-    except UserError as error:
-        raise UserError(f"{error}: {mend}") from error
+    value = read_json(path, mend)
     if missing := sorted(set(keys) - (value.keys() if isinstance(value, dict) else set())):
         raise UserError(f"{path}: damaged, or of another version (no {missing[0]!r} in it): {mend}")
     return value

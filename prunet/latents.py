@@ -157,20 +157,25 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except Exception as error:
-        raise UserError(f"{path}: not a whole shard ({error}): delete it and run the cache again") from error
+        raise UserError(f"{path}: missing or cut off ({error}): {_again(path)}") from error
 
 
 def _shard_label(path: Path) -> dict[str, Any]:
     """`count`, `captions`, `skipped` and, with buckets, the `sizes` (h, w) of the samples."""
     if not path.is_file():
-        raise UserError(f"{path}: missing: delete {path.parent / 'cache.json'} and run the cache again")
+        raise UserError(f"{path}: missing: {_again(path)}")
     try:
         with safe_open(path, framework="pt") as file:
             label: dict[str, Any] = json.loads(file.metadata()["label"])
             return label
     except Exception as error:
-        again = f"delete it and {path.parent / 'cache.json'}, and run the cache again"
-        raise UserError(f"{path}: damaged ({error}): {again}") from error
+        raise UserError(f"{path}: damaged ({error}): {_again(path)}") from error
+
+
+def _again(path: Path) -> str:
+    """A cache without `cache.json` goes on at the first file that is not there."""
+    it = f"{path} and " if path.exists() else ""
+    return f"delete {it}{path.parent / 'cache.json'} and run the cache again"
 
 
 # -- making one

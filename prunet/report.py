@@ -11,7 +11,7 @@ import yaml
 from prunet import __version__, unet
 from prunet.charts import Point, draw_chart, inline, many, number, render, short, thin
 from prunet.errors import UserError
-from prunet.files import read_json, write_text
+from prunet.files import read_json, read_label, write_text
 from prunet.protocol import describe, title_rows
 from prunet.teacher import Teacher
 from prunet.training import read_log
@@ -71,9 +71,10 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: not there, not readable, or older than the intervals.
     """
-    evaluation = read_json(folder / "evaluation.json")
+    again = f"delete {folder} and run it again"
+    evaluation = read_label(folder / "evaluation.json", ("distance", "protocol", "sizes"), again)
     if not all("intervals" in distance for distance in evaluation["distance"].values()):
-        raise UserError(f"{folder.parent}: evaluated by an older prunet: delete {folder} and run it again")
+        raise UserError(f"{folder.parent}: evaluated by an older prunet: {again}")
     return evaluation
 
 

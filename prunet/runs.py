@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import yaml
 from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
 
 from prunet import processes
 from prunet.checkpoints import PACE
@@ -96,6 +97,11 @@ class Run:
         check_steps(self.steps_down)
         for number, stage in enumerate(recipe.stages, 1):
             self.micro_batch(number)
+            if stage.warmup_steps >= stage.steps:
+                say(
+                    f"[yellow]Stage {number} never reaches its learning_rate:[/] warmup_steps {stage.warmup_steps} of "
+                    f"{stage.steps} steps"
+                )
             term_factors(self.pairs(number), stage.losses.weights)
         where = check_writable(self.folder, "output")
         for folder, _ in self.cache_specs:
@@ -187,7 +193,7 @@ class Run:
             return False
         if step == "cache":
             return all((folder / "cache.json").is_file() for folder, _ in self.cache_specs)
-        return self.result_of(step).exists()
+        return is_whole(self.result_of(step))
 
     def result_of(self, step: str) -> Path:
         """The file that is there when the step is done."""
@@ -250,7 +256,10 @@ class Run:
 
     def _done(self) -> dict[str, Any]:
         path = self.folder / "steps.json"
-        return read_json(path) if path.is_file() else {}
+        done = read_json(path) if path.is_file() else {}
+        if not (isinstance(done, dict) and all(isinstance(step, dict) for step in done.values())):
+            raise UserError(f"{path}: damaged: delete it and run again; stages go on from their checkpoints")
+        return done
 
     def _plan(self) -> None:
         write_json(self.folder / "plan.json", self.derived.facts())
@@ -373,7 +382,9 @@ class Run:
 
     def card(self) -> dict[str, Any]:
         """What the model card tells."""
-        result = read_json(self.folder / "evaluation" / "evaluation.json")
+        from prunet.report import read_evaluation
+
+        result = read_evaluation(self.folder / "evaluation")
         prompts = result["protocol"]["prompts"]
         measures = {name: result["distance"][name] for name in ("before", "after")}
         return {
@@ -427,6 +438,17 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
         return freeze(UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32))
     except Exception as error:
         raise UserError(f"{folder}: no whole U-Net there ({error}): delete the folder and run again") from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a result is there, and if it is weights, not cut off (their header says how long they are)."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return path.exists()
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def recipe_yaml(recipe: Recipe) -> str:

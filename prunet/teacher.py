@@ -176,6 +176,12 @@ class Teacher:
             raise UserError(f"{self._folder}: a {name}; prunet compresses {' and '.join(PIPELINES)}")
         self.kind = PIPELINES[name]
         unet, vae = self.unet_config, self.part_config("vae")
+        for part, config in (("unet", unet), ("vae", vae)):
+            if not isinstance(config.get("block_out_channels"), list):
+                raise UserError(
+                    f"{self._folder / part / 'config.json'}: no list of block_out_channels in it: not the config of a "
+                    "Stable Diffusion; fetch or copy it again"
+                )
         if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
             raise UserError(
                 f"{self._folder}: the U-Net takes {unet.get('in_channels', 4)} channels and the VAE makes "
@@ -220,7 +226,7 @@ class Teacher:
         """The forward process that the teacher was trained with; `config.prediction_type` says what it predicts."""
         from diffusers import DDPMScheduler
 
-        scheduler = DDPMScheduler.from_config(self.part_config("scheduler"))
+        scheduler = _from_config(DDPMScheduler, self.part_config("scheduler"))
         if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(f"{self.source}: prediction type {scheduler.config.prediction_type!r} is not supported")
         return scheduler
@@ -250,7 +256,19 @@ class Teacher:
     def _part_files(self, part: str) -> list[Path]:
         if self._file is not None:
             return [self._file]
-        return [*self._weight_files(part), self._configs() / part / "config.json"]
+        vocabulary = self._vocabulary_files(part) if part.startswith("text_encoder") else []
+        return [*self._weight_files(part), self._configs() / part / "config.json", *vocabulary]
+
+    def _vocabulary_files(self, text_encoder: str) -> list[Path]:
+        """What a text encoder's tokenizer splits texts by; without it every text would become the same tokens."""
+        folder = self._configs() / text_encoder.replace("text_encoder", "tokenizer")
+        whole = [folder / "tokenizer.json"], [folder / "vocab.json", folder / "merges.txt"]
+        found = [path for files in whole if all(map(Path.is_file, files)) for path in files]
+        if not found:
+            raise UserError(
+                f"{folder}: no vocab.json and merges.txt (or tokenizer.json): fetch or copy the tokenizer again"
+            )
+        return found
 
     def fingerprint(self, parts: Iterable[str] | None = None) -> str:
         """A hash of the weights and configs of `parts` (all that are trained, by default), read from the files."""
@@ -291,6 +309,9 @@ class Teacher:
 
         if self._hub is not None and self._file is None:
             return  # fetched when used, and checked by the hub's client
+        if self._hub is None and self._folder is not None:
+            for part in self.text_encoders:
+                self._vocabulary_files(part)
         for part in ("unet", "vae", *self.text_encoders):
             for file in [self._file] if self._file else self._weight_files(part):
                 try:
@@ -348,8 +369,11 @@ class Teacher:
             tokenizer = part.replace("text_encoder", "tokenizer")
             try:
                 parts[tokenizer] = CLIPTokenizer.from_pretrained(self._configs(), subfolder=tokenizer)
+                known = [parts[tokenizer](word).input_ids for word in ("apple", "horse")]
             except Exception as error:
                 raise UserError(f"{self.source}: no readable {tokenizer}: {error}") from error
+            if known[0] == known[1]:
+                raise UserError(f"{self.source}: its {tokenizer} takes all words for one: fetch or copy it again")
             parts[part] = self._load(part, cls)
         return parts
 
@@ -520,9 +544,16 @@ def _scheduler(config: dict[str, Any]) -> Any:
     import diffusers
 
     cls = getattr(diffusers, str(config.get("_class_name")), None)
-    if cls is None:
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
         raise UserError(f"The teacher's scheduler {config.get('_class_name')!r} is not one of diffusers'")
-    return cls.from_config(config)
+    return _from_config(cls, config)
+
+
+def _from_config(cls: Any, config: dict[str, Any]) -> Any:
+    try:
+        return cls.from_config(config)
+    except Exception as error:  # of any kind: diffusers takes the numbers as they are
+        raise UserError(f"The teacher's scheduler/scheduler_config.json makes no {cls.__name__} ({error})") from error
 
 
 def _read_json(path: Path, message: str) -> dict[str, Any]:

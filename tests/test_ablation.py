@@ -99,6 +99,8 @@ def test_interval_is_student_t() -> None:
         ({"arms": {"a": {}, "b": {"data.size": 8}}}, "differ in data.size"),
         ({"arms": {"a": {}, "b": {"stages.0.teacher": "other"}}}, "differ in teacher"),
         ({"arms": {"a": {"seed": 3}}}, "'seed' is set for each run"),
+        ({"arms": {"a": {"seed ": 3}}}, "'seed' is set for each run"),
+        ({"arms": {"a": {}, "b": {"plan": "bk-small"}}}, "'a' and 'b' are the same recipe"),
     ],
 )
 def test_bad_ablations_are_refused(files: Path, change: dict, message: str) -> None:

@@ -146,6 +146,31 @@ def test_training_conditions_are_those_of_the_stock_pipeline(name: str, scripts,
         torch.testing.assert_close(empty["pooled"].float(), theirs[3].float(), atol=2e-3, rtol=2e-3)
 
 
+def test_a_part_that_was_half_restored_is_restored_again(scripts, tmp_path) -> None:
+    import export
+
+    export.restore(EMOJI / "emoji-sd", tmp_path / "whole")
+    (tmp_path / "killed" / ".unet.part").mkdir(parents=True)  # as a kill leaves it
+    (tmp_path / "killed" / ".unet.part" / "config.json").write_text("{}")
+    export.restore(EMOJI / "emoji-sd", tmp_path / "killed")
+
+    def contents(folder: Path) -> dict[Path, bytes]:
+        return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("given", (["--minutes", "0"], ["--learning-rate", "nan"], ["--batch-size", "-1"]))
+def test_training_refuses_budgets_that_train_nothing(given, scripts, tmp_path, monkeypatch, capsys) -> None:
+    import train
+
+    command = ["train.py", str(EMOJI / "emoji-sd.yaml"), "unet", *given, "--state", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert stop.value.code == 2 and "above 0" in capsys.readouterr().err
+
+
 def test_distillation_target_is_what_the_tutor_says_of_the_same_latents_and_captions(scripts) -> None:
     from conditioning import empty_condition, encode_captions
     from diffusers import DDPMScheduler

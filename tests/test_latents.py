@@ -143,6 +143,19 @@ def test_damaged_shard_is_one_clear_line(sd, pictures, tmp_path) -> None:
         Cache.open(tmp_path / "c")
 
 
+def test_what_is_said_of_a_damaged_cache_mends_it(sd, pictures, tmp_path) -> None:
+    folder, data = tmp_path / "c", Data(source=str(pictures))
+    whole = cache(Teacher(sd), data, folder).unconditional.embeds
+    empty = folder / "unconditional.safetensors"
+    empty.unlink()
+    latents._opened.cache_clear()
+    with pytest.raises(UserError, match=f"{empty}: missing.*: delete {folder / 'cache.json'} and run") as error:
+        _ = Cache.open(folder).unconditional
+    assert "\n" not in str(error.value)
+    (folder / "cache.json").unlink()
+    assert cache(Teacher(sd), data, folder).unconditional.embeds.equal(whole)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "5", '{"format": 2}', None])
 def test_damaged_labels_say_how_to_mend_them(sd, pictures, tmp_path, text) -> None:
     folder, data = tmp_path / "c", Data(source=str(pictures))

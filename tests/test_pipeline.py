@@ -145,6 +145,44 @@ def test_ddim_does_not_clip_latents(sd) -> None:
     assert set_sampler(pipe, "ddim").scheduler.config.clip_sample is False
 
 
+def test_a_teacher_that_cannot_read_is_refused(sd, tmp_path) -> None:
+    """Without its words a tokenizer makes the same tokens of every text, and nothing else would say so."""
+    folder = shutil.copytree(sd, tmp_path / "teacher")
+    before = Teacher(folder).fingerprint(["text_encoder"])
+    words = folder / "tokenizer" / "tokenizer.json"
+    value = json.loads(words.read_text())
+    value["model"]["vocab"] = {"<|startoftext|>": 0, "<|endoftext|>": 1}
+    words.write_text(json.dumps(value))
+    assert Teacher(folder).fingerprint(["text_encoder"]) != before
+    with pytest.raises(UserError, match="its tokenizer takes all words for one"):
+        Teacher(folder).encode_prompts(["a cat"])
+    for file in (folder / "tokenizer").iterdir():
+        if file.name in ("tokenizer.json", "vocab.json", "merges.txt"):
+            file.unlink()
+    with pytest.raises(UserError, match=r"tokenizer: no vocab.json and merges.txt"):
+        Teacher(folder).check_weights()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("vae/config.json", {"block_out_channels": None}, "no list of block_out_channels"),
+        ("unet/config.json", {"block_out_channels": 5}, "no list of block_out_channels"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "steep"}, "makes no DDPMScheduler"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "x"}, "makes no DDPMScheduler"),
+        ("scheduler/scheduler_config.json", {"_class_name": "UNet2DConditionModel"}, "is not one of diffusers'"),
+    ],
+)
+def test_a_config_that_makes_no_teacher_is_one_line(sd, tmp_path, file, change, message) -> None:
+    folder = shutil.copytree(sd, tmp_path / "teacher")
+    (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **change}))
+    with pytest.raises(UserError, match=message) as error:
+        teacher = Teacher(folder)
+        _ = teacher.noise_scheduler
+        teacher.pipeline(unet=None, vae=None)
+    assert "\n" not in str(error.value)
+
+
 def test_sharded_parts_are_one_model(sd, tmp_path) -> None:
     folder = shutil.copytree(sd, tmp_path / "sharded")
     unet = Teacher(sd).unet

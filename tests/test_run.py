@@ -100,14 +100,24 @@ def test_changed_evaluation_repeats_only_what_depends_on_it(finished, capsys) ->
     assert todo == ["evaluate", "export", "report"]
 
 
-def test_deleted_result_is_made_again(finished) -> None:
+def test_deleted_or_cut_result_is_made_again(finished) -> None:
     this = Run(load_recipe(finished / "recipe.yaml"), CPU)
     weights = finished / "student" / "diffusion_pytorch_model.safetensors"
     saved = weights.read_bytes()
-    weights.unlink()
-    assert not this.is_done("build")
-    this.do("build")
-    assert weights.read_bytes() == saved
+    for damage in (weights.unlink, lambda: weights.write_bytes(saved[:-1])):
+        damage()
+        assert not this.is_done("build")
+        this.do("build")
+        assert weights.read_bytes() == saved
+
+
+@pytest.mark.parametrize("text", ["null", "[]", '{"plan": 3}', "{"])
+def test_damaged_list_of_what_is_done_is_one_line(finished, tmp_path, text) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (folder / "steps.json").write_text(text)
+    with pytest.raises(UserError, match=r"steps.json: .*: delete it and") as error:
+        Run(load_recipe(finished / "recipe.yaml", [f"output={folder}"]), CPU).is_done("plan")
+    assert "\n" not in str(error.value)
 
 
 def test_other_recipe_in_the_same_folder_is_refused_before_anything_changes(finished) -> None:

@@ -1,6 +1,7 @@
 """Verbs about models: look at a plan, build a student, export it, draw with it."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -165,8 +166,8 @@ def generate(
     guidance_scale: Annotated[
         float | None, typer.Option("--guidance-scale", "-g", min=0, help="7.5 by default; of a run that of its recipe.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    size: Annotated[int | None, typer.Option(min=8, help="Pixels; the model's own by default.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
+    size: Annotated[int | None, typer.Option(min=8, max=4096, help="Pixels; the model's own by default.")] = None,
     sampler: Annotated[str, typer.Option(help="dpmsolver++, ddim, pndm, euler, euler-a or unipc.")] = "dpmsolver++",
     config: ConfigOption = None,
     as_json: Json = False,
@@ -175,7 +176,7 @@ def generate(
 
     Example: prunet generate runs/demo "a red apple" -n 4
     """
-    from prunet.files import new_file
+    from prunet.files import check_writable, new_file
     from prunet.pipeline import generate as draw_pictures
 
     one_file = output.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
@@ -183,6 +184,9 @@ def generate(
         raise UserError(f"--output {output}: {num_images} pictures need a folder, not one file")
     if not one_file and output.is_file():
         raise UserError(f"--output {output}: is a file that is no picture; give a folder or something.png")
+    check_writable(output.parent if one_file else output, "--output")
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise UserError(f"--guidance-scale {guidance_scale}: give a number, such as 7.5")
     if guidance_scale is None:
         is_run = (Path(model) / "recipe.yaml").is_file()
         guidance_scale = open_recipe(Path(model), None).evaluation.guidance_scale if is_run else 7.5

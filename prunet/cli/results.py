@@ -156,15 +156,14 @@ def bench(
     """
     from rich.markdown import Markdown
 
-    from prunet.files import clear_errors
+    from prunet.files import check_writable
     from prunet.inference import bench as time_all
     from prunet.inference import check_compiler, open_pipelines
     from prunet.speeds import markdown, write_speeds
 
     if output is not None:
         refuse_foreign(output, "bench.json")
-        with clear_errors(output):
-            output.mkdir(parents=True, exist_ok=True)
+        check_writable(output, "--output")
     if compiled:
         check_compiler(runtime.torch_device)
     where = {"device": runtime.torch_device, "dtype": runtime.dtype}
