@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from full_size import random_module, random_pipe
 
+from prunet.cli.options import make_runtime
+from prunet.errors import UserError
 from prunet.inference import bench, check_compiler
 from prunet.plan import derive, load_plan
 from prunet.speeds import markdown, write_speeds
 from prunet.teacher import layout_config
-from prunet.training import Runtime
 from prunet.unet import make_unet
 
 
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--output", type=Path, default=Path("runs/inference-speed"))
     args = parser.parse_args()
-    runtime = Runtime(device=args.device, precision=args.precision)
+    runtime = make_runtime(args.device, args.precision)
     derived = {plan: derive(layout_config(args.layout), load_plan(plan)) for plan in args.plans}
     if args.compile:
         check_compiler(runtime.torch_device)
@@ -59,4 +60,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
