@@ -97,11 +97,6 @@ class Run:
         check_steps(self.steps_down)
         for number, stage in enumerate(recipe.stages, 1):
             self.micro_batch(number)
-            if stage.warmup_steps >= stage.steps:
-                say(
-                    f"[yellow]Stage {number} never reaches its learning_rate:[/] warmup_steps {stage.warmup_steps} of "
-                    f"{stage.steps} steps"
-                )
             term_factors(self.pairs(number), stage.losses.weights)
         where = check_writable(self.folder, "output")
         for folder, _ in self.cache_specs:
@@ -115,6 +110,12 @@ class Run:
                 "give an output on another disk"
             )
         self._check_folder()
+        for number, stage in enumerate(recipe.stages, 1):
+            if stage.warmup_steps >= stage.steps:
+                say(
+                    f"[yellow]Stage {number} never reaches its learning_rate:[/] warmup_steps {stage.warmup_steps} of "
+                    f"{stage.steps} steps"
+                )
 
     def _check_folder(self) -> None:
         """Refuses a folder with the cache or the checkpoints of another run, before anything in it is replaced."""
