@@ -5,6 +5,7 @@ wait. Nothing that is computed depends on their number.
 """
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -44,6 +45,14 @@ def join(device: "torch.device") -> "PartialState":
     from accelerate import PartialState
 
     return PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+
+
+def leave() -> None:
+    """Parts from the others once all are done: a process that just ends can abort one that still talks to it."""
+    torch_distributed = sys.modules.get("torch.distributed")
+    if count() > 1 and torch_distributed and torch_distributed.is_initialized():
+        torch_distributed.barrier()
+        torch_distributed.destroy_process_group()
 
 
 def from_main(make: Callable[[], T]) -> T:

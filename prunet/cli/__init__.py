@@ -39,6 +39,8 @@ def main() -> None:
     _quiet()
     try:
         code = app(standalone_mode=False)
+        if not code:
+            processes.leave()
     except UserError as error:
         _fail(str(error))
     except UsageError as error:
