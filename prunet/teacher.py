@@ -271,7 +271,7 @@ class Teacher:
         return found
 
     def fingerprint(self, parts: Iterable[str] | None = None) -> str:
-        """A hash of the weights, configs and tokenizers of `parts` (all that are trained, by default), from the files."""
+        """A hash of the weights, configs and tokenizers of `parts` (all trained ones by default), from the files."""
         parts = sorted(parts or ("unet", "vae", *self.text_encoders))
         digest = hashlib.sha256()
         for path in sorted({p for part in parts for p in self._part_files(part)}):
@@ -304,7 +304,7 @@ class Teacher:
         )
 
     def check_weights(self) -> None:
-        """Refuses weight files that are missing, pickled or cut off, from their headers alone, and missing tokenizers."""
+        """Refuses missing tokenizers, and weight files that are missing, pickled or (by their headers) cut off."""
         from safetensors import SafetensorError, safe_open
 
         if self._hub is not None and self._file is None:
