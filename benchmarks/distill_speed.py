@@ -29,6 +29,7 @@ from unittest.mock import patch
 import torch
 
 from prunet.bench import reset_peak, resident_kb
+from prunet.errors import UserError
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
@@ -288,10 +289,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--teacher", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.size = args.size or SIZES[args.model]
-    args.batch = args.batch or (16 if args.model == "emoji" else 1)
+    args.size = SIZES[args.model] if args.size is None else args.size
+    args.batch = (16 if args.model == "emoji" else 1) if args.batch is None else args.batch
+    for name, least in (("size", 8), ("batch", 1), ("micro_batch", 1), ("steps", 0), ("rounds", 1), ("threads", 1)):
+        if (value := getattr(args, name)) is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} {value}: give at least {least}")
+    if args.size % 8:
+        parser.error(f"--size {args.size}: give a multiple of 8")
     if args.loop:
-        return child(args)
+        try:
+            return child(args)
+        except UserError as error:
+            raise SystemExit(str(error)) from None
 
     from conftest import make_pictures
 

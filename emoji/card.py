@@ -83,7 +83,7 @@ def curve(log: list[dict], width: int = 640, height: int = 300) -> str:
         text(left - 6, top + 8, f"{math.exp(high):.2f}", end),
         text(left - 6, height - bottom, f"{math.exp(low):.2f}", end),
         text(left, height - 12, "0"),
-        text(width - 10, height - 12, f"{hours:.1f} hours, {log[-1]['images']:,} pictures", end),
+        text(width - 10, height - 12, f"{hours:.1f} hours, {log[-1]['images']:,.0f} pictures", end),
         text(width - 12, top + 14, "training pairs", end + ' fill="#2266cc"'),
         text(width - 12, top + 32, "held-out combinations", end + ' fill="#cc5522"'),
     ]

@@ -72,17 +72,27 @@ def assemble(config: dict, root: Path) -> StableDiffusionPipeline | StableDiffus
 
 
 def save_pipeline(pipe: DiffusionPipeline, out: Path) -> None:
-    """fp16 weights as the plain files: half the download, and nobody has to know about variants."""
-    pipe.to("cpu", torch.float16).save_pretrained(out)
+    """fp16 weights as the plain files: half the download, and nobody has to know about variants.
+
+    Written aside and moved when they are whole; what else is in `out` stays.
+    """
+    aside = out / ".part"
+    shutil.rmtree(aside, ignore_errors=True)
+    pipe.to("cpu", torch.float16).save_pretrained(aside)
     # vocab.json and merges.txt, the files that SD v1's tokenizer folder has
-    for folder in out.glob("tokenizer*"):
+    for folder in aside.glob("tokenizer*"):
         pipe.tokenizer.backend_tokenizer.model.save(str(folder))
-    for path in out.glob("*/config.json"):
+    for path in aside.glob("*/config.json"):
         settings = json.loads(path.read_text())
         settings.pop("_name_or_path", None)  # diffusers notes the folder that the weights were loaded from
         if "text_encoder" in path.parent.name:
             settings["dtype"] = "float32"  # else transformers loads fp16 beside an fp32 U-Net
         path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    for path in aside.iterdir():
+        if path.is_dir():
+            shutil.rmtree(out / path.name, ignore_errors=True)
+        path.replace(out / path.name)
+    aside.rmdir()
 
 
 def load_for_drawing(folder: Path) -> DiffusionPipeline:

@@ -24,6 +24,12 @@ import yaml
 STAGES = ("autoencoder", "text_encoder", "text_encoder_2", "unet", "scorer", "export")
 
 
+def tutor_of(config: dict, args: argparse.Namespace) -> Path | None:
+    """The pipeline folder that the U-Net is distilled from, if any."""
+    name = config.get("unet", {}).get("distil_from")
+    return args.config.parent / name if name else None
+
+
 def run_stage(stage: str, config: dict, args: argparse.Namespace, root: Path) -> None:
     """Imported here, because a stage needs only its own libraries."""
     if stage == "autoencoder":
@@ -37,11 +43,10 @@ def run_stage(stage: str, config: dict, args: argparse.Namespace, root: Path) ->
     elif stage == "unet":
         import unet
 
-        if missing := [part for part in ("autoencoder", "tokenizer", "text_encoder") if not (root / part).exists()]:
+        parts = ["autoencoder", "tokenizer", "text_encoder", *({"text_encoder_2"} & config.keys())]
+        if missing := [part for part in parts if not (root / part).exists()]:
             raise SystemExit(f"{root}: no {missing[0]} yet: run its stage first, or give --from-shipped")
-        source = config["unet"].get("distil_from")
-        tutor = args.config.parent / source if source else None
-        unet.train(config, args.data, root, tutor=tutor, compile_step=args.compile)
+        unet.train(config, args.data, root, tutor=tutor_of(config, args), compile_step=args.compile)
     elif stage == "scorer":
         import scorer
 
@@ -66,7 +71,7 @@ def main() -> None:
         "--compile", action="store_true", help="the U-Net's step (CPU: 8 minutes first, then 1.5 times as fast)"
     )
     parser.add_argument("--from-shipped", action="store_true", help="take what the state lacks from the model's folder")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # so that the stage may follow the options
     if not args.config.is_file():
         parser.error(f"no config at {args.config}; those that ship are emoji/*.yaml")
     config = yaml.safe_load(args.config.read_text())
@@ -81,9 +86,9 @@ def main() -> None:
             if not 0 < value < math.inf:
                 parser.error(f"{name} {value}: give a number above 0")
             config[args.stage][option] = value
-    tutor = config.get("unet", {}).get("distil_from")
-    if tutor and not (args.config.parent / tutor / "unet" / "config.json").is_file():
-        parser.error(f"{args.config}: unet.distil_from: no pipeline in {args.config.parent / tutor}: train it first")
+    tutor = tutor_of(config, args)
+    if tutor and not (tutor / "unet" / "config.json").is_file():
+        parser.error(f"{args.config}: unet.distil_from: no pipeline in {tutor}: train it first")
 
     root = args.state / args.config.stem
     root.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,7 @@ SAMPLERS = {
 # As Stable Diffusion ships them. Where another sampler's config does not say, diffusers' defaults would clip latents to
 # [-1, 1] (DDIM), and warm up over more steps than may be asked for (PNDM).
 SAMPLER_OPTIONS = {"ddim": {"clip_sample": False}, "pndm": {"skip_prk_steps": True}}
+PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def set_sampler(pipe: Any, name: str | None) -> Any:
@@ -56,7 +57,6 @@ def set_sampler(pipe: Any, name: str | None) -> Any:
     return pipe
 
 
-@torch.no_grad()
 def draw(
     pipe: Any,
     prompts: Sequence[str],
@@ -67,18 +67,23 @@ def draw(
     size: int | None = None,
     batch_size: int = 4,
     text: str | None = None,
+    save_to: Sequence[Path] = (),
 ) -> list[Image.Image]:
     """A picture for each prompt, from its own seed, so that no picture depends on the batch it was in.
 
-    `text`: shows a progress bar under this name.
+    `text`: shows a progress bar under this name. `save_to`: a file for each picture, written as soon as it is drawn.
     """
     out: list[Image.Image] = []
     with progress(text or "", len(prompts) if text else None) as bar:
         for start in range(0, len(prompts), batch_size):
             at = slice(start, start + batch_size)
             latents = draw_latents(pipe, prompts[at], seeds[at], steps=steps, guidance_scale=guidance_scale, size=size)
-            out += decode(pipe, latents)
-            bar.advance(len(latents))
+            pictures = decode(pipe, latents)
+            for path, picture in zip(save_to[at], pictures, strict=bool(save_to)):
+                with new_file(path) as part:
+                    picture.save(part, format=PICTURE_FORMATS[path.suffix.lower()])
+            out += pictures
+            bar.advance(len(pictures))
     return out
 
 
@@ -149,8 +154,12 @@ def generate(
     config: str | Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    save_to: Sequence[Path] = (),
 ) -> list[Image.Image]:
-    """Draws `num_images` pictures of each prompt with the pipeline at `model` (folder, single file, hub id or run)."""
+    """Draws `num_images` pictures of each prompt with the pipeline at `model` (folder, single file, hub id or run).
+
+    `save_to`: a file for each picture (.png, .jpg, .jpeg or .webp), written as soon as it is drawn.
+    """
     if sampler is not None and sampler not in SAMPLERS:
         raise UserError(f"No sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
     teacher = open_model(model, config=config, device=device, dtype=dtype)
@@ -169,6 +178,7 @@ def generate(
         guidance_scale=guidance_scale,
         size=size or teacher.native_size,
         text="Drawing" if len(prompts) > 1 else None,
+        save_to=save_to,
     )
 
 

@@ -263,7 +263,7 @@ class Teacher:
         """What a text encoder's tokenizer splits texts by; without it every text would become the same tokens."""
         folder = self._configs() / text_encoder.replace("text_encoder", "tokenizer")
         whole = [folder / "tokenizer.json"], [folder / "vocab.json", folder / "merges.txt"]
-        found = [path for files in whole if all(map(Path.is_file, files)) for path in files]
+        found = [path for files in whole if all(p.is_file() and p.stat().st_size for p in files) for path in files]
         if not found:
             raise UserError(
                 f"{folder}: no vocab.json and merges.txt (or tokenizer.json): fetch or copy the tokenizer again"

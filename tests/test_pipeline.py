@@ -6,10 +6,11 @@ import shutil
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 from prunet import Teacher, UserError, build, export, generate, load_plan
-from prunet.pipeline import SAMPLERS, check_export, draw, export_single_file, set_sampler
+from prunet.pipeline import SAMPLERS, check_export, decode, draw, export_single_file, set_sampler
 from prunet.teacher import freeze
 
 KINDS = [("sd", "bk-small"), ("sd", "bk-tiny"), ("sdxl", "ssd-1b"), ("sdxl", "koala-700m")]
@@ -110,6 +111,24 @@ def test_same_seed_same_picture(sd) -> None:
     assert a[0].tobytes() != a[1].tobytes()
 
 
+def test_pictures_are_written_as_they_are_drawn(sd, tmp_path, monkeypatch) -> None:
+    paths = [tmp_path / f"{i}.png" for i in range(6)]
+    whole = generate(sd, "a cat", num_images=6, steps=1)
+    drawn = []
+
+    def second_batch_fails(*args):
+        drawn.append(args)
+        if len(drawn) > 1:
+            raise KeyboardInterrupt
+        return decode(*args)
+
+    monkeypatch.setattr("prunet.pipeline.decode", second_batch_fails)
+    with pytest.raises(KeyboardInterrupt):
+        generate(sd, "a cat", num_images=6, steps=1, save_to=paths)
+    assert sorted(tmp_path.iterdir()) == paths[:4]
+    assert [Image.open(path).tobytes() for path in paths[:4]] == [x.tobytes() for x in whole[:4]]
+
+
 def test_unknown_sampler_and_size_are_refused(sd) -> None:
     with pytest.raises(UserError, match="dpmsolver"):
         generate(sd, "a", sampler="best")
@@ -159,6 +178,8 @@ def test_a_teacher_that_cannot_read_is_refused(sd, tmp_path) -> None:
     for file in (folder / "tokenizer").iterdir():
         if file.name in ("tokenizer.json", "vocab.json", "merges.txt"):
             file.unlink()
+    (folder / "tokenizer" / "vocab.json").write_text('{"a": 0}')
+    (folder / "tokenizer" / "merges.txt").touch()  # cut off before its first line
     with pytest.raises(UserError, match=r"tokenizer: no vocab.json and merges.txt"):
         Teacher(folder).check_weights()
 

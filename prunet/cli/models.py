@@ -176,10 +176,11 @@ def generate(
 
     Example: prunet generate runs/demo "a red apple" -n 4
     """
-    from prunet.files import check_writable, new_file
+    from prunet.files import check_writable
+    from prunet.pipeline import PICTURE_FORMATS
     from prunet.pipeline import generate as draw_pictures
 
-    one_file = output.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+    one_file = output.suffix.lower() in PICTURE_FORMATS
     if one_file and num_images > 1:
         raise UserError(f"--output {output}: {num_images} pictures need a folder, not one file")
     if not one_file and output.is_file():
@@ -190,7 +191,8 @@ def generate(
     if guidance_scale is None:
         is_run = (Path(model) / "recipe.yaml").is_file()
         guidance_scale = open_recipe(Path(model), None).evaluation.guidance_scale if is_run else 7.5
-    pictures = draw_pictures(
+    paths = [output] if one_file else [output / f"{seed + i:06d}.png" for i in range(num_images)]
+    draw_pictures(
         model,
         prompt,
         num_images=num_images,
@@ -202,12 +204,6 @@ def generate(
         config=config,
         device=runtime.torch_device,
         dtype=runtime.dtype,
+        save_to=paths,
     )
-    paths = [output] if one_file else [output / f"{seed + i:06d}.png" for i in range(len(pictures))]
-    for path, picture in zip(paths, pictures, strict=True):
-        with new_file(path) as part:
-            picture.save(
-                part,
-                format={".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(path.suffix.lower(), "PNG"),
-            )
     say(as_json, {"pictures": [str(p) for p in paths]}, "\n".join(str(p) for p in paths))
