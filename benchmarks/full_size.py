@@ -169,7 +169,8 @@ def main() -> None:
             start = time.perf_counter()
             export(Teacher(root / "teacher"), load_unet(this.last_unet), root / "pipeline")
             report["export_s"] = round(time.perf_counter() - start, 1)
-        report["losses"] = (root / "run/stage-1/log.jsonl").read_text().splitlines()[-1:]
+        log = root / "run/stage-1/log.jsonl"
+        report["losses"] = log.read_text().splitlines()[-1:] if log.is_file() else []
     finally:
         shutil.rmtree(root, ignore_errors=True)
     report["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)

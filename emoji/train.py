@@ -7,7 +7,8 @@
 The stages of a model are the sections of its config, in order: autoencoder, text_encoder(_2), unet, then export
 (pipeline folder, model card, sheet of samples). Each one is resumable: the same command goes on where it was
 stopped and skips what is finished. With a larger budget (--minutes, or the config) a finished stage goes on
-learning; with --from-shipped it does so from the weights in the repository, on a machine that has nothing else.
+learning. With --from-shipped the U-Net does so from the weights in the repository, on a machine that has nothing else;
+the other parts are then taken as they are.
 
 Works on two CPU cores; uses a GPU if there is one (then with --batch-size 512). On CPU cores the denoiser trains
 fastest with one process per core and one thread each:
@@ -30,8 +31,19 @@ def tutor_of(config: dict, args: argparse.Namespace) -> Path | None:
     return args.config.parent / name if name else None
 
 
+def check_is_ours(stage: str, config: dict, root: Path) -> None:
+    """Refuses to train a part anew in the place of a shipped one, which the parts after it were made for."""
+    from state import is_finished
+
+    part, state = root / stage, root / f"{stage}.pt"
+    if part.exists() and not state.exists() and not is_finished(part / "record.json", config[stage]["minutes"]):
+        raise SystemExit(f"{part}: shipped weights, which only the U-Net can go on from: delete it to train it anew")
+
+
 def run_stage(stage: str, config: dict, args: argparse.Namespace, root: Path) -> None:
     """Imported here, because a stage needs only its own libraries."""
+    if stage in ("autoencoder", "text_encoder", "text_encoder_2"):
+        check_is_ours(stage, config, root)
     if stage == "autoencoder":
         import autoencoder
 

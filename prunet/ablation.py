@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Annotated, Any
@@ -167,6 +167,10 @@ def _each_done(todo: Mapping[tuple[str, int], Run], workers: int) -> Any:
             raise UserError(
                 "A worker was killed (out of memory, perhaps): lower --workers; the same command goes on from here"
             ) from error
+        except BaseException:  # or all that is queued would be done first; what is under way goes on from checkpoints
+            for worker in active_children():
+                worker.terminate()
+            raise
 
 
 def _do(recipe: Recipe, runtime: Runtime, like: Run | None = None) -> None:
@@ -253,7 +257,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             continue
         cells = [_cell(arm["measures"][key], min(means[key])) for key in keys]
         lines.append(f"| {name} | {arm['parameters'] / 1e6:.2f} | {len(arm['seeds'])} | " + " | ".join(cells) + " |")
-    if protocol := {k: v for k, v in result["protocol"].items() if v}:
+    if (protocol := result["protocol"])["prompts"]:
         lines += [
             "",
             f"Distance from the teacher on {len(protocol['prompts'])} held-out prompts at equal seeds, after "

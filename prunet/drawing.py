@@ -9,7 +9,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from prunet import unet
+from prunet import charts, unet
 from prunet.plan import Derived
 
 STAYS, GOES = "bold green", "red strike"
@@ -171,15 +171,18 @@ def draw_estimate(this: Any, cost: dict[str, Any]) -> RenderableType:
     """What a run would do and cost (`prunet estimate`)."""
     steps = Table(box=None, padding=(0, 2), title="[bold]Steps[/]", title_justify="left")
     for name, state in cost["steps"].items():
-        steps.add_row(name, "[green]done[/]" if state == "done" else state, f"[dim]{this.result_of(name)}[/]")
+        steps.add_row(
+            name, "[green]done[/]" if state == "done" else state, Text(str(this.result_of(name)), style="dim")
+        )
     memory = Table(box=None, padding=(0, 2), title="[bold]Memory of distillation[/]", title_justify="left")
     for name, count in cost["memory_bytes"].items():
         memory.add_row(name, f"{count / 2**30:8.2f} GiB", style="bold" if name == "total" else None)
     hours = cost["distil_hours"]
     time_text = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    speed = charts.number(1 / cost["seconds_per_image"])
     lines = Text.from_markup(
-        f"[bold]Distillation[/]  {cost['images']:,} images, {1 / cost['seconds_per_image']:.1f} images/s measured on "
-        f"{this.runtime.torch_device} ({this.runtime.mixed_precision}, micro-batch {cost['micro_batch']}): "
+        f"[bold]Distillation[/]  {cost['images']:,} images, {speed} images/s measured on "
+        f"{this.runtime.torch_device} ({this.runtime.mixed_precision}, micro-batch {cost['timed_micro_batch']}): "
         f"about [bold]{time_text}[/]"
     )
     title = f"{this.teacher.source} by {this.recipe.plan.name}"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from prunet.latents import Cache
+from prunet.latents import Cache, seed_of
 from prunet.recipe import Stage
 
 
@@ -24,9 +24,8 @@ class Draws(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, at: tuple[int, int]) -> dict[str, Tensor]:
         step, position = at
-        number = step * self.stage.batch_size + position
         sample = self.cache.sample(self._choose(step, position))
-        rng = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+        rng = torch.Generator().manual_seed(seed_of(self.seed, step, position))
         latents = sample.mean + sample.std * torch.randn(sample.mean.shape, generator=rng)
         noise = torch.randn(sample.mean.shape, generator=rng)
         timestep = torch.randint(0, self.num_timesteps, (), generator=rng)
@@ -49,7 +48,7 @@ class Draws(Dataset[dict[str, Tensor]]):
         chosen, before = _batch_order(self.seed, epoch, shares)[at]
         group = self.cache.groups[chosen]
         turn, place = divmod((epoch * shares[chosen] + before) * size + position, len(group))
-        return group[_permutation(self.seed, turn, len(group))[place]]
+        return group[int(_permutation(self.seed, turn, len(group))[place])]
 
 
 @lru_cache(maxsize=4)
@@ -58,16 +57,17 @@ def _batch_order(seed: int, epoch: int, shares: tuple[int, ...]) -> list[tuple[i
     batches = [group for group, share in enumerate(shares) for _ in range(share)]
     counts = [0] * len(shares)
     order = []
-    for i in _permutation(seed, epoch, len(batches)):
+    for i in _permutation(seed, epoch, len(batches)).tolist():
         order.append((batches[i], counts[batches[i]]))
         counts[batches[i]] += 1
     return order
 
 
-@lru_cache(maxsize=128)
-def _permutation(seed: int, epoch: int, count: int) -> list[int]:
-    rng = torch.Generator().manual_seed((seed * 7_368_787 + epoch) % 2**63)
-    return torch.randperm(count, generator=rng).tolist()
+@lru_cache(maxsize=64)
+def _permutation(seed: int, epoch: int, count: int) -> Tensor:
+    """Of range(count); int32, because those of the last epochs and of all sizes are kept."""
+    rng = torch.Generator().manual_seed(seed_of(seed, "epoch", epoch))
+    return torch.randperm(count, generator=rng, dtype=torch.int32)
 
 
 def batches(draws: Draws, start: int, micro_batch: int, rank: int, ranks: int) -> Iterator[dict[str, Tensor]]:

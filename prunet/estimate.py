@@ -17,6 +17,7 @@ from prunet.size import training_memory
 from prunet.training import Runtime, memory_options
 
 STEPS = 2
+MOST_TIMED = 4  # samples at once; larger micro-batches are not slower an image
 
 
 def estimate(this: Run) -> dict[str, Any]:
@@ -26,10 +27,11 @@ def estimate(this: Run) -> dict[str, Any]:
     speeds: dict[tuple[Any, ...], float] = {}
     seconds = 0.0
     for number, stage in enumerate(stages, 1):
-        derived, micro = this.steps_down[number - 1], min(this.micro_batch(number), 4)
-        key = (derived.plan.fingerprint, stage.losses.level, micro)
+        derived, micro = this.steps_down[number - 1], min(this.micro_batch(number), MOST_TIMED)
+        pairs = compared(this, number)
+        key = (derived.plan.fingerprint, pairs, micro)
         if key not in speeds:
-            speeds[key] = seconds_per_image(derived, this.pairs(number), this.latent_size, micro, runtime)
+            speeds[key] = seconds_per_image(derived, pairs, this.latent_size, micro, runtime)
         seconds += speeds[key] * stage.steps * stage.batch_size
     images = sum(stage.steps * stage.batch_size for stage in stages)
     most = max(found, key=lambda parts: sum(parts.values()))
@@ -37,10 +39,16 @@ def estimate(this: Run) -> dict[str, Any]:
         "steps": {name: "done" if this.is_done(name) else "to do" for name in this.step_names()},
         "memory_bytes": {**most, "total": sum(most.values())},
         "micro_batch": this.micro_batch(1 + found.index(most)),
+        "timed_micro_batch": min(MOST_TIMED, *(this.micro_batch(number) for number in range(1, len(stages) + 1))),
         "images": images,
         "seconds_per_image": seconds / images,
         "distil_hours": seconds / 3600,
     }
+
+
+def compared(this: Run, number: int) -> tuple[Pair, ...]:
+    """The features that stage `number` looks at: none where they weigh nothing."""
+    return this.pairs(number) if this.recipe.stages[number - 1].losses.feature else ()
 
 
 def memory(this: Run, number: int) -> dict[str, int]:
@@ -54,7 +62,7 @@ def memory(this: Run, number: int) -> dict[str, int]:
     parts = training_memory(*configs, latent_size=this.latent_size, micro_batch=micro, **options)
     activations = step_memory(
         *configs,
-        this.pairs(number) if stage.losses.feature else (),
+        compared(this, number),
         latent_size=this.latent_size,
         micro_batch=micro,
         accumulate=stage.batch_size // (micro * processes.count()),

@@ -27,10 +27,10 @@ from torch import Tensor
 from prunet import processes
 from prunet.console import progress, say
 from prunet.errors import UserError
-from prunet.files import new_file, read_label, write_json
+from prunet.files import new_file, read_json, read_label, write_json
 from prunet.pictures import BrokenPicture, Picture, bucket_sizes, fit, nearest_size
 from prunet.recipe import Data, read_prompts
-from prunet.sources import check_source, read_pictures, source_files, source_is_there
+from prunet.sources import check_source, has_files, read_pictures, source_files
 from prunet.teacher import PromptEmbeds, Teacher
 
 FORMAT = 2
@@ -68,6 +68,7 @@ class Cache:
             UserError: not a cache, not finished, or a shard that does not match its label.
         """
         folder = Path(folder)
+        _opened.cache_clear()  # of a cache that was deleted and made again the old files would still be open
         if not (folder / "cache.json").is_file():
             raise UserError(f"{folder}: no finished cache there; make it with `prunet cache RECIPE`")
         keys = ("counts", "skipped", "groups", "samples")
@@ -185,19 +186,29 @@ def cache_spec(teacher: Teacher, data: Data, seed: int, made: Path | None = None
     """What decides the bytes of a cache. `made`: a finished one, of which the pictures may be gone."""
     parts = ["vae", *teacher.text_encoders] + (["unet"] if data.prompts is not None else [])
     if data.prompts is not None:
-        content = _hash(read_prompts(data.prompts, data.limit))
-    elif made is not None and (made / "cache.json").is_file() and not source_is_there(data.source or []):
-        content = read_spec(made)["content"]  # pictures may go when their latents are all there
+        content = _hash([read_prompts(data.prompts, data.limit), teacher.part_config("scheduler")])
+    elif made is not None and pictures_are_gone(data, made):
+        content = read_spec(made)["content"]
     else:
         content = _hash(source_files(data.source or []))
     chosen = data.model_dump(mode="json", exclude={"prompts"} if data.prompts is not None else {"source"})
+    empty = "zeros" if teacher.zeros_for_empty_prompt else "encoded"
     return {
         "format": FORMAT,
         "parts": {part: teacher.fingerprint([part]) for part in sorted(parts)},
         "data": {**chosen, "size": data.size or teacher.native_size},
         "content": content,
+        "empty_prompt": empty,
         "seed": seed,
     }
+
+
+def pictures_are_gone(data: Data, made: Path) -> bool:
+    """Whether the cache in `made` is a whole one of this source, whose pictures lay here and do no longer: they may."""
+    if data.source is None or not (made / "cache.json").is_file() or has_files(data.source):
+        return False
+    of_the_hub = read_spec(made)["content"] == _hash([(data.source, 0)])  # as `source_files` names it
+    return not of_the_hub and read_json(made / "cache.json").get("source") == data.source
 
 
 def read_spec(folder: Path) -> dict[str, Any]:
@@ -206,15 +217,15 @@ def read_spec(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: damaged.
     """
-    keys = ("format", "parts", "data", "content", "seed")
+    keys = ("format", "parts", "data", "content", "empty_prompt", "seed")
     return read_label(folder / "spec.json", keys, f"delete {folder}, or give another cache with 'cache:'")
 
 
 def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234, like: Cache | None = None) -> Cache:
     """Encodes pictures and captions (or lets the teacher draw prompts) into `folder`; goes on where it was stopped.
 
-    From `like`, the cache of another teacher, it takes over what this one would compute again (`Cache.kept`). Several
-    processes share out the shards.
+    From `like`, another teacher's cache of the same pictures, it takes over what this one would compute again
+    (`Cache.kept`). Several processes share out the shards.
 
     Raises:
         UserError: nothing to read, not one usable picture, another cache in the folder, or no space left.
@@ -257,13 +268,19 @@ def _finish(data: Data, folder: Path, shards: int) -> None:
         why = f" (first: {skipped[0][0]}: {skipped[0][1]})" if skipped else ""
         raise UserError(f"{data.source}: not one usable picture with a caption{why}")
     if skipped:
-        say(f"[yellow]{len(skipped)} pictures skipped[/], listed in {folder / 'cache.json'}:")
+        say(f"[yellow]{len(skipped)} pictures skipped[/], listed in {escape(str(folder / 'cache.json'))}:")
         for key, why in skipped[:5]:
             say(f"  {escape(f'{key}: {why}')}")
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, shape in enumerate(shape for label in labels for shape in label.get("sizes", [])):
         groups.setdefault(tuple(shape), []).append(number)
-    index = {"counts": counts, "samples": sum(counts), "skipped": skipped, "groups": list(groups.values())}
+    index: dict[str, Any] = {
+        "source": data.source,
+        "counts": counts,
+        "samples": sum(counts),
+        "skipped": skipped,
+        "groups": list(groups.values()),
+    }
     write_json(folder / "cache.json", index)
 
 
@@ -312,7 +329,7 @@ def _encode_shard(
             skipped.append((error.key, error.why))
             continue
         for view in range(data.views):
-            number = _seed(seed, picture.key, view)
+            number = seed_of(seed, picture.key, view)
             fitted.append(fit(image, nearest_size(image, sizes), crop=data.crop, flip=data.flip, seed=number))
             captions.append(picture.captions[number % len(picture.captions)])
     label: dict[str, Any] = {"captions": captions, "skipped": skipped, "count": len(captions)}
@@ -378,7 +395,7 @@ def _draw_batch(
     teacher: Teacher, pipe: Any, data: Data, work: Sequence[tuple[int, int, str]], size: int, seed: int
 ) -> dict[str, Tensor]:
     texts = [text for _, _, text in work]
-    generators = [torch.Generator().manual_seed(_seed(seed, str(p), i)) for p, i, _ in work]
+    generators = [torch.Generator().manual_seed(seed_of(seed, p, i)) for p, i, _ in work]
     latents = pipe(
         prompt=texts,
         num_inference_steps=data.steps,
@@ -422,6 +439,6 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def _seed(seed: int, key: str, view: int) -> int:
-    """A number that depends on the picture, not on its place in the stream or the batch."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {key} {view}".encode()).digest()[:7], "big")
+def seed_of(*names: int | str) -> int:
+    """A seed for what has these names, such as a picture's key and view; no two of them are related."""
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, names)).encode()).digest()[:7], "big")

@@ -146,7 +146,10 @@ def _unit(values: Array) -> Array:
 
 @dataclass(frozen=True)
 class Measure:
-    """A number and its 95 % interval, which is about the pictures drawn; the real ones are taken as they are."""
+    """A number and its 95 % interval, which is about the pictures drawn; the real ones are taken as they are.
+
+    Recall is a mean over the real ones, and so is its interval.
+    """
 
     value: float
     low: float

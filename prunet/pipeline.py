@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prunet import ldm
+from prunet.charts import short
 from prunet.console import progress
 from prunet.errors import UserError
 from prunet.files import new_file, new_folder
@@ -208,7 +209,7 @@ def export(
         write_unet(student, part / "unet")
         if fp16:
             _write_fp16(part, teacher)
-        (part / "README.md").write_text(model_card(card or {"teacher": teacher.source}), encoding="utf-8")
+        (part / "README.md").write_text(model_card(card or origin(teacher)), encoding="utf-8")
         check_export(part, student)
     return folder
 
@@ -272,6 +273,11 @@ def export_single_file(pipeline: Path | str, path: Path | str, *, fp16: bool = F
         path.unlink()
         raise RuntimeError(f"{path}: the U-Net did not load to the same weights")
     return path
+
+
+def origin(teacher: Teacher) -> dict[str, Any]:
+    """What a model card says of where a student comes from; `base_model` only where the hub has it."""
+    return {"teacher": teacher.hub_id or short(teacher.source), "base_model": teacher.hub_id}
 
 
 def model_card(facts: dict[str, Any]) -> str:

@@ -71,6 +71,12 @@ OF_PICTURES = ("crop", "flip", "buckets", "views", "image_column", "caption_colu
 OF_PROMPTS = ("steps", "guidance_scale", "images_per_prompt")
 
 
+def _not_empty(value: str | list[str] | None) -> str | list[str] | None:
+    if value is not None and not value:
+        raise ValueError("give at least one prompt")
+    return value
+
+
 class Data(Part):
     """Pictures with captions (`source`), or `prompts` from which the teacher makes the latents itself."""
 
@@ -89,6 +95,8 @@ class Data(Part):
     steps: Steps = Field(default=25, description="prompts only: sampling steps")
     guidance_scale: Weight = Field(default=7.5, description="prompts only")
     images_per_prompt: Steps = Field(default=1, description="prompts only")
+
+    _some_prompts = field_validator("prompts")(_not_empty)
 
     @model_validator(mode="after")
     def _one_of(self) -> "Data":
@@ -168,16 +176,11 @@ class Evaluation(Part):
     guidance_scale: Weight = 7.5
     sampler: str = "dpmsolver++"
 
-    @field_validator("prompts")
-    @classmethod
-    def _not_empty(cls, value: str | list[str]) -> str | list[str]:
-        if not value:
-            raise ValueError("give at least one prompt")
-        return value
+    _some_prompts = field_validator("prompts")(_not_empty)
 
 
 class Export(Part):
-    fp16: bool = Field(default=False, description="write the weights in half precision")
+    fp16: bool = Field(default=False, description="the folder gets the fp16 variant as well; the single file is fp16")
     single_file: bool = Field(default=False, description="also write the original LDM layout as one file")
     license: str | None = Field(default=None, description="the student's licence: the teacher's, as a rule")
 

@@ -24,23 +24,25 @@ from typing import Any
 import torch
 import yaml
 from diffusers import UNet2DConditionModel
+from rich.markup import escape
 from safetensors import SafetensorError, safe_open
 
 from prunet import processes
+from prunet.charts import short
 from prunet.checkpoints import PACE
 from prunet.console import say
 from prunet.errors import UserError
 from prunet.files import check_writable, new_folder, read_json, write_json, write_text
-from prunet.latents import Cache, cache, cache_spec, check_size, read_spec
+from prunet.latents import Cache, cache, cache_spec, check_size, pictures_are_gone, read_spec, seed_of
 from prunet.pairs import Pair, term_factors
-from prunet.pipeline import SAMPLERS, export, export_single_file, write_unet
+from prunet.pipeline import SAMPLERS, export, export_single_file, origin, write_unet
 from prunet.plan import Derived, derive
 from prunet.recipe import Recipe, TeacherSource, read_prompts
 from prunet.sheets import Sheets
-from prunet.sources import check_source, source_is_there
+from prunet.sources import check_source
 from prunet.student import check_steps, cut, inherit, random_student
 from prunet.teacher import Teacher, check_same_space, freeze
-from prunet.training import Runtime, distil, micro_batch_of
+from prunet.training import Runtime, distil, micro_batch_of, read_log
 
 STEPS = ("plan", "build", "cache", "distil", "evaluate", "export", "report")
 
@@ -81,12 +83,11 @@ class Run:
         if not recipe.plan.remove:
             say("[yellow]The plan removes nothing:[/] the student will be as large as the teacher")
         check_size(self.teacher, self.size)
-        data, whole_cache = recipe.data, (self.cache_folder / "cache.json").is_file()
-        if data.source is not None:
-            if not (whole_cache and not source_is_there(data.source)):
-                check_source(data.source, image_column=data.image_column, caption_column=data.caption_column)
-        else:
-            read_prompts(recipe.data.prompts or [], recipe.data.limit)
+        data = recipe.data
+        if data.source is None:
+            read_prompts(data.prompts or [], data.limit)
+        elif not pictures_are_gone(data, self.cache_folder):
+            check_source(data.source, image_column=data.image_column, caption_column=data.caption_column)
         read_prompts(recipe.evaluation.prompts, recipe.evaluation.limit)
         if recipe.evaluation.sampler not in SAMPLERS:
             raise UserError(f"evaluation.sampler: no sampler {recipe.evaluation.sampler!r}: {', '.join(SAMPLERS)}")
@@ -101,9 +102,7 @@ class Run:
         where = check_writable(self.folder, "output")
         for folder, _ in self.cache_specs:
             check_writable(folder, "cache")
-        # Weights, their average and two moments, in fp32, in each checkpoint kept and the one being written.
-        need = self.derived.student_size.parameters * 16 * (recipe.keep_checkpoints + 1)
-        need -= sum(f.stat().st_size for f in self.folder.glob("stage-*/checkpoints/*/*"))
+        need = self._checkpoint_bytes()
         if shutil.disk_usage(where).free < need:
             raise UserError(
                 f"output: checkpoints in {self.folder} need about {need / 1e9:.1f} GB free; lower keep_checkpoints, or "
@@ -116,6 +115,18 @@ class Run:
                     f"[yellow]Stage {number} never reaches its learning_rate:[/] warmup_steps {stage.warmup_steps} of "
                     f"{stage.steps} steps"
                 )
+
+    def _checkpoint_bytes(self) -> int:
+        """What the checkpoints of the stages to come will take: those kept, and one more while it is being written."""
+        need, largest = 0, 0
+        for number, (stage, derived) in enumerate(zip(self.recipe.stages, self.steps_down, strict=True), 1):
+            if self.is_done(f"stage-{number}"):
+                continue
+            size = 16 * derived.student_size.parameters  # weights, their average and two moments, in fp32
+            need += size * min(self.recipe.keep_checkpoints, -(-stage.steps // self.recipe.checkpoint_every))
+            need -= sum(f.stat().st_size for f in self.folder.glob(f"stage-{number}/checkpoints/*/*"))
+            largest = max(largest, size)
+        return max(0, need) + largest
 
     def _check_folder(self) -> None:
         """Refuses a folder with the cache or the checkpoints of another run, before anything in it is replaced."""
@@ -194,6 +205,8 @@ class Run:
             return False
         if step == "cache":
             return all((folder / "cache.json").is_file() for folder, _ in self.cache_specs)
+        if step == "export" and self.recipe.export.single_file and not is_whole(self.folder / "student.safetensors"):
+            return False
         return is_whole(self.result_of(step))
 
     def result_of(self, step: str) -> Path:
@@ -239,7 +252,7 @@ class Run:
             shared[step]()
         else:
             processes.from_main(alone[step])
-        seconds = round(time.perf_counter() - start, 1)
+        seconds = round(max(time.perf_counter() - start, self._logged_seconds(step)), 1)
         processes.from_main(lambda: self._finish(step, seconds))
         say(f"[green]✓[/] {step} [dim]in {seconds:.0f} s[/]")
 
@@ -250,6 +263,16 @@ class Run:
         if kept != done:
             write_json(self.folder / "steps.json", kept)
         write_text(self.folder / "recipe.yaml", recipe_yaml(self.recipe))  # settings may have changed since the plan
+
+    def _logged_seconds(self, step: str) -> float:
+        """What all steps of a stage took, those before it was stopped included."""
+        log = self.folder / step / "log.jsonl"
+        if not log.is_file():
+            return 0.0
+        batch_size = self.recipe.stages[int(step.removeprefix("stage-")) - 1].batch_size
+        rows = read_log(log)
+        before = [0, *(row["step"] for row in rows)]
+        return sum((row["step"] - b) * batch_size / row["images_per_s"] for row, b in zip(rows, before, strict=False))
 
     def _finish(self, step: str, seconds: float) -> None:
         done = {**self._done(), step: {"inputs": self.inputs[step], "seconds": seconds}}
@@ -280,7 +303,7 @@ class Run:
             teacher = self.teachers[folders.index(folder)]
             made = cache(teacher, self.recipe.data, folder, seed=self.recipe.seed, like=made)
             skipped = f", {len(made.skipped)} skipped" if made.skipped else ""
-            say(f"  {len(made):,} samples at {self.size} px by {teacher.source}{skipped}")
+            say(f"  {len(made):,} samples at {self.size} px by {escape(teacher.source)}{skipped}")
             if teacher is not self.teachers[0]:
                 teacher.release("vae", "text")
 
@@ -303,7 +326,7 @@ class Run:
             Cache.open(self.cache_specs[number - 1][0]),
             stage,
             folder,
-            seed=recipe.seed + number - 1,  # so that no stage repeats the noise of the one before
+            seed=seed_of(recipe.seed, "stage", number),  # so that no stage repeats another one's noise
             runtime=self.runtime,
             sheets=Sheets(
                 teacher,
@@ -388,12 +411,16 @@ class Run:
         result = read_evaluation(self.folder / "evaluation")
         prompts = result["protocol"]["prompts"]
         measures = {name: result["distance"][name] for name in ("before", "after")}
+        has_cache = (self.cache_folder / "cache.json").is_file()  # it may be deleted when all is done
+        source = self.recipe.data.source or []
+        pictures = ", ".join(map(short, [source] if isinstance(source, str) else source))
         return {
-            "teacher": self.recipe.teacher.source,
+            **origin(self.teacher),
+            "data": pictures or "latents that the teacher drew from prompts",
             "license": self.recipe.export.license,
             "plan": {"name": self.recipe.plan.name, "remove": list(self.recipe.plan.remove)},
             "recipe": self.recipe.model_dump(mode="json"),
-            "samples": f"{len(Cache.open(self.cache_folder)):,}",
+            "samples": f"{len(Cache.open(self.cache_folder)):,}" if has_cache else None,
             "size": self.size,
             "sizes": result["sizes"],
             "measures": {"prompts": len(prompts), **measures},

@@ -387,10 +387,10 @@ def _from_row(key: str, row: dict[str, Any], image_column: str, captions: tuple[
     return make_picture(key, captions_of(row, captions), f"no caption in column {' or '.join(captions)}", data)
 
 
-def source_is_there(source: Source) -> bool:
-    """Whether the local files of a source can be found; a data set of the hub is taken to be there."""
+def has_files(source: Source) -> bool:
+    """Whether files of a source can be found here."""
     try:
-        return bool((isinstance(source, str) and _is_hub_id(source)) or source_paths(source))
+        return bool(source_paths(source))
     except UserError:
         return False
 

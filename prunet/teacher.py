@@ -182,6 +182,12 @@ class Teacher:
                     f"{self._folder / part / 'config.json'}: no list of block_out_channels in it: not the config of a "
                     "Stable Diffusion; fetch or copy it again"
                 )
+        for key in ("latents_mean", "latents_std", "shift_factor"):
+            if vae.get(key) is not None:
+                raise UserError(
+                    f"{self._folder / 'vae' / 'config.json'}: its latents have {key}, Stable Diffusion's do not; "
+                    "prunet knows latents with a scaling_factor alone"
+                )
         if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
             raise UserError(
                 f"{self._folder}: the U-Net takes {unet.get('in_channels', 4)} channels and the VAE makes "
@@ -226,10 +232,27 @@ class Teacher:
         """The forward process that the teacher was trained with; `config.prediction_type` says what it predicts."""
         from diffusers import DDPMScheduler
 
-        scheduler = _from_config(DDPMScheduler, self.part_config("scheduler"))
+        config = self.part_config("scheduler")
+        name = str(config.get("_class_name"))
+        if name.startswith(("EDM", "FlowMatch")):  # DDPMScheduler would take the config, with another meaning
+            raise UserError(f"{self.source}: trained for {name}; prunet knows the noise schedule of SD v1, v2 and SDXL")
+        scheduler = _from_config(DDPMScheduler, config)
         if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(f"{self.source}: prediction type {scheduler.config.prediction_type!r} is not supported")
         return scheduler
+
+    @property
+    def hub_id(self) -> str | None:
+        """The repository that its weights come from, if they do."""
+        return self._hub if self._file is None else None
+
+    @property
+    def zeros_for_empty_prompt(self) -> bool:
+        """Whether guidance compares with zeros, not with the embeddings of the empty prompt (SDXL's base does)."""
+        if self.kind != "sdxl":
+            return False
+        index = _read_json(self._configs() / "model_index.json", self.source)
+        return bool(index.get("force_zeros_for_empty_prompt", True))
 
     @property
     def scaling_factor(self) -> float:
@@ -254,10 +277,9 @@ class Teacher:
     # -- who it is
 
     def _part_files(self, part: str) -> list[Path]:
-        if self._file is not None:
-            return [self._file]
+        weights = [self._file] if self._file is not None else self._weight_files(part)
         vocabulary = self._vocabulary_files(part) if part.startswith("text_encoder") else []
-        return [*self._weight_files(part), self._configs() / part / "config.json", *vocabulary]
+        return [*weights, self._configs() / part / "config.json", *vocabulary]
 
     def _vocabulary_files(self, text_encoder: str) -> list[Path]:
         """What a text encoder's tokenizer splits texts by; without it every text would become the same tokens."""
@@ -457,9 +479,8 @@ class Teacher:
             **self._text_parts,
         }
         if self.kind == "sdxl":
-            index = _read_json(self._configs() / "model_index.json", self.source)
-            zeros = index.get("force_zeros_for_empty_prompt", True)
-            pipe = StableDiffusionXLPipeline(**common, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+            zeros = {"force_zeros_for_empty_prompt": self.zeros_for_empty_prompt}
+            pipe = StableDiffusionXLPipeline(**common, **zeros, add_watermarker=False)
         else:
             pipe = StableDiffusionPipeline(
                 **common, safety_checker=None, feature_extractor=None, requires_safety_checker=False
@@ -510,7 +531,7 @@ def check_same_space(first: Teacher, other: Teacher) -> None:
 
 def _latent_space(teacher: Teacher) -> dict[str, Any]:
     config = teacher.part_config("vae")
-    return {key: config.get(key) for key in ("latent_channels", "scaling_factor", "shift_factor", "block_out_channels")}
+    return {key: config.get(key) for key in ("latent_channels", "scaling_factor", "block_out_channels")}
 
 
 def _process(teacher: Teacher) -> dict[str, Any]:

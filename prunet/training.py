@@ -41,7 +41,7 @@ Precision = Literal["auto", "no", "bf16", "fp16"]
 class Runtime:
     """Where and how it runs; no result depends on it but for rounding.
 
-    `micro_batch`: samples at once on each device (None: the whole batch); `log_every`: steps between two read-backs
+    `micro_batch`: samples at once on each device (None: the most that fits); `log_every`: steps between two read-backs
     of the losses, which are the only points where the device is waited for. What saves memory: `gradient_checkpointing`
     (costs time), `offload_ema` (the average waits on the CPU), `use_8bit_adam` (bitsandbytes), `teacher_8bit` (torchao:
     its linear layers' weights in 8 bits), `fsdp` (several processes share out the student's weights, gradients, moments

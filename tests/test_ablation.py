@@ -2,15 +2,16 @@
 
 import json
 import math
+import multiprocessing
 import statistics
 from pathlib import Path
 
 import pytest
 import yaml
 
-from prunet.ablation import ablate, load_ablation, markdown, summary
+from prunet.ablation import _each_done, ablate, load_ablation, markdown, summary
 from prunet.errors import UserError
-from prunet.runs import load_unet, run
+from prunet.runs import Run, load_unet, run
 from prunet.student import state_hash
 from prunet.teacher import Teacher
 from prunet.training import Runtime
@@ -26,7 +27,7 @@ def files(tmp_path: Path, sd: Path, pictures: Path) -> Path:
         "plan": "bk-small",
         "data": {"source": str(pictures)},
         "stages": [stage],
-        "evaluation": {"prompts": ["a cat", "a dog"], "steps": 2, "guidance_scale": 1.0},
+        "evaluation": {"prompts": ["a cat", "a dog"], "steps": 2, "guidance_scale": 0},
         "sheet": {"every": 0},
         "output": "unused",
     }
@@ -74,6 +75,22 @@ def test_goes_on_where_it_was_stopped(files: Path) -> None:
     assert all(path.stat().st_mtime_ns == before for path, before in times.items())
     assert [arm["seeds"] for arm in result["arms"].values()] == [[1, 2], [1, 2]]
     assert len(list((files / "out" / "caches").iterdir())) == 2  # one a seed, shared by the arms
+
+
+def test_a_run_that_fails_stops_the_others(files: Path) -> None:
+    """What is queued is not begun, and what is under way does not go on unseen."""
+    _, recipes = load_ablation(files / "ablation.yaml")
+    endless = {"stages": [recipes["random", 1].stages[0].model_copy(update={"steps": 10**6})]}
+    runs = {key: Run(recipe.model_copy(update=endless), CPU) for key, recipe in recipes.items()}
+    for this in runs.values():
+        for step in this.step_names("cache"):
+            this.do(step)
+    broken, *others = runs.values()
+    (broken.folder / "student" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="no whole U-Net"):
+        list(_each_done(runs, 2))
+    assert not multiprocessing.active_children()
+    assert not any(other.is_done("stage-1") for other in others)
 
 
 def test_interval_is_student_t() -> None:

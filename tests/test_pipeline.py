@@ -82,11 +82,17 @@ def test_single_file_opens_again(kind, plan, request, tmp_path) -> None:
     export(teacher, student, tmp_path / "out")
     export_single_file(tmp_path / "out", tmp_path / "one.safetensors")
     again = Teacher(tmp_path / "one.safetensors")
+    known = {part: again.fingerprint([part]) for part in ("vae", "text_encoder")}
     assert again.unet_config == Teacher(tmp_path / "out").unet_config
     for a, b in ((again.unet, student), (again.vae, teacher.vae)):
         assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
     pictures = [generate(m, "a cat", steps=2)[0].tobytes() for m in (tmp_path / "out", tmp_path / "one.safetensors")]
     assert pictures[0] == pictures[1]
+    config = tmp_path / "one.config" / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.5}))
+    changed = Teacher(tmp_path / "one.safetensors")
+    assert changed.fingerprint(["vae"]) != known["vae"]  # other latents of the same weights
+    assert changed.fingerprint(["text_encoder"]) == known["text_encoder"]
 
 
 def test_a_picture_does_not_depend_on_its_batch(sd) -> None:
@@ -189,6 +195,12 @@ def test_a_teacher_that_cannot_read_is_refused(sd, tmp_path) -> None:
     [
         ("vae/config.json", {"block_out_channels": None}, "no list of block_out_channels"),
         ("unet/config.json", {"block_out_channels": 5}, "no list of block_out_channels"),
+        ("vae/config.json", {"latents_mean": [0, 0, 0, 0]}, "its latents have latents_mean"),
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "trained for FlowMatch",
+        ),
         ("scheduler/scheduler_config.json", {"beta_schedule": "steep"}, "makes no DDPMScheduler"),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": "x"}, "makes no DDPMScheduler"),
         ("scheduler/scheduler_config.json", {"_class_name": "UNet2DConditionModel"}, "is not one of diffusers'"),

@@ -60,6 +60,7 @@ BAD = {
     "plan": ({"plan": "bk-smal"}, "did you mean 'bk-small'"),
     "plan of numbers": ({"plan": 3}, "preset"),
     "no prompts": ({"evaluation": {"prompts": []}}, "at least one"),
+    "no prompts to draw": ({"data": {"prompts": []}}, "data.prompts.*at least one"),
     "dropout": ({"stages": [{"steps": 1, "caption_dropout": 1.5}]}, "caption_dropout"),
 }
 

@@ -15,6 +15,7 @@ import yaml
 from conftest import make_pictures, make_pipeline
 
 from prunet import Run, Runtime, Teacher, UserError, load_recipe, run, runs
+from prunet.latents import Cache
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
 
@@ -131,13 +132,39 @@ def test_other_recipe_in_the_same_folder_is_refused_before_anything_changes(fini
     assert contents(finished) == before
 
 
-def test_pictures_may_go_when_the_cache_is_whole(sd, tmp_path) -> None:
-    folder = make_pictures(tmp_path / "pictures", 4)
-    recipe = load_recipe(recipe_file(tmp_path, sd, folder, stages=[{"steps": 2, "batch_size": 2}]))
+def test_pictures_may_go_when_the_cache_is_whole(sd, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_pictures(tmp_path / "data" / "pictures", 4)
+    source = Path("data/pictures")  # once it is gone this might be a data set of the hub
+    recipe = load_recipe(recipe_file(tmp_path, sd, source, stages=[{"steps": 2, "batch_size": 2}]))
     run(recipe, CPU, until="cache")
-    shutil.rmtree(folder)
+    shutil.rmtree(source)
     run(recipe, CPU, until="distil")
     assert Run(recipe, CPU).is_done("stage-1")
+    other = recipe.data.model_copy(update={"source": "data/others"})
+    monkeypatch.setattr("prunet.runs.check_source", lambda source, **_: pytest.fail(f"looks for {source}"))
+    with pytest.raises(pytest.fail.Exception, match="looks for data/others"):
+        Run(recipe.model_copy(update={"data": other}), CPU)
+
+
+def test_disk_for_the_checkpoints_of_all_stages(finished, sd, pictures, tmp_path) -> None:
+    plans = [{"plan": ["mid_block"]}, {}]
+    stages = [{"steps": 5, "batch_size": 2, **plan} for plan in plans]
+    this = Run(load_recipe(recipe_file(tmp_path, sd, pictures, stages=stages)), CPU)
+    first, second = (16 * derived.student_size.parameters for derived in this.steps_down)
+    assert first > second
+    # Of 5 steps with a checkpoint after every second one two are kept, and one is written beside them.
+    assert this._checkpoint_bytes() == 2 * first + 2 * second + first
+    assert Run(load_recipe(finished / "recipe.yaml"), CPU)._checkpoint_bytes() == 0
+
+
+def test_finished_run_is_exported_without_its_cache(finished, tmp_path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    assert f"{len(Cache.open(folder / 'cache'))} samples at 16 px" in (folder / "pipeline" / "README.md").read_text()
+    shutil.rmtree(folder / "cache")
+    recipe = load_recipe(folder / "recipe.yaml", (), {"output": str(folder)})
+    Run(recipe, CPU)._export()
+    assert "at 16 px" in (card := (folder / "pipeline" / "README.md").read_text()) and "samples at" not in card
 
 
 def test_stages_do_not_repeat_each_others_noise(finished) -> None:

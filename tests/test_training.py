@@ -277,6 +277,13 @@ def test_draws_depend_on_step_and_position_alone(made) -> None:
     assert not torch.equal(whole[0]["noise"][0], whole[0]["noise"][1])
 
 
+def test_no_draw_of_one_seed_is_one_of_another(made) -> None:
+    """A generator counted on from the seed would meet that of the next seed after a million draws."""
+    first, second = (Draws(made, STAGE.model_copy(update={"batch_size": 1}), seed, 1000) for seed in (1, 2))
+    start = second[0, 0]["noise"]
+    assert not any(torch.equal(first[step, 0]["noise"], start) for step in (0, 1, 1_000_003, 2**32))
+
+
 def test_captions_are_dropped_at_the_rate_asked_for(made) -> None:
     stage = STAGE.model_copy(update={"caption_dropout": 0.25, "steps": 100})
     draws = Draws(made, stage, 3, 1000)
@@ -286,7 +293,7 @@ def test_captions_are_dropped_at_the_rate_asked_for(made) -> None:
 
 
 def test_an_epoch_shows_each_sample_once(made) -> None:
-    seen = [_permutation(1, 0, len(made)), _permutation(1, 1, len(made))]
+    seen = [_permutation(1, epoch, len(made)).tolist() for epoch in (0, 1)]
     assert sorted(seen[0]) == list(range(len(made))) == sorted(seen[1])
     assert seen[0] != seen[1]
 

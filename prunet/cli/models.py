@@ -131,6 +131,8 @@ def export(
         raise UserError(f"--output {output}: name the single file something.safetensors")
     if single_file and output is not None and output.exists():
         raise UserError(f"--output {output}: exists; delete it first, or give another name")
+    if single_file and output is not None:
+        refuse_foreign(output.with_suffix(".config"), "model_index.json")  # its configs go there
     this = Run(open_recipe(run_folder, [f"output={json.dumps(str(run_folder))}"]))
     if not this.result_of("evaluate").is_file():
         raise UserError(f"{run_folder}: not evaluated yet; finish it with `prunet run {run_folder}`")
@@ -147,7 +149,7 @@ def export(
     say(
         as_json,
         {"output": str(written), "bytes": size, "loads_in": loads},
-        f"[bold]{written}[/]: {size / 1e6:,.1f} MB of weights\n"
+        f"{written}: {size / 1e6:,.1f} MB of weights\n"
         + "\n".join(f"  {program}: {answer}" for program, answer in loads.items()),
     )
 

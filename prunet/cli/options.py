@@ -190,6 +190,8 @@ def say(as_json: bool, facts: dict[str, Any], text: Any = None) -> None:
         return
     if as_json:
         print(json.dumps(facts))
+    elif isinstance(text, str):
+        print(text)  # as it is: a path may be long, or have [brackets] in it
     elif text is not None:
         from rich import print as show
 

@@ -37,8 +37,8 @@ def _run_until(until: str, path: Path, overrides: list[str] | None, runtime: Any
 
 def _where(folder: Path, until: str) -> str:
     if until != "report":
-        return f"[bold]{folder}[/]"
-    return f"Report: [bold]{folder / 'report.html'}[/]\nPipeline: [bold]{folder / 'pipeline'}[/]"
+        return str(folder)
+    return f"Report: {folder / 'report.html'}\nPipeline: {folder / 'pipeline'}"
 
 
 @app.command()

@@ -112,7 +112,7 @@ def compare(
     if output.suffix != ".html" or output.is_dir():
         raise UserError(f"--output {output}: name the page something.html")
     page = write_comparison(folders, output)
-    say(as_json, {"page": str(page)}, f"Page: [bold]{page}[/]")
+    say(as_json, {"page": str(page)}, f"Page: {page}")
 
 
 @app.command()
