@@ -201,7 +201,10 @@ class Run:
 
     def is_done(self, step: str) -> bool:
         """Whether `step` was finished from these inputs and its result is still there."""
-        if self._done().get(step, {}).get("inputs") != self.inputs[step]:
+        done = self._done().get(step)
+        if (
+            done is None or done.get("inputs") != self.inputs[step]
+        ):  # in this order: the inputs are hashes of large files
             return False
         if step == "cache":
             return all((folder / "cache.json").is_file() for folder, _ in self.cache_specs)
@@ -272,7 +275,10 @@ class Run:
         batch_size = self.recipe.stages[int(step.removeprefix("stage-")) - 1].batch_size
         rows = read_log(log)
         before = [0, *(row["step"] for row in rows)]
-        return sum((row["step"] - b) * batch_size / row["images_per_s"] for row, b in zip(rows, before, strict=False))
+        return sum(
+            (row["step"] - b) * batch_size / max(row["images_per_s"], 1e-4)  # as many digits as the log has
+            for row, b in zip(rows, before, strict=False)
+        )
 
     def _finish(self, step: str, seconds: float) -> None:
         done = {**self._done(), step: {"inputs": self.inputs[step], "seconds": seconds}}
