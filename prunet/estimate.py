@@ -17,29 +17,33 @@ from prunet.size import training_memory
 from prunet.training import Runtime, memory_options
 
 STEPS = 2
-MOST_TIMED = 4  # samples at once; larger micro-batches are not slower an image
+FEW = 4  # samples that are timed at once first
+QUICK_S = 5.0  # a micro-batch that takes no longer is timed as it is: an image of it takes less time
 
 
 def estimate(this: Run) -> dict[str, Any]:
     """Peak memory by part, of the stage that needs most, and the hours of all stages on this device."""
     runtime, stages = this.runtime, this.recipe.stages
     found = [memory(this, number) for number in range(1, len(stages) + 1)]
-    speeds: dict[tuple[Any, ...], float] = {}
+    speeds: dict[tuple[Any, ...], tuple[float, int]] = {}
     seconds = 0.0
     for number, stage in enumerate(stages, 1):
-        derived, micro = this.steps_down[number - 1], min(this.micro_batch(number), MOST_TIMED)
-        pairs = compared(this, number)
+        derived, micro, pairs = this.steps_down[number - 1], this.micro_batch(number), compared(this, number)
         key = (derived.plan.fingerprint, pairs, micro)
         if key not in speeds:
-            speeds[key] = seconds_per_image(derived, pairs, this.latent_size, micro, runtime)
-        seconds += speeds[key] * stage.steps * stage.batch_size
+            timed = min(micro, FEW)
+            found_s = seconds_per_image(derived, pairs, this.latent_size, timed, runtime)
+            if timed < micro and found_s * micro < QUICK_S:
+                timed, found_s = micro, seconds_per_image(derived, pairs, this.latent_size, micro, runtime)
+            speeds[key] = found_s, timed
+        seconds += speeds[key][0] * stage.steps * stage.batch_size
     images = sum(stage.steps * stage.batch_size for stage in stages)
     most = max(found, key=lambda parts: sum(parts.values()))
     return {
         "steps": {name: "done" if this.is_done(name) else "to do" for name in this.step_names()},
         "memory_bytes": {**most, "total": sum(most.values())},
         "micro_batch": this.micro_batch(1 + found.index(most)),
-        "timed_micro_batch": min(MOST_TIMED, *(this.micro_batch(number) for number in range(1, len(stages) + 1))),
+        "timed_micro_batch": min(timed for _, timed in speeds.values()),
         "images": images,
         "seconds_per_image": seconds / images,
         "distil_hours": seconds / 3600,
