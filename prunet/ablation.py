@@ -156,7 +156,7 @@ def _each_done(todo: Mapping[tuple[str, int], Run], workers: int) -> Any:
             _do(run.recipe, run.runtime, like=run)  # checked again: the disk may be full by now
             yield key
         return
-    context = get_context("spawn")
+    context, others = get_context("spawn"), active_children()
     with ProcessPoolExecutor(workers, context, _start_worker, (context.Value("i", 0), workers)) as pool:
         work = {pool.submit(_do_in_worker, run.recipe, run.runtime): key for key, run in todo.items()}
         try:
@@ -168,7 +168,7 @@ def _each_done(todo: Mapping[tuple[str, int], Run], workers: int) -> Any:
                 "A worker was killed (out of memory, perhaps): lower --workers; the same command goes on from here"
             ) from error
         except BaseException:  # or all that is queued would be done first; what is under way goes on from checkpoints
-            for worker in active_children():
+            for worker in set(active_children()).difference(others):
                 worker.terminate()
             raise
 

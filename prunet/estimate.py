@@ -32,10 +32,10 @@ def estimate(this: Run) -> dict[str, Any]:
         key = (derived.plan.fingerprint, pairs, micro)
         if key not in speeds:
             timed = min(micro, FEW)
-            found_s = seconds_per_image(derived, pairs, this.latent_size, timed, runtime)
-            if timed < micro and found_s * micro < QUICK_S:
-                timed, found_s = micro, seconds_per_image(derived, pairs, this.latent_size, micro, runtime)
-            speeds[key] = found_s, timed
+            each_s = seconds_per_image(derived, pairs, this.latent_size, timed, runtime)
+            if timed < micro and each_s * micro < QUICK_S:
+                timed, each_s = micro, seconds_per_image(derived, pairs, this.latent_size, micro, runtime)
+            speeds[key] = each_s, timed
         seconds += speeds[key][0] * stage.steps * stage.batch_size
     images = sum(stage.steps * stage.batch_size for stage in stages)
     most = max(found, key=lambda parts: sum(parts.values()))

@@ -202,9 +202,9 @@ class Run:
     def is_done(self, step: str) -> bool:
         """Whether `step` was finished from these inputs and its result is still there."""
         done = self._done().get(step)
-        if (
-            done is None or done.get("inputs") != self.inputs[step]
-        ):  # in this order: the inputs are hashes of large files
+        if done is None:  # before the inputs, which are hashes of large files
+            return False
+        if done.get("inputs") != self.inputs[step]:
             return False
         if step == "cache":
             return all((folder / "cache.json").is_file() for folder, _ in self.cache_specs)

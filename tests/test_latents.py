@@ -206,6 +206,25 @@ def test_prompts_alone(kind, request, tmp_path, monkeypatch, small_shards) -> No
     assert "unet" in made.spec["parts"]
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "of_prompts", "of_pictures"),
+    [
+        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, True, False),  # what it draws by
+        ("model_index.json", {"force_zeros_for_empty_prompt": False}, True, True),  # what a dropped caption becomes
+    ],
+)
+def test_spec_knows_what_the_latents_and_embeddings_depend_on(
+    sdxl, pictures, tmp_path, file, change, of_prompts, of_pictures
+) -> None:
+    folder = shutil.copytree(sdxl, tmp_path / "changed")
+    before = json.loads((folder / file).read_text())
+    assert {key: before.get(key, True) for key in change} != change
+    (folder / file).write_text(json.dumps({**before, **change}))
+    for data, differs in ((Data(prompts=["a"]), of_prompts), (Data(source=str(pictures)), of_pictures)):
+        ours, theirs = (latents.cache_spec(Teacher(source), data, 1) for source in (sdxl, folder))
+        assert (ours != theirs) == differs
+
+
 def test_size_that_the_stages_cannot_halve_is_refused(sd, pictures, tmp_path) -> None:
     with pytest.raises(UserError, match="not a multiple of 16"):
         cache(Teacher(sd), Data(source=str(pictures), size=24), tmp_path / "c")

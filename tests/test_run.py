@@ -159,6 +159,15 @@ def test_disk_for_the_checkpoints_of_all_stages(sd, pictures, tmp_path, monkeypa
     assert this._checkpoint_bytes() == 2 * second + second
 
 
+def test_a_stage_that_was_stopped_took_all_of_its_steps(sd, pictures, tmp_path) -> None:
+    this = Run(load_recipe(recipe_file(tmp_path, sd, pictures)), CPU)  # 4 pictures a step
+    (this.folder / "stage-1").mkdir(parents=True)
+    rows = [{"step": 10, "images_per_s": 2.0}, {"step": 15, "images_per_s": 0.5}]
+    (this.folder / "stage-1" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert this._logged_seconds("stage-1") == 10 * 4 / 2 + 5 * 4 / 0.5
+    assert this._logged_seconds("stage-2") == this._logged_seconds("build") == 0
+
+
 def test_finished_run_is_exported_without_its_cache(finished, tmp_path) -> None:
     folder = shutil.copytree(finished, tmp_path / "run")
     assert f"{len(Cache.open(folder / 'cache'))} samples at 16 px" in (folder / "pipeline" / "README.md").read_text()
