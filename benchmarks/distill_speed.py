@@ -302,7 +302,7 @@ def main() -> None:
         except UserError as error:
             raise SystemExit(str(error)) from None
 
-    from conftest import make_pictures
+    from small_models import make_pictures
 
     with tempfile.TemporaryDirectory(prefix="prunet-speed-") as text:
         folder = Path(text)

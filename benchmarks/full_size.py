@@ -23,7 +23,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import torch
-from conftest import _tokenizer, make_pictures
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -31,6 +30,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from small_models import make_pictures, make_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from prunet import Run, Runtime, Teacher, export
@@ -85,7 +85,7 @@ def random_pipe(layout: str, dtype: torch.dtype) -> DiffusionPipeline:
         return random_module(lambda: cls(config), dtype)
 
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = _tokenizer(Path(folder) / "tokenizer")
+        tokenizer = make_tokenizer(Path(folder) / "tokenizer")
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
     parts = {
         "unet": random_module(lambda: make_unet(layout_config(layout)), dtype),

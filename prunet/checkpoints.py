@@ -49,7 +49,7 @@ def save(
     if not accelerator.is_main_process:
         return
     with new_folder(folder / "checkpoints" / f"step-{step:07d}") as part:
-        save_file({k: v.contiguous() for k, v in state.items()}, part / "student.safetensors")
+        save_file(state, part / "student.safetensors")
         if average:
             save_file(average, part / "ema.safetensors")
         torch.save(moments, part / "optimizer.pt")
@@ -65,7 +65,7 @@ def _in_full(value: Any, like: torch.Tensor | None = None) -> Any:
     """
     full = whole(value, like)
     if full is value:
-        return value
+        return value.contiguous() if isinstance(value, torch.Tensor) else value
     return full.cpu() if is_main() else None
 
 

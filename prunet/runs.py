@@ -349,7 +349,7 @@ class Run:
         )
         if processes.is_main():
             save_unet(trained, folder / "unet")
-        if self.runtime.teacher_8bit:
+        if self.runtime.teacher_8bit or self.runtime.teacher_fp8:
             teacher.release("unet")  # what is measured and exported is the teacher as it is stored
 
     def _student_at_start(self, number: int) -> UNet2DConditionModel:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import _tokenizer
+from conftest import make_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
@@ -32,7 +32,7 @@ PROMPTS = [f"a {('red', 'blue', 'green')[thing % 3]} {thing // 3}" for thing in 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clip") / "clip"
-    tokenizer = _tokenizer(folder)
+    tokenizer = make_tokenizer(folder)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
     model = CLIPModel(
