@@ -215,7 +215,10 @@ def distil(
     # In evaluation mode accelerate gives the model its precision and leaves out DDP, which FSDP stands in for.
     compiled: Any = torch.compile if runtime.compile else lambda net: net
     model = accelerator.prepare_model(compiled(student), evaluation_mode=runtime.fsdp)
-    frozen_unet, compare = compiled(teacher_unet), compiled(feature_losses)
+    frozen_unet = compiled(teacher_unet)
+    # In one kernel, instead of one for each operation of each pair.
+    fused = runtime.compile or runtime.compile_blocks
+    compare: Any = torch.compile(feature_losses) if fused else feature_losses
     optimizer = accelerator.prepare_optimizer(optimizer)
     if runtime.tracker:
         accelerator.init_trackers("prunet", config={"stage": stage.model_dump_json()})
