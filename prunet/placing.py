@@ -154,7 +154,7 @@ def place(
     ours = {key: header for key, header in found.items() if bare(key).startswith(stem)}
     where = next(iter((ours or found).values())).file if found else "The file"
     if stem and not ours:
-        raise UserError(f"{where} has no {stem}* in it, which this {what} needs: {fix}")
+        raise UserError(f"{where} has no {stem}* in it, which this {what} needs: give a whole checkpoint")
     if scale := next((key for key in sorted(found) if SCALE.search(key) and (key in ours or "." not in key)), None):
         raise UserError(
             f"{found[scale].file}: {scale} in it says that weights are stored scaled (fp8), which prunet does not "

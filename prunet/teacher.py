@@ -413,7 +413,7 @@ class Teacher:
         if bad := next((name for name, tensor in module.state_dict().items() if not placing.is_finite(tensor)), None):
             placing.check_finite(placed)
             path, key = placed.places[bad]
-            raise UserError(f"{path}: {key} has numbers that {dtype} cannot hold: try --precision no, or bf16")
+            raise UserError(f"{path}: {key} has numbers that {dtype} cannot hold: {after_overflow(dtype)}")
         return freeze(module)
 
     @cached_property
@@ -601,6 +601,13 @@ def _process(teacher: Teacher) -> dict[str, Any]:
         "rescale_betas_zero_snr",
     )
     return {name: config.get(name) for name in names}
+
+
+def after_overflow(dtype: torch.dtype) -> str:
+    """What to try where finite weights give what is not finite."""
+    if dtype == torch.float32:
+        return "full precision does not hold it either, so the weights are damaged: fetch or copy them again"
+    return "try --precision no" + (", or bf16" if dtype == torch.float16 else "")
 
 
 def freeze(module: M) -> M:
