@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -486,16 +487,64 @@ class Teacher:
 
     def _copy_other(self, configs: Path, name: str, folder: Path) -> bool:
         """Copies a part without weights that prunet loads (tokenizer, scheduler, safety checker); False: not there."""
+        files = self._other_files(configs, name)
+        for file in files:
+            (folder / name).mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / name / file.name)
+        return bool(files)
+
+    def _other_files(self, configs: Path, name: str) -> list[Path]:
         if self._hub is not None:
             self._download(f"{name}/*.json", f"{name}/*.txt", f"{name}/model.safetensors")
         files = [p for p in (configs / name).glob("*") if p.suffix in (".json", ".txt", ".safetensors", ".model")]
         weights = any(p.suffix == ".safetensors" for p in files)
-        if not files or (name == "safety_checker" and not weights):
-            return False
-        (folder / name).mkdir()
-        for file in files:
-            shutil.copyfile(file, folder / name / file.name)
-        return True
+        return [] if name == "safety_checker" and not weights else files
+
+    def check_other_parts(self) -> None:
+        """Refuses what stock diffusers could not load of the parts that are copied as they are (`_copy_other`): it
+        opens just those files with it. Else that would be found at the export, after all the training.
+
+        Raises:
+            UserError: such a part, or one of which the index says another class than prunet loads.
+        """
+        import diffusers
+
+        configs = self._configs()
+        index = _read_json(configs / "model_index.json", self.source)
+        ours = ("vae", *self.text_encoders)
+        for part in ours:
+            cls, _ = self._class_and_config(part)
+            if (given := (index.get(part) or [None, None])[1]) != cls.__name__:
+                raise UserError(
+                    f"{configs / 'model_index.json'}: {part}: {given}; prunet knows {cls.__name__}"
+                )
+        with TemporaryDirectory() as made:
+            for name in [n for n, value in index.items() if isinstance(value, list) and n not in (*ours, "unet")]:
+                if index[name][0] is None:
+                    continue
+                (Path(made) / name).mkdir()
+                files = self._other_files(configs, name)
+                for file in files:
+                    (Path(made) / name / file.name).symlink_to(file.absolute())
+                if not files:
+                    _say_once(f"{configs}: {name} is left out: no safetensors or JSON in its folder to copy")
+                    index[name] = [None, None]
+            if index.get("safety_checker", ["?"])[0] is None:
+                index["requires_safety_checker"] = False
+            (Path(made) / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+            diffusers.utils.logging.disable_progress_bar()
+            try:
+                diffusers.DiffusionPipeline.from_pretrained(
+                    made, local_files_only=True, unet=None, **dict.fromkeys(ours)
+                )
+            except Exception as error:  # of any kind: whatever the classes of the parts raise
+                lines = str(error).replace(made, str(configs)).splitlines() or [""]
+                raise UserError(
+                    f"{configs}: stock diffusers cannot open the parts that the student takes over "
+                    f"({type(error).__name__}: {lines[0][:300]}): fix that part, or delete its line in model_index.json"
+                ) from error
+            finally:
+                diffusers.utils.logging.enable_progress_bar()
 
     def release(self, *parts: str) -> None:
         """Forget loaded parts (`unet`, `vae`, `text`), so that their memory can be used for something else."""
