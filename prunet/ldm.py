@@ -77,19 +77,21 @@ def to_ldm(
 
 def from_ldm_unet(path: str | Path, config: Mapping[str, Any]) -> UNet2DConditionModel:
     """The U-Net of a single file, in the file's dtype; `config` is its diffusers config, which must fit."""
-    return placing.fill(place(path, placing.empty(UNet2DConditionModel, config)))
+    unet = placing.empty(UNet2DConditionModel, config)
+    return placing.fill(unet, place(path, unet))
 
 
 def from_ldm_vae(path: str | Path, config: Mapping[str, Any]) -> AutoencoderKL:
     """The VAE of a single file, in the file's dtype; `config` is its diffusers config."""
-    return placing.fill(place(path, placing.empty(AutoencoderKL, config)))
+    vae = placing.empty(AutoencoderKL, config)
+    return placing.fill(vae, place(path, vae))
 
 
 def from_ldm_text_encoder(path: str | Path, config: Any, index: int = 0) -> Any:
     """Text encoder `index` (1: the second of SDXL) of a single file; `config` is its transformers config."""
     cls = CLIPTextModelWithProjection if index else CLIPTextModel
     model = placing.empty(cls, config if isinstance(config, CLIPTextConfig) else CLIPTextConfig(**config))
-    return placing.fill(place(path, model, index))
+    return placing.fill(model, place(path, model, index))
 
 
 def place(path: str | Path, model: Any, index: int = 0) -> placing.Placed:

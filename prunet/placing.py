@@ -50,9 +50,9 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True)
 class Placed:
-    """A model without contents, and for each of its tensors the file and the key under which it lies."""
+    """For each tensor of a model the file and the key under which it lies."""
 
-    model: nn.Module
+    what: str  # the model's class
     places: Mapping[str, tuple[Path, str]]
     renamed: Mapping[str, str]  # keys that stock diffusers does not know -> the names that they stand for
     unpack: Callable[[str, str, Tensor], Tensor]
@@ -174,7 +174,7 @@ def place(
         raise UserError(f"{ours[left[0]].file} has {left[0]}, for which this {what} has no place{_more(left)}: {fix}")
     places = {name: (ours[keys[key]].file, keys[key]) for name, key in names.items()}
     renamed = {key: name for name, key in keys.items() if key != name and (key_map or bare(key) != key)}
-    return Placed(model, places, renamed, unpack)
+    return Placed(what, places, renamed, unpack)
 
 
 def _more(names: list[str]) -> str:
@@ -192,15 +192,15 @@ def _check_fit(
         raise UserError(f"{header.file}: {key} is {list(shape)}, not {list(tensor.shape)}: {fix}")
 
 
-def fill(placed: Placed) -> Any:
-    """The model with its tensors, in the files' dtypes; all of them, since `place` found all."""
+def fill(model: Any, placed: Placed) -> Any:
+    """The empty model with its tensors, in the files' dtypes; all of them, since `place` found all."""
     with ExitStack() as stack:
         files = {path: stack.enter_context(open_file(path)) for path in {path for path, _ in placed.places.values()}}
         state = {
             name: placed.unpack(key, name, files[path].get_tensor(key)) for name, (path, key) in placed.places.items()
         }
-    placed.model.load_state_dict(state, assign=True)
-    return placed.model.eval()
+    model.load_state_dict(state, assign=True)
+    return model.eval()
 
 
 def check_finite(placed: Placed) -> None:
@@ -215,7 +215,7 @@ def check_finite(placed: Placed) -> None:
                 if not is_finite(file.get_tensor(key)):
                     raise UserError(
                         f"{path}: {key} has NaN or infinity in it, so that nothing can be computed with this "
-                        f"{type(placed.model).__name__}: fetch or copy it again, or give another"
+                        f"{placed.what}: fetch or copy it again, or give another"
                     )
 
 

@@ -35,6 +35,12 @@ WEIGHTS = {
     "text_encoder": "model",
     "text_encoder_2": "model",
 }
+CLASSES = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+}
 # The configs and tokenizers of a bare single file come from the hub, from the repositories that diffusers names too.
 HUB_CONFIGS = {
     "sd-v1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -367,11 +373,12 @@ class Teacher:
     def _weights_here(self, part: str) -> bool:
         return self._hub is None and self._folder is not None and any((self._folder / part).glob("*.safetensors*"))
 
-    def _place(self, part: str) -> placing.Placed:
-        """Where each tensor of a part lies: in the single file, or in those of its folder."""
-        from prunet import ldm
+    def _place(self, part: str, model: Any = None) -> placing.Placed:
+        """Where each tensor of a part lies: in the single file, or in those of its folder. `model`: an empty one."""
+        from prunet import ldm, unet
 
-        model = placing.empty(*self._class_and_config(part), f"{self.source}: {part}/config.json")
+        if model is None:  # the U-Net's is there already where a plan was looked at
+            model = unet.skeleton(self.unet_config) if part == "unet" else self._empty(part)
         if self._file is None:
             placed = placing.place(model, placing.headers(self._weight_files(part)))
             _tell(placed)
@@ -389,28 +396,26 @@ class Teacher:
             _say_once(f"{self._file}: tensors that are of no part of a pipeline are not used: {counts}")
         return placed
 
-    def _class_and_config(self, part: str) -> tuple[Any, Any]:
-        """What a part is made of: a class of diffusers or transformers, and its config."""
-        if part == "unet":
-            from diffusers import UNet2DConditionModel
+    def _empty(self, part: str) -> Any:
+        where = f"{self.source}: {part}/config.json"
+        if part in ("unet", "vae"):
+            import diffusers
 
-            return UNet2DConditionModel, self.unet_config
-        config = self.part_config(part)
-        if part == "vae":
-            from diffusers import AutoencoderKL
+            config = self.unet_config if part == "unet" else self.part_config(part)
+            return placing.empty(getattr(diffusers, CLASSES[part]), config, where)
+        import transformers
 
-            return AutoencoderKL, config
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-        cls = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
+        cls = getattr(transformers, CLASSES[part])
         try:
-            return cls, CLIPTextConfig.from_pretrained(self._configs() / part)
+            text_config = transformers.CLIPTextConfig.from_pretrained(self._configs() / part)
         except Exception as error:  # of any kind: transformers takes the values as they are
-            raise UserError(f"{self.source}: {part}/config.json makes no {cls.__name__} ({error})") from error
+            raise UserError(f"{where} makes no {cls.__name__} ({error})") from error
+        return placing.empty(cls, text_config, where)
 
     def _load(self, part: str, dtype: torch.dtype | None = None) -> nn.Module:
-        placed, dtype = self._place(part), dtype or self.dtype
-        module = nn.Module.to(placing.fill(placed), self.device, dtype)
+        model, dtype = self._empty(part), dtype or self.dtype
+        placed = self._place(part, model)
+        module = nn.Module.to(placing.fill(model, placed), self.device, dtype)
         if bad := next((name for name, tensor in module.state_dict().items() if not placing.is_finite(tensor)), None):
             placing.check_finite(placed)
             path, key = placed.places[bad]
@@ -513,11 +518,8 @@ class Teacher:
         index = _read_json(configs / "model_index.json", self.source)
         ours = ("vae", *self.text_encoders)
         for part in ours:
-            cls, _ = self._class_and_config(part)
-            if (given := (index.get(part) or [None, None])[1]) != cls.__name__:
-                raise UserError(
-                    f"{configs / 'model_index.json'}: {part}: {given}; prunet knows {cls.__name__}"
-                )
+            if (given := (index.get(part) or [None, None])[1]) != CLASSES[part]:
+                raise UserError(f"{configs / 'model_index.json'}: {part}: {given}; prunet knows {CLASSES[part]}")
         with TemporaryDirectory() as made:
             for name in [n for n, value in index.items() if isinstance(value, list) and n not in (*ours, "unet")]:
                 if index[name][0] is None:

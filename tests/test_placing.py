@@ -124,7 +124,7 @@ def test_one_tensor_changed_is_refused(form, teachers, tmp_path) -> None:
         keys = keys_of(form, teachers[form], part)
         for name, change in CHANGES.items():
             key = draw.choice(keys)
-            said = refusal(form, teachers[form], part, key, change, tmp_path / "t")
+            said = refusal(form, teachers[form], part, key, change, tmp_path / "t", load=name == "NaN")
             assert key in said, (part, name, key, said)
             assert Path(file_with(form, teachers[form], part, key)).name in said or name in ("removed", "renamed")
 
@@ -305,7 +305,7 @@ def test_a_config_that_makes_no_model_is_one_line(sd, tmp_path) -> None:
         folder = Path(shutil.copytree(sd, tmp_path / part))
         path = folder / part / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-        with pytest.raises(UserError, match=rf"{part}/config\.json makes no "):
+        with pytest.raises(UserError, match=r"config\.json makes no |diffusers cannot make a U-Net of this config"):
             Teacher(folder).check_weights()
 
 
