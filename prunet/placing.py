@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,15 +111,25 @@ def headers(files: Iterable[Path]) -> dict[str, Header]:
     """
     found: dict[str, Header] = {}
     for path in files:
-        with open_file(path) as file:
-            for key in file.keys():  # noqa: SIM118
-                if key in found:
-                    raise UserError(f"{path}: {key} is in {found[key].file.name} too: fetch or copy both again")
-                piece = file.get_slice(key)
-                found[key] = Header(path, tuple(piece.get_shape()), str(piece.get_dtype()))
+        header = _headers(path, path.stat().st_mtime_ns if path.is_file() else 0)
+        if again := sorted(found.keys() & header.keys()):
+            raise UserError(f"{path}: {again[0]} is in {found[again[0]].file.name} too: fetch or copy both again")
+        found |= header
     return found
 
 
+@lru_cache(maxsize=64)
+def _headers(path: Path, modified_ns: int) -> dict[str, Header]:
+    """Several parts of one file ask for it; `modified_ns` tells a file that was written again."""
+    found: dict[str, Header] = {}
+    with open_file(path) as file:
+        for key in file.keys():  # noqa: SIM118
+            piece = file.get_slice(key)
+            found[key] = Header(path, tuple(piece.get_shape()), str(piece.get_dtype()))
+    return found
+
+
+@lru_cache(maxsize=2**15)
 def bare(key: str) -> str:
     """A tensor's name without what wrappers add to it."""
     return WRAPPED.sub("", key)

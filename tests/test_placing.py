@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pipeline
 from safetensors.torch import load_file, save_file
 
 from prunet import Teacher, UserError, build, export, load_plan
@@ -122,7 +121,7 @@ def test_one_tensor_changed_is_refused(form, teachers, tmp_path) -> None:
     draw = random.Random(form)
     for part in PARTS:
         keys = keys_of(form, teachers[form], part)
-        for name, change in CHANGES.items():
+        for name, change in draw.sample(list(CHANGES.items()), 2):
             key = draw.choice(keys)
             said = refusal(form, teachers[form], part, key, change, tmp_path / "t", load=name == "NaN")
             assert key in said, (part, name, key, said)
@@ -386,10 +385,3 @@ def test_emoji_teachers_pass_every_check() -> None:
         teacher = Teacher(Path(__file__).parent.parent / "emoji" / name)
         teacher.check_weights()
         teacher.check_other_parts()
-
-
-def test_pipelines_of_another_seed_are_not_mixed_up(tmp_path) -> None:
-    """`place` looks at names, never at order: the weights are those of the file."""
-    teacher = Teacher(make_pipeline(tmp_path / "a", "sd", seed=3))
-    stored = load_file(tmp_path / "a/unet/diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(tensor, stored[name]) for name, tensor in teacher.unet.state_dict().items())
