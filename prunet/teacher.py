@@ -623,7 +623,7 @@ def open_tokenizer(folder: Path) -> Any:
 def check_same_space(first: Teacher, other: Teacher) -> None:
     """Refuses a second teacher of another layout, another latent space or another thing to predict."""
     sides: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-        ("U-Net", first.unet_config, other.unet_config),
+        ("U-Net", _denoiser(first), _denoiser(other)),
         ("latent space", _latent_space(first), _latent_space(other)),
         ("noise schedule", _process(first), _process(other)),
     ]
@@ -636,9 +636,18 @@ def check_same_space(first: Teacher, other: Teacher) -> None:
             )
 
 
+def _denoiser(teacher: Teacher) -> dict[str, Any]:
+    """The U-Net's config, with the defaults where a version wrote none, and lists for tuples."""
+    from prunet.unet import skeleton
+
+    config = json.loads(json.dumps(dict(skeleton(teacher.unet_config).config)))
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
 def _latent_space(teacher: Teacher) -> dict[str, Any]:
     config = teacher.part_config("vae")
-    return {key: config.get(key) for key in ("latent_channels", "scaling_factor", "block_out_channels")}
+    space = {key: config.get(key) for key in ("latent_channels", "block_out_channels")}
+    return {**space, "scaling_factor": teacher.scaling_factor}
 
 
 def _process(teacher: Teacher) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from prunet import Teacher, UserError, build, export, load_plan
 from prunet.cli import main
 from prunet.pipeline import export_single_file
 from prunet.student import state_hash
+from prunet.teacher import check_same_space
 
 UNET, VAE, TEXT = "diffusion_pytorch_model", "diffusion_pytorch_model", "model"
 PARTS = {"unet": UNET, "vae": VAE, "text_encoder": TEXT, "text_encoder_2": TEXT}
@@ -385,3 +386,20 @@ def test_emoji_teachers_pass_every_check() -> None:
         teacher = Teacher(Path(__file__).parent.parent / "emoji" / name)
         teacher.check_weights()
         teacher.check_other_parts()
+
+
+def test_a_teacher_saved_by_another_version_may_follow(sd, tmp_path) -> None:
+    """A key that is not there is the default, which other versions write."""
+    folder = Path(shutil.copytree(sd, tmp_path / "older"))
+    for part, keys in (
+        ("unet", ("resnet_time_scale_shift", "mid_block_type", "dropout")),
+        ("vae", ("scaling_factor",)),
+    ):
+        path = folder / part / "config.json"
+        config = {key: value for key, value in json.loads(path.read_text()).items() if key not in keys}
+        path.write_text(json.dumps(config | ({"decay": 0.5} if part == "unet" else {})))
+    check_same_space(Teacher(sd), Teacher(folder))
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "act_fn": "gelu"}))
+    with pytest.raises(UserError, match="its U-Net is not that of"):
+        check_same_space(Teacher(sd), Teacher(folder))
