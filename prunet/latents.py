@@ -31,7 +31,7 @@ from prunet.files import new_file, read_json, read_label, write_json
 from prunet.pictures import BrokenPicture, Picture, bucket_sizes, fit, nearest_size
 from prunet.recipe import Data, read_prompts
 from prunet.sources import check_source, has_files, read_pictures, source_files
-from prunet.teacher import PromptEmbeds, Teacher
+from prunet.teacher import PromptEmbeds, Teacher, after_overflow
 
 FORMAT = 2
 SHARD = 256
@@ -256,7 +256,7 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
 def _begin(teacher: Teacher, folder: Path, spec: dict[str, Any]) -> None:
     write_json(folder / "spec.json", spec)
     empty = teacher.encode_prompts([""], unconditional=True)
-    _write(folder / "unconditional.safetensors", _text_tensors(empty), {})
+    _write(folder / "unconditional.safetensors", _text_tensors(empty), {}, ["the empty prompt"], teacher)
 
 
 def _finish(data: Data, folder: Path, shards: int) -> None:
@@ -320,7 +320,7 @@ def _encode_pictures(teacher: Teacher, data: Data, folder: Path, size: int, seed
 def _encode_shard(
     teacher: Teacher, data: Data, path: Path, group: list[Picture], size: int, seed: int, kept: dict[str, Tensor]
 ) -> None:
-    fitted, captions, skipped = [], [], []
+    fitted, captions, skipped, keys = [], [], [], []
     sizes = bucket_sizes(size, _side_step(teacher)) if data.buckets else [(size, size)]
     for picture in group:
         try:
@@ -332,6 +332,7 @@ def _encode_shard(
             number = seed_of(seed, picture.key, view)
             fitted.append(fit(image, nearest_size(image, sizes), crop=data.crop, flip=data.flip, seed=number))
             captions.append(picture.captions[number % len(picture.captions)])
+            keys.append(picture.key)
     label: dict[str, Any] = {"captions": captions, "skipped": skipped, "count": len(captions)}
     tensors = dict(kept)
     if not any(name.startswith("mean") for name in kept):
@@ -343,7 +344,7 @@ def _encode_shard(
         tensors["time_ids"] = torch.tensor(ids, dtype=torch.float32)
     if data.buckets:
         label["sizes"] = [tensors[f"mean.{i}"].shape[1:] for i in range(len(fitted))]
-    _write(path, tensors, label)
+    _write(path, tensors, label, keys, teacher)
 
 
 def _slices(count: int) -> list[slice]:
@@ -385,7 +386,7 @@ def _draw_prompts(teacher: Teacher, data: Data, folder: Path, size: int, seed: i
                     rows.append(_draw_batch(teacher, pipe, data, group[at : at + ENCODE_BATCH], size, seed))
                     bar.advance(len(rows[-1]["mean"]))
                 texts = [text for _, _, text in group]
-                _write(path, _concat(rows), {"captions": texts, "skipped": [], "count": len(group)})
+                _write(path, _concat(rows), {"captions": texts, "skipped": [], "count": len(group)}, texts, teacher)
             else:
                 bar.advance(len(group))
     return len(starts)
@@ -419,13 +420,22 @@ def _concat(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
 
-def _write(path: Path, tensors: dict[str, Tensor], label: dict[str, Any]) -> None:
-    """Stores in half precision, except micro-conditioning: half cannot hold every size in pixels."""
+def _write(
+    path: Path, tensors: dict[str, Tensor], label: dict[str, Any], names: Sequence[str], teacher: Teacher
+) -> None:
+    """Stores in half precision, except micro-conditioning: half cannot hold every size in pixels.
+
+    `names`: what each row of the tensors was made of, a picture's key or a prompt.
+    """
     stored = {n: t.to("cpu", t.dtype if n == "time_ids" else STORED).contiguous() for n, t in tensors.items()}
     for name, tensor in stored.items():
+        kind, _, number = name.partition(".")
         if not torch.isfinite(tensor).all():
+            row = int(number or next(i for i, value in enumerate(tensor) if not torch.isfinite(value).all()))
+            what = "latents" if kind in ("mean", "std") else "prompt embeddings"
             raise UserError(
-                f"{path}: {name} is not finite: the teacher overflows in this precision; try --precision no"
+                f"{names[row]!r}: its {what} are not finite ({name} of {path.name}): {teacher.source} overflows in "
+                f"{teacher.dtype}: {after_overflow(teacher.dtype)}"
             )
     need = sum(t.numel() * t.element_size() for t in stored.values())
     if shutil.disk_usage(path.parent).free < need + 2**20:

@@ -28,7 +28,7 @@ from prunet.console import progress
 from prunet.errors import UserError
 from prunet.files import new_file, new_folder
 from prunet.size import example_inputs
-from prunet.teacher import Teacher, freeze
+from prunet.teacher import Teacher, after_overflow, freeze
 
 SAMPLERS = {
     "dpmsolver++": DPMSolverMultistepScheduler,
@@ -98,7 +98,11 @@ def draw_latents(
     guidance_scale: float = 7.5,
     size: int | None = None,
 ) -> Tensor:
-    """The latents (B, 4, h, w) of the pictures, scaled; one generator on the CPU a picture, whatever the device."""
+    """The latents (B, 4, h, w) of the pictures, scaled; one generator on the CPU a picture, whatever the device.
+
+    Raises:
+        UserError: what the denoiser drew is not finite.
+    """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     # Under autocast, so that a student in fp32 may stand beside text encoders in half precision.
     device, dtype = pipe.vae.device, next(pipe.text_encoder.parameters()).dtype
@@ -112,14 +116,26 @@ def draw_latents(
             generator=generators,
             output_type="latent",
         )
+    for prompt, seed, latents in zip(prompts, seeds, result.images, strict=True):
+        if not latents.isfinite().all():
+            raise UserError(
+                f"{prompt!r} (seed {seed}): what the U-Net drew is not finite in {dtype}, so it is no picture: "
+                f"{after_overflow(dtype)}"
+            )
     return result.images.float()
 
 
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor) -> list[Image.Image]:
-    """Pictures of scaled latents (B, 4, h, w), decoded in the VAE's own precision."""
+    """Pictures of scaled latents (B, 4, h, w), decoded in the VAE's own precision.
+
+    Raises:
+        UserError: what the VAE made of them is not finite.
+    """
     vae = pipe.vae
     pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
+    if not pixels.isfinite().all():
+        raise UserError(f"What the VAE decoded is not finite in {vae.dtype}: {after_overflow(vae.dtype)}")
     return pipe.image_processor.postprocess(pixels.float(), output_type="pil")
 
 

@@ -95,6 +95,8 @@ class Run:
             _ = teacher.noise_scheduler
             teacher.check_weights()
             check_same_space(self.teacher, teacher)
+        if not self.is_done("export"):
+            self.teachers[-1].check_other_parts()
         check_steps(self.steps_down)
         for number, stage in enumerate(recipe.stages, 1):
             self.micro_batch(number)

@@ -33,7 +33,7 @@ from prunet.sharding import local, shard, unsharded, whole
 from prunet.sheets import Sheets
 from prunet.size import fitting_micro_batch
 from prunet.taps import tap
-from prunet.teacher import Teacher, conditioning
+from prunet.teacher import Teacher, after_overflow, conditioning
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 
@@ -236,6 +236,7 @@ def distil(
     accumulate = stage.batch_size // (micro_batch * ranks)
     log = processes.from_main(lambda: Log(folder / "log.jsonl", start))
     sums, since, clock = torch.zeros(len(names), device=device), 0, time.perf_counter()
+    overflows = torch.zeros((), device=device)  # micro-batches of which the teacher's own output is not finite
 
     with (
         progress("Distilling", stage.steps) as bar,
@@ -264,6 +265,7 @@ def distil(
                     pooled = None if text[1] is None else text[1].to(dtype)
                     frozen = conditioning(text[0].to(dtype), pooled, text[2])
                     eps_t = frozen_unet(noisy.to(dtype), batch["timestep"], **frozen, return_dict=False)[0]
+                    overflows += ~eps_t.isfinite().all()
                 last = micro == accumulate - 1
                 with nullcontext() if last else accelerator.no_sync(model):
                     eps_s = model(noisy, batch["timestep"], **conditioning(*text), return_dict=False)[0]
@@ -298,6 +300,11 @@ def distil(
             if done % runtime.log_every == 0 or saving or drawing:
                 # The only place where the device is waited for.
                 means = dict(zip(names, (accelerator.reduce(sums, "mean") / since).tolist(), strict=True))
+                if not all(map(math.isfinite, means.values())) and accelerator.reduce(overflows, "sum"):
+                    raise UserError(
+                        f"The output of the teacher {teacher.source} itself is not finite at step {done}: it overflows "
+                        f"in {teacher_unet.dtype}: {after_overflow(teacher_unet.dtype)}"
+                    )
                 _check_finite(means, done, stage, folder, overflow_is_skipped=accelerator.scaler is not None)
                 speed = since * stage.batch_size / (time.perf_counter() - clock)
                 row = _row(done, means, weights, factors, learning_rate_at(stage, step), speed)

@@ -39,7 +39,9 @@ def inspect(
             raise UserError(f"{teacher}: a recipe names its own plan and teacher.config: leave --plan and --config out")
         return _inspect_recipe(Path(teacher), as_json)
     chosen = Plan("none") if plan == "none" else load_plan(plan)
-    derived = derive(Teacher(teacher, config=config).unet_config, chosen)
+    opened = Teacher(teacher, config=config)
+    derived = derive(opened.unet_config, chosen)
+    opened.check_weights(headers_only=True)
     title = teacher if plan == "none" else f"{teacher} by {chosen.name}"
     say(as_json, derived.facts() if as_json else {}, None if as_json else draw_plan(derived, title))
 
@@ -55,7 +57,9 @@ def _inspect_recipe(path: Path, as_json: bool) -> None:
 
     recipe = open_recipe(path, None)
     source = recipe.teacher
-    config = Teacher(source.source, config=source.config, revision=source.revision).unet_config
+    teacher = Teacher(source.source, config=source.config, revision=source.revision)
+    config = teacher.unet_config
+    teacher.check_weights(headers_only=True)
     derived, steps = derive(config, recipe.plan), [derive(config, plan) for plan in recipe.stage_plans]
     check_steps(steps)
     notes = [f"{stage.steps:,} x {stage.batch_size}" for stage in recipe.stages]
