@@ -129,10 +129,8 @@ class Teacher:
     def _open_file(self, path: Path, config: str | Path | None) -> None:
         if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
             raise UserError(
-                f"{path} is a pickle, which can run code when it is opened. Convert it once, where you trust it: "
-                "python -c \"import torch, safetensors.torch as s; d = torch.load('IN.ckpt', weights_only=True); "
-                "s.save_file({k: v.contiguous() for k, v in d.get('state_dict', d).items() "
-                "if torch.is_tensor(v)}, 'OUT.safetensors')\""
+                f"{path} is a pickle, which can run code when it is opened; `prunet convert {path}` writes its tensors "
+                f"as {path.with_suffix('.safetensors').name} without running any"
             )
         if path.suffix != ".safetensors":
             raise UserError(f"{path}: not a .safetensors file or a diffusers folder")
@@ -320,10 +318,9 @@ class Teacher:
         for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
             if (folder / name).is_file():
                 return [folder / name]
-        pickled = "; its .bin files are pickles, which prunet does not open: save the pipeline with safe_serialization"
-        raise UserError(
-            f"{self.source}: no {part}/{stem}.safetensors" + (pickled if list(folder.glob("*.bin")) else "")
-        )
+        target, pickles = folder / f"{stem}.safetensors", sorted(folder.glob("*.bin"))
+        advice = f"; {pickles[0].name} is a pickle: `prunet convert {pickles[0]} -o {target}`" if pickles else ""
+        raise UserError(f"{self.source}: no {part}/{target.name}{advice}")
 
     def check_weights(self) -> None:
         """Refuses missing tokenizers, and weight files that are missing, pickled or (by their headers) cut off."""

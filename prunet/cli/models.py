@@ -155,6 +155,23 @@ def export(
 
 
 @app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A pickled checkpoint: .ckpt, .pt, .pth or .bin.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The new file; FILE.safetensors by default.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the tensors of a pickled checkpoint as .safetensors, without running the code that is in it."""
+    from prunet.pickles import convert as convert_pickle
+
+    facts = convert_pickle(checkpoint, output)
+    dropped = f"\nno tensors, so left out: {', '.join(facts['dropped'])}" if facts["dropped"] else ""
+    text = f"{facts['output']}: {facts['tensors']:,} tensors, {facts['bytes'] / 1e6:,.1f} MB{dropped}"
+    say(as_json, facts, text)
+
+
+@app.command()
 @with_runtime("device", "precision")
 def generate(
     runtime: Any,
