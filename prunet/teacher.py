@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from prunet import text_names
 from prunet.errors import UserError
 
 if TYPE_CHECKING:  # imported when used: a config can be read in a second, diffusers takes several
@@ -403,7 +404,8 @@ class Teacher:
     def save_parts(self, folder: Path) -> None:
         """Writes all of the pipeline but the U-Net into `folder`: the teacher's own weights, byte for byte.
 
-        Of a single file the VAE and text encoders are written by diffusers, in the precision of this teacher.
+        But text encoders get the names that every client reads (`prunet.text_names`), and of a single file the VAE and
+        the text encoders are written by diffusers, in the precision of this teacher.
         """
         configs = self._configs()
         index = _read_json(configs / "model_index.json", self.source)
@@ -411,18 +413,21 @@ class Teacher:
             if index[name][0] is None:
                 continue
             if name in WEIGHTS and self._file is not None:
-                part = self.vae if name == "vae" else self.text_part(name)
-                part.save_pretrained(folder / name, safe_serialization=True)  # type: ignore[operator]
+                if name == "vae":
+                    self.vae.save_pretrained(folder / name, safe_serialization=True)
+                else:
+                    text_names.save_text_encoder(self.text_part(name), folder / name)
             elif name in WEIGHTS:
                 (folder / name).mkdir()
                 self._copy_config(configs, name, folder)
                 files = self._weight_files(name)
+                copy = text_names.copy if name.startswith("text_encoder") else shutil.copyfile
                 for file in files:
                     target = file.name if len(files) > 1 else f"{WEIGHTS[name]}.safetensors"
-                    shutil.copyfile(file, folder / name / target)
+                    copy(file, folder / name / target)
                 if len(files) > 1:
                     index_name = f"{WEIGHTS[name]}.safetensors.index.json"
-                    shutil.copyfile(configs / name / index_name, folder / name / index_name)
+                    copy(configs / name / index_name, folder / name / index_name)
             elif not self._copy_other(configs, name, folder):
                 index[name] = [None, None]
         index["unet"] = ["diffusers", "UNet2DConditionModel"]
