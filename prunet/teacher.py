@@ -145,8 +145,9 @@ class Teacher:
                 self._hub = str(config)
                 self._folder = self._download("*.json", "*/*.json", "tokenizer*/*")
             self._read_index()
+            self._check_marks(path, str(config))
             return
-        from prunet import ldm
+        from prunet import ldm, marks
 
         layout = ldm.layout_of(path)
         if layout is None:
@@ -156,16 +157,24 @@ class Teacher:
             )
         self.kind = "sdxl" if layout == "sdxl" else "sd"
         self._layout = layout
-        if layout == "sd-v2" or ldm.predicts_v(path):
+        said = marks.check_marks(path, {}, f"the configs of {HUB_CONFIGS[layout]}", layout)
+        if layout == "sd-v2" and not any(mark.field == marks.PREDICTION for mark in said):
             raise UserError(
-                f"{path}: an SD v2 or v-prediction checkpoint does not say what it predicts: give its configs with "
-                f"--config or teacher.config, such as {HUB_CONFIGS['sd-v2']} (epsilon, 512 px)"
+                f"{path}: an SD v2 checkpoint that does not say what it predicts: give its configs with --config (in a "
+                f"recipe teacher.config), such as {HUB_CONFIGS['sd-v2']} (epsilon, 512 px)"
             )
         if not ldm.has_unet(path, layout_config(layout)):
             raise UserError(
                 f"{path}: a U-Net that is not the whole {layout}, pruned or with other inputs: give its configs with "
                 "--config or teacher.config (a diffusers folder without weights)"
             )
+
+    def _check_marks(self, path: Path, config: str) -> None:
+        """Refuses a config whose scheduler says something else than the file that it was given with."""
+        from prunet import marks
+
+        if marks.read_marks(path):
+            marks.check_marks(path, self.part_config("scheduler"), f"the scheduler of {config}", self.layout)
 
     def _read_index(self) -> None:
         assert self._folder is not None
@@ -225,6 +234,13 @@ class Teacher:
             return layout_config(self._layout if self._file else self.source)
         config = self.part_config("unet")
         return {key: value for key, value in config.items() if key not in ("_diffusers_version", "_name_or_path")}
+
+    @property
+    def layout(self) -> str:
+        """`sd-v1`, `sd-v2` or `sdxl`: whose original layout a single file of it has, pruned or not."""
+        if self.kind == "sdxl":
+            return "sdxl"
+        return "sd-v2" if self.unet_config.get("use_linear_projection") else "sd-v1"
 
     @cached_property
     def noise_scheduler(self) -> "DDPMScheduler":
