@@ -145,10 +145,10 @@ def export(
         refuse_foreign(target, "model_index.json")
         written = export_folder(this.exported_teacher(), load_unet(this.last_unet), target, card=this.card(), fp16=fp16)
     size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.rglob("*.safetensors")))
-    loads = this.derived.loads_in
+    loads, works = this.derived.loads_in, this.derived.works_with
     say(
         as_json,
-        {"output": str(written), "bytes": size, "loads_in": loads},
+        {"output": str(written), "bytes": size, "loads_in": loads, "works_with": works},
         f"{written}: {size / 1e6:,.1f} MB of weights\n"
         + "\n".join(f"  {program}: {answer}" for program, answer in loads.items()),
     )
