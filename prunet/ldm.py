@@ -56,12 +56,11 @@ def to_ldm(
     text_encoder: Any,
     text_encoder_2: Any = None,
     dtype: torch.dtype | None = None,
-    prediction_type: str = "epsilon",
 ) -> dict[str, Tensor]:
     """All tensors of a pipeline under their LDM names, contiguous, as `safetensors.torch.save_file` wants them.
 
     A part that is None is left out. With `dtype=None` each tensor keeps its own, and shares memory with the
-    model if it can. `prediction_type="v_prediction"` adds the empty tensor `v_pred`, ComfyUI's mark.
+    model if it can. The marks that say what it predicts are added by `prunet.marks`.
     """
     layout = _layout_for(unet.config, text_encoder, text_encoder_2)
     parts = [(unet, unet_key_map(unet.config))] + ([(vae, vae_key_map(vae.config))] if vae is not None else [])
@@ -69,10 +68,7 @@ def to_ldm(
         if encoder is not None:
             parts.append((encoder, text_key_map(encoder.state_dict(), layout, index)))
     tensors = {key: tensor for model, key_map in parts for key, tensor in _pack(model, key_map).items()}
-    file = {key: tensor.detach().to(dtype or tensor.dtype).contiguous() for key, tensor in tensors.items()}
-    if prediction_type == "v_prediction":
-        file["v_pred"] = torch.empty(0)
-    return file
+    return {key: tensor.detach().to(dtype or tensor.dtype).contiguous() for key, tensor in tensors.items()}
 
 
 def from_ldm_unet(path: str | Path, config: Mapping[str, Any]) -> UNet2DConditionModel:
@@ -150,12 +146,6 @@ def has_unet(path: str | Path, config: Mapping[str, Any]) -> bool:
     channels = found[UNET + "input_blocks.0.0.weight"].shape[1:2]
     keys = {key for key in found if key.startswith(UNET)}
     return keys == set(unet_key_map(config).values()) and channels == (config.get("in_channels", 4),)
-
-
-def predicts_v(path: str | Path) -> bool:
-    """Whether the file bears the mark of a v-prediction model."""
-    with placing.open_file(path) as file:
-        return "v_pred" in file.keys()  # noqa: SIM118
 
 
 # Names: diffusers' parameter -> LDM's key

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prunet import ldm
+from prunet import ldm, marks
 from prunet.charts import short
 from prunet.console import progress
 from prunet.errors import UserError
@@ -277,13 +277,14 @@ def export_single_file(pipeline: Path | str, path: Path | str, *, fp16: bool = F
         raise UserError(f"{path}: name the single file something.safetensors")
     source = Teacher(pipeline, dtype=torch.float16 if fp16 else torch.float32)
     encoders = {name: source.text_part(name) for name in source.text_encoders}
-    prediction_type = source.noise_scheduler.config.prediction_type
-    tensors = ldm.to_ldm(source.unet, source.vae, **encoders, dtype=source.dtype, prediction_type=prediction_type)  # type: ignore[arg-type]
+    tensors = ldm.to_ldm(source.unet, source.vae, **encoders, dtype=source.dtype)  # type: ignore[arg-type]
+    config = source.noise_scheduler.config
+    marked, metadata = marks.mark(config, source.layout, path.stem, source.native_size)
     with new_folder(path.with_suffix(".config")) as part:
         ignored = shutil.ignore_patterns("*.safetensors", "README.md")
         shutil.copytree(pipeline, part, ignore=ignored, dirs_exist_ok=True)
     with new_file(path) as file:
-        save_file(tensors, file, metadata={"format": "pt"})
+        marks.save_marked({**tensors, **marked}, metadata, file)
     again = ldm.from_ldm_unet(path, source.unet_config).state_dict()
     if any(not torch.equal(again[k], v) for k, v in source.unet.state_dict().items()):
         path.unlink()

@@ -431,6 +431,8 @@ class Run:
             "samples": f"{len(Cache.open(self.cache_folder)):,}" if has_cache else None,
             "size": self.size,
             "sizes": result["sizes"],
+            "loads_in": self.derived.loads_in,
+            "works_with": self.derived.works_with,
             "measures": {"prompts": len(prompts), **measures},
             "prompt": prompts[0].replace('"', "'"),
         }

@@ -20,7 +20,7 @@ import torch
 from rich.markup import escape
 from torch import Tensor, nn
 
-from prunet import placing
+from prunet import placing, text_names
 from prunet.console import say
 from prunet.errors import UserError
 
@@ -139,10 +139,8 @@ class Teacher:
     def _open_file(self, path: Path, config: str | Path | None) -> None:
         if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
             raise UserError(
-                f"{path} is a pickle, which can run code when it is opened. Convert it once, where you trust it: "
-                "python -c \"import torch, safetensors.torch as s; d = torch.load('IN.ckpt', weights_only=True); "
-                "s.save_file({k: v.contiguous() for k, v in d.get('state_dict', d).items() "
-                "if torch.is_tensor(v)}, 'OUT.safetensors')\""
+                f"{path} is a pickle, which can run code when it is opened; `prunet convert {path}` writes its tensors "
+                f"as {path.with_suffix('.safetensors').name} without running any"
             )
         if path.suffix != ".safetensors":
             raise UserError(f"{path}: not a .safetensors file or a diffusers folder")
@@ -156,8 +154,9 @@ class Teacher:
                 self._hub = str(config)
                 self._folder = self._download("*.json", "*/*.json", "tokenizer*/*")
             self._read_index()
+            self._check_marks(path, str(config))
             return
-        from prunet import ldm
+        from prunet import ldm, marks
 
         layout = ldm.layout_of(path)
         if layout is None:
@@ -167,10 +166,11 @@ class Teacher:
             )
         self.kind = "sdxl" if layout == "sdxl" else "sd"
         self._layout = layout
-        if layout == "sd-v2" or ldm.predicts_v(path):
+        said = marks.check_marks(path, {}, f"the configs of {HUB_CONFIGS[layout]}", layout)
+        if layout == "sd-v2" and not any(mark.field == marks.PREDICTION for mark in said):
             raise UserError(
-                f"{path}: an SD v2 or v-prediction checkpoint does not say what it predicts: give its configs with "
-                f"--config or teacher.config, such as {HUB_CONFIGS['sd-v2']} (epsilon, 512 px)"
+                f"{path}: an SD v2 checkpoint that does not say what it predicts: give its configs with --config (in a "
+                f"recipe teacher.config), such as {HUB_CONFIGS['sd-v2']} (epsilon, 512 px)"
             )
         if missing := ldm.lacks(path, layout):
             raise UserError(f"{path} has no {missing}* in it, a part that {layout} needs: give the whole checkpoint")
@@ -179,6 +179,13 @@ class Teacher:
                 f"{path}: a U-Net that is not the whole {layout}, pruned or with other inputs: give its configs with "
                 "--config or teacher.config (a diffusers folder without weights)"
             )
+
+    def _check_marks(self, path: Path, config: str) -> None:
+        """Refuses a config whose scheduler says something else than the file that it was given with."""
+        from prunet import marks
+
+        if marks.read_marks(path):
+            marks.check_marks(path, self.part_config("scheduler"), f"the scheduler of {config}", self.layout)
 
     def _read_index(self) -> None:
         assert self._folder is not None
@@ -245,6 +252,13 @@ class Teacher:
         known = placing.known_fields(UNet2DConditionModel, config)
         ours = {key for key in config if key.startswith("_")} - {"_diffusers_version", "_name_or_path"}
         return {key: value for key, value in config.items() if key in known or key in ours}
+
+    @property
+    def layout(self) -> str:
+        """`sd-v1`, `sd-v2` or `sdxl`: whose original layout a single file of it has, pruned or not."""
+        if self.kind == "sdxl":
+            return "sdxl"
+        return "sd-v2" if self.unet_config.get("use_linear_projection") else "sd-v1"
 
     @cached_property
     def noise_scheduler(self) -> "DDPMScheduler":
@@ -346,10 +360,9 @@ class Teacher:
         for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
             if (folder / name).is_file():
                 return [folder / name]
-        pickled = "; its .bin files are pickles, which prunet does not open: save the pipeline with safe_serialization"
-        raise UserError(
-            f"{self.source}: no {part}/{stem}.safetensors" + (pickled if list(folder.glob("*.bin")) else "")
-        )
+        target, pickles = folder / f"{stem}.safetensors", sorted(folder.glob("*.bin"))
+        advice = f"; {pickles[0].name} is a pickle: `prunet convert {pickles[0]} -o {target}`" if pickles else ""
+        raise UserError(f"{self.source}: no {part}/{target.name}{advice}")
 
     def check_weights(self, *, headers_only: bool = False) -> None:
         """Refuses what cannot be used, before it is: tokenizers and weights that are not there, that do not fit their
@@ -450,7 +463,8 @@ class Teacher:
     def save_parts(self, folder: Path) -> None:
         """Writes all of the pipeline but the U-Net into `folder`: the teacher's own weights, byte for byte.
 
-        Of a single file the VAE and text encoders are written by diffusers, in the precision of this teacher.
+        But text encoders get the names that every client reads (`prunet.text_names`), and of a single file the VAE and
+        the text encoders are written by diffusers, in the precision of this teacher.
         """
         configs = self._configs()
         index = _read_json(configs / "model_index.json", self.source)
@@ -458,18 +472,21 @@ class Teacher:
             if index[name][0] is None:
                 continue
             if name in WEIGHTS and (self._file is not None or self._place(name).renamed):
-                part = self.vae if name == "vae" else self.text_part(name)
-                part.save_pretrained(folder / name, safe_serialization=True)  # type: ignore[operator]
+                if name == "vae":
+                    self.vae.save_pretrained(folder / name, safe_serialization=True)
+                else:
+                    text_names.save_text_encoder(self.text_part(name), folder / name)
             elif name in WEIGHTS:
                 (folder / name).mkdir()
                 self._copy_config(configs, name, folder)
                 files = self._weight_files(name)
+                copy = text_names.copy if name.startswith("text_encoder") else shutil.copyfile
                 for file in files:
                     target = file.name if len(files) > 1 else f"{WEIGHTS[name]}.safetensors"
-                    shutil.copyfile(file, folder / name / target)
+                    copy(file, folder / name / target)
                 if len(files) > 1:
                     index_name = f"{WEIGHTS[name]}.safetensors.index.json"
-                    shutil.copyfile(configs / name / index_name, folder / name / index_name)
+                    copy(configs / name / index_name, folder / name / index_name)
             elif not self._copy_other(configs, name, folder):
                 index[name] = [None, None]
         index["unet"] = ["diffusers", "UNet2DConditionModel"]

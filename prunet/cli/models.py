@@ -149,13 +149,30 @@ def export(
         refuse_foreign(target, "model_index.json")
         written = export_folder(this.exported_teacher(), load_unet(this.last_unet), target, card=this.card(), fp16=fp16)
     size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.rglob("*.safetensors")))
-    loads = this.derived.loads_in
+    loads, works = this.derived.loads_in, this.derived.works_with
     say(
         as_json,
-        {"output": str(written), "bytes": size, "loads_in": loads},
+        {"output": str(written), "bytes": size, "loads_in": loads, "works_with": works},
         f"{written}: {size / 1e6:,.1f} MB of weights\n"
         + "\n".join(f"  {program}: {answer}" for program, answer in loads.items()),
     )
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A pickled checkpoint: .ckpt, .pt, .pth or .bin.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The new file; FILE.safetensors by default.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the tensors of a pickled checkpoint as .safetensors, without running the code that is in it."""
+    from prunet.pickles import convert as convert_pickle
+
+    facts = convert_pickle(checkpoint, output)
+    dropped = f"\nno tensors, so left out: {', '.join(facts['dropped'])}" if facts["dropped"] else ""
+    text = f"{facts['output']}: {facts['tensors']:,} tensors, {facts['bytes'] / 1e6:,.1f} MB{dropped}"
+    say(as_json, facts, text)
 
 
 @app.command()
