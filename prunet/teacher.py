@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from prunet.configs import check_config
 from prunet.errors import UserError
+from prunet.reading import parse_json
 
 if TYPE_CHECKING:  # imported when used: a config can be read in a second, diffusers takes several
     from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
@@ -171,17 +173,12 @@ class Teacher:
     def _read_index(self) -> None:
         assert self._folder is not None
         index = _read_json(self._folder / "model_index.json", f"{self._folder} is not a diffusers pipeline folder")
+        check_config("model_index", index, self._folder / "model_index.json")
         name = index.get("_class_name")
         if name not in PIPELINES:
             raise UserError(f"{self._folder}: a {name}; prunet compresses {' and '.join(PIPELINES)}")
         self.kind = PIPELINES[name]
         unet, vae = self.unet_config, self.part_config("vae")
-        for part, config in (("unet", unet), ("vae", vae)):
-            if not isinstance(config.get("block_out_channels"), list):
-                raise UserError(
-                    f"{self._folder / part / 'config.json'}: no list of block_out_channels in it: not the config of a "
-                    "Stable Diffusion; fetch or copy it again"
-                )
         for key in ("latents_mean", "latents_std", "shift_factor"):
             if vae.get(key) is not None:
                 raise UserError(
@@ -218,7 +215,9 @@ class Teacher:
     def part_config(self, part: str) -> dict[str, Any]:
         """The `config.json` (scheduler: `scheduler_config.json`) of a part."""
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        return _read_json(self._configs() / part / name, f"{self.source} has no readable {part}/{name}")
+        config = _read_json(self._configs() / part / name, f"{self.source} has no readable {part}/{name}")
+        check_config(part, config, self._configs() / part / name)
+        return config
 
     @cached_property
     def unet_config(self) -> dict[str, Any]:
@@ -239,6 +238,9 @@ class Teacher:
         scheduler = _from_config(DDPMScheduler, config)
         if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(f"{self.source}: prediction type {scheduler.config.prediction_type!r} is not supported")
+        kept = scheduler.alphas_cumprod
+        if not bool(((kept >= 0) & (kept <= 1)).all()):  # nor where it is no number
+            raise UserError(f"{self.source}: the betas of scheduler/scheduler_config.json are no noise schedule")
         return scheduler
 
     @property
@@ -333,6 +335,7 @@ class Teacher:
             return  # fetched when used, and checked by the hub's client
         if self._hub is None and self._folder is not None:
             for part in self.text_encoders:
+                self.part_config(part)
                 self._vocabulary_files(part)
         for part in ("unet", "vae", *self.text_encoders):
             for file in [self._file] if self._file else self._weight_files(part):
@@ -579,7 +582,7 @@ def _from_config(cls: Any, config: dict[str, Any]) -> Any:
 
 def _read_json(path: Path, message: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{message}: no file {path}") from error
     except (OSError, ValueError) as error:
