@@ -430,7 +430,7 @@ class Run:
             "size": self.size,
             "sizes": result["sizes"],
             "measures": {"prompts": len(prompts), **measures},
-            "prompt": prompts[0].replace('"', "'"),
+            "prompt": prompts[0],
         }
 
     def _report(self) -> None:
