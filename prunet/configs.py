@@ -17,8 +17,11 @@ from prunet.recipe import explain
 #: A number of channels, tokens, pixels; of layers in a row; of a list's items.
 Count = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
 Few = Annotated[int, Field(strict=True, ge=1, le=100)]
+#: Transformer blocks of a stage; 0 is written for a stage without any.
+Depth = Annotated[int, Field(strict=True, ge=0, le=100)]
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Some = Field(min_length=1, max_length=10)
+Depths = Annotated[list[Depth | Annotated[list[Depth], Some]], Some]
 Truth = Annotated[bool, Field(strict=True)]
 #: Transformer blocks, or layers, on one side of a U-Net; SDXL has 60 at most if every layer had as many.
 DEEPEST = 300
@@ -51,13 +54,18 @@ class _UNet(_Fields):
     up_block_types: Annotated[list[Literal["UpBlock2D", "CrossAttnUpBlock2D"]], Some]
     mid_block_type: Literal["UNetMidBlock2DCrossAttn", "UNetMidBlock2D"] | None = None
     layers_per_block: Few | Annotated[list[Few], Some]
-    transformer_layers_per_block: Few | Annotated[list[Few | Annotated[list[Few], Some]], Some] = 1
-    reverse_transformer_layers_per_block: Annotated[list[Few | Annotated[list[Few], Some]], Some] | None = None
+    transformer_layers_per_block: Depth | Depths = 1
+    reverse_transformer_layers_per_block: Depths | None = None
     cross_attention_dim: Count | Annotated[list[Count], Some]
     attention_head_dim: Count | Annotated[list[Count], Some] = 8
     num_attention_heads: Count | Annotated[list[Count], Some] | None = None
     norm_num_groups: Count | None = 32
     time_embedding_dim: Count | None = None
+    act_fn: str = "silu"
+    class_embed_type: str | None = None
+    encoder_hid_dim_type: str | None = None
+    resnet_time_scale_shift: str = "default"
+    time_embedding_type: str = "positional"
     addition_embed_type: str | None = None
     addition_time_embed_dim: Count | None = None
     projection_class_embeddings_input_dim: Count | None = None
@@ -65,6 +73,12 @@ class _UNet(_Fields):
     encoder_hid_dim: Count | None = None
     conv_in_kernel: Few = 3
     conv_out_kernel: Few = 3
+    dual_cross_attention: Literal[False] | None = None
+    only_cross_attention: Truth | Annotated[list[Truth], Some] | None = None
+    use_linear_projection: Truth | None = None
+    upcast_attention: Truth | None = None
+    center_input_sample: Truth | None = None
+    flip_sin_to_cos: Truth | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> "_UNet":
@@ -73,7 +87,10 @@ class _UNet(_Fields):
         blocks = [self.transformer_layers_per_block, self.reverse_transformer_layers_per_block or 1]
         deepest = len(self.down_block_types) * _largest(self.layers_per_block) * _largest(blocks)
         if deepest > DEEPEST:
-            raise ValueError(f"{deepest:,} transformer blocks on one side, more than {DEEPEST}")
+            raise ValueError(
+                f"layers_per_block and transformer_layers_per_block make {deepest:,} transformer blocks on one side, "
+                f"more than {DEEPEST}"
+            )
         return self
 
 

@@ -59,6 +59,20 @@ def set_sampler(pipe: Any, name: str | None) -> Any:
     return pipe
 
 
+def check_sampler(teacher: Teacher, name: str, steps: int) -> None:
+    """Refuses a sampler that there is not, or that the teacher's schedule cannot drive for `steps` steps."""
+    if name not in SAMPLERS:
+        raise UserError(f"evaluation.sampler: no sampler {name!r}: {', '.join(SAMPLERS)}")
+    try:
+        SAMPLERS[name].from_config(teacher.part_config("scheduler"), **SAMPLER_OPTIONS.get(name, {})).set_timesteps(
+            steps
+        )
+    except Exception as error:  # of any kind: diffusers takes the values as they are
+        raise UserError(
+            f"{teacher.source}: its scheduler/scheduler_config.json drives no {name} for {steps} steps: {error}"
+        ) from error
+
+
 def draw(
     pipe: Any,
     prompts: Sequence[str],
