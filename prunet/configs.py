@@ -5,7 +5,7 @@ and size; a key that is not here is diffusers' own business, which is tried on t
 or when its scheduler is made.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -153,6 +153,19 @@ def check_config(part: str, config: Mapping[str, Any], path: Path) -> None:
         _CONFIGS[part].model_validate(config)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error)}: fetch or copy it again, or set that field right") from error
+
+
+def check_condition(unet: Mapping[str, Any], encoders: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Refuses text encoders whose embeddings are not as wide as the U-Net takes them; `path`: the pipeline's folder.
+
+    Raises:
+        UserError: names both widths.
+    """
+    takes = unet["cross_attention_dim"]
+    for width in takes if isinstance(takes, list) else [takes]:
+        given = sum(config.get("hidden_size", 512) for config in encoders)
+        if width != given:
+            raise UserError(f"{path}: its U-Net takes text embeddings of width {width}, its text encoders make {given}")
 
 
 def _largest(depths: Any) -> int:

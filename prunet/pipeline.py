@@ -59,14 +59,18 @@ def set_sampler(pipe: Any, name: str | None) -> Any:
     return pipe
 
 
-def check_sampler(teacher: Teacher, name: str, steps: int) -> None:
-    """Refuses a sampler that there is not, or that the teacher's schedule cannot drive for `steps` steps."""
+def check_sampler(teacher: Teacher, name: str, steps: int, where: str) -> None:
+    """Refuses a sampler that there is not, or that the teacher's schedule cannot drive for `steps` steps.
+
+    `where`: the part of the recipe that asks for it.
+    """
     if name not in SAMPLERS:
-        raise UserError(f"evaluation.sampler: no sampler {name!r}: {', '.join(SAMPLERS)}")
+        raise UserError(f"{where}.sampler: no sampler {name!r}: {', '.join(SAMPLERS)}")
+    config = teacher.part_config("scheduler")
+    if steps > (most := teacher.noise_scheduler.config.num_train_timesteps):
+        raise UserError(f"{where}.steps: {steps} are more than the {most} timesteps of {teacher.source}")
     try:
-        SAMPLERS[name].from_config(teacher.part_config("scheduler"), **SAMPLER_OPTIONS.get(name, {})).set_timesteps(
-            steps
-        )
+        SAMPLERS[name].from_config(config, **SAMPLER_OPTIONS.get(name, {})).set_timesteps(steps)
     except Exception as error:  # of any kind: diffusers takes the values as they are
         raise UserError(
             f"{teacher.source}: its scheduler/scheduler_config.json drives no {name} for {steps} steps: {error}"

@@ -93,7 +93,9 @@ class Run:
             _ = teacher.noise_scheduler
             teacher.check_weights()
             check_same_space(self.teacher, teacher)
-        check_sampler(self.teachers[-1], recipe.evaluation.sampler, recipe.evaluation.steps)
+            if data.source is None:
+                check_sampler(teacher, "dpmsolver++", data.steps, "data")
+        check_sampler(self.teachers[-1], recipe.evaluation.sampler, recipe.evaluation.steps, "evaluation")
         check_steps(self.steps_down)
         for number, stage in enumerate(recipe.stages, 1):
             self.micro_batch(number)
