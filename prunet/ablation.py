@@ -20,7 +20,8 @@ from pydantic import Field, Strict, ValidationError
 from prunet.console import console, progress, say
 from prunet.errors import UserError
 from prunet.files import read_json, write_json, write_text
-from prunet.recipe import Part, Recipe, Seed, explain, load_recipe, load_yaml
+from prunet.reading import load_mapping
+from prunet.recipe import Part, Recipe, Seed, explain, load_recipe
 from prunet.runs import Run
 from prunet.training import Runtime
 
@@ -59,7 +60,7 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Abla
     """
     path = Path(path)
     try:
-        ablation = Ablation.model_validate(load_yaml(path, "an ablation"))
+        ablation = Ablation.model_validate(load_mapping(path, "an ablation"))
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, Ablation)}") from error
     if len(set(ablation.seeds)) < len(ablation.seeds):

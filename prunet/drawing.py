@@ -40,7 +40,11 @@ def draw_stairs(steps: Sequence[Derived], notes: Sequence[str]) -> RenderableTyp
         size, new = step.student_size, set(step.removed) - gone
         share = _bar(size.parameters / teacher.parameters)
         table.add_row(
-            f"{number}: {note}", f"[bold]{step.plan.name}[/]", f"{size.parameters:,}", f"{size.macs / 1e9:,.4g}", share
+            f"{number}: {note}",
+            Text(step.plan.name, style="bold"),
+            f"{size.parameters:,}",
+            f"{size.macs / 1e9:,.4g}",
+            share,
         )
         lines.append(f"  {number} removes {summary(new) or 'nothing more'}")
         gone |= new

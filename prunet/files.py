@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prunet.errors import UserError
+from prunet.reading import parse_json
 
 #: What is wrong with a path, or with who wants to write there.
 UNWRITABLE = (
@@ -113,7 +114,7 @@ def read_json(path: Path, mend: str = "delete it and give the same command again
         UserError: not there, or not JSON any more; says how to `mend` it.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}): {mend}") from error
 

@@ -17,12 +17,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
-
 from prunet import unet
 from prunet.errors import UserError
 from prunet.plan import Level
-from prunet.size import example_inputs
+from prunet.size import call_skeleton
 from prunet.taps import tap
 
 
@@ -77,8 +75,8 @@ def _output_shapes(text: str) -> dict[str, tuple[int, ...]]:
     net = unet.skeleton(config)
     tails = [f"{name}.proj_out" for name in _layers(net) if ".attentions." in name]
     names = [*(name for name, _ in _stages(net)), *tails, *_layers(net), *_transformers(net), *_attentions(net)]
-    with torch.no_grad(), tap([net.get_submodule(name) for name in names]) as features:
-        net(**example_inputs(config, device="meta"))
+    with tap([net.get_submodule(name) for name in names]) as features:
+        call_skeleton(config)
         return {name: tuple(feature.shape[1:]) for name, feature in zip(names, features.take(), strict=True)}
 
 

@@ -1,6 +1,7 @@
 """Stock pipelines: drawing with them, and writing a student as one."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor
 from prunet import ldm, marks
 from prunet.charts import short
 from prunet.console import progress
-from prunet.errors import UserError
+from prunet.errors import UserError, printable
 from prunet.files import new_file, new_folder
 from prunet.size import example_inputs
 from prunet.teacher import Teacher, after_overflow, freeze
@@ -56,6 +57,24 @@ def set_sampler(pipe: Any, name: str | None) -> Any:
         raise UserError(f"No sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
     pipe.scheduler = SAMPLERS[name].from_config(pipe.scheduler.config, **SAMPLER_OPTIONS.get(name, {}))
     return pipe
+
+
+def check_sampler(teacher: Teacher, name: str, steps: int, where: str) -> None:
+    """Refuses a sampler that there is not, or that the teacher's schedule cannot drive for `steps` steps.
+
+    `where`: the part of the recipe that asks for it.
+    """
+    if name not in SAMPLERS:
+        raise UserError(f"{where}.sampler: no sampler {name!r}: {', '.join(SAMPLERS)}")
+    config = teacher.part_config("scheduler")
+    if steps > (most := teacher.noise_scheduler.config.num_train_timesteps):
+        raise UserError(f"{where}.steps: {steps} are more than the {most} timesteps of {teacher.source}")
+    try:
+        SAMPLERS[name].from_config(config, **SAMPLER_OPTIONS.get(name, {})).set_timesteps(steps)
+    except Exception as error:  # of any kind: diffusers takes the values as they are
+        raise UserError(
+            f"{teacher.source}: its scheduler/scheduler_config.json drives no {name} for {steps} steps: {error}"
+        ) from error
 
 
 def draw(
@@ -298,11 +317,38 @@ def origin(teacher: Teacher) -> dict[str, Any]:
 
 
 def model_card(facts: dict[str, Any]) -> str:
-    """The README of an exported pipeline, from plan, recipe, data, measures and licence."""
+    """The README of an exported pipeline, from plan, recipe, data, measures and licence.
+
+    What a user wrote means itself alone there: it ends no YAML, no code, no table and no heading.
+    """
     env = jinja2.Environment(
         loader=jinja2.PackageLoader("prunet", "."),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    env.filters |= {"quoted": _quoted, "code": _code, "words": _words}
     return env.get_template("card.md.j2").render(**facts)
+
+
+def _quoted(text: str) -> str:
+    """A string of YAML and of Python in one line, whatever is in it."""
+    # json.dumps leaves other line ends as they are, and would write an emoji as two halves.
+    return re.sub(
+        "[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]",
+        lambda found: f"\\u{ord(found[0]):04x}",
+        json.dumps(text, ensure_ascii=False),
+    )
+
+
+def _code(text: str) -> str:
+    """A span of Markdown code: one line between more backticks than it holds."""
+    line = printable(" ".join(str(text).split()))
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    space = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{space}{line}{space}{fence}"
+
+
+def _words(text: str) -> str:
+    """Text of Markdown in one line: marks and HTML as characters."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", printable(" ".join(str(text).split())))

@@ -15,9 +15,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import yaml
-
 from prunet.errors import UserError
+from prunet.reading import load_yaml, parse_yaml
 
 if TYPE_CHECKING:
     from prunet.pairs import Pair
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 #: How closely student and teacher are compared (see `prunet.pairs`).
 Level = Literal["block", "layer", "attention", "transformer"]
 LEVELS: tuple[Level, ...] = get_args(Level)
+#: Characters; the longest name of a part has 50.
+LONGEST_PATTERN = 1000
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,14 @@ def parse_plan(value: Any, where: str, name: str = "plan") -> Plan:
     remove = value.get("remove") or []
     if not isinstance(remove, list) or not all(isinstance(p, str) and p.strip() for p in remove):
         raise UserError(f"{where}: 'remove' is a list of patterns such as down_blocks.*.attentions.1, not {remove!r}")
-    return Plan(
-        name=str(value.get("name", name)),
-        remove=tuple(p.strip() for p in remove),
-        description=str(value.get("description", "")),
-        source=str(value.get("source", "")),
-    )
+    if long := next((p for p in remove if len(p) > LONGEST_PATTERN), None):
+        raise UserError(f"{where}: a pattern of {len(long):,} characters: {long!r}; give several shorter ones")
+    texts = {"name": name, "description": "", "source": ""} | {k: v for k, v in value.items() if k != "remove"}
+    if wrong := next(
+        (k for k, v in texts.items() if isinstance(v, bool) or not isinstance(v, str | int | float)), None
+    ):
+        raise UserError(f"{where}: {wrong!r} of a plan is a text, not {texts[wrong]!r}")
+    return Plan(remove=tuple(p.strip() for p in remove), **{k: str(v) for k, v in texts.items()})
 
 
 def load_plan(plan: "Plan | str | Path | list[str] | Mapping[str, Any]") -> Plan:
@@ -88,17 +91,13 @@ def load_plan(plan: "Plan | str | Path | list[str] | Mapping[str, Any]") -> Plan
     text = str(plan)
     if text in preset_names():
         raw = (resources.files("prunet") / "plans" / f"{text}.yaml").read_text(encoding="utf-8")
-        return parse_plan(yaml.safe_load(raw), text, name=text)
+        return parse_plan(parse_yaml(raw, text), text, name=text)
     path = Path(text)
     if not path.is_file():
         near = difflib.get_close_matches(text, preset_names(), 1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; presets: {', '.join(preset_names())}"
         raise UserError(f"No plan {text!r}: neither a preset nor a file{hint}")
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML: {error}") from error
-    return parse_plan(value, str(path), name=path.stem)
+    return parse_plan(load_yaml(path, "a plan"), str(path), name=path.stem)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from prunet.errors import UserError
 from prunet.prompts import prompts_hash, read_prompt_file
-from prunet.recipe import Part, Seed, Steps, Weight, explain, load_yaml
+from prunet.reading import load_mapping
+from prunet.recipe import DrawingSteps, Integer, Part, Seed, Size, Steps, Weight, explain
 
 FOLDER = Path(__file__).parent / "protocols"
 #: They compare with pictures that are not generated.
@@ -55,17 +56,15 @@ class Protocol(Part):
     description: str = ""
     prompts: Given
     seed: Seed = 0
-    size: Annotated[int, Field(ge=8)] | None = Field(default=None, description="pixels; the model's own if not given")
+    size: Size | None = Field(default=None, description="pixels; the model's own if not given")
     sampler: str = "dpmsolver++"
-    steps: Steps = 25
+    steps: DrawingSteps = 25
     guidance_scale: Weight = 7.5
     precision: Literal["no", "bf16", "fp16"] = "no"
-    jpeg: Annotated[int, Field(ge=1, le=100)] | None = Field(
+    jpeg: Annotated[Integer, Field(ge=1, le=100)] | None = Field(
         default=None, description="quality with which pictures are stored, and stored again when resized; PNG if null"
     )
-    resize: Steps | None = Field(
-        default=None, description="side to which pictures are resized before they are measured"
-    )
+    resize: Size | None = Field(default=None, description="side to which pictures are resized before they are measured")
     resample: Literal["bicubic", "bilinear", "lanczos", "box"] = "bicubic"
     metrics: Annotated[list[str], Field(min_length=1)]
     features: Literal["inception", "clip"] = Field(default="inception", description="of fid, kid, precision, recall")
@@ -73,7 +72,7 @@ class Protocol(Part):
         default="torch-fidelity",
         description="how pictures are resized for the Inception network: the two differ; for `is` torch-fidelity's",
     )
-    kid_subset_size: Annotated[int, Field(ge=10)] = 1000
+    kid_subset_size: Annotated[Integer, Field(ge=10)] = 1000
     clip: Clip | None = None
     real: Given | None = None
     note: str = Field(default="", description="where it departs from what it follows")
@@ -103,7 +102,7 @@ def load_protocol(name: str | Path) -> tuple[Protocol, Path]:
     if not path.is_file():
         raise UserError(f"No protocol {str(name)!r}: choose {', '.join(protocol_names())}, or give a YAML file")
     try:
-        return Protocol.model_validate(load_yaml(path, "a protocol")), path.parent
+        return Protocol.model_validate(load_mapping(path, "a protocol")), path.parent
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, Protocol)}") from error
 

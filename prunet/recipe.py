@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -27,27 +26,33 @@ from pydantic import (
 from prunet.errors import UserError
 from prunet.plan import Level, Plan, load_plan, preset_names
 from prunet.prompts import read_prompt_file
+from prunet.reading import DEEPEST, load_mapping, parse_yaml
 
-Steps = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, le=2**62)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):  # which Python takes for 1 and 0
+        raise ValueError(f"give a number, not {str(value).lower()}")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_no_truth)]
+Number = Annotated[float, BeforeValidator(_no_truth)]
+Steps = Annotated[Integer, Field(ge=1, le=1_000_000_000)]
+#: Of a sampler: no schedule of Stable Diffusion has more.
+DrawingSteps = Annotated[Integer, Field(ge=1, le=1000)]
+#: What is made of each picture or prompt.
+Copies = Annotated[Integer, Field(ge=1, le=1000)]
+Size = Annotated[Integer, Field(ge=8, le=4096)]
+Seed = Annotated[Integer, Field(ge=0, le=2**62)]
+Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[Number, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 class Part(BaseModel):
     """A part of a recipe: unknown keys are refused, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_null(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            for key, text in value.items():
-                if isinstance(text, str) and "\0" in text:
-                    raise ValueError(f"{key}: a null character in {text!r}")
-        return value
 
 
 class TeacherSource(Part):
@@ -82,19 +87,17 @@ class Data(Part):
 
     source: str | list[str] | None = Field(default=None, description="folder, tar shards, parquet or datasets id")
     prompts: str | list[str] | None = Field(default=None, description="prompts, or a text file with one a line")
-    size: Annotated[int, Field(ge=8, le=4096)] | None = Field(
-        None, description="pixels; the teacher's own if not given"
-    )
+    size: Size | None = Field(None, description="pixels; the teacher's own if not given")
     crop: Literal["center", "random"] = "center"
     flip: bool = Field(default=False, description="mirror half of the pictures")
     buckets: bool = Field(default=False, description="crop each picture to the nearest of several shapes of one area")
-    views: Steps = Field(default=1, description="crops, flips and captions drawn from each picture")
+    views: Copies = Field(default=1, description="crops, flips and captions drawn from each picture")
     limit: Steps | None = Field(default=None, description="use only the first N pictures or prompts")
     image_column: str = "image"
     caption_column: str | None = None
-    steps: Steps = Field(default=25, description="prompts only: sampling steps")
+    steps: DrawingSteps = Field(default=25, description="prompts only: sampling steps")
     guidance_scale: Weight = Field(default=7.5, description="prompts only")
-    images_per_prompt: Steps = Field(default=1, description="prompts only")
+    images_per_prompt: Copies = Field(default=1, description="prompts only")
 
     _some_prompts = field_validator("prompts")(_not_empty)
 
@@ -119,7 +122,9 @@ class Losses(Part):
     feature: Weight = 1.0
     level: Level = Field(default="block", description="which modules are compared: see docs/recipes.md")
     normalize: bool = Field(default=False, description="divide each feature term by the teacher's mean square")
-    weights: dict[str, Weight] = Field(default={}, description="pattern over the teacher's names: factor of its terms")
+    weights: dict[str, Weight] = Field(
+        default={}, max_length=1000, description="pattern over the teacher's names: factor of its terms"
+    )
 
     @model_validator(mode="after")
     def _some(self) -> "Losses":
@@ -143,21 +148,21 @@ PlanValue = Annotated[Any, BeforeValidator(_read_plan), PlainSerializer(_write_p
 
 
 class Stage(Part):
-    """A piece of training. The defaults are BK-SDM's."""
+    """A piece of training. The defaults are BK-SDM's, but for warm-up and caption dropout, which its scripts lack."""
 
     steps: Steps
     plan: PlanValue | None = Field(
         default=None, description="a step on the way to the recipe's plan, which is the default"
     )
-    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+    batch_size: Annotated[Integer, Field(ge=1, le=1_000_000)] = 256
     learning_rate: Positive = 5e-5
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 500
+    warmup_steps: Annotated[Integer, Field(ge=0, le=1_000_000_000)] = 500
     weight_decay: Weight = 1e-2
     max_grad_norm: Positive = 1.0
     losses: Losses = Losses()
     teacher: TeacherValue | None = Field(default=None, description="another teacher for this stage, of the same layout")
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=0.9999, description="null: no EMA")
+    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(default=0.9999, description="null: no EMA")
     caption_dropout: Fraction = Field(default=0.1, description="share of samples that see the empty prompt")
     min_snr_gamma: Positive | None = Field(default=None, description="weighs the task loss only")
 
@@ -166,13 +171,13 @@ class Sheet(Part):
     """The picture sheet drawn while training: teacher and student at fixed prompts and fixed noise."""
 
     prompts: list[str] | None = Field(default=None, description="the first evaluation prompts if not given")
-    every: Annotated[int, Field(ge=0)] = Field(default=1000, description="steps; 0: never")
+    every: Annotated[Integer, Field(ge=0)] = Field(default=1000, description="steps; 0: never")
 
 
 class Evaluation(Part):
     prompts: str | list[str] = Field(description="held-out prompts, or a text file with one a line")
     limit: Steps | None = None
-    steps: Steps = 25
+    steps: DrawingSteps = 25
     guidance_scale: Weight = 7.5
     sampler: str = "dpmsolver++"
 
@@ -192,7 +197,7 @@ class Recipe(Part):
         default="inherited", description="what the student begins with: the teacher's weights, or none (for comparison)"
     )
     data: Data
-    stages: Annotated[list[Stage], Field(min_length=1)]
+    stages: Annotated[list[Stage], Field(min_length=1, max_length=100)]
     evaluation: Evaluation
     sheet: Sheet = Sheet()
     export: Export = Export()
@@ -228,37 +233,6 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list) else value
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice: the second would silently take the place of the first."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := next((key for key in keys if keys.count(key) > 1 and key != "<<"), None):
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-#: What PyYAML raises of its own, for a 13th month, for `!!int abc`, for a thousand brackets.
-BAD_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError)
-
-
-def load_yaml(path: Path, what: str) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        UserError: not there, not readable, or no mapping.
-    """
-    if not path.is_file():
-        raise UserError(f"No file at {path}: give {what} in YAML (docs/ has examples)")
-    try:
-        value = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (*BAD_YAML, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: {what} is a mapping of keys and values")
-    return value
-
-
 def load_recipe(path: str | Path, overrides: Iterable[str] = (), values: Mapping[str, Any] | None = None) -> Recipe:
     """Reads a YAML recipe; `overrides` are `key.sub=value` strings (`stages.0.steps=100`), values parsed as YAML.
     `values` are the same with values that are parsed already, and go before them.
@@ -271,11 +245,15 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), values: Mapping
     path = Path(path)
     if not path.is_file():
         raise UserError(f"No recipe at {path}: give a YAML file (see recipes/ for examples) or a run folder")
-    value = load_yaml(path, "a recipe")
+    value = load_mapping(path, "a recipe")
     for key, new in (values or {}).items():
         _override(value, key, copy.deepcopy(new), repr(key))
-    for override in overrides:
-        _override(value, *_parse_override(override))
+    parsed = [_parse_override(override) for override in overrides]
+    keys = [key for key, _, _ in parsed]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise UserError(f"--set: key {twice!r} is given twice")
+    for override in parsed:
+        _override(value, *override)
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:
@@ -287,16 +265,15 @@ def _parse_override(text: str) -> tuple[str, Any, str]:
     key, sign, raw = text.partition("=")
     if not sign or not key.strip():
         raise UserError(f"--set {text!r}: write key=value, such as stages.0.steps=100")
-    try:
-        return key, yaml.safe_load(raw), f"--set {text!r}"
-    except BAD_YAML as error:
-        raise UserError(f"--set {text!r}: the value is not YAML: {error}") from error
+    return key.strip(), parse_yaml(raw, f"--set {text!r}"), f"--set {text!r}"
 
 
 def _override(value: Any, key: str, new: Any, name: str) -> None:
     *parents, last = key.strip().split(".")
+    if len(parents) > DEEPEST:
+        raise UserError(f"{name}: no key is so deep")
     for parent in parents:
-        if isinstance(value, list) and parent.isdecimal() and int(parent) < len(value):
+        if isinstance(value, list) and parent in _places(value):
             value = value[int(parent)]
         elif isinstance(value, dict):
             if isinstance(value.get(parent), str) and parent == "teacher":
@@ -304,12 +281,16 @@ def _override(value: Any, key: str, new: Any, name: str) -> None:
             value = value.setdefault(parent, {})
         else:
             raise UserError(f"{name}: no {parent!r} to go into")
-    if isinstance(value, list) and last.isdecimal() and int(last) < len(value):
+    if isinstance(value, list) and last in _places(value):
         value[int(last)] = new
     elif isinstance(value, dict):
         value[last] = new
     else:
         raise UserError(f"{name}: no {last!r} to set")
+
+
+def _places(value: list[Any]) -> list[str]:
+    return [str(i) for i in range(len(value))]
 
 
 _PARTS: dict[str, type[Part]] = {

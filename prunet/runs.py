@@ -35,7 +35,7 @@ from prunet.errors import UserError
 from prunet.files import check_writable, new_folder, read_json, write_json, write_text
 from prunet.latents import Cache, cache, cache_spec, check_size, pictures_are_gone, read_spec, seed_of
 from prunet.pairs import Pair, term_factors
-from prunet.pipeline import SAMPLERS, export, export_single_file, origin, write_unet
+from prunet.pipeline import check_sampler, export, export_single_file, origin, write_unet
 from prunet.plan import Derived, derive
 from prunet.recipe import Recipe, TeacherSource, read_prompts
 from prunet.sheets import Sheets
@@ -89,14 +89,15 @@ class Run:
         elif not pictures_are_gone(data, self.cache_folder):
             check_source(data.source, image_column=data.image_column, caption_column=data.caption_column)
         read_prompts(recipe.evaluation.prompts, recipe.evaluation.limit)
-        if recipe.evaluation.sampler not in SAMPLERS:
-            raise UserError(f"evaluation.sampler: no sampler {recipe.evaluation.sampler!r}: {', '.join(SAMPLERS)}")
         for teacher in dict.fromkeys([self.teacher, *self.teachers]):
             _ = teacher.noise_scheduler
             teacher.check_weights()
             check_same_space(self.teacher, teacher)
+            if data.source is None:
+                check_sampler(teacher, "dpmsolver++", data.steps, "data")
         if not self.is_done("export"):
             self.teachers[-1].check_other_parts()
+        check_sampler(self.teachers[-1], recipe.evaluation.sampler, recipe.evaluation.steps, "evaluation")
         check_steps(self.steps_down)
         for number, stage in enumerate(recipe.stages, 1):
             self.micro_batch(number)
@@ -434,7 +435,7 @@ class Run:
             "loads_in": self.derived.loads_in,
             "works_with": self.derived.works_with,
             "measures": {"prompts": len(prompts), **measures},
-            "prompt": prompts[0].replace('"', "'"),
+            "prompt": prompts[0],
         }
 
     def _report(self) -> None:

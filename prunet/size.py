@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunet import unet
+from prunet.errors import UserError
 from prunet.plan import Size
 
 TEXT_TOKENS = 77
@@ -59,6 +60,20 @@ def example_inputs(
     return inputs
 
 
+@torch.no_grad()
+def call_skeleton(config: Mapping[str, Any], latent_size: tuple[int, int] | None = None) -> None:
+    """One call on the meta device, for what watches it; the only place where a config can turn out not to work.
+
+    Raises:
+        UserError: the U-Net of this config cannot be called.
+    """
+    net = unet.skeleton(config)
+    try:
+        net(**example_inputs(config, latent_size=latent_size, device="meta"))
+    except Exception as error:  # of any kind: diffusers takes the values as they are
+        raise UserError(f"The U-Net of this config cannot be called: {error or type(error).__name__}") from error
+
+
 def size_of(config: Mapping[str, Any]) -> Size:
     """Parameters, and multiply-adds of one call at the native size.
 
@@ -95,11 +110,9 @@ def _text(config: Mapping[str, Any]) -> str:
 
 @lru_cache(maxsize=32)
 def _macs_by_kind(text: str, latent_size: tuple[int, int] | None) -> dict[str, int]:
-    config = json.loads(text)
-    net = unet.skeleton(config)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        net(**example_inputs(config, latent_size=latent_size, device="meta"))
+    with counter:
+        call_skeleton(json.loads(text), latent_size)
     flops = {"convolution": 0, "matmul": 0, "attention": 0}
     for operation, count in counter.get_flop_counts()["Global"].items():
         flops[kind_of(str(operation))] += count
@@ -117,8 +130,7 @@ def _activation_elements(text: str, latent_size: tuple[int, int]) -> int:
 
     handles = [m.register_forward_hook(count) for m in net.modules() if not any(m.children())]
     try:
-        with torch.no_grad():
-            net(**example_inputs(config, latent_size=latent_size, device="meta"))
+        call_skeleton(config, latent_size)
     finally:
         for handle in handles:
             handle.remove()

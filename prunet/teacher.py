@@ -21,8 +21,10 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from prunet import placing, text_names
+from prunet.configs import check_condition, check_config
 from prunet.console import say
 from prunet.errors import UserError
+from prunet.reading import parse_json
 
 if TYPE_CHECKING:  # imported when used: a config can be read in a second, diffusers takes several
     from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
@@ -190,6 +192,7 @@ class Teacher:
     def _read_index(self) -> None:
         assert self._folder is not None
         index = _read_json(self._folder / "model_index.json", f"{self._folder} is not a diffusers pipeline folder")
+        check_config("model_index", index, self._folder / "model_index.json")
         name = index.get("_class_name")
         if not isinstance(name, str) or name not in PIPELINES:
             raise UserError(f"{self._folder}: a {name}; prunet compresses {' and '.join(PIPELINES)}")
@@ -198,12 +201,6 @@ class Teacher:
         unet, vae = self.part_config("unet"), self.part_config("vae")
         if vae.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
             raise UserError(f"{self._folder}: its VAE is a {vae['_class_name']}; prunet knows AutoencoderKL")
-        for part, config in (("unet", unet), ("vae", vae)):
-            if not isinstance(config.get("block_out_channels"), list):
-                raise UserError(
-                    f"{self._folder / part / 'config.json'}: no list of block_out_channels in it: not the config of a "
-                    "Stable Diffusion; fetch or copy it again"
-                )
         for key in ("latents_mean", "latents_std", "shift_factor"):
             if vae.get(key) is not None:
                 raise UserError(
@@ -240,7 +237,9 @@ class Teacher:
     def part_config(self, part: str) -> dict[str, Any]:
         """The `config.json` (scheduler: `scheduler_config.json`) of a part."""
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        return _read_json(self._configs() / part / name, f"{self.source} has no readable {part}/{name}")
+        config = _read_json(self._configs() / part / name, f"{self.source} has no readable {part}/{name}")
+        check_config(part, config, self._configs() / part / name)
+        return config
 
     @cached_property
     def unet_config(self) -> dict[str, Any]:
@@ -272,6 +271,9 @@ class Teacher:
         scheduler = _from_config(DDPMScheduler, config)
         if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(f"{self.source}: prediction type {scheduler.config.prediction_type!r} is not supported")
+        kept = scheduler.alphas_cumprod
+        if not bool(((kept >= 0) & (kept <= 1)).all()):  # nor where it is no number
+            raise UserError(f"{self.source}: the betas of scheduler/scheduler_config.json are no noise schedule")
         return scheduler
 
     @property
@@ -378,6 +380,8 @@ class Teacher:
         if self._folder is not None:
             for part in self.text_encoders:
                 self._vocabulary_files(part)
+            encoders = [self.part_config(part) for part in self.text_encoders]
+            check_condition(self.unet_config, encoders, self._folder)
         for part in parts:
             placed = self._place(part)
             if not headers_only:
@@ -745,7 +749,7 @@ def _from_config(cls: Any, config: dict[str, Any]) -> Any:
 
 def _read_json(path: Path, message: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{message}: no file {path}") from error
     except (OSError, ValueError) as error:

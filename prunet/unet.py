@@ -7,6 +7,7 @@ import difflib
 import fnmatch
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ PART = re.compile(
     r"|\.(downsamplers|upsamplers)(\.0)?)?"
     r"|mid_block(\.(resnets|attentions)\.\d+(\.transformer_blocks\.\d+)?)?"
 )
+#: Names that the patterns of one plan may spell out (SDXL has 100 parts that can go); each is tried on every module.
+MOST_CHOICES = 1000
 PER_STAGE_FIELDS = ("cross_attention_dim", "attention_head_dim", "only_cross_attention")
 
 
@@ -72,7 +75,7 @@ def skeleton(config: Mapping[str, Any]) -> UNet2DConditionModel:
         raise UserError(f"The denoiser is a {kind}; prunet removes blocks of UNet2DConditionModel (SD v1, v2, SDXL)")
     try:
         return _skeleton(json.dumps({key: config[key] for key in sorted(config) if not key.startswith("_")}))
-    except (TypeError, ValueError, IndexError, KeyError) as error:
+    except Exception as error:  # of any kind: diffusers takes the values as they are
         raise UserError(f"diffusers cannot make a U-Net of this config: {error}") from error
 
 
@@ -81,9 +84,15 @@ def module_names(config: Mapping[str, Any]) -> list[str]:
 
 
 def expand(pattern: str) -> list[str]:
-    """`a.{b,c}.0` -> `a.b.0`, `a.c.0`."""
+    """`a.{b,c}.0` -> `a.b.0`, `a.c.0`.
+
+    Raises:
+        UserError: more than `MOST_CHOICES` names.
+    """
     pieces = re.split(r"\{([^{}]*)\}", pattern)
     choices = [piece.split(",") if i % 2 else [piece] for i, piece in enumerate(pieces)]
+    if math.prod(map(len, choices)) > MOST_CHOICES:
+        raise UserError(f"Pattern {pattern!r} stands for more than {MOST_CHOICES:,} names: use * in place of braces")
     return ["".join(parts) for parts in itertools.product(*choices)]
 
 
@@ -102,6 +111,9 @@ def removed_parts(config: Mapping[str, Any], patterns: Iterable[str]) -> dict[st
     """Part -> the pattern that removes it. Refuses patterns that match nothing or what cannot go."""
     names = module_names(config)
     removed: dict[str, str] = {}
+    patterns = list(patterns)
+    if (count := sum(len(expand(pattern)) for pattern in patterns)) > MOST_CHOICES:
+        raise UserError(f"The plan's patterns stand for {count:,} names, more than {MOST_CHOICES:,}: use * in them")
     for pattern in patterns:
         found = match(pattern, names)
         if not found:

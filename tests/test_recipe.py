@@ -1,5 +1,6 @@
 """Recipes: what is read, what is refused, and with which words."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,52 @@ def test_shipped_recipes_are_valid() -> None:
     assert len(recipes) >= 7
     for path in recipes:
         load_recipe(path)
+
+
+SHIPPED = Path(__file__).parent.parent / "recipes"
+#: scripts/kd_train.sh, scripts/kd_train_v2-base-im512.sh and MODEL_CARD.md of Nota-NetsPresso/BK-SDM.
+BK_SDM = {
+    "sd-v1.4": {"teacher": "CompVis/stable-diffusion-v1-4", "batch_size": 64 * 4},
+    "sd-v2.1-base": {"teacher": "stabilityai/stable-diffusion-2-1-base", "batch_size": 32 * 4},
+}
+
+
+@pytest.mark.parametrize("teacher", BK_SDM)
+@pytest.mark.parametrize("size", ["base", "small", "tiny"])
+def test_recipes_of_bk_sdm_are_as_published(size: str, teacher: str) -> None:
+    recipe, published = load_recipe(SHIPPED / f"bk-{size}-{teacher}.yaml"), BK_SDM[teacher]
+    (stage,) = recipe.stages
+    assert (recipe.teacher.source, recipe.plan.name) == (published["teacher"], f"bk-{size}")
+    assert (recipe.data.size, recipe.data.crop, recipe.data.flip) == (512, "center", True)
+    assert (stage.steps, stage.batch_size) == (50_000, published["batch_size"])
+    assert (stage.learning_rate, stage.schedule, stage.warmup_steps) == (5e-5, "constant", 0)
+    assert (stage.weight_decay, stage.max_grad_norm, stage.ema_decay) == (1e-2, 1.0, 0.9999)
+    assert (stage.losses.task, stage.losses.output, stage.losses.feature) == (1, 1, 1)
+    assert (recipe.evaluation.sampler, recipe.evaluation.steps, recipe.seed) == ("pndm", 25, 1234)
+
+
+def test_recipes_of_segmind_are_as_published() -> None:
+    """README.md and distill_sdxl.py of segmind/SSD-1B."""
+    for name, steps in (("ssd-1b", 251_000), ("vega", None)):
+        recipe = load_recipe(SHIPPED / f"{name}.yaml")
+        assert steps in (None, sum(stage.steps for stage in recipe.stages))
+        assert (recipe.data.size, recipe.data.crop) == (1024, "random")
+        for stage in recipe.stages:
+            assert (stage.batch_size, stage.learning_rate, stage.warmup_steps) == (32 * 4, 1e-5, 0)
+            assert (stage.ema_decay, stage.losses.level) == (None, "layer")
+            assert (stage.losses.task, stage.losses.output, stage.losses.feature) == (1, 0.5, 0.5)
+
+
+def test_each_number_of_a_published_recipe_says_where_it_is_from() -> None:
+    for path in sorted(set(SHIPPED.glob("*.yaml")) - {SHIPPED / "demo.yaml"}):
+        text = path.read_text()
+        sources = re.findall(r"^#   (\w+)  +\S", text, re.M)
+        assert {"prunet"} < set(sources), path.name
+        for line in text.splitlines():
+            setting = re.match(r"[\s-]+(\w+): *(?P<value>[^#]*)(?P<comment>#.*)?$", line)
+            if (
+                setting
+                and re.search(r"\d|true|false|null|center|random", setting["value"])
+                and setting[1] not in ("fp16", "plan")
+            ):
+                assert any(f" {source}" in (setting["comment"] or "") for source in sources), f"{path.name}: {line}"

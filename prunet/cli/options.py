@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from prunet import processes
-from prunet.errors import UserError
+from prunet.errors import UserError, printable
 
 app = typer.Typer(
     name="prunet",
@@ -222,8 +222,8 @@ def say(as_json: bool, facts: dict[str, Any], text: Any = None) -> None:
     if as_json:
         print(json.dumps(facts))
     elif isinstance(text, str):
-        print(text)  # as it is: a path may be long, or have [brackets] in it
+        print(printable(text))  # without rich: a path may be long, or have [brackets] in it
     elif text is not None:
-        from rich import print as show
+        from prunet.console import results
 
-        show(text)
+        results.print(text)

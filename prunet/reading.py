@@ -1,0 +1,152 @@
+"""Reading what users write, YAML and JSON, within bounds: what is too large, too deep or given twice is refused.
+
+A recipe, a plan, a protocol, a value of `--set` and the config of a part are a page each. Ten lines of YAML can stand
+for a billion values, by aliases of aliases; they are counted before anything is made of them.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prunet.errors import UserError
+
+#: Bytes of a YAML page; PyYAML reads about 150 kB in a second.
+LARGEST = 500_000
+#: Values in one page, each alias counted as what it stands for.
+MOST = 50_000
+#: Lists and mappings inside one another.
+DEEPEST = 20
+#: Characters of a number or a date.
+LONGEST_NUMBER = 60
+#: Bytes of a JSON file (the largest index of shards has about 1 MB).
+LARGEST_JSON = 10_000_000
+_TOO_DEEP = f"more than {DEEPEST} lists and mappings inside one another"
+#: What PyYAML raises of its own, for a 13th month, for `!!int abc`.
+_BAD_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what is too much, and a key that is given twice: the second would silently take the first one's place."""
+
+    deep = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.deep += 1
+        if self.deep > DEEPEST:
+            raise yaml.composer.ComposerError(None, None, _TOO_DEEP, self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.deep -= 1
+        return node
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None:
+            _measure(node, {})
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := next((key for key, count in keys.items() if count > 1 and key != "<<"), None):
+            raise _error(node, f"key {twice!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: Any) -> Any:
+        text = super().construct_scalar(node)
+        if isinstance(text, str):
+            _check_text(node, text)
+        return text
+
+
+def _error(node: Any, problem: str) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+def _check_text(node: Any, text: str) -> None:
+    if not node.tag.endswith((":str", ":binary")) and len(text) > LONGEST_NUMBER:
+        raise _error(node, f"a number or date of {len(text):,} characters")
+    if "\0" in text:
+        raise _error(node, f"a null character in {text!r}")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise _error(node, f"half a character in {text!r}")
+
+
+def _measure(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Values that a node stands for, and how deep they go. `known`: of nodes that were met before; 0: not yet whole."""
+    if id(node) not in known:
+        known[id(node)] = count, height = 0, 0
+        items = () if isinstance(node, yaml.ScalarNode) else node.value
+        for part in (part for item in items for part in (item if isinstance(item, tuple) else (item,))):
+            more, deep = _measure(part, known)
+            count, height = count + more, max(height, deep)
+        if height >= DEEPEST:
+            raise _error(node, _TOO_DEEP)
+        if count >= MOST:
+            raise _error(node, f"more than {MOST:,} values, aliases counted; long lists of prompts go into a text file")
+        known[id(node)] = count + 1, height + 1
+    if known[id(node)] == (0, 0):
+        raise _error(node, "an alias of what it stands in")
+    return known[id(node)]
+
+
+def _unshared(value: Any) -> Any:
+    """Each alias as a value of its own, so that a change at one place (`--set`) does not reach the other."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        UserError: not YAML, or too large, too deep, or with a key given twice; `where` begins the message.
+    """
+    if len(text) > LARGEST:
+        raise UserError(
+            f"{where}: {len(text):,} characters, more than {LARGEST:,}: long lists of prompts go into a text file"
+        )
+    try:
+        return _unshared(yaml.load(text, _Loader))
+    except _BAD_YAML as error:
+        raise UserError(f"{where}: not readable as YAML: {error}") from error
+
+
+def load_yaml(path: Path, what: str) -> Any:
+    """The value in a YAML file, `what` it should be in a message (`a recipe`).
+
+    Raises:
+        UserError: not there, not readable, too large, too deep, or with a key given twice.
+    """
+    if not path.is_file():
+        raise UserError(f"No file at {path}: give {what} in YAML (docs/ has examples)")
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LARGEST + 1)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as YAML: {error}") from error
+    return parse_yaml(text, str(path))
+
+
+def load_mapping(path: Path, what: str) -> dict[str, Any]:
+    """Like `load_yaml`, of a file that must hold a mapping."""
+    value = load_yaml(path, what)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: {what} is a mapping of keys and values")
+    return value
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: not JSON, too large or too deep.
+    """
+    if len(text) > LARGEST_JSON:
+        raise ValueError(f"more than {LARGEST_JSON:,} characters")
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("lists and objects inside one another without end") from error

@@ -1,0 +1,74 @@
+"""The model card says what a user wrote, and nothing that it could be taken for."""
+
+import ast
+import re
+
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+
+from prunet.pipeline import model_card
+
+NASTY = [
+    "mit\nmalicious: true",
+    "openrail++ # not a comment: [x",
+    "---\n# Heading\n",
+    "`a` ``b`` | c | <script>alert(1)</script>",
+    "```\n\n# out of the fence\n",
+    '"); import os; os.system("ls") #',
+    "a\\",
+    "'single' \"double\" 🐈‍⬛ é \x1b[2J \x85 \u2028 \ufeff",
+    "{{ 7 * 7 }} {% raw %}",
+    "[a link](javascript:x) ![a picture](x) **bold** _x_ ~~y~~ $z$ &amp; <b>",
+    "*" * 50,
+]
+SIZES = {"parameters": 10, "macs": 10}
+
+
+def card(text: str) -> str:
+    losses = {"task": 1, "output": 1, "feature": 1, "level": "block", "normalize": False}
+    stage = {
+        "steps": 1,
+        "batch_size": 1,
+        "learning_rate": 1,
+        "schedule": "constant",
+        "losses": losses,
+        "ema_decay": None,
+    }
+    return model_card(
+        {
+            "teacher": text,
+            "base_model": text,
+            "license": text,
+            "plan": {"name": text, "remove": [text]},
+            "recipe": {"stages": [stage], "seed": 1},
+            "data": text,
+            "size": 8,
+            "sizes": {"teacher": SIZES, "student": SIZES},
+            "prompt": text,
+        }
+    )
+
+
+def shape(text: str) -> list[str]:
+    """The kinds of all parts of a Markdown text."""
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
+    return [part.type for token in tokens for part in (token, *(token.children or []))]
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_what_a_user_wrote_means_itself_in_the_card(text: str) -> None:
+    written = card(text)
+    _, front, body = written.split("---\n", 2)
+    head = yaml.safe_load(front)
+    assert (head["license"], head["base_model"]) == (text, text)
+    assert head.keys() == yaml.safe_load(card("plain").split("---\n")[1]).keys()
+    assert shape(body) == shape(card("plain").split("---\n", 2)[2])
+    code = re.search(r"```python\n(.*?)\n```", body, re.S)[1]
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and node.args]
+    assert text in [ast.literal_eval(call.args[0]) for call in calls]
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", written)
+    spans = [
+        c.content for t in MarkdownIt("commonmark").parse(body) for c in t.children or [] if c.type == "code_inline"
+    ]
+    assert len(spans) == 3 and len(set(spans)) == 1
