@@ -16,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from prunet.errors import printable
 from prunet.processes import is_main
 
 #: Of several processes one speaks.
@@ -69,4 +70,4 @@ class Bar:
 
 def say(text: str) -> None:
     """One line about what happens."""
-    console.print(text, soft_wrap=True)
+    console.print(printable(text), soft_wrap=True)

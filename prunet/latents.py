@@ -3,7 +3,8 @@
 A cache folder holds `spec.json` (what it is made of), `shard-00000.safetensors` ... (256 samples each: `mean` and `std`
 (N, 4, h, w) of the scaled latents, `prompt_embeds` (N, 77, D), for SDXL `pooled` (N, P) and `time_ids` (N, 6)),
 with `buckets` one `mean.I` and `std.I` a sample instead, because their sizes differ,
-`unconditional.safetensors`, and, once it is whole, `cache.json` with the number of samples and the pictures skipped.
+`unconditional.safetensors`, and, once it is whole, `cache.json` with the number of samples, the pictures skipped and
+the number of captions cut.
 A shard is whole or not there, and depends on nothing but the spec, so a killed run goes on at the first missing one.
 """
 
@@ -28,6 +29,7 @@ from prunet import processes
 from prunet.console import progress, say
 from prunet.errors import UserError
 from prunet.files import new_file, read_json, read_label, write_json
+from prunet.listing import source_name
 from prunet.pictures import BrokenPicture, Picture, bucket_sizes, fit, nearest_size
 from prunet.recipe import Data, read_prompts
 from prunet.sources import check_source, has_files, read_pictures, source_files
@@ -266,11 +268,16 @@ def _finish(data: Data, folder: Path, shards: int) -> None:
     skipped = [(key, why) for label in labels for key, why in label["skipped"]]
     if not sum(counts):
         why = f" (first: {skipped[0][0]}: {skipped[0][1]})" if skipped else ""
-        raise UserError(f"{data.source}: not one usable picture with a caption{why}")
+        raise UserError(f"{source_name(data.source or [])}: not one usable picture with a caption{why}")
     if skipped:
         say(f"[yellow]{len(skipped)} pictures skipped[/], listed in {escape(str(folder / 'cache.json'))}:")
         for key, why in skipped[:5]:
             say(f"  {escape(f'{key}: {why}')}")
+    if cut := sum(label.get("cut", 0) for label in labels):
+        say(
+            f"[yellow]{cut:,} of {sum(counts):,} captions are cut:[/] they are longer than the text encoder reads "
+            f"('cut' in {escape(str(folder / 'cache.json'))})"
+        )
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, shape in enumerate(shape for label in labels for shape in label.get("sizes", [])):
         groups.setdefault(tuple(shape), []).append(number)
@@ -279,6 +286,7 @@ def _finish(data: Data, folder: Path, shards: int) -> None:
         "counts": counts,
         "samples": sum(counts),
         "skipped": skipped,
+        "cut": cut,
         "groups": list(groups.values()),
     }
     write_json(folder / "cache.json", index)
@@ -332,7 +340,8 @@ def _encode_shard(
             number = seed_of(seed, picture.key, view)
             fitted.append(fit(image, nearest_size(image, sizes), crop=data.crop, flip=data.flip, seed=number))
             captions.append(picture.captions[number % len(picture.captions)])
-    label: dict[str, Any] = {"captions": captions, "skipped": skipped, "count": len(captions)}
+    cut = sum(teacher.are_cut(captions))
+    label: dict[str, Any] = {"captions": captions, "skipped": skipped, "count": len(captions), "cut": cut}
     tensors = dict(kept)
     if not any(name.startswith("mean") for name in kept):
         tensors |= _encode(teacher, [f.pixels for f in fitted], data.buckets)
@@ -385,7 +394,8 @@ def _draw_prompts(teacher: Teacher, data: Data, folder: Path, size: int, seed: i
                     rows.append(_draw_batch(teacher, pipe, data, group[at : at + ENCODE_BATCH], size, seed))
                     bar.advance(len(rows[-1]["mean"]))
                 texts = [text for _, _, text in group]
-                _write(path, _concat(rows), {"captions": texts, "skipped": [], "count": len(group)})
+                cut = sum(teacher.are_cut(texts))
+                _write(path, _concat(rows), {"captions": texts, "skipped": [], "count": len(group), "cut": cut})
             else:
                 bar.advance(len(group))
     return len(starts)

@@ -133,6 +133,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode[0] in "IF":
         values = np.asarray(image)
+        if isinstance(clear := image.info.get("transparency"), int):
+            values = np.where(values == clear, 65535, values)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise ValueError("float or 32-bit pixels, whose range is unknown")
         image = Image.fromarray((values / 257).round().astype(np.uint8))

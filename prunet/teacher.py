@@ -505,6 +505,11 @@ class Teacher:
         pick = 1 if unconditional else 0
         return PromptEmbeds(out[pick], out[2 + pick] if self.kind == "sdxl" else None)
 
+    def are_cut(self, prompts: Sequence[str]) -> list[bool]:
+        """Whether each prompt has more tokens than the text encoders read; `encode_prompts` drops the rest of it."""
+        tokenizers = [part for name, part in self._text_parts.items() if name.startswith("tokenizer")]
+        return [any(len(t(p, verbose=False).input_ids) > t.model_max_length for t in tokenizers) for p in prompts]
+
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, 4, h, w) of the latents of `pixels` (B, 3, H, W) in [-1, 1], scaled."""
