@@ -307,19 +307,19 @@ class Teacher:
     # -- its parts, loaded when first used
 
     def _weight_files(self, part: str) -> list[Path]:
-        """The safetensors of a part: one file, the shards of one, or its fp16 variant; a pickle does not count."""
+        """The safetensors of a part: one file or its shards, else those of its variant; a pickle does not count."""
         folder, stem = self._configs() / part, WEIGHTS[part]
         if self._hub is not None and not (folder / f"{stem}.safetensors").is_file():
             self._download(f"{part}/{stem}.safetensors")
             if not (folder / f"{stem}.safetensors").is_file():
                 self._download(f"{part}/{stem}*.safetensors*")
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
+        file, index = _weight_names(folder, stem)
+        # Where both lie there, transformers reads the one file, diffusers the shards.
+        if index.is_file() and not (part.startswith("text_encoder") and file.is_file()):
             names = _read_json(index, f"{self.source}: {part}").get("weight_map", {}).values()
             return [folder / name for name in sorted(set(names))]
-        for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-            if (folder / name).is_file():
-                return [folder / name]
+        if file.is_file():
+            return [file]
         pickled = "; its .bin files are pickles, which prunet does not open: save the pipeline with safe_serialization"
         raise UserError(
             f"{self.source}: no {part}/{stem}.safetensors" + (pickled if list(folder.glob("*.bin")) else "")
@@ -356,7 +356,7 @@ class Teacher:
                 module = ldm.from_ldm_text_encoder(self._file, config, self.text_encoders.index(part))
         else:
             file = self._weight_files(part)[0]
-            variant = "fp16" if ".fp16" in file.name else None
+            variant = _variant(file.name, WEIGHTS[part])
             name = "dtype" if part.startswith("text") else "torch_dtype"  # transformers' and diffusers' words
             options = {"subfolder": part, "variant": variant, "use_safetensors": True, name: dtype}
             try:
@@ -424,8 +424,8 @@ class Teacher:
                     target = file.name if len(files) > 1 else f"{WEIGHTS[name]}.safetensors"
                     shutil.copyfile(file, folder / name / target)
                 if len(files) > 1:
-                    index_name = f"{WEIGHTS[name]}.safetensors.index.json"
-                    shutil.copyfile(configs / name / index_name, folder / name / index_name)
+                    _, index_file = _weight_names(configs / name, WEIGHTS[name])
+                    shutil.copyfile(index_file, folder / name / f"{WEIGHTS[name]}.safetensors.index.json")
             elif not self._copy_other(configs, name, folder):
                 index[name] = [None, None]
         index["unet"] = ["diffusers", "UNet2DConditionModel"]
@@ -516,6 +516,37 @@ class Teacher:
         vae = self.vae
         dist = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist
         return dist.mean.float() * self.scaling_factor, dist.std.float() * self.scaling_factor
+
+
+def _weight_names(folder: Path, stem: str) -> tuple[Path, Path]:
+    """The weights' one file and the index of their shards, as stock diffusers would look for one or the other.
+
+    Without a variant (`fp16`, `non_ema`) where there is one of them, else of the only variant, or of fp16.
+
+    Raises:
+        UserError: several variants to choose from.
+    """
+    found = {_variant(file.name, stem) for file in folder.glob(f"{stem}.*")} if folder.is_dir() else set()
+    variants = sorted(variant for variant in found if variant)
+    if None in found or not variants:
+        return folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if len(variants) > 1 and "fp16" not in variants:
+        raise UserError(
+            f"{folder}: weights in the variants {', '.join(variants)}, and none without; copy the one that you want to "
+            f"{stem}.safetensors"
+        )
+    variant = "fp16" if "fp16" in variants else variants[0]
+    return folder / f"{stem}.{variant}.safetensors", folder / f"{stem}.safetensors.index.{variant}.json"
+
+
+def _variant(name: str, stem: str) -> str | None:
+    """`fp16` of `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`, `model.safetensors.index.fp16.json`;
+    "" of a file that is none of the part's weights."""
+    if not (
+        found := re.fullmatch(rf"{stem}(?:\.(\w+))?(-\d+-of-\d+)?\.safetensors(?:\.index(?:\.(\w+))?\.json)?", name)
+    ):
+        return ""
+    return found[1] or found[3]
 
 
 def check_same_space(first: Teacher, other: Teacher) -> None:
