@@ -13,7 +13,8 @@ from prunet.errors import UserError
 from prunet.pictures import as_text
 
 MAX_FILES = 100_000  # that one name may stand for
-MAX_LINKED = 10_000  # folders reached through links: these can lead round and multiply without end
+MAX_AGAIN = 1_000  # visits of a folder by another way than the first: links can lead round and multiply without end
+MAX_PATTERN = 1_000  # characters between two slashes of a pattern: matching takes their square
 
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -70,6 +71,8 @@ def _matches(pattern: str) -> set[str]:
     """As `glob.glob`, but part by part: of links that lead round that one would make names without end."""
     names = {""}
     for part in Path(pattern).parts:
+        if len(part) > MAX_PATTERN:
+            return set()  # nor is there a file of such a name
         if part == "**":
             folders = (name for name in names if os.path.isdir(name or "."))
             found = (os.path.join(name, under) for name in folders for under, _ in walk(Path(name)))
@@ -93,12 +96,13 @@ def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
     Folders are "" or end in a slash.
 
     Raises:
-        UserError: a folder that cannot be listed, or links to more than `MAX_LINKED` folders.
+        UserError: a folder that cannot be listed, or links that lead to the same folders more than `MAX_AGAIN` times.
     """
-    linked = 0
-    todo: list[tuple[str, tuple[tuple[int, int], ...], bool]] = [("", (), False)]
+    seen: set[tuple[int, int]] = set()
+    again = 0
+    todo: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
     while todo:  # not recursive: folders can be thousands deep
-        under, above, is_linked = todo.pop()
+        under, above = todo.pop()
         folder = root / under
         try:
             status = os.stat(folder)
@@ -107,13 +111,15 @@ def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
             entries = sorted((e for e in os.scandir(folder) if e.name[0] != "."), key=lambda entry: entry.name)
         except OSError as error:
             raise UserError(f"{_short(str(folder))}: this folder cannot be listed ({error.strerror})") from None
-        linked += is_linked
-        if linked > MAX_LINKED:
-            raise UserError(f"{root}: links in it lead to more than {MAX_LINKED:,} folders, maybe round; take them out")
-        folders = {entry.name: entry.is_symlink() for entry in entries if _is_folder(entry)}
-        yield under, [entry.name for entry in entries if entry.name not in folders]
+        again += this in seen
+        seen.add(this)
+        if again > MAX_AGAIN:
+            many = f"links in it lead to the same folders more than {MAX_AGAIN:,} times"
+            raise UserError(f"{_short(str(root))}: {many}; take out those that lead round")
+        folders = [entry.name for entry in entries if _is_folder(entry)]
+        yield under, sorted({entry.name for entry in entries}.difference(folders))
         for name in reversed(folders):
-            todo.append((f"{under}{name}/", (*above, this), is_linked or folders[name]))
+            todo.append((f"{under}{name}/", (*above, this)))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
