@@ -70,6 +70,8 @@ def _captions(files: Files, column: str | None) -> tuple[tuple[str, ...], str]:
     """(captions, why there are none); a named column is looked up in the .json alone."""
     why = f"no caption ({' '.join(CAPTION_FILES)} .json)" if column is None else f"no {column!r} in its .json"
     for ending in (*CAPTION_FILES, ".json") if column is None else (".json",):
+        if ending + LINK in files:
+            why = f"no caption: its {ending} is a link; pack files in place of links"
         if (data := files.get(ending)) is None:
             continue
         try:

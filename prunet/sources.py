@@ -182,7 +182,7 @@ def source_files(source: Source) -> list[tuple[str, int | str]]:
         for name in sorted(below) if root.is_dir() else [Path(root.name)]:
             file = root / name if root.is_dir() else root
             if file.is_file():
-                text = file.suffix.lower() in (*CAPTION_FILES, ".jsonl", ".csv")
+                text = file.name in CAPTION_LISTS or file.suffix.lower() in (*CAPTION_FILES, ".jsonl", ".csv")
                 out.append((str(name), _sha256(file) if text else file.stat().st_size))
     return out
 
