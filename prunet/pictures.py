@@ -13,7 +13,7 @@ import random
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -194,8 +194,26 @@ def _load(file: Path | bytes) -> Image.Image:
 
 def _decoded(file: io.BytesIO | Path) -> Image.Image:
     with Image.open(file, formats=_formats()) as image:
-        image.load()  # the first frame of several; beyond 179 million pixels Pillow refuses
+        with _silent_stderr() if image.format == "TIFF" else nullcontext():
+            image.load()  # the first frame of several; beyond 179 million pixels Pillow refuses
         return to_rgb(_upright(image))
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """libtiff writes what it finds wrong to file 2, past Python; Pillow raises an error as well."""
+    try:
+        saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # closed already
+        yield
+        return
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def _lean_pngs(file: Path | bytes) -> Iterator[bytes]:

@@ -16,9 +16,10 @@ import pytest
 from rich.console import Console
 from test_pictures import encoded, metadata, read, shard, why_not, write
 
-from prunet import captions, console, listing
+from prunet import Teacher, cache, captions, console, listing
 from prunet.cli import main
 from prunet.errors import UserError, printable
+from prunet.recipe import Data
 from prunet.sources import check_source, read_pictures, source_files
 
 
@@ -233,20 +234,35 @@ def test_what_is_said_shows_no_control_character(monkeypatch):
     assert is_safe(out.getvalue()) and "owned" in out.getvalue()
 
 
-@pytest.mark.parametrize("form", ["folder", "list", "shard", "source"])
-def test_no_control_character_of_a_name_reaches_the_terminal(tmp_path, capsys, monkeypatch, form):
+def evil_source(folder: Path, form: str) -> Path:
+    """Data of which nothing can be used, with that name in the first place where it can stand."""
     if form == "folder":
-        write(tmp_path / f"data/{EVIL}.png", b"x")
-        write(tmp_path / f"data/{EVIL}.txt", "a")
+        write(folder / f"data/{EVIL}.png", b"x")
+        write(folder / f"data/{EVIL}.txt", "a")
     elif form == "list":
-        metadata(tmp_path / "data", {"file_name": f"{EVIL}.png", EVIL: "a"})
+        metadata(folder / "data", {"file_name": f"{EVIL}.png", EVIL: "a"})
     elif form == "shard":
-        shard(tmp_path / "data", {f"{EVIL}.png": "x", f"{EVIL}.txt": "a"}).rename(tmp_path / "data.tar")
-    source = {"shard": tmp_path / "data.tar", "source": tmp_path / f"{EVIL}*"}.get(form, tmp_path / "data")
-    assert is_safe(why_not(source))
-    recipe = write(tmp_path / "recipe.yaml", json.dumps({"teacher": "emoji/emoji-sd", "data": {"source": str(source)}}))
-    monkeypatch.setattr(sys, "argv", ["prunet", "cache", str(recipe)])
+        return shard(folder / "data", {f"{EVIL}.png": "x", f"{EVIL}.txt": "a"}).rename(folder / "data.tar")
+    elif form == "pattern":
+        return folder / f"{EVIL}*"
+    return folder / "data"
+
+
+@pytest.mark.parametrize("form", ["folder", "list", "shard", "pattern"])
+def test_no_control_character_of_a_name_reaches_the_terminal(sd, tmp_path, capsys, monkeypatch, form):
+    source = evil_source(tmp_path, form)
+    recipe = {"teacher": str(sd), "plan": "bk-tiny", "data": {"source": str(source)}, "stages": [{"steps": 1}]}
+    recipe |= {"evaluation": {"prompts": ["a"]}, "output": str(tmp_path / "out")}
+    path = write(tmp_path / "recipe.yaml", json.dumps(recipe))
+    monkeypatch.setattr(sys, "argv", ["prunet", "cache", str(path)])
     with pytest.raises(SystemExit) as error:
         main()
     shown = capsys.readouterr()
-    assert error.value.code == 2 and is_safe(shown.err + shown.out)
+    assert error.value.code == 2 and is_safe(shown.err + shown.out) and "\\x1b]0;owned\\x07" in shown.err
+
+
+def test_pictures_skipped_are_listed_without_control_characters(sd, tmp_path, capsys):
+    evil_source(tmp_path, "folder")
+    cache(Teacher(sd), Data(source=str(captioned(tmp_path / "data"))), tmp_path / "cache")
+    shown = capsys.readouterr().err
+    assert is_safe(shown) and "1 pictures skipped" in shown and "\\x1b]0;owned\\x07" in shown

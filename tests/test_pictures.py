@@ -653,6 +653,16 @@ def odd_pictures(name: str) -> bytes:
     return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(broken_exif) + 2) + broken_exif + jpeg[2:]
 
 
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate"])
+def test_what_libtiff_writes_past_python_does_not_reach_the_user(tmp_path, capfd, compression):
+    data = bytearray(encoded(gradient(64, 64), "TIFF", compression=compression))
+    data[200:260] = b"\xff" * 60
+    with pytest.raises(BrokenPicture, match="decoder error"):
+        opened(tmp_path, bytes(data), "a.tif")
+    os.write(2, b"heard again")
+    assert capfd.readouterr() == ("", "heard again")
+
+
 @pytest.mark.parametrize("name", ["large", "palette", "exif"])
 def test_no_warning_of_pillow_reaches_the_user(tmp_path, capfd, name):
     with warnings.catch_warnings(record=True) as caught:
