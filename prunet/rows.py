@@ -57,6 +57,7 @@ def read_saved(folder: Path, columns: Columns) -> Iterator[Picture]:
     datasets = extra("datasets", f"{folder}: a saved dataset; ")
     try:
         rows = datasets.load_from_disk(str(folder)).with_format(None)
+        rows.data.validate(full=True)  # Arrow believes its files: wrong offsets would end the process
     except Exception as error:  # of pyarrow, of JSON, of features that are not known
         raise UserError(f"{folder}: no readable dataset; save it again ({one_line(error)})") from None
     captions = _check_columns(str(folder), rows.column_names, columns)

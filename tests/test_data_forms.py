@@ -2,12 +2,15 @@
 
 import os
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
+from random import Random
 
 import pytest
-from test_pictures import encoded, metadata, picture, read, table, why_not, write
+from test_pictures import encoded, metadata, picture, read, shard, table, why_not, write
 
+from prunet.errors import UserError
 from prunet.latents import pictures_are_gone
 from prunet.pictures import BrokenPicture
 from prunet.recipe import Data
@@ -194,3 +197,55 @@ def test_files_behind_links_decide_whether_a_source_is_the_same(tmp_path):
     assert source_files(tmp_path / "data") != before
     write(tmp_path / "data/.DS_Store", "x")
     assert [name for name, _ in source_files(tmp_path / "data")] == ["link/a.png", "link/a.txt"]
+
+
+def mutated(data: bytes, random: Random) -> bytes:
+    out = bytearray(data or b"\0")
+    for _ in range(random.randint(1, 4)):
+        at = random.randrange(len(out)) if out else 0
+        match random.randrange(5):
+            case 0:
+                out[at : at + 1] = random.randbytes(1)
+            case 1:
+                out[at : at + random.randint(1, 60)] = random.randbytes(random.randint(0, 60))
+            case 2:
+                del out[at:]
+            case 3:
+                out[at:at] = out[: random.randint(0, 600)]
+            case 4:
+                out[at : at + 4] = b"\xff\xff\xff\x7f"
+    return bytes(out)
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_damaged_data_of_every_form_is_named_or_refused_in_a_line(tmp_path, count):
+    whole = tmp_path / "whole"
+    rows = made(tmp_path / "files")
+    rows.save_to_disk(whole / "saved")
+    datasets.load_from_disk(str(whole / "saved")).to_parquet(whole / "a.parquet")
+    members = {"a.png": encoded(), "a.txt": "a", "b.jpg": encoded(format="JPEG"), "b.json": '{"text": "b"}'}
+    shard(whole / "a.tar", members), shard(whole / "b.tar.gz", {**members, "l" * 120 + ".png": encoded()})
+    for name in ("jsonl", "csv", "parquet"):
+        write(whole / name / "a.png", encoded())
+        row = datasets.Dataset.from_dict({"file_name": ["a.png"], "text": ["a, b"]})
+        {"jsonl": row.to_json, "csv": row.to_csv, "parquet": row.to_parquet}[name](whole / name / f"metadata.{name}")
+    for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"):
+        write(whole / f"beside/{kind}.{kind.lower()}", encoded(picture(size=(20, 20)), kind))
+        write(whole / f"beside/{kind}.txt", "a")
+    files = sorted(path for path in whole.rglob("*") if path.is_file())
+    for number in range(count):
+        random = Random(number)
+        path = random.choice(files)
+        source = whole / path.relative_to(whole).parts[0]
+        good, started = path.read_bytes(), time.process_time()
+        path.write_bytes(mutated(good, random))
+        try:
+            for sample in read_pictures(source):
+                with suppress(BrokenPicture):
+                    sample.open()
+            check_source(source)
+            source_files(source)
+        except UserError as error:
+            assert "\n" not in str(error), number
+        assert time.process_time() - started < 10, number
+        path.write_bytes(good)
