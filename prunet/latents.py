@@ -268,7 +268,7 @@ def _finish(data: Data, folder: Path, shards: int) -> None:
     skipped = [(key, why) for label in labels for key, why in label["skipped"]]
     if not sum(counts):
         why = f" (first: {skipped[0][0]}: {skipped[0][1]})" if skipped else ""
-        raise UserError(f"{source_name(data.source or [])}: not one usable picture with a caption{why}")
+        raise UserError(f"{source_name(data.source or '')}: not one usable picture with a caption{why}")
     if skipped:
         say(f"[yellow]{len(skipped)} pictures skipped[/], listed in {escape(str(folder / 'cache.json'))}:")
         for key, why in skipped[:5]:

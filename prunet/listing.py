@@ -25,7 +25,7 @@ def source_paths(source: Source) -> list[Path]:
     Raises:
         UserError: an empty list, nothing there, or a range or pattern of more than `MAX_FILES`.
     """
-    items = [source] if isinstance(source, str | os.PathLike) else list(source)
+    items = _items(source)
     if not items:
         raise UserError("the list of picture sources is empty: name a folder, .tar shards or .parquet files")
     texts = [os.path.expanduser(os.fspath(item)) for item in items]
@@ -34,9 +34,12 @@ def source_paths(source: Source) -> list[Path]:
 
 def source_name(source: Source) -> str:
     """A source as a message names it: a list by its first item."""
-    if isinstance(source, str | os.PathLike) or len(source) < 2:
-        return str(source if isinstance(source, str | os.PathLike) else "".join(map(str, source)))
-    return f"{source[0]} and {len(source) - 1} more"
+    first, *others = _items(source)
+    return f"{first} and {len(others)} more" if others else str(first)
+
+
+def _items(source: Source) -> list[str | os.PathLike[str]]:
+    return [source] if isinstance(source, str | os.PathLike) else list(source)
 
 
 def _ranges(text: str) -> Iterator[str]:

@@ -110,6 +110,18 @@ def test_text_beside_pictures_in_nested_folders(tmp_path):
     check_source(str(tmp_path))
 
 
+@pytest.mark.parametrize("text", ["", " ", "\r\n \t\r\n", "\ufeff", "\u00a0\u3000", "\u200b\n\ufeff \u2060", "\0"])
+def test_a_caption_that_shows_nothing_is_none(tmp_path, text):
+    for name in ("beside/a.png", "list/a.png"):
+        write(tmp_path / name, encoded())
+    write(tmp_path / "beside/a.txt", text)
+    metadata(tmp_path / "list", {"file_name": "a.png", "text": [text]})
+    shard(tmp_path / "a.tar", {"a.png": encoded(), "a.txt": text, "b.png": encoded(), "b.json": json.dumps([text])})
+    for source, names in (("beside", ["a.png"]), ("list", ["a.png"]), ("a.tar", ["a.tar/a", "a.tar/b"])):
+        usable, broken = read(tmp_path / source)
+        assert not usable and list(broken) == names and all("no caption" in why for why in broken.values())
+
+
 def test_what_cannot_be_used_keeps_its_key_and_says_why(tmp_path):
     files = {"good.png": encoded(), "empty.png": b"", "garbage.png": b"GIF89a garbage", "none.png": encoded(),
              "cut.png": encoded(picture(size=(64, 64)))[:-40], "blank.png": encoded(), "latin.png": encoded(),
