@@ -1,11 +1,12 @@
-"""What the terminal shows while work goes on. All of it goes to stderr: stdout is for results."""
+"""What the terminal shows. What is said while work goes on is for stderr: stdout is for results."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,12 +16,24 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 
 from prunet.errors import printable
 from prunet.processes import is_main
 
+
+class _Printable(Console):
+    """Obeys rich's own styles, and nothing that stands in a text: a file may be named so as to clear the screen."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
 #: Of several processes one speaks.
-console = Console(stderr=True, highlight=False, quiet=not is_main())
+console = _Printable(stderr=True, highlight=False, quiet=not is_main())
+#: Results that are more than lines: tables, drawings.
+results = _Printable()
 
 
 #: Seconds between two lines where there is no terminal to draw a bar on.
@@ -48,6 +61,7 @@ class Bar:
     """One line of progress."""
 
     def __init__(self, shown: Progress, text: str, total: float | None) -> None:
+        text = escape(text)  # a folder may be named [/like this]
         self._shown, self._task = shown, shown.add_task(text, total=total, note="")
         self._text, self._total, self._done, self._note = text, total, 0.0, ""
         self._printed, self._printed_at = time.monotonic(), 0.0
@@ -56,7 +70,7 @@ class Bar:
         if not self._done and steps > 1:
             self._printed_at = steps  # done before this process began
         self._done += steps
-        self._note = self._note if note is None else note
+        self._note = self._note if note is None else escape(note)
         self._shown.update(self._task, advance=steps, note=self._note)
         now = time.monotonic()
         if not console.is_terminal and self._text and now - self._printed > LINE_EVERY:
@@ -69,5 +83,5 @@ class Bar:
 
 
 def say(text: str) -> None:
-    """One line about what happens."""
-    console.print(printable(text), soft_wrap=True)
+    """One line about what happens, in rich's markup."""
+    console.print(text, soft_wrap=True)

@@ -1,22 +1,36 @@
-"""The one exception that a user is meant to read, and text that is safe to print."""
+"""The one exception that a user is meant to read, and what of a user's text may reach a terminal."""
 
 import re
 
-
-class UserError(Exception):
-    """Something that the user can mend: one line saying what is wrong, where, and how to mend it.
-
-    The command line prints it without a traceback and exits with code 2; library users catch it by name.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(" ".join(message.split())))
+#: Characters that a terminal obeys instead of showing, that turn the direction of a line, or that no encoding has.
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+#: A message is cut to this length: what comes first says what is wrong, what comes last how to fix it.
+LONGEST = 800
 
 
 def printable(text: str) -> str:
-    """The text with its control characters as escapes: a file's name could otherwise steer the terminal.
+    r"""`text` with the characters that a terminal would obey written out (`\x1b`); line ends and tabs stay."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode-escape").decode(), text)
 
-    Line ends and tabs stay.
+
+def one_line(text: str) -> str:
+    """`text` as one printable line, its middle left out where it is too long to read."""
+    # Cut before it is split: a message may quote megabytes.
+    line = " ".join(_cut(text, 100 * LONGEST).split())
+    return _cut(printable(line), LONGEST)
+
+
+def _cut(text: str, longest: int) -> str:
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]} [...] {text[-half:]}"
+
+
+class UserError(Exception):
+    """Something that the user can fix: one line saying what is wrong, where, and how to fix it.
+
+    The command line prints it without a traceback and exits with code 2; library users catch it by name. The line is
+    printable and of a readable length, whatever a message quotes.
     """
-    control = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
-    return re.sub(control, lambda found: found[0].encode("unicode_escape").decode(), text)
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))

@@ -10,7 +10,7 @@ import typer
 from prunet import __version__, processes
 from prunet.cli import models, recipes, results  # noqa: F401  (their verbs)
 from prunet.cli.options import app
-from prunet.errors import UserError, printable
+from prunet.errors import UserError, one_line
 
 # Where typer keeps its click differs between versions; its own BadParameter knows.
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -69,7 +69,7 @@ def main() -> None:
 def _fail(message: str) -> None:
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (process {rank})"
-    print(f"error{where}: {printable(' '.join(message.split()))}", file=sys.stderr)
+    print(f"error{where}: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
 
