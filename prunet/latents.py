@@ -251,7 +251,7 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
     processes.from_main(lambda: _begin(teacher, folder, spec))
     write_shards = _draw_prompts if data.prompts is not None else _encode_pictures
     shards = write_shards(teacher, data, folder, size, seed, lambda shard: like.kept(spec, shard) if like else {})
-    processes.from_main(lambda: _finish(data, folder, shards))
+    processes.from_main(lambda: _finish(teacher, data, folder, shards))
     return Cache.open(folder)
 
 
@@ -261,7 +261,7 @@ def _begin(teacher: Teacher, folder: Path, spec: dict[str, Any]) -> None:
     _write(folder / "unconditional.safetensors", _text_tensors(empty), {})
 
 
-def _finish(data: Data, folder: Path, shards: int) -> None:
+def _finish(teacher: Teacher, data: Data, folder: Path, shards: int) -> None:
     """Writes `cache.json`, by which the cache is whole, from the labels of all its shards."""
     labels = [_shard_label(_shard_path(folder, shard)) for shard in range(shards)]
     counts = [label["count"] for label in labels]
@@ -273,7 +273,7 @@ def _finish(data: Data, folder: Path, shards: int) -> None:
         say(f"[yellow]{len(skipped)} pictures skipped[/], listed in {escape(str(folder / 'cache.json'))}:")
         for key, why in skipped[:5]:
             say(f"  {escape(f'{key}: {why}')}")
-    if cut := sum(label.get("cut", 0) for label in labels):
+    if cut := sum(sum(teacher.are_cut(label["captions"])) for label in labels):
         say(
             f"[yellow]{cut:,} of {sum(counts):,} captions are cut:[/] they are longer than the text encoder reads "
             f"('cut' in {escape(str(folder / 'cache.json'))})"
@@ -340,8 +340,7 @@ def _encode_shard(
             number = seed_of(seed, picture.key, view)
             fitted.append(fit(image, nearest_size(image, sizes), crop=data.crop, flip=data.flip, seed=number))
             captions.append(picture.captions[number % len(picture.captions)])
-    cut = sum(teacher.are_cut(captions))
-    label: dict[str, Any] = {"captions": captions, "skipped": skipped, "count": len(captions), "cut": cut}
+    label: dict[str, Any] = {"captions": captions, "skipped": skipped, "count": len(captions)}
     tensors = dict(kept)
     if not any(name.startswith("mean") for name in kept):
         tensors |= _encode(teacher, [f.pixels for f in fitted], data.buckets)
@@ -394,8 +393,7 @@ def _draw_prompts(teacher: Teacher, data: Data, folder: Path, size: int, seed: i
                     rows.append(_draw_batch(teacher, pipe, data, group[at : at + ENCODE_BATCH], size, seed))
                     bar.advance(len(rows[-1]["mean"]))
                 texts = [text for _, _, text in group]
-                cut = sum(teacher.are_cut(texts))
-                _write(path, _concat(rows), {"captions": texts, "skipped": [], "count": len(group), "cut": cut})
+                _write(path, _concat(rows), {"captions": texts, "skipped": [], "count": len(group)})
             else:
                 bar.advance(len(group))
     return len(starts)
