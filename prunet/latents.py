@@ -3,7 +3,8 @@
 A cache folder holds `spec.json` (what it is made of), `shard-00000.safetensors` ... (256 samples each: `mean` and `std`
 (N, 4, h, w) of the scaled latents, `prompt_embeds` (N, 77, D), for SDXL `pooled` (N, P) and `time_ids` (N, 6)),
 with `buckets` one `mean.I` and `std.I` a sample instead, because their sizes differ,
-`unconditional.safetensors`, and, once it is whole, `cache.json` with the number of samples and the pictures skipped.
+`unconditional.safetensors`, and, once it is whole, `cache.json` with the number of samples, the pictures skipped and
+the number of captions cut.
 A shard is whole or not there, and depends on nothing but the spec, so a killed run goes on at the first missing one.
 """
 
@@ -28,6 +29,7 @@ from prunet import processes
 from prunet.console import progress, say
 from prunet.errors import UserError
 from prunet.files import new_file, read_json, read_label, write_json
+from prunet.listing import source_name
 from prunet.pictures import BrokenPicture, Picture, bucket_sizes, fit, nearest_size
 from prunet.recipe import Data, read_prompts
 from prunet.sources import check_source, has_files, read_pictures, source_files
@@ -249,7 +251,7 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
     processes.from_main(lambda: _begin(teacher, folder, spec))
     write_shards = _draw_prompts if data.prompts is not None else _encode_pictures
     shards = write_shards(teacher, data, folder, size, seed, lambda shard: like.kept(spec, shard) if like else {})
-    processes.from_main(lambda: _finish(data, folder, shards))
+    processes.from_main(lambda: _finish(teacher, data, folder, shards))
     return Cache.open(folder)
 
 
@@ -259,18 +261,23 @@ def _begin(teacher: Teacher, folder: Path, spec: dict[str, Any]) -> None:
     _write(folder / "unconditional.safetensors", _text_tensors(empty), {}, ["the empty prompt"], teacher)
 
 
-def _finish(data: Data, folder: Path, shards: int) -> None:
+def _finish(teacher: Teacher, data: Data, folder: Path, shards: int) -> None:
     """Writes `cache.json`, by which the cache is whole, from the labels of all its shards."""
     labels = [_shard_label(_shard_path(folder, shard)) for shard in range(shards)]
     counts = [label["count"] for label in labels]
     skipped = [(key, why) for label in labels for key, why in label["skipped"]]
     if not sum(counts):
         why = f" (first: {skipped[0][0]}: {skipped[0][1]})" if skipped else ""
-        raise UserError(f"{data.source}: not one usable picture with a caption{why}")
+        raise UserError(f"{source_name(data.source or '')}: not one usable picture with a caption{why}")
     if skipped:
         say(f"[yellow]{len(skipped)} pictures skipped[/], listed in {escape(str(folder / 'cache.json'))}:")
         for key, why in skipped[:5]:
             say(f"  {escape(f'{key}: {why}')}")
+    if cut := sum(sum(teacher.are_cut(label["captions"])) for label in labels):
+        say(
+            f"[yellow]{cut:,} of {sum(counts):,} captions are cut:[/] they are longer than the text encoder reads "
+            f"('cut' in {escape(str(folder / 'cache.json'))})"
+        )
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, shape in enumerate(shape for label in labels for shape in label.get("sizes", [])):
         groups.setdefault(tuple(shape), []).append(number)
@@ -279,6 +286,7 @@ def _finish(data: Data, folder: Path, shards: int) -> None:
         "counts": counts,
         "samples": sum(counts),
         "skipped": skipped,
+        "cut": cut,
         "groups": list(groups.values()),
     }
     write_json(folder / "cache.json", index)

@@ -85,7 +85,9 @@ def _not_empty(value: str | list[str] | None) -> str | list[str] | None:
 class Data(Part):
     """Pictures with captions (`source`), or `prompts` from which the teacher makes the latents itself."""
 
-    source: str | list[str] | None = Field(default=None, description="folder, tar shards, parquet or datasets id")
+    source: str | list[str] | None = Field(
+        default=None, description="folder, saved dataset, tar shards, parquet or datasets id"
+    )
     prompts: str | list[str] | None = Field(default=None, description="prompts, or a text file with one a line")
     size: Size | None = Field(None, description="pixels; the teacher's own if not given")
     crop: Literal["center", "random"] = "center"

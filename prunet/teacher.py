@@ -346,22 +346,22 @@ class Teacher:
     # -- its parts, loaded when first used
 
     def _weight_files(self, part: str) -> list[Path]:
-        """The safetensors of a part: one file, the shards of one, or its fp16 variant; a pickle does not count."""
+        """The safetensors of a part: one file or its shards, else those of its variant; a pickle does not count."""
         folder, stem = self._configs() / part, WEIGHTS[part]
         if self._hub is not None and not (folder / f"{stem}.safetensors").is_file():
             self._download(f"{part}/{stem}.safetensors")
             if not (folder / f"{stem}.safetensors").is_file():
                 self._download(f"{part}/{stem}*.safetensors*")
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
+        file, index = _weight_names(folder, stem)
+        # Where both lie there, transformers reads the one file, diffusers the shards.
+        if index.is_file() and not (part.startswith("text_encoder") and file.is_file()):
             names = _read_json(index, f"{self.source}: {part}").get("weight_map")
             names = set(names.values()) if isinstance(names, dict) else set()
             if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
                 raise UserError(f"{index}: its weight_map names no files beside it: fetch or copy it again")
             return [folder / name for name in sorted(names)]
-        for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-            if (folder / name).is_file():
-                return [folder / name]
+        if file.is_file():
+            return [file]
         target, pickles = folder / f"{stem}.safetensors", sorted(folder.glob("*.bin"))
         advice = f"; {pickles[0].name} is a pickle: `prunet convert {pickles[0]} -o {target}`" if pickles else ""
         raise UserError(f"{self.source}: no {part}/{target.name}{advice}")
@@ -489,8 +489,8 @@ class Teacher:
                     target = file.name if len(files) > 1 else f"{WEIGHTS[name]}.safetensors"
                     copy(file, folder / name / target)
                 if len(files) > 1:
-                    index_name = f"{WEIGHTS[name]}.safetensors.index.json"
-                    copy(configs / name / index_name, folder / name / index_name)
+                    _, index_file = _weight_names(configs / name, WEIGHTS[name])
+                    copy(index_file, folder / name / f"{WEIGHTS[name]}.safetensors.index.json")
             elif not self._copy_other(configs, name, folder):
                 index[name] = [None, None]
         index["unet"] = ["diffusers", "UNet2DConditionModel"]
@@ -615,6 +615,12 @@ class Teacher:
         pick = 1 if unconditional else 0
         return PromptEmbeds(out[pick], out[2 + pick] if self.kind == "sdxl" else None)
 
+    def are_cut(self, prompts: Sequence[str]) -> list[bool]:
+        """Whether each prompt has more tokens than the text encoders read; `encode_prompts` drops the rest of it."""
+        tokenizers = [part for name, part in self._text_parts.items() if name.startswith("tokenizer")]
+        counts = [[len(ids) > t.model_max_length for ids in t(list(prompts)).input_ids] for t in tokenizers if prompts]
+        return [any(each) for each in zip(*counts, strict=True)]
+
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, 4, h, w) of the latents of `pixels` (B, 3, H, W) in [-1, 1], scaled."""
@@ -639,6 +645,37 @@ def open_tokenizer(folder: Path) -> Any:
     if known[0] == known[1]:
         raise UserError(f"{folder}: its tokenizer takes all words for one: fetch or copy it again")
     return tokenizer
+
+
+def _weight_names(folder: Path, stem: str) -> tuple[Path, Path]:
+    """The weights' one file and the index of their shards, as stock diffusers would look for one or the other.
+
+    Without a variant (`fp16`, `non_ema`) where there is one of them, else of the only variant, or of fp16.
+
+    Raises:
+        UserError: several variants to choose from.
+    """
+    found = {_variant(file.name, stem) for file in folder.glob(f"{stem}.*")} if folder.is_dir() else set()
+    variants = sorted(variant for variant in found if variant)
+    if None in found or not variants:
+        return folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if len(variants) > 1 and "fp16" not in variants:
+        raise UserError(
+            f"{folder}: weights in the variants {', '.join(variants)}, and none without; copy the one that you want to "
+            f"{stem}.safetensors"
+        )
+    variant = "fp16" if "fp16" in variants else variants[0]
+    return folder / f"{stem}.{variant}.safetensors", folder / f"{stem}.safetensors.index.{variant}.json"
+
+
+def _variant(name: str, stem: str) -> str | None:
+    """`fp16` of `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`, `model.safetensors.index.fp16.json`;
+    "" of a file that is none of the part's weights."""
+    if not (
+        found := re.fullmatch(rf"{stem}(?:\.(\w+))?(-\d+-of-\d+)?\.safetensors(?:\.index(?:\.(\w+))?\.json)?", name)
+    ):
+        return ""
+    return found[1] or found[3]
 
 
 def check_same_space(first: Teacher, other: Teacher) -> None:
