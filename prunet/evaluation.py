@@ -15,6 +15,7 @@ from prunet import bench, processes
 from prunet.console import progress
 from prunet.files import new_file, write_json, write_text
 from prunet.losses import add_noise
+from prunet.marks import file_checksum
 from prunet.metrics import Array, bootstrap, mean_of
 from prunet.pipeline import decode, draw_latents, set_sampler
 from prunet.recipe import Evaluation, read_prompts
@@ -192,16 +193,19 @@ def picture_rmse(a: Image.Image, b: Image.Image) -> float:
 
 
 def _write(folder: Path, result: dict[str, Any], pictures: Mapping[str, list[Image.Image]], prompts: list[str]) -> None:
+    sums = {}
     for name, drawn in pictures.items():
         for i, picture in enumerate(drawn):
-            with new_file(folder / "pictures" / name / f"{i:04d}.png") as part:
+            path = folder / "pictures" / name / f"{i:04d}.png"
+            with new_file(path) as part:
                 picture.save(part, format="PNG")
+            sums[str(path.relative_to(folder))] = file_checksum(path)
     labels = [name if name == "teacher" else f"student {name}" for name in pictures]
     rows = [drawn[:SHEET_COLUMNS] for drawn in pictures.values()]
     with new_file(folder / "sheet.png") as part:
         grid(rows, labels, prompts[:SHEET_COLUMNS]).save(part, format="PNG")
     write_text(folder / "evaluation.md", markdown(result))
-    write_json(folder / "evaluation.json", result)
+    write_json(folder / "evaluation.json", result | {"pictures": sums})
 
 
 def markdown(result: dict[str, Any]) -> str:

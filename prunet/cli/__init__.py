@@ -1,8 +1,11 @@
 """The command line. Each verb is one public function; `--json` makes the last line of stdout one JSON object."""
 
+import errno
 import os
 import re
+import signal
 import sys
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +18,9 @@ from prunet.errors import UserError
 # Where typer keeps its click differs between versions; its own BadParameter knows.
 UsageError: Any = typer.BadParameter.__mro__[1]
 #: Exit code of a command that was stopped by Ctrl-C; typer gives it instead of the exception.
-INTERRUPTED = 130
+INTERRUPTED = 128 + signal.SIGINT
+#: What else stops a command: a batch system or a service manager, a terminal that is closed.
+STOPS = (signal.SIGTERM, signal.SIGHUP)
 #: What several processes may do together.
 SHARED = ("run", "cache", "distil", "evaluate", "measure")
 
@@ -37,6 +42,7 @@ def _root(
 def main() -> None:
     """Runs the command line; a `UserError` is one line on stderr and exit code 2."""
     _quiet()
+    _stop_as_by_ctrl_c()
     try:
         code = app(standalone_mode=False)
         if not code:
@@ -49,9 +55,13 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except OSError as error:
+        if _stopped_by[1:]:  # the terminal is gone, and nothing can be shown on it
+            sys.exit(128 + _stopped_by[-1])
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _fail(f"No space left ({error.filename or 'output'}); what was finished before is kept")
         if error.filename is None:
             raise
-        _fail(f"{error.filename}: {error.strerror}; give another path, or mend this one")
+        _fail(f"{error.filename}: {error.strerror}; give another path, or fix this one")
     except (MemoryError, RuntimeError) as error:
         if _is_out_of_memory(error):
             _fail(
@@ -62,8 +72,27 @@ def main() -> None:
             raise
         _fail("another process has ended, and says why")
     if code == INTERRUPTED:
-        print("Stopped; what was finished is kept, and the same command goes on from there.", file=sys.stderr)
+        if processes.is_main():
+            with suppress(OSError):  # the terminal may be gone
+                print("Stopped; what was finished is kept, and the same command resumes from there.", file=sys.stderr)
+        code = 128 + _stopped_by[-1]
     sys.exit(code or 0)
+
+
+_stopped_by = [int(signal.SIGINT)]  # and the others that came
+
+
+def _stop_as_by_ctrl_c() -> None:
+    """Has the other signals that end a command raise KeyboardInterrupt, too."""
+    del _stopped_by[1:]
+    for number in STOPS:
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup and others may have asked to be spared
+            signal.signal(number, _stop)
+
+
+def _stop(number: int, frame: Any) -> None:
+    _stopped_by.append(number)
+    raise KeyboardInterrupt
 
 
 def _fail(message: str) -> None:
