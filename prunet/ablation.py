@@ -128,6 +128,8 @@ def ablate(
     Raises:
         UserError: a recipe that does not fit, before the first run begins.
     """
+    output = Path(ablation.output)
+    check_place(output, "ablation", "output", {path for recipe in recipes.values() for path in read_paths(recipe)})
     runtime = runtime or Runtime()
     runs: dict[tuple[str, int], Run] = {}
     for key, recipe in recipes.items():
@@ -135,8 +137,6 @@ def ablate(
             runs[key] = Run(recipe, runtime, like=next(iter(runs.values()), None))
         except UserError as error:
             raise UserError(f"arm {key[0]!r}: {error}") from error
-    output = Path(ablation.output)
-    check_place(output, "ablation", "output", {path for recipe in recipes.values() for path in read_paths(recipe)})
     with hold(output, "ablation"):
         for run in runs.values():  # first of all, since several arms wait for the same one
             for step in run.step_names("cache"):

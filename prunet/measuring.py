@@ -60,6 +60,8 @@ def measure(
         UserError: something is missing or does not fit, before anything is drawn; the folder holds other pictures.
     """
     folder, state = Path(folder), processes.join(torch.device(device))
+    run = Path(model) / "pipeline"
+    check_place(folder, "measurement", "--output", [run if run.is_dir() else Path(model), *([real] if real else [])])
     where = state.device if state.num_processes > 1 else torch.device(device)
     teacher = open_model(model, config=config, device=where, dtype=Runtime(precision=protocol.precision).dtype)
     size = protocol.size or teacher.native_size
@@ -76,8 +78,6 @@ def measure(
         **protocol.model_dump(include={"seed", "sampler", "steps", "guidance_scale", "precision", "jpeg"}),
         **{"size": size, "count": len(prompts)},
     }
-    run = Path(model) / "pipeline"
-    check_place(folder, "measurement", "--output", [run if run.is_dir() else Path(model), *([real] if real else [])])
     _check_folder(folder / "pictures", drawing)
     state.wait_for_everyone()
     with hold(folder, "measurement") if state.is_main_process else nullcontext():

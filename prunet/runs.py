@@ -63,6 +63,9 @@ class Run:
     def __init__(self, recipe: Recipe, runtime: Runtime | None = None, *, like: "Run | None" = None) -> None:
         self.recipe, self.runtime = recipe, runtime or Runtime()
         self.folder = Path(recipe.output)
+        check_place(self.folder, "run", "output", read_paths(recipe))
+        if recipe.cache:
+            check_place(self.cache_folder, "cache", "cache", read_paths(recipe))
         sources = [recipe.teacher, *(stage.teacher or recipe.teacher for stage in recipe.stages)]
         self._opened: dict[str, Teacher] = like._opened if like else {}
         for source in sources:
@@ -87,7 +90,6 @@ class Run:
     def _check(self) -> None:
         """All that can be wrong is found here, before anything is loaded or computed."""
         recipe = self.recipe
-        check_place(self.folder, "run", "output", read_paths(recipe))
         if not recipe.plan.remove:
             say("[yellow]The plan removes nothing:[/] the student will be as large as the teacher")
         check_size(self.teacher, self.size)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,10 +101,10 @@ def build(
     from prunet.student import inherit
     from prunet.teacher import Teacher
 
+    check_place(output, "student", "--output", [Path(teacher)])
     opened = Teacher(teacher, config=config)
     derived = derive(opened.unet_config, load_plan(plan))
     opened.check_weights()
-    check_place(output, "student", "--output", [Path(teacher)])
     save_unet(inherit(opened.unet, derived), output, "student")
     count = derived.student_size.parameters
     say(as_json, {"output": str(output), "parameters": count}, f"{output}: a U-Net of {count:,} parameters")
@@ -131,7 +132,7 @@ def export(
         raise UserError(f"{run_folder}: not a run folder (no recipe.yaml); `prunet run RECIPE` makes one")
     own = run_folder / ("student.safetensors" if single_file else "pipeline")
     target = output or own
-    elsewhere = target.resolve() != own.resolve()
+    elsewhere = os.path.realpath(target) != os.path.realpath(own)
     if single_file and target.suffix != ".safetensors":
         raise UserError(f"--output {target}: name the single file something.safetensors")
     recipe = open_recipe(run_folder, [f"output={json.dumps(str(run_folder))}"])
