@@ -115,8 +115,7 @@ def evaluate(
         ),
         "distance": distances,
     }
-    processes.from_main(lambda: _write(folder, result, pictures, prompts))
-    return result
+    return processes.from_main(lambda: _write(folder, result, pictures, prompts))
 
 
 def _batches(count: int) -> list[slice]:
@@ -192,7 +191,10 @@ def picture_rmse(a: Image.Image, b: Image.Image) -> float:
     return float(np.sqrt(((x - y) ** 2).mean()))
 
 
-def _write(folder: Path, result: dict[str, Any], pictures: Mapping[str, list[Image.Image]], prompts: list[str]) -> None:
+def _write(
+    folder: Path, result: dict[str, Any], pictures: Mapping[str, list[Image.Image]], prompts: list[str]
+) -> dict[str, Any]:
+    """Writes all files; returns the result with the checksums of its pictures."""
     sums = {}
     for name, drawn in pictures.items():
         for i, picture in enumerate(drawn):
@@ -205,7 +207,9 @@ def _write(folder: Path, result: dict[str, Any], pictures: Mapping[str, list[Ima
     with new_file(folder / "sheet.png") as part:
         grid(rows, labels, prompts[:SHEET_COLUMNS]).save(part, format="PNG")
     write_text(folder / "evaluation.md", markdown(result))
-    write_json(folder / "evaluation.json", result | {"pictures": sums})
+    result = result | {"pictures": sums}
+    write_json(folder / "evaluation.json", result)
+    return result
 
 
 def markdown(result: dict[str, Any]) -> str:
