@@ -195,6 +195,9 @@ def read_logs(stages: list[Path], steps: Mapping[str, Any]) -> Axis:
                 f"then lack its rows), or {stage} to train it again"
             )
     logs = [read_log(log) if (log := stage / "log.jsonl").is_file() else [] for stage in stages]
+    for stage, rows in zip(stages, logs, strict=True):
+        if any(SERIES.keys() - row.keys() for row in rows):
+            raise UserError(f"{stage / 'log.jsonl'}: rows without losses: delete {stage} to train it again")
     starts = accumulate((log[-1]["step"] if log else 0 for log in logs), initial=0)
     return [[(start + row["step"], row) for row in log] for start, log in zip(starts, logs, strict=False)]
 

@@ -369,8 +369,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-            if not {"step", "loss", "task", "output", "feature", "images_per_s"} <= rows[-1].keys():
-                raise TypeError("not a row of losses")
+            if not isinstance(rows[-1].get("step"), int):
+                raise TypeError("no step in it")
         except (ValueError, TypeError, AttributeError) as error:
             if isinstance(error, ValueError) and not line.endswith(b"\n"):
                 break
