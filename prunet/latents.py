@@ -14,6 +14,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -30,8 +31,10 @@ from prunet.console import progress, say
 from prunet.errors import UserError
 from prunet.files import new_file, read_json, read_label, write_json
 from prunet.listing import source_name
+from prunet.ownership import check_place, hold
 from prunet.pictures import BrokenPicture, Picture, bucket_sizes, fit, nearest_size
 from prunet.recipe import Data, read_prompts
+from prunet.seals import CHECKSUM, checksum
 from prunet.sources import check_source, has_files, read_pictures, source_files
 from prunet.teacher import PromptEmbeds, Teacher, after_overflow
 
@@ -157,10 +160,31 @@ def _shard_path(folder: Path, shard: int) -> Path:
 
 @lru_cache(maxsize=512)
 def _opened(path: Path) -> Any:
+    """A shard, verified when this process opens it first."""
     try:
-        return safe_open(path, framework="pt")
+        file, found = safe_open(path, framework="pt"), path.stat()
+        as_it_is = (path, found.st_ino, found.st_size, found.st_mtime_ns)
+        if as_it_is not in _verified:
+            label = json.loads(file.metadata()["label"])
+            expected = label.pop(CHECKSUM, None)  # caches of older versions have none
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if expected not in (None, _checksum(path, tensors, label)):
+                raise ValueError("its checksum is another than when it was written")
+            _verified.add(as_it_is)
+        return file
     except Exception as error:
-        raise UserError(f"{path}: missing or cut off ({error}): {_again(path)}") from error
+        raise UserError(f"{path}: missing, damaged or of another cache ({error}): {_again(path)}") from error
+
+
+_verified: set[tuple[Any, ...]] = set()
+
+
+def _checksum(path: Path, tensors: dict[str, Tensor], label: dict[str, Any]) -> str:
+    """Of all that a shard holds, under its name and its cache's spec."""
+    spec = read_spec(path.parent)
+    about = [path.name, spec, label, {name: [str(t.dtype), *t.shape] for name, t in sorted(tensors.items())}]
+    data = (tensors[name].view(-1).view(torch.uint8).numpy() for name in sorted(tensors))
+    return checksum([json.dumps(about, sort_keys=True).encode(), *data])
 
 
 def _shard_label(path: Path) -> dict[str, Any]:
@@ -170,6 +194,7 @@ def _shard_label(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             label: dict[str, Any] = json.loads(file.metadata()["label"])
+            _ = label["count"], label["captions"], label["skipped"]
             return label
     except Exception as error:
         raise UserError(f"{path}: damaged ({error}): {_again(path)}") from error
@@ -246,12 +271,12 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
             return Cache.open(folder)
     elif data.source is not None:
         check_source(data.source, image_column=data.image_column, caption_column=data.caption_column)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; the cache needs a folder")
-    processes.from_main(lambda: _begin(teacher, folder, spec))
-    write_shards = _draw_prompts if data.prompts is not None else _encode_pictures
-    shards = write_shards(teacher, data, folder, size, seed, lambda shard: like.kept(spec, shard) if like else {})
-    processes.from_main(lambda: _finish(teacher, data, folder, shards))
+    check_place(folder, "cache", "cache")
+    with hold(folder, "cache") if processes.is_main() else nullcontext():
+        processes.from_main(lambda: _begin(teacher, folder, spec))
+        write_shards = _draw_prompts if data.prompts is not None else _encode_pictures
+        shards = write_shards(teacher, data, folder, size, seed, lambda shard: like.kept(spec, shard) if like else {})
+        processes.from_main(lambda: _finish(teacher, data, folder, shards))
     return Cache.open(folder)
 
 
@@ -448,6 +473,7 @@ def _write(
     need = sum(t.numel() * t.element_size() for t in stored.values())
     if shutil.disk_usage(path.parent).free < need + 2**20:
         raise UserError(f"No space left while writing {path}; what was finished before is kept")
+    label = {**label, CHECKSUM: _checksum(path, stored, label)}
     with new_file(path) as part:
         # One entry, because safetensors writes several in any order, and equal caches should be equal bytes.
         save_file(stored, part, metadata={"label": json.dumps(label)})

@@ -19,15 +19,16 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prunet import ldm, marks
+from prunet import __version__, ldm, marks
 from prunet.charts import short
 from prunet.console import progress
 from prunet.errors import UserError, printable
 from prunet.files import new_file, new_folder
+from prunet.seals import SEAL, verify
 from prunet.size import example_inputs
 from prunet.teacher import Teacher, after_overflow, freeze
 
@@ -101,10 +102,25 @@ def draw(
             pictures = decode(pipe, latents)
             for path, picture in zip(save_to[at], pictures, strict=bool(save_to)):
                 with new_file(path) as part:
-                    picture.save(part, format=PICTURE_FORMATS[path.suffix.lower()])
+                    picture.save(part, format=PICTURE_FORMATS[path.suffix.lower()], exif=_drawn_by())
             out += pictures
             bar.advance(len(pictures))
     return out
+
+
+def _drawn_by() -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = f"prunet {__version__}"
+    return exif
+
+
+def is_drawn(path: Path) -> bool:
+    """Whether a file is a picture that `draw` wrote."""
+    try:
+        with Image.open(path, formats=tuple(set(PICTURE_FORMATS.values()))) as picture:
+            return str(picture.getexif().get(ExifTags.Base.Software)).startswith("prunet ")
+    except Exception:  # whatever Pillow meets in a stranger's file
+        return False
 
 
 @torch.no_grad()
@@ -174,6 +190,7 @@ def open_model(
         if not (Path(model) / "pipeline" / "model_index.json").is_file():
             raise UserError(f"{model}: a run without its pipeline yet: finish it with `prunet run {model}`")
         model = Path(model) / "pipeline"
+        verify(model, f"delete {model} and run {model.parent} again")
     return Teacher(model, config=config, device=device, dtype=dtype)
 
 
@@ -228,18 +245,20 @@ def export(
     *,
     card: dict[str, Any] | None = None,
     fp16: bool = False,
+    what: str = "pipeline",
 ) -> Path:
     """Writes `student` with the teacher's other parts as a stock pipeline folder, and opens it again to be sure.
 
     The other parts' weights are the teacher's, byte for byte. `fp16` adds the half-precision variant of the U-Net, the
-    VAE and the text encoders (`from_pretrained(..., variant="fp16")`). `card` fills the model card (`card.md.j2`).
+    VAE and the text encoders (`from_pretrained(..., variant="fp16")`). `card` fills the model card (`card.md.j2`). The
+    folder is sealed as a `what` of prunet's; one that was there is replaced.
 
     Raises:
         UserError: no space, or no permission.
         RuntimeError: what was written does not load to the same bits (nothing is left behind then).
     """
     folder = Path(folder)
-    with new_folder(folder) as part:
+    with new_folder(folder, what) as part:
         teacher.save_parts(part)
         write_unet(student, part / "unet")
         if fp16:
@@ -299,8 +318,8 @@ def export_single_file(pipeline: Path | str, path: Path | str, *, fp16: bool = F
     tensors = ldm.to_ldm(source.unet, source.vae, **encoders, dtype=source.dtype)  # type: ignore[arg-type]
     config = source.noise_scheduler.config
     marked, metadata = marks.mark(config, source.layout, path.stem, source.native_size)
-    with new_folder(path.with_suffix(".config")) as part:
-        ignored = shutil.ignore_patterns("*.safetensors", "README.md")
+    with new_folder(path.with_suffix(".config"), "configs") as part:
+        ignored = shutil.ignore_patterns("*.safetensors", "README.md", SEAL)
         shutil.copytree(pipeline, part, ignore=ignored, dirs_exist_ok=True)
     with new_file(path) as file:
         marks.save_marked({**tensors, **marked}, metadata, file)

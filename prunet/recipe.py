@@ -182,6 +182,7 @@ class Evaluation(Part):
     steps: DrawingSteps = 25
     guidance_scale: Weight = 7.5
     sampler: str = "dpmsolver++"
+    seed: Seed = Field(default=1234, description="of the noise that pictures are drawn from, whatever the run's seed")
 
     _some_prompts = field_validator("prompts")(_not_empty)
 

@@ -23,7 +23,7 @@ from prunet.console import progress
 from prunet.cpu import fast_attention, kept_memory
 from prunet.draws import Draws, batches
 from prunet.errors import UserError
-from prunet.files import new_file
+from prunet.files import clear_errors, new_file
 from prunet.gpu import compiled_blocks, in_8_bits, set_memory_format
 from prunet.latents import Cache
 from prunet.losses import add_noise, feature_losses, min_snr_weight, mse, training_target
@@ -364,25 +364,36 @@ class Log:
     """`log.jsonl`: one row a read-back. Rows after the checkpoint from which a run goes on are dropped."""
 
     def __init__(self, path: Path, start: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_log(path) if row["step"] <= start] if path.exists() else []
         with new_file(path) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self.path = path
 
     def write(self, row: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with clear_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `log.jsonl`; a last line that a kill cut in two is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """The rows of a `log.jsonl`; a last line that a kill cut in two is left out.
+
+    Raises:
+        UserError: another line is damaged.
+    """
+    rows: list[dict[str, Any]] = []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except ValueError:
-            break
+            if not isinstance(rows[-1].get("step"), int):
+                raise TypeError("no step in it")
+        except (ValueError, TypeError, AttributeError) as error:
+            if isinstance(error, ValueError) and not line.endswith(b"\n"):
+                break
+            raise UserError(
+                f"{path}: line {number} is damaged ({error}): delete the file (the charts then lack its rows), or "
+                f"{path.parent} to train it again"
+            ) from error
     return rows
 
 

@@ -210,12 +210,6 @@ def open_recipe(path: Path, overrides: list[str] | None) -> Any:
     return load_recipe(path, overrides or ())
 
 
-def refuse_foreign(folder: Path, own: str) -> None:
-    """Nothing that prunet did not write is replaced."""
-    if folder.exists() and not (folder.is_dir() and ((folder / own).exists() or not any(folder.iterdir()))):
-        raise UserError(f"{folder}: exists and holds something else; give another --output")
-
-
 def say(as_json: bool, facts: dict[str, Any], text: Any = None) -> None:
     if not processes.is_main():
         return
