@@ -617,9 +617,11 @@ class Teacher:
 
     def are_cut(self, prompts: Sequence[str]) -> list[bool]:
         """Whether each prompt has more tokens than the text encoders read; `encode_prompts` drops the rest of it."""
+        if not prompts:
+            return []
         tokenizers = [part for name, part in self._text_parts.items() if name.startswith("tokenizer")]
-        counts = [[len(ids) > t.model_max_length for ids in t(list(prompts)).input_ids] for t in tokenizers if prompts]
-        return [any(each) for each in zip(*counts, strict=True)]
+        tokens = [(t(list(prompts), verbose=False).input_ids, t.model_max_length) for t in tokenizers]
+        return [any(len(ids[i]) > limit for ids, limit in tokens) for i in range(len(prompts))]
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
