@@ -249,6 +249,7 @@ def wrong(folder: Path) -> dict[str, tuple[Path, str]]:
         "expanded": (save(expanded, folder / "expanded.ckpt"), "times the file"),
         "outside": (save({"a": outside}, folder / "outside.ckpt"), "outside of its record"),
         "a memo of many": (file("memo", b"r" + struct.pack("<I", 1 << 31) + b"."), "too much memory"),
+        "deep": (file("deep", b"\x80\x02})" + b"\x85" * 200_000 + b"K\x01s."), "too much memory"),
         "a name by number": (file("ext", b"\x82\x01."), "by number"),
         "bytes that are not there": (file("bytes", b"\x8e" + struct.pack("<q", 1 << 50) + b"."), "not a checkpoint"),
     }
