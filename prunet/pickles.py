@@ -200,10 +200,10 @@ def _read_legacy(path: Path) -> tuple[Any, Places]:
         reader = _unpickler(path, file)
         value, places = reader.load(), {}
         for key in _unpickler(path, file).load():
-            numel = int.from_bytes(file.read(8), "little", signed=True)
-            start, length = file.tell(), numel * reader.itemsizes[str(key)]
-            if length < 0 or start + length > size:
-                raise EOFError(f"it ends within the tensors: {size} bytes, not {start + length}")
+            head = file.read(8)
+            start, length = file.tell(), int.from_bytes(head, "little", signed=True) * reader.itemsizes[str(key)]
+            if len(head) < 8 or length < 0 or start + length > size:
+                raise EOFError(f"it ends within its tensors, after {size} bytes")
             places[str(key)] = (start, length)
             file.seek(start + length)
         return value, places

@@ -263,6 +263,19 @@ def test_what_is_no_checkpoint_is_one_line_and_writes_nothing(tmp_path) -> None:
         assert not list(tmp_path.glob("*.safetensors*")), name
 
 
+@LAYOUTS
+def test_a_file_cut_anywhere_is_refused(tmp_path, new) -> None:
+    content = save(tensors(), tmp_path / "whole.ckpt", new).read_bytes()
+    for length in range(0, len(content), 41):
+        (tmp_path / "cut.ckpt").write_bytes(content[:length])
+        with pytest.raises(UserError, match=r"cut off|not a checkpoint"):
+            convert(tmp_path / "cut.ckpt")
+    for cut in range(1, 60, 3):
+        (tmp_path / "cut.ckpt").write_bytes(content[:-cut])
+        with pytest.raises(UserError, match="cut off"):
+            convert(tmp_path / "cut.ckpt")
+
+
 def test_a_file_that_is_there_is_kept(tmp_path) -> None:
     path = save({"a": torch.ones(1)}, tmp_path / "a.ckpt")
     (tmp_path / "a.safetensors").write_text("mine")
