@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from prunet import Teacher, build, export, load_plan
 from prunet.pipeline import export_single_file
+from prunet.text_names import copy
 
 CLASSES = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 WEIGHTS = "model.safetensors"
@@ -84,3 +86,13 @@ def test_good_names_stay_byte_for_byte(sd, tmp_path) -> None:
     teacher = Teacher(folder)
     export(teacher, student_of(teacher), tmp_path / "out")
     assert (tmp_path / "out" / "text_encoder" / WEIGHTS).read_bytes() == weights.read_bytes()
+
+
+def test_what_is_renamed_has_the_same_bytes_each_time(sd, tmp_path) -> None:
+    metadata = {"format": "pt", **{f"key {i}": "a" for i in range(20)}}
+    save_file(load_file(sd / "text_encoder" / WEIGHTS), tmp_path / WEIGHTS, metadata=metadata)
+    for name in ("a", "b"):
+        copy(tmp_path / WEIGHTS, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert file.metadata() == metadata and set(file.keys()) == names_of(2)
