@@ -28,6 +28,7 @@ from prunet.files import new_file
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file of PyTorch before 1.6
 LARGEST_PICKLE = 256 << 20  # bytes, without the tensors; Stable Diffusion's has about 1 MB
+MOST_TUPLES = 60_000  # nested in each other, more would overflow Python's stack; a tensor has three or four
 LARGEST_GROWTH = 4  # tied tensors are written once for each of their names
 AGAIN = "fetch or copy it again"
 
@@ -199,10 +200,10 @@ def _read_legacy(path: Path) -> tuple[Any, Places]:
         reader = _unpickler(path, file)
         value, places = reader.load(), {}
         for key in _unpickler(path, file).load():
-            numel = int.from_bytes(file.read(8), "little", signed=True)
-            start, length = file.tell(), numel * reader.itemsizes[str(key)]
-            if length < 0 or start + length > size:
-                raise EOFError(f"it ends within the tensors: {size} bytes, not {start + length}")
+            head = file.read(8)
+            start, length = file.tell(), int.from_bytes(head, "little", signed=True) * reader.itemsizes[str(key)]
+            if len(head) < 8 or length < 0 or start + length > size:
+                raise EOFError(f"it ends within its tensors, after {size} bytes")
             places[str(key)] = (start, length)
             file.seek(start + length)
         return value, places
@@ -218,10 +219,11 @@ def _check_byte_order(path: Path, little_endian: bool) -> None:
 
 def _unpickler(path: Path, file: Any) -> "_Unpickler":
     """For the pickle at the place of `file`, which is looked through first: numbers in it ask for memory."""
-    begin = file.tell()
+    begin, tuples = file.tell(), 0
     for opcode, argument, position in pickletools.genops(file):
-        done = position - begin
-        if done > LARGEST_PICKLE or ("PUT" in opcode.name and int(argument or 0) > done + 1):
+        done, tuples = position - begin, tuples + opcode.name.startswith("TUPLE")
+        memo = "PUT" in opcode.name and int(argument or 0) > done + 1
+        if done > LARGEST_PICKLE or tuples > MOST_TUPLES or memo:
             raise UserError(f"{path}: a pickle that asks for too much memory: it is no checkpoint")
         if opcode.name.startswith("EXT"):  # a name by its number, which would be looked up elsewhere
             raise UserError(f"{path}: a pickle with names by number ({opcode.name}): it is no checkpoint")

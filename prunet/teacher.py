@@ -363,7 +363,9 @@ class Teacher:
         if file.is_file():
             return [file]
         target, pickles = folder / f"{stem}.safetensors", sorted(folder.glob("*.bin"))
-        advice = f"; {pickles[0].name} is a pickle: `prunet convert {pickles[0]} -o {target}`" if pickles else ""
+        advice = "; its .bin files are pickles: save the pipeline with safe_serialization" if pickles else ""
+        if len(pickles) == 1:
+            advice = f"; {pickles[0].name} is a pickle: `prunet convert {pickles[0]} -o {target}`"
         raise UserError(f"{self.source}: no {part}/{target.name}{advice}")
 
     def check_weights(self, *, headers_only: bool = False) -> None:

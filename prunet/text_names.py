@@ -27,7 +27,9 @@ def save_text_encoder(model: Any, folder: Path) -> None:
 def copy(source: Path, target: Path) -> None:
     """Copies a text encoder's weights, or the index of their shards: byte for byte, or under the names it lacks."""
     from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
+
+    from prunet.marks import save_marked
 
     if source.suffix == ".json":
         index = json.loads(source.read_text(encoding="utf-8"))
@@ -40,4 +42,4 @@ def copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
     else:
         tensors = {classical(name): tensor for name, tensor in load_file(source).items()}
-        save_file(tensors, target, metadata={"format": "pt", **(metadata or {})})
+        save_marked(tensors, {"format": "pt", **(metadata or {})}, target)

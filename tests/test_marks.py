@@ -174,7 +174,7 @@ def test_a_bare_file_is_compared_with_the_configs_that_it_would_get(bare) -> Non
 
 
 @pytest.mark.parametrize(
-    ("kind", "prediction", "zero_snr"), [("sd", V, True), ("sd", EPSILON, False), ("sd", V, False), ("sdxl", V, True)]
+    ("kind", "prediction", "zero_snr"), [("sd", EPSILON, False), ("sd", V, False), ("sdxl", V, True)]
 )
 def test_exports_say_what_they_predict(kind, prediction, zero_snr, tmp_path) -> None:
     """In the tensors that ComfyUI looks for and in ModelSpec's metadata; prunet reads them back as no disagreement."""
@@ -197,18 +197,12 @@ def test_exports_say_what_they_predict(kind, prediction, zero_snr, tmp_path) -> 
     }
     again = Teacher(path).noise_scheduler.config
     assert (again.prediction_type, again.rescale_betas_zero_snr) == (prediction, zero_snr)
-
-
-def test_stock_diffusers_opens_a_marked_file(tmp_path) -> None:
-    folder = make_pipeline(tmp_path / "teacher", "sdxl", prediction_type=V)
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), ZERO_SNR: True}))
-    path = export_single_file(folder, tmp_path / "a.safetensors")
-    config = str(tmp_path / "a.config")
-    stock = StableDiffusionXLPipeline.from_single_file(str(path), config=config, local_files_only=True)
-    expected = Teacher(folder).unet.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in stock.unet.state_dict().items())
-    assert stock.scheduler.config.prediction_type == V
+    if kind == "sdxl":  # stock diffusers does not mind the marks
+        config = str(tmp_path / "mine.config")
+        stock = StableDiffusionXLPipeline.from_single_file(str(path), config=config, local_files_only=True)
+        expected = Teacher(folder).unet.state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in stock.unet.state_dict().items())
+        assert stock.scheduler.config.prediction_type == prediction
 
 
 def test_the_bytes_do_not_depend_on_the_order_of_a_hash_table(tmp_path) -> None:

@@ -249,6 +249,7 @@ def wrong(folder: Path) -> dict[str, tuple[Path, str]]:
         "expanded": (save(expanded, folder / "expanded.ckpt"), "times the file"),
         "outside": (save({"a": outside}, folder / "outside.ckpt"), "outside of its record"),
         "a memo of many": (file("memo", b"r" + struct.pack("<I", 1 << 31) + b"."), "too much memory"),
+        "deep": (file("deep", b"\x80\x02})" + b"\x85" * 200_000 + b"K\x01s."), "too much memory"),
         "a name by number": (file("ext", b"\x82\x01."), "by number"),
         "bytes that are not there": (file("bytes", b"\x8e" + struct.pack("<q", 1 << 50) + b"."), "not a checkpoint"),
     }
@@ -260,6 +261,19 @@ def test_what_is_no_checkpoint_is_one_line_and_writes_nothing(tmp_path) -> None:
             convert(path, tmp_path / "out.safetensors")
         assert "\n" not in str(error.value) and str(path) in str(error.value), name
         assert not list(tmp_path.glob("*.safetensors*")), name
+
+
+@LAYOUTS
+def test_a_file_cut_anywhere_is_refused(tmp_path, new) -> None:
+    content = save(tensors(), tmp_path / "whole.ckpt", new).read_bytes()
+    for length in range(0, len(content), 41):
+        (tmp_path / "cut.ckpt").write_bytes(content[:length])
+        with pytest.raises(UserError, match=r"cut off|not a checkpoint"):
+            convert(tmp_path / "cut.ckpt")
+    for cut in range(1, 60, 3):
+        (tmp_path / "cut.ckpt").write_bytes(content[:-cut])
+        with pytest.raises(UserError, match="cut off"):
+            convert(tmp_path / "cut.ckpt")
 
 
 def test_a_file_that_is_there_is_kept(tmp_path) -> None:
