@@ -379,9 +379,13 @@ class Teacher:
             if self._file is None and not any(self._weights_here(part) for part in parts):
                 return
             parts = parts if self._folder is not None else ("unet",)  # the other configs are on the hub
+        else:
+            self._configs()  # fetched where they are not here
         if self._folder is not None:
             for part in self.text_encoders:
                 self._vocabulary_files(part)
+                if not headers_only:
+                    open_tokenizer(self._folder / part.replace("text_encoder", "tokenizer"))
             encoders = [self.part_config(part) for part in self.text_encoders]
             check_condition(self.unet_config, encoders, self._folder)
         for part in parts:
