@@ -37,6 +37,7 @@ from prunet.latents import Cache, cache, cache_spec, check_size, pictures_are_go
 from prunet.pairs import Pair, term_factors
 from prunet.pipeline import check_sampler, export, export_single_file, origin, write_unet
 from prunet.plan import Derived, derive
+from prunet.reading import parse_yaml
 from prunet.recipe import Recipe, TeacherSource, read_prompts
 from prunet.sheets import Sheets
 from prunet.sources import check_source
@@ -80,6 +81,7 @@ class Run:
     def _check(self) -> None:
         """All that can be wrong is found here, before anything is loaded or computed."""
         recipe = self.recipe
+        parse_yaml(recipe_yaml(recipe), "The recipe with all its values")  # the run folder's, which is read again
         if not recipe.plan.remove:
             say("[yellow]The plan removes nothing:[/] the student will be as large as the teacher")
         check_size(self.teacher, self.size)
