@@ -77,7 +77,7 @@ def test_an_alias_is_a_value_of_its_own(tmp_path: Path) -> None:
 def test_values_are_counted_while_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prunet.reading.MOST", 1000)
     assert len(parse_yaml("[" + "1," * 900 + "]", "here")) == 900
-    with pytest.raises(UserError, match="here: .*more than .* values, aliases counted"):
+    with pytest.raises(UserError, match="values, aliases counted"):
         parse_yaml("[" + "1," * 1000 + "]", "here")
 
 
