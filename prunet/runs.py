@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from prunet import processes
 from prunet.charts import short
 from prunet.checkpoints import PACE
+from prunet.configs import check_condition
 from prunet.console import say
 from prunet.errors import UserError
 from prunet.files import check_writable, new_folder, read_json, write_json, write_text
@@ -95,6 +96,8 @@ class Run:
             _ = teacher.noise_scheduler
             teacher.check_weights()
             check_same_space(self.teacher, teacher)
+            encoders = [teacher.part_config(part) for part in teacher.text_encoders]
+            check_condition(teacher.unet_config, encoders, teacher.source)
             if data.source is None:
                 check_sampler(teacher, "dpmsolver++", data.steps, "data")
         check_sampler(self.teachers[-1], recipe.evaluation.sampler, recipe.evaluation.steps, "evaluation")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from prunet.configs import check_condition, check_config
+from prunet.configs import check_config
 from prunet.errors import UserError
 from prunet.reading import parse_json
 
@@ -336,8 +336,6 @@ class Teacher:
         if self._hub is None and self._folder is not None:
             for part in self.text_encoders:
                 self._vocabulary_files(part)
-            encoders = [self.part_config(part) for part in self.text_encoders]
-            check_condition(self.unet_config, encoders, self._folder)
         for part in ("unet", "vae", *self.text_encoders):
             for file in [self._file] if self._file else self._weight_files(part):
                 try:
