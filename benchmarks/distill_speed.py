@@ -82,14 +82,17 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 class Parts:
-    """Seconds that each part of the step took, at each step."""
+    """Seconds that each part of the step took, at each step; nothing is timed, or waited for, if not `on`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, on: bool = True) -> None:
         self.all: dict[str, list[float]] = {}
-        self.device = device
+        self.device, self.on = device, on
 
     @contextmanager
     def __call__(self, name: str):
+        if not self.on:
+            yield
+            return
         sync(self.device)
         start = time.perf_counter()
         yield
@@ -115,15 +118,20 @@ class Parts:
             yield batch
 
 
-def reference_loop(teacher, student, pairs, pictures: torch.Tensor, captions: list[str], args, runtime) -> dict:
-    """Written from the description of BK-SDM's training (arXiv 2305.15798), plainly."""
+def reference_loop(
+    teacher, student, pairs, pictures: torch.Tensor, captions: list[str], args, runtime, *, by_parts: bool = True
+) -> dict:
+    """Written from the description of BK-SDM's training (arXiv 2305.15798), plainly.
+
+    `by_parts`: times the parts of each step, which waits for the device after each.
+    """
     from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
 
     from prunet.teacher import conditioning
 
     accelerator = Accelerator(mixed_precision=runtime.mixed_precision, cpu=runtime.torch_device.type == "cpu")
-    device, parts = accelerator.device, Parts(accelerator.device)
+    device, parts = accelerator.device, Parts(accelerator.device, by_parts)
     frozen, scheduler = teacher.unet.to(device), teacher.noise_scheduler
     vae = teacher.vae.to(device)
     kept: dict[str, torch.Tensor] = {}
@@ -134,9 +142,10 @@ def reference_loop(teacher, student, pairs, pictures: torch.Tensor, captions: li
 
         return hook
 
+    hooks = []
     for pair in pairs:
-        frozen.get_submodule(pair.teacher).register_forward_hook(keep(f"teacher {pair.teacher}"))
-        student.get_submodule(pair.student).register_forward_hook(keep(f"student {pair.student}"))
+        hooks.append(frozen.get_submodule(pair.teacher).register_forward_hook(keep(f"teacher {pair.teacher}")))
+        hooks.append(student.get_submodule(pair.student).register_forward_hook(keep(f"student {pair.student}")))
     student.to(device).train().requires_grad_(True)
     if args.reference_checkpointing:
         student.enable_gradient_checkpointing()
@@ -144,36 +153,41 @@ def reference_loop(teacher, student, pairs, pictures: torch.Tensor, captions: li
     ema = EMAModel(student.parameters(), decay=0.9999)
     model, optimizer = accelerator.prepare(student, optimizer)
     times = []
-    for _ in range(args.steps + 1):
-        start = time.perf_counter()
-        with parts("vae"), torch.no_grad():
-            latents = vae.encode(pictures.to(device, vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
-        with parts("text"), torch.no_grad():
-            text = teacher.encode_prompts(captions)
-        noise = torch.randn_like(latents)
-        t = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=device)
-        noisy = scheduler.add_noise(latents, noise, t)
-        ids = torch.tensor([[args.size, args.size, 0, 0, args.size, args.size]] * len(latents), device=device)
-        known = conditioning(text.embeds, text.pooled, None if text.pooled is None else ids.float())
-        with parts("teacher"), torch.no_grad():
-            theirs = frozen(noisy.to(frozen.dtype), t, **known).sample
-        with parts("student"):
-            ours = model(noisy.float(), t, **known).sample
-            mse = torch.nn.functional.mse_loss
-            loss = mse(ours.float(), noise.float()) + mse(ours.float(), theirs.float())
-            for pair in pairs:
-                a, b = kept[f"student {pair.student}"], kept[f"teacher {pair.teacher}"]
-                loss = loss + mse(a.float(), b.detach().float())
-            accelerator.gather(loss.detach().repeat(len(latents))).mean().item()
-        with parts("backward"):
-            accelerator.backward(loss)
-        with parts("optimizer"):
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        with parts("ema"):
-            ema.step(student.parameters())
-        times.append(time.perf_counter() - start)
+    try:
+        for _ in range(args.steps + 1):
+            start = time.perf_counter()
+            with parts("vae"), torch.no_grad():
+                latents = vae.encode(pictures.to(device, vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
+            with parts("text"), torch.no_grad():
+                text = teacher.encode_prompts(captions)
+            noise = torch.randn_like(latents)
+            t = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=device)
+            noisy = scheduler.add_noise(latents, noise, t)
+            ids = torch.tensor([[args.size, args.size, 0, 0, args.size, args.size]] * len(latents), device=device)
+            known = conditioning(text.embeds, text.pooled, None if text.pooled is None else ids.float())
+            with parts("teacher"), torch.no_grad():
+                theirs = frozen(noisy.to(frozen.dtype), t, **known).sample
+            with parts("student"):
+                ours = model(noisy.float(), t, **known).sample
+                mse = torch.nn.functional.mse_loss
+                loss = mse(ours.float(), noise.float()) + mse(ours.float(), theirs.float())
+                for pair in pairs:
+                    a, b = kept[f"student {pair.student}"], kept[f"teacher {pair.teacher}"]
+                    loss = loss + mse(a.float(), b.detach().float())
+                accelerator.gather(loss.detach().repeat(len(latents))).mean().item()
+            with parts("backward"):
+                accelerator.backward(loss)
+            with parts("optimizer"):
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            with parts("ema"):
+                ema.step(student.parameters())
+            sync(device)
+            times.append(time.perf_counter() - start)
+    finally:
+        for hook in hooks:
+            hook.remove()
     best = {name: min(seconds) for name, seconds in parts.all.items()}
     return {"seconds_per_step": min(times[1:] or times), "parts": best, "peak_memory_gb": peak_memory_gb(device)}
 
@@ -302,7 +316,7 @@ def main() -> None:
         except UserError as error:
             raise SystemExit(str(error)) from None
 
-    from conftest import make_pictures
+    from small_models import make_pictures
 
     with tempfile.TemporaryDirectory(prefix="prunet-speed-") as text:
         folder = Path(text)

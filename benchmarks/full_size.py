@@ -23,7 +23,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import torch
-from conftest import _tokenizer, make_pictures
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -31,6 +30,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
+from small_models import make_pictures, make_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from prunet import Run, Runtime, Teacher, export
@@ -56,11 +56,11 @@ TEXT = {  # width, layers, heads, projection: CLIP ViT-L/14 and OpenCLIP ViT-big
 }
 
 
-def random_module(make, dtype: torch.dtype) -> torch.nn.Module:
+def random_module(make, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.nn.Module:
     """Small random weights without the slow initialisers."""
     with torch.device("meta"):
         module = make()
-    module = module.to(dtype).to_empty(device="cpu")
+    module = module.to(dtype).to_empty(device=device)
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.is_floating_point():
             tensor.data.normal_(std=0.02)
@@ -69,7 +69,7 @@ def random_module(make, dtype: torch.dtype) -> torch.nn.Module:
     return module
 
 
-def random_pipe(layout: str, dtype: torch.dtype) -> DiffusionPipeline:
+def random_pipe(layout: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> DiffusionPipeline:
     """A pipeline of the layout's full size."""
     sdxl = layout == "sdxl"
 
@@ -82,14 +82,14 @@ def random_pipe(layout: str, dtype: torch.dtype) -> DiffusionPipeline:
             intermediate_size=4 * width,
             projection_dim=projection,
         )
-        return random_module(lambda: cls(config), dtype)
+        return random_module(lambda: cls(config), dtype, device)
 
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = _tokenizer(Path(folder) / "tokenizer")
+        tokenizer = make_tokenizer(Path(folder) / "tokenizer")
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
     parts = {
-        "unet": random_module(lambda: make_unet(layout_config(layout)), dtype),
-        "vae": random_module(lambda: AutoencoderKL(**VAE, force_upcast=sdxl), dtype),
+        "unet": random_module(lambda: make_unet(layout_config(layout)), dtype, device),
+        "vae": random_module(lambda: AutoencoderKL(**VAE, force_upcast=sdxl), dtype, device),
         "text_encoder": text("text_encoder", CLIPTextModel),
         "tokenizer": tokenizer,
         "scheduler": scheduler,
@@ -100,9 +100,9 @@ def random_pipe(layout: str, dtype: torch.dtype) -> DiffusionPipeline:
     return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
-def random_pipeline(folder: Path, layout: str, dtype: torch.dtype) -> None:
+def random_pipeline(folder: Path, layout: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
     """The same, as safetensors."""
-    random_pipe(layout, dtype).save_pretrained(folder, safe_serialization=True, max_shard_size="1TB")
+    random_pipe(layout, dtype, device).save_pretrained(folder, safe_serialization=True, max_shard_size="1TB")
 
 
 def start_counting(device: torch.device) -> int:

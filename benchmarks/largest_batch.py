@@ -31,8 +31,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args, rest = parser.parse_known_args()
 
-    from conftest import make_pictures
     from distill_speed import SIZES, make_teacher
+    from small_models import make_pictures
 
     size = args.size or SIZES[args.model]
     found = []

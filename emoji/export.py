@@ -21,6 +21,8 @@ from state import pick_device, read_record, save_record
 from text import read_known_labels
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from prunet.text_names import save_text_encoder
+
 SHEET_COLUMNS = 8
 SAMPLER = DPMSolverMultistepScheduler  # of all measures and sheets
 PARTS = {  # folder in the state -> folder in the pipeline
@@ -79,6 +81,9 @@ def save_pipeline(pipe: DiffusionPipeline, out: Path) -> None:
     aside = out / ".part"
     shutil.rmtree(aside, ignore_errors=True)
     pipe.to("cpu", torch.float16).save_pretrained(aside)
+    for name in ("text_encoder", "text_encoder_2"):  # which transformers 4 and ComfyUI would not know otherwise
+        if getattr(pipe, name, None) is not None:
+            save_text_encoder(getattr(pipe, name), aside / name)
     # vocab.json and merges.txt, the files that SD v1's tokenizer folder has
     for folder in aside.glob("tokenizer*"):
         pipe.tokenizer.backend_tokenizer.model.save(str(folder))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from prunet.evaluation import evaluate
     from prunet.latents import Cache, cache
     from prunet.measuring import compare, measure
+    from prunet.pickles import convert
     from prunet.pipeline import export, generate
     from prunet.plan import Derived, Plan, derive, load_plan
     from prunet.protocol import Protocol, load_protocol
@@ -46,6 +47,7 @@ _HOME = {
     "load_protocol": "protocol",
     "export": "pipeline",
     "generate": "pipeline",
+    "convert": "pickles",
     "Recipe": "recipe",
     "load_recipe": "recipe",
     "Runtime": "training",

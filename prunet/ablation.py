@@ -20,9 +20,10 @@ from pydantic import Field, Strict, ValidationError
 from prunet.console import console, progress, say
 from prunet.errors import UserError
 from prunet.files import read_json, write_json, write_text
+from prunet.ownership import check_place, hold
 from prunet.reading import load_mapping
 from prunet.recipe import Part, Recipe, Seed, explain, load_recipe
-from prunet.runs import Run
+from prunet.runs import Run, read_paths
 from prunet.training import Runtime
 
 #: What the table shows of each student: (which, key) in evaluation.json, and the title.
@@ -126,12 +127,14 @@ def ablate(
 ) -> dict[str, Any]:
     """Does every recipe up to its evaluation, `workers` at a time, and writes `ablation.json` and `ablation.md`.
 
-    What is finished is not done again, so the same call goes on where it was stopped. With several GPUs each worker
+    What is finished is not done again, so the same call resumes where it was stopped. With several GPUs each worker
     has one of them; on a CPU they share its cores.
 
     Raises:
         UserError: a recipe that does not fit, before the first run begins.
     """
+    output = Path(ablation.output)
+    check_place(output, "ablation", "output", {path for recipe in recipes.values() for path in read_paths(recipe)})
     runtime = runtime or Runtime()
     runs: dict[tuple[str, int], Run] = {}
     for key, recipe in recipes.items():
@@ -139,20 +142,21 @@ def ablate(
             runs[key] = Run(recipe, runtime, like=next(iter(runs.values()), None))
         except UserError as error:
             raise UserError(f"arm {key[0]!r}: {error}") from error
-    for run in runs.values():  # first of all, since several arms wait for the same one
-        for step in run.step_names("cache"):
-            if not run.is_done(step):
-                run.do(step)
-        for teacher in {run.teacher, *run.teachers}:
-            teacher.release("unet", "vae", "text")
-    todo = [key for key, run in runs.items() if not run.is_done("evaluate")]
-    say(f"{len(runs)} runs: {len(ablation.arms)} arms, {len(ablation.seeds)} seeds; {len(todo)} to do")
-    with progress("Ablation", len(runs)) as bar:
-        bar.advance(len(runs) - len(todo))
-        for arm, seed in _each_done({key: runs[key] for key in todo}, workers):
-            bar.advance(1, note=f"{arm}, seed {seed}")
-            collect(ablation, runs)
-    return collect(ablation, runs)
+    with hold(output, "ablation"):
+        for run in runs.values():  # first of all, since several arms wait for the same one
+            for step in run.step_names("cache"):
+                if not run.is_done(step):
+                    run.do(step)
+            for teacher in {run.teacher, *run.teachers}:
+                teacher.release("unet", "vae", "text")
+        todo = [key for key, run in runs.items() if not run.is_done("evaluate")]
+        say(f"{len(runs)} runs: {len(ablation.arms)} arms, {len(ablation.seeds)} seeds; {len(todo)} to do")
+        with progress("Ablation", len(runs)) as bar:
+            bar.advance(len(runs) - len(todo))
+            for arm, seed in _each_done({key: runs[key] for key in todo}, workers):
+                bar.advance(1, note=f"{arm}, seed {seed}")
+                collect(ablation, runs)
+        return collect(ablation, runs)
 
 
 def _each_done(todo: Mapping[tuple[str, int], Run], workers: int) -> Any:
@@ -170,7 +174,7 @@ def _each_done(todo: Mapping[tuple[str, int], Run], workers: int) -> Any:
                 yield work[done]
         except BrokenProcessPool as error:
             raise UserError(
-                "A worker was killed (out of memory, perhaps): lower --workers; the same command goes on from here"
+                "A worker was killed (out of memory, perhaps): lower --workers; the same command resumes from here"
             ) from error
         except BaseException:  # or all that is queued would be done first; what is under way goes on from checkpoints
             for worker in set(active_children()).difference(others):
@@ -179,9 +183,7 @@ def _each_done(todo: Mapping[tuple[str, int], Run], workers: int) -> Any:
 
 
 def _do(recipe: Recipe, runtime: Runtime, like: Run | None = None) -> None:
-    run = Run(recipe, runtime, like=like)
-    for step in run.step_names("evaluate"):
-        run.do(step)
+    Run(recipe, runtime, like=like).finish("evaluate")
 
 
 _worker = 0

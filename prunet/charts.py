@@ -25,6 +25,12 @@ def render(template: str, **values: Any) -> str:
     return env.get_template(template).render(**values)
 
 
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that `render` made."""
+    with path.open("rb") as file:
+        return b'name="generator" content="prunet ' in file.read(4096)
+
+
 # -- numbers as text
 
 
@@ -82,7 +88,7 @@ def inline(path: Path, side: int) -> dict[str, Any] | None:
     try:
         with Image.open(path, formats=("PNG",)) as file:
             picture = file.convert("RGB")
-    except (OSError, SyntaxError) as error:
+    except Exception as error:  # Pillow has many for what is no picture any more
         raise UserError(f"{path}: damaged ({error}): delete its folder and evaluate again") from error
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     kind = "png" if max(picture.size) <= 64 else "webp"

@@ -1,5 +1,6 @@
 """Checkpoints of a stage: written whole, the last few kept, and refused where they are of another stage."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from prunet.console import say
 from prunet.errors import UserError
-from prunet.files import new_folder, read_label, write_json
+from prunet.files import aside, new_folder, read_label, write_json
 from prunet.processes import is_main
 from prunet.recipe import Stage
+from prunet.seals import verify
 from prunet.sharding import local, piece, whole
 
 #: What may be changed between two parts of one stage: how fast it goes and how far, not what is learned.
@@ -48,15 +50,17 @@ def save(
     moments = _mapped(optimizer.state_dict(), lambda value, _: _in_full(value), student)
     if not accelerator.is_main_process:
         return
-    with new_folder(folder / "checkpoints" / f"step-{step:07d}") as part:
-        save_file({k: v.contiguous() for k, v in state.items()}, part / "student.safetensors")
+    with new_folder(folder / "checkpoints" / f"step-{step:07d}", "checkpoint") as part:
+        save_file(state, part / "student.safetensors")
         if average:
             save_file(average, part / "ema.safetensors")
         torch.save(moments, part / "optimizer.pt")
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
         write_json(part / "state.json", {"step": step, "stage": stage.model_dump(mode="json"), "scaler": scaler})
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        os.replace(old, aside(old))  # or a kill would leave half of it under its name
+    for left in (folder / "checkpoints").glob(".step-*.part"):
+        shutil.rmtree(left)
 
 
 def _in_full(value: Any, like: torch.Tensor | None = None) -> Any:
@@ -65,7 +69,7 @@ def _in_full(value: Any, like: torch.Tensor | None = None) -> Any:
     """
     full = whole(value, like)
     if full is value:
-        return value
+        return value.contiguous() if isinstance(value, torch.Tensor) else value
     return full.cpu() if is_main() else None
 
 
@@ -91,7 +95,8 @@ def resume(
     saved = checkpoints(folder)
     if not saved:
         return 0
-    before = f"delete it to go on from {saved[-2]}" if len(saved) > 1 else "delete it to begin anew"
+    before = f"delete it to resume from {saved[-2]}" if len(saved) > 1 else "delete it to begin anew"
+    verify(saved[-1], f"damaged is {saved[-1]}: {before}")
     state = read_label(saved[-1] / "state.json", ("step", "stage", "scaler"), f"damaged is {saved[-1]}: {before}")
     now = stage.model_dump(mode="json")
     changed = sorted(k for k in now if state["stage"].get(k) != now[k])
@@ -123,5 +128,5 @@ def resume(
     except Exception as error:
         raise UserError(f"{saved[-1]}: damaged or of another student ({error}): {before}") from error
     how = "".join(f", {k} {state['stage'][k]} -> {now[k]}" for k in changed)
-    say(f"Going on from step {state['step']} of {stage.steps}{how}")
+    say(f"Resuming from step {state['step']} of {stage.steps}{how}")
     return int(state["step"])

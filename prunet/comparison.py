@@ -27,6 +27,7 @@ class Compared:
     plan: dict[str, Any]
     evaluation: dict[str, Any]
     recipe_text: str
+    axis: Any  # the logs of its stages
 
     @property
     def distance(self) -> dict[str, Any]:
@@ -35,11 +36,6 @@ class Compared:
     @property
     def teacher(self) -> str:
         return short(yaml.safe_load(self.recipe_text)["teacher"]["source"])
-
-    @property
-    def axis(self) -> Any:
-        stages = yaml.safe_load(self.recipe_text)["stages"]
-        return read_logs([self.folder / f"stage-{number}" for number in range(1, len(stages) + 1)])
 
 
 def open_runs(folders: Sequence[Path | str]) -> list[Compared]:
@@ -75,11 +71,12 @@ def _open_run(folder: Path, name: str, kind: str) -> Compared:
         steps = read_json(folder / "steps.json") if (folder / "steps.json").is_file() else {}
         if "evaluate" not in steps:
             raise UserError(f"{folder}: not evaluated, or trained since: finish it with `prunet run {folder}`")
-        plan, evaluation = read_json(folder / "plan.json"), read_evaluation(folder / "evaluation")
+        plan, evaluation = read_json(folder / "plan.json"), read_evaluation(folder / "evaluation", steps)
         recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
-        run = Compared(name, kind, folder, plan, evaluation, recipe_text)
+        stages = yaml.safe_load(recipe_text)["stages"]
+        axis = read_logs([folder / f"stage-{number}" for number in range(1, len(stages) + 1)], steps)
+        run = Compared(name, kind, folder, plan, evaluation, recipe_text, axis)
         _ = (
-            run.axis,
             _protocol(run),
             draw_unet(plan),
             evaluation["sizes"],

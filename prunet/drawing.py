@@ -164,10 +164,12 @@ def _all(size: Any) -> float:
 
 
 def _programs(derived: Derived) -> Text:
-    out = Text("\n  loads in", style="bold")
-    for program, answer in derived.loads_in.items():
-        style = "not bold green" if answer == "yes" else "not bold yellow"
-        out.append(f"\n    {program}: ", style="not bold").append(answer, style=style)
+    out = Text()
+    for title, answers in (("loads in", derived.loads_in), ("works with", derived.works_with)):
+        out.append(f"\n  {title}", style="bold")
+        for name, answer in answers.items():
+            style = "not bold green" if answer == "yes" else "not bold yellow"
+            out.append(f"\n    {name}: ", style="not bold").append(answer, style=style)
     return out
 
 

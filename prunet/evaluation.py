@@ -18,6 +18,7 @@ from prunet.losses import add_noise
 from prunet.metrics import Array, bootstrap, mean_of
 from prunet.pipeline import decode, draw_latents, set_sampler
 from prunet.recipe import Evaluation, read_prompts
+from prunet.seals import file_checksum
 from prunet.sheets import grid
 from prunet.size import size_of
 from prunet.teacher import Teacher, conditioning
@@ -114,8 +115,7 @@ def evaluate(
         ),
         "distance": distances,
     }
-    processes.from_main(lambda: _write(folder, result, pictures, prompts))
-    return result
+    return processes.from_main(lambda: _write(folder, result, pictures, prompts))
 
 
 def _batches(count: int) -> list[slice]:
@@ -191,17 +191,25 @@ def picture_rmse(a: Image.Image, b: Image.Image) -> float:
     return float(np.sqrt(((x - y) ** 2).mean()))
 
 
-def _write(folder: Path, result: dict[str, Any], pictures: Mapping[str, list[Image.Image]], prompts: list[str]) -> None:
+def _write(
+    folder: Path, result: dict[str, Any], pictures: Mapping[str, list[Image.Image]], prompts: list[str]
+) -> dict[str, Any]:
+    """Writes all files; returns the result with the checksums of its pictures."""
+    sums = {}
     for name, drawn in pictures.items():
         for i, picture in enumerate(drawn):
-            with new_file(folder / "pictures" / name / f"{i:04d}.png") as part:
+            path = folder / "pictures" / name / f"{i:04d}.png"
+            with new_file(path) as part:
                 picture.save(part, format="PNG")
+            sums[str(path.relative_to(folder))] = file_checksum(path)
     labels = [name if name == "teacher" else f"student {name}" for name in pictures]
     rows = [drawn[:SHEET_COLUMNS] for drawn in pictures.values()]
     with new_file(folder / "sheet.png") as part:
         grid(rows, labels, prompts[:SHEET_COLUMNS]).save(part, format="PNG")
     write_text(folder / "evaluation.md", markdown(result))
+    result = result | {"pictures": sums}
     write_json(folder / "evaluation.json", result)
+    return result
 
 
 def markdown(result: dict[str, Any]) -> str:

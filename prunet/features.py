@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from prunet.errors import UserError
 from prunet.pictures import encode
+from prunet.placing import is_finite
+from prunet.teacher import open_tokenizer
 
 Features = dict[str, Tensor]
 INCEPTION_SOURCE = (
@@ -105,18 +107,22 @@ class Clip:
         Raises:
             UserError: not such a folder.
         """
-        from transformers import CLIPModel, CLIPTokenizer
+        from transformers import CLIPModel
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
         weights = folder / "model.safetensors"
         if not weights.is_file():
             raise UserError(f"{folder}: no CLIP model there (model.safetensors): give a transformers folder of one")
         try:
-            net = CLIPModel.from_pretrained(folder, use_safetensors=True).to(device).float().eval()
-            tokenizer = CLIPTokenizer.from_pretrained(folder)
+            net, told = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
             processor = CLIPImageProcessorPil.from_pretrained(folder)
         except Exception as error:
             raise UserError(f"{folder}: not a CLIP model of transformers ({_first_line(error)})") from error
+        if made_up := sorted(told["missing_keys"]):  # transformers would go on with random weights
+            raise UserError(f"{weights} has no {made_up[0]}, which a CLIPModel needs: fetch or copy it again")
+        if bad := next((name for name, tensor in net.state_dict().items() if not is_finite(tensor)), None):
+            raise UserError(f"{weights}: {bad} has NaN or infinity in it: fetch or copy it again")
+        net, tokenizer = net.to(device).float().eval(), open_tokenizer(folder)
 
         def images(pictures: Sequence[Image.Image]) -> Tensor:
             pixels = processor(images=list(pictures), return_tensors="pt")["pixel_values"]

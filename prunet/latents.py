@@ -3,7 +3,8 @@
 A cache folder holds `spec.json` (what it is made of), `shard-00000.safetensors` ... (256 samples each: `mean` and `std`
 (N, 4, h, w) of the scaled latents, `prompt_embeds` (N, 77, D), for SDXL `pooled` (N, P) and `time_ids` (N, 6)),
 with `buckets` one `mean.I` and `std.I` a sample instead, because their sizes differ,
-`unconditional.safetensors`, and, once it is whole, `cache.json` with the number of samples and the pictures skipped.
+`unconditional.safetensors`, and, once it is whole, `cache.json` with the number of samples, the pictures skipped and
+the number of captions cut.
 A shard is whole or not there, and depends on nothing but the spec, so a killed run goes on at the first missing one.
 """
 
@@ -13,6 +14,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -28,10 +30,13 @@ from prunet import processes
 from prunet.console import progress, say
 from prunet.errors import UserError
 from prunet.files import new_file, read_json, read_label, write_json
+from prunet.listing import source_name
+from prunet.ownership import check_place, hold
 from prunet.pictures import BrokenPicture, Picture, bucket_sizes, fit, nearest_size
 from prunet.recipe import Data, read_prompts
+from prunet.seals import CHECKSUM, checksum
 from prunet.sources import check_source, has_files, read_pictures, source_files
-from prunet.teacher import PromptEmbeds, Teacher
+from prunet.teacher import PromptEmbeds, Teacher, after_overflow
 
 FORMAT = 2
 SHARD = 256
@@ -155,10 +160,31 @@ def _shard_path(folder: Path, shard: int) -> Path:
 
 @lru_cache(maxsize=512)
 def _opened(path: Path) -> Any:
+    """A shard, verified when this process opens it first."""
     try:
-        return safe_open(path, framework="pt")
+        file, found = safe_open(path, framework="pt"), path.stat()
+        as_it_is = (path, found.st_ino, found.st_size, found.st_mtime_ns)
+        if as_it_is not in _verified:
+            label = json.loads(file.metadata()["label"])
+            expected = label.pop(CHECKSUM, None)  # caches of older versions have none
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if expected not in (None, _checksum(path, tensors, label)):
+                raise ValueError("its checksum is another than when it was written")
+            _verified.add(as_it_is)
+        return file
     except Exception as error:
-        raise UserError(f"{path}: missing or cut off ({error}): {_again(path)}") from error
+        raise UserError(f"{path}: missing, damaged or of another cache ({error}): {_again(path)}") from error
+
+
+_verified: set[tuple[Any, ...]] = set()
+
+
+def _checksum(path: Path, tensors: dict[str, Tensor], label: dict[str, Any]) -> str:
+    """Of all that a shard holds, under its name and its cache's spec."""
+    spec = read_spec(path.parent)
+    about = [path.name, spec, label, {name: [str(t.dtype), *t.shape] for name, t in sorted(tensors.items())}]
+    data = (tensors[name].view(-1).view(torch.uint8).numpy() for name in sorted(tensors))
+    return checksum([json.dumps(about, sort_keys=True).encode(), *data])
 
 
 def _shard_label(path: Path) -> dict[str, Any]:
@@ -168,6 +194,7 @@ def _shard_label(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             label: dict[str, Any] = json.loads(file.metadata()["label"])
+            _ = label["count"], label["captions"], label["skipped"]
             return label
     except Exception as error:
         raise UserError(f"{path}: damaged ({error}): {_again(path)}") from error
@@ -244,33 +271,38 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
             return Cache.open(folder)
     elif data.source is not None:
         check_source(data.source, image_column=data.image_column, caption_column=data.caption_column)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; the cache needs a folder")
-    processes.from_main(lambda: _begin(teacher, folder, spec))
-    write_shards = _draw_prompts if data.prompts is not None else _encode_pictures
-    shards = write_shards(teacher, data, folder, size, seed, lambda shard: like.kept(spec, shard) if like else {})
-    processes.from_main(lambda: _finish(data, folder, shards))
+    check_place(folder, "cache", "cache")
+    with hold(folder, "cache") if processes.is_main() else nullcontext():
+        processes.from_main(lambda: _begin(teacher, folder, spec))
+        write_shards = _draw_prompts if data.prompts is not None else _encode_pictures
+        shards = write_shards(teacher, data, folder, size, seed, lambda shard: like.kept(spec, shard) if like else {})
+        processes.from_main(lambda: _finish(teacher, data, folder, shards))
     return Cache.open(folder)
 
 
 def _begin(teacher: Teacher, folder: Path, spec: dict[str, Any]) -> None:
     write_json(folder / "spec.json", spec)
     empty = teacher.encode_prompts([""], unconditional=True)
-    _write(folder / "unconditional.safetensors", _text_tensors(empty), {})
+    _write(folder / "unconditional.safetensors", _text_tensors(empty), {}, ["the empty prompt"], teacher)
 
 
-def _finish(data: Data, folder: Path, shards: int) -> None:
+def _finish(teacher: Teacher, data: Data, folder: Path, shards: int) -> None:
     """Writes `cache.json`, by which the cache is whole, from the labels of all its shards."""
     labels = [_shard_label(_shard_path(folder, shard)) for shard in range(shards)]
     counts = [label["count"] for label in labels]
     skipped = [(key, why) for label in labels for key, why in label["skipped"]]
     if not sum(counts):
         why = f" (first: {skipped[0][0]}: {skipped[0][1]})" if skipped else ""
-        raise UserError(f"{data.source}: not one usable picture with a caption{why}")
+        raise UserError(f"{source_name(data.source or '')}: not one usable picture with a caption{why}")
     if skipped:
         say(f"[yellow]{len(skipped)} pictures skipped[/], listed in {escape(str(folder / 'cache.json'))}:")
         for key, why in skipped[:5]:
             say(f"  {escape(f'{key}: {why}')}")
+    if cut := sum(sum(teacher.are_cut(label["captions"])) for label in labels):
+        say(
+            f"[yellow]{cut:,} of {sum(counts):,} captions are cut:[/] they are longer than the text encoder reads "
+            f"('cut' in {escape(str(folder / 'cache.json'))})"
+        )
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, shape in enumerate(shape for label in labels for shape in label.get("sizes", [])):
         groups.setdefault(tuple(shape), []).append(number)
@@ -279,6 +311,7 @@ def _finish(data: Data, folder: Path, shards: int) -> None:
         "counts": counts,
         "samples": sum(counts),
         "skipped": skipped,
+        "cut": cut,
         "groups": list(groups.values()),
     }
     write_json(folder / "cache.json", index)
@@ -320,7 +353,7 @@ def _encode_pictures(teacher: Teacher, data: Data, folder: Path, size: int, seed
 def _encode_shard(
     teacher: Teacher, data: Data, path: Path, group: list[Picture], size: int, seed: int, kept: dict[str, Tensor]
 ) -> None:
-    fitted, captions, skipped = [], [], []
+    fitted, captions, skipped, keys = [], [], [], []
     sizes = bucket_sizes(size, _side_step(teacher)) if data.buckets else [(size, size)]
     for picture in group:
         try:
@@ -332,6 +365,7 @@ def _encode_shard(
             number = seed_of(seed, picture.key, view)
             fitted.append(fit(image, nearest_size(image, sizes), crop=data.crop, flip=data.flip, seed=number))
             captions.append(picture.captions[number % len(picture.captions)])
+            keys.append(picture.key)
     label: dict[str, Any] = {"captions": captions, "skipped": skipped, "count": len(captions)}
     tensors = dict(kept)
     if not any(name.startswith("mean") for name in kept):
@@ -343,7 +377,7 @@ def _encode_shard(
         tensors["time_ids"] = torch.tensor(ids, dtype=torch.float32)
     if data.buckets:
         label["sizes"] = [tensors[f"mean.{i}"].shape[1:] for i in range(len(fitted))]
-    _write(path, tensors, label)
+    _write(path, tensors, label, keys, teacher)
 
 
 def _slices(count: int) -> list[slice]:
@@ -385,7 +419,7 @@ def _draw_prompts(teacher: Teacher, data: Data, folder: Path, size: int, seed: i
                     rows.append(_draw_batch(teacher, pipe, data, group[at : at + ENCODE_BATCH], size, seed))
                     bar.advance(len(rows[-1]["mean"]))
                 texts = [text for _, _, text in group]
-                _write(path, _concat(rows), {"captions": texts, "skipped": [], "count": len(group)})
+                _write(path, _concat(rows), {"captions": texts, "skipped": [], "count": len(group)}, texts, teacher)
             else:
                 bar.advance(len(group))
     return len(starts)
@@ -419,17 +453,27 @@ def _concat(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
 
-def _write(path: Path, tensors: dict[str, Tensor], label: dict[str, Any]) -> None:
-    """Stores in half precision, except micro-conditioning: half cannot hold every size in pixels."""
+def _write(
+    path: Path, tensors: dict[str, Tensor], label: dict[str, Any], names: Sequence[str], teacher: Teacher
+) -> None:
+    """Stores in half precision, except micro-conditioning: half cannot hold every size in pixels.
+
+    `names`: what each row of the tensors was made of, a picture's key or a prompt.
+    """
     stored = {n: t.to("cpu", t.dtype if n == "time_ids" else STORED).contiguous() for n, t in tensors.items()}
     for name, tensor in stored.items():
+        kind, _, number = name.partition(".")
         if not torch.isfinite(tensor).all():
+            row = int(number or next(i for i, value in enumerate(tensor) if not torch.isfinite(value).all()))
+            what = "latents" if kind in ("mean", "std") else "prompt embeddings"
             raise UserError(
-                f"{path}: {name} is not finite: the teacher overflows in this precision; try --precision no"
+                f"{names[row]!r}: its {what} are not finite ({name} of {path.name}): {teacher.source} overflows in "
+                f"{teacher.dtype}: {after_overflow(teacher.dtype)}"
             )
     need = sum(t.numel() * t.element_size() for t in stored.values())
     if shutil.disk_usage(path.parent).free < need + 2**20:
         raise UserError(f"No space left while writing {path}; what was finished before is kept")
+    label = {**label, CHECKSUM: _checksum(path, stored, label)}
     with new_file(path) as part:
         # One entry, because safetensors writes several in any order, and equal caches should be equal bytes.
         save_file(stored, part, metadata={"label": json.dumps(label)})

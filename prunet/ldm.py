@@ -15,21 +15,21 @@ Who opens such a file, besides the `from_ldm_*` functions below, which open what
   counts for SDXL only, and it looks at `output_blocks.11.1`, which a smaller student does not have.
 """
 
-import inspect
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from prunet import placing
 from prunet.errors import UserError
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -42,6 +42,11 @@ TEXT = {  # (layout, index of the text encoder) -> prefix; after `model.` come O
 SD_V2_LAYERS = 23  # OpenCLIP ViT-H has 24, but every reader of SD v2 takes the output of the 23rd
 INSTEAD = "export a diffusers folder instead"
 THIRDS = ("q_proj", "k_proj", "v_proj")
+#: Buffers of the noise schedule, which the scheduler makes again, and marks of what a model predicts.
+OF_THE_SCHEDULE = re.compile(
+    r"(betas|alphas_cumprod\w*|sqrt_\w+|log_one_minus_\w+|posterior_\w+|lvlb_weights|logvar|scale_factor|v_pred|ztsnr"
+    r"|edm_vpred\..*|denoiser\..*)$"
+)
 OTHER_CONFIG = "pass the config that the file was made for"
 
 
@@ -51,12 +56,11 @@ def to_ldm(
     text_encoder: Any,
     text_encoder_2: Any = None,
     dtype: torch.dtype | None = None,
-    prediction_type: str = "epsilon",
 ) -> dict[str, Tensor]:
     """All tensors of a pipeline under their LDM names, contiguous, as `safetensors.torch.save_file` wants them.
 
     A part that is None is left out. With `dtype=None` each tensor keeps its own, and shares memory with the
-    model if it can. `prediction_type="v_prediction"` adds the empty tensor `v_pred`, ComfyUI's mark.
+    model if it can. The marks that say what it predicts are added by `prunet.marks`.
     """
     layout = _layout_for(unet.config, text_encoder, text_encoder_2)
     parts = [(unet, unet_key_map(unet.config))] + ([(vae, vae_key_map(vae.config))] if vae is not None else [])
@@ -64,33 +68,44 @@ def to_ldm(
         if encoder is not None:
             parts.append((encoder, text_key_map(encoder.state_dict(), layout, index)))
     tensors = {key: tensor for model, key_map in parts for key, tensor in _pack(model, key_map).items()}
-    file = {key: tensor.detach().to(dtype or tensor.dtype).contiguous() for key, tensor in tensors.items()}
-    if prediction_type == "v_prediction":
-        file["v_pred"] = torch.empty(0)
-    return file
+    return {key: tensor.detach().to(dtype or tensor.dtype).contiguous() for key, tensor in tensors.items()}
 
 
 def from_ldm_unet(path: str | Path, config: Mapping[str, Any]) -> UNet2DConditionModel:
     """The U-Net of a single file, in the file's dtype; `config` is its diffusers config, which must fit."""
-    unet = _empty(UNet2DConditionModel, config)
-    return _load(path, unet, _key_map(unet), nothing_else_under=UNET)
+    unet = placing.empty(UNet2DConditionModel, config)
+    return placing.fill(unet, place(path, unet))
 
 
 def from_ldm_vae(path: str | Path, config: Mapping[str, Any]) -> AutoencoderKL:
     """The VAE of a single file, in the file's dtype; `config` is its diffusers config."""
-    vae = _empty(AutoencoderKL, config)
-    return _load(path, vae, _key_map(vae))
+    vae = placing.empty(AutoencoderKL, config)
+    return placing.fill(vae, place(path, vae))
 
 
 def from_ldm_text_encoder(path: str | Path, config: Any, index: int = 0) -> Any:
     """Text encoder `index` (1: the second of SDXL) of a single file; `config` is its transformers config."""
-    layout = layout_of(path) or "unknown layout"
-    if (layout, index) not in TEXT:
-        raise UserError(f"{path} ({layout}) has no text encoder {index}: pass another file or another index")
-    with init_empty_weights():  # unlike the meta device it leaves buffers real: position_ids is in no file
-        cls = CLIPTextModelWithProjection if index else CLIPTextModel
-        model = cls(config if isinstance(config, CLIPTextConfig) else CLIPTextConfig(**config))
-    return _load(path, model, text_key_map(model.state_dict(), layout, index))
+    cls = CLIPTextModelWithProjection if index else CLIPTextModel
+    model = placing.empty(cls, config if isinstance(config, CLIPTextConfig) else CLIPTextConfig(**config))
+    return placing.fill(model, place(path, model, index))
+
+
+def place(path: str | Path, model: Any, index: int = 0) -> placing.Placed:
+    """Where each tensor of an empty model lies in a single file, from its header alone; `index`: of a text encoder.
+
+    Raises:
+        UserError: the model and what the file has for it are not the same tensors.
+    """
+    if isinstance(model, UNet2DConditionModel | AutoencoderKL):
+        key_map, stem = _key_map(model), UNET if isinstance(model, UNet2DConditionModel) else VAE
+    else:
+        layout = layout_of(path) or "unknown layout"
+        if (layout, index) not in TEXT:
+            raise UserError(f"{path} ({layout}) has no text encoder {index}: pass another file or another index")
+        key_map, stem = text_key_map(model.state_dict(), layout, index), TEXT[layout, index].rpartition(".")[0]
+        stem = stem.rpartition(".")[0] + "."  # above `transformer.` or `model.`: nothing beside it is left over
+    found = placing.headers([Path(path)])
+    return placing.place(model, found, key_map=key_map, unpack=_unpacked, stem=stem, fix=OTHER_CONFIG)
 
 
 def layout_of(path: str | Path) -> str | None:
@@ -98,33 +113,39 @@ def layout_of(path: str | Path) -> str | None:
 
     The names of the text encoder's tensors decide; in a file without one, the U-Net's context width.
     """
-    with _open(path) as file:
-        keys = set(file.keys())
-        cross = [key for key in keys if key.startswith(UNET) and key.endswith(".attn2.to_k.weight")]
-        width = file.get_slice(cross[0]).get_shape()[1] if cross else 0  # (C, width), the same in every block
-    if UNET + "input_blocks.0.0.weight" not in keys or any(".time_stack." in key for key in keys):
+    found = {placing.bare(key): header for key, header in placing.headers([Path(path)]).items()}
+    cross = [key for key in found if key.startswith(UNET) and key.endswith(".attn2.to_k.weight")]
+    width = found[cross[0]].shape[-1] if cross and found[cross[0]].shape else 0  # (C, width), the same in every block
+    if UNET + "input_blocks.0.0.weight" not in found or any(".time_stack." in key for key in found):
         return None
-    if UNET + "label_emb.0.0.weight" in keys:  # SDXL, but also its refiner (1280) and unCLIP (1024)
-        return "sdxl" if width == 2048 or TEXT["sdxl", 1] + "positional_embedding" in keys else None
-    if TEXT["sd-v1", 0] + "text_model.embeddings.token_embedding.weight" in keys:
-        return "sd-v1"
-    if TEXT["sd-v2", 0] + "token_embedding.weight" in keys:
-        return "sd-v2"
+    if UNET + "label_emb.0.0.weight" in found:  # SDXL, but also its refiner (1280) and unCLIP (1024)
+        return "sdxl" if width == 2048 or any(key.startswith(TEXT["sdxl", 1]) for key in found) else None
+    for layout in ("sd-v1", "sd-v2"):
+        if any(key.startswith(TEXT[layout, 0]) for key in found):
+            return layout
     return {768: "sd-v1", 1024: "sd-v2"}.get(width)
+
+
+def lacks(path: str | Path, layout: str) -> str | None:
+    """The beginning of the names of a part that a file of this layout should have and has not, if there is one."""
+    found = {placing.bare(key) for key in placing.headers([Path(path)])}
+    stems = [UNET, VAE, *(stem for (of, _), stem in TEXT.items() if of == layout)]
+    return next((stem for stem in stems if not any(key.startswith(stem) for key in found)), None)
+
+
+def unused(path: str | Path) -> dict[str, int]:
+    """How many tensors of a file belong to no part of a pipeline, by the first word of their names."""
+    stems = (UNET, VAE, *(stem.split(".")[0] + "." for stem in TEXT.values()))
+    keys = (placing.bare(key) for key in placing.headers([Path(path)]))
+    return Counter(key.split(".")[0] for key in keys if not key.startswith(stems) and not OF_THE_SCHEDULE.match(key))
 
 
 def has_unet(path: str | Path, config: Mapping[str, Any]) -> bool:
     """Whether the file's U-Net has just the tensors of `config` (names, and channels in), from the header alone."""
-    with _open(path) as file:
-        keys = {key for key in file.keys() if key.startswith(UNET)}  # noqa: SIM118
-        channels = file.get_slice(UNET + "input_blocks.0.0.weight").get_shape()[1]
-    return keys == set(unet_key_map(config).values()) and channels == config.get("in_channels", 4)
-
-
-def predicts_v(path: str | Path) -> bool:
-    """Whether the file bears the mark of a v-prediction model."""
-    with _open(path) as file:
-        return "v_pred" in file.keys()  # noqa: SIM118
+    found = {placing.bare(key): header for key, header in placing.headers([Path(path)]).items()}
+    channels = found[UNET + "input_blocks.0.0.weight"].shape[1:2]
+    keys = {key for key in found if key.startswith(UNET)}
+    return keys == set(unet_key_map(config).values()) and channels == (config.get("in_channels", 4),)
 
 
 # Names: diffusers' parameter -> LDM's key
@@ -132,12 +153,12 @@ def predicts_v(path: str | Path) -> bool:
 
 def unet_key_map(config: Mapping[str, Any]) -> dict[str, str]:
     """Name of each U-Net parameter -> its LDM name (`model.diffusion_model.` ...), one to one, any plan."""
-    return _key_map(_empty(UNet2DConditionModel, config))
+    return _key_map(placing.empty(UNet2DConditionModel, config))
 
 
 def vae_key_map(config: Mapping[str, Any]) -> dict[str, str]:
     """Name of each VAE parameter -> its LDM name (`first_stage_model.` ...), one to one, any depth."""
-    return _key_map(_empty(AutoencoderKL, config))
+    return _key_map(placing.empty(AutoencoderKL, config))
 
 
 def text_key_map(names: Iterable[str], layout: str, index: int) -> dict[str, str]:
@@ -262,44 +283,12 @@ def _pack(model: Any, key_map: Mapping[str, str]) -> dict[str, Tensor]:
 
 
 def _unpacked(key: str, name: str, tensor: Tensor) -> Tensor:
-    """The inverse of `_pack`, for one tensor."""
-    if ".in_proj_" in key:
+    """The inverse of `_pack`, for one tensor; one that cannot be of this kind is left as it is."""
+    if ".in_proj_" in key and tensor.ndim and tensor.shape[0] % 3 == 0:
         return tensor.chunk(3)[THIRDS.index(name.split(".")[-2])].clone()
-    if ".mid.attn_" in key and tensor.ndim == 4:
+    if ".mid.attn_" in key and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
         return tensor[:, :, 0, 0]
-    return tensor.T.contiguous() if key.endswith(".text_projection") else tensor
-
-
-def _load(path: str | Path, model: Any, key_map: Mapping[str, str], nothing_else_under: str = "\0") -> Any:
-    """Fill an empty model; the names and shapes are checked in the header before a weight is read."""
-    what = type(model).__name__
-    with _open(path) as file:
-        keys, expected = set(file.keys()), _pack(model, key_map)
-        for key, tensor in expected.items():
-            if key not in keys:
-                raise UserError(f"{path} has no {key}, which this {what} needs: {OTHER_CONFIG}")
-            if (shape := file.get_slice(key).get_shape()) != list(tensor.shape):
-                raise UserError(f"{path}: {key} is {shape}, not {list(tensor.shape)}: {OTHER_CONFIG}")
-        for key in sorted(keys - expected.keys()):
-            if key.startswith(nothing_else_under):
-                raise UserError(f"{path} has {key}, for which this {what} has no place: {OTHER_CONFIG}")
-        state = {name: _unpacked(key, name, file.get_tensor(key)) for name, key in key_map.items()}
-    model.load_state_dict(state, assign=True)
-    return model.eval()
-
-
-def _open(path: str | Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be opened ({error}): pass a .safetensors file") from error
-
-
-def _empty(cls: Any, config: Mapping[str, Any]) -> Any:
-    """A model on the meta device. Not by `from_config`, which ignores a None that replaces a default."""
-    fields = inspect.signature(cls.__init__).parameters
-    with torch.device("meta"):
-        return cls(**{key: value for key, value in config.items() if key in fields})
+    return tensor.T.contiguous() if key.endswith(".text_projection") and tensor.ndim == 2 else tensor
 
 
 def _layout_for(config: Mapping[str, Any], text_encoder: Any, text_encoder_2: Any) -> str:

@@ -14,6 +14,7 @@ import importlib.metadata
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from prunet.files import check_writable, read_json, read_label, write_json, writ
 from prunet.generation import draw_shards
 from prunet.latents import check_size
 from prunet.metrics import Measure, Moments
+from prunet.ownership import check_place, hold
 from prunet.pipeline import SAMPLERS, open_model, set_sampler
 from prunet.prompts import prompts_hash
 from prunet.protocol import NEED_REAL, Protocol, describe, differences, title_rows
@@ -58,6 +60,8 @@ def measure(
         UserError: something is missing or does not fit, before anything is drawn; the folder holds other pictures.
     """
     folder, state = Path(folder), processes.join(torch.device(device))
+    run = Path(model) / "pipeline"
+    check_place(folder, "measurement", "--output", [run if run.is_dir() else Path(model), *([real] if real else [])])
     where = state.device if state.num_processes > 1 else torch.device(device)
     teacher = open_model(model, config=config, device=where, dtype=Runtime(precision=protocol.precision).dtype)
     size = protocol.size or teacher.native_size
@@ -76,56 +80,57 @@ def measure(
     }
     _check_folder(folder / "pictures", drawing)
     state.wait_for_everyone()
-    if state.is_main_process:
-        _check_disk(folder, len(prompts), size, protocol.jpeg)
-        write_json(folder / "pictures" / "spec.json", drawing)
-    state.wait_for_everyone()  # no picture without its spec
-
-    named = {
-        name: folder / "features" / f"{name}-{tag(net.hash, preparation(protocol, name))}"
-        for name, net in networks.items()
-    }
-    theirs: Any = None
-    if reference is not None:  # before anything is drawn, since a picture among them may be broken
-        net = networks[protocol.features]
-        extracted = folder / "features" / f"real-{tag(named[protocol.features].name, reference.content)}"
-        extract(reference.shards(), net, protocol, extracted)
-        state.wait_for_everyone()
+    with hold(folder, "measurement") if state.is_main_process else nullcontext():
         if state.is_main_process:
-            theirs = reference.features(net, protocol, extracted, folder / "real.safetensors")
-    paths = draw_shards(
-        lambda: set_sampler(teacher.pipeline(), protocol.sampler),
-        prompts,
-        folder / "pictures",
-        seed=protocol.seed,
-        steps=protocol.steps,
-        guidance_scale=protocol.guidance_scale,
-        size=size,
-        jpeg=protocol.jpeg,
-        batch_size=batch_size,
-    )
-    teacher.release("unet", "vae", "text")
-    shards = drawn_shards(paths, len(prompts))
-    for name, net in networks.items():
-        extract(shards, net, protocol, named[name])
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        return {}
+            _check_disk(folder, len(prompts), size, protocol.jpeg)
+            write_json(folder / "pictures" / "spec.json", drawing)
+        state.wait_for_everyone()  # no picture without its spec
 
-    found = {name: gather(shards, named[name]) for name in networks}
-    numbers = {name: asdict(value) for name, value in measured(protocol, found, theirs).items()}
-    if broken := [name for name, value in numbers.items() if not all(map(math.isfinite, value.values()))]:
-        raise UserError(f"{broken[0]} is not a number: too few pictures, or features that are not numbers")
-    hashes = {name: net.hash for name, net in networks.items()}
-    result = {
-        "model": {"source": short(str(model)), "fingerprint": drawing["model"]},
-        "protocol": _as_used(protocol, drawing, hashes, reference.content if reference else None),
-        "measures": numbers,
-        "versions": {name: importlib.metadata.version(name) for name in ("prunet", "torch", "diffusers")},
-    }
-    write_text(folder / "measures.md", markdown([result]))
-    write_json(folder / "measures.json", result)
-    return result
+        named = {
+            name: folder / "features" / f"{name}-{tag(net.hash, preparation(protocol, name))}"
+            for name, net in networks.items()
+        }
+        theirs: Any = None
+        if reference is not None:  # before anything is drawn, since a picture among them may be broken
+            net = networks[protocol.features]
+            extracted = folder / "features" / f"real-{tag(named[protocol.features].name, reference.content)}"
+            extract(reference.shards(), net, protocol, extracted)
+            state.wait_for_everyone()
+            if state.is_main_process:
+                theirs = reference.features(net, protocol, extracted, folder / "real.safetensors")
+        paths = draw_shards(
+            lambda: set_sampler(teacher.pipeline(), protocol.sampler),
+            prompts,
+            folder / "pictures",
+            seed=protocol.seed,
+            steps=protocol.steps,
+            guidance_scale=protocol.guidance_scale,
+            size=size,
+            jpeg=protocol.jpeg,
+            batch_size=batch_size,
+        )
+        teacher.release("unet", "vae", "text")
+        shards = drawn_shards(paths, len(prompts))
+        for name, net in networks.items():
+            extract(shards, net, protocol, named[name])
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            return {}
+
+        found = {name: gather(shards, named[name]) for name in networks}
+        numbers = {name: asdict(value) for name, value in measured(protocol, found, theirs).items()}
+        if broken := [name for name, value in numbers.items() if not all(map(math.isfinite, value.values()))]:
+            raise UserError(f"{broken[0]} is not a number: too few pictures, or features that are not numbers")
+        hashes = {name: net.hash for name, net in networks.items()}
+        result = {
+            "model": {"source": short(str(model)), "fingerprint": drawing["model"]},
+            "protocol": _as_used(protocol, drawing, hashes, reference.content if reference else None),
+            "measures": numbers,
+            "versions": {name: importlib.metadata.version(name) for name in ("prunet", "torch", "diffusers")},
+        }
+        write_text(folder / "measures.md", markdown([result]))
+        write_json(folder / "measures.json", result)
+        return result
 
 
 def _as_used(

@@ -6,17 +6,19 @@ skips, counts and names them all. If it lacks its caption or its picture, `capti
 
 import importlib
 import io
+import logging
 import math
 import os
 import random
-import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,7 +28,16 @@ from prunet.errors import UserError
 
 # Only these decoders: left to itself Pillow takes a "cat.jpg" that holds EPS to Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
+PICTURE_FILES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif"),
+    *(".tif", ".tiff", ".avif", ".heic", ".heif"),
+)
 MAX_FILE_MIB = 256  # a larger member of a shard is not read into memory
+PNG = b"\x89PNG\r\n\x1a\n"
+PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+TURNING_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0", b"Raw profile type APP1\0")
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs would go to the terminal
 
 
 class BrokenPicture(Exception):
@@ -122,6 +133,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode[0] in "IF":
         values = np.asarray(image)
+        if isinstance(clear := image.info.get("transparency"), int):
+            values = np.where(values == clear, 65535, values)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise ValueError("float or 32-bit pixels, whose range is unknown")
         image = Image.fromarray((values / 257).round().astype(np.uint8))
@@ -166,9 +179,61 @@ def _load(file: Path | bytes) -> Image.Image:
         raise ValueError("the file is empty")
     if isinstance(file, bytes) and len(file) > MAX_FILE_MIB << 20:
         raise ValueError(f"larger than {MAX_FILE_MIB} MiB")
-    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_formats()) as image:
-        image.load()  # the first frame of several; beyond 179 million pixels Pillow refuses
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what does not matter to the pixels: broken EXIF, sizes that may be bombs
+        try:
+            return _decoded(io.BytesIO(file) if isinstance(file, bytes) else file)
+        except Image.DecompressionBombError as error:
+            raise ValueError(str(error).partition(", could be")[0]) from None
+        except Exception:
+            for lean in _lean_pngs(file):
+                with suppress(Exception):
+                    return _decoded(io.BytesIO(lean))
+            raise
+
+
+def _decoded(file: io.BytesIO | Path) -> Image.Image:
+    with Image.open(file, formats=_formats()) as image:
+        with _silent_stderr() if image.format == "TIFF" else nullcontext():
+            image.load()  # the first frame of several; beyond 179 million pixels Pillow refuses
         return to_rgb(_upright(image))
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """libtiff writes what it finds wrong to file 2, past Python; Pillow raises an error as well."""
+    try:
+        saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # closed already
+        yield
+        return
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def _lean_pngs(file: Path | bytes) -> Iterator[bytes]:
+    """A PNG without its texts and profile: Pillow refuses large ones, and whole pixels with them.
+
+    First with those texts that may say how the picture is turned, then without.
+    """
+    if isinstance(file, Path):
+        with open(file, "rb") as opened:
+            file = opened.read(MAX_FILE_MIB << 20) if opened.read(len(PNG)) == PNG and not opened.seek(0) else b""
+    if not file.startswith(PNG):
+        return
+    for kept in (TURNING_TEXTS, ()):
+        at, chunks = len(PNG), [PNG]
+        while at < len(file):
+            length, kind = int.from_bytes(file[at : at + 4]), file[at + 4 : at + 8]
+            if kind not in PNG_TEXTS or file.startswith(kept, at + 8):
+                chunks.append(file[at : at + length + 12])
+            at += length + 12
+        yield b"".join(chunks)
 
 
 def existing_file(path: Path) -> Path:
@@ -190,22 +255,6 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except Exception:  # malformed EXIF does not spoil the pixels
         return image
-
-
-def captions_of(row: dict[str, Any], columns: Iterable[str]) -> tuple[str, ...]:
-    """Captions from the first column that holds any: one string, or a list of strings."""
-    values = (row.get(column) for column in columns)
-    found = (clean_captions(value if isinstance(value, list | tuple) else [value]) for value in values)
-    return next(filter(None, found), ())
-
-
-def caption_lines(data: bytes) -> tuple[str, ...]:
-    return clean_captions(re.split(r"\r\n|\r|\n", data.decode("utf-8-sig")))
-
-
-def clean_captions(values: Iterable[Any]) -> tuple[str, ...]:
-    texts = (value.encode("utf-8", "replace").decode() for value in values if isinstance(value, str))
-    return tuple(text.strip() for text in texts if text.strip())
 
 
 def as_text(name: str) -> str:

@@ -19,17 +19,18 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prunet import ldm
+from prunet import __version__, ldm, marks
 from prunet.charts import short
 from prunet.console import progress
 from prunet.errors import UserError, printable
 from prunet.files import new_file, new_folder
+from prunet.seals import SEAL, verify
 from prunet.size import example_inputs
-from prunet.teacher import Teacher, freeze
+from prunet.teacher import Teacher, after_overflow, freeze
 
 SAMPLERS = {
     "dpmsolver++": DPMSolverMultistepScheduler,
@@ -101,10 +102,25 @@ def draw(
             pictures = decode(pipe, latents)
             for path, picture in zip(save_to[at], pictures, strict=bool(save_to)):
                 with new_file(path) as part:
-                    picture.save(part, format=PICTURE_FORMATS[path.suffix.lower()])
+                    picture.save(part, format=PICTURE_FORMATS[path.suffix.lower()], exif=_drawn_by())
             out += pictures
             bar.advance(len(pictures))
     return out
+
+
+def _drawn_by() -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = f"prunet {__version__}"
+    return exif
+
+
+def is_drawn(path: Path) -> bool:
+    """Whether a file is a picture that `draw` wrote."""
+    try:
+        with Image.open(path, formats=tuple(set(PICTURE_FORMATS.values()))) as picture:
+            return str(picture.getexif().get(ExifTags.Base.Software)).startswith("prunet ")
+    except Exception:  # whatever Pillow meets in a stranger's file
+        return False
 
 
 @torch.no_grad()
@@ -117,7 +133,11 @@ def draw_latents(
     guidance_scale: float = 7.5,
     size: int | None = None,
 ) -> Tensor:
-    """The latents (B, 4, h, w) of the pictures, scaled; one generator on the CPU a picture, whatever the device."""
+    """The latents (B, 4, h, w) of the pictures, scaled; one generator on the CPU a picture, whatever the device.
+
+    Raises:
+        UserError: what the denoiser drew is not finite.
+    """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     # Under autocast, so that a student in fp32 may stand beside text encoders in half precision.
     device, dtype = pipe.vae.device, next(pipe.text_encoder.parameters()).dtype
@@ -131,14 +151,26 @@ def draw_latents(
             generator=generators,
             output_type="latent",
         )
+    for prompt, seed, latents in zip(prompts, seeds, result.images, strict=True):
+        if not latents.isfinite().all():
+            raise UserError(
+                f"{prompt!r} (seed {seed}): what the U-Net drew is not finite in {dtype}, so it is no picture: "
+                f"{after_overflow(dtype)}"
+            )
     return result.images.float()
 
 
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor) -> list[Image.Image]:
-    """Pictures of scaled latents (B, 4, h, w), decoded in the VAE's own precision."""
+    """Pictures of scaled latents (B, 4, h, w), decoded in the VAE's own precision.
+
+    Raises:
+        UserError: what the VAE made of them is not finite.
+    """
     vae = pipe.vae
     pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
+    if not pixels.isfinite().all():
+        raise UserError(f"What the VAE decoded is not finite in {vae.dtype}: {after_overflow(vae.dtype)}")
     return pipe.image_processor.postprocess(pixels.float(), output_type="pil")
 
 
@@ -158,6 +190,7 @@ def open_model(
         if not (Path(model) / "pipeline" / "model_index.json").is_file():
             raise UserError(f"{model}: a run without its pipeline yet: finish it with `prunet run {model}`")
         model = Path(model) / "pipeline"
+        verify(model, f"delete {model} and run {model.parent} again")
     return Teacher(model, config=config, device=device, dtype=dtype)
 
 
@@ -212,18 +245,20 @@ def export(
     *,
     card: dict[str, Any] | None = None,
     fp16: bool = False,
+    what: str = "pipeline",
 ) -> Path:
     """Writes `student` with the teacher's other parts as a stock pipeline folder, and opens it again to be sure.
 
     The other parts' weights are the teacher's, byte for byte. `fp16` adds the half-precision variant of the U-Net, the
-    VAE and the text encoders (`from_pretrained(..., variant="fp16")`). `card` fills the model card (`card.md.j2`).
+    VAE and the text encoders (`from_pretrained(..., variant="fp16")`). `card` fills the model card (`card.md.j2`). The
+    folder is sealed as a `what` of prunet's; one that was there is replaced.
 
     Raises:
         UserError: no space, or no permission.
         RuntimeError: what was written does not load to the same bits (nothing is left behind then).
     """
     folder = Path(folder)
-    with new_folder(folder) as part:
+    with new_folder(folder, what) as part:
         teacher.save_parts(part)
         write_unet(student, part / "unet")
         if fp16:
@@ -280,13 +315,14 @@ def export_single_file(pipeline: Path | str, path: Path | str, *, fp16: bool = F
         raise UserError(f"{path}: name the single file something.safetensors")
     source = Teacher(pipeline, dtype=torch.float16 if fp16 else torch.float32)
     encoders = {name: source.text_part(name) for name in source.text_encoders}
-    prediction_type = source.noise_scheduler.config.prediction_type
-    tensors = ldm.to_ldm(source.unet, source.vae, **encoders, dtype=source.dtype, prediction_type=prediction_type)  # type: ignore[arg-type]
-    with new_folder(path.with_suffix(".config")) as part:
-        ignored = shutil.ignore_patterns("*.safetensors", "README.md")
+    tensors = ldm.to_ldm(source.unet, source.vae, **encoders, dtype=source.dtype)  # type: ignore[arg-type]
+    config = source.noise_scheduler.config
+    marked, metadata = marks.mark(config, source.layout, path.stem, source.native_size)
+    with new_folder(path.with_suffix(".config"), "configs") as part:
+        ignored = shutil.ignore_patterns("*.safetensors", "README.md", SEAL)
         shutil.copytree(pipeline, part, ignore=ignored, dirs_exist_ok=True)
     with new_file(path) as file:
-        save_file(tensors, file, metadata={"format": "pt"})
+        marks.save_marked({**tensors, **marked}, metadata, file)
     again = ldm.from_ldm_unet(path, source.unet_config).state_dict()
     if any(not torch.equal(again[k], v) for k, v in source.unet.state_dict().items()):
         path.unlink()

@@ -121,6 +121,7 @@ class Derived:
     implied: tuple[str, ...]  # parts that go with them (the sampler that led to a removed stage)
     weight_map: dict[str, str]  # student parameter -> teacher parameter
     loads_in: dict[str, str]  # program -> "yes", or why not
+    works_with: dict[str, str]  # addition to the teacher, such as a ControlNet -> "yes", or why not
 
     @cached_property
     def teacher_size(self) -> Size:
@@ -157,6 +158,7 @@ class Derived:
             "pairs": {level: [dataclasses.asdict(pair) for pair in self.pairs(level)] for level in LEVELS},
             "weight_map": self.weight_map,
             "loads_in": self.loads_in,
+            "works_with": self.works_with,
         }
 
 
@@ -168,6 +170,7 @@ def derive(config: Mapping[str, Any], plan: Plan) -> Derived:
             a skip connection of another width; diffusers has no form for the result.
     """
     from prunet import unet
+    from prunet.compatibility import loads_in, works_with
 
     teacher = json.loads(json.dumps(dict(config)))  # plain JSON types: a config is data
     removed = unet.removed_parts(teacher, plan.remove)
@@ -182,7 +185,8 @@ def derive(config: Mapping[str, Any], plan: Plan) -> Derived:
         removed=removed,
         implied=implied,
         weight_map=weight_map,
-        loads_in=_loads_in(student),
+        loads_in=loads_in(student),
+        works_with=works_with(teacher, student, mapping),
     )
 
 
@@ -245,33 +249,3 @@ def _check_form(teacher: dict, student: dict, removed: Mapping[str, str], mappin
                 f"{name} would have {heads} heads, the teacher's has another number: remove its stage instead"
             )
     return tuple(n for n in implied if not n.endswith(".0"))
-
-
-# ComfyUI recognises an SDXL-shaped checkpoint by the transformer depth of each down resnet (its
-# `supported_models.py`: SDXL, SSD1B, Segmind_Vega, KOALA_1B, KOALA_700M); SD v1 and v2 by their widths alone.
-_COMFY_SDXL_DEPTHS = ([0, 0, 2, 2, 10, 10], [0, 0, 2, 2, 4, 4], [0, 0, 1, 1, 2, 2], [0, 2, 5], [0, 2, 6])
-
-
-def _loads_in(student: dict) -> dict[str, str]:
-    """Program -> "yes" or why not. diffusers is always "yes": a plan without a stock form was refused."""
-    from prunet import unet
-
-    net = unet.skeleton(student)
-    depths = [
-        len(block.attentions[j].transformer_blocks) if getattr(block, "attentions", None) is not None else 0
-        for block in net.down_blocks
-        for j in range(len(block.resnets))
-    ]
-    comfy = "yes"
-    if student["block_out_channels"][0] != 320 or student.get("cross_attention_dim") not in (768, 1024, 2048):
-        comfy = "no: not the widths of SD v1, v2 or SDXL"
-    elif not any(depths):
-        comfy = "no: it knows a checkpoint by an attention on the way down"
-    elif student["cross_attention_dim"] == 2048 and depths not in _COMFY_SDXL_DEPTHS:
-        comfy = f"no: it knows SDXL students by their down depths, and {depths} is none that it knows"
-    uneven = isinstance(student["layers_per_block"], list)
-    return {
-        "diffusers": "yes",
-        "diffusers, single file": "no: its reader wants as many layers in every stage" if uneven else "yes",
-        "ComfyUI, single file": comfy,
-    }

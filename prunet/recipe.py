@@ -85,7 +85,9 @@ def _not_empty(value: str | list[str] | None) -> str | list[str] | None:
 class Data(Part):
     """Pictures with captions (`source`), or `prompts` from which the teacher makes the latents itself."""
 
-    source: str | list[str] | None = Field(default=None, description="folder, tar shards, parquet or datasets id")
+    source: str | list[str] | None = Field(
+        default=None, description="folder, saved dataset, tar shards, parquet or datasets id"
+    )
     prompts: str | list[str] | None = Field(default=None, description="prompts, or a text file with one a line")
     size: Size | None = Field(None, description="pixels; the teacher's own if not given")
     crop: Literal["center", "random"] = "center"
@@ -180,6 +182,7 @@ class Evaluation(Part):
     steps: DrawingSteps = 25
     guidance_scale: Weight = 7.5
     sampler: str = "dpmsolver++"
+    seed: Seed = Field(default=1234, description="of the noise that pictures are drawn from, whatever the run's seed")
 
     _some_prompts = field_validator("prompts")(_not_empty)
 

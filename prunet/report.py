@@ -13,6 +13,7 @@ from prunet.charts import Point, draw_chart, inline, many, number, render, short
 from prunet.errors import UserError
 from prunet.files import read_json, read_label, write_text
 from prunet.protocol import describe, title_rows
+from prunet.seals import file_checksum
 from prunet.teacher import Teacher
 from prunet.training import read_log
 
@@ -32,12 +33,12 @@ def write_report(folder: Path | str) -> Path:
     """
     folder = Path(folder)
     plan = read_json(folder / "plan.json")
-    evaluation = read_evaluation(folder / "evaluation")
+    steps = read_json(path) if (path := folder / "steps.json").is_file() else {}
+    evaluation = read_evaluation(folder / "evaluation", steps)
     recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
     recipe = yaml.safe_load(recipe_text)
-    steps = read_json(path) if (path := folder / "steps.json").is_file() else {}
     stages = [folder / f"stage-{number}" for number in range(1, len(recipe["stages"]) + 1)]
-    axis = read_logs(stages)
+    axis = read_logs(stages, steps)
     page = render(
         "report.html.j2",
         version=__version__,
@@ -65,16 +66,23 @@ def write_report(folder: Path | str) -> Path:
     return path
 
 
-def read_evaluation(folder: Path) -> dict[str, Any]:
-    """What `evaluate` left in a folder, which of a run is `evaluation`.
+def read_evaluation(folder: Path, steps: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What `evaluate` left in a folder, which of a run is `evaluation`. `steps`: what `steps.json` of the run holds.
 
     Raises:
-        UserError: not there, not readable, or older than the intervals.
+        UserError: not there, not readable, not as it was written, of another student, or older than the intervals.
     """
     again = f"delete {folder} and run it again"
     evaluation = read_label(folder / "evaluation.json", ("distance", "protocol", "sizes"), again)
     if not all("intervals" in distance for distance in evaluation["distance"].values()):
         raise UserError(f"{folder.parent}: evaluated by an older prunet: {again}")
+    for name, expected in evaluation.get("pictures", {}).items():
+        if (path := folder / name).is_file() and file_checksum(path) != expected:
+            raise UserError(f"{path}: damaged or changed (its checksum is another than when it was drawn): {again}")
+    student = evaluation["protocol"].get("student")
+    last = max((name for name in steps or {} if name.startswith("stage-")), key=lambda n: int(n[6:]), default=None)
+    if steps and last and student not in (None, steps[last].get("inputs")):
+        raise UserError(f"{folder / 'evaluation.json'}: of another student than {folder.parent / last}: {again}")
     return evaluation
 
 
@@ -173,9 +181,23 @@ def _part(kind: str, name: str, module: Any, gone: set[str]) -> dict[str, Any]:
 # -- charts
 
 
-def read_logs(stages: list[Path]) -> Axis:
-    """The logs of all stages on one axis: a stage begins where the last one ended."""
+def read_logs(stages: list[Path], steps: Mapping[str, Any]) -> Axis:
+    """The logs of all stages on one axis: a stage begins where the last one ended.
+
+    Raises:
+        UserError: a log is not the one with which the stage ended, by `steps`, or a row of it is damaged.
+    """
+    for stage in stages:
+        log, expected = stage / "log.jsonl", steps.get(stage.name, {}).get("log")
+        if expected and log.is_file() and file_checksum(log) != expected:
+            raise UserError(
+                f"{log}: damaged or changed (its checksum is another than when the stage ended): delete it (the charts "
+                f"then lack its rows), or {stage} to train it again"
+            )
     logs = [read_log(log) if (log := stage / "log.jsonl").is_file() else [] for stage in stages]
+    for stage, rows in zip(stages, logs, strict=True):
+        if any(SERIES.keys() - row.keys() for row in rows):
+            raise UserError(f"{stage / 'log.jsonl'}: rows without losses: delete {stage} to train it again")
     starts = accumulate((log[-1]["step"] if log else 0 for log in logs), initial=0)
     return [[(start + row["step"], row) for row in log] for start, log in zip(starts, logs, strict=False)]
 
@@ -220,6 +242,7 @@ def level_chart(by_level: Mapping[str, list[float]], levels: list[float]) -> dic
 def _pair_rows(axis: Axis, stages: list[Path]) -> list[dict[str, Any]]:
     """The feature loss of each pair of any stage: first and last value, and its way between them."""
     rows, found = [], [read_json(stage / "pairs.json") for stage in stages if (stage / "pairs.json").is_file()]
+    found = [pairs["pairs"] if isinstance(pairs, dict) else pairs for pairs in found]  # a list, before checksums
     for pair in {pair["teacher"]: pair for pairs in found for pair in pairs}.values():
         ways = segments(axis, f"feature/{pair['teacher']}")
         chart = draw_chart({"feature": ways}, max((x for s in ways for x, _ in s), default=0), [], smooth=True)

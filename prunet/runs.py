@@ -17,6 +17,8 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,19 +35,24 @@ from prunet.checkpoints import PACE
 from prunet.configs import check_condition
 from prunet.console import say
 from prunet.errors import UserError
-from prunet.files import check_writable, new_folder, read_json, write_json, write_text
+from prunet.files import check_writable, new_folder, read_json, read_label, write_json, write_text
 from prunet.latents import Cache, cache, cache_spec, check_size, pictures_are_gone, read_spec, seed_of
+from prunet.ownership import check_place, hold
 from prunet.pairs import Pair, term_factors
 from prunet.pipeline import check_sampler, export, export_single_file, origin, write_unet
 from prunet.plan import Derived, derive
 from prunet.reading import parse_yaml
 from prunet.recipe import Recipe, TeacherSource, read_prompts
+from prunet.seals import file_checksum, verify
 from prunet.sheets import Sheets
 from prunet.sources import check_source
 from prunet.student import check_steps, cut, inherit, random_student
 from prunet.teacher import Teacher, check_same_space, freeze
 from prunet.training import Runtime, distil, micro_batch_of, read_log
 
+STEPS_FIX = "delete it and run again; stages resume from their checkpoints"
+#: What to do about a damaged label of a stage.
+LABEL_FIX = "delete it, if the checkpoints beside it are of this recipe, and give the same command again"
 STEPS = ("plan", "build", "cache", "distil", "evaluate", "export", "report")
 
 
@@ -58,6 +65,9 @@ class Run:
     def __init__(self, recipe: Recipe, runtime: Runtime | None = None, *, like: "Run | None" = None) -> None:
         self.recipe, self.runtime = recipe, runtime or Runtime()
         self.folder = Path(recipe.output)
+        check_place(self.folder, "run", "output", read_paths(recipe))
+        if recipe.cache:
+            check_place(self.cache_folder, "cache", "cache", read_paths(recipe))
         sources = [recipe.teacher, *(stage.teacher or recipe.teacher for stage in recipe.stages)]
         self._opened: dict[str, Teacher] = like._opened if like else {}
         for source in sources:
@@ -100,11 +110,24 @@ class Run:
             check_condition(teacher.unet_config, encoders, teacher.source)
             if data.source is None:
                 check_sampler(teacher, "dpmsolver++", data.steps, "data")
+        if not self.is_done("export"):
+            self.teachers[-1].check_other_parts()
         check_sampler(self.teachers[-1], recipe.evaluation.sampler, recipe.evaluation.steps, "evaluation")
         check_steps(self.steps_down)
         for number, stage in enumerate(recipe.stages, 1):
             self.micro_batch(number)
             term_factors(self.pairs(number), stage.losses.weights)
+        self._check_folder()
+        if not self.are_done(self.step_names()):  # a finished run may lie where nothing can be written
+            self._check_disk()
+        for number, stage in enumerate(recipe.stages, 1):
+            if stage.warmup_steps >= stage.steps:
+                say(
+                    f"[yellow]Stage {number} never reaches its learning_rate:[/] warmup_steps {stage.warmup_steps} of "
+                    f"{stage.steps} steps"
+                )
+
+    def _check_disk(self) -> None:
         where = check_writable(self.folder, "output")
         for folder, _ in self.cache_specs:
             check_writable(folder, "cache")
@@ -114,13 +137,6 @@ class Run:
                 f"output: checkpoints in {self.folder} need about {need / 1e9:.1f} GB free; lower keep_checkpoints, or "
                 "give an output on another disk"
             )
-        self._check_folder()
-        for number, stage in enumerate(recipe.stages, 1):
-            if stage.warmup_steps >= stage.steps:
-                say(
-                    f"[yellow]Stage {number} never reaches its learning_rate:[/] warmup_steps {stage.warmup_steps} of "
-                    f"{stage.steps} steps"
-                )
 
     def _checkpoint_bytes(self) -> int:
         """What the checkpoints of the stages to come will take: those kept, and one more while it is being written."""
@@ -137,6 +153,7 @@ class Run:
     def _check_folder(self) -> None:
         """Refuses a folder with the cache or the checkpoints of another run, before anything in it is replaced."""
         for folder, spec in self.cache_specs:
+            check_place(folder, "cache", "cache", read_paths(self.recipe))
             if (folder / "spec.json").is_file() and read_spec(folder) != spec:
                 raise UserError(
                     f"{folder}: holds a cache of another teacher or other data: delete it, or give another with "
@@ -145,7 +162,8 @@ class Run:
         for number in range(1, len(self.recipe.stages) + 1):
             folder = self.folder / f"stage-{number}"
             label = folder / "inputs.json"
-            if (folder / "checkpoints").is_dir() and label.is_file() and read_json(label) != self._stage_label(number):
+            begun = (folder / "checkpoints").is_dir() and label.is_file()
+            if begun and read_label(label, ("inputs",), LABEL_FIX) != self._stage_label(number):
                 raise UserError(
                     f"{folder}: holds checkpoints of another teacher, plan, data, seed or stage settings: give another "
                     "output, or delete that folder"
@@ -189,8 +207,8 @@ class Run:
             )
             last = out[f"stage-{number}"] = _hash(last, self.cache_specs[number - 1][1], settings, recipe.seed)
         prompts = read_prompts(recipe.evaluation.prompts, recipe.evaluation.limit)
-        evaluation = recipe.evaluation.model_dump(mode="json", exclude={"prompts", "limit"})
-        out["evaluate"] = _hash(last, prompts, evaluation, recipe.seed, self.size)
+        evaluation = recipe.evaluation.model_dump(mode="json", exclude={"prompts", "limit", "seed"})
+        out["evaluate"] = _hash(last, prompts, evaluation, recipe.evaluation.seed, self.size)
         out["export"] = _hash(out["evaluate"], recipe.export.model_dump(mode="json"), self.teachers[-1].fingerprint())
         out["report"] = _hash(out["export"])
         return out
@@ -214,9 +232,16 @@ class Run:
             return False
         if step == "cache":
             return all((folder / "cache.json").is_file() for folder, _ in self.cache_specs)
+        if step == "plan":  # derived in no time, so another one's is noticed and written again
+            path = self.result_of(step)
+            found = read_label(path, ("plan", "removed")) if path.is_file() else {}
+            return found.get("removed") == sorted(self.derived.removed)
         if step == "export" and self.recipe.export.single_file and not is_whole(self.folder / "student.safetensors"):
             return False
         return is_whole(self.result_of(step))
+
+    def are_done(self, steps: list[str]) -> bool:
+        return all(map(self.is_done, steps))
 
     def result_of(self, step: str) -> Path:
         """The file that is there when the step is done."""
@@ -244,12 +269,36 @@ class Run:
 
     # -- the steps
 
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While no other command may write into the run folder; the processes of one launch share it.
+
+        Raises:
+            UserError: another one works there, and which.
+        """
+        processes.join(self.runtime.torch_device)
+        with hold(self.folder, "run") if processes.is_main() else nullcontext():
+            yield
+
+    def finish(self, until: str = "report") -> None:
+        """Does what is not done of the steps up to and with `until`."""
+        processes.join(self.runtime.torch_device)
+        names = self.step_names(until)
+        done = processes.from_main(lambda: self.are_done(names))
+        with nullcontext() if done else self.at_work():
+            for step in names:
+                self.do(step)
+
     def do(self, step: str) -> None:
         """Does one step, unless it is done, and says which. All processes come here, and leave when it is done."""
         processes.join(self.runtime.torch_device)
         if processes.from_main(lambda: self.is_done(step)):
             say(f"[green]✓[/] {step} [dim]is done[/]")
             return
+        with self.at_work():
+            self._do(step)
+
+    def _do(self, step: str) -> None:
         say(f"[bold]→ {step}[/]")
         start = time.perf_counter()
         processes.from_main(lambda: self._begin(step))
@@ -287,21 +336,23 @@ class Run:
         )
 
     def _finish(self, step: str, seconds: float) -> None:
-        done = {**self._done(), step: {"inputs": self.inputs[step], "seconds": seconds}}
+        log = self.folder / step / "log.jsonl"
+        logged = {"log": file_checksum(log)} if log.is_file() else {}
+        done = {**self._done(), step: {"inputs": self.inputs[step], "seconds": seconds} | logged}
         write_json(self.folder / "steps.json", done)
 
     def _done(self) -> dict[str, Any]:
         path = self.folder / "steps.json"
-        done = read_json(path) if path.is_file() else {}
+        done = read_json(path, STEPS_FIX) if path.is_file() else {}
         if not (isinstance(done, dict) and all(isinstance(step, dict) for step in done.values())):
-            raise UserError(f"{path}: damaged: delete it and run again; stages go on from their checkpoints")
+            raise UserError(f"{path}: damaged: {STEPS_FIX}")
         return done
 
     def _plan(self) -> None:
         write_json(self.folder / "plan.json", self.derived.facts())
 
     def _build(self) -> None:
-        save_unet(self._initial(self.derived), self.folder / "student")
+        save_unet(self._initial(self.derived), self.folder / "student", "build", self.inputs["build"])
 
     def _initial(self, derived: Derived) -> UNet2DConditionModel:
         if self.recipe.initialisation == "random":
@@ -327,7 +378,7 @@ class Run:
         pairs = self.pairs(number)
         if processes.is_main():
             write_json(folder / "inputs.json", self._stage_label(number))
-            write_json(folder / "pairs.json", [dataclasses.asdict(pair) for pair in pairs])
+            write_json(folder / "pairs.json", {"pairs": [dataclasses.asdict(pair) for pair in pairs]})
         prompts = recipe.sheet.prompts or read_prompts(recipe.evaluation.prompts)[:6]
         if not recipe.sheet.every:
             teacher.release("vae", "text")  # nothing else in the loop needs them
@@ -354,8 +405,8 @@ class Run:
             keep_checkpoints=recipe.keep_checkpoints,
         )
         if processes.is_main():
-            save_unet(trained, folder / "unet")
-        if self.runtime.teacher_8bit:
+            save_unet(trained, folder / "unet", "stage", self.inputs[f"stage-{number}"])
+        if self.runtime.teacher_8bit or self.runtime.teacher_fp8:
             teacher.release("unet")  # what is measured and exported is the teacher as it is stored
 
     def _student_at_start(self, number: int) -> UNet2DConditionModel:
@@ -363,8 +414,8 @@ class Run:
         after = self.steps_down[number - 1]
         if number == 1:
             whole = after.removed.keys() == self.derived.removed.keys()
-            return load_unet(self.folder / "student") if whole else self._initial(after)
-        before, trained = self.steps_down[number - 2], load_unet(self.folder / f"stage-{number - 1}" / "unet")
+            return self._unet_of("build") if whole else self._initial(after)
+        before, trained = self.steps_down[number - 2], self._unet_of(f"stage-{number - 1}")
         return trained if before.removed.keys() == after.removed.keys() else cut(trained, before, after)
 
     def _stored_teacher(self, other: TeacherSource | None = None) -> Teacher:
@@ -379,21 +430,24 @@ class Run:
         made_by = self.cache_specs[number - 1][1], self.teachers[number - 1].fingerprint(["unet"])
         return {"inputs": _hash(before, made_by, settings, self.recipe.seed)}
 
-    @property
-    def last_unet(self) -> Path:
-        """Folder of the distilled U-Net."""
-        return self.folder / f"stage-{len(self.recipe.stages)}" / "unet"
+    def _unet_of(self, step: str) -> UNet2DConditionModel:
+        """What `build` or a stage left, if it still is that."""
+        return load_unet(self.result_of(step).parent, self.inputs[step])
+
+    def last_unet(self) -> UNet2DConditionModel:
+        """The distilled U-Net."""
+        return self._unet_of(f"stage-{len(self.recipe.stages)}")
 
     def _evaluate(self) -> None:
         from prunet.evaluation import evaluate
 
         evaluate(
             self.teachers[-1],
-            {"before": load_unet(self.folder / "student"), "after": load_unet(self.last_unet)},
+            {"before": self._unet_of("build"), "after": self.last_unet()},
             self.recipe.evaluation,
             self.folder / "evaluation",
             size=self.size,
-            seed=self.recipe.seed,
+            seed=self.recipe.evaluation.seed,
             protocol={
                 "teacher": self.teachers[-1].fingerprint(),
                 "student": self.inputs[f"stage-{len(self.recipe.stages)}"],
@@ -404,10 +458,11 @@ class Run:
         options = self.recipe.export
         export(
             self.exported_teacher(),
-            load_unet(self.last_unet),
+            self.last_unet(),
             self.folder / "pipeline",
             card=self.card(),
             fp16=options.fp16,
+            what="export",
         )
         if options.single_file:
             export_single_file(self.folder / "pipeline", self.folder / "student.safetensors", fp16=options.fp16)
@@ -420,7 +475,7 @@ class Run:
         """What the model card tells."""
         from prunet.report import read_evaluation
 
-        result = read_evaluation(self.folder / "evaluation")
+        result = read_evaluation(self.folder / "evaluation", self._done())
         prompts = result["protocol"]["prompts"]
         measures = {name: result["distance"][name] for name in ("before", "after")}
         has_cache = (self.cache_folder / "cache.json").is_file()  # it may be deleted when all is done
@@ -435,6 +490,8 @@ class Run:
             "samples": f"{len(Cache.open(self.cache_folder)):,}" if has_cache else None,
             "size": self.size,
             "sizes": result["sizes"],
+            "loads_in": self.derived.loads_in,
+            "works_with": self.derived.works_with,
             "measures": {"prompts": len(prompts), **measures},
             "prompt": prompts[0],
         }
@@ -448,32 +505,40 @@ class Run:
 def run(recipe: Recipe, runtime: Runtime | None = None, *, until: str = "report") -> Path:
     """Does the recipe up to and with step `until`, skipping what is finished and valid; returns the run folder.
 
-    Given again after a stop, it goes on where it was.
+    Given again after a stop, it resumes where it was.
 
     Raises:
         UserError: anything in the recipe that does not fit, before the first step begins.
     """
     this = Run(recipe, runtime)
-    for step in this.step_names(until):
-        this.do(step)
+    this.finish(until)
     return this.folder
+
+
+def read_paths(recipe: Recipe) -> list[Path]:
+    """Where a recipe's teachers and data lie on this machine, if they do: nothing may be written there."""
+    teachers = [recipe.teacher, *(stage.teacher for stage in recipe.stages if stage.teacher)]
+    data = recipe.data.source or []
+    sources = [*(s for t in teachers for s in (t.source, t.config) if s), *([data] if isinstance(data, str) else data)]
+    return [path for path in (Path(source).expanduser() for source in sources) if path.exists()]
 
 
 # -- what the steps write and read
 
 
-def save_unet(net: UNet2DConditionModel, folder: Path) -> None:
-    """A stock diffusers folder of one denoiser, whole or not there."""
-    with new_folder(folder) as part:
+def save_unet(net: UNet2DConditionModel, folder: Path, what: str, made_from: str | None = None) -> None:
+    """A stock diffusers folder of one denoiser, whole or not there, sealed as a `what` of prunet's."""
+    with new_folder(folder, what, made_from) as part:
         write_unet(net, part)
 
 
-def load_unet(folder: Path) -> UNet2DConditionModel:
+def load_unet(folder: Path, made_from: str | None = None) -> UNet2DConditionModel:
     """A denoiser that `save_unet` wrote, in fp32.
 
     Raises:
-        UserError: not there, or damaged.
+        UserError: not there, damaged, or `made_from` something else.
     """
+    verify(folder, f"delete {folder} and run again", made_from)
     try:
         return freeze(UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32))
     except Exception as error:

@@ -22,10 +22,10 @@ from prunet.errors import UserError
 from prunet.features import Features, file_hash, prepared
 from prunet.files import new_file
 from prunet.generation import SHARD, read_shard
+from prunet.listing import walk
 from prunet.metrics import Array, Moments
-from prunet.pictures import BrokenPicture, make_picture
+from prunet.pictures import PICTURE_FILES, BrokenPicture, make_picture
 from prunet.protocol import NEED_REAL, Protocol
-from prunet.sources import PICTURE_FILES
 
 FEWEST = 10  # pictures that say anything about a distribution
 WIDTH = 2048  # of Inception's features
@@ -134,7 +134,8 @@ class Reference:
         if path is None:
             raise UserError(f"protocol {protocol.name} compares with real pictures: give --real PATH. {wanted.source}")
         if path.is_dir():
-            files = tuple(sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_FILES and p.is_file()))
+            found = (path / under / name for under, names in walk(path) for name in names)
+            files = tuple(sorted(p for p in found if p.suffix.lower() in PICTURE_FILES and p.is_file()))
             if len(files) < FEWEST:
                 raise UserError(f"--real {path}: {len(files)} pictures in it; {FEWEST} at least are wanted")
             if wanted.count not in (None, len(files)):

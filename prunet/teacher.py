@@ -10,15 +10,19 @@ import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from rich.markup import escape
 from torch import Tensor, nn
 
+from prunet import placing, text_names
 from prunet.configs import check_config
+from prunet.console import say
 from prunet.errors import UserError
 from prunet.reading import parse_json
 
@@ -32,6 +36,12 @@ WEIGHTS = {
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
     "text_encoder_2": "model",
+}
+CLASSES = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "CLIPTextModelWithProjection",
 }
 # The configs and tokenizers of a bare single file come from the hub, from the repositories that diffusers names too.
 HUB_CONFIGS = {
@@ -131,10 +141,8 @@ class Teacher:
     def _open_file(self, path: Path, config: str | Path | None) -> None:
         if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
             raise UserError(
-                f"{path} is a pickle, which can run code when it is opened. Convert it once, where you trust it: "
-                "python -c \"import torch, safetensors.torch as s; d = torch.load('IN.ckpt', weights_only=True); "
-                "s.save_file({k: v.contiguous() for k, v in d.get('state_dict', d).items() "
-                "if torch.is_tensor(v)}, 'OUT.safetensors')\""
+                f"{path} is a pickle, which can run code when it is opened; `prunet convert {path}` writes its tensors "
+                f"as {path.with_suffix('.safetensors').name} without running any"
             )
         if path.suffix != ".safetensors":
             raise UserError(f"{path}: not a .safetensors file or a diffusers folder")
@@ -148,8 +156,9 @@ class Teacher:
                 self._hub = str(config)
                 self._folder = self._download("*.json", "*/*.json", "tokenizer*/*")
             self._read_index()
+            self._check_marks(path, str(config))
             return
-        from prunet import ldm
+        from prunet import ldm, marks
 
         layout = ldm.layout_of(path)
         if layout is None:
@@ -159,26 +168,39 @@ class Teacher:
             )
         self.kind = "sdxl" if layout == "sdxl" else "sd"
         self._layout = layout
-        if layout == "sd-v2" or ldm.predicts_v(path):
+        said = marks.check_marks(path, {}, f"the configs of {HUB_CONFIGS[layout]}", layout)
+        if layout == "sd-v2" and not any(mark.field == marks.PREDICTION for mark in said):
             raise UserError(
-                f"{path}: an SD v2 or v-prediction checkpoint does not say what it predicts: give its configs with "
-                f"--config or teacher.config, such as {HUB_CONFIGS['sd-v2']} (epsilon, 512 px)"
+                f"{path}: an SD v2 checkpoint that does not say what it predicts: give its configs with --config (in a "
+                f"recipe teacher.config), such as {HUB_CONFIGS['sd-v2']} (epsilon, 512 px)"
             )
+        if missing := ldm.lacks(path, layout):
+            raise UserError(f"{path} has no {missing}* in it, a part that {layout} needs: give the whole checkpoint")
         if not ldm.has_unet(path, layout_config(layout)):
             raise UserError(
                 f"{path}: a U-Net that is not the whole {layout}, pruned or with other inputs: give its configs with "
                 "--config or teacher.config (a diffusers folder without weights)"
             )
 
+    def _check_marks(self, path: Path, config: str) -> None:
+        """Refuses a config whose scheduler says something else than the file that it was given with."""
+        from prunet import marks
+
+        if marks.read_marks(path):
+            marks.check_marks(path, self.part_config("scheduler"), f"the scheduler of {config}", self.layout)
+
     def _read_index(self) -> None:
         assert self._folder is not None
         index = _read_json(self._folder / "model_index.json", f"{self._folder} is not a diffusers pipeline folder")
         check_config("model_index", index, self._folder / "model_index.json")
         name = index.get("_class_name")
-        if name not in PIPELINES:
+        if not isinstance(name, str) or name not in PIPELINES:
             raise UserError(f"{self._folder}: a {name}; prunet compresses {' and '.join(PIPELINES)}")
         self.kind = PIPELINES[name]
-        unet, vae = self.unet_config, self.part_config("vae")
+        _check_names(index, self._folder / "model_index.json")
+        unet, vae = self.part_config("unet"), self.part_config("vae")
+        if vae.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+            raise UserError(f"{self._folder}: its VAE is a {vae['_class_name']}; prunet knows AutoencoderKL")
         for key in ("latents_mean", "latents_std", "shift_factor"):
             if vae.get(key) is not None:
                 raise UserError(
@@ -223,8 +245,19 @@ class Teacher:
     def unet_config(self) -> dict[str, Any]:
         if self._folder is None:
             return layout_config(self._layout if self._file else self.source)
+        from diffusers import UNet2DConditionModel
+
         config = self.part_config("unet")
-        return {key: value for key, value in config.items() if key not in ("_diffusers_version", "_name_or_path")}
+        known = placing.known_fields(UNet2DConditionModel, config)
+        ours = {key for key in config if key.startswith("_")} - {"_diffusers_version", "_name_or_path"}
+        return {key: value for key, value in config.items() if key in known or key in ours}
+
+    @property
+    def layout(self) -> str:
+        """`sd-v1`, `sd-v2` or `sdxl`: whose original layout a single file of it has, pruned or not."""
+        if self.kind == "sdxl":
+            return "sdxl"
+        return "sd-v2" if self.unet_config.get("use_linear_projection") else "sd-v1"
 
     @cached_property
     def noise_scheduler(self) -> "DDPMScheduler":
@@ -295,10 +328,14 @@ class Teacher:
         return found
 
     def fingerprint(self, parts: Iterable[str] | None = None) -> str:
-        """A hash of the weights, configs and tokenizers of `parts` (all trained ones by default), from the files."""
+        """A hash of the weights, configs and tokenizers of `parts` (all trained ones by default), from the files.
+
+        It does not depend on where they lie: their order is that of their names in the folder, a single file last.
+        """
         parts = sorted(parts or ("unet", "vae", *self.text_encoders))
-        digest = hashlib.sha256()
-        for path in sorted({p for part in parts for p in self._part_files(part)}):
+        digest, folder = hashlib.sha256(), self._configs()
+        files = {p for part in parts for p in self._part_files(part)}
+        for path in sorted(files, key=lambda p: (p == self._file, p if p == self._file else p.relative_to(folder))):
             key = str(path)
             if key not in self._fingerprints:
                 with path.open("rb") as file:
@@ -309,96 +346,117 @@ class Teacher:
     # -- its parts, loaded when first used
 
     def _weight_files(self, part: str) -> list[Path]:
-        """The safetensors of a part: one file, the shards of one, or its fp16 variant; a pickle does not count."""
+        """The safetensors of a part: one file or its shards, else those of its variant; a pickle does not count."""
         folder, stem = self._configs() / part, WEIGHTS[part]
         if self._hub is not None and not (folder / f"{stem}.safetensors").is_file():
             self._download(f"{part}/{stem}.safetensors")
             if not (folder / f"{stem}.safetensors").is_file():
                 self._download(f"{part}/{stem}*.safetensors*")
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            names = _read_json(index, f"{self.source}: {part}").get("weight_map", {}).values()
-            return [folder / name for name in sorted(set(names))]
-        for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-            if (folder / name).is_file():
-                return [folder / name]
-        pickled = "; its .bin files are pickles, which prunet does not open: save the pipeline with safe_serialization"
-        raise UserError(
-            f"{self.source}: no {part}/{stem}.safetensors" + (pickled if list(folder.glob("*.bin")) else "")
-        )
+        file, index = _weight_names(folder, stem)
+        # Where both lie there, transformers reads the one file, diffusers the shards.
+        if index.is_file() and not (part.startswith("text_encoder") and file.is_file()):
+            names = _read_json(index, f"{self.source}: {part}").get("weight_map")
+            names = set(names.values()) if isinstance(names, dict) else set()
+            if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+                raise UserError(f"{index}: its weight_map names no files beside it: fetch or copy it again")
+            return [folder / name for name in sorted(names)]
+        if file.is_file():
+            return [file]
+        target, pickles = folder / f"{stem}.safetensors", sorted(folder.glob("*.bin"))
+        advice = f"; {pickles[0].name} is a pickle: `prunet convert {pickles[0]} -o {target}`" if pickles else ""
+        raise UserError(f"{self.source}: no {part}/{target.name}{advice}")
 
-    def check_weights(self) -> None:
-        """Refuses missing tokenizers, and weight files that are missing, pickled or (by their headers) cut off."""
-        from safetensors import SafetensorError, safe_open
+    def check_weights(self, *, headers_only: bool = False) -> None:
+        """Refuses what cannot be used, before it is: tokenizers and weights that are not there, that do not fit their
+        configs tensor for tensor, or that hold numbers that are not finite.
 
-        if self._hub is not None and self._file is None:
-            return  # fetched when used, and checked by the hub's client
-        if self._hub is None and self._folder is not None:
+        `headers_only`: reads no weight and fetches nothing, and a folder may have configs alone, to look at a plan.
+        """
+        parts: tuple[str, ...] = ("unet", "vae", *self.text_encoders)
+        if headers_only:
+            if self._file is None and not any(self._weights_here(part) for part in parts):
+                return
+            parts = parts if self._folder is not None else ("unet",)  # the other configs are on the hub
+        if self._folder is not None:
             for part in self.text_encoders:
                 self._vocabulary_files(part)
-        for part in ("unet", "vae", *self.text_encoders):
-            for file in [self._file] if self._file else self._weight_files(part):
-                try:
-                    with safe_open(file, framework="pt"):
-                        pass
-                except (SafetensorError, OSError) as error:
-                    raise UserError(f"{file}: cut off or damaged ({error}): fetch or copy it again") from error
+        for part in parts:
+            placed = self._place(part)
+            if not headers_only:
+                placing.check_finite(placed)
 
-    def _load(self, part: str, cls: Any, dtype: torch.dtype | None = None) -> nn.Module:
-        from prunet import ldm
+    def _weights_here(self, part: str) -> bool:
+        return self._hub is None and self._folder is not None and any((self._folder / part).glob("*.safetensors*"))
 
-        dtype = dtype or self.dtype
-        if self._file is not None:
-            config = self.part_config(part)
-            if part == "unet":
-                module: nn.Module = ldm.from_ldm_unet(self._file, config)
-            elif part == "vae":
-                module = ldm.from_ldm_vae(self._file, config)
-            else:
-                module = ldm.from_ldm_text_encoder(self._file, config, self.text_encoders.index(part))
-        else:
-            file = self._weight_files(part)[0]
-            variant = "fp16" if ".fp16" in file.name else None
-            name = "dtype" if part.startswith("text") else "torch_dtype"  # transformers' and diffusers' words
-            options = {"subfolder": part, "variant": variant, "use_safetensors": True, name: dtype}
-            try:
-                module = cls.from_pretrained(self._configs(), **options)
-            except Exception as error:
-                raise UserError(f"{file}: cannot be read as a {cls.__name__}: {error}") from error
-        return freeze(nn.Module.to(module, self.device, dtype))
+    def _place(self, part: str, model: Any = None) -> placing.Placed:
+        """Where each tensor of a part lies: in the single file, or in those of its folder. `model`: an empty one."""
+        from prunet import ldm, unet
+
+        if model is None:  # the U-Net's is there already where a plan was looked at
+            model = unet.skeleton(self.unet_config) if part == "unet" else self._empty(part)
+        if self._file is None:
+            placed = placing.place(model, placing.headers(self._weight_files(part)))
+            _tell(placed)
+            return placed
+        layout = ldm.layout_of(self._file)
+        if layout is not None and (layout == "sdxl") != (self.kind == "sdxl"):
+            raise UserError(
+                f"{self._file}: its tensors are of {layout}, its configs in {self._configs()} of a "
+                f"{self.kind.upper()} pipeline: give its own with --config or teacher.config"
+            )
+        placed = ldm.place(self._file, model, self.text_encoders.index(part) if part.startswith("text") else 0)
+        _tell(placed)
+        if others := ldm.unused(self._file):
+            counts = ", ".join(f"{name} ({count:,})" for name, count in sorted(others.items()))
+            _say_once(f"{self._file}: tensors that are of no part of a pipeline are not used: {counts}")
+        return placed
+
+    def _empty(self, part: str) -> Any:
+        where = f"{self.source}: {part}/config.json"
+        if part in ("unet", "vae"):
+            import diffusers
+
+            config = self.unet_config if part == "unet" else self.part_config(part)
+            return placing.empty(getattr(diffusers, CLASSES[part]), config, where)
+        import transformers
+
+        cls = getattr(transformers, CLASSES[part])
+        self.part_config(part)  # refuses what transformers would take, and make without end
+        try:
+            text_config = transformers.CLIPTextConfig.from_pretrained(self._configs() / part)
+        except Exception as error:  # of any kind: transformers takes the values as they are
+            raise UserError(f"{where} makes no {cls.__name__} ({error})") from error
+        return placing.empty(cls, text_config, where)
+
+    def _load(self, part: str, dtype: torch.dtype | None = None) -> nn.Module:
+        model, dtype = self._empty(part), dtype or self.dtype
+        placed = self._place(part, model)
+        module = nn.Module.to(placing.fill(model, placed), self.device, dtype)
+        if bad := next((name for name, tensor in module.state_dict().items() if not placing.is_finite(tensor)), None):
+            placing.check_finite(placed)
+            path, key = placed.places[bad]
+            raise UserError(f"{path}: {key} has numbers that {dtype} cannot hold: {after_overflow(dtype)}")
+        return freeze(module)
 
     @cached_property
     def unet(self) -> "UNet2DConditionModel":
-        from diffusers import UNet2DConditionModel
-
-        return self._load("unet", UNet2DConditionModel)  # type: ignore[return-value]
+        return self._load("unet")  # type: ignore[return-value]
 
     @cached_property
     def vae(self) -> "AutoencoderKL":
         """The autoencoder; in fp32 where its config says that half precision overflows (SDXL)."""
-        from diffusers import AutoencoderKL
-
         upcast = self.part_config("vae").get("force_upcast", False)
-        vae = self._load("vae", AutoencoderKL, torch.float32 if upcast else None)
+        vae = self._load("vae", torch.float32 if upcast else None)
         vae.enable_slicing()  # type: ignore[operator]  # one picture at a time: at 1024 px a batch would take many GB
         return vae  # type: ignore[return-value]
 
     @cached_property
     def _text_parts(self) -> dict[str, Any]:
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-        classes = (CLIPTextModel, CLIPTextModelWithProjection)
         parts: dict[str, Any] = {}
-        for part, cls in zip(self.text_encoders, classes, strict=False):
+        for part in self.text_encoders:
             tokenizer = part.replace("text_encoder", "tokenizer")
-            try:
-                parts[tokenizer] = CLIPTokenizer.from_pretrained(self._configs(), subfolder=tokenizer)
-                known = [parts[tokenizer](word).input_ids for word in ("apple", "horse")]
-            except Exception as error:
-                raise UserError(f"{self.source}: no readable {tokenizer}: {error}") from error
-            if known[0] == known[1]:
-                raise UserError(f"{self.source}: its {tokenizer} takes all words for one: fetch or copy it again")
-            parts[part] = self._load(part, cls)
+            parts[tokenizer] = open_tokenizer(self._configs() / tokenizer)
+            parts[part] = self._load(part)
         return parts
 
     def text_part(self, name: str) -> nn.Module:
@@ -408,26 +466,30 @@ class Teacher:
     def save_parts(self, folder: Path) -> None:
         """Writes all of the pipeline but the U-Net into `folder`: the teacher's own weights, byte for byte.
 
-        Of a single file the VAE and text encoders are written by diffusers, in the precision of this teacher.
+        But text encoders get the names that every client reads (`prunet.text_names`), and of a single file the VAE and
+        the text encoders are written by diffusers, in the precision of this teacher.
         """
         configs = self._configs()
         index = _read_json(configs / "model_index.json", self.source)
         for name in [n for n, value in index.items() if isinstance(value, list) and n != "unet"]:
             if index[name][0] is None:
                 continue
-            if name in WEIGHTS and self._file is not None:
-                part = self.vae if name == "vae" else self.text_part(name)
-                part.save_pretrained(folder / name, safe_serialization=True)  # type: ignore[operator]
+            if name in WEIGHTS and (self._file is not None or self._place(name).renamed):
+                if name == "vae":
+                    self.vae.save_pretrained(folder / name, safe_serialization=True)
+                else:
+                    text_names.save_text_encoder(self.text_part(name), folder / name)
             elif name in WEIGHTS:
                 (folder / name).mkdir()
                 self._copy_config(configs, name, folder)
                 files = self._weight_files(name)
+                copy = text_names.copy if name.startswith("text_encoder") else shutil.copyfile
                 for file in files:
                     target = file.name if len(files) > 1 else f"{WEIGHTS[name]}.safetensors"
-                    shutil.copyfile(file, folder / name / target)
+                    copy(file, folder / name / target)
                 if len(files) > 1:
-                    index_name = f"{WEIGHTS[name]}.safetensors.index.json"
-                    shutil.copyfile(configs / name / index_name, folder / name / index_name)
+                    _, index_file = _weight_names(configs / name, WEIGHTS[name])
+                    copy(index_file, folder / name / f"{WEIGHTS[name]}.safetensors.index.json")
             elif not self._copy_other(configs, name, folder):
                 index[name] = [None, None]
         index["unet"] = ["diffusers", "UNet2DConditionModel"]
@@ -450,16 +512,61 @@ class Teacher:
 
     def _copy_other(self, configs: Path, name: str, folder: Path) -> bool:
         """Copies a part without weights that prunet loads (tokenizer, scheduler, safety checker); False: not there."""
+        files = self._other_files(configs, name)
+        for file in files:
+            (folder / name).mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / name / file.name)
+        return bool(files)
+
+    def _other_files(self, configs: Path, name: str) -> list[Path]:
         if self._hub is not None:
             self._download(f"{name}/*.json", f"{name}/*.txt", f"{name}/model.safetensors")
         files = [p for p in (configs / name).glob("*") if p.suffix in (".json", ".txt", ".safetensors", ".model")]
         weights = any(p.suffix == ".safetensors" for p in files)
-        if not files or (name == "safety_checker" and not weights):
-            return False
-        (folder / name).mkdir()
-        for file in files:
-            shutil.copyfile(file, folder / name / file.name)
-        return True
+        return [] if name == "safety_checker" and not weights else files
+
+    def check_other_parts(self) -> None:
+        """Refuses what stock diffusers could not load of the parts that are copied as they are (`_copy_other`): it
+        opens just those files with it. Else that would be found at the export, after all the training.
+
+        Raises:
+            UserError: such a part, or one of which the index says another class than prunet loads.
+        """
+        import diffusers
+
+        configs = self._configs()
+        index = _read_json(configs / "model_index.json", self.source)
+        ours = ("vae", *self.text_encoders)
+        for part in ours:
+            if (given := (index.get(part) or [None, None])[1]) != CLASSES[part]:
+                raise UserError(f"{configs / 'model_index.json'}: {part}: {given}; prunet knows {CLASSES[part]}")
+        with TemporaryDirectory() as made:
+            for name in [n for n, value in index.items() if isinstance(value, list) and n not in (*ours, "unet")]:
+                if index[name][0] is None:
+                    continue
+                (Path(made) / name).mkdir()
+                files = self._other_files(configs, name)
+                for file in files:
+                    (Path(made) / name / file.name).symlink_to(file.absolute())
+                if not files:
+                    _say_once(f"{configs}: {name} is left out: no safetensors or JSON in its folder to copy")
+                    index[name] = [None, None]
+            if index.get("safety_checker", ["?"])[0] is None:
+                index["requires_safety_checker"] = False
+            (Path(made) / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+            diffusers.utils.logging.disable_progress_bar()
+            try:
+                diffusers.DiffusionPipeline.from_pretrained(
+                    made, local_files_only=True, unet=None, **dict.fromkeys(ours)
+                )
+            except Exception as error:  # of any kind: whatever the classes of the parts raise
+                lines = str(error).replace(made, str(configs)).splitlines() or [""]
+                raise UserError(
+                    f"{configs}: stock diffusers cannot open the parts that the student takes over "
+                    f"({type(error).__name__}: {lines[0][:300]}): fix that part, or delete its line in model_index.json"
+                ) from error
+            finally:
+                diffusers.utils.logging.enable_progress_bar()
 
     def release(self, *parts: str) -> None:
         """Forget loaded parts (`unet`, `vae`, `text`), so that their memory can be used for something else."""
@@ -507,6 +614,14 @@ class Teacher:
         pick = 1 if unconditional else 0
         return PromptEmbeds(out[pick], out[2 + pick] if self.kind == "sdxl" else None)
 
+    def are_cut(self, prompts: Sequence[str]) -> list[bool]:
+        """Whether each prompt has more tokens than the text encoders read; `encode_prompts` drops the rest of it."""
+        if not prompts:
+            return []
+        tokenizers = [part for name, part in self._text_parts.items() if name.startswith("tokenizer")]
+        tokens = [(t(list(prompts), verbose=False).input_ids, t.model_max_length) for t in tokenizers]
+        return [any(len(ids[i]) > limit for ids, limit in tokens) for i in range(len(prompts))]
+
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, 4, h, w) of the latents of `pixels` (B, 3, H, W) in [-1, 1], scaled."""
@@ -515,10 +630,59 @@ class Teacher:
         return dist.mean.float() * self.scaling_factor, dist.std.float() * self.scaling_factor
 
 
+def open_tokenizer(folder: Path) -> Any:
+    """The CLIP tokenizer in a folder.
+
+    Raises:
+        UserError: none that can be read there, or one without words, which would make the same tokens of every text.
+    """
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        known = [tokenizer(word).input_ids for word in ("apple", "horse")]
+    except Exception as error:
+        raise UserError(f"{folder}: no readable tokenizer: {error}") from error
+    if known[0] == known[1]:
+        raise UserError(f"{folder}: its tokenizer takes all words for one: fetch or copy it again")
+    return tokenizer
+
+
+def _weight_names(folder: Path, stem: str) -> tuple[Path, Path]:
+    """The weights' one file and the index of their shards, as stock diffusers would look for one or the other.
+
+    Without a variant (`fp16`, `non_ema`) where there is one of them, else of the only variant, or of fp16.
+
+    Raises:
+        UserError: several variants to choose from.
+    """
+    found = {_variant(file.name, stem) for file in folder.glob(f"{stem}.*")} if folder.is_dir() else set()
+    variants = sorted(variant for variant in found if variant)
+    if None in found or not variants:
+        return folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if len(variants) > 1 and "fp16" not in variants:
+        raise UserError(
+            f"{folder}: weights in the variants {', '.join(variants)}, and none without; copy the one that you want to "
+            f"{stem}.safetensors"
+        )
+    variant = "fp16" if "fp16" in variants else variants[0]
+    return folder / f"{stem}.{variant}.safetensors", folder / f"{stem}.safetensors.index.{variant}.json"
+
+
+def _variant(name: str, stem: str) -> str | None:
+    """`fp16` of `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`, `model.safetensors.index.fp16.json`;
+    "" of a file that is none of the part's weights."""
+    if not (
+        found := re.fullmatch(rf"{stem}(?:\.(\w+))?(-\d+-of-\d+)?\.safetensors(?:\.index(?:\.(\w+))?\.json)?", name)
+    ):
+        return ""
+    return found[1] or found[3]
+
+
 def check_same_space(first: Teacher, other: Teacher) -> None:
     """Refuses a second teacher of another layout, another latent space or another thing to predict."""
     sides: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-        ("U-Net", first.unet_config, other.unet_config),
+        ("U-Net", _denoiser(first), _denoiser(other)),
         ("latent space", _latent_space(first), _latent_space(other)),
         ("noise schedule", _process(first), _process(other)),
     ]
@@ -531,9 +695,18 @@ def check_same_space(first: Teacher, other: Teacher) -> None:
             )
 
 
+def _denoiser(teacher: Teacher) -> dict[str, Any]:
+    """The U-Net's config, with the defaults where a version wrote none, and lists for tuples."""
+    from prunet.unet import skeleton
+
+    config = json.loads(json.dumps(dict(skeleton(teacher.unet_config).config)))
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
 def _latent_space(teacher: Teacher) -> dict[str, Any]:
     config = teacher.part_config("vae")
-    return {key: config.get(key) for key in ("latent_channels", "scaling_factor", "block_out_channels")}
+    space = {key: config.get(key) for key in ("latent_channels", "block_out_channels")}
+    return {**space, "scaling_factor": teacher.scaling_factor}
 
 
 def _process(teacher: Teacher) -> dict[str, Any]:
@@ -549,6 +722,13 @@ def _process(teacher: Teacher) -> dict[str, Any]:
     return {name: config.get(name) for name in names}
 
 
+def after_overflow(dtype: torch.dtype) -> str:
+    """What to try where finite weights give what is not finite."""
+    if dtype == torch.float32:
+        return "full precision does not hold it either, so the weights are damaged: fetch or copy them again"
+    return "try --precision no" + (", or bf16" if dtype == torch.float16 else "")
+
+
 def freeze(module: M) -> M:
     """Ready to be called and nothing else; with weights where sums are rounded alike.
 
@@ -561,6 +741,32 @@ def freeze(module: M) -> M:
         for tensor in tensors:
             tensor.data = tensor.data.clone()
     return module.eval().requires_grad_(False)
+
+
+def _check_names(index: dict[str, Any], path: Path) -> None:
+    """A part is a folder beside `model_index.json`, and nowhere else."""
+    for part, value in index.items():
+        if not isinstance(value, list):
+            continue
+        is_pair = len(value) == 2 and all(item is None or isinstance(item, str) for item in value)
+        if not re.fullmatch(r"\w+", part) or not is_pair:
+            raise UserError(
+                f"{path}: {part!r}: {value}: a part has a name of letters, digits and _, a library and a class: fetch "
+                "or copy it again"
+            )
+
+
+def _tell(placed: placing.Placed) -> None:
+    """Says which names are read as others, where stock diffusers would not."""
+    if placed.renamed:
+        key, name = next(iter(placed.renamed.items()))
+        path = next(path for path, other in placed.places.values() if other == key)
+        _say_once(f"{path}: {key} is read as {name}, and {len(placed.renamed) - 1:,} more names likewise")
+
+
+@cache
+def _say_once(text: str) -> None:
+    say(escape(text))
 
 
 def _scheduler(config: dict[str, Any]) -> Any:

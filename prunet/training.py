@@ -23,7 +23,8 @@ from prunet.console import progress
 from prunet.cpu import fast_attention, kept_memory
 from prunet.draws import Draws, batches
 from prunet.errors import UserError
-from prunet.files import new_file
+from prunet.files import clear_errors, new_file
+from prunet.gpu import compiled_blocks, in_8_bits, set_memory_format
 from prunet.latents import Cache
 from prunet.losses import add_noise, feature_losses, min_snr_weight, mse, training_target
 from prunet.pairs import Pair, term_factors
@@ -32,7 +33,7 @@ from prunet.sharding import local, shard, unsharded, whole
 from prunet.sheets import Sheets
 from prunet.size import fitting_micro_batch
 from prunet.taps import tap
-from prunet.teacher import Teacher, conditioning
+from prunet.teacher import Teacher, after_overflow, conditioning
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 
@@ -45,7 +46,10 @@ class Runtime:
     of the losses, which are the only points where the device is waited for. What saves memory: `gradient_checkpointing`
     (costs time), `offload_ema` (the average waits on the CPU), `use_8bit_adam` (bitsandbytes), `teacher_8bit` (torchao:
     its linear layers' weights in 8 bits), `fsdp` (several processes share out the student's weights, gradients, moments
-    and average). `compile`: teacher and student by torch.compile, features included.
+    and average). What saves time: `compile` (teacher and student by torch.compile, features included),
+    `compile_blocks` (their transformer blocks alone, which takes seconds instead of minutes), `channels_last` (the
+    memory format in which convolutions of GPUs work), `teacher_fp8` (torchao: the teacher's linear layers multiply in
+    fp8, on GPUs from Hopper on).
     """
 
     device: str | None = None
@@ -55,8 +59,11 @@ class Runtime:
     offload_ema: bool = False
     use_8bit_adam: bool = False
     teacher_8bit: bool = False
+    teacher_fp8: bool = False
     fsdp: bool = False
     compile: bool = False
+    compile_blocks: bool = False
+    channels_last: bool = False
     tracker: str | None = None
     log_every: int = 10
 
@@ -140,7 +147,7 @@ def memory_options(stage: Stage, runtime: Runtime) -> dict[str, Any]:
         "ema": stage.ema_decay is not None and not runtime.offload_ema,
         "gradient_checkpointing": runtime.gradient_checkpointing,
         "use_8bit_adam": runtime.use_8bit_adam,
-        "teacher_8bit": runtime.teacher_8bit,
+        "teacher_8bit": runtime.teacher_8bit or runtime.teacher_fp8,
         "shards": processes.count() if runtime.fsdp else 1,
     }
 
@@ -188,7 +195,9 @@ def distil(
 
     # Pairs are module objects of the bare models, found before anything is wrapped.
     student_modules = [student.get_submodule(pair.student) for pair in pairs]
-    teacher_unet = _in_8_bits(teacher.unet.to(device)) if runtime.teacher_8bit else teacher.unet.to(device)
+    teacher_unet = teacher.unet.to(device)
+    if runtime.teacher_8bit or runtime.teacher_fp8:
+        teacher_unet = in_8_bits(teacher_unet, fp8=runtime.teacher_fp8)
     teacher_modules = [teacher_unet.get_submodule(pair.teacher) for pair in pairs]
     student.to(device).train().requires_grad_(True)
     if runtime.gradient_checkpointing:
@@ -199,12 +208,17 @@ def distil(
     optimizer = _adamw(runtime)(student.parameters(), lr=stage.learning_rate, weight_decay=stage.weight_decay)
     ema = EMAModel(held, decay=stage.ema_decay, foreach=True) if stage.ema_decay else None
     start = resume(folder, stage, student, optimizer, ema, accelerator)
+    if runtime.channels_last:
+        set_memory_format(torch.channels_last, (teacher_unet, student), optimizer, ema)
     if ema and runtime.offload_ema:
         ema.to("cpu")
     # In evaluation mode accelerate gives the model its precision and leaves out DDP, which FSDP stands in for.
     compiled: Any = torch.compile if runtime.compile else lambda net: net
     model = accelerator.prepare_model(compiled(student), evaluation_mode=runtime.fsdp)
     frozen_unet = compiled(teacher_unet)
+    # In one kernel, instead of one for each operation of each pair.
+    fused = runtime.compile or runtime.compile_blocks
+    compare: Any = torch.compile(feature_losses) if fused else feature_losses
     optimizer = accelerator.prepare_optimizer(optimizer)
     if runtime.tracker:
         accelerator.init_trackers("prunet", config={"stage": stage.model_dump_json()})
@@ -222,11 +236,13 @@ def distil(
     accumulate = stage.batch_size // (micro_batch * ranks)
     log = processes.from_main(lambda: Log(folder / "log.jsonl", start))
     sums, since, clock = torch.zeros(len(names), device=device), 0, time.perf_counter()
+    overflows = torch.zeros((), device=device)  # micro-batches of which the teacher's own output is not finite
 
     with (
         progress("Distilling", stage.steps) as bar,
         kept_memory(device),
         fast_attention([teacher_unet, student], device, half=runtime.mixed_precision != "no"),
+        compiled_blocks([teacher_unet, student], runtime.compile_blocks),
         tap(student_modules if use_features else []) as student_features,
         tap(teacher_modules if use_features else []) as teacher_features,
     ):
@@ -249,6 +265,7 @@ def distil(
                     pooled = None if text[1] is None else text[1].to(dtype)
                     frozen = conditioning(text[0].to(dtype), pooled, text[2])
                     eps_t = frozen_unet(noisy.to(dtype), batch["timestep"], **frozen, return_dict=False)[0]
+                    overflows += ~eps_t.isfinite().all()
                 last = micro == accumulate - 1
                 with nullcontext() if last else accelerator.no_sync(model):
                     eps_s = model(noisy, batch["timestep"], **conditioning(*text), return_dict=False)[0]
@@ -259,7 +276,7 @@ def distil(
                     loss = weights.task * terms[0] + weights.output * terms[1]
                     if use_features:
                         # Named nowhere, so that the teacher's are gone before the backward pass.
-                        features = feature_losses(student_features.take(), teacher_features.take(), weights.normalize)
+                        features = compare(student_features.take(), teacher_features.take(), weights.normalize)
                         loss = loss + weights.feature * (scale * features).sum()
                         terms = torch.cat([terms, features])
                     accelerator.backward(loss / accumulate)
@@ -283,6 +300,11 @@ def distil(
             if done % runtime.log_every == 0 or saving or drawing:
                 # The only place where the device is waited for.
                 means = dict(zip(names, (accelerator.reduce(sums, "mean") / since).tolist(), strict=True))
+                if not all(map(math.isfinite, means.values())) and accelerator.reduce(overflows, "sum"):
+                    raise UserError(
+                        f"The output of the teacher {teacher.source} itself is not finite at step {done}: it overflows "
+                        f"in {teacher_unet.dtype}: {after_overflow(teacher_unet.dtype)}"
+                    )
                 _check_finite(means, done, stage, folder, overflow_is_skipped=accelerator.scaler is not None)
                 speed = since * stage.batch_size / (time.perf_counter() - clock)
                 row = _row(done, means, weights, factors, learning_rate_at(stage, step), speed)
@@ -306,6 +328,8 @@ def distil(
     if runtime.fsdp:
         student = unsharded(student)
     student.disable_gradient_checkpointing()
+    if runtime.channels_last:
+        set_memory_format(torch.contiguous_format, (teacher_unet, student))
     return student.eval().requires_grad_(False).to("cpu")
 
 
@@ -315,14 +339,6 @@ def _adamw(runtime: Runtime) -> Any:
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit
-
-
-def _in_8_bits(net: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Weights of linear layers as int8 with a scale a row; activations stay as they are."""
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    quantize_(net, Int8WeightOnlyConfig())
-    return net
 
 
 # -- what is written on the way
@@ -348,25 +364,36 @@ class Log:
     """`log.jsonl`: one row a read-back. Rows after the checkpoint from which a run goes on are dropped."""
 
     def __init__(self, path: Path, start: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_log(path) if row["step"] <= start] if path.exists() else []
         with new_file(path) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self.path = path
 
     def write(self, row: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with clear_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `log.jsonl`; a last line that a kill cut in two is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """The rows of a `log.jsonl`; a last line that a kill cut in two is left out.
+
+    Raises:
+        UserError: another line is damaged.
+    """
+    rows: list[dict[str, Any]] = []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except ValueError:
-            break
+            if not isinstance(rows[-1].get("step"), int):
+                raise TypeError("no step in it")
+        except (ValueError, TypeError, AttributeError) as error:
+            if isinstance(error, ValueError) and not line.endswith(b"\n"):
+                break
+            raise UserError(
+                f"{path}: line {number} is damaged ({error}): delete the file (the charts then lack its rows), or "
+                f"{path.parent} to train it again"
+            ) from error
     return rows
 
 

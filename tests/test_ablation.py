@@ -87,7 +87,7 @@ def test_a_run_that_fails_stops_the_others(files: Path) -> None:
             this.do(step)
     broken, *others = runs.values()
     (broken.folder / "student" / "config.json").write_text("{")
-    with pytest.raises(UserError, match="no whole U-Net"):
+    with pytest.raises(UserError, match=r"config\.json: damaged or changed"):
         list(_each_done(runs, 2))
     assert not multiprocessing.active_children()
     assert not any(other.is_done("stage-1") for other in others)

@@ -1,13 +1,16 @@
 """Several runs on one page: all of them there, none that was measured otherwise."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from test_report import CHROMIUM, PROMPTS, READER, Page, make_run, read_in_chromium
 
+from prunet import Runtime, load_recipe, run
 from prunet.comparison import write_comparison
 from prunet.errors import UserError
+from prunet.report import read_evaluation
 
 
 @pytest.fixture
@@ -39,6 +42,25 @@ def test_runs_that_were_measured_otherwise_are_refused(runs: list[Path], tmp_pat
     with pytest.raises(UserError, match=r"third/run: evaluated otherwise .*: they differ in guidance_scale;"):
         write_comparison(runs, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_runs_that_differ_in_their_training_seed_are_compared(finished: Path, tmp_path: Path) -> None:
+    """Their pictures are drawn from the same noise all the same."""
+    folders = [Path(shutil.copytree(finished, tmp_path / name)) for name in ("one", "two")]
+    recipe = load_recipe(folders[1] / "recipe.yaml", [f"output={folders[1]}", "seed=5"])
+    for part in ("cache", "stage-1"):
+        shutil.rmtree(folders[1] / part)
+    cpu = Runtime(device="cpu", precision="no")
+    run(recipe, cpu, until="evaluate")
+    first, second = (read_evaluation(folder / "evaluation") for folder in folders)
+    assert first["distance"]["after"]["denoiser"] != second["distance"]["after"]["denoiser"]
+    for name in ("teacher", "before"):
+        pictures = [(folder / "evaluation/pictures" / name / "0001.png").read_bytes() for folder in folders]
+        assert pictures[0] == pictures[1]
+    assert "drawn by two" in write_comparison(folders, tmp_path / "page.html").read_text()
+    run(load_recipe(folders[1] / "recipe.yaml", ["evaluation.seed=6"]), cpu, until="evaluate")
+    with pytest.raises(UserError, match="they differ in seed"):
+        write_comparison(folders, tmp_path / "page.html")
 
 
 def test_lpips_is_compared_where_all_have_it_by_the_same_weights(runs: list[Path], tmp_path: Path) -> None:

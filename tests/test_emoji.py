@@ -279,3 +279,14 @@ def test_protocols_fit_the_data_and_the_scorer_that_ship(scripts, name: str, spl
     pictures = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in stack_images(samples[:8])]
     torch.testing.assert_close(features[:8], scorer(pictures)["image"], rtol=1e-3, atol=1e-3)
     assert len(features) == len(pairs)
+
+
+def test_scripts_write_text_encoders_that_every_client_reads(scripts, sdxl, tmp_path) -> None:
+    from export import save_pipeline
+
+    save_pipeline(DiffusionPipeline.from_pretrained(sdxl), tmp_path)
+    for part in ("text_encoder", "text_encoder_2"):
+        with safe_open(tmp_path / part / "model.safetensors", "pt") as file:
+            names = set(file.keys())
+        assert all(name.startswith(("text_model.", "text_projection.")) for name in names)
+        assert "text_model.encoder.layers.1.self_attn.q_proj.weight" in names

@@ -9,6 +9,7 @@ from PIL import Image
 from prunet import Plan, Teacher, build, evaluate, load_plan
 from prunet.bench import measure
 from prunet.evaluation import LEVELS, denoiser_errors, picture_rmse
+from prunet.files import read_json
 from prunet.recipe import Evaluation
 from prunet.size import training_memory
 from prunet.teacher import layout_config
@@ -26,7 +27,7 @@ def test_the_teacher_itself_is_at_no_distance(sd, tmp_path) -> None:
     assert result["distance"]["cut"]["latent"] > 0
     for key, (low, high) in result["distance"]["cut"]["intervals"].items():
         assert low < result["distance"]["cut"][key] < high
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == json.loads(json.dumps(result))
+    assert read_json(tmp_path / "evaluation.json") == json.loads(json.dumps(result))
     assert "| U-Net parameters (M) |" in (tmp_path / "evaluation.md").read_text()
 
 

@@ -282,3 +282,41 @@ def test_bucket_sizes_at_1024_are_those_of_sdxl() -> None:
     assert {(1024, 1024), (832, 1216), (896, 1152), (768, 1344), (640, 1536), (512, 2048), (1216, 832)} <= set(sizes)
     assert all(h * w <= 1024**2 and h % 64 == w % 64 == 0 for h, w in sizes)
     assert all((w, h) in sizes for h, w in sizes)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("of", ["pictures", "prompts"])
+def test_captions_cut_at_the_token_limit_are_counted(kind, of, request, tmp_path, capsys, small_shards) -> None:
+    """75 words fit between the two marks of 77 tokens; of the words after them the embeddings know nothing."""
+    captions = ["a " * 75, "b " * 76, "c d", "e f " * 400, "g " * 74, "h " * 77]
+    if of == "pictures":
+        folder = make_pictures(tmp_path / "p", count=6)
+        for n, caption in enumerate(captions):
+            (folder / f"{n:03d}.txt").write_text(caption)
+        data = Data(source=str(folder))
+    else:
+        data = Data(prompts=captions, steps=1)
+    teacher = Teacher(request.getfixturevalue(kind))
+    made = cache(teacher, data, tmp_path / "c")
+    assert json.loads((tmp_path / "c" / "cache.json").read_text())["cut"] == 3
+    lines = [line for line in capsys.readouterr().err.splitlines() if "cut" in line]
+    assert len(lines) == 1 and "3 of 6 captions are cut" in lines[0]
+    embeds = teacher.encode_prompts(["b " * 75, "a " * 74]).embeds
+    torch.testing.assert_close(made.sample(1).embeds, embeds[0], atol=2e-3, rtol=2e-3)
+    assert (made.sample(0).embeds - embeds[1]).abs().max() > 0.01, "a caption that fits is whole"
+
+
+def test_where_nothing_is_cut_nothing_is_said(sd, pictures, tmp_path, capsys) -> None:
+    cache(Teacher(sd), Data(source=str(pictures)), tmp_path / "c")
+    assert json.loads((tmp_path / "c" / "cache.json").read_text())["cut"] == 0
+    assert "cut" not in capsys.readouterr().err
+
+
+def test_a_saved_dataset_of_pictures_makes_the_cache_of_its_folder(sd, pictures, tmp_path) -> None:
+    datasets = pytest.importorskip("datasets")
+    files = sorted(pictures.glob("*.png"))
+    texts = [file.with_suffix(".txt").read_text().strip() for file in files]
+    rows = datasets.Dataset.from_dict({"image": [str(file) for file in files], "text": texts})
+    rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "saved")
+    caches = [cache(Teacher(sd), Data(source=str(s)), tmp_path / f"c-{s.name}") for s in (pictures, tmp_path / "saved")]
+    assert len(set(map(str, (shards(made.folder) for made in caches)))) == 1

@@ -14,15 +14,18 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import _tokenizer
+from conftest import make_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
 from prunet import Teacher, UserError, compare, measure, metrics
+from prunet.files import read_json
 from prunet.generation import draw_shards, read_shard
+from prunet.ownership import LOCK
 from prunet.prompts import prompts_hash, read_prompt_file
 from prunet.protocol import Protocol, load_protocol, protocol_names, protocol_prompts
+from prunet.seals import SEAL
 
 #: Three shards; PRUNET_TEST_PROMPTS=2000 gives twenty.
 COUNT = int(os.environ.get("PRUNET_TEST_PROMPTS", 210))
@@ -32,7 +35,7 @@ PROMPTS = [f"a {('red', 'blue', 'green')[thing % 3]} {thing // 3}" for thing in 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clip") / "clip"
-    tokenizer = _tokenizer(folder)
+    tokenizer = make_tokenizer(folder)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
     model = CLIPModel(
@@ -88,7 +91,9 @@ def whole(sd: Path, protocol: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """All but the mark and the lock, which tell the time."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in (SEAL, LOCK))
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def test_two_processes_killed_once_give_the_same_bytes(sd: Path, protocol: Path, whole: Path, tmp_path: Path) -> None:
@@ -142,7 +147,7 @@ def test_saved_features_stand_for_the_pictures(sd: Path, protocol: Path, whole: 
 
 
 def test_two_protocols_are_not_put_side_by_side(whole: Path, tmp_path: Path) -> None:
-    result = json.loads((whole / "measures.json").read_text())
+    result = read_json(whole / "measures.json")
     result["protocol"]["guidance_scale"] = 7.5
     (tmp_path / "measures.json").write_text(json.dumps(result))
     with pytest.raises(UserError, match=r"guidance_scale is 7\.5, not 2\.0"):

@@ -4,11 +4,15 @@ import csv
 import gzip
 import io
 import json
+import logging
 import os
 import pickle
+import struct
 import sys
 import tarfile
 import tracemalloc
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prunet import pictures, sources
+from prunet import listing, pictures, shards
 from prunet.errors import UserError
 from prunet.pictures import BrokenPicture, fit
 from prunet.sources import check_source, read_pictures
@@ -104,6 +108,18 @@ def test_text_beside_pictures_in_nested_folders(tmp_path):
     assert usable["b.png"] == ("one", "two\u2028still two", "three")
     assert usable["sub/ü.webp"] == ("kohya",)
     check_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["", " ", "\r\n \t\r\n", "\ufeff", "\u00a0\u3000", "\u200b\n\ufeff \u2060", "\0"])
+def test_a_caption_that_shows_nothing_is_none(tmp_path, text):
+    for name in ("beside/a.png", "list/a.png"):
+        write(tmp_path / name, encoded())
+    write(tmp_path / "beside/a.txt", text)
+    metadata(tmp_path / "list", {"file_name": "a.png", "text": [text]})
+    shard(tmp_path / "a.tar", {"a.png": encoded(), "a.txt": text, "b.png": encoded(), "b.json": json.dumps([text])})
+    for source, names in (("beside", ["a.png"]), ("list", ["a.png"]), ("a.tar", ["a.tar/a", "a.tar/b"])):
+        usable, broken = read(tmp_path / source)
+        assert not usable and list(broken) == names and all("no caption" in why for why in broken.values())
 
 
 def test_what_cannot_be_used_keeps_its_key_and_says_why(tmp_path):
@@ -259,7 +275,7 @@ def test_shards_by_path_glob_range_and_list_are_one_stream(tmp_path):
         assert list(usable.items()) == list(expected.items()) and not broken
         check_source(source)
     assert list(read(paths[1])[0]) == ["train-0009.tar/9/00"]
-    assert sources._ranges("a{8..10}b{0..1}") == [f"a{n}b{m}" for n in (8, 9, 10) for m in (0, 1)]
+    assert list(listing._ranges("a{8..10}b{0..1}")) == [f"a{n}b{m}" for n in (8, 9, 10) for m in (0, 1)]
     assert "train-0012.tar" in why_not(f"{tmp_path}/train-{{0008..0012}}.tar")
     assert "count up" in why_not(f"{tmp_path}/train-{{0009..0008}}.tar")
 
@@ -276,7 +292,8 @@ def test_shard_captions_of_every_form(tmp_path):
     })  # fmt: skip
     captions = {"1": ("one",), "2": ("two",), "3": ("a", "b"), "4": ("txt first",), "5": ("five",)}
     assert read(path)[0] == {f"a.tar.gz/{key}": value for key, value in captions.items()}
-    assert not read(path)[1]
+    broken = read(path)[1]
+    assert list(broken) == ["a.tar.gz/6"] and "it has .npy" in broken["a.tar.gz/6"]
     usable, broken = read(path, caption_column="other")
     assert usable == {"a.tar.gz/2": ("zwei",)} and "other" in broken["a.tar.gz/1"]
 
@@ -294,6 +311,86 @@ def test_broken_samples_of_a_shard_are_named_and_passed(tmp_path):
     assert list(broken) == [f"a.tar/{n}" for n in range(1, 7)]
     words = ["not a picture", "no caption", "no picture", ".json", ".txt", "empty"]
     assert all(word in why for word, why in zip(words, broken.values(), strict=True))
+
+
+@pytest.mark.parametrize("ending", sorted({*pictures.PICTURE_FILES} - {".heic", ".heif", ".avif"}))
+def test_pictures_of_every_ending_are_read_beside_captions_and_in_shards(tmp_path, ending):
+    kind = {".jpg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".tif": "TIFF", ".apng": "PNG"}.get(ending)
+    data = encoded(format=kind or Image.registered_extensions()[ending])
+    for name, text in ((f"a{ending}", "a.txt"), (f"B{ending.upper()}", "B.TXT")):
+        write(tmp_path / "folder" / name, data)
+        write(tmp_path / "folder" / text, "\ufeffa\r\n")
+    assert list(read(tmp_path / "folder")[0].values()) == [("a",), ("a",)]
+    members = {f"a{ending}": data, "a.txt": "a", f"B{ending.upper()}": data, "B.TXT": "a"}
+    assert list(read(shard(tmp_path / "a.tar", members))[0].values()) == [("a",), ("a",)]
+
+
+def test_what_has_a_caption_and_is_no_picture_by_its_ending_is_named(tmp_path):
+    for name in ("a.jxl", "b.psd", "c.png", "c.npz", "no-ending", "README.md"):
+        write(tmp_path / name, encoded())
+    for name in ("a", "b", "c", "no-ending", "alone"):
+        write(tmp_path / f"{name}.txt", "a")
+    usable, broken = read(tmp_path)
+    assert list(usable) == ["c.png"] and list(broken) == ["a.jxl", "b.psd", "no-ending"]
+    assert all("not the ending of a picture" in why for why in broken.values())
+
+
+def test_names_with_dots_are_told_the_rule_of_the_first_dot(tmp_path):
+    image = encoded()
+    path = shard(tmp_path / "a.tar", [
+        ("22.05.png", image), ("22.05.txt", "a"), ("22.06.png", image), ("22.06.txt", "b"),  # names of dates
+        ("s.input.png", image), ("s.edited.jpg", image), ("s.txt", "a"),  # fields, and none of them alone
+        ("v1.png", image), ("v1.txt", "v1"), ("v1.5.png", image), ("v1.5.txt", "v1.5"),  # a sample beside a field
+        ("4.seg.png", image), ("4.png", image), ("4.txt", "4"), ("4.cls.txt", "7"),  # as WebDataset means it
+        ("x.y/z.png", image), ("x.y/z.txt", "dots in a folder's name are no matter"),
+    ])  # fmt: skip
+    usable, broken = read(path)
+    assert list(usable) == ["a.tar/v1", "a.tar/4", "a.tar/x.y/z"]
+    assert list(broken) == [f"a.tar/{n}" for n in ("22.05.png", "22.06.png", "s.input.png", "s.edited.jpg", "v1.5.png")]
+    assert all("a name ends at its first dot" in why for why in broken.values())
+    only = shard(tmp_path / "b.tar", {"22.05.png": image, "22.05.txt": "a"})
+    message = why_not(only)
+    assert (
+        "b.tar/22.05.png" in message and "this is .05.png of '22'" in message and "take the other dots out" in message
+    )
+
+
+def test_no_sample_of_a_shard_is_lost_without_a_word(tmp_path):
+    image = encoded()
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+
+        def add(name: str, data: bytes = b"", type: bytes = tarfile.REGTYPE, link: str = "") -> None:
+            info = tarfile.TarInfo(name)
+            info.size, info.type, info.linkname = len(data), type, link
+            tar.addfile(info, io.BytesIO(data))
+
+        add("folder", type=tarfile.DIRTYPE)
+        add("folder/1.png", image)
+        add("folder/1.txt", b"a")
+        add("2.png", type=tarfile.LNKTYPE, link="folder/1.png")
+        add("2.txt", type=tarfile.LNKTYPE, link="folder/1.txt")
+        add("3.png", type=tarfile.SYMTYPE, link="folder/1.png")
+        add("3.txt", b"a")
+        add("4.mp4", b"x")
+        add("abc123", image)
+        add("._5.png", b"x")
+        add("6.png", image)
+        add("6.txt", type=tarfile.SYMTYPE, link="folder/1.txt")
+    usable, broken = read(path)
+    assert list(usable) == ["a.tar/folder/1"] and list(broken) == [f"a.tar/{n}" for n in ("2", "3", "4", "abc123", "6")]
+    assert "it has .png (a link), .txt (a link); pack files in place of links" in broken["a.tar/2"]
+    assert ".mp4" in broken["a.tar/4"] and "without an ending" in broken["a.tar/abc123"]
+    assert "its .txt is a link" in broken["a.tar/6"]
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_tars_joined_by_cat_are_named(tmp_path, zipped):
+    parts = [shard(tmp_path / f"{n}.tar", {f"{n}.png": encoded(), f"{n}.txt": "a"}).read_bytes() for n in range(2)]
+    path = write(tmp_path / "a.tar", b"".join(gzip.compress(part) if zipped else part for part in parts))
+    usable, broken = read(path)
+    assert list(usable) == ["a.tar/0"] and "joined by cat" in broken["a.tar"]
+    assert not read(write(tmp_path / "b.tar", gzip.compress(parts[0]) if zipped else parts[0]))[1]  # by its contents
 
 
 def test_pictures_apart_from_their_captions_fail_the_check(tmp_path):
@@ -353,7 +450,7 @@ def test_shards_of_one_name_are_told_apart(tmp_path):
 
 def test_a_huge_member_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "MAX_FILE_MIB", 0)
-    monkeypatch.setattr(sources, "MAX_FILE_MIB", pictures.MAX_FILE_MIB)
+    monkeypatch.setattr(shards, "MAX_FILE_MIB", pictures.MAX_FILE_MIB)
     path = shard(tmp_path / "a.tar", {"0.png": encoded(), "0.txt": "a"})
     (sample,) = read_pictures(path)
     assert len(sample.open.args[1]) == 1
@@ -509,6 +606,90 @@ def test_a_decompression_bomb_is_a_broken_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(BrokenPicture, match="exceeds limit"):
         opened(tmp_path, encoded(picture(size=(50, 50))))
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def texts(kind: str) -> bytes:
+    """Chunks beyond Pillow's limits for texts, or with a wrong checksum."""
+    large = zlib.compress(bytes(2 << 20))
+    return {
+        "compressed text": lambda: chunk(b"zTXt", b"note\0\0" + large),
+        "international text": lambda: chunk(b"iTXt", b"note\0\1\0\0\0" + large),
+        "profile": lambda: chunk(b"iCCP", b"icc\0\0" + large),
+        "many texts": lambda: chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(900_000))) * 80,
+        "wrong checksum": lambda: chunk(b"tEXt", b"note\0abc")[:-4] + b"abcd",
+        "large XMP": lambda: chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + large),
+    }[kind]()
+
+
+KINDS = ("compressed text", "international text", "profile", "many texts", "wrong checksum", "large XMP")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", ["before the pixels", "after them"])
+def test_texts_and_profiles_beyond_pillows_limits_cost_no_picture(tmp_path, kind, place):
+    png = encoded(gradient(40, 30))
+    at = 33 if place == "before the pixels" else len(png) - 12
+    whole = png[:at] + texts(kind) + png[at:]
+    assert np.array_equal(opened(tmp_path / "a", whole), gradient(40, 30))
+    (sample,) = read_pictures(shard(tmp_path / "a.tar", {"a.png": whole, "a.txt": "a"}))
+    assert np.array_equal(sample.open(), gradient(40, 30))
+    damaged = bytearray(png)
+    damaged[len(png) // 2] ^= 255
+    for data in (png[:33] + texts(kind) + png[33:-40], bytes(damaged[:33]) + texts(kind) + bytes(damaged[33:])):
+        with pytest.raises(BrokenPicture):  # nothing else is forgiven
+            opened(tmp_path / "b", data)
+
+
+@pytest.mark.parametrize("by", ["exif", "xmp"])
+def test_beside_large_texts_a_picture_is_still_turned(tmp_path, by):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    png = encoded(gradient(40, 30), exif=exif) if by == "exif" else encoded(gradient(40, 30))
+    turning = chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp) if by == "xmp" else b""
+    upright = opened(tmp_path, png[:33] + turning + texts("compressed text") + png[33:])
+    assert upright.size == (30, 40)
+
+
+def odd_pictures(name: str) -> bytes:
+    """Those of which Pillow warns."""
+    if name == "large":
+        return encoded(Image.new("1", (10_000, 9_000)))
+    if name == "palette":
+        return encoded(gradient(16, 16).convert("P"), transparency=bytes(range(200)))
+    jpeg, broken_exif = encoded(format="JPEG"), b"Exif\0\0MM\0*\0\0\0\x08\0\x05" + b"\xff" * 20
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(broken_exif) + 2) + broken_exif + jpeg[2:]
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate"])
+def test_what_libtiff_writes_past_python_does_not_reach_the_user(tmp_path, capfd, compression):
+    data = bytearray(encoded(gradient(64, 64), "TIFF", compression=compression))
+    data[200:260] = b"\xff" * 60
+    with pytest.raises(BrokenPicture, match="decoder error"):
+        opened(tmp_path, bytes(data), "a.tif")
+    os.write(2, b"heard again")
+    assert capfd.readouterr() == ("", "heard again")
+
+
+@pytest.mark.parametrize("name", ["large", "palette", "exif"])
+def test_no_warning_of_pillow_reaches_the_user(tmp_path, capfd, name):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opened(tmp_path, odd_pictures(name))
+        assert warnings.filters[0][0] == "always", "the filters of the caller stay"
+    logger = logging.getLogger("PIL.TiffImagePlugin")
+    assert any(isinstance(handler, logging.NullHandler) for handler in logging.getLogger("PIL").handlers)
+    assert logger.propagate and not caught and capfd.readouterr() == ("", "")
+
+
+def test_transparent_16_bit_grey_is_white(tmp_path):
+    image = Image.fromarray(np.array([[300, 40_000]], np.uint16))
+    seen = opened(tmp_path, encoded(image, transparency=300))
+    assert seen.getpixel((0, 0)) == (255,) * 3 and seen.getpixel((1, 0)) == (156,) * 3
 
 
 # -- fit

@@ -347,19 +347,41 @@ def test_batches_of_buckets_have_one_size_and_see_every_picture(sdxl, tmp_path) 
     assert len(losses(tmp_path / "run")) == 7
 
 
-def test_compiled_equals_plain(sd, made, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("what", [{"compile": True}, {"compile_blocks": True}])
+def test_compiled_equals_plain(sd, made, tmp_path, monkeypatch, what) -> None:
     """Dynamo's graphs, run as they are: no feature is lost, and nothing falls back to Python (a graph break).
 
     In bf16, so that the CPU's attention by chunks is among them.
     """
-    backend_of = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda net: backend_of(net, backend="eager", fullgraph=True))
+    backend_of, graphs = torch.compile, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f, **given: backend_of(f, **given, backend=backend, fullgraph=True))
     stage = STAGE.model_copy(update={"steps": 2, "losses": Losses(level="layer")})
     runtime = dataclasses.replace(CPU, precision="bf16")
     train(sd, made, tmp_path / "plain", stage=stage, runtime=runtime)
     torch._dynamo.reset()
-    student, _ = train(sd, made, tmp_path / "compiled", stage=stage, runtime=dataclasses.replace(runtime, compile=True))
+    student, teacher = train(sd, made, tmp_path / "compiled", stage=stage, runtime=dataclasses.replace(runtime, **what))
     assert type(student) is UNet2DConditionModel
+    assert all(module._compiled_call_impl is None for net in (student, teacher.unet) for module in net.modules())
+    assert graphs
     plain, compiled = losses(tmp_path / "plain"), losses(tmp_path / "compiled")
     for a, b in zip(plain, compiled, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_channels_last_changes_nothing_but_rounding(sd, made, tmp_path) -> None:
+    """Weights lie differently while they are trained; what is written does not show it, and a stopped run resumes."""
+    fast = dataclasses.replace(CPU, channels_last=True)
+    train(sd, made, tmp_path / "plain", checkpoint_every=3)
+    train(sd, made, tmp_path / "fast", stage=STAGE.model_copy(update={"steps": 3}), checkpoint_every=3)
+    student, teacher = train(sd, made, tmp_path / "fast", runtime=fast, checkpoint_every=3)
+    for net in (student, teacher.unet):
+        assert all(p.is_contiguous() for p in net.parameters())
+    for a, b in zip(losses(tmp_path / "plain"), losses(tmp_path / "fast"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    again, _ = train(sd, made, tmp_path / "fast", stage=STAGE.model_copy(update={"steps": 7}))
+    assert again.conv_in.weight.is_contiguous()

@@ -1,9 +1,12 @@
 """The command line. Each verb is one public function; `--json` makes the last line of stdout one JSON object."""
 
+import errno
 import os
 import re
+import signal
 import sys
-from typing import Annotated, Any
+from contextlib import suppress
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -15,7 +18,9 @@ from prunet.errors import UserError, one_line
 # Where typer keeps its click differs between versions; its own BadParameter knows.
 UsageError: Any = typer.BadParameter.__mro__[1]
 #: Exit code of a command that was stopped by Ctrl-C; typer gives it instead of the exception.
-INTERRUPTED = 130
+INTERRUPTED = 128 + signal.SIGINT
+#: What stops a command: Ctrl-C; a batch system or a service manager; a terminal that is closed.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: What several processes may do together.
 SHARED = ("run", "cache", "distil", "evaluate", "measure")
 
@@ -37,21 +42,40 @@ def _root(
 def main() -> None:
     """Runs the command line; a `UserError` is one line on stderr and exit code 2."""
     _quiet()
+    _listen()
+    try:
+        code = _call()
+    except BaseException:  # a library may have made something else of the KeyboardInterrupt
+        if not _stopped_by:
+            raise
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        if processes.is_main():
+            with suppress(OSError):  # the terminal may be gone
+                print("Stopped; what was finished is kept, and the same command resumes from there.", file=sys.stderr)
+        code = 128 + (_stopped_by or [signal.SIGINT])[-1]
+    sys.exit(code)
+
+
+def _call() -> int:
     try:
         code = app(standalone_mode=False)
         if not code:
             processes.leave()
+        return code or 0
     except UserError as error:
         _fail(str(error))
     except UsageError as error:
         verb = error.ctx.command_path if error.ctx else "prunet"
         _fail(f"{error.format_message()} (see `{verb} --help`)")
     except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
+        return INTERRUPTED
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _fail(f"No space left ({error.filename or 'output'}); what was finished before is kept")
         if error.filename is None:
             raise
-        _fail(f"{error.filename}: {error.strerror}; give another path, or mend this one")
+        _fail(f"{error.filename}: {error.strerror}; give another path, or fix this one")
     except (MemoryError, RuntimeError) as error:
         if _is_out_of_memory(error):
             _fail(
@@ -61,12 +85,27 @@ def main() -> None:
         if processes.count() == 1 or not re.search("connection (closed|reset)|nccl|gloo", str(error), re.IGNORECASE):
             raise
         _fail("another process has ended, and says why")
-    if code == INTERRUPTED:
-        print("Stopped; what was finished is kept, and the same command goes on from there.", file=sys.stderr)
-    sys.exit(code or 0)
 
 
-def _fail(message: str) -> None:
+_stopped_by: list[int] = []  # the signals that came
+
+
+def _listen() -> None:
+    """Has all signals that end a command raise KeyboardInterrupt, as Ctrl-C does."""
+    _stopped_by.clear()
+    for number in STOPS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # nohup asks to be spared
+            signal.signal(number, _stop)
+
+
+def _stop(number: int, frame: Any) -> None:
+    _stopped_by.append(number)
+    raise KeyboardInterrupt
+
+
+def _fail(message: str) -> NoReturn:
+    if _stopped_by:
+        raise KeyboardInterrupt
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (process {rank})"
     print(f"error{where}: {one_line(message)}", file=sys.stderr)

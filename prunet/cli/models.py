@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +16,6 @@ from prunet.cli.options import (
     TeacherArgument,
     app,
     open_recipe,
-    refuse_foreign,
     say,
     with_runtime,
 )
@@ -39,7 +40,9 @@ def inspect(
             raise UserError(f"{teacher}: a recipe names its own plan and teacher.config: leave --plan and --config out")
         return _inspect_recipe(Path(teacher), as_json)
     chosen = Plan("none") if plan == "none" else load_plan(plan)
-    derived = derive(Teacher(teacher, config=config).unet_config, chosen)
+    opened = Teacher(teacher, config=config)
+    derived = derive(opened.unet_config, chosen)
+    opened.check_weights(headers_only=True)
     title = teacher if plan == "none" else f"{teacher} by {chosen.name}"
     say(as_json, derived.facts() if as_json else {}, None if as_json else draw_plan(derived, title))
 
@@ -55,7 +58,9 @@ def _inspect_recipe(path: Path, as_json: bool) -> None:
 
     recipe = open_recipe(path, None)
     source = recipe.teacher
-    config = Teacher(source.source, config=source.config, revision=source.revision).unet_config
+    teacher = Teacher(source.source, config=source.config, revision=source.revision)
+    config = teacher.unet_config
+    teacher.check_weights(headers_only=True)
     derived, steps = derive(config, recipe.plan), [derive(config, plan) for plan in recipe.stage_plans]
     check_steps(steps)
     notes = [f"{stage.steps:,} x {stage.batch_size}" for stage in recipe.stages]
@@ -94,16 +99,17 @@ def build(
 
     Writes a stock diffusers U-Net folder (load it with UNet2DConditionModel.from_pretrained).
     """
+    from prunet.ownership import check_place
     from prunet.plan import derive, load_plan
     from prunet.runs import save_unet
     from prunet.student import inherit
     from prunet.teacher import Teacher
 
+    check_place(output, "student", "--output", [Path(teacher)])
     opened = Teacher(teacher, config=config)
     derived = derive(opened.unet_config, load_plan(plan))
     opened.check_weights()
-    refuse_foreign(output, "config.json")
-    save_unet(inherit(opened.unet, derived), output)
+    save_unet(inherit(opened.unet, derived), output, "student")
     count = derived.student_size.parameters
     say(as_json, {"output": str(output), "parameters": count}, f"{output}: a U-Net of {count:,} parameters")
 
@@ -121,37 +127,61 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the student of a run as a stock pipeline folder, or as one .safetensors for ComfyUI and others."""
+    from prunet.ownership import check_file, check_place
     from prunet.pipeline import export as export_folder
     from prunet.pipeline import export_single_file
-    from prunet.runs import Run, load_unet
+    from prunet.runs import Run, read_paths
 
     if not (run_folder / "recipe.yaml").is_file():
         raise UserError(f"{run_folder}: not a run folder (no recipe.yaml); `prunet run RECIPE` makes one")
-    if single_file and output is not None and output.suffix != ".safetensors":
-        raise UserError(f"--output {output}: name the single file something.safetensors")
-    if single_file and output is not None and output.exists():
-        raise UserError(f"--output {output}: exists; delete it first, or give another name")
-    if single_file and output is not None:
-        refuse_foreign(output.with_suffix(".config"), "model_index.json")  # its configs go there
-    this = Run(open_recipe(run_folder, [f"output={json.dumps(str(run_folder))}"]))
+    own = run_folder / ("student.safetensors" if single_file else "pipeline")
+    target = output or own
+    elsewhere = os.path.realpath(target) != os.path.realpath(own)
+    if single_file and target.suffix != ".safetensors":
+        raise UserError(f"--output {target}: name the single file something.safetensors")
+    recipe = open_recipe(run_folder, [f"output={json.dumps(str(run_folder))}"])
+    if single_file and elsewhere:
+        check_file(target, "--output", sources=read_paths(recipe))
+        check_place(target.with_suffix(".config"), "configs", "--output", read_paths(recipe))  # its configs go there
+    elif elsewhere:
+        check_place(target, "pipeline", "--output", read_paths(recipe))
+    this = Run(recipe)
     if not this.result_of("evaluate").is_file():
         raise UserError(f"{run_folder}: not evaluated yet; finish it with `prunet run {run_folder}`")
     if single_file:
         if not this.is_done("export"):
             this.do("export")
-        written = export_single_file(run_folder / "pipeline", output or run_folder / "student.safetensors", fp16=fp16)
+        with nullcontext() if elsewhere else this.at_work():
+            written = export_single_file(run_folder / "pipeline", target, fp16=fp16)
     else:
-        target = output or run_folder / "pipeline"
-        refuse_foreign(target, "model_index.json")
-        written = export_folder(this.exported_teacher(), load_unet(this.last_unet), target, card=this.card(), fp16=fp16)
+        with nullcontext() if elsewhere else this.at_work():
+            teacher, what = this.exported_teacher(), "pipeline" if elsewhere else "export"
+            written = export_folder(teacher, this.last_unet(), target, card=this.card(), fp16=fp16, what=what)
     size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.rglob("*.safetensors")))
-    loads = this.derived.loads_in
+    loads, works = this.derived.loads_in, this.derived.works_with
     say(
         as_json,
-        {"output": str(written), "bytes": size, "loads_in": loads},
+        {"output": str(written), "bytes": size, "loads_in": loads, "works_with": works},
         f"{written}: {size / 1e6:,.1f} MB of weights\n"
         + "\n".join(f"  {program}: {answer}" for program, answer in loads.items()),
     )
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A pickled checkpoint: .ckpt, .pt, .pth or .bin.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The new file; FILE.safetensors by default.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the tensors of a pickled checkpoint as .safetensors, without running the code that is in it."""
+    from prunet.pickles import convert as convert_pickle
+
+    facts = convert_pickle(checkpoint, output)
+    dropped = f"\nno tensors, so left out: {', '.join(facts['dropped'])}" if facts["dropped"] else ""
+    text = f"{facts['output']}: {facts['tensors']:,} tensors, {facts['bytes'] / 1e6:,.1f} MB{dropped}"
+    say(as_json, facts, text)
 
 
 @app.command()
@@ -179,7 +209,8 @@ def generate(
     Example: prunet generate runs/demo "a red apple" -n 4
     """
     from prunet.files import check_writable
-    from prunet.pipeline import PICTURE_FORMATS
+    from prunet.ownership import check_file, check_place, hold
+    from prunet.pipeline import PICTURE_FORMATS, is_drawn
     from prunet.pipeline import generate as draw_pictures
 
     one_file = output.suffix.lower() in PICTURE_FORMATS
@@ -187,6 +218,10 @@ def generate(
         raise UserError(f"--output {output}: {num_images} pictures need a folder, not one file")
     if not one_file and output.is_file():
         raise UserError(f"--output {output}: is a file that is no picture; give a folder or something.png")
+    if one_file:
+        check_file(output, "--output", is_drawn)
+    else:
+        check_place(output, "pictures", "--output", [Path(model)])
     check_writable(output.parent if one_file else output, "--output")
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise UserError(f"--guidance-scale {guidance_scale}: give a number, such as 7.5")
@@ -194,18 +229,19 @@ def generate(
         is_run = (Path(model) / "recipe.yaml").is_file()
         guidance_scale = open_recipe(Path(model), None).evaluation.guidance_scale if is_run else 7.5
     paths = [output] if one_file else [output / f"{seed + i:06d}.png" for i in range(num_images)]
-    draw_pictures(
-        model,
-        prompt,
-        num_images=num_images,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        size=size,
-        sampler=sampler,
-        config=config,
-        device=runtime.torch_device,
-        dtype=runtime.dtype,
-        save_to=paths,
-    )
+    with nullcontext() if one_file else hold(output, "pictures"):
+        draw_pictures(
+            model,
+            prompt,
+            num_images=num_images,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            size=size,
+            sampler=sampler,
+            config=config,
+            device=runtime.torch_device,
+            dtype=runtime.dtype,
+            save_to=paths,
+        )
     say(as_json, {"pictures": [str(p) for p in paths]}, "\n".join(str(p) for p in paths))

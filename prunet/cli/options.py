@@ -66,6 +66,13 @@ RUNTIME: dict[str, tuple[Any, Any]] = {
         Annotated[bool, typer.Option("--teacher-8bit", help="The teacher's linear layers in 8 bits (torchao).")],
         False,
     ),
+    "teacher_fp8": (
+        Annotated[
+            bool,
+            typer.Option("--teacher-fp8", help="The teacher's linear layers multiply in fp8 (Hopper GPUs, torchao)."),
+        ],
+        False,
+    ),
     "fsdp": (
         Annotated[
             bool,
@@ -77,14 +84,30 @@ RUNTIME: dict[str, tuple[Any, Any]] = {
         Annotated[bool, typer.Option("--compile", help="torch.compile both models; the first step takes minutes.")],
         False,
     ),
+    "compile_blocks": (
+        Annotated[
+            bool,
+            typer.Option("--compile-blocks", help="torch.compile the transformer blocks alone, in seconds."),
+        ],
+        False,
+    ),
+    "channels_last": (
+        Annotated[
+            bool,
+            typer.Option("--channels-last", help="Store convolutions as GPUs compute them; a little faster on most."),
+        ],
+        False,
+    ),
     "tracker": (
         Annotated[str | None, typer.Option(help="Also log to an accelerate tracker, such as tensorboard.")],
         None,
     ),
 }
+#: What changes how fast a distillation is, not how much memory it needs; and what needs several processes.
+FAST = ("fsdp", "compile", "compile_blocks", "channels_last", "tracker")
 #: Those of a distillation, and those of them that an estimate can count.
 LOOP = tuple(RUNTIME)
-COUNTED = tuple(name for name in LOOP if name not in ("fsdp", "compile", "tracker"))
+COUNTED = tuple(name for name in LOOP if name not in FAST)
 
 
 def with_runtime(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -117,6 +140,7 @@ def make_runtime(device: str | None = None, precision: str = "auto", tracker: st
     declare_torchvision_ops()
     import torch
 
+    from prunet.gpu import has_fp8
     from prunet.training import Runtime
 
     if precision not in ("auto", "no", "bf16", "fp16"):
@@ -140,16 +164,23 @@ def make_runtime(device: str | None = None, precision: str = "auto", tracker: st
     for flag, on, package in (
         ("--use-8bit-adam", runtime.use_8bit_adam, "bitsandbytes"),
         ("--teacher-8bit", runtime.teacher_8bit, "torchao"),
+        ("--teacher-fp8", runtime.teacher_fp8, "torchao"),
     ):
         if on and importlib.util.find_spec(package) is None:
             raise UserError(f"{flag}: needs {package}, which is not installed: pip install -e '.[memory]'")
     if runtime.use_8bit_adam and runtime.torch_device.type != "cuda":
         raise UserError("--use-8bit-adam: for CUDA devices only")
+    if runtime.teacher_fp8 and not has_fp8(runtime.torch_device):
+        raise UserError("--teacher-fp8: for CUDA devices of compute capability 9.0 on (Hopper); try --teacher-8bit")
+    if runtime.teacher_fp8 and (runtime.teacher_8bit or runtime.mixed_precision != "bf16"):
+        raise UserError("--teacher-fp8: with --precision bf16, and without --teacher-8bit")
+    if runtime.compile and runtime.compile_blocks:
+        raise UserError("--compile compiles the blocks as well: leave out --compile-blocks, or --compile")
     if runtime.fsdp and processes.count() == 1:
         raise UserError("--fsdp: shares the student out among several processes: start them with accelerate launch")
     if runtime.fsdp and (runtime.mixed_precision == "fp16" or runtime.use_8bit_adam):
         raise UserError("--fsdp: with --precision bf16 or no, and without --use-8bit-adam")
-    if runtime.compile:
+    if runtime.compile or runtime.compile_blocks:
         from prunet.inference import check_compiler
 
         check_compiler(runtime.torch_device)
@@ -177,12 +208,6 @@ def open_recipe(path: Path, overrides: list[str] | None) -> Any:
     if path.is_dir():
         return load_recipe(path / "recipe.yaml", overrides or (), {"output": str(path)})
     return load_recipe(path, overrides or ())
-
-
-def refuse_foreign(folder: Path, own: str) -> None:
-    """Nothing that prunet did not write is replaced."""
-    if folder.exists() and not (folder.is_dir() and ((folder / own).exists() or not any(folder.iterdir()))):
-        raise UserError(f"{folder}: exists and holds something else; give another --output")
 
 
 def say(as_json: bool, facts: dict[str, Any], text: Any = None) -> None:

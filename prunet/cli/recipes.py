@@ -1,6 +1,5 @@
 """Verbs that do a recipe: all of it, up to some step, or in several ways."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,14 +21,14 @@ from prunet.cli.options import (
 
 
 def _run_until(until: str, path: Path, overrides: list[str] | None, runtime: Any, as_json: bool) -> Any:
+    from prunet.report import read_evaluation
     from prunet.runs import Run
 
     this = Run(open_recipe(path, overrides), runtime)
-    for step in this.step_names(until):
-        this.do(step)
+    this.finish(until)
     facts = {"output": str(this.folder), "steps": {name: "done" for name in this.step_names(until)}}
     if until == "report":
-        facts["evaluation"] = json.loads((this.folder / "evaluation" / "evaluation.json").read_text())["distance"]
+        facts["evaluation"] = read_evaluation(this.folder / "evaluation")["distance"]
         facts["report"] = str(this.folder / "report.html")
     say(as_json, facts, _where(this.folder, until))
     return this
@@ -115,20 +114,22 @@ def evaluate(
     LPIPS, too, given its weights; of a finished run it is added: prunet evaluate RUN --weights vgg=FILE
     --weights lpips=FILE
     """
+    from prunet.evaluation import markdown
     from prunet.lpips import Lpips, add_lpips
-    from prunet.report import write_report
+    from prunet.report import read_evaluation, write_report
 
     files = named_files(weights, "vgg=FILE and lpips=FILE")
     lpips = Lpips.load(files, runtime.torch_device) if files else None
     this = _run_until("evaluate", recipe, overrides, runtime, as_json)
     if lpips and processes.is_main():
-        add_lpips(this.folder / "evaluation", lpips)
-        if this.is_done("report"):
-            write_report(this.folder)
+        with this.at_work():
+            add_lpips(this.folder / "evaluation", lpips)
+            if this.is_done("report"):
+                write_report(this.folder)
     if not as_json:
         from rich.markdown import Markdown
 
-        say(as_json, {}, Markdown((this.folder / "evaluation" / "evaluation.md").read_text()))
+        say(as_json, {}, Markdown(markdown(read_evaluation(this.folder / "evaluation"))))
 
 
 @app.command()

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prunet.cli.options import ConfigOption, Json, app, named_files, refuse_foreign, say, with_runtime
+from prunet.cli.options import ConfigOption, Json, app, named_files, say, with_runtime
 from prunet.errors import UserError
 
 
@@ -100,9 +100,11 @@ def compare(
 
     Refused if they were not measured alike, with what differs.
     """
+    from prunet.charts import is_page
     from prunet.comparison import write_comparison
     from prunet.measuring import compare as side_by_side
     from prunet.measuring import markdown
+    from prunet.ownership import check_file
 
     if any((folder / "measures.json").is_file() for folder in folders):
         from rich.markdown import Markdown
@@ -111,6 +113,7 @@ def compare(
         return say(as_json, {"results": results}, Markdown(markdown(results)))
     if output.suffix != ".html" or output.is_dir():
         raise UserError(f"--output {output}: name the page something.html")
+    check_file(output, "--output", is_page)
     page = write_comparison(folders, output)
     say(as_json, {"page": str(page)}, f"Page: {page}")
 
@@ -159,10 +162,11 @@ def bench(
     from prunet.files import check_writable
     from prunet.inference import bench as time_all
     from prunet.inference import check_compiler, open_pipelines
+    from prunet.ownership import check_place, hold
     from prunet.speeds import markdown, write_speeds
 
     if output is not None:
-        refuse_foreign(output, "bench.json")
+        check_place(output, "bench", "--output", map(Path, models))
         check_writable(output, "--output")
     if compiled:
         check_compiler(runtime.torch_device)
@@ -176,5 +180,6 @@ def bench(
         compiled=compiled,
     )
     if output is not None:
-        write_speeds(result, output)
+        with hold(output, "bench"):
+            write_speeds(result, output)
     say(as_json, result, Markdown(markdown(result)))

@@ -1,0 +1,104 @@
+"""Seals and checksums (CRC-32, in hexadecimal): by these prunet knows its own folders again, and notices damage.
+
+A folder that prunet made holds a seal, `.prunet.json`: what it is, when and by which version it was made, and, where
+prunet wrote the folder as a whole, the checksums of its files.
+"""
+
+import json
+import zlib
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prunet import __version__
+from prunet.errors import UserError
+
+SEAL, CHECKSUM = ".prunet.json", "checksum"
+PIECE = 1 << 24  # bytes read at once
+
+
+def checksum(pieces: Iterable[Any]) -> str:
+    """Of all pieces (anything with a buffer), one after the other."""
+    value = 0
+    for piece in pieces:
+        value = zlib.crc32(piece, value)
+    return f"{value:08x}"
+
+
+def file_checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return checksum(iter(lambda: file.read(PIECE), b""))
+
+
+def json_checksum(value: Any, name: str) -> str:
+    """Of a JSON value under the name of its file, so that two files that were swapped are noticed."""
+    text = json.dumps([name, json.loads(json.dumps(value))], sort_keys=True)
+    return checksum([text.encode()])
+
+
+def seal(folder: Path, what: str, made_from: str | None = None) -> None:
+    """Seals a folder that is being written as a whole, with the checksums of all that lies in it."""
+    files = {name: file_checksum(folder / name) for name in files_in(folder)}
+    made = {"made_from": made_from} if made_from else {}
+    (folder / SEAL).write_text(seal_text(what, **made, files=files), encoding="utf-8")
+
+
+def seal_text(what: str, **more: Any) -> str:
+    value = {"what": what, "by": f"prunet {__version__}", "when": datetime.now(UTC).isoformat(timespec="seconds")}
+    value |= more
+    return json.dumps(value | {CHECKSUM: json_checksum(value, SEAL)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def files_in(folder: Path) -> list[str]:
+    """All that lies in a folder but its seal and its folders, by its name from there."""
+    found = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(name for name in found if name != SEAL)
+
+
+def read_seal(folder: Path) -> dict[str, Any] | None:
+    """The seal of a folder; None where there is none.
+
+    Raises:
+        UserError: damaged.
+    """
+    path = folder / SEAL
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if value.pop(CHECKSUM) != json_checksum(value, SEAL):
+            raise ValueError("its checksum is another")
+        if not (isinstance(value["what"], str) and isinstance(value.get("files", {}), dict)):
+            raise ValueError("not a seal of prunet")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error}): delete it, and give the same command again") from error
+    return value  # type: ignore[no-any-return]
+
+
+def verify(folder: Path, fix: str, made_from: str | None = None) -> None:
+    """Compares a folder that prunet wrote as a whole with its seal; one without a seal (older) is not checked.
+
+    Raises:
+        UserError: a file is missing or has other bytes, or all of it was `made_from` something else; `fix` says what
+            to do about it.
+    """
+    seal = read_seal(folder)
+    if seal is None:
+        return
+    if made_from is not None and seal.get("made_from", made_from) != made_from:
+        raise UserError(f"{folder}: of another run, or made from other inputs: {fix}")
+    if wrong := changed(folder, seal, but=("README.md",)):
+        raise UserError(f"{wrong}: {fix}")
+
+
+def changed(folder: Path, seal: dict[str, Any], but: Iterable[str] = ()) -> str | None:
+    """The first file that is not as it was written, and why."""
+    for name, expected in seal.get("files", {}).items():
+        path = folder / name
+        try:
+            if name not in but and file_checksum(path) != expected:
+                return f"{path}: damaged or changed (its checksum is another than when it was written)"
+        except OSError as error:
+            return f"{path}: {'missing' if isinstance(error, FileNotFoundError) else error.strerror}"
+    return None

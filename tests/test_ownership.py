@@ -1,0 +1,291 @@
+"""Nothing of the user's is overwritten, whatever a command is told to write to; one process at a time in a folder."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from test_cli import call, recipe
+
+from prunet import Runtime, UserError, ablation, inference, load_recipe, measuring, pipeline, run, runs
+from prunet.files import new_folder
+from prunet.ownership import LOCK, hold, kind_of
+from prunet.seals import SEAL
+
+CPU = Runtime(device="cpu", precision="no", log_every=1)
+
+
+class Begins(Exception):
+    """The work would begin now."""
+
+
+def begin(*args: object, **options: object) -> None:
+    raise Begins
+
+
+@pytest.fixture
+def files(finished: Path, sd: Path, pictures: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / "finished")
+    shutil.copytree(sd, tmp_path / "teacher")
+    shutil.copytree(pictures, tmp_path / "pictures")
+    return tmp_path
+
+
+def with_recipe(files: Path, **changes: object) -> Path:
+    stages = [{"steps": 2, "batch_size": 2, "warmup_steps": 0}]
+    return recipe(files, files / "teacher", files / "pictures", stages=stages, **changes)
+
+
+def with_ablation(files: Path, place: Path) -> Path:
+    value = {"recipe": str(with_recipe(files)), "arms": {"a": {}}, "output": str(place)}
+    (files / "ablation.yaml").write_text(yaml.safe_dump(value))
+    return files / "ablation.yaml"
+
+
+def with_protocol(files: Path) -> Path:
+    (files / "prompts.txt").write_text("a\nb\n")
+    given = {"source": "Here.", "file": "prompts.txt"}
+    value = {"name": "x", "prompts": given, "metrics": ["clip_score"], "clip": {"model": "x", "source": "There."}}
+    (files / "protocol.yaml").write_text(yaml.safe_dump(value))
+    return files / "protocol.yaml"
+
+
+#: Verb -> its arguments for a place to write to, and what it makes there.
+VERBS: dict[str, tuple[Callable[[Path, Path], tuple], str]] = {
+    "build": (lambda f, to: ("build", f / "teacher", "--plan", "bk-tiny", "-o", to), "student"),
+    "export": (lambda f, to: ("export", f / "finished", "-o", to), "pipeline"),
+    "export --single-file": (
+        lambda f, to: ("export", f / "finished", "--single-file", "-o", to.with_suffix(".safetensors")),
+        "configs",
+    ),
+    **{
+        verb: (lambda f, to, verb=verb: (verb, with_recipe(f, output=str(to)), "--device", "cpu"), "run")
+        for verb in ("run", "cache", "distil", "evaluate")
+    },
+    "run with a cache": (lambda f, to: ("run", with_recipe(f, cache=str(to)), "--device", "cpu"), "cache"),
+    "ablate": (lambda f, to: ("ablate", with_ablation(f, to), "--device", "cpu"), "ablation"),
+    "measure": (
+        lambda f, to: ("measure", f / "teacher", "--protocol", with_protocol(f), "-o", to, "--device", "cpu"),
+        "measurement",
+    ),
+    "bench": (lambda f, to: ("bench", f / "teacher", "-o", to, "--device", "cpu"), "bench"),
+    "generate": (lambda f, to: ("generate", f / "teacher", "a", "-o", to, "--device", "cpu"), "pictures"),
+}
+
+
+def own(place: Path, what: str) -> None:
+    if what in ("student", "pipeline", "configs"):
+        with new_folder(place, what) as part:
+            (part / "config.json").write_text("{}")
+    else:
+        with hold(place, what):
+            pass
+
+
+def write(path: Path, text: str = "mine") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+#: What lies there -> how it comes there (from the files, the place, what the verb makes), and whether the verb begins.
+THERE: dict[str, tuple[Callable[[Path, Path, str], object], bool | None]] = {
+    "nothing": (lambda f, to, what: None, True),
+    "an empty folder": (lambda f, to, what: to.mkdir(), True),
+    "its own": (lambda f, to, what: own(to, what), True),
+    "foreign files": (lambda f, to, what: write(to / "notes.txt"), False),
+    "a foreign recipe": (lambda f, to, what: write(to / "recipe.yaml"), False),
+    "a hidden file": (lambda f, to, what: write(to / ".git" / "config"), False),
+    "a file": (lambda f, to, what: write(to), False),
+    "another kind of prunet's": (lambda f, to, what: own(to, "student" if what != "student" else "pipeline"), False),
+    "another's cache": (lambda f, to, what: shutil.copytree(f / "finished" / "cache", to), None),
+    "a teacher": (lambda f, to, what: shutil.copytree(f / "teacher", to), False),
+    "a link to its teacher": (lambda f, to, what: to.symlink_to(f / "teacher"), False),
+    "a link to a part of it": (lambda f, to, what: to.symlink_to(f / "teacher" / "unet"), False),
+    "a link that leads round": (lambda f, to, what: to.symlink_to(to), False),
+    "its data": (lambda f, to, what: shutil.copytree(f / "pictures", to), False),
+}
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+@pytest.fixture
+def begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind of work ends where it would begin."""
+    for module, name in (
+        (runs, "save_unet"),
+        (pipeline, "export"),
+        (pipeline, "export_single_file"),
+        (pipeline, "generate"),
+        (runs.Run, "finish"),
+        (ablation, "Run"),
+        (measuring.Reference, "open"),
+        (inference, "bench"),
+    ):
+        monkeypatch.setattr(module, name, begin)
+    monkeypatch.setattr(inference, "open_pipelines", lambda *args, **options: [])
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_lies_there_decides(verb, files, capsys, begins) -> None:
+    arguments, what = VERBS[verb]
+    for there, (put, expected) in THERE.items():
+        to = files / f"{verb} {there}".replace(" ", "-")
+        to = to.with_suffix(".config") if what == "configs" else to
+        put(files, to, what)
+        args = arguments(files, to)
+        before = tree(files)
+        if expected or (there == "another's cache" and what == "cache"):
+            with pytest.raises(Begins):
+                call(capsys, *args)
+        else:
+            code, _, err = call(capsys, *args)
+            assert (code, err.count("\n")) == (2, 1), (there, err)
+            assert err.startswith("error: ") and ("output" in err or "cache" in err), (there, err)
+            assert tree(files) == before, there
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_nothing_goes_into_or_above_what_is_read(verb, files, capsys, begins) -> None:
+    arguments, what = VERBS[verb]
+    end = "x.config" if what == "configs" else "x"
+    refused = [files / "teacher" / end, files / "teacher" / "unet" / "deep" / end, files / "finished/cache" / end]
+    refused += [files / "finished" / "pipeline" / "vae" / end, files / "finished" / "student" / end]
+    if what in ("run", "cache", "ablation"):
+        refused += [files / "pictures" / end, files]
+    for to in refused:
+        args = arguments(files, to)
+        before = tree(files)
+        code, _, err = call(capsys, *args)
+        assert (code, err.count("\n")) == (2, 1), (to, err)
+        assert tree(files) == before, to
+    if what in ("bench", "measurement", "pictures", "pipeline", "student"):
+        with pytest.raises(Begins):  # beside the parts of a run there is room for results
+            call(capsys, *arguments(files, files / "finished" / "x"))
+
+
+def test_what_was_changed_in_a_folder_of_prunets_is_not_lost(files, capsys, begins) -> None:
+    def add(folder: Path) -> None:
+        write(folder / "notes.md")
+
+    def change(folder: Path) -> None:
+        write(folder / "config.json", "{ }")
+
+    for verb in ("build", "export", "export --single-file"):
+        arguments, what = VERBS[verb]
+        for edit, words in ((add, "notes.md: not made by prunet"), (change, "config.json: damaged or changed")):
+            to = files / f"{verb}-{edit.__name__}.config"
+            own(to, what)
+            edit(to)
+            code, _, err = call(capsys, *arguments(files, to))
+            assert code == 2 and words in err, err
+
+
+def test_single_files(files, capsys, monkeypatch) -> None:
+    """A picture or page is replaced if prunet drew it; a model never."""
+    draw = ("generate", files / "teacher", "a", "--steps", 1, "--device", "cpu", "-o")
+    for name in ("a.png", "a.jpg", "a.webp"):
+        assert call(capsys, *draw, files / name)[0] == 0
+        assert call(capsys, *draw, files / name)[0] == 0
+        Image.new("RGB", (8, 8)).save(files / f"mine-{name}")
+        code, _, err = call(capsys, *draw, files / f"mine-{name}")
+        assert code == 2 and "exists, and prunet did not make it" in err
+    shutil.copytree(files / "finished", files / "again")
+    compare = ("compare", files / "finished", files / "again", "-o")
+    assert call(capsys, *compare, files / "page.html")[0] == 0
+    assert call(capsys, *compare, files / "page.html")[0] == 0
+    for path in (write(files / "mine.html", "<html>"), files / "teacher" / "page.html"):
+        before = tree(files)
+        code, _, err = call(capsys, *compare, path)
+        assert code == 2 and "\n" not in err.strip() and tree(files) == before
+    model = write(files / "model.safetensors")
+    code, _, err = call(capsys, "export", files / "finished", "--single-file", "-o", model)
+    assert code == 2 and model.read_text() == "mine"
+
+
+def test_what_versions_without_marks_made_is_prunets(files) -> None:
+    for mark in (files / "finished").rglob(SEAL):
+        mark.unlink()
+    assert [kind_of(files / "finished" / name) for name in ("", "cache", "pipeline")] == ["run", "cache", None]
+    run(load_recipe(files / "finished" / "recipe.yaml", [f"output={json.dumps(str(files / 'finished'))}"]), CPU)
+
+
+# -- one at a time
+
+
+def other_process(folder: Path) -> subprocess.Popen:
+    code = (
+        "import sys; from pathlib import Path; from prunet.ownership import hold\n"
+        "with hold(Path(sys.argv[1]), 'run'): print('held', flush=True); sys.stdin.read()"
+    )
+    held = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert held.stdout is not None and held.stdout.readline() == "held\n"
+    return held
+
+
+def test_one_process_at_a_time_and_readers_as_they_like(files, capsys) -> None:
+    folder = files / "finished"
+    held = other_process(folder)
+    try:
+        code, _, err = call(capsys, "run", folder, "--set", "evaluation.steps=2", "--device", "cpu")
+        assert (code, err.count("\n")) == (2, 1) and f"process {held.pid} on " in err, err
+        shutil.copytree(folder, files / "again")
+        for reads in (
+            ("run", folder, "--device", "cpu"),  # finished: nothing to do
+            ("compare", folder, files / "again", "-o", files / "page.html"),
+            ("export", folder, "-o", files / "elsewhere"),
+            ("generate", folder, "a", "--steps", 1, "-o", files / "a.png", "--device", "cpu"),
+        ):
+            assert call(capsys, *reads)[0] == 0, reads
+    finally:
+        held.kill()  # the lock dies with its process
+        held.wait()
+    assert call(capsys, "run", folder, "--set", "evaluation.steps=2", "--device", "cpu")[0] == 0
+
+
+def test_a_process_may_take_its_lock_twice_and_a_fork_does_not_keep_it(tmp_path) -> None:
+    with hold(tmp_path / "a", "run"), hold(tmp_path / "a", "run"):
+        pass
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hold(tmp_path / "a", "run"))
+        read, write_end = os.pipe()
+        if not (child := os.fork()):
+            os.close(write_end)
+            os.read(read, 1)
+            os._exit(0)
+        os.close(read)
+        stack.close()
+        other = other_process(tmp_path / "a")
+        with pytest.raises(UserError, match=rf"process {other.pid} on .* works in it"), hold(tmp_path / "a", "run"):
+            pass
+        other.kill()
+        other.wait()
+        os.close(write_end)
+        os.waitpid(child, 0)
+    assert (tmp_path / "a" / LOCK).is_file()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="needs to mount")
+def test_a_finished_run_may_lie_on_a_read_only_mount(files, capsys) -> None:
+    folder = files / "finished"
+    if subprocess.run(["mount", "--bind", folder, folder], capture_output=True).returncode:
+        pytest.skip("cannot mount here")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+        assert call(capsys, "run", folder, "--device", "cpu")[0] == 0
+        assert call(capsys, "export", folder, "-o", files / "elsewhere")[0] == 0
+        code, _, err = call(capsys, "run", folder, "--set", "evaluation.steps=2", "--device", "cpu")
+        assert (code, err.count("\n")) == (2, 1) and "cannot write into" in err
+    finally:
+        subprocess.run(["umount", folder], check=True)

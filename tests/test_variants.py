@@ -1,0 +1,90 @@
+"""Weights in every form in which diffusers and transformers write them are those that stock diffusers loads."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
+
+from prunet import Teacher, UserError
+from prunet.teacher import WEIGHTS
+
+PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+
+
+@pytest.fixture
+def teacher_folder(sd, tmp_path) -> Path:
+    return Path(shutil.copytree(sd, tmp_path / "teacher"))
+
+
+def rewrite(folder: Path, part: str, variant: str | None, shards: int, scale: float = 1.0, keep: bool = False) -> None:
+    """Writes a part's weights in another form, multiplied by `scale`."""
+    stem = WEIGHTS[part]
+    whole = folder / part / f"{stem}.safetensors"
+    tensors = {name: tensor * scale for name, tensor in load_file(whole).items()}
+    if not keep:
+        whole.unlink()
+    named = f"{stem}.{variant}" if variant else stem
+    if shards == 1:
+        save_file(tensors, folder / part / f"{named}.safetensors", metadata={"format": "pt"})
+        return
+    names = sorted(tensors)
+    files = {name: f"{named}-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        chosen = {name: tensors[name] for name in names if files[name] == file}
+        save_file(chosen, folder / part / file, metadata={"format": "pt"})
+    index = f"{stem}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json"
+    (folder / part / index).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def weights(teacher: Teacher, part: str) -> torch.Tensor:
+    module = teacher.text_part(part) if part.startswith("text") else getattr(teacher, part)
+    return next(module.parameters())
+
+
+@pytest.mark.parametrize(("variant", "shards"), [(None, 2), ("fp16", 1), ("fp16", 3), ("non_ema", 1), ("bf16", 2)])
+def test_parts_are_read_in_each_form_and_copied_as_stock_classes_load_them(
+    sd, teacher_folder, tmp_path, variant, shards
+) -> None:
+    for part in PARTS:
+        rewrite(teacher_folder, part, variant, shards)
+    teacher, before = Teacher(teacher_folder), Teacher(sd)
+    teacher.check_weights()
+    (tmp_path / "copy").mkdir()
+    teacher.save_parts(tmp_path / "copy")
+    for part, cls in PARTS.items():
+        assert torch.equal(weights(teacher, part), weights(before, part))
+        folder = (
+            teacher_folder if part == "unet" else tmp_path / "copy"
+        )  # the U-Net is not copied: a student's goes there
+        stock = cls.from_pretrained(folder, subfolder=part, variant=variant if part == "unet" else None)
+        assert torch.equal(next(stock.parameters()), weights(before, part))
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize("variant", [None, "non_ema"])
+def test_of_several_forms_prunet_reads_and_knows_the_one_that_stock_classes_read(teacher_folder, part, variant) -> None:
+    before = Teacher(teacher_folder).fingerprint([part])
+    rewrite(teacher_folder, part, variant, 1 if variant else 2, scale=0.5, keep=True)
+    stock = PARTS[part].from_pretrained(teacher_folder, subfolder=part)
+    teacher = Teacher(teacher_folder)
+    assert torch.equal(weights(teacher, part), next(stock.parameters()))
+    reads_shards = variant is None and part == "unet"
+    assert (teacher.fingerprint([part]) != before) == reads_shards
+
+
+def test_variants_to_choose_from_are_refused_and_fp16_goes_first(teacher_folder) -> None:
+    rewrite(teacher_folder, "unet", "bf16", 1, scale=0.5, keep=True)
+    rewrite(teacher_folder, "unet", "non_ema", 2)
+    with pytest.raises(UserError, match="variants bf16, non_ema, and none without") as error:
+        Teacher(teacher_folder).check_weights()
+    assert "\n" not in str(error.value)
+    folder = teacher_folder / "unet"
+    (folder / "diffusion_pytorch_model.bf16.safetensors").rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    assert [file.name for file in Teacher(teacher_folder)._weight_files("unet")] == [
+        "diffusion_pytorch_model.fp16.safetensors"
+    ]
