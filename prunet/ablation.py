@@ -33,6 +33,8 @@ MEASURES = {
     ("after", "latent"): "latents, MSE",
     ("after", "picture"): "pictures, RMSE",
 }
+#: Arms times seeds; each is a recipe that is read and checked before the first one starts.
+MOST_RUNS = 500
 #: Values of a recipe that the ablation gives to each run.
 OWN = {"seed", "output", "cache"}
 # Student's t, 97.5 %: half the width of a 95 % interval in standard errors, by degrees of freedom. The last one
@@ -64,6 +66,8 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Abla
         ablation = Ablation.model_validate(load_mapping(path, "an ablation"))
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, Ablation)}") from error
+    if (runs := len(ablation.arms) * len(ablation.seeds)) > MOST_RUNS:
+        raise UserError(f"{path}: {runs:,} runs, arms times seeds, are more than {MOST_RUNS}: make several of it")
     if len(set(ablation.seeds)) < len(ablation.seeds):
         raise UserError(f"{path}: a seed is given twice: {', '.join(map(str, ablation.seeds))}")
     given = {*ablation.set, *(key for arm in ablation.arms.values() for key in arm)}

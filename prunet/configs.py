@@ -155,8 +155,8 @@ def check_config(part: str, config: Mapping[str, Any], path: Path) -> None:
         raise UserError(f"{path}: {explain(error)}: fetch or copy it again, or set that field right") from error
 
 
-def check_condition(unet: Mapping[str, Any], encoders: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Refuses text encoders whose embeddings are not as wide as the U-Net takes them; `path`: the pipeline's folder.
+def check_condition(unet: Mapping[str, Any], encoders: Sequence[Mapping[str, Any]], source: str) -> None:
+    """Refuses text encoders whose embeddings are not as wide as the U-Net of the teacher at `source` takes them.
 
     Raises:
         UserError: names both widths.
@@ -165,7 +165,9 @@ def check_condition(unet: Mapping[str, Any], encoders: Sequence[Mapping[str, Any
     for width in takes if isinstance(takes, list) else [takes]:
         given = sum(config.get("hidden_size", 512) for config in encoders)
         if width != given:
-            raise UserError(f"{path}: its U-Net takes text embeddings of width {width}, its text encoders make {given}")
+            raise UserError(
+                f"{source}: its U-Net takes text embeddings of width {width}, its text encoders make {given}"
+            )
 
 
 def _largest(depths: Any) -> int:

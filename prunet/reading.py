@@ -23,6 +23,7 @@ DEEPEST = 20
 LONGEST_NUMBER = 60
 #: Bytes of a JSON file (the largest index of shards has about 1 MB).
 LARGEST_JSON = 10_000_000
+_TOO_MANY = f"more than {MOST:,} values, aliases counted; long lists of prompts go into a text file"
 _TOO_DEEP = f"more than {DEEPEST} lists and mappings inside one another"
 #: What PyYAML raises of its own, for a 13th month, for `!!int abc`.
 _BAD_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError)
@@ -31,10 +32,13 @@ _BAD_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError)
 class _Loader(yaml.SafeLoader):
     """Refuses what is too much, and a key that is given twice: the second would silently take the first one's place."""
 
-    deep = 0
+    deep = nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.deep += 1
+        self.nodes += 1
+        if self.nodes > MOST:
+            raise yaml.composer.ComposerError(None, None, _TOO_MANY, self.peek_event().start_mark)
         if self.deep > DEEPEST:
             raise yaml.composer.ComposerError(None, None, _TOO_DEEP, self.peek_event().start_mark)
         node = super().compose_node(parent, index)
@@ -84,7 +88,7 @@ def _measure(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
         if height >= DEEPEST:
             raise _error(node, _TOO_DEEP)
         if count >= MOST:
-            raise _error(node, f"more than {MOST:,} values, aliases counted; long lists of prompts go into a text file")
+            raise _error(node, _TOO_MANY)
         known[id(node)] = count + 1, height + 1
     if known[id(node)] == (0, 0):
         raise _error(node, "an alias of what it stands in")

@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from prunet import processes
 from prunet.charts import short
 from prunet.checkpoints import PACE
+from prunet.configs import check_condition
 from prunet.console import say
 from prunet.errors import UserError
 from prunet.files import check_writable, new_folder, read_json, read_label, write_json, write_text
@@ -40,6 +41,7 @@ from prunet.ownership import check_place, hold
 from prunet.pairs import Pair, term_factors
 from prunet.pipeline import check_sampler, export, export_single_file, origin, write_unet
 from prunet.plan import Derived, derive
+from prunet.reading import parse_yaml
 from prunet.recipe import Recipe, TeacherSource, read_prompts
 from prunet.seals import file_checksum, verify
 from prunet.sheets import Sheets
@@ -90,6 +92,7 @@ class Run:
     def _check(self) -> None:
         """All that can be wrong is found here, before anything is loaded or computed."""
         recipe = self.recipe
+        parse_yaml(recipe_yaml(recipe), "The recipe with all its values")  # the run folder's, which is read again
         if not recipe.plan.remove:
             say("[yellow]The plan removes nothing:[/] the student will be as large as the teacher")
         check_size(self.teacher, self.size)
@@ -103,6 +106,8 @@ class Run:
             _ = teacher.noise_scheduler
             teacher.check_weights()
             check_same_space(self.teacher, teacher)
+            encoders = [teacher.part_config(part) for part in teacher.text_encoders]
+            check_condition(teacher.unet_config, encoders, teacher.source)
             if data.source is None:
                 check_sampler(teacher, "dpmsolver++", data.steps, "data")
         if not self.is_done("export"):

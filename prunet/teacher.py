@@ -21,7 +21,7 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from prunet import placing, text_names
-from prunet.configs import check_condition, check_config
+from prunet.configs import check_config
 from prunet.console import say
 from prunet.errors import UserError
 from prunet.reading import parse_json
@@ -386,8 +386,6 @@ class Teacher:
                 self._vocabulary_files(part)
                 if not headers_only:
                     open_tokenizer(self._folder / part.replace("text_encoder", "tokenizer"))
-            encoders = [self.part_config(part) for part in self.text_encoders]
-            check_condition(self.unet_config, encoders, self._folder)
         for part in parts:
             placed = self._place(part)
             if not headers_only:
@@ -429,6 +427,7 @@ class Teacher:
         import transformers
 
         cls = getattr(transformers, CLASSES[part])
+        self.part_config(part)  # refuses what transformers would take, and make without end
         try:
             text_config = transformers.CLIPTextConfig.from_pretrained(self._configs() / part)
         except Exception as error:  # of any kind: transformers takes the values as they are

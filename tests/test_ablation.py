@@ -136,3 +136,10 @@ def test_an_arm_given_twice_is_refused(files: Path) -> None:
     (files / "ablation.yaml").write_text("recipe: recipe.yaml\noutput: out\narms:\n  a: {}\n  a: {plan: bk-tiny}\n")
     with pytest.raises(UserError, match="'a' is given twice"):
         load_ablation(files / "ablation.yaml")
+
+
+def test_more_runs_than_can_be_checked_are_refused(files: Path) -> None:
+    path = files / "ablation.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"seeds": list(range(400))}))
+    with pytest.raises(UserError, match="runs, arms times seeds, are more than 500"):
+        load_ablation(path)

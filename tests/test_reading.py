@@ -60,10 +60,10 @@ def test_what_is_too_much_is_refused_at_once(case: str, reader: str, tmp_path: P
     page.write_text(text)
     good = Path(__file__).parent.parent / "recipes" / "demo.yaml"
     readers = {"recipe": read, "plan": load_plan, "protocol": load_protocol}
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(UserError, match=words) as error:
         _ = readers[reader](page) if reader != "--set" else load_recipe(good, [f"data={text}"])
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert len(str(error.value)) < LONGEST + 100
 
 
@@ -72,6 +72,13 @@ def test_an_alias_is_a_value_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(page + "stages: [&s {steps: 5, losses: {task: 1}}, *s]\n")
     recipe = load_recipe(tmp_path / "r.yaml", ["stages.0.losses.task=2", "stages.1.steps=7"])
     assert [(stage.steps, stage.losses.task) for stage in recipe.stages] == [(5, 2), (7, 1)]
+
+
+def test_values_are_counted_while_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prunet.reading.MOST", 1000)
+    assert len(parse_yaml("[" + "1," * 900 + "]", "here")) == 900
+    with pytest.raises(UserError, match="values, aliases counted"):
+        parse_yaml("[" + "1," * 1000 + "]", "here")
 
 
 def test_as_much_as_a_long_recipe_has_is_read() -> None:
@@ -101,10 +108,10 @@ def test_json_is_read_within_bounds(text: str) -> None:
     ],
 )
 def test_a_pattern_stands_for_no_more_than_it_should(patterns: list[str]) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(UserError) as error:
         derive(layout_config("sd-v1"), load_plan(patterns))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert len(str(error.value)) < LONGEST + 100
 
 

@@ -77,6 +77,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "config of a folder": {"teacher": {"source": "TEACHER", "config": "TEACHER"}},
     "output under a file": {"output": "TEACHER/model_index.json/run"},
     "cache under a file": {"cache": "TEACHER/model_index.json/cache"},
+    "more than a page, by aliases": {"sheet": {"prompts": "LONG"}},
     "more than the disk": {"keep_checkpoints": 10**9, "checkpoint_every": 1, "stages": [{**STAGE, "steps": 10**9}]},
 }
 
@@ -91,6 +92,7 @@ def test_estimate_finds_what_run_would_refuse(case: str, capsys, sd: Path, pictu
         **RECIPES.get(case, {}),
     }
     text = yaml.safe_dump(value).replace("TEACHER", str(teacher)).replace("PICTURES", str(pictures))
+    text = text.replace("LONG", f"[&long {'a ' * 5000}, {', '.join(['*long'] * 60)}]")
     if "SHORT" in text:
         short = shutil.copytree(sd, tmp_path / "short")
         config("scheduler/scheduler_config.json", num_train_timesteps=500)(short)
