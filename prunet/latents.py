@@ -269,7 +269,7 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
             return Cache.open(folder)
     elif data.source is not None:
         check_source(data.source, image_column=data.image_column, caption_column=data.caption_column)
-    check_place(folder, "cache", "cache")
+    processes.from_main(lambda: check_place(folder, "cache", "cache"))
     with hold(folder, "cache") if processes.is_main() else nullcontext():
         processes.from_main(lambda: _begin(teacher, folder, spec))
         write_shards = _draw_prompts if data.prompts is not None else _encode_pictures
