@@ -16,6 +16,7 @@ from prunet.files import read_json
 from prunet.latents import Cache
 from prunet.marks import CHECKSUM, MARK
 from prunet.ownership import LOCK
+from prunet.pipeline import export_single_file, open_model
 from prunet.report import write_report
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
@@ -141,6 +142,8 @@ READ = {
     "stage-1/checkpoints/step-0000002/optimizer.pt": lambda f: opened(f)._stage(1),
     "stage-1/checkpoints/step-0000002/ema.safetensors": lambda f: opened(f)._stage(1),
     "stage-1/checkpoints/step-0000002/student.safetensors": lambda f: opened(f)._stage(1),
+    f"pipeline/vae/{WEIGHTS}": lambda f: export_single_file(f / "pipeline", f.parent / "x.safetensors"),
+    f"pipeline/unet/{WEIGHTS}": lambda f: open_model(f),
     "stage-1/log.jsonl": write_report,
     "evaluation/pictures/after/0000.png": write_report,
 }
