@@ -4,7 +4,8 @@ A cache folder holds `spec.json` (what it is made of), `shard-00000.safetensors`
 (N, 4, h, w) of the scaled latents, `prompt_embeds` (N, 77, D), for SDXL `pooled` (N, P) and `time_ids` (N, 6)),
 with `buckets` one `mean.I` and `std.I` a sample instead, because their sizes differ,
 `unconditional.safetensors`, and, once it is whole, `cache.json` with the number of samples and the pictures skipped.
-A shard is whole or not there, and depends on nothing but the spec, so a killed run goes on at the first missing one.
+A shard is whole or not there, and depends on nothing but the spec, so a killed run resumes at the first missing one. It
+carries a checksum, which a process verifies when it first reads it.
 """
 
 import bisect
