@@ -37,7 +37,6 @@ from prunet import Run, Runtime, Teacher, export
 from prunet.bench import reset_peak, resident_kb
 from prunet.estimate import memory
 from prunet.recipe import Recipe
-from prunet.runs import load_unet
 from prunet.teacher import layout_config
 from prunet.unet import make_unet
 
@@ -167,7 +166,7 @@ def main() -> None:
                 report["estimate_is"] = round(sum(report["estimated_gb"].values()) / report["measured_gb"], 3)
         if args.until == "export":
             start = time.perf_counter()
-            export(Teacher(root / "teacher"), load_unet(this.last_unet), root / "pipeline")
+            export(Teacher(root / "teacher"), this.last_unet(), root / "pipeline")
             report["export_s"] = round(time.perf_counter() - start, 1)
         log = root / "run/stage-1/log.jsonl"
         report["losses"] = log.read_text().splitlines()[-1:] if log.is_file() else []

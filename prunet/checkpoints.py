@@ -58,6 +58,7 @@ def save(
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
         write_json(part / "state.json", {"step": step, "stage": stage.model_dump(mode="json"), "scaler": scaler})
     for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(aside(old), ignore_errors=True)
         os.replace(old, aside(old))  # or a kill would leave half of it under its name
     for left in (folder / "checkpoints").glob(".step-*.part"):
         shutil.rmtree(left)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from prunet.errors import UserError
 from prunet.latents import Cache, seed_of
 from prunet.recipe import Stage
 
@@ -80,4 +81,7 @@ def batches(draws: Draws, start: int, micro_batch: int, rank: int, ranks: int) -
                 yield [(step, position) for position in range(first, first + micro_batch)]
 
     cuda = torch.cuda.is_available()
-    yield from DataLoader(draws, batch_sampler=places(), num_workers=4 if cuda else 0, pin_memory=cuda)  # type: ignore[arg-type]
+    try:
+        yield from DataLoader(draws, batch_sampler=places(), num_workers=4 if cuda else 0, pin_memory=cuda)  # type: ignore[arg-type]
+    except UserError as error:  # of a worker, before whose message torch puts a traceback
+        raise UserError(str(error).rpartition("prunet.errors.UserError: ")[2]) from error

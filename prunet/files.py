@@ -126,7 +126,8 @@ def _error_number(error: BaseException) -> int | None:
         return error.errno
     if found := re.search(r"\(os error (\d+)\)", str(error)):
         return int(found[1])
-    return errno.ENOSPC if re.search(r"PytorchStreamWriter|inline_container|encoder error", str(error)) else None
+    lost = r"PytorchStreamWriter|inline_container|iostream error|encoder error"
+    return errno.ENOSPC if re.search(lost, str(error)) else None
 
 
 def check_writable(folder: Path, what: str) -> Path:

@@ -5,7 +5,8 @@ A cache folder holds `spec.json` (what it is made of), `shard-00000.safetensors`
 with `buckets` one `mean.I` and `std.I` a sample instead, because their sizes differ,
 `unconditional.safetensors`, and, once it is whole, `cache.json` with the number of samples, the pictures skipped and
 the number of captions cut.
-A shard is whole or not there, and depends on nothing but the spec, so a killed run goes on at the first missing one.
+A shard is whole or not there, and depends on nothing but the spec, so a killed run resumes at the first missing one. It
+carries a checksum, which a process verifies when it first reads it.
 """
 
 import bisect
@@ -271,7 +272,7 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
             return Cache.open(folder)
     elif data.source is not None:
         check_source(data.source, image_column=data.image_column, caption_column=data.caption_column)
-    check_place(folder, "cache", "cache")
+    processes.from_main(lambda: check_place(folder, "cache", "cache"))
     with hold(folder, "cache") if processes.is_main() else nullcontext():
         processes.from_main(lambda: _begin(teacher, folder, spec))
         write_shards = _draw_prompts if data.prompts is not None else _encode_pictures

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from prunet.errors import UserError
-from prunet.files import clear_errors, new_file
+from prunet.files import aside, clear_errors, new_file
 from prunet.seals import SEAL, changed, files_in, read_seal, seal_text
 
 LOCK = ".prunet.lock"
@@ -50,7 +50,8 @@ def check_place(folder: Path, what: str, option: str, sources: Iterable[Path] = 
     place = _resolved(folder, option, sources)
     if place.exists() and not place.is_dir():
         raise UserError(f"{option}: {folder} is a file; a folder is needed there")
-    inside = [path.name for path in place.iterdir() if path.name != LOCK] if place.is_dir() else []
+    ours = (LOCK, aside(place / SEAL).name)  # a kill may have left them without the seal
+    inside = [path.name for path in place.iterdir() if path.name not in ours] if place.is_dir() else []
     if not inside:
         return _check_around(place, folder, option)
     kind = kind_of(place)

@@ -308,11 +308,12 @@ def export_single_file(pipeline: Path | str, path: Path | str, *, fp16: bool = F
     """Writes a pipeline folder as one `.safetensors` in the original LDM layout, with its configs in `NAME.config`.
 
     Raises:
-        UserError: not a pipeline folder, or `path` does not end in `.safetensors`.
+        UserError: not a pipeline folder, or damaged; or `path` does not end in `.safetensors`.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: name the single file something.safetensors")
+    verify(Path(pipeline), f"delete {pipeline} and export it again")
     source = Teacher(pipeline, dtype=torch.float16 if fp16 else torch.float32)
     encoders = {name: source.text_part(name) for name in source.text_encoders}
     tensors = ldm.to_ldm(source.unet, source.vae, **encoders, dtype=source.dtype)  # type: ignore[arg-type]

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 from test_cli import call
+from torch._utils import ExceptionWrapper
 
-from prunet import Run, Runtime, UserError, latents, load_recipe
+from prunet import Run, Runtime, UserError, draws, latents, load_recipe
 from prunet.files import read_json
 from prunet.latents import Cache
 from prunet.ownership import LOCK
+from prunet.pipeline import export_single_file, open_model
 from prunet.report import write_report
 from prunet.seals import CHECKSUM, SEAL
 
@@ -141,6 +143,8 @@ READ = {
     "stage-1/checkpoints/step-0000002/optimizer.pt": lambda f: opened(f)._stage(1),
     "stage-1/checkpoints/step-0000002/ema.safetensors": lambda f: opened(f)._stage(1),
     "stage-1/checkpoints/step-0000002/student.safetensors": lambda f: opened(f)._stage(1),
+    f"pipeline/vae/{WEIGHTS}": lambda f: export_single_file(f / "pipeline", f.parent / "x.safetensors"),
+    f"pipeline/unet/{WEIGHTS}": lambda f: open_model(f),
     "stage-1/log.jsonl": write_report,
     "evaluation/pictures/after/0000.png": write_report,
 }
@@ -225,6 +229,20 @@ def test_caches_and_runs_of_older_versions_are_read(folder) -> None:
     assert before.mean.isfinite().all()
     this._export()
     write_report(folder)
+
+
+def test_what_a_loader_of_samples_finds_is_one_line(monkeypatch) -> None:
+    """Torch puts the worker's traceback before it."""
+
+    def load(*args: object, **options: object) -> None:
+        try:
+            raise UserError("a/shard-00000.safetensors: damaged: delete it")
+        except UserError:
+            ExceptionWrapper(where="in DataLoader worker process 0").reraise()
+
+    monkeypatch.setattr(draws, "DataLoader", load)
+    with pytest.raises(UserError, match=r"^a/shard-00000\.safetensors: damaged: delete it$"):
+        next(draws.batches(None, 0, 1, 0, 1))
 
 
 def test_a_block_is_verified_once(folder, monkeypatch) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from test_run import CPU, recipe_file
 
 from prunet import load_recipe, metrics, run
+from prunet.files import read_json
 
 EVAL = Path(sys.prefix) / "eval"  # torch-fidelity and torchvision, which `make setup` keeps apart
 pytestmark = pytest.mark.skipif(not EVAL.is_dir(), reason="torch-fidelity is not set up: make setup")
@@ -138,12 +139,12 @@ def test_of_a_run_it_stands_beside_the_other_distances(sd, pictures, weights, tm
     stage = {"steps": 1, "batch_size": 2, "warmup_steps": 0}
     recipe = recipe_file(tmp_path, sd, pictures, stages=[stage], sheet={"every": 0})
     folder = run(load_recipe(recipe), CPU)
-    before = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    before = read_json(folder / "evaluation" / "evaluation.json")
     options = [f"--weights={name}={path}" for name, path in weights.items()]
     flags = ("--device", "cpu", "--precision", "no", "--json")
     done = python("-m", "prunet", "evaluate", folder, *options, *flags)
     assert done.returncode == 0, done.stderr
-    after = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    after = read_json(folder / "evaluation" / "evaluation.json")
     drawn = folder / "evaluation" / "pictures"
     for name, distance in after["distance"].items():
         pairs = [[Image.open(drawn / who / f"{i:04d}.png") for who in (name, "teacher")] for i in range(2)]

@@ -99,6 +99,7 @@ def write(path: Path, text: str = "mine") -> Path:
 THERE: dict[str, tuple[Callable[[Path, Path, str], object], bool | None]] = {
     "nothing": (lambda f, to, what: None, True),
     "an empty folder": (lambda f, to, what: to.mkdir(), True),
+    "what a kill left": (lambda f, to, what: write(to / f".{SEAL}.part" / SEAL), True),
     "its own": (lambda f, to, what: own(to, what), True),
     "foreign files": (lambda f, to, what: write(to / "notes.txt"), False),
     "a foreign recipe": (lambda f, to, what: write(to / "recipe.yaml"), False),

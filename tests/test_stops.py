@@ -230,6 +230,24 @@ def test_no_room_is_one_line_whoever_writes(kind, tmp_path) -> None:
         assert not list(disk.iterdir())
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "torch"])
+def test_no_room_is_one_line_wherever_the_file_is_cut(kind, tmp_path) -> None:
+    """torch has an error of its own for each part of an archive."""
+    values = {"a": torch.randn(5_000), "b": {"c": torch.ones(300), "d": [1, 2.0]}}
+    save = {"torch": torch.save, "safetensors": lambda v, path: save_file({"a": v["a"]}, path)}[kind]
+    (tmp_path / "whole").mkdir()
+    save(values, tmp_path / "whole" / "a")
+    size = (tmp_path / "whole" / "a").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (*range(1, 1000, 37), *range(1000, size - 1500, 1999), *range(size - 1500, size, 23)):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises(UserError, match=r"while writing|Cannot write"), new_file(tmp_path / "a") as part:
+                save(values, part)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path) -> None:
     for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), OSError("odd"), OSError(errno.EBUSY, "x")):
         with pytest.raises(type(error)), clear_errors(tmp_path):
