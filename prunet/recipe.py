@@ -8,6 +8,7 @@ import copy
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -310,7 +311,8 @@ _PARTS: dict[str, type[Part]] = {
 def explain(error: ValidationError, whole: type[Part] = Recipe) -> str:
     """The first complaint of pydantic as one line that names the key and, for an unknown one, the nearest."""
     first = error.errors()[0]
-    where = ".".join(map(str, first["loc"]))
+    # Of a value that may be of several types, pydantic names the one that it tried first, in words of its own.
+    where = ".".join(str(name) for name in first["loc"] if not re.search(r"[-\[(]", str(name)))
     if first["type"] == "extra_forbidden":
         parents = [str(p) for p in first["loc"][:-1] if not isinstance(p, int)]
         known = list((_PARTS.get(parents[-1], whole) if parents else whole).model_fields)

@@ -12,6 +12,7 @@ from torch import nn
 
 from prunet import Teacher, UserError, build, export, load_plan
 from prunet.bench import times_in_turn
+from prunet.files import read_json
 from prunet.inference import bench, open_pipelines
 from prunet.profile import PARTS, times_by_kind
 from prunet.size import kind_of, macs_by_kind, size_of
@@ -137,7 +138,7 @@ def test_what_is_below_the_limit_is_explained_by_its_largest_part(result) -> Non
 
 def test_files_hold_what_was_found(result, tmp_path) -> None:
     write_speeds(result, tmp_path)
-    assert json.loads((tmp_path / "bench.json").read_text()) == json.loads(json.dumps(result))
+    assert read_json(tmp_path / "bench.json") == json.loads(json.dumps(result))
     assert markdown(result) in (tmp_path / "bench.md").read_text()
     svg = ElementTree.parse(tmp_path / "bench.svg").getroot()
     words = " ".join(svg.itertext())
@@ -179,7 +180,7 @@ def test_the_verb_says_the_same_as_its_files(capsys, sd, student, tmp_path) -> N
     code, text, _ = call(capsys, "bench", sd, student, *flags)
     assert code == 0
     facts = json.loads(text.splitlines()[-1])
-    assert facts == json.loads((out / "bench.json").read_text())
+    assert facts == read_json(out / "bench.json")
     assert list(facts["models"]) == ["sd", "small"]
     assert call(capsys, "bench", sd, *flags)[0] == 0  # its own folder is written again
 

@@ -140,6 +140,7 @@ SMALL = {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "attention_he
 def bare(tmp_path, monkeypatch):
     """A U-Net of a layout alone, without configs: its size does not matter to what is tested here."""
     monkeypatch.setattr("prunet.ldm.has_unet", lambda *args: True)
+    monkeypatch.setattr("prunet.ldm.lacks", lambda *args: None)
 
     def make(layout: str, tensors=(), metadata=None) -> Path:
         widths = {"sd-v1": 768, "sd-v2": 1024, "sdxl": 2048}

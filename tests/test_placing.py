@@ -308,7 +308,7 @@ def test_a_config_that_makes_no_model_is_one_line(sd, tmp_path) -> None:
         folder = Path(shutil.copytree(sd, tmp_path / part))
         path = folder / part / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-        with pytest.raises(UserError, match=r"config\.json makes no |diffusers cannot make a U-Net of this config"):
+        with pytest.raises(UserError, match=rf"{part}/config\.json(: \w+: Input should be a valid integer| makes no )"):
             Teacher(folder).check_weights()
 
 
@@ -345,8 +345,8 @@ def test_weights_too_large_for_a_precision(sd, tmp_path) -> None:
     [
         ({"../x": ["diffusers", "AutoencoderKL"]}, None, r"'\.\./x'"),
         ({"/tmp": ["diffusers", "AutoencoderKL"]}, None, "'/tmp'"),
-        ({"x": ["diffusers"]}, None, "'x'"),
-        ({"_class_name": ["a", "b"]}, None, "prunet compresses"),
+        ({"x": ["diffusers"]}, None, "x: not the library and class of a part"),
+        ({"_class_name": ["a", "b"]}, None, "_class_name: Input should be a valid string"),
         ({"text_encoder": [None, None]}, None, "text_encoder: None; prunet knows CLIPTextModel"),
         ({"vae": ["diffusers", "AutoencoderTiny"]}, None, "vae: AutoencoderTiny"),
         ({"scheduler": ["diffusers", "NoScheduler"]}, None, "NoScheduler"),
