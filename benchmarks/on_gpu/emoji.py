@@ -59,10 +59,10 @@ def _killed(command: list[str], output: Path) -> Result:
 
 def _measures(output: Path, setting: Setting) -> Iterator[Result]:
     said = json.loads((output / "evaluation" / "evaluation.json").read_text())["distance"]
-    for measure in ("denoiser", "pictures"):
+    for measure in ("denoiser", "picture"):
         before, after = said["before"][measure], said["after"][measure]
         note = f"{before:.4f} before, {after:.4f} after"
-        most = 2.0 if setting.smoke else {"denoiser": 0.3, "pictures": 0.7}[measure]
+        most = 2.0 if setting.smoke else {"denoiser": 0.3, "picture": 0.7}[measure]
         yield check(f"{measure} distance after over before", after / before, most, note=note)
     shutil.copyfile(output / "evaluation" / "sheet.png", setting.out / "emoji-sheet.png")
     yield Result("pictures", note="emoji-sheet.png: teacher, student before, student after")
