@@ -163,14 +163,15 @@ def _all(size: Any) -> float:
     return (size.macs + size.attention_macs) / 1e9
 
 
-def _programs(derived: Derived) -> Text:
-    out = Text()
+def _programs(derived: Derived) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2))
     for title, answers in (("loads in", derived.loads_in), ("works with", derived.works_with)):
-        out.append(f"\n  {title}", style="bold")
+        table.add_row()
+        table.add_row(Text(title, style="bold"))
         for name, answer in answers.items():
-            style = "not bold green" if answer == "yes" else "not bold yellow"
-            out.append(f"\n    {name}: ", style="not bold").append(answer, style=style)
-    return out
+            said, _, why = answer.partition(": ")
+            table.add_row(f"  {name}", Text(said, style="green" if said == "yes" else "yellow"), Text(why))
+    return table
 
 
 def draw_estimate(this: Any, cost: dict[str, Any]) -> RenderableType:
