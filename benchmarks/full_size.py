@@ -34,11 +34,11 @@ from small_models import make_pictures, make_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from prunet import Run, Runtime, Teacher, export
-from prunet.bench import reset_peak, resident_kb
-from prunet.estimate import memory
-from prunet.recipe import Recipe
-from prunet.teacher import layout_config
-from prunet.unet import make_unet
+from prunet.denoisers.unet2d.form import make_unet
+from prunet.recipe.recipe import Recipe
+from prunet.runs.estimate import memory
+from prunet.speed.clock import reset_peak, resident_kb
+from prunet.teacher.teacher import layout_config
 
 torch.set_num_threads(os.cpu_count() or 1)  # the tests' models want one thread, these want all
 

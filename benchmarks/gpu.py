@@ -62,7 +62,7 @@ def facts(device: str) -> dict[str, str]:
 
     import torch
 
-    from prunet.bench import device_name
+    from prunet.speed.clock import device_name
 
     found = {"device": device_name(torch.device(device)), "python": platform.python_version()}
     for name in ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "torchao"):

@@ -13,12 +13,12 @@ import torch
 from full_size import random_module, random_pipe
 
 from prunet.cli.options import make_runtime
+from prunet.denoisers.unet2d.form import make_unet
 from prunet.errors import UserError
-from prunet.inference import bench, check_compiler
-from prunet.plan import derive, load_plan
-from prunet.speeds import markdown, write_speeds
-from prunet.teacher import layout_config
-from prunet.unet import make_unet
+from prunet.plan.plan import derive, load_plan
+from prunet.report.speeds import markdown, write_speeds
+from prunet.speed.bench import bench, check_compiler
+from prunet.teacher.teacher import layout_config
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def main() -> None:
         return all_reduce(args.all_reduce, args.device)
 
     from prunet import load_recipe
-    from prunet.runs import Run
+    from prunet.runs.run import Run
 
     count = Run(load_recipe(args.recipe)).derived.student_size.parameters
     n, share = args.processes, args.batch // args.processes

@@ -21,7 +21,7 @@ from state import pick_device, read_record, save_record
 from text import read_known_labels
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from prunet.text_names import save_text_encoder
+from prunet.teacher.text_names import save_text_encoder
 
 SHEET_COLUMNS = 8
 SAMPLER = DPMSolverMultistepScheduler  # of all measures and sheets

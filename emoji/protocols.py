@@ -15,10 +15,10 @@ from PIL import Image
 from shards import Sample, read_split, stack_images
 from text import read_known_labels
 
-from prunet.features import Clip
-from prunet.prompts import prompts_hash
-from prunet.protocol import Protocol
-from prunet.statistics import preparation, save_features
+from prunet.evaluation.extraction import preparation, save_features
+from prunet.evaluation.networks import Clip
+from prunet.evaluation.protocol import Protocol
+from prunet.recipe.prompts import prompts_hash
 
 FEWEST = 500
 HERE = Path(__file__).parent

@@ -10,7 +10,7 @@ from text import tokenize
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from prunet.metrics import squared_mmd
+from prunet.evaluation.metrics import squared_mmd
 
 
 @dataclass

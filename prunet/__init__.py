@@ -12,47 +12,47 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prunet.data.encoding import Cache, cache
     from prunet.errors import UserError
-    from prunet.evaluation import evaluate
-    from prunet.latents import Cache, cache
-    from prunet.measuring import compare, measure
-    from prunet.pickles import convert
-    from prunet.pipeline import export, generate
-    from prunet.plan import Derived, Plan, derive, load_plan
-    from prunet.protocol import Protocol, load_protocol
-    from prunet.recipe import Recipe, load_recipe
-    from prunet.runs import Run, run
-    from prunet.student import build
-    from prunet.teacher import Teacher
-    from prunet.training import Runtime, distil
+    from prunet.evaluation.evaluation import evaluate
+    from prunet.evaluation.measuring import compare, measure
+    from prunet.evaluation.protocol import Protocol, load_protocol
+    from prunet.exports.folder import export, generate
+    from prunet.plan.plan import Derived, Plan, derive, load_plan
+    from prunet.recipe.recipe import Recipe, load_recipe
+    from prunet.runs.run import Run, run
+    from prunet.student.student import build
+    from prunet.teacher.pickles import convert
+    from prunet.teacher.teacher import Teacher
+    from prunet.training.loop import Runtime, distil
 
 __version__ = "0.1.0"
 
 # Names are imported when they are first used: `prunet --help` should not wait for torch.
 _HOME = {
     "UserError": "errors",
-    "Teacher": "teacher",
-    "Plan": "plan",
-    "Derived": "plan",
-    "load_plan": "plan",
-    "derive": "plan",
-    "build": "student",
-    "Cache": "latents",
-    "cache": "latents",
-    "distil": "training",
-    "evaluate": "evaluation",
-    "measure": "measuring",
-    "compare": "measuring",
-    "Protocol": "protocol",
-    "load_protocol": "protocol",
-    "export": "pipeline",
-    "generate": "pipeline",
-    "convert": "pickles",
-    "Recipe": "recipe",
-    "load_recipe": "recipe",
-    "Runtime": "training",
-    "Run": "runs",
-    "run": "runs",
+    "Teacher": "teacher.teacher",
+    "Plan": "plan.plan",
+    "Derived": "plan.plan",
+    "load_plan": "plan.plan",
+    "derive": "plan.plan",
+    "build": "student.student",
+    "Cache": "data.encoding",
+    "cache": "data.encoding",
+    "distil": "training.loop",
+    "evaluate": "evaluation.evaluation",
+    "measure": "evaluation.measuring",
+    "compare": "evaluation.measuring",
+    "Protocol": "evaluation.protocol",
+    "load_protocol": "evaluation.protocol",
+    "export": "exports.folder",
+    "generate": "exports.folder",
+    "convert": "teacher.pickles",
+    "Recipe": "recipe.recipe",
+    "load_recipe": "recipe.recipe",
+    "Runtime": "training.loop",
+    "Run": "runs.run",
+    "run": "runs.run",
 }
 __all__ = [*_HOME, "__version__"]
 

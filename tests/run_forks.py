@@ -10,7 +10,8 @@ import sys
 
 import torch
 
-from prunet import cli, evaluation, latents, lpips, pipeline, report, runs  # noqa: F401  (imported once for all)
+from prunet import cli
+from prunet.data import encoding as latents
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, Sta
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from prunet.unet import make_unet
+from prunet.denoisers.unet2d.form import make_unet
 
 SMALL_UNETS = {
     "sd": {

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prunet.ablation import _each_done, ablate, load_ablation, markdown, summary
 from prunet.errors import UserError
-from prunet.runs import Run, load_unet, run
-from prunet.student import state_hash
-from prunet.teacher import Teacher
-from prunet.training import Runtime
+from prunet.runs.ablation import _each_done, ablate, load_ablation, markdown, summary
+from prunet.runs.run import Run, load_unet, run
+from prunet.student.student import state_hash
+from prunet.teacher.teacher import Teacher
+from prunet.training.loop import Runtime
 
 CPU = Runtime(device="cpu", precision="no")
 

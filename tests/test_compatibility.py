@@ -17,11 +17,11 @@ from diffusers import (
 )
 
 from prunet import Teacher, build, derive, load_plan
-from prunet.pipeline import model_card
-from prunet.plan import Derived, Plan, preset_names
-from prunet.size import example_inputs
-from prunet.teacher import layout_config
-from prunet.unet import make_unet
+from prunet.denoisers.unet2d.form import make_unet
+from prunet.exports.folder import model_card
+from prunet.plan.plan import Derived, Plan, preset_names
+from prunet.plan.size import example_inputs
+from prunet.teacher.teacher import layout_config
 
 UNEVEN = ["down_blocks.1.{resnets,attentions}.1", "up_blocks.2.{resnets,attentions}.1"]
 PLANS = {

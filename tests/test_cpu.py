@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 
-from prunet import cpu
-from prunet.cpu import Chunked, fast_attention
-from prunet.size import example_inputs
+from prunet.denoisers.unet2d import attention as cpu
+from prunet.denoisers.unet2d.attention import Chunked, fast_attention
+from prunet.plan.size import example_inputs
 
 CPU = torch.device("cpu")
 

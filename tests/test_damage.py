@@ -12,13 +12,15 @@ from safetensors.torch import load_file, save_file
 from test_cli import call
 from torch._utils import ExceptionWrapper
 
-from prunet import Run, Runtime, UserError, draws, latents, load_recipe
-from prunet.files import read_json
-from prunet.latents import Cache
-from prunet.ownership import LOCK
-from prunet.pipeline import export_single_file, open_model
-from prunet.report import write_report
-from prunet.seals import CHECKSUM, SEAL
+from prunet import Run, Runtime, UserError, load_recipe
+from prunet.data import encoding as latents
+from prunet.data.encoding import Cache
+from prunet.disk.files import read_json
+from prunet.disk.ownership import LOCK
+from prunet.disk.seals import CHECKSUM, SEAL
+from prunet.exports.folder import export_single_file, open_model
+from prunet.report.run import write_report
+from prunet.training import noise as draws
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
 WEIGHTS = "diffusion_pytorch_model.safetensors"

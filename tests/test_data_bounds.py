@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from test_pictures import encoded, metadata, read, shard, why_not, write
 
-from prunet import Teacher, cache, captions, console, listing
+from prunet import Teacher, cache, console
 from prunet.cli import main
+from prunet.data import captions, listing
+from prunet.data.sources import check_source, read_pictures, source_files
 from prunet.errors import UserError, printable
-from prunet.recipe import Data
-from prunet.sources import check_source, read_pictures, source_files
+from prunet.recipe.recipe import Data
 
 
 @pytest.fixture(autouse=True)

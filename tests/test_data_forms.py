@@ -10,11 +10,11 @@ from random import Random
 import pytest
 from test_pictures import encoded, metadata, picture, read, shard, table, why_not, write
 
+from prunet.data.encoding import pictures_are_gone
+from prunet.data.pictures import BrokenPicture
+from prunet.data.sources import check_source, has_files, read_pictures, source_files
 from prunet.errors import UserError
-from prunet.latents import pictures_are_gone
-from prunet.pictures import BrokenPicture
-from prunet.recipe import Data
-from prunet.sources import check_source, has_files, read_pictures, source_files
+from prunet.recipe.recipe import Data
 
 datasets = pytest.importorskip("datasets")
 datasets.disable_progress_bars()

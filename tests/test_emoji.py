@@ -15,10 +15,10 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor, CLIPModel
 
 from prunet import Teacher, derive, load_plan, load_protocol, load_recipe
-from prunet.features import Clip
-from prunet.protocol import protocol_prompts
-from prunet.recipe import read_prompts
-from prunet.sources import read_pictures
+from prunet.data.sources import read_pictures
+from prunet.evaluation.networks import Clip
+from prunet.evaluation.protocol import protocol_prompts
+from prunet.recipe.recipe import read_prompts
 
 EMOJI = Path(__file__).parent.parent / "emoji"
 STYLES = {"3d", "noto", "flat"}

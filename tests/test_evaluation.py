@@ -7,12 +7,12 @@ import torch
 from PIL import Image
 
 from prunet import Plan, Teacher, build, evaluate, load_plan
-from prunet.bench import measure
-from prunet.evaluation import LEVELS, denoiser_errors, picture_rmse
-from prunet.files import read_json
-from prunet.recipe import Evaluation
-from prunet.size import training_memory
-from prunet.teacher import layout_config
+from prunet.disk.files import read_json
+from prunet.evaluation.evaluation import LEVELS, denoiser_errors, picture_rmse
+from prunet.plan.size import training_memory
+from prunet.recipe.recipe import Evaluation
+from prunet.speed.clock import measure
+from prunet.teacher.teacher import layout_config
 
 SPEC = Evaluation(prompts=["a cat", "a dog", "a house"], steps=2, guidance_scale=3.0)
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prunet import Teacher, UserError, build, cache, derive, distil, generate, load_plan
-from prunet.features import Clip
-from prunet.recipe import Data, Stage
-from prunet.training import Runtime
+from prunet.evaluation.networks import Clip
+from prunet.recipe.recipe import Data, Stage
+from prunet.training.loop import Runtime
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NAN = float("nan")
@@ -118,7 +118,7 @@ def test_a_scorer_with_random_weights_or_without_words_is_refused(tmp_path) -> N
 
 
 def test_finite_numbers_of_every_kind_are_finite() -> None:
-    from prunet.placing import is_finite
+    from prunet.teacher.placing import is_finite
 
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
         tensor = torch.ones(3, 3).to(dtype)

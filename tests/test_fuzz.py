@@ -20,7 +20,8 @@ from conftest import make_pictures, make_pipeline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from prunet import cli, estimate
+from prunet import cli
+from prunet.runs import estimate
 
 LONGEST_S = 10
 MOST_KB = 1_000_000

@@ -11,12 +11,12 @@ from test_cli import call
 from torch import nn
 
 from prunet import Teacher, UserError, build, export, load_plan
-from prunet.bench import times_in_turn
-from prunet.files import read_json
-from prunet.inference import bench, open_pipelines
-from prunet.profile import PARTS, times_by_kind
-from prunet.size import kind_of, macs_by_kind, size_of
-from prunet.speeds import chart, markdown, write_speeds
+from prunet.disk.files import read_json
+from prunet.plan.size import kind_of, macs_by_kind, size_of
+from prunet.report.speeds import chart, markdown, write_speeds
+from prunet.speed.bench import bench, open_pipelines
+from prunet.speed.clock import times_in_turn
+from prunet.speed.profiling import PARTS, times_by_kind
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module", autouse=True)
 def one_round():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prunet.profile.ROUNDS", 1)  # more are for the noise, which no test looks at
+        patch.setattr("prunet.speed.profiling.ROUNDS", 1)  # more are for the noise, which no test looks at
         yield
 
 

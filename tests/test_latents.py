@@ -11,9 +11,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from prunet import Cache, Teacher, UserError, cache, latents
-from prunet.pictures import bucket_sizes, fit
-from prunet.recipe import Data
+from prunet import Cache, Teacher, UserError, cache
+from prunet.data import encoding as latents
+from prunet.data.pictures import bucket_sizes, fit
+from prunet.recipe.recipe import Data
 
 
 def shards(folder: Path) -> dict[str, bytes]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from prunet.errors import UserError
-from prunet.ldm import (
+from prunet.teacher.ldm import (
     UNET,
     from_ldm_text_encoder,
     from_ldm_unet,

@@ -7,8 +7,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from prunet.losses import add_noise, feature_losses, min_snr_weight, mse, training_target
-from prunet.taps import tap
+from prunet.denoisers.taps import tap
+from prunet.training.losses import add_noise, feature_losses, min_snr_weight, mse, training_target
 
 
 def test_mse_by_hand() -> None:

@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_run import CPU, recipe_file
 
-from prunet import load_recipe, metrics, run
-from prunet.files import read_json
+from prunet import load_recipe, run
+from prunet.disk.files import read_json
+from prunet.evaluation import metrics
 
 EVAL = Path(sys.prefix) / "eval"  # torch-fidelity and torchvision, which `make setup` keeps apart
 pytestmark = pytest.mark.skipif(not EVAL.is_dir(), reason="torch-fidelity is not set up: make setup")
@@ -79,11 +80,11 @@ def python(*args: object) -> subprocess.CompletedProcess:
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from prunet.features import declare_torchvision_ops
+from prunet.evaluation.networks import declare_torchvision_ops
 declare_torchvision_ops()
 from PIL import Image
 from prunet.errors import UserError
-from prunet.lpips import Lpips
+from prunet.evaluation.lpips import Lpips
 folder, files, bad = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
 lpips = Lpips.load({name: Path(path) for name, path in files.items()})
 ours, theirs = ([Image.open(folder / f"{who}{i}.png") for i in range(3)] for who in "ab")

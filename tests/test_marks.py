@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from prunet import Teacher, UserError
-from prunet.ldm import to_ldm
-from prunet.marks import NOISE, PREDICTION, ZERO_SNR, read_marks, save_marked
-from prunet.pipeline import export_single_file
-from prunet.unet import make_unet
+from prunet.denoisers.unet2d.form import make_unet
+from prunet.exports.folder import export_single_file
+from prunet.teacher.ldm import to_ldm
+from prunet.teacher.marks import NOISE, PREDICTION, ZERO_SNR, read_marks, save_marked
 
 V, EPSILON = "v_prediction", "epsilon"
 TENSORS = {
@@ -139,8 +139,8 @@ SMALL = {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "attention_he
 @pytest.fixture
 def bare(tmp_path, monkeypatch):
     """A U-Net of a layout alone, without configs: its size does not matter to what is tested here."""
-    monkeypatch.setattr("prunet.ldm.has_unet", lambda *args: True)
-    monkeypatch.setattr("prunet.ldm.lacks", lambda *args: None)
+    monkeypatch.setattr("prunet.teacher.ldm.has_unet", lambda *args: True)
+    monkeypatch.setattr("prunet.teacher.ldm.lacks", lambda *args: None)
 
     def make(layout: str, tensors=(), metadata=None) -> Path:
         widths = {"sd-v1": 768, "sd-v2": 1024, "sdxl": 2048}

@@ -19,13 +19,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
-from prunet import Teacher, UserError, compare, measure, metrics
-from prunet.files import read_json
-from prunet.generation import draw_shards, read_shard
-from prunet.ownership import LOCK
-from prunet.prompts import prompts_hash, read_prompt_file
-from prunet.protocol import Protocol, load_protocol, protocol_names, protocol_prompts
-from prunet.seals import SEAL
+from prunet import Teacher, UserError, compare, measure
+from prunet.disk.files import read_json
+from prunet.disk.ownership import LOCK
+from prunet.disk.seals import SEAL
+from prunet.evaluation import metrics
+from prunet.evaluation.protocol import Protocol, load_protocol, protocol_names, protocol_prompts
+from prunet.recipe.prompts import prompts_hash, read_prompt_file
+from prunet.sampling.shards import draw_shards, read_shard
 
 #: Three shards; PRUNET_TEST_PROMPTS=2000 gives twenty.
 COUNT = int(os.environ.get("PRUNET_TEST_PROMPTS", 210))

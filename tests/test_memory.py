@@ -6,12 +6,13 @@ import pytest
 import torch
 from conftest import make_pipeline
 
-from prunet import Teacher, derive, load_plan, unet
-from prunet.cpu import fast_attention
-from prunet.losses import feature_losses, mse
-from prunet.memory import Living, step_memory
-from prunet.size import example_inputs
-from prunet.taps import tap
+from prunet import Teacher, derive, load_plan
+from prunet.denoisers.taps import tap
+from prunet.denoisers.unet2d import form as unet
+from prunet.denoisers.unet2d.attention import fast_attention
+from prunet.plan.size import example_inputs
+from prunet.training.losses import feature_losses, mse
+from prunet.training.memory import Living, step_memory
 
 CPU = torch.device("cpu")
 

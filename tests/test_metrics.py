@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from prunet import metrics
-from prunet.metrics import Moments
+from prunet.evaluation import metrics
+from prunet.evaluation.metrics import Moments
 
 EVAL = Path(sys.prefix) / "eval"  # torch-fidelity and torchvision, which `make setup` keeps apart
 
@@ -93,7 +93,7 @@ import json, sys
 from pathlib import Path
 from PIL import Image
 import numpy as np, torch
-from prunet.features import Inception
+from prunet.evaluation.networks import Inception
 from prunet import metrics
 weights, ours, real = map(Path, sys.argv[1:4])
 out = {}
@@ -123,7 +123,7 @@ expected = 2 * torch.nn.functional.interpolate(x, (299, 299), mode="bilinear", a
 out["pytorch_fid_input"] = (seen[-1] - expected).abs().max().item()
 print(json.dumps(out))
 """
-FIDELITY = "from prunet.features import torch_fidelity; torch_fidelity('fidelity').main()"
+FIDELITY = "from prunet.evaluation.networks import torch_fidelity; torch_fidelity('fidelity').main()"
 
 
 @pytest.mark.skipif(not EVAL.is_dir(), reason="torch-fidelity is not set up: make setup")
@@ -160,7 +160,7 @@ def test_equals_torch_fidelitys_own_command(tmp_path: Path) -> None:
 
 MAKE_WEIGHTS = """
 import sys, torch
-from prunet.features import torch_fidelity
+from prunet.evaluation.networks import torch_fidelity
 torch.manual_seed(0)
 module = torch_fidelity("feature_extractor_inceptionv3")
 try:

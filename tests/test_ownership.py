@@ -14,10 +14,15 @@ import yaml
 from PIL import Image
 from test_cli import call, recipe
 
-from prunet import Runtime, UserError, ablation, inference, load_recipe, measuring, pipeline, run, runs
-from prunet.files import new_folder
-from prunet.ownership import LOCK, hold, kind_of
-from prunet.seals import SEAL
+from prunet import Runtime, UserError, load_recipe, run
+from prunet.disk.files import new_folder
+from prunet.disk.ownership import LOCK, hold, kind_of
+from prunet.disk.seals import SEAL
+from prunet.evaluation import measuring
+from prunet.exports import folder as pipeline
+from prunet.runs import ablation
+from prunet.runs import run as runs
+from prunet.speed import bench as inference
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
 
@@ -225,7 +230,7 @@ def test_what_versions_without_marks_made_is_prunets(files) -> None:
 
 def other_process(folder: Path) -> subprocess.Popen:
     code = (
-        "import sys; from pathlib import Path; from prunet.ownership import hold\n"
+        "import sys; from pathlib import Path; from prunet.disk.ownership import hold\n"
         "with hold(Path(sys.argv[1]), 'run'): print('held', flush=True); sys.stdin.read()"
     )
     held = subprocess.Popen(

@@ -9,11 +9,11 @@ from diffusers import DDPMScheduler
 from test_plan import plan_of
 
 from prunet import Teacher, UserError, build, derive, distil, load_plan
-from prunet.latents import cache
-from prunet.pairs import Pair, check_shapes, term_factors
-from prunet.plan import LEVELS
-from prunet.recipe import Data, Losses, Stage
-from prunet.training import Draws, Runtime
+from prunet.data.encoding import cache
+from prunet.denoisers.unet2d.pairs import Pair, check_shapes, term_factors
+from prunet.plan.plan import LEVELS
+from prunet.recipe.recipe import Data, Losses, Stage
+from prunet.training.loop import Draws, Runtime
 
 PRESETS = [
     ("sd-v1", "bk-base"),

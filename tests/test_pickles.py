@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from prunet import UserError
 from prunet.cli import main
-from prunet.ldm import to_ldm
-from prunet.pickles import convert
-from prunet.teacher import Teacher
+from prunet.teacher.ldm import to_ldm
+from prunet.teacher.pickles import convert
+from prunet.teacher.teacher import Teacher
 
 RAN = "PRUNET_TEST_RAN"
 CODE = f"__import__('os').environ.__setitem__({RAN!r}, '1')"

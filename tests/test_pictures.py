@@ -20,10 +20,10 @@ import pytest
 import torch
 from PIL import Image
 
-from prunet import listing, pictures, shards
+from prunet.data import listing, pictures, shards
+from prunet.data.pictures import BrokenPicture, fit
+from prunet.data.sources import check_source, read_pictures
 from prunet.errors import UserError
-from prunet.pictures import BrokenPicture, fit
-from prunet.sources import check_source, read_pictures
 
 
 def picture(color="red", size=(6, 4), mode="RGB") -> Image.Image:

@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from prunet import Teacher, UserError, build, export, generate, load_plan
-from prunet.pipeline import SAMPLERS, check_export, decode, draw, export_single_file, set_sampler
-from prunet.teacher import freeze
+from prunet.exports.folder import SAMPLERS, check_export, decode, draw, export_single_file, set_sampler
+from prunet.teacher.teacher import freeze
 
 KINDS = [("sd", "bk-small"), ("sd", "bk-tiny"), ("sdxl", "ssd-1b"), ("sdxl", "koala-700m")]
 
@@ -63,7 +63,7 @@ def test_check_refuses_a_changed_weight(sd, tmp_path) -> None:
 
 
 def test_failed_export_leaves_nothing(sd, tmp_path, monkeypatch) -> None:
-    from prunet import pipeline
+    from prunet.exports import folder as pipeline
 
     def refuse(*args):
         raise RuntimeError("no")
@@ -128,7 +128,7 @@ def test_pictures_are_written_as_they_are_drawn(sd, tmp_path, monkeypatch) -> No
             raise KeyboardInterrupt
         return decode(*args)
 
-    monkeypatch.setattr("prunet.pipeline.decode", second_batch_fails)
+    monkeypatch.setattr("prunet.exports.folder.decode", second_batch_fails)
     with pytest.raises(KeyboardInterrupt):
         generate(sd, "a cat", num_images=6, steps=1, save_to=paths)
     assert sorted(tmp_path.iterdir()) == paths[:4]

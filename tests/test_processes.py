@@ -12,7 +12,7 @@ import yaml
 from conftest import make_pipeline
 from safetensors.torch import load_file
 
-from prunet.sharding import local, piece, whole
+from prunet.training.fsdp import local, piece, whole
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 

@@ -10,12 +10,12 @@ from rich.table import Table
 
 from prunet import UserError, load_plan, load_recipe
 from prunet.console import _Printable
+from prunet.disk.reading import DEEPEST, parse_json, parse_yaml
 from prunet.errors import LONGEST, printable
-from prunet.plan import derive
-from prunet.protocol import load_protocol
-from prunet.reading import DEEPEST, parse_json, parse_yaml
-from prunet.recipe import load_recipe as read
-from prunet.teacher import layout_config
+from prunet.evaluation.protocol import load_protocol
+from prunet.plan.plan import derive
+from prunet.recipe.recipe import load_recipe as read
+from prunet.teacher.teacher import layout_config
 
 
 def laughs(form: str, levels: int = 9) -> str:
@@ -75,7 +75,7 @@ def test_an_alias_is_a_value_of_its_own(tmp_path: Path) -> None:
 
 
 def test_values_are_counted_while_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prunet.reading.MOST", 1000)
+    monkeypatch.setattr("prunet.disk.reading.MOST", 1000)
     assert len(parse_yaml("[" + "1," * 900 + "]", "here")) == 900
     with pytest.raises(UserError, match="values, aliases counted"):
         parse_yaml("[" + "1," * 1000 + "]", "here")
@@ -147,7 +147,7 @@ def test_true_is_no_number(key: str, truth: str) -> None:
 
 
 def test_true_is_no_number_of_a_protocol(tmp_path: Path) -> None:
-    shipped = (Path(__file__).parent.parent / "prunet" / "protocols" / "parti.yaml").read_text()
+    shipped = (Path(__file__).parent.parent / "prunet" / "evaluation" / "protocols" / "parti.yaml").read_text()
     for key in ("seed", "steps", "guidance_scale", "version", "size", "jpeg"):
         lines = [line for line in shipped.splitlines() if not line.startswith(f"{key}:")]
         (tmp_path / "p.yaml").write_text("\n".join([*lines, f"{key}: true"]))

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from prunet import UserError, load_recipe
-from prunet.recipe import read_prompts
-from prunet.runs import recipe_yaml
+from prunet.recipe.recipe import read_prompts
+from prunet.runs.run import recipe_yaml
 
 GOOD = {
     "teacher": "somewhere",

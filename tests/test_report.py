@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from prunet import unet
+from prunet.denoisers.unet2d import form as unet
 from prunet.errors import UserError
-from prunet.plan import Derived, Plan, derive
-from prunet.recipe import Recipe
-from prunet.report import write_report
-from prunet.runs import recipe_yaml
+from prunet.plan.plan import Derived, Plan, derive
+from prunet.recipe.recipe import Recipe
+from prunet.report.run import write_report
+from prunet.runs.run import recipe_yaml
 
 CONFIG = {
     "sample_size": 8,
@@ -297,7 +297,7 @@ def test_measures_by_a_protocol_are_there_with_their_intervals(tmp_path: Path, m
     make_run(tmp_path, prompts=["a fox"])
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "model_index.json").touch()
-    monkeypatch.setattr("prunet.report.Teacher", lambda folder: SimpleNamespace(fingerprint=lambda: "now"))
+    monkeypatch.setattr("prunet.report.run.Teacher", lambda folder: SimpleNamespace(fingerprint=lambda: "now"))
     assert "Measured by protocol" not in Page(write_report(tmp_path)).text
     clip = {"library": "transformers", "model": "emoji-clip"}
     protocol = {"name": "mine", "version": 3, "count": 882, "sampler": "ddim", "steps": 25, "guidance_scale": 2.0}

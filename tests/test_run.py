@@ -15,8 +15,9 @@ import torch
 import yaml
 from conftest import make_pictures, make_pipeline
 
-from prunet import Run, Runtime, Teacher, UserError, load_recipe, run, runs
-from prunet.latents import Cache
+from prunet import Run, Runtime, Teacher, UserError, load_recipe, run
+from prunet.data.encoding import Cache
+from prunet.runs import run as runs
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
 
@@ -143,7 +144,7 @@ def test_pictures_may_go_when_the_cache_is_whole(sd, tmp_path, monkeypatch) -> N
     run(recipe, CPU, until="distil")
     assert Run(recipe, CPU).is_done("stage-1")
     other = recipe.data.model_copy(update={"source": "data/others"})
-    monkeypatch.setattr("prunet.runs.check_source", lambda source, **_: pytest.fail(f"looks for {source}"))
+    monkeypatch.setattr("prunet.runs.run.check_source", lambda source, **_: pytest.fail(f"looks for {source}"))
     with pytest.raises(pytest.fail.Exception, match="looks for data/others"):
         Run(recipe.model_copy(update={"data": other}), CPU)
 

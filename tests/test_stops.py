@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from test_run import contents
 
 from prunet import UserError
-from prunet.files import clear_errors, new_file, new_folder
-from prunet.ownership import LOCK
-from prunet.seals import SEAL
+from prunet.disk.files import clear_errors, new_file, new_folder
+from prunet.disk.ownership import LOCK
+from prunet.disk.seals import SEAL
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 STOPS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -12,14 +12,15 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from prunet import Teacher, UserError, build, derive, distil, load_plan, training
-from prunet.draws import Draws, _permutation, batches
-from prunet.latents import cache
-from prunet.losses import min_snr_weight
-from prunet.recipe import Data, Losses, Stage
-from prunet.sheets import Sheets
-from prunet.student import state_hash
-from prunet.training import Runtime, learning_rate_at
+from prunet import Teacher, UserError, build, derive, distil, load_plan
+from prunet.data.encoding import cache
+from prunet.recipe.recipe import Data, Losses, Stage
+from prunet.student.student import state_hash
+from prunet.training import loop as training
+from prunet.training.loop import Runtime, learning_rate_at
+from prunet.training.losses import min_snr_weight
+from prunet.training.noise import Draws, _permutation, batches
+from prunet.training.sheets import Sheets
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
 STAGE = Stage(steps=6, batch_size=4, learning_rate=1e-3, warmup_steps=2, ema_decay=0.9)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from prunet import Teacher, UserError
-from prunet.teacher import WEIGHTS
+from prunet.teacher.teacher import WEIGHTS
 
 PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 

@@ -26,13 +26,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import prunet
 from on_gpu.results import Result, Setting, check, failed
-from prunet import Runtime, Teacher, build, derive, distil, load_plan, training
-from prunet.bench import working_mb
-from prunet.latents import Cache, cache
-from prunet.losses import mse
-from prunet.recipe import Data, Losses, Stage
-from prunet.size import example_inputs
-from prunet.student import state_hash
+from prunet import Runtime, Teacher, build, derive, distil, load_plan
+from prunet.data.encoding import Cache, cache
+from prunet.plan.size import example_inputs
+from prunet.recipe.recipe import Data, Losses, Stage
+from prunet.speed.clock import working_mb
+from prunet.student.student import state_hash
+from prunet.training import loop as training
+from prunet.training.losses import mse
 
 EMOJI = Path(__file__).parents[2] / "emoji" / "emoji-sd"
 PLANS = {"sd": "bk-small", "sdxl": "vega"}

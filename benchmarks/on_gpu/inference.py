@@ -11,9 +11,9 @@ from small_models import make_pipeline
 
 from on_gpu.results import Result, Setting, goal
 from prunet import Runtime, Teacher, derive, load_plan
-from prunet.bench import wait
-from prunet.inference import PROMPT, bench
-from prunet.unet import make_unet
+from prunet.denoisers.unet2d.form import make_unet
+from prunet.speed.bench import PROMPT, bench
+from prunet.speed.clock import wait
 
 PLANS = ("bk-base", "bk-small", "bk-tiny")
 

@@ -9,8 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from on_gpu.models import Job
 from on_gpu.results import Result, Setting, goal
-from prunet import training
-from prunet.size import kind_of
+from prunet.plan.size import kind_of
+from prunet.training import loop as training
 
 TOP = 15
 WARM, WATCHED = 2, 3

@@ -8,9 +8,10 @@ import torch
 
 from on_gpu.models import Job, fresh, peak_gb, work_folder
 from on_gpu.results import Result, Setting, failed
-from prunet import Run, Runtime, distil, training
-from prunet.estimate import memory
-from prunet.recipe import Recipe
+from prunet import Run, Runtime, distil
+from prunet.recipe.recipe import Recipe
+from prunet.runs.estimate import memory
+from prunet.training import loop as training
 
 #: Plan, batch, micro-batch, level, and options of the runtime.
 SETTINGS: tuple[tuple[str, int, int, str, dict[str, Any]], ...] = (

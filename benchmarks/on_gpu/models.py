@@ -15,10 +15,11 @@ from full_size import random_module, random_pipeline
 from small_models import make_pictures, make_pipeline
 
 from on_gpu.results import Setting
-from prunet import Derived, Runtime, Teacher, derive, distil, load_plan, training
-from prunet.latents import Cache, cache
-from prunet.recipe import Data, Losses, Stage
-from prunet.unet import make_unet
+from prunet import Derived, Runtime, Teacher, derive, distil, load_plan
+from prunet.data.encoding import Cache, cache
+from prunet.denoisers.unet2d.form import make_unet
+from prunet.recipe.recipe import Data, Losses, Stage
+from prunet.training import loop as training
 
 #: Layout -> plan, level of the feature losses, the test's small model of that layout.
 JOBS = {"sd-v1": ("bk-small", "block", "sd"), "sdxl": ("vega", "layer", "sdxl")}

@@ -31,9 +31,9 @@ def inspect(
     Example: prunet inspect sdxl --plan ssd-1b. Given a recipe (.yaml), it shows the recipe's plan on its teacher, and
     the way there if the stages remove step by step.
     """
-    from prunet.drawing import draw_plan
-    from prunet.plan import Plan, derive, load_plan
-    from prunet.teacher import Teacher
+    from prunet.cli.drawing import draw_plan
+    from prunet.plan.plan import Plan, derive, load_plan
+    from prunet.teacher.teacher import Teacher
 
     if teacher.endswith((".yaml", ".yml")):
         if plan != "none" or config is not None:
@@ -51,10 +51,10 @@ def _inspect_recipe(path: Path, as_json: bool) -> None:
     from rich.console import Group
     from rich.text import Text
 
-    from prunet.drawing import draw_plan, draw_stairs
-    from prunet.plan import derive
-    from prunet.student import check_steps
-    from prunet.teacher import Teacher
+    from prunet.cli.drawing import draw_plan, draw_stairs
+    from prunet.plan.plan import derive
+    from prunet.student.student import check_steps
+    from prunet.teacher.teacher import Teacher
 
     recipe = open_recipe(path, None)
     source = recipe.teacher
@@ -74,7 +74,7 @@ def plans(as_json: Json = False) -> None:
     """List the plans that come with prunet."""
     from rich.table import Table
 
-    from prunet.plan import load_plan, preset_names
+    from prunet.plan.plan import load_plan, preset_names
 
     found = [load_plan(name) for name in preset_names()]
     table = Table("plan", "what it is", "source", box=None)
@@ -99,11 +99,11 @@ def build(
 
     Writes a stock diffusers U-Net folder (load it with UNet2DConditionModel.from_pretrained).
     """
-    from prunet.ownership import check_place
-    from prunet.plan import derive, load_plan
-    from prunet.runs import save_unet
-    from prunet.student import inherit
-    from prunet.teacher import Teacher
+    from prunet.disk.ownership import check_place
+    from prunet.plan.plan import derive, load_plan
+    from prunet.runs.run import save_unet
+    from prunet.student.student import inherit
+    from prunet.teacher.teacher import Teacher
 
     check_place(output, "student", "--output", [Path(teacher)])
     opened = Teacher(teacher, config=config)
@@ -127,10 +127,10 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the student of a run as a stock pipeline folder, or as one .safetensors for ComfyUI and others."""
-    from prunet.ownership import check_file, check_place
-    from prunet.pipeline import export as export_folder
-    from prunet.pipeline import export_single_file
-    from prunet.runs import Run, read_paths
+    from prunet.disk.ownership import check_file, check_place
+    from prunet.exports.folder import export as export_folder
+    from prunet.exports.folder import export_single_file
+    from prunet.runs.run import Run, read_paths
 
     if not (run_folder / "recipe.yaml").is_file():
         raise UserError(f"{run_folder}: not a run folder (no recipe.yaml); `prunet run RECIPE` makes one")
@@ -176,7 +176,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write the tensors of a pickled checkpoint as .safetensors, without running the code that is in it."""
-    from prunet.pickles import convert as convert_pickle
+    from prunet.teacher.pickles import convert as convert_pickle
 
     facts = convert_pickle(checkpoint, output)
     dropped = f"\nno tensors, so left out: {', '.join(facts['dropped'])}" if facts["dropped"] else ""
@@ -208,10 +208,10 @@ def generate(
 
     Example: prunet generate runs/demo "a red apple" -n 4
     """
-    from prunet.files import check_writable
-    from prunet.ownership import check_file, check_place, hold
-    from prunet.pipeline import PICTURE_FORMATS, is_drawn
-    from prunet.pipeline import generate as draw_pictures
+    from prunet.disk.files import check_writable
+    from prunet.disk.ownership import check_file, check_place, hold
+    from prunet.exports.folder import PICTURE_FORMATS, is_drawn
+    from prunet.exports.folder import generate as draw_pictures
 
     one_file = output.suffix.lower() in PICTURE_FORMATS
     if one_file and num_images > 1:

@@ -135,13 +135,13 @@ def with_runtime(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
 
 def make_runtime(device: str | None = None, precision: str = "auto", tracker: str | None = None, **options: Any) -> Any:
     """`options`: fields of `Runtime`, checked."""
-    from prunet.features import declare_torchvision_ops
+    from prunet.evaluation.networks import declare_torchvision_ops
 
     declare_torchvision_ops()
     import torch
 
-    from prunet.gpu import has_fp8
-    from prunet.training import Runtime
+    from prunet.training.gpu import has_fp8
+    from prunet.training.loop import Runtime
 
     if precision not in ("auto", "no", "bf16", "fp16"):
         raise UserError(f"--precision {precision}: choose auto, no, bf16 or fp16")
@@ -181,7 +181,7 @@ def make_runtime(device: str | None = None, precision: str = "auto", tracker: st
     if runtime.fsdp and (runtime.mixed_precision == "fp16" or runtime.use_8bit_adam):
         raise UserError("--fsdp: with --precision bf16 or no, and without --use-8bit-adam")
     if runtime.compile or runtime.compile_blocks:
-        from prunet.inference import check_compiler
+        from prunet.speed.bench import check_compiler
 
         check_compiler(runtime.torch_device)
     if precision == "fp16" and runtime.torch_device.type == "cpu":
@@ -203,7 +203,7 @@ def named_files(given: list[str] | None, examples: str) -> dict[str, Path]:
 
 def open_recipe(path: Path, overrides: list[str] | None) -> Any:
     """Of a run folder its recipe, with the folder itself as output: it may have been moved or copied."""
-    from prunet.recipe import load_recipe
+    from prunet.recipe.recipe import load_recipe
 
     if path.is_dir():
         return load_recipe(path / "recipe.yaml", overrides or (), {"output": str(path)})

@@ -21,8 +21,8 @@ from prunet.cli.options import (
 
 
 def _run_until(until: str, path: Path, overrides: list[str] | None, runtime: Any, as_json: bool) -> Any:
-    from prunet.report import read_evaluation
-    from prunet.runs import Run
+    from prunet.report.run import read_evaluation
+    from prunet.runs.run import Run
 
     this = Run(open_recipe(path, overrides), runtime)
     this.finish(until)
@@ -67,9 +67,9 @@ def estimate(
 
     Memory comes from shapes, hours from a few steps of the real loop with random weights. Nothing is written.
     """
-    from prunet.drawing import draw_estimate
-    from prunet.estimate import estimate as cost_of
-    from prunet.runs import Run
+    from prunet.cli.drawing import draw_estimate
+    from prunet.runs.estimate import estimate as cost_of
+    from prunet.runs.run import Run
 
     this = Run(open_recipe(recipe, overrides), runtime)
     cost = cost_of(this)
@@ -114,9 +114,9 @@ def evaluate(
     LPIPS, too, given its weights; of a finished run it is added: prunet evaluate RUN --weights vgg=FILE
     --weights lpips=FILE
     """
-    from prunet.evaluation import markdown
-    from prunet.lpips import Lpips, add_lpips
-    from prunet.report import read_evaluation, write_report
+    from prunet.evaluation.evaluation import markdown
+    from prunet.evaluation.lpips import Lpips, add_lpips
+    from prunet.report.run import read_evaluation, write_report
 
     files = named_files(weights, "vgg=FILE and lpips=FILE")
     lpips = Lpips.load(files, runtime.torch_device) if files else None
@@ -145,8 +145,8 @@ def ablate(
 
     What is finished is skipped, so the same command goes on where it was stopped.
     """
-    from prunet.ablation import ablate as do_all
-    from prunet.ablation import load_ablation, markdown
+    from prunet.runs.ablation import ablate as do_all
+    from prunet.runs.ablation import load_ablation, markdown
 
     chosen, recipes = load_ablation(ablation, overrides or ())
     result = do_all(chosen, recipes, runtime, workers=workers)

@@ -15,7 +15,7 @@ def protocols(as_json: Json = False) -> None:
     from rich.console import Group
     from rich.table import Table
 
-    from prunet.protocol import load_protocol, protocol_names
+    from prunet.evaluation.protocol import load_protocol, protocol_names
 
     found = {name: load_protocol(name)[0] for name in protocol_names()}
     table = Table("protocol", "what it draws", "what it measures", box=None)
@@ -54,9 +54,9 @@ def measure(
 
     Example: prunet measure runs/demo --protocol emoji/protocols/emoji-train.yaml
     """
-    from prunet.measuring import markdown
-    from prunet.measuring import measure as measure_it
-    from prunet.protocol import load_protocol, protocol_prompts
+    from prunet.evaluation.measuring import markdown
+    from prunet.evaluation.measuring import measure as measure_it
+    from prunet.evaluation.protocol import load_protocol, protocol_prompts
 
     chosen, beside = load_protocol(protocol)
     texts = protocol_prompts(chosen, beside, prompts, limit)
@@ -81,7 +81,7 @@ def measure(
     if result:
         from rich.markdown import Markdown
 
-        from prunet.report import write_report
+        from prunet.report.run import write_report
 
         say(as_json, result, Markdown(markdown([result])))
         if output is None and (Path(model) / "report.html").is_file():
@@ -100,11 +100,11 @@ def compare(
 
     Refused if they were not measured alike, with what differs.
     """
-    from prunet.charts import is_page
-    from prunet.comparison import write_comparison
-    from prunet.measuring import compare as side_by_side
-    from prunet.measuring import markdown
-    from prunet.ownership import check_file
+    from prunet.disk.ownership import check_file
+    from prunet.evaluation.measuring import compare as side_by_side
+    from prunet.evaluation.measuring import markdown
+    from prunet.report.charts import is_page
+    from prunet.report.comparison import write_comparison
 
     if any((folder / "measures.json").is_file() for folder in folders):
         from rich.markdown import Markdown
@@ -159,11 +159,11 @@ def bench(
     """
     from rich.markdown import Markdown
 
-    from prunet.files import check_writable
-    from prunet.inference import bench as time_all
-    from prunet.inference import check_compiler, open_pipelines
-    from prunet.ownership import check_place, hold
-    from prunet.speeds import markdown, write_speeds
+    from prunet.disk.files import check_writable
+    from prunet.disk.ownership import check_place, hold
+    from prunet.report.speeds import markdown, write_speeds
+    from prunet.speed.bench import bench as time_all
+    from prunet.speed.bench import check_compiler, open_pipelines
 
     if output is not None:
         check_place(output, "bench", "--output", map(Path, models))

@@ -1,0 +1,197 @@
+"""The U-Net drawn in the terminal: stages down on the left, up on the right, what goes and what stays."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from prunet.denoisers.unet2d import form as unet
+from prunet.plan.plan import Derived
+from prunet.report import charts
+
+STAYS, GOES = "bold green", "red strike"
+
+
+def draw_plan(derived: Derived, title: str) -> RenderableType:
+    """What the plan does to the teacher: the U-Net, the sizes, and where the student will load."""
+    return Group(
+        Rule(Text(title, style="bold"), align="left"),
+        Padding(_unet(derived), (0, 0, 1, 0)),
+        Text.from_markup(_legend()),
+        Text(),
+        _sizes(derived),
+        _programs(derived),
+    )
+
+
+def draw_stairs(steps: Sequence[Derived], notes: Sequence[str]) -> RenderableType:
+    """A progressive recipe: parameters and MACs after each stage's removal, and what goes there."""
+    table = Table(box=None, padding=(0, 2), title="[bold]Stages[/]", title_justify="left")
+    for column in ("", "plan", "parameters", "MACs (G)", ""):
+        table.add_column(column, justify="right" if column in ("parameters", "MACs (G)") else "left", no_wrap=True)
+    teacher = steps[0].teacher_size
+    table.add_row("teacher", "", f"{teacher.parameters:,}", f"{teacher.macs / 1e9:,.4g}", _bar(1.0))
+    gone: set[str] = set()
+    lines = []
+    for number, (step, note) in enumerate(zip(steps, notes, strict=True), 1):
+        size, new = step.student_size, set(step.removed) - gone
+        share = _bar(size.parameters / teacher.parameters)
+        table.add_row(
+            f"{number}: {note}",
+            Text(step.plan.name, style="bold"),
+            f"{size.parameters:,}",
+            f"{size.macs / 1e9:,.4g}",
+            share,
+        )
+        lines.append(f"  {number} removes {summary(new) or 'nothing more'}")
+        gone |= new
+    return Group(table, Text(), *map(Text, lines))
+
+
+def _bar(share: float, width: int = 12) -> Text:
+    full = round(share * width)
+    return Text("█" * full, style="cyan").append("░" * (width - full), style="dim").append(f" {share:.0%}")
+
+
+KINDS = ("resnets", "attentions", "transformer_blocks", "downsamplers", "upsamplers")
+
+
+def summary(parts: Iterable[str]) -> str:
+    """`down_blocks.2: 2 attentions, 12 transformer blocks; mid_block`: the parts counted by stage and kind."""
+    counts: dict[str, dict[str, int]] = {}
+    for part in sorted(parts):
+        names = part.split(".")
+        stage = names[0] if names[0] == "mid_block" else ".".join(names[:2])
+        kind = next((name for name in reversed(names) if name in KINDS), "")
+        counts.setdefault(stage, {}).setdefault(kind, 0)
+        counts[stage][kind] += 1
+    return "; ".join(stage if "" in found else f"{stage}: {_counted(found)}" for stage, found in counts.items())
+
+
+def _counted(found: Mapping[str, int]) -> str:
+    names = {kind: kind.replace("_", " ") for kind in found}
+    return ", ".join(f"{n} {names[kind] if n > 1 else names[kind].removesuffix('s')}" for kind, n in found.items())
+
+
+def _legend() -> str:
+    stays, goes = f"[{STAYS}]R A[/] stays", f"[{GOES}]r a[/] goes"
+    return f"{stays}, {goes}  R resnet, A attention (A4/10: 4 of 10 blocks), ↓ ↑ resize"
+
+
+def _unet(derived: Derived) -> Table:
+    """Mirrored stages in one row, the mid stage below."""
+    net = unet.skeleton(derived.teacher_config)
+    widths = derived.teacher_config["block_out_channels"]
+    gone = set(derived.removed) | set(derived.implied)
+    table = Table.grid(padding=(0, 1))
+    for _ in range(5):
+        table.add_column(no_wrap=True)
+    count = len(net.down_blocks)
+    for i in range(count):
+        down, up = f"down_blocks.{i}", f"up_blocks.{count - 1 - i}"
+        table.add_row(
+            _name(down, gone),
+            Text(str(widths[i]), style="dim"),
+            _stage(net.down_blocks[i], down, gone),
+            _name(up, gone),
+            _stage(net.up_blocks[count - 1 - i], up, gone),
+        )
+    if net.mid_block is not None:
+        table.add_row(
+            _name("mid_block", gone), Text(str(widths[-1]), style="dim"), _stage(net.mid_block, "mid_block", gone)
+        )
+    return table
+
+
+def _is_gone(name: str, gone: set[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in gone for end in range(1, len(parts) + 1))
+
+
+def _name(name: str, gone: set[str]) -> Text:
+    return Text(f"({name})", style=GOES) if _is_gone(name, gone) else Text(name, style="bold")
+
+
+def _stage(block: Any, name: str, gone: set[str]) -> Text:
+    """Its layers in order; what goes is also in lower case, for eyes and terminals without colour."""
+    out = Text()
+    attentions = getattr(block, "attentions", None)
+    for j in range(len(block.resnets)):
+        out.append_text(_mark("R", _is_gone(f"{name}.resnets.{j}", gone))).append(" ")
+        # The mid stage is resnet, attention, resnet; in the others every resnet may have an attention behind it.
+        if attentions is not None and j < len(attentions) and attentions[j] is not None:
+            out.append_text(_attention(attentions[j], f"{name}.attentions.{j}", gone)).append(" ")
+    for sampler, arrow in (("downsamplers", "↓"), ("upsamplers", "↑")):
+        if getattr(block, sampler, None) is not None:
+            is_gone = _is_gone(f"{name}.{sampler}", gone)
+            out.append("·" if is_gone else arrow, style=GOES if is_gone else STAYS)
+    return out
+
+
+def _mark(letter: str, is_gone: bool) -> Text:
+    return Text(letter.lower(), style=GOES) if is_gone else Text(letter, style=STAYS)
+
+
+def _attention(attention: Any, name: str, gone: set[str]) -> Text:
+    if _is_gone(name, gone):
+        return _mark("A", True)
+    depth = len(attention.transformer_blocks)
+    kept = sum(not _is_gone(f"{name}.transformer_blocks.{b}", gone) for b in range(depth))
+    text = Text(f"A{kept}" if depth > 1 else "A", style=STAYS)
+    return text.append(f"/{depth}", style="red") if kept < depth else text
+
+
+def _sizes(derived: Derived) -> Table:
+    table = Table(box=None, padding=(0, 2))
+    for column in ("", "teacher", "student", ""):
+        table.add_column(column, justify="left" if not column else "right")
+    teacher, student = derived.teacher_size, derived.student_size
+    for label, a, b, form in (
+        ("U-Net parameters", teacher.parameters, student.parameters, "{:,.0f}"),
+        ("size in fp16 (MB)", teacher.parameters * 2 / 1e6, student.parameters * 2 / 1e6, "{:,.1f}"),
+        ("MACs of a call (G)", teacher.macs / 1e9, student.macs / 1e9, "{:,.4g}"),
+        ("  with attention's", _all(teacher), _all(student), "{:,.4g}"),
+    ):
+        table.add_row(label, form.format(a), f"[bold]{form.format(b)}[/]", f"[cyan]{100 * b / a:.0f} %[/]")
+    return table
+
+
+def _all(size: Any) -> float:
+    return (size.macs + size.attention_macs) / 1e9
+
+
+def _programs(derived: Derived) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for title, answers in (("loads in", derived.loads_in), ("works with", derived.works_with)):
+        table.add_row()
+        table.add_row(Text(title, style="bold"))
+        for name, answer in answers.items():
+            said, _, why = answer.partition(": ")
+            table.add_row(f"  {name}", Text(said, style="green" if said == "yes" else "yellow"), Text(why))
+    return table
+
+
+def draw_estimate(this: Any, cost: dict[str, Any]) -> RenderableType:
+    """What a run would do and cost (`prunet estimate`)."""
+    steps = Table(box=None, padding=(0, 2), title="[bold]Steps[/]", title_justify="left")
+    for name, state in cost["steps"].items():
+        steps.add_row(
+            name, "[green]done[/]" if state == "done" else state, Text(str(this.result_of(name)), style="dim")
+        )
+    memory = Table(box=None, padding=(0, 2), title="[bold]Memory of distillation[/]", title_justify="left")
+    for name, count in cost["memory_bytes"].items():
+        memory.add_row(name, f"{count / 2**30:8.2f} GiB", style="bold" if name == "total" else None)
+    hours = cost["distil_hours"]
+    time_text = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    speed = charts.number(1 / cost["seconds_per_image"])
+    lines = Text.from_markup(
+        f"[bold]Distillation[/]  {cost['images']:,} images, {speed} images/s measured on "
+        f"{this.runtime.torch_device} ({this.runtime.mixed_precision}, micro-batch {cost['timed_micro_batch']}): "
+        f"about [bold]{time_text}[/]"
+    )
+    title = f"{this.teacher.source} by {this.recipe.plan.name}"
+    return Group(draw_plan(this.derived, title), steps, memory, lines)

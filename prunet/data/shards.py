@@ -1,0 +1,150 @@
+"""WebDataset shards: tars in which neighbours with one name, up to its first dot, are a sample.
+
+No sample is lost without a word: whatever a shard holds makes a picture, or a broken one that says why.
+"""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prunet.data.captions import (
+    CAPTION_FILES,
+    MAX_TEXT,
+    Columns,
+    caption_columns,
+    caption_lines,
+    captions_of,
+    json_object,
+)
+from prunet.data.pictures import MAX_FILE_MIB, PICTURE_FILES, Picture, as_text, broken_picture, make_picture, one_line
+from prunet.errors import UserError
+
+SHARDS = (".tar", ".tar.gz", ".tgz")
+MAX_HEADER = 1 << 20  # bytes of a name or of a header's extras
+AFTER_END = 1 << 20  # bytes after the end mark in which to look for another tar; padding is some 10 KiB of zeros
+
+EXTRA_HEADERS = (b"x", b"g", b"X", tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+LINK = " (a link)"
+
+Files = dict[str, bytes | None]  # by ending, such as ".jpg" and ".txt"; None is not read
+
+
+def read_shard(columns: Columns, path: Path, label: str) -> Iterator[Picture]:
+    seen: set[str] = set()
+    for samples, (name, files) in enumerate(_samples(path)):
+        if isinstance(files, Exception):
+            yield broken_picture(label, f"shard cut off or damaged after {samples} samples ({one_line(files)})")
+            return
+        picture = next((data for ending, data in files.items() if ending in PICTURE_FILES and data is not None), None)
+        dotted = [ending for ending in files if _is_dotted_picture(ending, files, picture is None)]
+        if picture is not None:
+            key = _new_key(f"{label}/{as_text(name)}", seen)
+            yield make_picture(key, *_captions(files, columns[1]), file=picture)
+        elif not dotted:
+            yield broken_picture(_new_key(f"{label}/{as_text(name)}", seen), _no_picture(files))
+        for ending in dotted:
+            rule = f"for WebDataset a name ends at its first dot, so this is {ending} of {os.path.basename(name)!r}"
+            why = f"{rule}; to read it, take the other dots out of its name and its caption's"
+            yield broken_picture(_new_key(f"{label}/{as_text(name + ending)}", seen), as_text(why))
+
+
+def _new_key(key: str, seen: set[str]) -> str:
+    """A name that comes again later in the shard is another sample."""
+    new, number = key, 1
+    while new in seen:
+        number += 1
+        new = f"{key}#{number}"
+    seen.add(new)
+    return new
+
+
+def _is_dotted_picture(ending: str, files: Files, alone: bool) -> bool:
+    """Whether this is a sample of its own whose name has a dot: `.seg.png` of a sample with a picture is not."""
+    stem, _, kind = ending[1:].rpartition(".")
+    captioned = any(f".{stem}{text}" in files for text in (*CAPTION_FILES, ".json"))
+    return stem != "" and f".{kind}" in PICTURE_FILES and (alone or captioned)
+
+
+def _no_picture(files: Files) -> str:
+    has = ", ".join(ending or "a file without an ending" for ending in list(files)[:5])
+    why = f"no picture ({' '.join(PICTURE_FILES)}) in this sample; it has {as_text(has)}"
+    links = "; pack files in place of links (tar --dereference --hard-dereference)"
+    return why + (links if any(ending.endswith(LINK) for ending in files) else "")
+
+
+def _captions(files: Files, column: str | None) -> tuple[tuple[str, ...], str]:
+    """(captions, why there are none); a named column is looked up in the .json alone."""
+    why = f"no caption ({' '.join(CAPTION_FILES)} .json)" if column is None else f"no {column!r} in its .json"
+    for ending in (*CAPTION_FILES, ".json") if column is None else (".json",):
+        if ending + LINK in files:
+            why = f"no caption: its {ending} is a link; pack files in place of links"
+        if (data := files.get(ending)) is None:
+            continue
+        try:
+            if ending == ".json":
+                captions = captions_of(json_object(data, ending), caption_columns(column))
+            else:
+                captions = caption_lines(data)
+            if captions:
+                return captions, ""
+        except (ValueError, UserError) as error:
+            why = f"no caption: its {ending} cannot be read ({one_line(error)})"
+    return (), why
+
+
+def _samples(path: Path) -> Iterator[tuple[str, Files | Exception]]:
+    """Neighbours of one name up to its first dot, as in WebDataset; last, if so, what broke the shard."""
+    current, damage = "", None
+    files: Files = {}
+    try:
+        for name, ending, data in _members(path):
+            if files and (name != current or ending in files):
+                yield current, files
+                files = {}
+            current, files[ending] = name, data
+    except Exception as error:  # tarfile, gzip and zlib have one each for a file that is cut off
+        damage = error
+    if files:
+        yield current, files
+    if damage is not None:
+        yield "", damage
+
+
+def _members(path: Path) -> Iterator[tuple[str, str, bytes | None]]:
+    """(name, ending, contents if they may be of use) of what is not a folder or hidden."""
+    if not path.is_file():
+        raise OSError("not a file")  # a pipe would be waited for
+    with tarfile.open(path, "r:*", tarinfo=_Member) as tar:
+        while (member := tar.next()) is not None:
+            folder, slash, base = member.name.removeprefix("./").rpartition("/")
+            stem, dot, ending = base.partition(".")
+            ending = (dot + ending).lower()
+            if stem and not member.isdir():
+                limit = MAX_FILE_MIB << 20 if ending in PICTURE_FILES else MAX_TEXT
+                is_read = member.isreg() and ending in (*PICTURE_FILES, *CAPTION_FILES, ".json")
+                file = tar.extractfile(member) if is_read else None
+                data = file.read(min(member.size, limit + 1)) if file else None
+                yield folder + slash + stem, ending if member.isreg() else ending + LINK, data
+            vars(tar)["members"].clear()  # it would keep the headers of all of them
+        if tar.fileobj is None:
+            return
+        # tarfile passes over a missing end, over a broken header, and over a second tar after the end, in silence.
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(512) != bytes(512):
+            raise tarfile.ReadError(f"no end mark at byte {tar.offset:,}")
+        if tar.fileobj.read(AFTER_END).strip(b"\0"):
+            joined = "tars joined by cat, of which the first is read; unpack with tar --ignore-zeros and pack again"
+            raise tarfile.ReadError(f"more after the end mark at byte {tar.offset:,}: {joined}")
+
+
+class _Member(tarfile.TarInfo):
+    """Refuses a long name or extra header that would be read into memory whatever its size."""
+
+    @classmethod
+    def frombuf(cls, *args: Any) -> "_Member":
+        member: _Member = super().frombuf(*args)  # type: ignore[assignment]
+        if member.type in EXTRA_HEADERS and member.size > MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {member.size:,} bytes")
+        return member

@@ -1,0 +1,192 @@
+"""Where pictures come from: folders, tar shards, Parquet, saved datasets and the Hub, each as one deterministic stream.
+
+Whatever can be read past does not stop the stream; a shard that is cut off is a broken picture under its own name. A
+mistake in a list of captions (bad JSON, no such column, a path out of the folder) is a `UserError` with file and line,
+and `check_source` finds it before the expense. Of what was read only keys are remembered (those of a folder's
+metadata, or of one shard).
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain, groupby, islice
+from pathlib import Path
+
+from prunet.data.captions import CAPTION_FILES, CAPTION_LISTS, Columns, caption_file, entries
+from prunet.data.listing import Source, labels, source_name, source_paths, walk
+from prunet.data.pictures import (
+    PICTURE_FILES,
+    BrokenPicture,
+    Picture,
+    as_text,
+    broken_picture,
+    extra,
+    make_picture,
+    one_line,
+)
+from prunet.data.rows import read_hub, read_parquet, read_saved, saved_dataset
+from prunet.data.shards import SHARDS, read_shard
+from prunet.errors import UserError
+
+LOOK = 10_000  # samples in which `check_source` looks for a usable one; the first will do, mostly
+
+
+def read_pictures(
+    source: Source, *, image_column: str = "image", caption_column: str | None = None
+) -> Iterator[Picture]:
+    """Every sample of the source, always in the same order. A source is
+
+    - a folder with `metadata.jsonl`, `.csv` or `.parquet`, which has `file_name` and a caption column: the
+      pictures listed are read, consecutive rows of one picture are its captions;
+    - a folder with `cat.txt` (or `cat.caption`) beside `cat.png`: each line is a caption;
+    - WebDataset shards: `a.tar`, `dir/train-*.tar`, `train-{0000..0003}.tar` or a list of these;
+    - `.parquet` files, named in the same ways; a folder of `datasets`' `save_to_disk` (of several splits `train`, or
+      the folder of another); or `owner/name[:split]` of the Hub; these want `prunet[data]`.
+
+    The columns are those of the metadata, of a shard's .json, of Parquet. Keys begin with the file's name, or
+    with its path below the common folder where two files have one name.
+    """
+    columns = image_column, caption_column
+    if isinstance(source, str) and _is_hub_id(source):
+        return read_hub(source, columns)
+    paths = source_paths(source)
+    if len(paths) == 1 and paths[0].is_dir():
+        if saved := saved_dataset(paths[0]):
+            return read_saved(saved, columns)
+        return _read_folder(paths[0], _lists(paths[0]), columns)
+    names = labels(paths)
+    if all(path.name.lower().endswith(SHARDS) for path in paths):
+        return chain.from_iterable(map(partial(read_shard, columns), paths, names))
+    if all(path.suffix.lower() == ".parquet" for path in paths):
+        extra("pyarrow.parquet")
+        return chain.from_iterable(map(partial(read_parquet, columns), paths, names))
+    what = "pictures come from one folder, or from .tar shards, or from .parquet files"
+    raise UserError(f"{paths[0]}{' ...' if len(paths) > 1 else ''}: {what}; name one of these")
+
+
+def check_source(source: Source, *, image_column: str = "image", caption_column: str | None = None) -> None:
+    """Fail if nothing can be read there. Decodes one picture and parses the whole of each metadata file."""
+    pictures = read_pictures(source, image_column=image_column, caption_column=caption_column)
+    unusable, why = 0, "no pictures here"
+    for picture in islice(pictures, LOOK):
+        try:
+            picture.open()
+            break
+        except BrokenPicture as error:
+            why = why if unusable else f"no usable picture here; the first one, {error}"
+            unusable += 1
+    else:
+        name = source_name(source)
+        raise UserError(f"{name}: {why}; give pictures with captions, or name the .tar or .parquet files")
+    paths = [] if isinstance(source, str) and _is_hub_id(source) else source_paths(source)
+    if len(paths) == 1 and _lists(paths[0]):
+        for _ in pictures:  # a mistake in line 90,000 shows now, not hours later
+            pass
+
+
+def _is_hub_id(text: str) -> bool:
+    is_file = text.lower().endswith((*SHARDS, *PICTURE_FILES, ".parquet", ".jsonl", ".csv", ".zip"))
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?", text) is not None
+    return is_id and not is_file and not os.path.exists(text)
+
+
+# -- folders
+
+
+def _lists(root: Path) -> dict[str, str]:
+    """The name of the caption list of each folder below `root` that has one."""
+    lists: dict[str, str] = {}
+    for under, names in walk(root) if root.is_dir() else ():
+        found = [name for name in CAPTION_LISTS if name in names]
+        if len(found) > 1:
+            raise UserError(f"{root / under}: {' and '.join(found)} in one folder; keep one of them")
+        if found:
+            lists[under] = found[0]
+    return lists
+
+
+def _read_folder(root: Path, lists: dict[str, str], columns: Columns) -> Iterator[Picture]:
+    """A caption list speaks for its folder and those below; elsewhere captions lie beside the pictures."""
+    if columns[1] is not None and not lists:
+        named = f"no {' or '.join(CAPTION_LISTS)} to find column {columns[1]} in; leave it unnamed"
+        raise UserError(f"{root}: {named}")
+    listed = None  # the uppermost folder with a list, of those above
+    seen: set[str] = set()
+    for under, names in walk(root):
+        if listed is None or not under.startswith(listed):
+            listed = under if under in lists else None
+        if under in lists:
+            yield from _read_list(root, under, lists[under], columns, seen)
+        elif listed is None:
+            yield from _read_beside(root / under, under, names, columns[1])
+
+
+def _read_beside(folder: Path, under: str, names: Sequence[str], column: str | None) -> Iterator[Picture]:
+    texts = {Path(name).stem + Path(name).suffix.lower(): folder / name for name in names}
+    pictures = [name for name in names if name.lower().endswith(PICTURE_FILES)]
+    stems = {Path(name).stem for name in pictures}
+    for name in names:
+        path, key = Path(name), as_text(under + name)
+        beside = [text for ending in CAPTION_FILES if (text := texts.get(path.stem + ending))]
+        if path.suffix.lower() in PICTURE_FILES:
+            yield make_picture(key, *_captions_beside(path.stem, beside, column), folder / name)
+        elif beside and folder / name not in beside and path.stem not in stems:
+            yield broken_picture(key, f"has a caption, but not the ending of a picture ({' '.join(PICTURE_FILES)})")
+
+
+def _captions_beside(stem: str, beside: Sequence[Path], column: str | None) -> tuple[tuple[str, ...], str]:
+    """(captions, why there are none)."""
+    if column is not None:
+        return (), f"no caption: no list of captions to find column {column} in"
+    why = f"no caption: no {' or '.join(CAPTION_LISTS)}, and nothing in a {as_text(stem)}.txt beside it"
+    try:
+        return next(filter(None, (caption_file(text) for text in beside if text.is_file())), ()), why
+    except (OSError, ValueError) as error:
+        return (), f"no caption: its text file cannot be read ({one_line(error)})"
+
+
+def _read_list(root: Path, under: str, name: str, columns: Columns, seen: set[str]) -> Iterator[Picture]:
+    folder, path = root / under, root / under / name
+    for file, rows in groupby(entries(path, columns), key=lambda entry: entry[1]):
+        lines, _, captions = zip(*rows, strict=True)
+        if (key := as_text(under + file)) in seen:
+            raise UserError(f"{path}, {lines[0]}: {file} was listed before; put its rows next to each other")
+        seen.add(key)
+        every = tuple(chain.from_iterable(captions))
+        yield make_picture(key, every, f"no caption in {as_text(under + name)}, {lines[0]}", folder / file)
+
+
+# -- what a source is made of
+
+
+def has_files(source: Source) -> bool:
+    """Whether files of a source can be found here."""
+    try:
+        return bool(source_paths(source))
+    except UserError:
+        return False
+
+
+def source_files(source: Source) -> list[tuple[str, int | str]]:
+    """The local files of a source: names and sizes of pictures and shards, and what the lists of captions say.
+
+    This decides whether a source is still the same; it is not worth reading every picture for.
+    """
+    if isinstance(source, str) and _is_hub_id(source):
+        return [(source, 0)]
+    out: list[tuple[str, int | str]] = []
+    for root in source_paths(source):
+        below = (Path(under, name) for under, names in walk(root) for name in names) if root.is_dir() else ()
+        for name in sorted(below) if root.is_dir() else [Path(root.name)]:
+            file = root / name if root.is_dir() else root
+            if file.is_file():
+                text = file.name in CAPTION_LISTS or file.suffix.lower() in (*CAPTION_FILES, ".jsonl", ".csv")
+                out.append((str(name), _sha256(file) if text else file.stat().st_size))
+    return out
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,177 @@
+"""Whose a folder is: prunet writes only into folders that it made, or that are empty or absent, one process at a time.
+
+A folder that prunet made holds a seal (`prunet.disk.seals`); a process that works in a folder holds its lock.
+"""
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from prunet.disk.files import aside, clear_errors, new_file
+from prunet.disk.seals import SEAL, changed, files_in, read_seal, seal_text
+from prunet.errors import UserError
+
+LOCK = ".prunet.lock"
+#: What versions without seals left: a folder is of this kind if it holds all of one of these lists.
+UNSEALED = {
+    "run": (("recipe.yaml", "plan.json"), ("recipe.yaml", "steps.json")),
+    "cache": (("spec.json", "unconditional.safetensors"), ("spec.json", "cache.json")),
+    "ablation": (("ablation.json", "ablation.md"), ("caches",)),
+    "measurement": (("measures.json",), ("pictures/spec.json",)),
+    "bench": (("bench.json", "bench.md"),),
+}
+
+# -- where prunet may write
+
+
+def kind_of(folder: Path) -> str | None:
+    """What of prunet's a folder is: `run`, `cache`, `student`, ...; None: not prunet's."""
+    if seal := read_seal(folder):
+        return str(seal.get("what"))
+    for kind, lists in UNSEALED.items():
+        if any(all((folder / name).exists() for name in names) for names in lists):
+            return kind
+    return None
+
+
+def check_place(folder: Path, what: str, option: str, sources: Iterable[Path] = ()) -> None:
+    """Refuses a folder to write a `what` into, unless it is absent, empty, or such a one that prunet made.
+
+    `option`: what the user calls it; `sources`: teachers and data, which it may not be, lie in, or hold.
+
+    Raises:
+        UserError: it holds something else, and what; or it is a file.
+    """
+    place = _resolved(folder, option, sources)
+    if place.exists() and not place.is_dir():
+        raise UserError(f"{option}: {folder} is a file; a folder is needed there")
+    ours = (LOCK, aside(place / SEAL).name)  # a kill may have left them without the seal
+    inside = [path.name for path in place.iterdir() if path.name not in ours] if place.is_dir() else []
+    if not inside:
+        return _check_around(place, folder, option)
+    kind = kind_of(place)
+    if kind is None:
+        shown = ", ".join(sorted(inside)[:3])
+        raise UserError(
+            f"{option}: {folder} holds what prunet did not make ({shown}): give another folder, or an empty one"
+        )
+    if kind != what:
+        raise UserError(f"{option}: {folder} holds {_a(kind)}, not {_a(what)} that could be replaced: give another")
+    seal = read_seal(place)
+    if seal and "files" in seal:  # it will be replaced as a whole
+        extra = sorted(set(files_in(place)) - seal["files"].keys())
+        if wrong := f"{folder / extra[0]}: not made by prunet" if extra else changed(folder, seal):
+            raise UserError(f"{option}: {wrong}: move it away, or give another folder")
+    return _check_around(place, folder, option)
+
+
+def check_file(
+    path: Path, option: str, is_ours: Callable[[Path], bool] = lambda path: False, sources: Iterable[Path] = ()
+) -> None:
+    """Refuses a file to write that is there already, unless `is_ours`, or that would lie in a model or a cache.
+
+    Raises:
+        UserError: what is there.
+    """
+    place = _resolved(path, option, sources)
+    if place.is_dir():
+        raise UserError(f"{option}: {path} is a folder; name a file")
+    if place.exists() and not is_ours(place):
+        raise UserError(f"{option}: {path} exists, and prunet did not make it: delete it first, or give another name")
+    _check_around(place, path, option)
+
+
+def _check_around(place: Path, shown: Path, option: str) -> None:
+    """Nothing is added to a model, a cache, or another whole of prunet's."""
+    for parent in place.parents:
+        if (parent / "model_index.json").is_file():
+            raise UserError(f"{option}: {shown} lies in {parent}, which is a model: give another folder")
+        if (kind := kind_of(parent)) == "cache" or (kind and "files" in (read_seal(parent) or {})):
+            raise UserError(f"{option}: {shown} lies in {parent}, which is {_a(kind)}: give another folder")
+
+
+def _a(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind} of prunet"
+
+
+def _resolved(path: Path, option: str, sources: Iterable[Path]) -> Path:
+    """The path that it leads to, which has nothing to do with the sources."""
+    try:
+        place = path.resolve()
+        others = {source: source.resolve() for source in sources if source.exists()}
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{option}: {path} leads nowhere ({error}): give another path") from error
+    for source, other in others.items():
+        if place == other or other in place.parents or place in other.parents:
+            how = "is" if place == other else "lies in" if other in place.parents else "holds"
+            raise UserError(f"{option}: {path} {how} {source}, which is read and never written: give another path")
+    return place
+
+
+# -- one process at a time
+
+_held: dict[Path, tuple[int, int]] = {}  # folder -> descriptor of its lock, how often this process took it
+
+
+@contextmanager
+def hold(folder: Path, what: str) -> Iterator[None]:
+    """Claims a folder and keeps other processes from writing into it until the block, or this process, ends.
+
+    A folder that cannot be written (a finished run on a read-only mount) is not locked.
+
+    Raises:
+        UserError: another process works there; says which.
+    """
+    key = folder.resolve()
+    file, times = _held.get(key) or (_lock(folder, what), 0)
+    if file is not None:
+        _held[key] = file, times + 1
+    try:
+        yield
+    finally:
+        if file is not None:
+            _, times = _held.pop(key, (file, 0))  # 0: in a forked child
+            if times > 1:
+                _held[key] = file, times - 1
+            elif times:
+                os.close(file)
+
+
+def _lock(folder: Path, what: str) -> int | None:
+    if folder.is_dir() and not os.access(folder, os.W_OK):
+        return None
+    with clear_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / SEAL).exists():
+            with new_file(folder / SEAL) as part:
+                part.write_text(seal_text(what), encoding="utf-8")
+        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            holder = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%F %T},"
+            os.ftruncate(file, 0)
+            os.pwrite(file, holder.encode(), 0)
+        except BlockingIOError as error:
+            holder = os.pread(file, 200, 0).decode(errors="replace") or "another process"
+            os.close(file)
+            raise UserError(f"{folder}: {holder} works in it: wait until it ends, or end it") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+                os.close(file)
+                raise
+    return file
+
+
+def _let_go() -> None:
+    """A forked child (a loader of samples) does not keep the lock when its parent is gone."""
+    for file, _ in _held.values():
+        os.close(file)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)

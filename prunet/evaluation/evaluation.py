@@ -1,0 +1,261 @@
+"""How near the student is to the teacher, and how much smaller and faster."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+
+from prunet import processes
+from prunet.console import progress
+from prunet.disk.files import new_file, write_json, write_text
+from prunet.disk.seals import file_checksum
+from prunet.evaluation.metrics import Array, bootstrap, mean_of
+from prunet.exports.folder import decode, draw_latents, set_sampler
+from prunet.plan.size import size_of
+from prunet.recipe.recipe import Evaluation, read_prompts
+from prunet.speed import clock as bench
+from prunet.teacher.teacher import Teacher, conditioning
+from prunet.training.losses import add_noise
+from prunet.training.sheets import grid
+
+#: Where in the noise schedule the denoisers are compared, as shares of its length.
+LEVELS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
+SHEET_COLUMNS = 8
+#: Prompts at once, always the same ones.
+BATCH = 4
+
+
+@dataclass(frozen=True)
+class Distance:
+    """From the teacher at equal prompts and seeds; lower is nearer.
+
+    `denoiser`: squared error of the output over the teacher's mean square, mean over noise levels; `denoiser_by_level`
+    the same at each of `LEVELS`; `latent`: mean squared error of the final latents; `picture`: root mean squared error
+    of the pictures, 0 to 1; `picture_by_prompt` the same for each. `intervals`: 95 % of the first three, over prompts.
+    """
+
+    denoiser: float
+    denoiser_by_level: list[float]
+    latent: float
+    picture: float
+    picture_by_prompt: list[float]
+    intervals: dict[str, tuple[float, float]]
+
+
+def evaluate(
+    teacher: Teacher,
+    students: Mapping[str, UNet2DConditionModel],
+    spec: Evaluation,
+    folder: Path | str,
+    *,
+    size: int,
+    seed: int,
+    protocol: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Draws held-out prompts with the teacher and each student (`before` and `after`, say) and compares.
+
+    Writes into `folder`: `pictures/NAME/0000.png`, `sheet.png`, `evaluation.json` and `evaluation.md`, and returns
+    what the JSON holds. Speed is that of the last student, in the teacher's precision. Several processes share out the
+    drawing.
+    """
+    folder = Path(folder)
+    processes.join(teacher.device)
+    prompts = read_prompts(spec.prompts, spec.limit)
+    seeds = [seed + i for i in range(len(prompts))]
+    models: dict[str, Any] = {"teacher": teacher.unet}
+    models |= {name: net.to(teacher.device, teacher.dtype).eval() for name, net in students.items()}
+    latents: dict[str, Tensor] = {}
+    pictures: dict[str, list[Image.Image]] = {}
+    with progress("Evaluating", len(prompts) * len(models)) as bar:
+        for name, net in models.items():
+            pipe = set_sampler(teacher.pipeline(unet=net), spec.sampler)
+            mine = []
+            for rows in _batches(len(prompts)):
+                if processes.is_mine(rows.start // BATCH):
+                    drawn = draw_latents(
+                        pipe,
+                        prompts[rows],
+                        seeds[rows],
+                        steps=spec.steps,
+                        guidance_scale=spec.guidance_scale,
+                        size=size,
+                    )
+                    mine.append((rows.start, drawn.cpu(), decode(pipe, drawn)))
+                bar.advance(len(prompts[rows]), note=name)
+            drawn_by_all = processes.gather(mine)
+            latents[name] = torch.cat([rows for _, rows, _ in drawn_by_all])
+            pictures[name] = [picture for _, _, row in drawn_by_all for picture in row]
+    last = list(students)[-1]
+    distances = {
+        name: asdict(_distance(teacher, net, prompts, latents, pictures, name, seed))
+        for name, net in models.items()
+        if name != "teacher"
+    }
+    result = {
+        "protocol": {
+            "prompts": prompts,
+            "seed": seed,
+            "size": size,
+            **spec.model_dump(include={"steps", "guidance_scale", "sampler"}),
+            "levels": list(LEVELS),
+            "precision": str(teacher.dtype).removeprefix("torch."),
+            **(protocol or {}),
+        },
+        "sizes": {
+            name: {k: v for k, v in asdict(size_of(dict(net.config))).items() if k != "latent_size"}
+            for name, net in (("teacher", models["teacher"]), ("student", models[last]))
+        },
+        "speed": processes.from_main(
+            lambda: bench.measure({"teacher": models["teacher"], "student": models[last]}, device=teacher.device)
+        ),
+        "distance": distances,
+    }
+    return processes.from_main(lambda: _write(folder, result, pictures, prompts))
+
+
+def _batches(count: int) -> list[slice]:
+    return [slice(start, start + BATCH) for start in range(0, count, BATCH)]
+
+
+def _distance(
+    teacher: Teacher,
+    net: UNet2DConditionModel,
+    prompts: list[str],
+    latents: Mapping[str, Tensor],
+    pictures: Mapping[str, list[Image.Image]],
+    name: str,
+    seed: int,
+) -> Distance:
+    error, power = denoiser_errors(teacher, net, prompts, latents["teacher"], seed)
+    by_level = error.sum(axis=0) / power.sum(axis=0)
+    apart = (latents[name] - latents["teacher"]).double().square().mean(dim=(1, 2, 3)).tolist()
+    by_prompt = [picture_rmse(a, b) for a, b in zip(pictures[name], pictures["teacher"], strict=True)]
+    found = {
+        "denoiser": bootstrap(len(prompts), lambda which: (error[which].sum(-2) / power[which].sum(-2)).mean(-1)),
+        "latent": mean_of(apart),
+        "picture": mean_of(by_prompt),
+    }
+    return Distance(
+        **{key: value.value for key, value in found.items()},
+        denoiser_by_level=by_level.tolist(),
+        picture_by_prompt=by_prompt,
+        intervals={key: (value.low, value.high) for key, value in found.items()},
+    )
+
+
+@torch.no_grad()
+def denoiser_errors(
+    teacher: Teacher, net: UNet2DConditionModel, prompts: list[str], latents: Tensor, seed: int
+) -> tuple[Array, Array]:
+    """Squared error of the denoiser's output, and the teacher's squared output, by prompt and level (B, len(LEVELS)).
+
+    On the teacher's own latents (B, 4, h, w). The noise comes from the seed alone, so every student of a teacher meets
+    the same inputs.
+    """
+    alphas_cumprod = teacher.noise_scheduler.alphas_cumprod
+    side = latents.shape[-1] * teacher.vae_scale
+    mine = []
+    for batch, rows in enumerate(_batches(len(prompts))):
+        if not processes.is_mine(batch):
+            continue
+        text = teacher.encode_prompts(prompts[rows])
+        clean = latents[rows].cpu()
+        ids = torch.tensor([[side, side, 0, 0, side, side]] * len(clean), dtype=torch.float32, device=teacher.device)
+        known = conditioning(text.embeds, text.pooled, None if text.pooled is None else ids)
+        noise = torch.stack(
+            [
+                torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(seed + rows.start + i))
+                for i in range(len(clean))
+            ]
+        )
+        sums = np.zeros((2, len(clean), len(LEVELS)))  # error, power
+        for i, level in enumerate(LEVELS):
+            t = torch.full((len(clean),), int(level * len(alphas_cumprod)))
+            noisy = add_noise(clean, noise, alphas_cumprod[t]).to(teacher.device, teacher.dtype)
+            ours, theirs = (m(noisy, t.to(teacher.device), **known).sample.double().cpu() for m in (net, teacher.unet))
+            sums[0, :, i] = (ours - theirs).square().sum(dim=(1, 2, 3)).numpy()
+            sums[1, :, i] = theirs.square().sum(dim=(1, 2, 3)).numpy()
+        mine.append((rows.start, sums))
+    error, power = np.concatenate([sums for _, sums in processes.gather(mine)], axis=1)
+    return error, power
+
+
+def picture_rmse(a: Image.Image, b: Image.Image) -> float:
+    """Root mean squared error of two pictures of one size, in units of full brightness."""
+    x, y = (np.asarray(p.convert("RGB"), dtype=np.float64) / 255 for p in (a, b))
+    return float(np.sqrt(((x - y) ** 2).mean()))
+
+
+def _write(
+    folder: Path, result: dict[str, Any], pictures: Mapping[str, list[Image.Image]], prompts: list[str]
+) -> dict[str, Any]:
+    """Writes all files; returns the result with the checksums of its pictures."""
+    sums = {}
+    for name, drawn in pictures.items():
+        for i, picture in enumerate(drawn):
+            path = folder / "pictures" / name / f"{i:04d}.png"
+            with new_file(path) as part:
+                picture.save(part, format="PNG")
+            sums[str(path.relative_to(folder))] = file_checksum(path)
+    labels = [name if name == "teacher" else f"student {name}" for name in pictures]
+    rows = [drawn[:SHEET_COLUMNS] for drawn in pictures.values()]
+    with new_file(folder / "sheet.png") as part:
+        grid(rows, labels, prompts[:SHEET_COLUMNS]).save(part, format="PNG")
+    write_text(folder / "evaluation.md", markdown(result))
+    result = result | {"pictures": sums}
+    write_json(folder / "evaluation.json", result)
+    return result
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The evaluation as one Markdown table a subject."""
+    sizes, speed = result["sizes"], result["speed"]
+    speeds = speed["speeds"]
+
+    def row(label: str, values: Iterable[float], form: str) -> str:
+        teacher, student = values
+        return f"| {label} | {form.format(teacher)} | {form.format(student)} | {100 * student / teacher:.0f} % |"
+
+    lines = ["| | teacher | student | student / teacher |", "|---|---:|---:|---:|"]
+    lines.append(row("U-Net parameters (M)", (sizes[n]["parameters"] / 1e6 for n in sizes), "{:.2f}"))
+    lines.append(row("multiply-adds of a call (G)", (sizes[n]["macs"] / 1e9 for n in sizes), "{:.3f}"))
+    lines.append(row("latency of a call (ms)", (speeds[n]["latency_ms"] for n in speeds), "{:.1f}"))
+    if all(s["peak_memory_mb"] for s in speeds.values()):
+        lines.append(row("peak memory of a call (MB)", (speeds[n]["peak_memory_mb"] for n in speeds), "{:.0f}"))
+    distance = result["distance"]
+    protocol = result["protocol"]
+    lines += [
+        "",
+        f"Latency: median of {speed['repeats']} calls in turn, batch {speed['batch_size']}, {speed['device']}, "
+        f"{speed['dtypes']['student']}.",
+        "",
+        f"Distance from the teacher on {len(protocol['prompts'])} held-out prompts at equal seeds (lower is nearer; in "
+        "brackets 95 % intervals over the prompts):",
+        "",
+        "| | " + " | ".join(distance) + " |",
+        "|---|" + "---:|" * len(distance),
+    ]
+    for label, key in (
+        ("denoiser output, relative squared error", "denoiser"),
+        ("final latents, mean squared error", "latent"),
+        ("pictures, root mean squared error (0 to 1)", "picture"),
+        ("pictures, LPIPS (VGG16)", "lpips"),
+    ):
+        if any(key not in d for d in distance.values()):
+            continue  # LPIPS, where it was not asked for
+        cells = (
+            f"{d[key]:.4f} [{d['intervals'][key][0]:.4f}, {d['intervals'][key][1]:.4f}]" for d in distance.values()
+        )
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"{protocol['sampler']}, {protocol['steps']} steps, guidance {protocol['guidance_scale']}, "
+        f"{protocol['size']} px, seed {protocol['seed']}, {protocol['precision']}.",
+    ]
+    return "\n".join(lines) + "\n"

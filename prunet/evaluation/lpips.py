@@ -1,0 +1,125 @@
+"""LPIPS, the perceptual distance of two pictures (https://arxiv.org/abs/1801.03924), by torch-fidelity's network.
+
+A run's evaluation leaves the pictures of teacher and students at equal prompts and seeds; LPIPS is computed from those,
+where the weights of its network are, and added to what is measured already.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from PIL import Image
+from torch import nn
+
+from prunet.console import progress
+from prunet.data.pictures import BrokenPicture, make_picture
+from prunet.disk.files import write_json, write_text
+from prunet.errors import UserError
+from prunet.evaluation.evaluation import markdown
+from prunet.evaluation.metrics import mean_of
+from prunet.evaluation.networks import file_hash, pixels_of, read_weights, torch_fidelity
+from prunet.report.run import read_evaluation
+
+BATCH = 4
+SOURCES = {
+    "vgg": "vgg16-397923af.pth, torchvision's VGG16 trained on ImageNet",
+    "lpips": (
+        "weights-vgg16-lpips.pth of torch-fidelity's release v0.2.0 (weights/v0.1/vgg.pth of the package lpips has the "
+        "same weights)"
+    ),
+}
+
+
+@dataclass
+class Lpips:
+    """The distance of each of some pictures to another; `hash` is that of the weights."""
+
+    net: nn.Module
+    hash: str
+    device: torch.device
+
+    @classmethod
+    def load(cls, weights: Mapping[str, Path], device: str | torch.device = "cpu") -> "Lpips":
+        """`weights`: files of `vgg` and `lpips`, .pth (opened without unpickling code) or .safetensors.
+
+        Raises:
+            UserError: torch-fidelity is not installed, or a file is missing or does not hold these weights.
+        """
+        if strange := weights.keys() - SOURCES.keys():
+            raise UserError(f"--weights {min(strange)}=...: LPIPS wants vgg=FILE and lpips=FILE")
+        for name, source in SOURCES.items():
+            if name not in weights:
+                raise UserError(f"LPIPS needs the weights of {name}, too: give --weights {name}=FILE. It is {source}")
+        states = {name: read_weights(name, weights[name], source) for name, source in SOURCES.items()}
+        module = torch_fidelity("sample_similarity_lpips")
+        # torch-fidelity would fetch both and unpickle them: it gets what was read here.
+        with (
+            patch.object(module, "torchvision_load_pretrained_vgg16", lambda: _vgg(states["vgg"], weights["vgg"])),
+            patch.object(module, "load_state_dict_from_url", lambda *args, **options: states["lpips"]),
+        ):
+            try:
+                net = module.SampleSimilarityLPIPS("lpips-vgg16")
+            except (RuntimeError, AttributeError, TypeError) as error:
+                raise UserError(f"{weights['lpips']}: not the weights of LPIPS: take {SOURCES['lpips']}") from error
+        made_of = " ".join(file_hash(weights[name]) for name in SOURCES)
+        return cls(net.float().to(device), made_of, torch.device(device))
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[Image.Image], others: Sequence[Image.Image]) -> list[float]:
+        return self.net(*(pixels_of(p).to(self.device) for p in (pictures, others))).tolist()
+
+
+def _vgg(state: Any, path: Path) -> nn.Module:
+    """torchvision's VGG16, of which LPIPS wants the convolutions."""
+    from torchvision.models import vgg16
+
+    try:
+        with torch.device("meta"):  # no time for weights that are replaced
+            net = vgg16()
+        convolutions = {name: value for name, value in state.items() if name.startswith("features.")}
+        net.features.load_state_dict(
+            {name.partition(".")[2]: value for name, value in convolutions.items()}, assign=True
+        )
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: not the weights of VGG16: take {SOURCES['vgg']}") from error
+    return net
+
+
+def add_lpips(folder: Path | str, lpips: Lpips) -> dict[str, Any]:
+    """Adds LPIPS to the evaluation in `folder`, from the pictures that it left there; returns what the JSON holds.
+
+    Raises:
+        UserError: no evaluation there, or not whole; weights that are not numbers.
+    """
+    folder = Path(folder)
+    result = read_evaluation(folder)
+    count, distances = len(result["protocol"]["prompts"]), result["distance"]
+    with progress("LPIPS", count * len(distances)) as bar:
+        for name, distance in distances.items():
+            by_prompt: list[float] = []
+            for at in range(0, count, BATCH):
+                files = [f"{i:04d}.png" for i in range(at, min(at + BATCH, count))]
+                ours, theirs = ([_open(folder, f"{who}/{file}") for file in files] for who in (name, "teacher"))
+                by_prompt += lpips(ours, theirs)
+                bar.advance(len(files), note=name)
+            found = mean_of(by_prompt)
+            if not math.isfinite(found.value):
+                raise UserError("LPIPS is not a number: are the weights those of " + " and of ".join(SOURCES) + "?")
+            distance |= {"lpips": found.value, "lpips_by_prompt": by_prompt}
+            distance["intervals"]["lpips"] = (found.low, found.high)
+    result["lpips"] = lpips.hash
+    write_text(folder / "evaluation.md", markdown(result))
+    write_json(folder / "evaluation.json", result)
+    return result
+
+
+def _open(folder: Path, name: str) -> Image.Image:
+    path = folder / "pictures" / name
+    try:
+        return make_picture(path.name, ("",), "", path).open()
+    except BrokenPicture as error:
+        raise UserError(f"{path}: {error.why}: delete {folder} and evaluate again") from error

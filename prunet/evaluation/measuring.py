@@ -1,0 +1,295 @@
+"""A model measured by a protocol: prompts -> pictures -> features -> numbers with intervals.
+
+The folder that comes of it::
+
+    pictures/00000.tar ...     what was drawn, with prompts; spec.json: from what
+    features/NET-HASH/00000... features of each shard
+    real.safetensors           those of the real pictures, to be given again
+    measures.json  measures.md
+
+All of it is resumable, and shared out among the processes of `accelerate launch`.
+"""
+
+import importlib.metadata
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prunet import processes
+from prunet.data.encoding import check_size
+from prunet.disk.files import check_writable, read_json, read_label, write_json, write_text
+from prunet.disk.ownership import check_place, hold
+from prunet.errors import UserError
+from prunet.evaluation import metrics
+from prunet.evaluation.extraction import FEWEST, Reference, drawn_shards, extract, gather, preparation, tag
+from prunet.evaluation.metrics import Measure, Moments
+from prunet.evaluation.networks import INCEPTION_SOURCE, Clip, Inception
+from prunet.evaluation.protocol import NEED_REAL, Protocol, describe, differences, title_rows
+from prunet.exports.folder import SAMPLERS, open_model, set_sampler
+from prunet.recipe.prompts import prompts_hash
+from prunet.report.charts import short
+from prunet.sampling.shards import draw_shards
+from prunet.training.loop import Runtime
+
+
+def measure(
+    model: str | Path,
+    protocol: Protocol,
+    prompts: Sequence[str],
+    folder: Path | str,
+    *,
+    beside: Path | None = None,
+    real: Path | None = None,
+    weights: Mapping[str, Path] | None = None,
+    config: str | None = None,
+    device: torch.device | str = "cpu",
+    batch_size: int = 4,
+) -> dict[str, Any]:
+    """Draws the prompts with the pipeline at `model` and measures the pictures; returns what `measures.json` holds.
+
+    `beside`: the folder of the protocol's own files; `real`: a folder of pictures, features that an earlier measuring
+    saved, or pytorch-fid's .npz (FID only); `weights`: files of `inception` and `clip`.
+
+    Raises:
+        UserError: something is missing or does not fit, before anything is drawn; the folder holds other pictures.
+    """
+    folder, state = Path(folder), processes.join(torch.device(device))
+    run = Path(model) / "pipeline"
+    check_place(folder, "measurement", "--output", [run if run.is_dir() else Path(model), *([real] if real else [])])
+    where = state.device if state.num_processes > 1 else torch.device(device)
+    teacher = open_model(model, config=config, device=where, dtype=Runtime(precision=protocol.precision).dtype)
+    size = protocol.size or teacher.native_size
+    check_size(teacher, size, "size")
+    if protocol.sampler not in SAMPLERS:
+        raise UserError(f"protocol {protocol.name}: no sampler {protocol.sampler!r}: {', '.join(SAMPLERS)}")
+    teacher.check_weights()
+    _check_count(protocol, len(prompts))
+    reference = Reference.open(protocol, real, beside)
+    networks = load_networks(protocol, dict(weights or {}), beside, where)
+    drawing = {
+        "model": teacher.fingerprint(),
+        "prompts_sha256": prompts_hash(prompts),
+        **protocol.model_dump(include={"seed", "sampler", "steps", "guidance_scale", "precision", "jpeg"}),
+        **{"size": size, "count": len(prompts)},
+    }
+    _check_folder(folder / "pictures", drawing)
+    state.wait_for_everyone()
+    with hold(folder, "measurement") if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            _check_disk(folder, len(prompts), size, protocol.jpeg)
+            write_json(folder / "pictures" / "spec.json", drawing)
+        state.wait_for_everyone()  # no picture without its spec
+
+        named = {
+            name: folder / "features" / f"{name}-{tag(net.hash, preparation(protocol, name))}"
+            for name, net in networks.items()
+        }
+        theirs: Any = None
+        if reference is not None:  # before anything is drawn, since a picture among them may be broken
+            net = networks[protocol.features]
+            extracted = folder / "features" / f"real-{tag(named[protocol.features].name, reference.content)}"
+            extract(reference.shards(), net, protocol, extracted)
+            state.wait_for_everyone()
+            if state.is_main_process:
+                theirs = reference.features(net, protocol, extracted, folder / "real.safetensors")
+        paths = draw_shards(
+            lambda: set_sampler(teacher.pipeline(), protocol.sampler),
+            prompts,
+            folder / "pictures",
+            seed=protocol.seed,
+            steps=protocol.steps,
+            guidance_scale=protocol.guidance_scale,
+            size=size,
+            jpeg=protocol.jpeg,
+            batch_size=batch_size,
+        )
+        teacher.release("unet", "vae", "text")
+        shards = drawn_shards(paths, len(prompts))
+        for name, net in networks.items():
+            extract(shards, net, protocol, named[name])
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            return {}
+
+        found = {name: gather(shards, named[name]) for name in networks}
+        numbers = {name: asdict(value) for name, value in measured(protocol, found, theirs).items()}
+        if broken := [name for name, value in numbers.items() if not all(map(math.isfinite, value.values()))]:
+            raise UserError(f"{broken[0]} is not a number: too few pictures, or features that are not numbers")
+        hashes = {name: net.hash for name, net in networks.items()}
+        result = {
+            "model": {"source": short(str(model)), "fingerprint": drawing["model"]},
+            "protocol": _as_used(protocol, drawing, hashes, reference.content if reference else None),
+            "measures": numbers,
+            "versions": {name: importlib.metadata.version(name) for name in ("prunet", "torch", "diffusers")},
+        }
+        write_text(folder / "measures.md", markdown([result]))
+        write_json(folder / "measures.json", result)
+        return result
+
+
+def _as_used(
+    protocol: Protocol, drawing: Mapping[str, Any], networks: Mapping[str, str], real: str | None
+) -> dict[str, Any]:
+    """The protocol with all that it left open. What lies where does not matter, what it holds does."""
+    left_out = {"prompts": {"file", "source"}, "real": {"file", "source"}, "clip": {"file", "source"}}
+    used = protocol.model_dump(mode="json", exclude=left_out)
+    used |= {key: drawing[key] for key in ("size", "count", "prompts_sha256")}
+    return used | {"networks": dict(networks), "real_sha256": real}
+
+
+def _check_count(protocol: Protocol, count: int) -> None:
+    sets = {"is", *NEED_REAL} & set(protocol.metrics)
+    if sets and count < FEWEST:
+        raise UserError(f"{count} prompts are too few for {sorted(sets)[0]}: {FEWEST} at least")
+    if "kid" in protocol.metrics and count < protocol.kid_subset_size:
+        raise UserError(f"{count:,} prompts are too few for KID with subsets of {protocol.kid_subset_size:,}")
+
+
+def _check_folder(pictures: Path, drawing: dict[str, Any]) -> None:
+    """Pictures that were drawn otherwise are neither used nor deleted."""
+    spec = pictures / "spec.json"
+    if not spec.is_file():
+        if pictures.is_dir() and any(pictures.glob("*.tar")):
+            raise UserError(f"{pictures}: pictures without a spec.json: delete that folder, or give another --output")
+        return
+    before = read_label(spec, drawing, f"delete {pictures} to draw anew, or give another --output")
+    apart = sorted(key for key in drawing if before[key] != drawing[key])
+    if apart:
+        raise UserError(
+            f"{pictures}: holds pictures drawn with another {', '.join(apart)}: delete that folder to draw them anew, "
+            "or give another --output"
+        )
+
+
+def _check_disk(folder: Path, count: int, size: int, jpeg: int | None) -> None:
+    """Photographs take about 0.6 of their pixels as PNG, and a tenth of them as JPEG."""
+    drawn = sum(path.stat().st_size for path in folder.glob("pictures/*.tar"))
+    need = count * size * size * 3 * (0.1 if jpeg else 0.6) - drawn
+    if shutil.disk_usage(check_writable(folder, "--output")).free < need:
+        raise UserError(f"--output {folder}: {count:,} pictures need about {need / 1e6:,.1f} MB: give another disk")
+
+
+def load_networks(
+    protocol: Protocol, weights: dict[str, Path], beside: Path | None, device: torch.device | str
+) -> dict[str, Any]:
+    """The networks that the protocol's metrics need, by name.
+
+    Raises:
+        UserError: weights that are missing, unknown or of another network.
+    """
+    wanted = set(protocol.metrics)
+    needed = {protocol.features} if wanted & NEED_REAL else set()
+    needed |= {"inception"} if "is" in wanted else set()
+    needed |= {"clip"} if wanted & {"clip_score", "retrieval"} else set()
+    if strange := set(weights) - {"inception", "clip"}:
+        raise UserError(f"--weights {strange.pop()}=...: give inception=FILE or clip=FILE")
+    if "clip" in needed and protocol.clip and protocol.clip.file and beside:
+        weights.setdefault("clip", beside / protocol.clip.file)
+    for name in sorted(needed - weights.keys()):
+        where = INCEPTION_SOURCE if name == "inception" else protocol.clip.source if protocol.clip else ""
+        raise UserError(f"protocol {protocol.name} needs the weights of {name}: give --weights {name}=PATH. {where}")
+    networks: dict[str, Any] = {}
+    if "inception" in needed:
+        networks["inception"] = Inception.load(weights["inception"], protocol.preprocessing, device)
+    if "clip" in needed and protocol.clip:
+        if protocol.clip.library == "open_clip":
+            networks["clip"] = Clip.load_open_clip(protocol.clip.model, weights["clip"], device)
+        else:
+            networks["clip"] = Clip.load(weights["clip"], device)
+    return networks
+
+
+def _points(protocol: Protocol, features: metrics.Array) -> metrics.Array:
+    """Only the direction of CLIP's embeddings says what is in a picture; KID's kernel then is (cosine + 1)^3."""
+    if protocol.features == "inception":
+        return features
+    return features / np.linalg.norm(features, axis=1, keepdims=True) * np.sqrt(features.shape[1])
+
+
+def measured(protocol: Protocol, found: Mapping[str, Mapping[str, metrics.Array]], real: Any) -> dict[str, Measure]:
+    """The protocol's metrics from features by network; `real` as `Reference.features` gives it."""
+    out, key = {}, "pool" if protocol.features == "inception" else "image"
+    ours = _points(protocol, found[protocol.features][key]) if NEED_REAL & set(protocol.metrics) else np.zeros((0, 0))
+    if isinstance(real, np.ndarray):
+        real = _points(protocol, real)
+        if real.shape[1] != ours.shape[1]:
+            raise UserError(f"--real: features of {real.shape[1]} numbers, where the network gives {ours.shape[1]}")
+    for name in protocol.metrics:
+        if name == "fid":
+            out[name] = metrics.fid(ours, real if isinstance(real, Moments) else Moments.of(real))
+        elif name == "kid":
+            out[name] = metrics.kid(ours, real, protocol.kid_subset_size)
+        elif name in ("precision", "recall"):
+            out[name] = metrics.mean_of(metrics.covered(*((ours, real) if name == "precision" else (real, ours))))
+        elif name == "is":
+            out[name] = metrics.inception(found["inception"]["logits"])
+        else:
+            per_picture = metrics.cosines if name == "clip_score" else metrics.retrieved
+            out[name] = metrics.mean_of(per_picture(found["clip"]["image"], found["clip"]["text"]))
+    return out
+
+
+def compare(folders: Sequence[Path | str]) -> list[dict[str, Any]]:
+    """The results in several folders, which must be of one protocol.
+
+    Raises:
+        UserError: a folder without a result, or two protocols (says in what they differ).
+    """
+    results = [read_result(Path(folder)) for folder in folders]
+    if len({Path(folder).resolve() for folder in folders}) < len(results):
+        raise UserError("compare: one folder is given twice")
+    first = results[0]["protocol"]
+    for folder, result in zip(map(Path, folders), results, strict=True):
+        if apart := differences(first, result["protocol"]):
+            key = apart[0]
+            more = f" (and in {', '.join(apart[1:])})" if apart[1:] else ""
+            raise UserError(
+                f"{folder}: measured by another protocol than {folders[0]}: {key} is "
+                f"{_brief(result['protocol'].get(key))}, not {_brief(first.get(key))}{more}; such numbers say nothing "
+                "about each other"
+            )
+    return results
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """What `measure` wrote into a folder.
+
+    Raises:
+        UserError: nothing there, or not whole.
+    """
+    path = folder / "measures.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: nothing measured there (no measures.json); `prunet measure` makes one")
+    try:
+        result = read_json(path)
+        numbers = [sum(found.values()) for _, _, found in title_rows(result)]
+        complete = describe(result["protocol"]) and result["model"]["source"] and result["model"]["fingerprint"]
+        if not complete or not numbers or not all(map(math.isfinite, numbers)):
+            raise ValueError("numbers are missing")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: damaged, or of another version ({error!r}): measure again") from error
+    return result
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def markdown(results: Sequence[Mapping[str, Any]]) -> str:
+    """Results by one protocol as a table, one row a model."""
+    protocol, columns = results[0]["protocol"], title_rows(results[0])
+    lines = ["| | " + " | ".join(f"{title} ({better} is better)" for title, better, _ in columns) + " |"]
+    lines.append("|---|" + "---:|" * len(columns))
+    for result in results:
+        row = [f"{c['value']:.4g} [{c['low']:.4g}, {c['high']:.4g}]" for _, _, c in title_rows(result)]
+        lines.append(f"| {result['model']['source']} | " + " | ".join(row) + " |")
+    lines += ["", f"{describe(protocol)}; in brackets 95 % intervals over the pictures drawn."]
+    return "\n".join(lines) + "\n"

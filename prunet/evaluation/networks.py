@@ -1,0 +1,245 @@
+"""Networks that turn pictures into features: Inception v3 by torch-fidelity, CLIP by transformers or open_clip.
+
+Each is a function of pictures and their prompts (None for real pictures) that gives named features, and has a `hash` of
+its weights, which goes into every result.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import io
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from prunet.data.pictures import encode
+from prunet.errors import UserError
+from prunet.teacher.placing import is_finite
+from prunet.teacher.teacher import open_tokenizer
+
+Features = dict[str, Tensor]
+INCEPTION_SOURCE = (
+    "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release v0.2.0 (pytorch-fid's "
+    "pt_inception-2015-12-05-6726825d.pth has the same weights)"
+)
+
+
+@dataclass
+class Inception:
+    """`pool` (N, 2048) for FID, KID, precision and recall, and `logits` (N, 1008) for the Inception score.
+
+    `preprocessing` is how pictures become 299 px for `pool`: as in TensorFlow 1 (torch-fidelity) or as pytorch-fid does
+    it. For `logits` it is torch-fidelity's way always, since the Inception score is that tool's.
+    """
+
+    net: nn.Module
+    preprocessing: Literal["torch-fidelity", "pytorch-fid"]
+    hash: str
+    device: torch.device
+
+    @classmethod
+    def load(
+        cls, weights: Path, preprocessing: Any = "torch-fidelity", device: str | torch.device = "cpu"
+    ) -> "Inception":
+        """Weights as .pth (opened without unpickling code) or .safetensors.
+
+        Raises:
+            UserError: torch-fidelity is not installed, or the file does not hold these weights.
+        """
+        extractor = torch_fidelity("feature_extractor_inceptionv3")
+        state = read_weights("inception", weights, INCEPTION_SOURCE)
+        # torch-fidelity unpickles the file it is given: it gets one that was written here.
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(state, Path(folder) / "weights.pth")
+            try:
+                net = extractor.FeatureExtractorInceptionV3(
+                    "inception-v3-compat",
+                    ["2048", "logits_unbiased"],
+                    feature_extractor_weights_path=str(Path(folder) / "weights.pth"),
+                )
+            except (RuntimeError, AttributeError, TypeError) as error:
+                raise UserError(
+                    f"{weights}: not the weights of the Inception network: take {INCEPTION_SOURCE}"
+                ) from error
+        return cls(net.to(device).eval(), preprocessing, file_hash(weights), torch.device(device))
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str] | None = None) -> Features:
+        if len({picture.size for picture in pictures}) > 1:
+            parts = [self([picture]) for picture in pictures]
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        pixels = pixels_of(pictures).to(self.device)
+        pool, logits = self.net(pixels)
+        if self.preprocessing == "pytorch-fid":
+            name = "torch_fidelity.feature_extractor_inceptionv3.interpolate_bilinear_2d_like_tensorflow1x"
+            with patch(name, _resize_like_pytorch_fid):
+                pool, _ = self.net(pixels)
+        return {"pool": pool.cpu(), "logits": logits.cpu()}
+
+
+def _resize_like_pytorch_fid(pixels: Tensor, size: tuple[int, int], **_: Any) -> Tensor:
+    """(B, 3, 299, 299) such that (x - 128) / 128, which follows, is pytorch-fid's 2 x / 255 - 1."""
+    return F.interpolate(pixels, size=size, mode="bilinear", align_corners=False) * (256 / 255)
+
+
+@dataclass
+class Clip:
+    """`image` (N, D) and, of prompts, `text` (N, D), as the model projects them, not normalised."""
+
+    images: Any
+    texts: Any
+    hash: str
+
+    @classmethod
+    def load(cls, folder: Path, device: str | torch.device = "cpu") -> "Clip":
+        """A transformers CLIPModel folder with its tokenizer and preprocessor.
+
+        Raises:
+            UserError: not such a folder.
+        """
+        from transformers import CLIPModel
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        weights = folder / "model.safetensors"
+        if not weights.is_file():
+            raise UserError(f"{folder}: no CLIP model there (model.safetensors): give a transformers folder of one")
+        try:
+            net, told = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+            processor = CLIPImageProcessorPil.from_pretrained(folder)
+        except Exception as error:
+            raise UserError(f"{folder}: not a CLIP model of transformers ({_first_line(error)})") from error
+        if made_up := sorted(told["missing_keys"]):  # transformers would go on with random weights
+            raise UserError(f"{weights} has no {made_up[0]}, which a CLIPModel needs: fetch or copy it again")
+        if bad := next((name for name, tensor in net.state_dict().items() if not is_finite(tensor)), None):
+            raise UserError(f"{weights}: {bad} has NaN or infinity in it: fetch or copy it again")
+        net, tokenizer = net.to(device).float().eval(), open_tokenizer(folder)
+
+        def images(pictures: Sequence[Image.Image]) -> Tensor:
+            pixels = processor(images=list(pictures), return_tensors="pt")["pixel_values"]
+            return _tensor(net.get_image_features(pixel_values=pixels.to(device)))
+
+        def texts(prompts: Sequence[str]) -> Tensor:
+            tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
+            return _tensor(net.get_text_features(input_ids=tokens["input_ids"].to(device)))
+
+        files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".safetensors") and p.is_file())
+        return cls(images, texts, hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()[:16])
+
+    @classmethod
+    def load_open_clip(cls, name: str, weights: Path, device: str | torch.device = "cpu") -> "Clip":
+        """An open_clip model by name, with its weights from a file.
+
+        Raises:
+            UserError: open_clip is not installed, or the file does not fit.
+        """
+        try:
+            import open_clip
+        except ImportError as error:
+            raise UserError("CLIP score by open_clip needs it installed: pip install -e '.[eval]'") from error
+        if not weights.is_file():
+            raise UserError(f"--weights clip={weights}: no such file")
+        try:
+            net, _, process = open_clip.create_model_and_transforms(name, pretrained=str(weights), device=device)
+        except Exception as error:
+            raise UserError(f"{weights}: not the weights of open_clip's {name} ({_first_line(error)})") from error
+        net, tokenizer = net.float().eval(), open_clip.get_tokenizer(name)
+        return cls(
+            lambda pictures: net.encode_image(torch.stack([process(p) for p in pictures]).to(device)),
+            lambda prompts: net.encode_text(tokenizer(list(prompts)).to(device)),
+            file_hash(weights),
+        )
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str] | None = None) -> Features:
+        found = {"image": self.images(pictures).float().cpu()}
+        return found if prompts is None else found | {"text": self.texts(prompts).float().cpu()}
+
+
+def torch_fidelity(module: str) -> Any:
+    """A module of torch-fidelity.
+
+    Raises:
+        UserError: not installed.
+    """
+    try:
+        declare_torchvision_ops()
+        return importlib.import_module(f"torch_fidelity.{module}")
+    except ImportError as error:
+        raise UserError("Inception and LPIPS need torch-fidelity: pip install -e '.[eval]'") from error
+
+
+_ops: Any = None  # lives as long as its declarations are wanted
+
+
+def declare_torchvision_ops() -> None:
+    """torchvision's compiled operators do not load beside a CPU wheel of torch, and its import fails where it describes
+    them. None of them is called here, only its transforms; that they are declared is enough. To be called before
+    anything imports diffusers or transformers, which look for torchvision.
+    """
+    global _ops
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        _ops = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            _ops.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        importlib.import_module("torchvision")
+
+
+def read_weights(name: str, path: Path, source: str) -> dict[str, Tensor]:
+    """The tensors in a .pth, opened without unpickling code, or .safetensors; `source`: where the right one is from.
+
+    Raises:
+        UserError: not there, or not readable.
+    """
+    if not path.is_file():
+        raise UserError(f"--weights {name}={path}: no such file: take {source}")
+    try:
+        return (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, weights_only=True, map_location="cpu")
+        )
+    except Exception as error:
+        raise UserError(f"{path}: not readable as weights: take {source}") from error
+
+
+def pixels_of(pictures: Sequence[Image.Image]) -> Tensor:
+    """(B, 3, H, W) of pictures of one size, 0 to 255."""
+    return torch.stack([torch.from_numpy(np.array(p.convert("RGB"))).permute(2, 0, 1) for p in pictures])
+
+
+def _tensor(output: Any) -> Tensor:
+    """transformers 5 gives an output object here, earlier ones the tensor."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+def prepared(picture: Image.Image, side: int | None, resample: str, jpeg: int | None) -> Image.Image:
+    """As it is measured: resized to a square without cropping, and stored as JPEG once more where the protocol does."""
+    if side is None:
+        return picture
+    picture = picture.convert("RGB").resize((side, side), Image.Resampling[resample.upper()])
+    if jpeg is None:
+        return picture
+    return Image.open(io.BytesIO(encode(picture, jpeg)), formats=("JPEG",)).convert("RGB")

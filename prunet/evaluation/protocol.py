@@ -1,0 +1,158 @@
+"""A measuring protocol: everything that a number depends on besides the model. Those of two are not compared.
+
+Shipped ones are the YAML files in `prunet/evaluation/protocols/`; a file of the user's own works the same.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from prunet.disk.reading import load_mapping
+from prunet.errors import UserError
+from prunet.recipe.prompts import prompts_hash, read_prompt_file
+from prunet.recipe.recipe import DrawingSteps, Integer, Part, Seed, Size, Steps, Weight, explain
+
+FOLDER = Path(__file__).parent / "protocols"
+#: They compare with pictures that are not generated.
+NEED_REAL = {"fid", "kid", "precision", "recall"}
+#: Their names in tables, and which way is better. CLIP score is called after its model, if that is not CLIP.
+TITLES = {
+    "fid": ("FID", "lower"),
+    "is": ("Inception score", "higher"),
+    "kid": ("KID", "lower"),
+    "precision": ("precision", "higher"),
+    "recall": ("recall", "higher"),
+    "clip_score": ("CLIP score", "higher"),
+    "retrieval": ("R@1 among the prompts", "higher"),
+}
+
+
+class Given(Part):
+    """Prompts or pictures that the user supplies, or that lie beside the protocol (`file`)."""
+
+    source: str = Field(description="where they are from, for whoever has to get them")
+    file: str | None = Field(default=None, description="beside the protocol's own file, if they come with it")
+    count: Steps | None = None
+    of: Steps | None = Field(default=None, description="how many the file has, of which the first `count` are taken")
+    sha256: str | None = Field(default=None, description="of the prompts one a line, or of the statistics")
+
+
+class Clip(Part):
+    """The model of `clip_score` and `retrieval`."""
+
+    library: Literal["transformers", "open_clip"] = "transformers"
+    model: str
+    source: str = Field(description="where its weights are from")
+    file: str | None = None
+
+
+class Protocol(Part):
+    """What is drawn, how, and what it is compared with. `precision` is that of drawing."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    version: Steps = 1
+    description: str = ""
+    prompts: Given
+    seed: Seed = 0
+    size: Size | None = Field(default=None, description="pixels; the model's own if not given")
+    sampler: str = "dpmsolver++"
+    steps: DrawingSteps = 25
+    guidance_scale: Weight = 7.5
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    jpeg: Annotated[Integer, Field(ge=1, le=100)] | None = Field(
+        default=None, description="quality with which pictures are stored, and stored again when resized; PNG if null"
+    )
+    resize: Size | None = Field(default=None, description="side to which pictures are resized before they are measured")
+    resample: Literal["bicubic", "bilinear", "lanczos", "box"] = "bicubic"
+    metrics: Annotated[list[str], Field(min_length=1)]
+    features: Literal["inception", "clip"] = Field(default="inception", description="of fid, kid, precision, recall")
+    preprocessing: Literal["torch-fidelity", "pytorch-fid"] = Field(
+        default="torch-fidelity",
+        description="how pictures are resized for the Inception network: the two differ; for `is` torch-fidelity's",
+    )
+    kid_subset_size: Annotated[Integer, Field(ge=10)] = 1000
+    clip: Clip | None = None
+    real: Given | None = None
+    note: str = Field(default="", description="where it departs from what it follows")
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Protocol":
+        if unknown := [m for m in self.metrics if m not in TITLES]:
+            raise ValueError(f"no metric {unknown[0]!r}: {', '.join(TITLES)}")
+        if self.real is None and (wanting := [m for m in self.metrics if m in NEED_REAL]):
+            raise ValueError(f"{wanting[0]} compares with real pictures: give 'real'")
+        if self.clip is None and ({"clip_score", "retrieval"} & set(self.metrics) or self.features == "clip"):
+            raise ValueError("clip_score, retrieval and features: clip want 'clip', a model")
+        return self
+
+
+def protocol_names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_protocol(name: str | Path) -> tuple[Protocol, Path]:
+    """A shipped protocol by name, or one in a YAML file; and the folder that its own files lie in.
+
+    Raises:
+        UserError: no such protocol, or one that does not fit, with the key.
+    """
+    path = Path(name) if str(name).endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"No protocol {str(name)!r}: choose {', '.join(protocol_names())}, or give a YAML file")
+    try:
+        return Protocol.model_validate(load_mapping(path, "a protocol")), path.parent
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, Protocol)}") from error
+
+
+def protocol_prompts(protocol: Protocol, folder: Path, given: Path | None, limit: int | None = None) -> list[str]:
+    """The prompts of a protocol, checked by count and hash.
+
+    Raises:
+        UserError: they do not come with it and none were given (says where they are from), or others were given.
+    """
+    wanted = protocol.prompts
+    path = given or (folder / wanted.file if wanted.file else None)
+    if path is None:
+        raise UserError(
+            f"protocol {protocol.name}: its prompts do not come with prunet: give --prompts FILE. {wanted.source}"
+        )
+    prompts = read_prompt_file(path)
+    length = wanted.of or wanted.count
+    if length not in (None, len(prompts)):
+        raise UserError(f"{path}: {len(prompts):,} prompts; protocol {protocol.name} wants {length:,}. {wanted.source}")
+    prompts = prompts[: wanted.count]
+    if wanted.sha256 is not None and prompts_hash(prompts) != wanted.sha256:
+        raise UserError(f"{path}: not the prompts of protocol {protocol.name} (their hash differs). {wanted.source}")
+    if len(prompts[:limit]) < 2:
+        raise UserError(f"{path}: one prompt is too few to measure by")
+    return prompts[:limit]
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """The keys in which two protocols, as results store them, differ; what only describes is left out."""
+    keys = sorted((a.keys() | b.keys()) - {"description", "note"})
+    return [key for key in keys if a.get(key) != b.get(key)]
+
+
+def title_rows(result: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, float]]]:
+    """Title, which way is better, and the numbers, of each measure in a result."""
+    rows, clip = [], (result["protocol"].get("clip") or {})
+    for name, found in result["measures"].items():
+        title, better = TITLES[name]
+        if name == "clip_score" and clip.get("library") == "transformers" and not clip["model"].startswith("openai/"):
+            title = f"{clip['model']} score"
+        rows.append((title, better, found))
+    return rows
+
+
+def describe(protocol: Mapping[str, Any]) -> str:
+    """A protocol, as a result stores it, in one line."""
+    resized = f" resized to {protocol['resize']}" if protocol["resize"] else ""
+    return (
+        f"Protocol {protocol['name']} version {protocol['version']}: {protocol['count']:,} pictures, "
+        f"{protocol['sampler']}, {protocol['steps']} steps, guidance {protocol['guidance_scale']}, "
+        f"{protocol['size']} px{resized}, seed {protocol['seed']}"
+    )

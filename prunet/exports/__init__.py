@@ -1,0 +1,1 @@
+"""The student as users load it: a stock folder, a single file, a card."""

@@ -1,0 +1,122 @@
+"""Where a student works: the programs that load it, and the additions to its teacher that still fit it.
+
+All of it follows from the plan. Each answer is "yes" or begins with "no:" and says why and what helps.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from prunet.denoisers.unet2d import form as unet
+
+# ComfyUI recognises an SDXL-shaped checkpoint by the transformer depth of each down resnet (its
+# `supported_models.py`: SDXL, SSD1B, Segmind_Vega, KOALA_1B, KOALA_700M); SD v1 and v2 by their widths alone.
+_COMFY_SDXL_DEPTHS = ([0, 0, 2, 2, 10, 10], [0, 0, 2, 2, 4, 4], [0, 0, 1, 1, 2, 2], [0, 2, 5], [0, 2, 6])
+# stable-diffusion.cpp builds one of these, by a few names in the file: the depths of the down, mid and up layers.
+_CPP_FORMS: tuple[tuple[list[int], list[int], list[int]], ...] = (
+    ([1, 1, 1, 1, 1, 1, 0, 0], [1], [0, 0, 0, *[1] * 9]),  # SD v1 and v2
+    ([0, 0, 2, 2, 10, 10], [10], [10, 10, 10, 2, 2, 2, 0, 0, 0]),
+    ([0, 0, 2, 2, 4, 4], [], [4, 4, 10, 2, 1, 1, 0, 0, 0]),  # SSD-1B
+    ([0, 0, 1, 1, 2, 2], [], [2, 2, 2, 1, 1, 1, 0, 0, 0]),  # Vega
+)
+_CPP_TINY = ([1, 1, 1], [], [1, 1, 1, 1, 1, 1])  # type: tuple[list[int], list[int], list[int]]  # bk-tiny
+
+
+def loads_in(student: dict[str, Any]) -> dict[str, str]:
+    """Program -> "yes" or why not. diffusers is always "yes": a plan without a stock form was refused."""
+    net = unet.skeleton(student)
+    depths = _depths(net.down_blocks)
+    form = depths, [n for n in _depths([net.mid_block] if net.mid_block else []) if n], _depths(net.up_blocks)
+    comfy = cpp = "yes"
+    if student["block_out_channels"][0] != 320 or student.get("cross_attention_dim") not in (768, 1024, 2048):
+        comfy = cpp = "no: not the widths of SD v1, v2 or SDXL"
+    else:
+        if not any(depths):
+            comfy = "no: it knows a checkpoint by an attention on the way down"
+        elif student["cross_attention_dim"] == 2048 and depths not in _COMFY_SDXL_DEPTHS:
+            comfy = f"no: it knows SDXL students by their down depths, and {depths} is none that it knows"
+        if form == _CPP_TINY:
+            cpp = "no: it counts the layers of this U-Net in another way than this file, which is as ComfyUI wants it"
+        elif form not in _CPP_FORMS:
+            cpp = "no: it knows the whole SD v1, v2 and SDXL, and SSD-1B and Vega"
+    uneven = isinstance(student["layers_per_block"], list)
+    return {
+        "diffusers": "yes",
+        "diffusers, single file": "no: its reader wants as many layers in every stage" if uneven else "yes",
+        "ComfyUI, single file": comfy,
+        "stable-diffusion.cpp, single file": cpp,
+    }
+
+
+def works_with(teacher: dict[str, Any], student: dict[str, Any], mapping: Mapping[str, str]) -> dict[str, str]:
+    """What was made for the teacher, or for models of its kind -> "yes" or why not.
+
+    Args:
+        teacher, student: configs.
+        mapping: student module -> teacher module (`prunet.denoisers.unet2d.form.module_map`).
+    """
+    whole, net = unet.skeleton(teacher), unet.skeleton(student)
+    mid_attention = bool(getattr(net.mid_block, "attentions", None))
+    same_layers = [len(b.resnets) for b in net.down_blocks] == [len(b.resnets) for b in whole.down_blocks]
+    controlled = "yes"
+    if net.mid_block is None:
+        controlled = "no: diffusers has no ControlNet without a mid block"
+    elif isinstance(student["layers_per_block"], list):
+        controlled = "no: diffusers has no ControlNet whose stages have different numbers of layers"
+    return {
+        "the teacher's LoRA": _lora(teacher, student, mapping),
+        "the teacher's ControlNet": "yes"
+        if _residuals(net) == _residuals(whole)
+        else "no: it adds to layers that are gone (a size error); train one of the student's form",
+        "a ControlNet of its own": controlled,
+        "the teacher's IP-Adapter": _ip_adapter(whole, net, mapping),
+        "the teacher's AnimateDiff": "yes"
+        if same_layers and mid_attention
+        else "no: it wants each stage's layers and the attention of the mid block",
+        "PAG's default layer": "yes"
+        if mid_attention
+        else "no: that is the attention of the mid block; name others (pag_applied_layers)",
+    }
+
+
+def _depths(blocks: Any) -> list[int]:
+    """Transformer blocks beside each resnet, in order; 0: no attention there."""
+    return [
+        len(block.attentions[j].transformer_blocks)
+        if j < len(getattr(block, "attentions", None) or ()) and block.attentions[j] is not None
+        else 0
+        for block in blocks
+        for j in range(len(block.resnets))
+    ]
+
+
+def _residuals(net: Any) -> list[tuple[int, int]]:
+    """Width and level of each feature of the way down, to which a ControlNet adds."""
+    out = [(net.conv_in.out_channels, 0)]
+    for level, block in enumerate(net.down_blocks):
+        out += [(resnet.out_channels, level) for resnet in block.resnets]
+        out += [(sampler.out_channels, level + 1) for sampler in block.downsamplers or ()]
+    return out
+
+
+def _lora(teacher: dict[str, Any], student: dict[str, Any], mapping: Mapping[str, str]) -> str:
+    """A LoRA goes by names: a student's layer that has the name of another one of the teacher gets that one's delta."""
+    there = set(unet.module_names(teacher))
+    layers = [name for name in unet.module_names(student) if name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))]
+    wrong = [name for name in layers if name in there and unet.teacher_name(name, mapping) != name]
+    if not wrong:
+        return "yes"
+    return (
+        f"no: {len(wrong)} of {len(layers)} attention layers would get another layer's delta, without an error; carry "
+        "it over: rename its layers by the plan's weight map, and drop those that are gone"
+    )
+
+
+def _ip_adapter(whole: Any, net: Any, mapping: Mapping[str, str]) -> str:
+    """An IP-Adapter counts the cross-attentions, in this order."""
+    theirs, ours = ([name for name in model.attn_processors if ".attn2." in name] for model in (whole, net))
+    moved = sum(unet.teacher_name(name, mapping) != theirs[i] for i, name in enumerate(ours))
+    if not moved:
+        return "yes"
+    return (
+        f"no: it goes by the order of the cross-attentions; {moved} of {len(ours)} would get another one's, or an error"
+    )

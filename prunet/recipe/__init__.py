@@ -1,0 +1,1 @@
+"""One YAML page as values: teacher, plan, data, stages, evaluation."""

@@ -1,0 +1,333 @@
+"""The recipe: one YAML page that says teacher, plan, data, stages and evaluation.
+
+Device, precision, micro-batch and the number of processes are not part of it: results do not depend on where a
+recipe ran. They belong to the command line.
+"""
+
+import copy
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from prunet.disk.reading import DEEPEST, load_mapping, parse_yaml
+from prunet.errors import UserError
+from prunet.plan.plan import Level, Plan, load_plan, preset_names
+from prunet.recipe.prompts import read_prompt_file
+
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):  # which Python takes for 1 and 0
+        raise ValueError(f"give a number, not {str(value).lower()}")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_no_truth)]
+Number = Annotated[float, BeforeValidator(_no_truth)]
+Steps = Annotated[Integer, Field(ge=1, le=1_000_000_000)]
+#: Of a sampler: no schedule of Stable Diffusion has more.
+DrawingSteps = Annotated[Integer, Field(ge=1, le=1000)]
+#: What is made of each picture or prompt.
+Copies = Annotated[Integer, Field(ge=1, le=1000)]
+Size = Annotated[Integer, Field(ge=8, le=4096)]
+Seed = Annotated[Integer, Field(ge=0, le=2**62)]
+Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[Number, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class Part(BaseModel):
+    """A part of a recipe: unknown keys are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class TeacherSource(Part):
+    source: str = Field(description="diffusers folder, .safetensors file or hub id")
+    config: str | None = Field(
+        default=None, description="for a single file: folder or hub id with configs and tokenizers"
+    )
+    revision: str | None = Field(default=None, description="of a hub id")
+
+
+def _read_teacher(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+#: A teacher in a recipe: its source alone, or a mapping.
+TeacherValue = Annotated[TeacherSource, BeforeValidator(_read_teacher)]
+
+
+#: What has a meaning for pictures only, and for prompts only.
+OF_PICTURES = ("crop", "flip", "buckets", "views", "image_column", "caption_column")
+OF_PROMPTS = ("steps", "guidance_scale", "images_per_prompt")
+
+
+def _not_empty(value: str | list[str] | None) -> str | list[str] | None:
+    if value is not None and not value:
+        raise ValueError("give at least one prompt")
+    return value
+
+
+class Data(Part):
+    """Pictures with captions (`source`), or `prompts` from which the teacher makes the latents itself."""
+
+    source: str | list[str] | None = Field(
+        default=None, description="folder, saved dataset, tar shards, parquet or datasets id"
+    )
+    prompts: str | list[str] | None = Field(default=None, description="prompts, or a text file with one a line")
+    size: Size | None = Field(None, description="pixels; the teacher's own if not given")
+    crop: Literal["center", "random"] = "center"
+    flip: bool = Field(default=False, description="mirror half of the pictures")
+    buckets: bool = Field(default=False, description="crop each picture to the nearest of several shapes of one area")
+    views: Copies = Field(default=1, description="crops, flips and captions drawn from each picture")
+    limit: Steps | None = Field(default=None, description="use only the first N pictures or prompts")
+    image_column: str = "image"
+    caption_column: str | None = None
+    steps: DrawingSteps = Field(default=25, description="prompts only: sampling steps")
+    guidance_scale: Weight = Field(default=7.5, description="prompts only")
+    images_per_prompt: Copies = Field(default=1, description="prompts only")
+
+    _some_prompts = field_validator("prompts")(_not_empty)
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "Data":
+        if (self.source is None) == (self.prompts is None):
+            raise ValueError("give either 'source' (pictures with captions) or 'prompts'")
+        kind, names = ("pictures", OF_PROMPTS) if self.source is not None else ("prompts", OF_PICTURES)
+        # Not whatever is set: the recipe.yaml of a run folder sets everything, its defaults too.
+        if idle := [name for name in names if getattr(self, name) != type(self).model_fields[name].default]:
+            raise ValueError(f"{idle[0]!r} has no meaning where the data are {kind}: leave it out")
+        if self.size is not None and self.size % 8:
+            raise ValueError(f"'size' must be a multiple of 8, not {self.size}")
+        return self
+
+
+class Losses(Part):
+    """Weights of the three terms (arXiv 2305.15798, equation 4), and what the feature term is made of."""
+
+    task: Weight = 1.0
+    output: Weight = 1.0
+    feature: Weight = 1.0
+    level: Level = Field(default="block", description="which modules are compared: see docs/recipes.md")
+    normalize: bool = Field(default=False, description="divide each feature term by the teacher's mean square")
+    weights: dict[str, Weight] = Field(
+        default={}, max_length=1000, description="pattern over the teacher's names: factor of its terms"
+    )
+
+    @model_validator(mode="after")
+    def _some(self) -> "Losses":
+        if not (self.task or self.output or self.feature):
+            raise ValueError("at least one weight must be above 0")
+        return self
+
+
+def _read_plan(value: Any) -> Plan:
+    if not isinstance(value, Plan | str | list | Mapping):
+        raise ValueError(f"a preset's name ({', '.join(preset_names())}), a file, or a list of patterns")
+    return load_plan(value)
+
+
+def _write_plan(plan: Plan) -> dict[str, Any]:
+    return {"name": plan.name, "remove": list(plan.remove)}
+
+
+#: A plan in a recipe, read from a preset's name, a file or patterns, and written as name and patterns.
+PlanValue = Annotated[Any, BeforeValidator(_read_plan), PlainSerializer(_write_plan)]
+
+
+class Stage(Part):
+    """A piece of training. The defaults are BK-SDM's, but for warm-up and caption dropout, which its scripts lack."""
+
+    steps: Steps
+    plan: PlanValue | None = Field(
+        default=None, description="a step on the way to the recipe's plan, which is the default"
+    )
+    batch_size: Annotated[Integer, Field(ge=1, le=1_000_000)] = 256
+    learning_rate: Positive = 5e-5
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: Annotated[Integer, Field(ge=0, le=1_000_000_000)] = 500
+    weight_decay: Weight = 1e-2
+    max_grad_norm: Positive = 1.0
+    losses: Losses = Losses()
+    teacher: TeacherValue | None = Field(default=None, description="another teacher for this stage, of the same layout")
+    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(default=0.9999, description="null: no EMA")
+    caption_dropout: Fraction = Field(default=0.1, description="share of samples that see the empty prompt")
+    min_snr_gamma: Positive | None = Field(default=None, description="weighs the task loss only")
+
+
+class Sheet(Part):
+    """The picture sheet drawn while training: teacher and student at fixed prompts and fixed noise."""
+
+    prompts: list[str] | None = Field(default=None, description="the first evaluation prompts if not given")
+    every: Annotated[Integer, Field(ge=0)] = Field(default=1000, description="steps; 0: never")
+
+
+class Evaluation(Part):
+    prompts: str | list[str] = Field(description="held-out prompts, or a text file with one a line")
+    limit: Steps | None = None
+    steps: DrawingSteps = 25
+    guidance_scale: Weight = 7.5
+    sampler: str = "dpmsolver++"
+    seed: Seed = Field(default=1234, description="of the noise that pictures are drawn from, whatever the run's seed")
+
+    _some_prompts = field_validator("prompts")(_not_empty)
+
+
+class Export(Part):
+    fp16: bool = Field(default=False, description="the folder gets the fp16 variant as well; the single file is fp16")
+    single_file: bool = Field(default=False, description="also write the original LDM layout as one file")
+    license: str | None = Field(default=None, description="the student's licence: the teacher's, as a rule")
+
+
+class Recipe(Part):
+    teacher: TeacherValue
+    plan: PlanValue
+    initialisation: Literal["inherited", "random"] = Field(
+        default="inherited", description="what the student begins with: the teacher's weights, or none (for comparison)"
+    )
+    data: Data
+    stages: Annotated[list[Stage], Field(min_length=1, max_length=100)]
+    evaluation: Evaluation
+    sheet: Sheet = Sheet()
+    export: Export = Export()
+    output: str = Field(description="the run folder")
+    cache: str | None = Field(
+        default=None, description="where the latents go, to share them between runs; in the run folder"
+    )
+    seed: Seed = 1234
+    checkpoint_every: Steps = 1000
+    keep_checkpoints: Steps = 2
+
+    @model_validator(mode="after")
+    def _last_plan(self) -> "Recipe":
+        if self.stage_plans[-1].remove != self.plan.remove:
+            raise ValueError("the last stage must train the recipe's own plan: leave its 'plan' out")
+        return self
+
+    @property
+    def stage_plans(self) -> list[Plan]:
+        """What is removed in each stage."""
+        return [stage.plan or self.plan for stage in self.stages]
+
+    def fingerprint(self, *parts: str, extra: Any = None) -> str:
+        """A hash of the named parts of the recipe, and of something else that is plain data."""
+        chosen = {p: self.plan.fingerprint if p == "plan" else _plain(getattr(self, p)) for p in parts}
+        chosen |= {"": extra} if extra else {}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return [_plain(v) for v in value] if isinstance(value, list) else value
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = (), values: Mapping[str, Any] | None = None) -> Recipe:
+    """Reads a YAML recipe; `overrides` are `key.sub=value` strings (`stages.0.steps=100`), values parsed as YAML.
+    `values` are the same with values that are parsed already, and go before them.
+
+    Relative paths in a recipe are meant from the folder in which the command is given.
+
+    Raises:
+        UserError: not readable, an unknown key (with the nearest known one), or a value that does not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"No recipe at {path}: give a YAML file (see recipes/ for examples) or a run folder")
+    value = load_mapping(path, "a recipe")
+    for key, new in (values or {}).items():
+        _override(value, key, copy.deepcopy(new), repr(key))
+    parsed = [_parse_override(override) for override in overrides]
+    keys = [key for key, _, _ in parsed]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise UserError(f"--set: key {twice!r} is given twice")
+    for override in parsed:
+        _override(value, *override)
+    try:
+        return Recipe.model_validate(value)
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error)}") from error
+
+
+def _parse_override(text: str) -> tuple[str, Any, str]:
+    """Key, value, and how to name it in a complaint."""
+    key, sign, raw = text.partition("=")
+    if not sign or not key.strip():
+        raise UserError(f"--set {text!r}: write key=value, such as stages.0.steps=100")
+    return key.strip(), parse_yaml(raw, f"--set {text!r}"), f"--set {text!r}"
+
+
+def _override(value: Any, key: str, new: Any, name: str) -> None:
+    *parents, last = key.strip().split(".")
+    if len(parents) > DEEPEST:
+        raise UserError(f"{name}: no key is so deep")
+    for parent in parents:
+        if isinstance(value, list) and parent in _places(value):
+            value = value[int(parent)]
+        elif isinstance(value, dict):
+            if isinstance(value.get(parent), str) and parent == "teacher":
+                value[parent] = {"source": value[parent]}
+            value = value.setdefault(parent, {})
+        else:
+            raise UserError(f"{name}: no {parent!r} to go into")
+    if isinstance(value, list) and last in _places(value):
+        value[int(last)] = new
+    elif isinstance(value, dict):
+        value[last] = new
+    else:
+        raise UserError(f"{name}: no {last!r} to set")
+
+
+def _places(value: list[Any]) -> list[str]:
+    return [str(i) for i in range(len(value))]
+
+
+_PARTS: dict[str, type[Part]] = {
+    "teacher": TeacherSource,
+    "data": Data,
+    "stages": Stage,
+    "losses": Losses,
+    "sheet": Sheet,
+    "evaluation": Evaluation,
+    "export": Export,
+}
+
+
+def explain(error: ValidationError, whole: type[Part] = Recipe) -> str:
+    """The first complaint of pydantic as one line that names the key and, for an unknown one, the nearest."""
+    first = error.errors()[0]
+    # Of a value that may be of several types, pydantic names the one that it tried first, in words of its own.
+    where = ".".join(str(name) for name in first["loc"] if not re.search(r"[-\[(]", str(name)))
+    if first["type"] == "extra_forbidden":
+        parents = [str(p) for p in first["loc"][:-1] if not isinstance(p, int)]
+        known = list((_PARTS.get(parents[-1], whole) if parents else whole).model_fields)
+        key = str(first["loc"][-1])
+        near = difflib.get_close_matches(key, known, 1)
+        return f"unknown key {where!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+    if first["type"] == "missing":
+        return f"{where!r} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
+    return f"{where}: {message}{more}" if where else f"{message}{more}"
+
+
+def read_prompts(value: str | list[str], limit: int | None = None) -> list[str]:
+    """The prompts of a list, or of a file (see `prunet.recipe.prompts`)."""
+    if isinstance(value, str):
+        value = read_prompt_file(Path(value))
+    return value[:limit]

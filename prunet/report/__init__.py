@@ -1,0 +1,1 @@
+"""Pages, charts and tables: in go the files of a run, out comes what people look at."""

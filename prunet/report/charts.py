@@ -1,0 +1,155 @@
+"""What pages are made of: numbers as text, pictures as data, charts as lines in a square of 1000."""
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image
+
+from prunet.errors import UserError
+
+Point = tuple[float, float]
+MOST_POINTS = 500  # of a line
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from one of prunet's templates; a name that it lacks is an error."""
+    loader, undefined = jinja2.PackageLoader("prunet.report", "."), jinja2.StrictUndefined
+    env = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=undefined)
+    env.filters |= {"number": number, "many": many, "percent": percent, "duration": duration}
+    return env.get_template(template).render(**values)
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that `render` made."""
+    with path.open("rb") as file:
+        return b'name="generator" content="prunet ' in file.read(4096)
+
+
+# -- numbers as text
+
+
+def number(value: float, digits: int = 3) -> str:
+    """`digits` significant digits, thousands apart, and an exponent only below 0.0001."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    size = int(f"{value:.{digits - 1}e}".partition("e")[2])  # after rounding: 9.99 may become 10
+    return f"{value:.1e}" if size < -4 else f"{value:,.{max(0, digits - 1 - size)}f}"
+
+
+def many(count: float, digits: int = 3) -> str:
+    """As the field says it: 266 k, 2,567 M parameters, 338 G multiply-adds."""
+    unit, scale = ("G", 1e9) if count >= 1e10 else ("M", 1e6) if count >= 1e6 else ("k", 1e3)
+    return f"{number(count / scale, digits)} {unit}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.095 or share == 0 else f"{100 * share:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    scale, unit = (3600, "h") if seconds >= 3600 else (60, "min") if seconds >= 60 else (1, "s")
+    return f"{number(seconds / scale, 2)} {unit}"
+
+
+def short(source: str) -> str:
+    """A hub id as it is; of a path only the last name, for where it lies on a disk is nobody's business."""
+    parts = source.replace("\\", "/").rstrip("/").split("/")
+    return source if len(parts) == 2 and parts[0] not in (".", "..", "", "~") else parts[-1]
+
+
+def names_of(sources: Sequence[Path | str]) -> list[str]:
+    """The shortest ends of paths that tell them apart.
+
+    Raises:
+        UserError: one is given twice.
+    """
+    parts = [Path(source).resolve().parts for source in sources]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    twice = next(source for i, source in enumerate(sources) if parts[i] in parts[:i])
+    raise UserError(f"{twice} is given twice")
+
+
+# -- pictures
+
+
+def inline(path: Path, side: int) -> dict[str, Any] | None:
+    """A picture as a data URI, no larger than it is shown: PNG when tiny, else WebP; None when it is not there."""
+    if not path.is_file():
+        return None
+    try:
+        with Image.open(path, formats=("PNG",)) as file:
+            picture = file.convert("RGB")
+    except Exception as error:  # Pillow has many for what is no picture any more
+        raise UserError(f"{path}: damaged ({error}): delete its folder and evaluate again") from error
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    kind = "png" if max(picture.size) <= 64 else "webp"
+    data = io.BytesIO()
+    picture.save(data, kind, **({"optimize": True} if kind == "png" else {"quality": 86, "method": 6}))
+    text = base64.b64encode(data.getvalue()).decode()
+    return {"src": f"data:image/{kind};base64,{text}", "width": picture.width, "height": picture.height}
+
+
+# -- charts
+
+
+def draw_chart(
+    lines: Mapping[str, list[list[Point]]], right: float, tips: list[tuple[float, str]], *, smooth: bool = False
+) -> dict[str, Any] | None:
+    """Lines over 0 to `right`, y logarithmic, in a square of 1000 that the page stretches; `raw`: not smoothed."""
+    lines = {name: kept for name, segments in lines.items() if (kept := [s for s in segments if s])}
+    values = [y for segments in lines.values() for segment in segments for _, y in segment]
+    if not values or not right:
+        return None
+    low, high = min(values) / 1.08, max(values) * 1.08
+
+    def height(y: float) -> float:
+        return math.log(high / y) / math.log(high / low)
+
+    def place(points: list[Point]) -> list[str]:
+        return [f"{1000 * x / right:.1f},{1000 * height(y):.1f}" for x, y in thin(points, MOST_POINTS)]
+
+    drawn = []
+    for name, segments in lines.items():
+        ways = [_smooth(segment) if smooth else segment for segment in segments]
+        raw = list(map(place, segments)) if smooth else []
+        drawn.append(
+            {"name": name, "kind": name, "raw": raw, "points": list(map(place, ways)), "last": ways[-1][-1][1]}
+        )
+    width = 1000 / max(1, len(tips))
+    bands = [(f"{1000 * x / right - width / 2:.1f}", f"{width:.1f}", text) for x, text in tips]
+    return {"lines": drawn, "y_ticks": [(100 * height(y), f"{y:.3g}") for y in _log_ticks(low, high)], "tips": bands}
+
+
+def _smooth(points: list[Point]) -> list[Point]:
+    """A moving geometric mean, centred; it begins at the first value itself, so that a steep start stays steep."""
+    sums = [0.0, *accumulate(math.log(y) for _, y in points)]
+    out = []
+    for i, (x, _) in enumerate(points):
+        reach = min(i, len(points) // 30)
+        first, end = i - reach, min(len(points), i + reach + 1)
+        out.append((x, math.exp((sums[end] - sums[first]) / (end - first))))
+    return out
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+        ticks = [m * 10.0**k for k in powers for m in digits if low <= m * 10.0**k <= high]
+        if len(ticks) >= 3:
+            return thin(ticks, 7)
+    return [low * (high / low) ** share for share in (0.1, 0.5, 0.9)]
+
+
+def thin(values: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of the values, evenly chosen, with both ends."""
+    count = len(values)
+    return list(values) if count <= most else [values[round(i * (count - 1) / (most - 1))] for i in range(most)]

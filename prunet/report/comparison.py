@@ -1,0 +1,147 @@
+"""Several runs side by side: one page, refused if they were not measured alike."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prunet import __version__
+from prunet.disk.files import read_json, write_text
+from prunet.errors import UserError
+from prunet.evaluation.protocol import differences
+from prunet.report.charts import draw_chart, inline, names_of, render, short
+from prunet.report.run import PICTURE_SIDE, draw_unet, level_chart, read_evaluation, read_logs, segments, step_ticks
+
+MOST_RUNS = 8  # that a page has colours and columns for
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A finished run: its name on the page, its folder, and what lies in it."""
+
+    name: str
+    kind: str  # its colour
+    folder: Path
+    plan: dict[str, Any]
+    evaluation: dict[str, Any]
+    recipe_text: str
+    axis: Any  # the logs of its stages
+
+    @property
+    def distance(self) -> dict[str, Any]:
+        return self.evaluation["distance"]["after"]
+
+    @property
+    def teacher(self) -> str:
+        return short(yaml.safe_load(self.recipe_text)["teacher"]["source"])
+
+
+def open_runs(folders: Sequence[Path | str]) -> list[Compared]:
+    """The runs in `folders`, whose evaluations must be of one protocol.
+
+    Raises:
+        UserError: not two to eight, one that is not evaluated, or two protocols (says in what they differ).
+    """
+    paths = [Path(folder) for folder in folders]
+    if not 2 <= len(paths) <= MOST_RUNS:
+        raise UserError(f"compare: give 2 to {MOST_RUNS} run folders, not {len(paths)}")
+    names = names_of(paths)
+    runs = [_open_run(folder, names[i], f"run-{i}") for i, folder in enumerate(paths)]
+    first = _protocol(runs[0])
+    for run in runs[1:]:
+        if apart := differences(first, _protocol(run)):
+            raise UserError(
+                f"{run.folder}: evaluated otherwise than {runs[0].folder}: they differ in {', '.join(apart)}; such "
+                "numbers say nothing about each other"
+            )
+    return runs
+
+
+def _open_run(folder: Path, name: str, kind: str) -> Compared:
+    """A run whose evaluation is of the student that it has now.
+
+    Raises:
+        UserError: it is not, or something in the folder is damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder: give runs that `prunet run` or `prunet measure` left")
+    try:
+        steps = read_json(folder / "steps.json") if (folder / "steps.json").is_file() else {}
+        if "evaluate" not in steps:
+            raise UserError(f"{folder}: not evaluated, or trained since: finish it with `prunet run {folder}`")
+        plan, evaluation = read_json(folder / "plan.json"), read_evaluation(folder / "evaluation", steps)
+        recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+        stages = yaml.safe_load(recipe_text)["stages"]
+        axis = read_logs([folder / f"stage-{number}" for number in range(1, len(stages) + 1)], steps)
+        run = Compared(name, kind, folder, plan, evaluation, recipe_text, axis)
+        _ = (
+            _protocol(run),
+            draw_unet(plan),
+            evaluation["sizes"],
+            evaluation["speed"],
+            run.teacher,
+            run.distance,
+        )
+        return run
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"{folder}: damaged ({error!r}): finish it again with its recipe") from error
+
+
+def _protocol(run: Compared) -> dict[str, Any]:
+    return {key: value for key, value in run.evaluation["protocol"].items() if key != "student"}
+
+
+def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
+    """Writes one page of all runs to `path`; it needs no other file and no network."""
+    runs, path = open_runs(folders), Path(path)
+    protocol = runs[0].evaluation["protocol"]
+    page = render(
+        "comparison.html.j2",
+        version=__version__,
+        teacher=runs[0].teacher,
+        runs=runs,
+        protocol=protocol,
+        columns={"teacher": "teacher"} | {run.kind: run.name for run in runs},
+        pictures=_pictures(runs, protocol["prompts"]),
+        fields=["denoiser", "latent", "picture", *(["lpips"] if _same_lpips(runs) else [])],
+        nets=[draw_unet(run.plan) for run in runs],
+        losses=_named(runs, _loss_chart(runs)),
+        levels=_named(
+            runs, level_chart({run.kind: run.distance["denoiser_by_level"] for run in runs}, protocol["levels"])
+        ),
+    )
+    write_text(path, page)
+    return path
+
+
+def _same_lpips(runs: list[Compared]) -> bool:
+    """Whether every run has LPIPS, by the same weights; it is left out otherwise."""
+    made_by = {run.evaluation.get("lpips") for run in runs}
+    return len(made_by) == 1 and None not in made_by
+
+
+def _pictures(runs: list[Compared], prompts: list[str]) -> list[dict[str, Any]]:
+    """Each prompt with what the teacher and the students drew of it; `error` is the mean of theirs."""
+    rows = []
+    for i, prompt in enumerate(prompts):
+        cells = {run.kind: run.folder / "evaluation" / "pictures" / "after" / f"{i:04d}.png" for run in runs}
+        cells |= {"teacher": runs[0].folder / "evaluation" / "pictures" / "teacher" / f"{i:04d}.png"}
+        errors = {run.kind: run.distance["picture_by_prompt"][i] for run in runs}
+        shown = {name: inline(file, PICTURE_SIDE) for name, file in cells.items()}
+        rows.append({"prompt": prompt, "cells": shown, "errors": errors, "error": sum(errors.values()) / len(runs)})
+    return rows
+
+
+def _loss_chart(runs: list[Compared]) -> dict[str, Any] | None:
+    """The output loss of each run over its steps: the one term that is the same whatever else a run minimised."""
+    ways = {run.kind: segments(run.axis, "output") for run in runs}
+    right = max((x for way in ways.values() for segment in way for x, _ in segment), default=0)
+    chart = draw_chart(ways, right, [], smooth=True)
+    return chart and chart | {"x_ticks": step_ticks(right), "stages": []}
+
+
+def _named(runs: list[Compared], chart: dict[str, Any] | None) -> dict[str, Any] | None:
+    names = {run.kind: run.name for run in runs}
+    return chart and chart | {"lines": [{**line, "name": names[line["kind"]]} for line in chart["lines"]]}

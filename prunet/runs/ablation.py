@@ -1,0 +1,281 @@
+"""An ablation: one recipe with some of its values changed, several seeds each, in one table with intervals."""
+
+import math
+import os
+import re
+import statistics
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, Strict, ValidationError
+
+from prunet.console import console, progress, say
+from prunet.disk.files import read_json, write_json, write_text
+from prunet.disk.ownership import check_place, hold
+from prunet.disk.reading import load_mapping
+from prunet.errors import UserError
+from prunet.recipe.recipe import Part, Recipe, Seed, explain, load_recipe
+from prunet.runs.run import Run, read_paths
+from prunet.training.loop import Runtime
+
+#: What the table shows of each student: (which, key) in evaluation.json, and the title.
+MEASURES = {
+    ("before", "denoiser"): "denoiser error before",
+    ("after", "denoiser"): "denoiser error",
+    ("after", "latent"): "latents, MSE",
+    ("after", "picture"): "pictures, RMSE",
+}
+#: Arms times seeds; each is a recipe that is read and checked before the first one starts.
+MOST_RUNS = 500
+#: Values of a recipe that the ablation gives to each run.
+OWN = {"seed", "output", "cache"}
+# Student's t, 97.5 %: half the width of a 95 % interval in standard errors, by degrees of freedom. The last one
+# serves for more than ten, too, and is a little too wide for them.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+class Ablation(Part):
+    """What is compared. `arms`: name -> values of the recipe that differ (`stages.0.losses.feature: 0`)."""
+
+    title: str = "Ablation"
+    recipe: str = Field(description="the recipe that all arms share")
+    set: dict[str, Any] = Field(default={}, description="values for all arms, in place of the recipe's")
+    seeds: Annotated[list[Annotated[Seed, Strict()]], Field(min_length=1, default_factory=lambda: [1, 2, 3])]
+    arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    output: str = Field(min_length=1, description="folder of all runs and of the table")
+
+
+def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Ablation, dict[tuple[str, int], Recipe]]:
+    """The ablation in a YAML file, and the recipe of each (arm, seed), all checked.
+
+    `overrides` (`key=value`) are for the recipe of every arm.
+
+    Raises:
+        UserError: not readable, or a recipe that does not fit, with the name of its arm.
+    """
+    path = Path(path)
+    try:
+        ablation = Ablation.model_validate(load_mapping(path, "an ablation"))
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, Ablation)}") from error
+    if (runs := len(ablation.arms) * len(ablation.seeds)) > MOST_RUNS:
+        raise UserError(f"{path}: {runs:,} runs, arms times seeds, are more than {MOST_RUNS}: make several of it")
+    if len(set(ablation.seeds)) < len(ablation.seeds):
+        raise UserError(f"{path}: a seed is given twice: {', '.join(map(str, ablation.seeds))}")
+    given = {*ablation.set, *(key for arm in ablation.arms.values() for key in arm)}
+    given |= {override.partition("=")[0] for override in overrides}
+    if own := OWN & {key.strip() for key in given}:
+        raise UserError(f"{path}: {sorted(own)[0]!r} is set for each run by the ablation itself: leave it out")
+    folders = [folder_name(arm) for arm in ablation.arms]
+    if len(set(folders)) < len(folders) or "" in folders:
+        raise UserError(f"{path}: two arms would share one folder, or one has no name: {', '.join(ablation.arms)}")
+    recipes = {}
+    for arm, values in ablation.arms.items():
+        for seed in ablation.seeds:
+            output = Path(ablation.output) / folder_name(arm) / f"seed-{seed}"
+            fixed = {"seed": seed, "output": str(output), "cache": str(output / "cache")}
+            try:
+                recipe = load_recipe(ablation.recipe, overrides, values={**ablation.set, **values, **fixed})
+            except UserError as error:
+                raise UserError(f"{path}: arm {arm!r}: {error}") from error
+            recipes[arm, seed] = _share_cache(recipe, Path(ablation.output) / "caches")
+            same, ours = (_measured(r) for r in (next(iter(recipes.values())), recipe))
+            if apart := [part for part in ours if ours[part] != same[part]]:
+                first = next(iter(ablation.arms))
+                raise UserError(
+                    f"{path}: arms {first!r} and {arm!r} differ in {apart[0]}, so that no table can hold both"
+                )
+    seen: dict[str, str] = {}
+    for arm in ablation.arms:
+        asked = recipes[arm, ablation.seeds[0]].model_dump_json(exclude={"output", "cache"})
+        if (same_as := seen.setdefault(asked, arm)) != arm:
+            raise UserError(f"{path}: arms {same_as!r} and {arm!r} are the same recipe: leave one out")
+    return ablation, recipes
+
+
+def _measured(recipe: Recipe) -> dict[str, Any]:
+    """What decides how a student is measured: by which teacher's pictures, of what size, how drawn."""
+    last = recipe.stages[-1].teacher or recipe.teacher
+    return {"teacher": last, "evaluation": recipe.evaluation, "data.size": recipe.data.size}
+
+
+def folder_name(arm: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", arm.lower()).strip("-")
+
+
+def _share_cache(recipe: Recipe, folder: Path) -> Recipe:
+    """Arms with the same data and seed train on one cache."""
+    teachers = [stage.teacher.model_dump() for stage in recipe.stages if stage.teacher]
+    name = recipe.fingerprint("teacher", "data", "seed", extra=teachers)
+    return recipe.model_copy(update={"cache": str(folder / name)})
+
+
+def ablate(
+    ablation: Ablation,
+    recipes: Mapping[tuple[str, int], Recipe],
+    runtime: Runtime | None = None,
+    *,
+    workers: int = 1,
+) -> dict[str, Any]:
+    """Does every recipe up to its evaluation, `workers` at a time, and writes `ablation.json` and `ablation.md`.
+
+    What is finished is not done again, so the same call resumes where it was stopped. With several GPUs each worker
+    has one of them; on a CPU they share its cores.
+
+    Raises:
+        UserError: a recipe that does not fit, before the first run begins.
+    """
+    output = Path(ablation.output)
+    check_place(output, "ablation", "output", {path for recipe in recipes.values() for path in read_paths(recipe)})
+    runtime = runtime or Runtime()
+    runs: dict[tuple[str, int], Run] = {}
+    for key, recipe in recipes.items():
+        try:
+            runs[key] = Run(recipe, runtime, like=next(iter(runs.values()), None))
+        except UserError as error:
+            raise UserError(f"arm {key[0]!r}: {error}") from error
+    with hold(output, "ablation"):
+        for run in runs.values():  # first of all, since several arms wait for the same one
+            for step in run.step_names("cache"):
+                if not run.is_done(step):
+                    run.do(step)
+            for teacher in {run.teacher, *run.teachers}:
+                teacher.release("unet", "vae", "text")
+        todo = [key for key, run in runs.items() if not run.is_done("evaluate")]
+        say(f"{len(runs)} runs: {len(ablation.arms)} arms, {len(ablation.seeds)} seeds; {len(todo)} to do")
+        with progress("Ablation", len(runs)) as bar:
+            bar.advance(len(runs) - len(todo))
+            for arm, seed in _each_done({key: runs[key] for key in todo}, workers):
+                bar.advance(1, note=f"{arm}, seed {seed}")
+                collect(ablation, runs)
+        return collect(ablation, runs)
+
+
+def _each_done(todo: Mapping[tuple[str, int], Run], workers: int) -> Any:
+    if workers == 1:
+        for key, run in todo.items():
+            _do(run.recipe, run.runtime, like=run)  # checked again: the disk may be full by now
+            yield key
+        return
+    context, others = get_context("spawn"), active_children()
+    with ProcessPoolExecutor(workers, context, _start_worker, (context.Value("i", 0), workers)) as pool:
+        work = {pool.submit(_do_in_worker, run.recipe, run.runtime): key for key, run in todo.items()}
+        try:
+            for done in as_completed(work):
+                done.result()
+                yield work[done]
+        except BrokenProcessPool as error:
+            raise UserError(
+                "A worker was killed (out of memory, perhaps): lower --workers; the same command resumes from here"
+            ) from error
+        except BaseException:  # or all that is queued would be done first; what is under way goes on from checkpoints
+            for worker in set(active_children()).difference(others):
+                worker.terminate()
+            raise
+
+
+def _do(recipe: Recipe, runtime: Runtime, like: Run | None = None) -> None:
+    Run(recipe, runtime, like=like).finish("evaluate")
+
+
+_worker = 0
+
+
+def _start_worker(counter: Any, workers: int) -> None:
+    global _worker
+    with counter.get_lock():
+        _worker = counter.value
+        counter.value += 1
+    console.quiet = True
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would go on writing where the same command, given again, writes, too."""
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _do_in_worker(recipe: Recipe, runtime: Runtime) -> None:
+    if runtime.torch_device.type == "cuda":
+        runtime = replace(runtime, device=f"cuda:{_worker % torch.cuda.device_count()}")
+    runtime.use_device()
+    _do(recipe, runtime)
+
+
+# -- the table
+
+
+def collect(ablation: Ablation, runs: Mapping[tuple[str, int], Run]) -> dict[str, Any]:
+    """What is measured so far, written to `ablation.json` and `ablation.md` in the output folder."""
+    arms = {}
+    for arm in ablation.arms:
+        done = {seed: runs[arm, seed] for seed in ablation.seeds if runs[arm, seed].is_done("evaluate")}
+        results = {seed: read_json(run.result_of("evaluate")) for seed, run in done.items()}
+        arms[arm] = {
+            "seeds": list(results),
+            "parameters": next((r["sizes"]["student"]["parameters"] for r in results.values()), None),
+            "measures": {
+                f"{which}/{key}": summary([r["distance"][which][key] for r in results.values()])
+                for which, key in MEASURES
+            },
+        }
+    first = next((r for r in runs.values() if r.is_done("evaluate")), None)
+    protocol = read_json(first.result_of("evaluate"))["protocol"] if first else {}
+    shown = {k: v for k, v in protocol.items() if k not in ("seed", "student", "prompts")}
+    result = {"title": ablation.title, "arms": arms, "protocol": shown | {"prompts": protocol.get("prompts", [])}}
+    write_json(Path(ablation.output) / "ablation.json", result)
+    write_text(Path(ablation.output) / "ablation.md", markdown(result))
+    return result
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, and half the width of its 95 % interval (Student's t; None from one value)."""
+    if not values:
+        return {"values": [], "mean": None, "interval": None}
+    interval = None
+    if len(values) > 1:
+        t = T_975[min(len(values) - 2, len(T_975) - 1)]
+        interval = t * statistics.stdev(values) / math.sqrt(len(values))
+    return {"values": list(values), "mean": statistics.fmean(values), "interval": interval}
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """One row an arm; lower is nearer to the teacher, the best of each column in bold."""
+    lines = [f"# {result['title']}", "", "| | parameters (M) | seeds | " + " | ".join(MEASURES.values()) + " |"]
+    lines.append("|---|---:|---:|" + "---:|" * len(MEASURES))
+    arms = result["arms"]
+    keys = [f"{which}/{key}" for which, key in MEASURES]
+    means = {key: [a["measures"][key]["mean"] for a in arms.values() if a["seeds"]] for key in keys}
+    for name, arm in arms.items():
+        if not arm["seeds"]:
+            lines.append(f"| {name} | | 0 |" + " |" * len(MEASURES))
+            continue
+        cells = [_cell(arm["measures"][key], min(means[key])) for key in keys]
+        lines.append(f"| {name} | {arm['parameters'] / 1e6:.2f} | {len(arm['seeds'])} | " + " | ".join(cells) + " |")
+    if (protocol := result["protocol"])["prompts"]:
+        lines += [
+            "",
+            f"Distance from the teacher on {len(protocol['prompts'])} held-out prompts at equal seeds, after "
+            "distillation unless it says before; mean over the training seeds ± half of its 95 % interval (Student's "
+            f"t); lower is nearer. {protocol['sampler']}, {protocol['steps']} steps, guidance "
+            f"{protocol['guidance_scale']}, {protocol['size']} px.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(found: Mapping[str, Any], best: float) -> str:
+    mean = f"{found['mean']:.4f}"
+    mean = f"**{mean}**" if found["mean"] == best else mean
+    return mean if found["interval"] is None else f"{mean} ± {found['interval']:.4f}"

@@ -1,0 +1,104 @@
+"""What a recipe would cost: memory by part from shapes, hours from a few real steps with random weights."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from prunet import processes
+from prunet.denoisers.unet2d.attention import fast_attention, kept_memory
+from prunet.denoisers.unet2d.pairs import Pair
+from prunet.plan.plan import Derived
+from prunet.plan.size import training_memory
+from prunet.runs.run import Run
+from prunet.training.loop import Runtime, memory_options
+from prunet.training.memory import step_memory
+from prunet.training.probe import probe
+
+STEPS = 2
+FEW = 4  # samples that are timed at once first
+QUICK_S = 5.0  # a micro-batch that takes no longer is timed as it is: an image of it takes less time
+
+
+def estimate(this: Run) -> dict[str, Any]:
+    """Peak memory by part, of the stage that needs most, and the hours of all stages on this device."""
+    runtime, stages = this.runtime, this.recipe.stages
+    found = [memory(this, number) for number in range(1, len(stages) + 1)]
+    speeds: dict[tuple[Any, ...], tuple[float, int]] = {}
+    seconds = 0.0
+    for number, stage in enumerate(stages, 1):
+        derived, micro, pairs = this.steps_down[number - 1], this.micro_batch(number), compared(this, number)
+        key = (derived.plan.fingerprint, pairs, micro)
+        if key not in speeds:
+            timed = min(micro, FEW)
+            each_s = seconds_per_image(derived, pairs, this.latent_size, timed, runtime)
+            if timed < micro and each_s * micro < QUICK_S:
+                timed, each_s = micro, seconds_per_image(derived, pairs, this.latent_size, micro, runtime)
+            speeds[key] = each_s, timed
+        seconds += speeds[key][0] * stage.steps * stage.batch_size
+    images = sum(stage.steps * stage.batch_size for stage in stages)
+    most = max(found, key=lambda parts: sum(parts.values()))
+    return {
+        "steps": {name: "done" if this.is_done(name) else "to do" for name in this.step_names()},
+        "memory_bytes": {**most, "total": sum(most.values())},
+        "micro_batch": this.micro_batch(1 + found.index(most)),
+        "timed_micro_batch": min(timed for _, timed in speeds.values()),
+        "images": images,
+        "seconds_per_image": seconds / images,
+        "distil_hours": seconds / 3600,
+    }
+
+
+def compared(this: Run, number: int) -> tuple[Pair, ...]:
+    """The features that stage `number` looks at: none where they weigh nothing."""
+    return this.pairs(number) if this.recipe.stages[number - 1].losses.feature else ()
+
+
+def memory(this: Run, number: int) -> dict[str, int]:
+    """Bytes of a stage by part; `activations` are all that a step needs beside the other parts at its worst moment.
+
+    `heap`: on a CPU the holes between what a step makes and frees again, and the kernels' own buffers. No shape tells
+    them; half of what a step makes is what two runs had (benchmarks/2026-11-21-full-size.md).
+    """
+    derived, micro, stage = this.steps_down[number - 1], this.micro_batch(number), this.recipe.stages[number - 1]
+    configs, options = (derived.teacher_config, derived.student_config), memory_options(stage, this.runtime)
+    parts = training_memory(*configs, latent_size=this.latent_size, micro_batch=micro, **options)
+    activations = step_memory(
+        *configs,
+        compared(this, number),
+        latent_size=this.latent_size,
+        micro_batch=micro,
+        accumulate=stage.batch_size // (micro * processes.count()),
+        device=this.runtime.torch_device,
+        half=options["half"],
+        gradient_checkpointing=options["gradient_checkpointing"],
+    )
+    heap = (parts["gradients"] + activations) // 2 if this.runtime.torch_device.type == "cpu" else 0
+    return {**parts, "activations": activations, "heap": heap}
+
+
+def seconds_per_image(
+    derived: Derived, pairs: Sequence[Pair], latent_size: tuple[int, int], batch_size: int, runtime: Runtime
+) -> float:
+    """Seconds for one image of a distillation step (teacher, student forward and backward, optimizer)."""
+    device, half = runtime.torch_device, runtime.mixed_precision != "no"
+    configs = (derived.teacher_config, derived.student_config)
+    setting: dict[str, Any] = {"latent_size": latent_size, "micro_batch": batch_size, "dtype": runtime.dtype}
+    setting |= {"gradient_checkpointing": runtime.gradient_checkpointing, "device": device}
+    with (
+        kept_memory(device),
+        probe(*configs, pairs, **setting) as (teacher, student, loss),
+        fast_attention([teacher, student], device, half=half),
+    ):
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
+        for step in range(STEPS + 1):
+            if step == 1:  # the first one warms up
+                start = time.perf_counter()
+            loss().backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+    return (time.perf_counter() - start) / STEPS / batch_size

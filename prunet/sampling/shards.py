@@ -1,0 +1,88 @@
+"""Many pictures: drawn in shards that do not depend on who draws them, by any number of processes, resumable.
+
+A shard is a WebDataset tar of `SHARD` pictures with their prompts (`000123.png`, `000123.txt`), written whole or not at
+all. Process r of n draws shards r, r + n, ... Each picture has a generator of its own, and the batches of a shard are
+always the same, so the files are, too, byte for byte.
+"""
+
+import io
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from prunet import processes
+from prunet.console import progress
+from prunet.data.pictures import encode
+from prunet.disk.files import new_file
+from prunet.errors import UserError
+from prunet.exports.folder import draw
+
+SHARD = 100
+
+
+def draw_shards(
+    open_pipe: Callable[[], Any],
+    prompts: Sequence[str],
+    folder: Path,
+    *,
+    seed: int,
+    steps: int,
+    guidance_scale: float,
+    size: int,
+    jpeg: int | None = None,
+    batch_size: int = 4,
+) -> list[Path]:
+    """Draws a picture of each prompt, the i-th from seed + i, into `folder`; shards that are there are left alone.
+
+    `open_pipe` is called when the first picture is drawn, so that a finished set costs nothing. `jpeg` is a quality;
+    PNG if None. Returns the paths of all shards, those of the other processes included.
+    """
+    paths = [folder / f"{at // SHARD:05d}.tar" for at in range(0, len(prompts), SHARD)]
+    mine = [at for i, at in enumerate(range(0, len(prompts), SHARD)) if processes.is_mine(i)]
+    pipe = None
+    with progress("Drawing", sum(len(prompts[at : at + SHARD]) for at in mine)) as bar:
+        for at in mine:
+            path, texts = paths[at // SHARD], prompts[at : at + SHARD]
+            if path.is_file():
+                bar.advance(len(texts))
+                continue
+            pipe = pipe or open_pipe()
+            pictures: list[Image.Image] = []
+            for start in range(0, len(texts), batch_size):
+                batch = texts[start : start + batch_size]
+                seeds = [seed + at + start + i for i in range(len(batch))]
+                pictures += draw(pipe, batch, seeds, steps=steps, guidance_scale=guidance_scale, size=size)
+                bar.advance(len(batch))
+            with new_file(path) as part:
+                _write_shard(part, at, pictures, texts, jpeg)
+    return paths
+
+
+def _write_shard(
+    path: Path, first: int, pictures: Sequence[Image.Image], prompts: Sequence[str], jpeg: int | None
+) -> None:
+    with tarfile.open(path, "w") as tar:
+        for i, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True), first):
+            for suffix, data in (("jpg" if jpeg else "png", encode(picture, jpeg)), ("txt", prompt.encode())):
+                info = tarfile.TarInfo(f"{i:06d}.{suffix}")  # no time, no owner: equal pictures, equal files
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def read_shard(path: Path) -> Iterator[tuple[Image.Image, str]]:
+    """The pictures of a shard that `draw_shards` wrote, with their prompts.
+
+    Raises:
+        UserError: not such a file, or damaged.
+    """
+    try:
+        with tarfile.open(path) as tar:
+            files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+        for name in sorted(n for n in files if not n.endswith(".txt")):
+            picture = Image.open(io.BytesIO(files[name]), formats=("PNG", "JPEG")).convert("RGB")
+            yield picture, files[f"{name.rpartition('.')[0]}.txt"].decode()
+    except (OSError, tarfile.TarError, KeyError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: damaged ({error}): delete it, and it is drawn again") from error

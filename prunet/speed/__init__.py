@@ -1,0 +1,1 @@
+"""How fast models draw, and what takes the time."""

@@ -1,0 +1,242 @@
+"""How fast models draw: latency by part, throughput and peak memory, beside what their multiply-adds allow."""
+
+import importlib.metadata
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+
+from prunet.console import say
+from prunet.data.encoding import check_size
+from prunet.errors import UserError
+from prunet.evaluation.metrics import Measure, bootstrap
+from prunet.exports.folder import open_model
+from prunet.plan.plan import derive, load_plan
+from prunet.plan.size import macs_by_kind, native_latent_size, size_of
+from prunet.report.charts import names_of
+from prunet.speed.clock import Call, denoiser_call, device_name, seconds_of, times_in_turn, weights_mb, working_mb
+from prunet.speed.profiling import times_by_kind
+from prunet.student.student import inherit
+
+PROMPT = "a photograph of an astronaut riding a horse"
+Key = tuple[str, str, int]  # model, part or mode, batch size
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model at one batch size, its denoiser `eager` or `compiled`.
+
+    `text_ms`: prompts of the batch and the empty ones that guidance compares with; `denoiser_ms`: a call with
+    2 x `batch_size` latents (guidance); `vae_ms`: decoding the batch. `seconds`: text, all steps, and VAE; `compile_s`:
+    the compiled denoiser's first call. `peak_memory_mb`: weights of all parts, and what the hungriest needs beside.
+
+    `speed_up`: of a denoiser call over the baseline's in the same mode, with its 95 % interval over the repeats;
+    `limit`: the baseline's multiply-adds over the model's, attention's matmuls included; `share`: of the limit that is
+    reached. `kinds_ms`: the call by kind of operation, which add up to `denoiser_ms`; `over_ms`: how much longer each
+    takes than the baseline's divided by the limit, which add up to what the call takes beyond it.
+    """
+
+    model: str
+    mode: str
+    batch_size: int
+    text_ms: float
+    denoiser_ms: float
+    vae_ms: float
+    seconds: float
+    pictures_per_s: float
+    peak_memory_mb: float | None
+    compile_s: float | None
+    speed_up: float
+    interval: tuple[float, float]
+    limit: float
+    share: float
+    kinds_ms: dict[str, float]
+    over_ms: dict[str, float]
+
+
+def open_pipelines(
+    models: Sequence[str],
+    plans: Sequence[str] = (),
+    *,
+    size: int | None = None,
+    config: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """The pipelines at `models` (see `open_model`), and the first one with what each of `plans` leaves, by name.
+
+    Raises:
+        UserError: one that cannot be opened, is given twice, or cannot draw pictures of `size` pixels; a plan that does
+            not fit the first. All of it before weights are loaded.
+    """
+    names = names_of(models)
+    teachers = [open_model(model, config=config, device=device, dtype=dtype) for model in models]
+    first = teachers[0]
+    for teacher in teachers:
+        check_size(teacher, size or first.native_size, "size")
+        teacher.check_weights()
+    left = {f"plan {plan}": derive(first.unet_config, load_plan(plan)) for plan in plans}
+    pipelines = {name: teacher.pipeline() for name, teacher in zip(names, teachers, strict=True)}
+    for name, derived in left.items():
+        pipelines[name] = first.pipeline(unet=inherit(first.unet, derived).to(first.device, first.dtype))
+    return pipelines
+
+
+@torch.no_grad()
+def bench(
+    pipelines: Mapping[str, Any],
+    *,
+    size: int | None = None,
+    batch_sizes: Sequence[int] = (1,),
+    steps: int = 25,
+    repeats: int = 15,
+    compiled: bool = False,
+) -> dict[str, Any]:
+    """Times the parts of stock pipelines in turn, on the device and in the precision that they are in.
+
+    The first is the baseline of the others. `size` in pixels: of the baseline's training by default. `compiled`: times
+    the denoisers by `torch.compile`, too. Returns plain JSON types: facts of the run and of each model, and `rows`
+    (`Row`), the baseline's first.
+
+    Raises:
+        UserError: nothing on this machine can compile.
+    """
+    first = next(iter(pipelines.values()))
+    device = first.device
+    size = size or native_latent_size(first.unet.config)[0] * first.vae_scale_factor
+    latent_sizes = {name: (size // pipe.vae_scale_factor,) * 2 for name, pipe in pipelines.items()}
+    macs = {name: macs_by_kind(pipe.unet.config, latent_sizes[name]) for name, pipe in pipelines.items()}
+    calls: dict[Key, Call] = {}
+    for (name, pipe), batch in product(pipelines.items(), batch_sizes):
+        calls |= _calls(name, pipe, batch, latent_sizes[name], device)
+    # One function of diffusers' is compiled for every model and batch size; more than 8 would fall back to eager.
+    limit: Any = torch._dynamo.config.patch(recompile_limit=len(calls)) if compiled else nullcontext()
+    with limit:
+        compile_s = _compile(pipelines, batch_sizes, latent_sizes, calls, device) if compiled else {}
+        say(f"Timing {len(calls)} calls in turn, up to {repeats} times")
+        times = times_in_turn(calls, repeats, device)
+        say("Memory and operations")
+        working = {key: working_mb(call, device) for key, call in calls.items()}
+        denoisers = {key: call for key, call in calls.items() if key[1] in ("eager", "compiled")}
+        kinds = times_by_kind(denoisers, {key: statistics.median(times[key]) for key in denoisers}, device)
+    weights = {name: sum(map(weights_mb, _modules(pipe))) for name, pipe in pipelines.items()}
+    return {
+        "device": device_name(device),
+        "size": size,
+        "steps": steps,
+        "repeats": min(map(len, times.values())),
+        "models": {
+            name: {
+                "parameters": size_of(pipe.unet.config).parameters,
+                "macs": macs[name],
+                "precision": str(pipe.unet.dtype).removeprefix("torch."),
+            }
+            for name, pipe in pipelines.items()
+        },
+        "rows": [asdict(row) for row in _rows(times, working, kinds, compile_s, macs, weights, steps)],
+        "versions": {name: importlib.metadata.version(name) for name in ("prunet", "torch", "diffusers")},
+    }
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compiles something small, so that a machine without a compiler says so before models are loaded.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # dynamo's, the C++ compiler's, Triton's
+        why = str(error).strip().splitlines()[0][:160]
+        raise UserError(
+            f"--compile: nothing can be compiled for {device} here ({why}): install a C++ compiler (g++), or leave "
+            "it out"
+        ) from error
+
+
+def _modules(pipe: Any) -> list[torch.nn.Module]:
+    return [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+
+
+def _calls(name: str, pipe: Any, batch: int, latent_size: tuple[int, int], device: torch.device) -> dict[Key, Call]:
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (batch, pipe.vae.config.latent_channels, *latent_size)
+    latents = torch.randn(shape, generator=generator, device=device, dtype=pipe.vae.dtype)
+    text = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    return {
+        (name, "text", batch): partial(pipe.encode_prompt, [PROMPT] * batch, **text),
+        (name, "eager", batch): denoiser_call(pipe.unet, 2 * batch, latent_size=latent_size, device=device),
+        (name, "vae", batch): partial(pipe.vae.decode, latents),
+    }
+
+
+def _compile(
+    pipelines: Mapping[str, Any],
+    batch_sizes: Sequence[int],
+    latent_sizes: Mapping[str, tuple[int, int]],
+    calls: dict[Key, Call],
+    device: torch.device,
+) -> dict[Key, float]:
+    """Adds the compiled denoisers to `calls`; returns the seconds of their first ones."""
+    seconds: dict[Key, float] = {}
+    for (name, pipe), batch in product(pipelines.items(), batch_sizes):
+        say(f"Compiling {name}, batch {batch}")
+        net: Any = torch.compile(pipe.unet, dynamic=False)
+        key = (name, "compiled", batch)
+        calls[key] = denoiser_call(net, 2 * batch, latent_size=latent_sizes[name], device=device)
+        seconds[key] = seconds_of(calls[key], device)
+    return seconds
+
+
+def _rows(
+    times: Mapping[Key, list[float]],
+    working: Mapping[Key, float | None],
+    kinds: Mapping[Key, dict[str, float]],
+    compile_s: Mapping[Key, float],
+    macs: Mapping[str, Mapping[str, int]],
+    weights: Mapping[str, float],
+    steps: int,
+) -> list[Row]:
+    rows = []
+    baseline = next(iter(macs))
+    for key in sorted(kinds, key=lambda key: (key[2], key[1] == "compiled")):
+        name, mode, batch = key
+        text, denoiser, vae = (statistics.median(times[name, part, batch]) for part in ("text", mode, "vae"))
+        seconds = (text + steps * denoiser + vae) / 1000
+        beside = [needed for part in ("text", mode, "vae") if (needed := working[name, part, batch]) is not None]
+        theirs = baseline, mode, batch
+        gained = _speed_up(times[theirs], times[key])
+        limit = sum(macs[baseline].values()) / sum(macs[name].values())
+        rows.append(
+            Row(
+                model=name,
+                mode=mode,
+                batch_size=batch,
+                text_ms=text,
+                denoiser_ms=denoiser,
+                vae_ms=vae,
+                seconds=seconds,
+                pictures_per_s=batch / seconds,
+                peak_memory_mb=weights[name] + max(beside) if beside else None,
+                compile_s=compile_s.get(key),
+                speed_up=gained.value,
+                interval=(gained.low, gained.high),
+                limit=limit,
+                share=gained.value / limit,
+                kinds_ms=kinds[key],
+                over_ms={kind: ms - kinds[theirs][kind] / limit for kind, ms in kinds[key].items()},
+            )
+        )
+    return rows
+
+
+def _speed_up(slow: Sequence[float], fast: Sequence[float]) -> Measure:
+    """The ratio of two medians; calls that took turns are resampled together."""
+    a, b = np.asarray(slow), np.asarray(fast)
+    return bootstrap(len(a), lambda which: np.median(a[which], axis=-1) / np.median(b[which], axis=-1))

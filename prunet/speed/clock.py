@@ -1,0 +1,164 @@
+"""Latency and peak memory of calls, side by side in one run."""
+
+import ctypes
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from prunet.plan.size import example_inputs
+
+Call = Callable[[], Any]
+K = TypeVar("K")
+
+#: After this many, three repeats of each are enough.
+MOST_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One call of a denoiser: median latency, and the most memory in use (None where the system does not tell)."""
+
+    latency_ms: float
+    peak_memory_mb: float | None
+
+
+@torch.no_grad()
+def measure(
+    denoisers: Mapping[str, nn.Module],
+    *,
+    batch_size: int = 2,
+    repeats: int = 15,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Times the denoisers in turn, so that what disturbs the machine disturbs them all.
+
+    `batch_size` 2 is one picture with guidance. Each runs at its own native size, in its own precision.
+    """
+    device = torch.device(device)
+    calls = {name: denoiser_call(net, batch_size, device=device) for name, net in denoisers.items()}
+    times = times_in_turn(calls, repeats, device)
+    speeds = {}
+    for name, net in denoisers.items():
+        working = working_mb(calls[name], device)
+        peak = None if working is None else weights_mb(net) + working
+        speeds[name] = asdict(Speed(statistics.median(times[name]), peak))
+    return {
+        "device": device_name(device),
+        "batch_size": batch_size,
+        "repeats": min(map(len, times.values())),
+        "dtypes": {name: str(next(net.parameters()).dtype).removeprefix("torch.") for name, net in denoisers.items()},
+        "speeds": speeds,
+    }
+
+
+def denoiser_call(
+    net: nn.Module,
+    batch_size: int,
+    *,
+    latent_size: tuple[int, int] | None = None,
+    device: torch.device,
+) -> Call:
+    """One call of the denoiser, in its own precision, on random latents (B, C, h, w) of its native size by default.
+
+    Random, because a GPU that multiplies zeros draws less power and runs faster than it ever will on a picture.
+    """
+    dtype = next(net.parameters()).dtype
+    config: Any = net.config
+    inputs = example_inputs(dict(config), batch_size, latent_size=latent_size, device=device, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    for name in ("sample", "encoder_hidden_states"):
+        inputs[name].normal_(generator=generator)
+    return lambda: net(**inputs)
+
+
+def times_in_turn(calls: Mapping[K, Call], repeats: int, device: torch.device) -> dict[K, list[float]]:
+    """Milliseconds of each call, `repeats` of them; all take turns, after one call each that warms up.
+
+    Stops once `MOST_SECONDS` are spent and there are three of each.
+    """
+    for call in calls.values():
+        call()
+    times: dict[K, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
+    for done in range(repeats):
+        if done >= 3 and time.perf_counter() - began > MOST_SECONDS:
+            break
+        for name, call in calls.items():
+            times[name].append(1e3 * seconds_of(call, device))
+    return times
+
+
+def seconds_of(call: Call, device: torch.device) -> float:
+    """Of one call, until the device has done it."""
+    wait(device)
+    start = time.perf_counter()
+    call()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def device_name(device: torch.device) -> str:
+    if device.type != "cpu":
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def weights_mb(net: nn.Module) -> float:
+    return sum(p.numel() * p.element_size() for p in net.parameters()) / 2**20
+
+
+def working_mb(call: Call, device: torch.device) -> float | None:
+    """What a call needs beside the weights at its worst moment; None where the system does not tell.
+
+    On a CPU it is by how much the process grows. What it had freed and kept goes back to the system first, where the C
+    library can (glibc); elsewhere the figure is too small by that.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if give_back is not None:
+        give_back(0)
+    before_kb = resident_kb("VmRSS")
+    if before_kb is None or not reset_peak():
+        return None
+    call()
+    peak_kb = resident_kb("VmHWM") or before_kb
+    return max(0, peak_kb - before_kb) / 1024
+
+
+def resident_kb(field: str) -> int | None:
+    try:
+        found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    except OSError:
+        return None
+    return int(found.group(1)) if found else None
+
+
+def reset_peak() -> bool:
+    """Linux: forget the process's highest memory use so far."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True

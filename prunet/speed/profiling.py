@@ -1,0 +1,49 @@
+"""Where the time of a call goes: its operations by kind."""
+
+import statistics
+from collections.abc import Mapping
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from prunet.plan.size import KINDS, kind_of
+from prunet.speed.clock import Call, K, seconds_of
+
+#: Calls of each that are profiled.
+ROUNDS = 3
+#: `other`: sums, copies, casts, fused code; `between`: the device waits for Python and launches.
+PARTS = (*KINDS, "other", "between")
+
+
+@torch.no_grad()
+def times_by_kind(
+    calls: Mapping[K, Call], latency_ms: Mapping[K, float], device: torch.device
+) -> dict[K, dict[str, float]]:
+    """Milliseconds by kind (`PARTS`) of each call, which add up to its `latency_ms` when nobody watches.
+
+    All take turns. Watched calls are slower, most of all those of many small operations, so that what counts is each
+    kind's share. Nothing (an empty mapping each) on devices that cannot be profiled.
+    """
+    if device.type not in ("cpu", "cuda"):
+        return {key: {} for key in calls}
+    rounds = [{key: _profile(call, latency_ms[key], device) for key, call in calls.items()} for _ in range(ROUNDS)]
+    out = {}
+    for key in calls:
+        parts = {part: statistics.median(found[key][part] for found in rounds) for part in PARTS}
+        scale = latency_ms[key] / sum(parts.values())
+        out[key] = {part: value * scale for part, value in parts.items()}
+    return out
+
+
+def _profile(call: Call, latency_ms: float, device: torch.device) -> dict[str, float]:
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda], acc_events=True) as found:
+        watched_ms = 1000 * seconds_of(call, device)
+    parts = dict.fromkeys(PARTS, 0.0)
+    for event in found.key_averages():
+        # An operation's own line has its kernels' time, too; the kernels' lines would count it twice.
+        if event.device_type == torch.autograd.DeviceType.CPU:
+            parts[kind_of(event.key)] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1000
+    # A GPU's kernels are as fast when they are watched, only the way to them is slower; on a CPU everything is.
+    whole_ms = latency_ms if cuda else watched_ms
+    return parts | {"between": max(0.0, whole_ms - sum(parts.values()))}

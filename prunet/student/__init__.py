@@ -1,0 +1,1 @@
+"""The smaller denoiser: in go a teacher and a plan, out comes a stock model with inherited weights."""

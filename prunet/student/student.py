@@ -1,0 +1,87 @@
+"""The student: a stock denoiser made from a plan, with the weights that it inherits from the teacher."""
+
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from prunet.denoisers.unet2d import form as unet
+from prunet.errors import UserError
+from prunet.plan.plan import Derived, Plan, derive
+from prunet.teacher.teacher import Teacher
+
+
+def build(teacher: Teacher, plan: Plan) -> UNet2DConditionModel:
+    """A stock `UNet2DConditionModel` of what the plan leaves, in fp32, its weights copied from the teacher.
+
+    The teacher is not changed. An empty plan gives a copy that computes the same bits.
+
+    Raises:
+        UserError: the plan does not fit the teacher (see `prunet.plan.plan.derive`).
+    """
+    return inherit(teacher.unet, derive(teacher.unet_config, plan))
+
+
+def inherit(source: nn.Module, derived: Derived) -> UNet2DConditionModel:
+    """The student of `derived` with weights copied from `source`, the teacher's denoiser."""
+    return _fill(derived, source.state_dict(), derived.weight_map)
+
+
+def random_student(derived: Derived, seed: int) -> UNet2DConditionModel:
+    """The student of `derived` with random weights: what inheriting is compared with."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return unet.make_unet(derived.student_config).eval().requires_grad_(False)
+
+
+def _fill(derived: Derived, weights: Mapping[str, Tensor], origins: Mapping[str, str]) -> UNet2DConditionModel:
+    """Made on the meta device and filled by assignment, so no time goes into random weights."""
+    with torch.device("meta"):
+        student = unet.make_unet(derived.student_config)
+    student.load_state_dict(
+        {
+            name: weights[origin].detach().to("cpu", torch.float32, copy=True).contiguous()
+            for name, origin in origins.items()
+        },
+        assign=True,
+    )
+    return student.eval().requires_grad_(False)
+
+
+def compose(before: Derived, after: Derived) -> dict[str, str]:
+    """Parameter of `after`'s student -> parameter of `before`'s student, by way of the teacher's names.
+
+    Raises:
+        UserError: `after` keeps a part that `before` removed.
+    """
+    ours = {origin: name for name, origin in before.weight_map.items()}
+    lost = next((origin for origin in after.weight_map.values() if origin not in ours), None)
+    if lost is not None:
+        raise UserError(
+            f"plan {after.plan.name!r} keeps {lost}, which plan {before.plan.name!r} of the stage before it removed: a "
+            "stage can only remove more"
+        )
+    return {name: ours[origin] for name, origin in after.weight_map.items()}
+
+
+def check_steps(steps: Sequence[Derived]) -> None:
+    """Refuses plans of which a later one keeps what an earlier one removed."""
+    for before, after in itertools.pairwise(steps):
+        compose(before, after)
+
+
+def cut(student: nn.Module, before: Derived, after: Derived) -> UNet2DConditionModel:
+    """The student of `after` with the weights of `student`, which is one of `before`: the next of several removals."""
+    return _fill(after, student.state_dict(), compose(before, after))
+
+
+def state_hash(module: nn.Module) -> str:
+    """A hash of every parameter and buffer, bit for bit, with names, shapes and dtypes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,174 @@
+"""What the configs of a pipeline may hold: the one guard between a user's JSON and what takes its values as they are.
+
+Checked are the fields that prunet reads itself and those that say how much is made (layers, widths, timesteps), in type
+and size; a key that is not here is diffusers' own business, which is tried on the meta device (`skeleton` in
+`prunet.denoisers.unet2d.form`) or when its scheduler is made.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from prunet.errors import UserError
+from prunet.recipe.recipe import explain
+
+#: A number of channels, tokens, pixels; of layers in a row; of a list's items.
+Count = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
+Few = Annotated[int, Field(strict=True, ge=1, le=100)]
+#: Transformer blocks of a stage; 0 is written for a stage without any.
+Depth = Annotated[int, Field(strict=True, ge=0, le=100)]
+Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Some = Field(min_length=1, max_length=10)
+Depths = Annotated[list[Depth | Annotated[list[Depth], Some]], Some]
+Truth = Annotated[bool, Field(strict=True)]
+#: Transformer blocks, or layers, on one side of a U-Net; SDXL has 60 at most if every layer had as many.
+DEEPEST = 300
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class _Index(_Fields):
+    name: str = Field(alias="_class_name")
+    requires_safety_checker: Truth | None = None
+    force_zeros_for_empty_prompt: Truth | None = None
+
+    @model_validator(mode="after")
+    def _parts(self) -> "_Index":
+        for part, value in (self.model_extra or {}).items():
+            if isinstance(value, list) and not (len(value) == 2 and all(isinstance(v, str | None) for v in value)):
+                raise ValueError(f"{part}: not the library and class of a part")
+        return self
+
+
+class _UNet(_Fields):
+    name: str = Field(default="UNet2DConditionModel", alias="_class_name")
+    sample_size: Count | Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
+    in_channels: Count = 4
+    out_channels: Count = 4
+    block_out_channels: Annotated[list[Count], Some]
+    down_block_types: Annotated[list[Literal["DownBlock2D", "CrossAttnDownBlock2D"]], Some]
+    up_block_types: Annotated[list[Literal["UpBlock2D", "CrossAttnUpBlock2D"]], Some]
+    mid_block_type: Literal["UNetMidBlock2DCrossAttn", "UNetMidBlock2D"] | None = None
+    layers_per_block: Few | Annotated[list[Few], Some]
+    transformer_layers_per_block: Depth | Depths = 1
+    reverse_transformer_layers_per_block: Depths | None = None
+    cross_attention_dim: Count | Annotated[list[Count], Some]
+    attention_head_dim: Count | Annotated[list[Count], Some] = 8
+    num_attention_heads: Count | Annotated[list[Count], Some] | None = None
+    norm_num_groups: Count | None = 32
+    time_embedding_dim: Count | None = None
+    act_fn: str = "silu"
+    class_embed_type: str | None = None
+    encoder_hid_dim_type: str | None = None
+    resnet_time_scale_shift: str = "default"
+    time_embedding_type: str = "positional"
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: Count | None = None
+    projection_class_embeddings_input_dim: Count | None = None
+    num_class_embeds: Count | None = None
+    encoder_hid_dim: Count | None = None
+    conv_in_kernel: Few = 3
+    conv_out_kernel: Few = 3
+    dual_cross_attention: Literal[False] | None = None
+    only_cross_attention: Truth | Annotated[list[Truth], Some] | None = None
+    use_linear_projection: Truth | None = None
+    upcast_attention: Truth | None = None
+    center_input_sample: Truth | None = None
+    flip_sin_to_cos: Truth | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "_UNet":
+        if self.out_channels != self.in_channels:
+            raise ValueError(f"out_channels {self.out_channels} are not the in_channels {self.in_channels}")
+        blocks = [self.transformer_layers_per_block, self.reverse_transformer_layers_per_block or 1]
+        deepest = len(self.down_block_types) * _largest(self.layers_per_block) * _largest(blocks)
+        if deepest > DEEPEST:
+            raise ValueError(
+                f"layers_per_block and transformer_layers_per_block make {deepest:,} transformer blocks on one side, "
+                f"more than {DEEPEST}"
+            )
+        return self
+
+
+class _Vae(_Fields):
+    sample_size: Count | None = None
+    in_channels: Count = 3
+    out_channels: Count = 3
+    latent_channels: Count = 4
+    block_out_channels: Annotated[list[Count], Some]
+    down_block_types: Annotated[list[str], Some] = ["DownEncoderBlock2D"]
+    up_block_types: Annotated[list[str], Some] = ["UpDecoderBlock2D"]
+    layers_per_block: Few = 1
+    norm_num_groups: Count = 32
+    scaling_factor: Annotated[Real, Field(gt=0)] = 0.18215
+    force_upcast: Truth | None = None
+
+
+class _TextEncoder(_Fields):
+    vocab_size: Count = 49408
+    max_position_embeddings: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 77
+    hidden_size: Count = 512
+    intermediate_size: Count = 2048
+    projection_dim: Count | None = None
+    num_hidden_layers: Few = 12
+    num_attention_heads: Count = 8
+
+
+class _Scheduler(_Fields):
+    name: str = Field(default="DDPMScheduler", alias="_class_name")
+    num_train_timesteps: Annotated[int, Field(strict=True, ge=1, le=100_000)] = 1000
+    beta_start: Annotated[Real, Field(gt=0, lt=1)] = 0.0001
+    beta_end: Annotated[Real, Field(gt=0, lt=1)] = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: Annotated[list[Real], Field(max_length=100_000)] | None = None
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: Annotated[int, Field(strict=True, ge=0, le=1000)] = 0
+    rescale_betas_zero_snr: Truth | None = None
+
+
+_CONFIGS: dict[str, type[_Fields]] = {
+    "model_index": _Index,
+    "unet": _UNet,
+    "vae": _Vae,
+    "text_encoder": _TextEncoder,
+    "text_encoder_2": _TextEncoder,
+    "scheduler": _Scheduler,
+}
+
+
+def check_config(part: str, config: Mapping[str, Any], path: Path) -> None:
+    """Refuses a config with a field of another type than the part has, or of a size that no such part has.
+
+    `part`: its name in the pipeline, or `model_index`. `path`: the file, for the message.
+
+    Raises:
+        UserError: names the file, the field and what is wrong with it.
+    """
+    try:
+        _CONFIGS[part].model_validate(config)
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error)}: fetch or copy it again, or set that field right") from error
+
+
+def check_condition(unet: Mapping[str, Any], encoders: Sequence[Mapping[str, Any]], source: str) -> None:
+    """Refuses text encoders whose embeddings are not as wide as the U-Net of the teacher at `source` takes them.
+
+    Raises:
+        UserError: names both widths.
+    """
+    takes = unet["cross_attention_dim"]
+    for width in takes if isinstance(takes, list) else [takes]:
+        given = sum(config.get("hidden_size", 512) for config in encoders)
+        if width != given:
+            raise UserError(
+                f"{source}: its U-Net takes text embeddings of width {width}, its text encoders make {given}"
+            )
+
+
+def _largest(depths: Any) -> int:
+    return max(map(_largest, depths)) if isinstance(depths, list) else depths

@@ -1,0 +1,45 @@
+"""A text encoder's tensors under the names that every client reads: those with `text_model.` before them.
+
+transformers 5 writes a `CLIPTextModel` without it, and reads both forms. transformers 4 knows only the names with it
+and fills all others with random numbers; ComfyUI and the scripts that convert folders look for them too.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+PREFIX = "text_model."
+BARE = ("embeddings.", "encoder.", "final_layer_norm.")
+
+
+def classical(name: str) -> str:
+    """`encoder.layers.0...` -> `text_model.encoder.layers.0...`; every other name as it is."""
+    return PREFIX + name if name.startswith(BARE) else name
+
+
+def save_text_encoder(model: Any, folder: Path) -> None:
+    """A stock folder of a CLIP text encoder."""
+    state = {classical(name): tensor for name, tensor in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies a text encoder's weights, or the index of their shards: byte for byte, or under the names it lacks."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    from prunet.teacher.marks import save_marked
+
+    if source.suffix == ".json":
+        index = json.loads(source.read_text(encoding="utf-8"))
+        index["weight_map"] = {classical(name): file for name, file in index["weight_map"].items()}
+        target.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        return
+    with safe_open(source, framework="pt") as file:
+        names, metadata = list(file.keys()), file.metadata()
+    if all(name == classical(name) for name in names):
+        shutil.copyfile(source, target)
+    else:
+        tensors = {classical(name): tensor for name, tensor in load_file(source).items()}
+        save_marked(tensors, {"format": "pt", **(metadata or {})}, target)

@@ -1,0 +1,133 @@
+"""Checkpoints of a stage: written whole, the last few kept, and refused where they are of another stage."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+
+from prunet.console import say
+from prunet.disk.files import aside, new_folder, read_label, write_json
+from prunet.disk.seals import verify
+from prunet.errors import UserError
+from prunet.processes import is_main
+from prunet.recipe.recipe import Stage
+from prunet.training.fsdp import local, piece, whole
+
+#: What may be changed between two parts of one stage: how fast it goes and how far, not what is learned.
+PACE = {"steps", "learning_rate", "schedule", "warmup_steps", "max_grad_norm"}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a stage, oldest first."""
+    return sorted((folder / "checkpoints").glob("step-*"))
+
+
+def save(
+    folder: Path,
+    step: int,
+    stage: Stage,
+    student: UNet2DConditionModel,
+    optimizer: Any,
+    ema: EMAModel | None,
+    accelerator: Accelerator,
+    keep: int,
+) -> None:
+    """Writes the state after `step` steps aside, renames it, and drops all but the last `keep`.
+
+    All processes come here, because each may hold a piece of the state; the main one writes. So a checkpoint does not
+    show how many there were.
+    """
+    state = {k: _in_full(v.detach()) for k, v in student.state_dict().items()}
+    named = dict(student.named_parameters())
+    shadows = zip(named.items(), ema.shadow_params, strict=True) if ema else ()
+    average = {name: _in_full(shadow, like=parameter) for (name, parameter), shadow in shadows}
+    moments = _mapped(optimizer.state_dict(), lambda value, _: _in_full(value), student)
+    if not accelerator.is_main_process:
+        return
+    with new_folder(folder / "checkpoints" / f"step-{step:07d}", "checkpoint") as part:
+        save_file(state, part / "student.safetensors")
+        if average:
+            save_file(average, part / "ema.safetensors")
+        torch.save(moments, part / "optimizer.pt")
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+        write_json(part / "state.json", {"step": step, "stage": stage.model_dump(mode="json"), "scaler": scaler})
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(aside(old), ignore_errors=True)
+        os.replace(old, aside(old))  # or a kill would leave half of it under its name
+    for left in (folder / "checkpoints").glob(".step-*.part"):
+        shutil.rmtree(left)
+
+
+def _in_full(value: Any, like: torch.Tensor | None = None) -> Any:
+    """A value of the state. What had to be gathered leaves the device at once, which may not have room for all of it,
+    and is kept by the process that writes.
+    """
+    full = whole(value, like)
+    if full is value:
+        return value.contiguous() if isinstance(value, torch.Tensor) else value
+    return full.cpu() if is_main() else None
+
+
+def _mapped(state: dict[str, Any], change: Any, student: UNet2DConditionModel) -> dict[str, Any]:
+    """An optimizer's state with each of its values (moments, counts) and the parameter that it belongs to changed."""
+    parameters = list(student.parameters())
+    moments = {
+        number: {key: change(value, parameters[number]) for key, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": moments}
+
+
+def resume(
+    folder: Path,
+    stage: Stage,
+    student: UNet2DConditionModel,
+    optimizer: torch.optim.Optimizer,
+    ema: EMAModel | None,
+    accelerator: Accelerator,
+) -> int:
+    """Puts the last checkpoint's state in place and returns its step; 0 where there is none."""
+    saved = checkpoints(folder)
+    if not saved:
+        return 0
+    before = f"delete it to resume from {saved[-2]}" if len(saved) > 1 else "delete it to begin anew"
+    verify(saved[-1], f"damaged is {saved[-1]}: {before}")
+    state = read_label(saved[-1] / "state.json", ("step", "stage", "scaler"), f"damaged is {saved[-1]}: {before}")
+    now = stage.model_dump(mode="json")
+    changed = sorted(k for k in now if state["stage"].get(k) != now[k])
+    if set(changed) - PACE:
+        key = next(k for k in changed if k not in PACE)
+        raise UserError(
+            f"{saved[-1]}: trained with {key} {state['stage'].get(key)}, now {now[key]}: set it back, give another "
+            f"output, or delete {folder / 'checkpoints'}"
+        )
+    if state["step"] == stage.steps and changed:
+        raise UserError(
+            f"{saved[-1]}: the stage is finished, with {changed[0]} {state['stage'][changed[0]]}, now "
+            f"{now[changed[0]]}: set it back, raise steps to go on, or give another output"
+        )
+    if state["step"] > stage.steps:
+        raise UserError(f"{saved[-1]}: already past steps {stage.steps}: raise it, or delete {folder / 'checkpoints'}")
+    try:
+        named = dict(student.named_parameters())
+        weights = load_file(saved[-1] / "student.safetensors")
+        student.load_state_dict({k: piece(v, named.get(k, v)) for k, v in weights.items()})
+        moments = torch.load(saved[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
+        optimizer.load_state_dict(_mapped(moments, piece, student))
+        if ema:
+            shadow = load_file(saved[-1] / "ema.safetensors")
+            ema.shadow_params = [local(piece(shadow[name], p)).to(p.device) for name, p in named.items()]
+            ema.optimization_step = state["step"]
+        if accelerator.scaler is not None and state["scaler"]:
+            accelerator.scaler.load_state_dict(state["scaler"])
+    except Exception as error:
+        raise UserError(f"{saved[-1]}: damaged or of another student ({error}): {before}") from error
+    how = "".join(f", {k} {state['stage'][k]} -> {now[k]}" for k in changed)
+    say(f"Resuming from step {state['step']} of {stage.steps}{how}")
+    return int(state["step"])

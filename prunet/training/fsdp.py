@@ -1,0 +1,60 @@
+"""A student shared out among processes by PyTorch's FSDP2: each holds a piece of every weight, gradient and moment.
+
+What runs on one device is not touched: `local`, `whole` and `piece` give a plain tensor back as it is.
+"""
+
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from prunet import processes
+from prunet.denoisers.unet2d.form import make_unet
+
+#: What is gathered together when it computes. Small enough to be forgotten again, large enough to be worth a message.
+UNITS = ("ResnetBlock2D", "BasicTransformerBlock")
+
+
+def shard(net: nn.Module, device: torch.device) -> None:
+    """Shares out the parameters of `net`, in place. They stay in fp32 on the way, so that nothing rounds otherwise."""
+    mesh = init_device_mesh(device.type, (processes.count(),))
+    for module in net.modules():
+        if type(module).__name__ in UNITS:
+            fully_shard(module, mesh=mesh)
+    # Not even the root stays gathered after a forward pass: a sheet puts other weights in between.
+    fully_shard(net, mesh=mesh, reshard_after_forward=True)
+
+
+def unsharded(net: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The same model in one piece, on the CPU of every process."""
+    with torch.device("meta"):
+        out = make_unet(dict(net.config))
+    out.load_state_dict({name: whole(value.detach()).cpu() for name, value in net.state_dict().items()}, assign=True)
+    return out
+
+
+def local(parameter: nn.Parameter) -> Tensor:
+    """The piece that this process holds, in the same memory."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mine: Tensor = parameter.detach().to_local()  # type: ignore[attr-defined]
+    return mine.requires_grad_(parameter.requires_grad)
+
+
+def whole(value: Any, like: Tensor | None = None) -> Any:
+    """A tensor in full, put together by all processes. `like`: the parameter to whose piece `value` belongs."""
+    if like is not None and isinstance(like, DTensor) and not isinstance(value, DTensor):
+        value = value.to(like.device)
+        value = DTensor.from_local(value, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def piece(value: Any, like: Tensor) -> Any:
+    """What this process holds of a full tensor that belongs to the parameter `like`."""
+    if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

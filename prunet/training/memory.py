@@ -1,0 +1,76 @@
+"""Peak memory of a distillation step, from shapes: the step is gone through with tensors that have no contents."""
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from prunet.denoisers.unet2d.attention import fast_attention
+from prunet.denoisers.unet2d.pairs import Pair
+from prunet.training.probe import probe
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of all tensors made since; `most` is what was needed at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._storages: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for tensor in tree_leaves(out):
+            # A view of what was there before (a weight, transposed) is nothing new.
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.size()
+        if key in self._storages:
+            return
+
+        def gone(_: Any) -> None:
+            self.now -= size
+            self._storages.pop(key)
+
+        self._storages[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+def step_memory(
+    teacher_config: Mapping[str, Any],
+    student_config: Mapping[str, Any],
+    pairs: Sequence[Pair],
+    *,
+    latent_size: tuple[int, int],
+    micro_batch: int,
+    accumulate: int,
+    device: torch.device,
+    half: bool,
+    gradient_checkpointing: bool,
+) -> int:
+    """Bytes that a step needs at its worst moment beside weights, gradients and moments: activations, features,
+    weights cast to half precision, temporary results.
+    """
+    setting: dict[str, Any] = {"latent_size": latent_size, "micro_batch": micro_batch}
+    setting |= {"gradient_checkpointing": gradient_checkpointing}
+    dtype = torch.bfloat16 if half else torch.float32
+    with (
+        FakeTensorMode(),
+        probe(teacher_config, student_config, pairs, dtype=dtype, **setting) as (teacher, student, loss),
+        fast_attention([teacher, student], device, half=half),
+        Living() as living,
+    ):
+        for _ in range(min(accumulate, 2)):  # the second one meets the gradients of the first
+            loss().backward()
+        gradients = sum(p.numel() * p.element_size() for p in student.parameters())
+    return max(0, living.most - gradients)

@@ -1,0 +1,65 @@
+"""A distillation step with random weights and no data: what `estimate` times and `memory` goes through."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from prunet.denoisers.taps import tap
+from prunet.denoisers.unet2d.form import make_unet
+from prunet.denoisers.unet2d.pairs import Pair
+from prunet.plan.size import example_inputs
+from prunet.training.losses import feature_losses, mse
+
+
+@contextmanager
+def probe(
+    teacher_config: Mapping[str, Any],
+    student_config: Mapping[str, Any],
+    pairs: Sequence[Pair],
+    *,
+    latent_size: tuple[int, int],
+    micro_batch: int,
+    dtype: torch.dtype,
+    gradient_checkpointing: bool,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[UNet2DConditionModel, UNet2DConditionModel, Callable[[], Tensor]]]:
+    """Teacher in `dtype`, student in fp32, and a function: the loss () of one micro-batch, the student by autocast."""
+    device, half = torch.device(device), dtype != torch.float32
+    with device:
+        student = make_unet(student_config).train()
+        with _default_dtype(dtype):
+            teacher = make_unet(teacher_config).eval().requires_grad_(False)
+    if gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+
+    def inputs(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        return example_inputs(config, micro_batch, latent_size=latent_size, device=device, dtype=dtype)
+
+    with (
+        tap([student.get_submodule(pair.student) for pair in pairs]) as ours,
+        tap([teacher.get_submodule(pair.teacher) for pair in pairs]) as theirs,
+    ):
+
+        def loss() -> Tensor:
+            with torch.no_grad():
+                eps_t = teacher(**inputs(teacher_config, dtype)).sample
+            with torch.autocast(device.type, dtype if half else torch.bfloat16, enabled=half):
+                eps_s = student(**inputs(student_config, torch.float32)).sample
+            features = feature_losses(ours.take(), theirs.take()).sum() if pairs else 0
+            return mse(eps_s, eps_t) + features
+
+        yield teacher, student, loss
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,96 @@
+"""Picture sheets: rows of pictures with labels, drawn from fixed prompts and fixed noise."""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from prunet import processes
+from prunet.disk.files import new_file
+from prunet.exports.folder import draw, set_sampler
+from prunet.teacher.teacher import Teacher
+
+GAP, CAPTION, LABEL = 6, 34, 92
+INK, PAPER = (32, 32, 38), (255, 255, 255)
+
+
+def grid(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], captions: Sequence[str]) -> Image.Image:
+    """One picture: `rows` of equal length, a label left of each row, a caption under each column."""
+    cell = rows[0][0].width
+    scale = max(1, 96 // cell)
+    cell *= scale
+    width = LABEL + len(rows[0]) * (cell + GAP)
+    sheet = Image.new("RGB", (width, len(rows) * (cell + GAP) + GAP + CAPTION), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=12)
+    for r, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        top = GAP + r * (cell + GAP)
+        pen.multiline_text((8, top + cell // 2 - 14), "\n".join(textwrap.wrap(label, 12)), fill=INK, font=font)
+        for c, picture in enumerate(row):
+            sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (LABEL + c * (cell + GAP), top))
+    for c, caption in enumerate(captions):
+        lines = textwrap.wrap(caption, max(8, cell // 7))[:2]
+        place = (LABEL + c * (cell + GAP), len(rows) * (cell + GAP) + GAP)
+        pen.multiline_text(place, "\n".join(lines), fill=INK, font=font, spacing=2)
+    return sheet
+
+
+@dataclass
+class Sheets:
+    """Teacher over student at the same prompts and the same noise, every `every` steps, into `folder`."""
+
+    teacher: Teacher
+    folder: Path
+    prompts: Sequence[str]
+    every: int
+    seed: int
+    size: int
+    steps: int = 25
+    guidance_scale: float = 7.5
+    _teacher_row: list[Image.Image] = field(default_factory=list)
+
+    def draw(self, step: int, student: UNet2DConditionModel, held: Sequence[Tensor], ema: Any) -> None:
+        """Draws the sheet of this step, with the EMA's weights if there is one; leaves the student as it was.
+
+        `held`: what this process holds of the student's parameters. All processes draw, since a student that is shared
+        out needs them all; one writes.
+        """
+        if not self.prompts or not self.every:
+            return
+        if not self._teacher_row:
+            self._teacher_row = self._row(self.teacher.unet)
+        if ema:
+            ema.store(held)
+            ema.copy_to(held)
+        student.eval()
+        try:
+            row = self._row(student)
+        finally:
+            student.train()
+            if ema:
+                ema.restore(held)
+        if not processes.is_main():
+            return
+        sheet = grid([self._teacher_row, row], ["teacher", f"student, step {step}"], self.prompts)
+        with new_file(self.folder / f"step-{step:07d}.png") as part:
+            sheet.save(part, format="PNG")
+
+    @torch.no_grad()
+    def _row(self, unet: Any) -> list[Image.Image]:
+        pipe = set_sampler(self.teacher.pipeline(unet=unet), "dpmsolver++")
+        seeds = [self.seed + i for i in range(len(self.prompts))]
+        return draw(
+            pipe,
+            self.prompts,
+            seeds,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            size=self.size,
+            batch_size=8,
+        )
