@@ -128,7 +128,7 @@ def reference_loop(
     from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
 
-    from prunet.teacher.teacher import conditioning
+    from prunet.teacher.conditioning import conditioning
 
     accelerator = Accelerator(mixed_precision=runtime.mixed_precision, cpu=runtime.torch_device.type == "cpu")
     device, parts = accelerator.device, Parts(accelerator.device, by_parts)
@@ -197,9 +197,10 @@ def prunet_loop(this, cache, folder: Path, args, runtime) -> dict:
     from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
 
-    from prunet.runs.run import load_unet
+    from prunet.student.folder import load_unet
     from prunet.training import loop as training
-    from prunet.training.loop import distil, read_log
+    from prunet.training.log import read_log
+    from prunet.training.loop import distil
 
     def steps(where: Path, parts: Parts | None = None) -> list[float]:
         """Seconds of each step but the first, which warms up, unless it is the only one."""
@@ -229,10 +230,10 @@ def prunet_loop(this, cache, folder: Path, args, runtime) -> dict:
 
 def child(args: argparse.Namespace) -> None:
     from prunet import Run, Runtime
-    from prunet.data.encoding import Cache
+    from prunet.data.cache import Cache
     from prunet.plan.size import size_of
     from prunet.recipe.recipe import Recipe
-    from prunet.runs.run import load_unet
+    from prunet.student.folder import load_unet
 
     torch.set_num_threads(args.threads)
     compiled = args.compile and args.loop == "prunet"

@@ -38,7 +38,7 @@ from prunet.denoisers.unet2d.form import make_unet
 from prunet.recipe.recipe import Recipe
 from prunet.runs.estimate import memory
 from prunet.speed.clock import reset_peak, resident_kb
-from prunet.teacher.teacher import layout_config
+from prunet.teacher.known import layout_config
 
 torch.set_num_threads(os.cpu_count() or 1)  # the tests' models want one thread, these want all
 

@@ -15,10 +15,11 @@ from full_size import random_module, random_pipe
 from prunet.cli.options import make_runtime
 from prunet.denoisers.unet2d.form import make_unet
 from prunet.errors import UserError
-from prunet.plan.plan import derive, load_plan
+from prunet.plan.derived import derive
+from prunet.plan.plan import load_plan
 from prunet.report.speeds import markdown, write_speeds
 from prunet.speed.bench import bench, check_compiler
-from prunet.teacher.teacher import layout_config
+from prunet.teacher.known import layout_config
 
 
 def main() -> None:

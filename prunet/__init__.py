@@ -12,19 +12,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunet.data.encoding import Cache, cache
+    from prunet.data.cache import Cache
+    from prunet.data.encoding import cache
     from prunet.errors import UserError
     from prunet.evaluation.evaluation import evaluate
     from prunet.evaluation.measuring import compare, measure
     from prunet.evaluation.protocol import Protocol, load_protocol
-    from prunet.exports.folder import export, generate
-    from prunet.plan.plan import Derived, Plan, derive, load_plan
+    from prunet.exports.folder import export
+    from prunet.plan.derived import Derived, derive
+    from prunet.plan.plan import Plan, load_plan
     from prunet.recipe.recipe import Recipe, load_recipe
     from prunet.runs.run import Run, run
+    from prunet.runtime import Runtime
+    from prunet.sampling.draw import generate
     from prunet.student.student import build
     from prunet.teacher.pickles import convert
     from prunet.teacher.teacher import Teacher
-    from prunet.training.loop import Runtime, distil
+    from prunet.training.loop import distil
 
 __version__ = "0.1.0"
 

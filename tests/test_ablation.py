@@ -10,11 +10,13 @@ import pytest
 import yaml
 
 from prunet.errors import UserError
-from prunet.runs.ablation import _each_done, ablate, load_ablation, markdown, summary
-from prunet.runs.run import Run, load_unet, run
+from prunet.intervals import summary
+from prunet.runs.ablation import _each_done, ablate, load_ablation, markdown
+from prunet.runs.run import Run, run
+from prunet.runtime import Runtime
+from prunet.student.folder import load_unet
 from prunet.student.student import state_hash
 from prunet.teacher.teacher import Teacher
-from prunet.training.loop import Runtime
 
 CPU = Runtime(device="cpu", precision="no")
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from prunet.exports.folder import model_card
+from prunet.exports.card import model_card
 
 NASTY = [
     "mit\nmalicious: true",

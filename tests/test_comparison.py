@@ -9,8 +9,8 @@ from test_report import CHROMIUM, PROMPTS, READER, Page, make_run, read_in_chrom
 
 from prunet import Runtime, load_recipe, run
 from prunet.errors import UserError
+from prunet.evaluation.results import read_evaluation
 from prunet.report.comparison import write_comparison
-from prunet.report.run import read_evaluation
 
 
 @pytest.fixture

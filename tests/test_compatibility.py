@@ -17,11 +17,12 @@ from diffusers import (
 )
 
 from prunet import Teacher, build, derive, load_plan
+from prunet.denoisers.unet2d.calls import example_inputs
 from prunet.denoisers.unet2d.form import make_unet
-from prunet.exports.folder import model_card
-from prunet.plan.plan import Derived, Plan, preset_names
-from prunet.plan.size import example_inputs
-from prunet.teacher.teacher import layout_config
+from prunet.exports.card import model_card
+from prunet.plan.derived import Derived
+from prunet.plan.plan import Plan, preset_names
+from prunet.teacher.known import layout_config
 
 UNEVEN = ["down_blocks.1.{resnets,attentions}.1", "up_blocks.2.{resnets,attentions}.1"]
 PLANS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prunet import Teacher, UserError, load_plan
-from prunet.plan.plan import derive
+from prunet.plan.derived import derive
 
 #: Field, and values that none of its kind has.
 BAD = {

@@ -14,12 +14,13 @@ from torch._utils import ExceptionWrapper
 
 from prunet import Run, Runtime, UserError, load_recipe
 from prunet.data import encoding as latents
-from prunet.data.encoding import Cache
+from prunet.data.cache import Cache
 from prunet.disk.files import read_json
 from prunet.disk.ownership import LOCK
 from prunet.disk.seals import CHECKSUM, SEAL
-from prunet.exports.folder import export_single_file, open_model
+from prunet.exports.single_file import export_single_file
 from prunet.report.run import write_report
+from prunet.sampling.draw import open_model
 from prunet.training import noise as draws
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)

@@ -9,10 +9,10 @@ from PIL import Image
 from prunet import Plan, Teacher, build, evaluate, load_plan
 from prunet.disk.files import read_json
 from prunet.evaluation.evaluation import LEVELS, denoiser_errors, picture_rmse
-from prunet.plan.size import training_memory
 from prunet.recipe.recipe import Evaluation
 from prunet.speed.clock import measure
-from prunet.teacher.teacher import layout_config
+from prunet.teacher.known import layout_config
+from prunet.training.fit import training_memory
 
 SPEC = Evaluation(prompts=["a cat", "a dog", "a house"], steps=2, guidance_scale=3.0)
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from prunet import Teacher, UserError, build, cache, derive, distil, generate, load_plan
 from prunet.evaluation.networks import Clip
 from prunet.recipe.recipe import Data, Stage
-from prunet.training.loop import Runtime
+from prunet.runtime import Runtime
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NAN = float("nan")

@@ -16,7 +16,7 @@ from test_run import CPU, recipe_file
 
 from prunet import load_recipe, run
 from prunet.disk.files import read_json
-from prunet.evaluation import metrics
+from prunet.intervals import mean_of
 
 EVAL = Path(sys.prefix) / "eval"  # torch-fidelity and torchvision, which `make setup` keeps apart
 pytestmark = pytest.mark.skipif(not EVAL.is_dir(), reason="torch-fidelity is not set up: make setup")
@@ -151,7 +151,7 @@ def test_of_a_run_it_stands_beside_the_other_distances(sd, pictures, weights, tm
         pairs = [[Image.open(drawn / who / f"{i:04d}.png") for who in (name, "teacher")] for i in range(2)]
         by_prompt = [by_hand(weights, *pair) for pair in pairs]
         assert distance.pop("lpips_by_prompt") == pytest.approx(by_prompt, rel=1e-4)
-        expected = metrics.mean_of(by_prompt)
+        expected = mean_of(by_prompt)
         assert distance.pop("lpips") == pytest.approx(expected.value, rel=1e-4)
         assert distance["intervals"].pop("lpips") == pytest.approx((expected.low, expected.high), rel=1e-4)
     assert after.pop("lpips")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from prunet import Teacher, UserError
 from prunet.denoisers.unet2d.form import make_unet
-from prunet.exports.folder import export_single_file
+from prunet.exports.single_file import export_single_file
 from prunet.teacher.ldm import to_ldm
 from prunet.teacher.marks import NOISE, PREDICTION, ZERO_SNR, read_marks, save_marked
 

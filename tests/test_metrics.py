@@ -14,6 +14,7 @@ from PIL import Image
 
 from prunet.evaluation import metrics
 from prunet.evaluation.metrics import Moments
+from prunet.intervals import mean_of
 
 EVAL = Path(sys.prefix) / "eval"  # torch-fidelity and torchvision, which `make setup` keeps apart
 
@@ -74,7 +75,7 @@ def test_intervals_hold_what_they_say() -> None:
     rng, hits, jack = np.random.default_rng(4), 0, 0
     for _ in range(200):
         values = rng.normal(3, 1, size=60)
-        found = metrics.mean_of(values)
+        found = mean_of(values)
         hits += found.low <= 3 <= found.high
         found = metrics._jackknife(values.var(ddof=1), 60, lambda kept, v=values: float(v[kept].var(ddof=1)))
         jack += found.low <= 1 <= found.high
@@ -94,7 +95,7 @@ from pathlib import Path
 from PIL import Image
 import numpy as np, torch
 from prunet.evaluation.networks import Inception
-from prunet import metrics
+from prunet.evaluation import metrics
 weights, ours, real = map(Path, sys.argv[1:4])
 out = {}
 for batch in (7, 24):

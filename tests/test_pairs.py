@@ -10,10 +10,11 @@ from test_plan import plan_of
 
 from prunet import Teacher, UserError, build, derive, distil, load_plan
 from prunet.data.encoding import cache
-from prunet.denoisers.unet2d.pairs import Pair, check_shapes, term_factors
-from prunet.plan.plan import LEVELS
+from prunet.denoisers.base import LEVELS, Pair
+from prunet.denoisers.unet2d.pairs import check_shapes, term_factors
 from prunet.recipe.recipe import Data, Losses, Stage
-from prunet.training.loop import Draws, Runtime
+from prunet.runtime import Runtime
+from prunet.training.loop import Draws
 
 PRESETS = [
     ("sd-v1", "bk-base"),

@@ -10,8 +10,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from prunet import Teacher, UserError, build, export, generate, load_plan
-from prunet.exports.folder import SAMPLERS, check_export, decode, draw, export_single_file, set_sampler
-from prunet.teacher.teacher import freeze
+from prunet.denoisers.freeze import freeze
+from prunet.exports.folder import check_export
+from prunet.exports.single_file import export_single_file
+from prunet.sampling.draw import SAMPLERS, decode, draw, set_sampler
 
 KINDS = [("sd", "bk-small"), ("sd", "bk-tiny"), ("sdxl", "ssd-1b"), ("sdxl", "koala-700m")]
 
@@ -128,7 +130,7 @@ def test_pictures_are_written_as_they_are_drawn(sd, tmp_path, monkeypatch) -> No
             raise KeyboardInterrupt
         return decode(*args)
 
-    monkeypatch.setattr("prunet.exports.folder.decode", second_batch_fails)
+    monkeypatch.setattr("prunet.sampling.draw.decode", second_batch_fails)
     with pytest.raises(KeyboardInterrupt):
         generate(sd, "a cat", num_images=6, steps=1, save_to=paths)
     assert sorted(tmp_path.iterdir()) == paths[:4]

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from prunet import Teacher, UserError, build, export, load_plan
 from prunet.cli import main
-from prunet.exports.folder import export_single_file
+from prunet.exports.single_file import export_single_file
 from prunet.student.student import state_hash
 from prunet.teacher import placing
-from prunet.teacher.teacher import check_same_space
+from prunet.teacher.space import check_same_space
 
 UNET, VAE, TEXT = "diffusion_pytorch_model", "diffusion_pytorch_model", "model"
 PARTS = {"unet": UNET, "vae": VAE, "text_encoder": TEXT, "text_encoder_2": TEXT}

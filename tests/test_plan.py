@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from prunet import Plan, UserError, derive, load_plan
 from prunet.denoisers.unet2d.form import expand, make_unet, match, skeleton
 from prunet.plan.plan import preset_names
-from prunet.teacher.teacher import layout_config
+from prunet.teacher.known import layout_config
 
 # Parameters of the published students, and MACs (G) at the native size without and with attention's matmuls.
 PUBLISHED = {

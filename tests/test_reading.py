@@ -13,9 +13,9 @@ from prunet.console import _Printable
 from prunet.disk.reading import DEEPEST, parse_json, parse_yaml
 from prunet.errors import LONGEST, printable
 from prunet.evaluation.protocol import load_protocol
-from prunet.plan.plan import derive
+from prunet.plan.derived import derive
 from prunet.recipe.recipe import load_recipe as read
-from prunet.teacher.teacher import layout_config
+from prunet.teacher.known import layout_config
 
 
 def laughs(form: str, levels: int = 9) -> str:

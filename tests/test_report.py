@@ -15,7 +15,8 @@ from PIL import Image
 
 from prunet.denoisers.unet2d import form as unet
 from prunet.errors import UserError
-from prunet.plan.plan import Derived, Plan, derive
+from prunet.plan.derived import Derived, derive
+from prunet.plan.plan import Plan
 from prunet.recipe.recipe import Recipe
 from prunet.report.run import write_report
 from prunet.runs.run import recipe_yaml

@@ -16,7 +16,7 @@ import yaml
 from conftest import make_pictures, make_pipeline
 
 from prunet import Run, Runtime, Teacher, UserError, load_recipe, run
-from prunet.data.encoding import Cache
+from prunet.data.cache import Cache
 from prunet.runs import run as runs
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
@@ -299,7 +299,7 @@ def test_killed_three_times_ends_in_the_same_files(tmp_path, pictures) -> None:
     stages = [{"steps": 12, "batch_size": 4, "warmup_steps": 1}]
     code = (
         "import sys, torch; torch.set_num_threads(1)\n"
-        "from prunet import latents, load_recipe, run, Runtime\n"
+        "from prunet import load_recipe, run, Runtime\nfrom prunet.data import encoding as latents\n"
         "latents.SHARD = 2\n"
         "run(load_recipe(sys.argv[1]), Runtime(device='cpu', precision='no', log_every=1))\n"
     )

@@ -7,9 +7,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from prunet import Plan, Teacher, UserError, build, derive, load_plan
-from prunet.plan.size import example_inputs
+from prunet.denoisers.freeze import freeze
+from prunet.denoisers.unet2d.calls import example_inputs
 from prunet.student.student import compose, cut, state_hash
-from prunet.teacher.teacher import freeze
 
 KINDS = [("sd", "bk-base"), ("sd", "bk-small"), ("sd", "bk-tiny")]
 KINDS += [("sdxl", "ssd-1b"), ("sdxl", "vega"), ("sdxl", "koala-1b"), ("sdxl", "koala-700m")]

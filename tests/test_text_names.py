@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from prunet import Teacher, build, export, load_plan
-from prunet.exports.folder import export_single_file
+from prunet.exports.single_file import export_single_file
 from prunet.teacher.text_names import copy
 
 CLASSES = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}

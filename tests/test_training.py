@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from prunet import Teacher, UserError, build, derive, distil, load_plan
 from prunet.data.encoding import cache
 from prunet.recipe.recipe import Data, Losses, Stage
+from prunet.runtime import Runtime
 from prunet.student.student import state_hash
 from prunet.training import loop as training
-from prunet.training.loop import Runtime, learning_rate_at
+from prunet.training.loop import learning_rate_at
 from prunet.training.losses import min_snr_weight
 from prunet.training.noise import Draws, _permutation, batches
 from prunet.training.sheets import Sheets

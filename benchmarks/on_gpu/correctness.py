@@ -27,8 +27,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import prunet
 from on_gpu.results import Result, Setting, check, failed
 from prunet import Runtime, Teacher, build, derive, distil, load_plan
-from prunet.data.encoding import Cache, cache
-from prunet.plan.size import example_inputs
+from prunet.data.cache import Cache
+from prunet.data.encoding import cache
+from prunet.denoisers.unet2d.calls import example_inputs
 from prunet.recipe.recipe import Data, Losses, Stage
 from prunet.speed.clock import working_mb
 from prunet.student.student import state_hash

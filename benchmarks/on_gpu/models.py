@@ -16,7 +16,8 @@ from small_models import make_pictures, make_pipeline
 
 from on_gpu.results import Setting
 from prunet import Derived, Runtime, Teacher, derive, distil, load_plan
-from prunet.data.encoding import Cache, cache
+from prunet.data.cache import Cache
+from prunet.data.encoding import cache
 from prunet.denoisers.unet2d.form import make_unet
 from prunet.recipe.recipe import Data, Losses, Stage
 from prunet.training import loop as training

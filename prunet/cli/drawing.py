@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prunet.denoisers.unet2d import form as unet
-from prunet.plan.plan import Derived
+from prunet.plan.derived import Derived
 from prunet.report import charts
 
 STAYS, GOES = "bold green", "red strike"

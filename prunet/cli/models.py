@@ -32,7 +32,8 @@ def inspect(
     the way there if the stages remove step by step.
     """
     from prunet.cli.drawing import draw_plan
-    from prunet.plan.plan import Plan, derive, load_plan
+    from prunet.plan.derived import derive
+    from prunet.plan.plan import Plan, load_plan
     from prunet.teacher.teacher import Teacher
 
     if teacher.endswith((".yaml", ".yml")):
@@ -52,7 +53,7 @@ def _inspect_recipe(path: Path, as_json: bool) -> None:
     from rich.text import Text
 
     from prunet.cli.drawing import draw_plan, draw_stairs
-    from prunet.plan.plan import derive
+    from prunet.plan.derived import derive
     from prunet.student.student import check_steps
     from prunet.teacher.teacher import Teacher
 
@@ -100,8 +101,9 @@ def build(
     Writes a stock diffusers U-Net folder (load it with UNet2DConditionModel.from_pretrained).
     """
     from prunet.disk.ownership import check_place
-    from prunet.plan.plan import derive, load_plan
-    from prunet.runs.run import save_unet
+    from prunet.plan.derived import derive
+    from prunet.plan.plan import load_plan
+    from prunet.student.folder import save_unet
     from prunet.student.student import inherit
     from prunet.teacher.teacher import Teacher
 
@@ -129,7 +131,7 @@ def export(
     """Write the student of a run as a stock pipeline folder, or as one .safetensors for ComfyUI and others."""
     from prunet.disk.ownership import check_file, check_place
     from prunet.exports.folder import export as export_folder
-    from prunet.exports.folder import export_single_file
+    from prunet.exports.single_file import export_single_file
     from prunet.runs.run import Run, read_paths
 
     if not (run_folder / "recipe.yaml").is_file():
@@ -210,8 +212,8 @@ def generate(
     """
     from prunet.disk.files import check_writable
     from prunet.disk.ownership import check_file, check_place, hold
-    from prunet.exports.folder import PICTURE_FORMATS, is_drawn
-    from prunet.exports.folder import generate as draw_pictures
+    from prunet.sampling.draw import PICTURE_FORMATS, is_drawn
+    from prunet.sampling.draw import generate as draw_pictures
 
     one_file = output.suffix.lower() in PICTURE_FORMATS
     if one_file and num_images > 1:

@@ -140,8 +140,8 @@ def make_runtime(device: str | None = None, precision: str = "auto", tracker: st
     declare_torchvision_ops()
     import torch
 
+    from prunet.runtime import Runtime
     from prunet.training.gpu import has_fp8
-    from prunet.training.loop import Runtime
 
     if precision not in ("auto", "no", "bf16", "fp16"):
         raise UserError(f"--precision {precision}: choose auto, no, bf16 or fp16")

@@ -21,7 +21,7 @@ from prunet.cli.options import (
 
 
 def _run_until(until: str, path: Path, overrides: list[str] | None, runtime: Any, as_json: bool) -> Any:
-    from prunet.report.run import read_evaluation
+    from prunet.evaluation.results import read_evaluation
     from prunet.runs.run import Run
 
     this = Run(open_recipe(path, overrides), runtime)
@@ -116,7 +116,8 @@ def evaluate(
     """
     from prunet.evaluation.evaluation import markdown
     from prunet.evaluation.lpips import Lpips, add_lpips
-    from prunet.report.run import read_evaluation, write_report
+    from prunet.evaluation.results import read_evaluation
+    from prunet.report.run import write_report
 
     files = named_files(weights, "vgg=FILE and lpips=FILE")
     lpips = Lpips.load(files, runtime.torch_device) if files else None

@@ -1,210 +1,36 @@
-"""The cache: latents and prompt embeddings, made once by the teacher's frozen parts and labelled.
+"""Encoding: pictures and captions, or prompts, become a cache by the teacher's frozen parts, made once."""
 
-A cache folder holds `spec.json` (what it is made of), `shard-00000.safetensors` ... (256 samples each: `mean` and `std`
-(N, 4, h, w) of the scaled latents, `prompt_embeds` (N, 77, D), for SDXL `pooled` (N, P) and `time_ids` (N, 6)),
-with `buckets` one `mean.I` and `std.I` a sample instead, because their sizes differ,
-`unconditional.safetensors`, and, once it is whole, `cache.json` with the number of samples, the pictures skipped and
-the number of captions cut.
-A shard is whole or not there, and depends on nothing but the spec, so a killed run resumes at the first missing one. It
-carries a checksum, which a process verifies when it first reads it.
-"""
-
-import bisect
 import hashlib
 import itertools
 import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.markup import escape
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from prunet import processes
 from prunet.console import progress, say
+from prunet.data.cache import FORMAT, SHARD, STORED, Cache, read_spec, shard_checksum, shard_label, shard_path
 from prunet.data.listing import source_name
 from prunet.data.pictures import BrokenPicture, Picture, bucket_sizes, fit, nearest_size
 from prunet.data.sources import check_source, has_files, read_pictures, source_files
-from prunet.disk.files import new_file, read_json, read_label, write_json
+from prunet.disk.files import new_file, read_json, write_json
 from prunet.disk.ownership import check_place, hold
-from prunet.disk.seals import CHECKSUM, checksum
+from prunet.disk.seals import CHECKSUM
 from prunet.errors import UserError
+from prunet.hashing import seed_of
 from prunet.recipe.recipe import Data, read_prompts
-from prunet.teacher.teacher import PromptEmbeds, Teacher, after_overflow
+from prunet.teacher.conditioning import PromptEmbeds
+from prunet.teacher.space import check_size, side_step
+from prunet.teacher.teacher import Teacher, after_overflow
 
-FORMAT = 2
-SHARD = 256
 ENCODE_BATCH = 16
-STORED = torch.float16
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One picture as the denoiser meets it: mean and std (4, h, w), prompt embeddings (77, D), SDXL's extras."""
-
-    mean: Tensor
-    std: Tensor
-    embeds: Tensor
-    pooled: Tensor | None
-    time_ids: Tensor | None
-
-
-@dataclass(frozen=True)
-class Cache:
-    """A whole cache folder, opened for reading; samples are read from disk when asked for."""
-
-    folder: Path
-    spec: dict[str, Any]
-    counts: tuple[int, ...]  # samples in each shard
-    skipped: tuple[tuple[str, str], ...]  # key of a picture, and why it could not be used
-    groups: tuple[Sequence[int], ...]  # the samples of each size, by number
-
-    @classmethod
-    def open(cls, folder: Path | str) -> "Cache":
-        """Opens a finished cache and checks that its shards are all there and whole.
-
-        Raises:
-            UserError: not a cache, not finished, or a shard that does not match its label.
-        """
-        folder = Path(folder)
-        _opened.cache_clear()  # of a cache that was deleted and made again the old files would still be open
-        if not (folder / "cache.json").is_file():
-            raise UserError(f"{folder}: no finished cache there; make it with `prunet cache RECIPE`")
-        keys = ("counts", "skipped", "groups", "samples")
-        index = read_label(folder / "cache.json", keys, "delete it and run the cache again")
-        cache = cls(
-            folder,
-            read_spec(folder),
-            tuple(index["counts"]),
-            tuple(map(tuple, index["skipped"])),
-            tuple(index["groups"] or [range(index["samples"])]),
-        )
-        for shard, count in enumerate(cache.counts):
-            found = _shard_label(_shard_path(folder, shard))["count"]
-            if found != count:
-                raise UserError(f"{_shard_path(folder, shard)}: {found} samples, {count} expected: delete {folder}")
-        return cache
-
-    def __len__(self) -> int:
-        return sum(self.counts)
-
-    @cached_property
-    def _ends(self) -> list[int]:
-        return list(itertools.accumulate(self.counts))
-
-    @property
-    def latent_size(self) -> tuple[int, int]:
-        """(h, w), with buckets the largest."""
-        sizes = [self.sample(group[0]).mean.shape for group in self.groups]
-        _, height, width = max(sizes, key=lambda shape: shape[1] * shape[2])
-        return height, width
-
-    def check(self, teacher: Teacher) -> None:
-        """Refuses a cache that another teacher made."""
-        other = [part for part, made_by in self.spec["parts"].items() if made_by != teacher.fingerprint([part])]
-        if other:
-            raise UserError(
-                f"{self.folder}: made with another {' and '.join(other)} than {teacher.source} has: delete the folder, "
-                "or give another one with 'cache:'"
-            )
-
-    def kept(self, spec: dict[str, Any], shard: int) -> dict[str, Tensor]:
-        """What a cache of `spec` can take over from a shard of this one: latents if the VAE is the same, embeddings if
-        the text encoders are, nothing if the data is another.
-        """
-        ours, theirs = self.spec, spec
-        if (
-            any(ours[key] != theirs[key] for key in spec if key != "parts")
-            or ours["parts"].keys() != theirs["parts"].keys()
-        ):
-            return {}
-        same = {part for part, made_by in theirs["parts"].items() if ours["parts"][part] == made_by}
-        stems = {"mean", "std"} if {"vae", "unet"} & theirs["parts"].keys() <= same else set()
-        if {part for part in theirs["parts"] if part.startswith("text_encoder")} <= same:
-            stems |= {"prompt_embeds", "pooled"}
-        file = _opened(_shard_path(self.folder, shard))
-        return {name: file.get_tensor(name).float() for name in file.keys() if name.split(".")[0] in stems}  # noqa: SIM118
-
-    def sample(self, index: int) -> Sample:
-        shard = bisect.bisect_right(self._ends, index)
-        index -= self._ends[shard] - self.counts[shard]
-        file = _opened(_shard_path(self.folder, shard))
-        keys = set(file.keys())
-
-        def row(name: str) -> Tensor | None:
-            if f"{name}.{index}" in keys:
-                return file.get_tensor(f"{name}.{index}").float()
-            return file.get_slice(name)[index : index + 1][0].float() if name in keys else None
-
-        mean, std, embeds = row("mean"), row("std"), row("prompt_embeds")
-        assert mean is not None and std is not None and embeds is not None
-        return Sample(mean, std, embeds, row("pooled"), row("time_ids"))
-
-    @property
-    def unconditional(self) -> PromptEmbeds:
-        """What a dropped caption becomes: (1, 77, D) and, for SDXL, (1, P)."""
-        file = _opened(self.folder / "unconditional.safetensors")
-        pooled = file.get_tensor("pooled").float() if "pooled" in file.keys() else None  # noqa: SIM118
-        return PromptEmbeds(file.get_tensor("prompt_embeds").float(), pooled)
-
-
-def _shard_path(folder: Path, shard: int) -> Path:
-    return folder / f"shard-{shard:05d}.safetensors"
-
-
-@lru_cache(maxsize=512)
-def _opened(path: Path) -> Any:
-    """A shard, verified when this process opens it first."""
-    try:
-        file, found = safe_open(path, framework="pt"), path.stat()
-        as_it_is = (path, found.st_ino, found.st_size, found.st_mtime_ns)
-        if as_it_is not in _verified:
-            label = json.loads(file.metadata()["label"])
-            expected = label.pop(CHECKSUM, None)  # caches of older versions have none
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if expected not in (None, _checksum(path, tensors, label)):
-                raise ValueError("its checksum is another than when it was written")
-            _verified.add(as_it_is)
-        return file
-    except Exception as error:
-        raise UserError(f"{path}: missing, damaged or of another cache ({error}): {_again(path)}") from error
-
-
-_verified: set[tuple[Any, ...]] = set()
-
-
-def _checksum(path: Path, tensors: dict[str, Tensor], label: dict[str, Any]) -> str:
-    """Of all that a shard holds, under its name and its cache's spec."""
-    spec = read_spec(path.parent)
-    about = [path.name, spec, label, {name: [str(t.dtype), *t.shape] for name, t in sorted(tensors.items())}]
-    data = (tensors[name].view(-1).view(torch.uint8).numpy() for name in sorted(tensors))
-    return checksum([json.dumps(about, sort_keys=True).encode(), *data])
-
-
-def _shard_label(path: Path) -> dict[str, Any]:
-    """`count`, `captions`, `skipped` and, with buckets, the `sizes` (h, w) of the samples."""
-    if not path.is_file():
-        raise UserError(f"{path}: missing: {_again(path)}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            label: dict[str, Any] = json.loads(file.metadata()["label"])
-            _ = label["count"], label["captions"], label["skipped"]
-            return label
-    except Exception as error:
-        raise UserError(f"{path}: damaged ({error}): {_again(path)}") from error
-
-
-def _again(path: Path) -> str:
-    """A cache without `cache.json` goes on at the first file that is not there."""
-    it = f"{path} and " if path.exists() else ""
-    return f"delete {it}{path.parent / 'cache.json'} and run the cache again"
 
 
 # -- making one
@@ -237,16 +63,6 @@ def pictures_are_gone(data: Data, made: Path) -> bool:
         return False
     of_the_hub = read_spec(made)["content"] == _hash([(data.source, 0)])  # as `source_files` names it
     return not of_the_hub and read_json(made / "cache.json").get("source") == data.source
-
-
-def read_spec(folder: Path) -> dict[str, Any]:
-    """The spec of the cache in a folder.
-
-    Raises:
-        UserError: damaged.
-    """
-    keys = ("format", "parts", "data", "content", "empty_prompt", "seed")
-    return read_label(folder / "spec.json", keys, f"delete {folder}, or give another cache with 'cache:'")
 
 
 def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234, like: Cache | None = None) -> Cache:
@@ -289,7 +105,7 @@ def _begin(teacher: Teacher, folder: Path, spec: dict[str, Any]) -> None:
 
 def _finish(teacher: Teacher, data: Data, folder: Path, shards: int) -> None:
     """Writes `cache.json`, by which the cache is whole, from the labels of all its shards."""
-    labels = [_shard_label(_shard_path(folder, shard)) for shard in range(shards)]
+    labels = [shard_label(shard_path(folder, shard)) for shard in range(shards)]
     counts = [label["count"] for label in labels]
     skipped = [(key, why) for label in labels for key, why in label["skipped"]]
     if not sum(counts):
@@ -318,18 +134,6 @@ def _finish(teacher: Teacher, data: Data, folder: Path, shards: int) -> None:
     write_json(folder / "cache.json", index)
 
 
-def check_size(teacher: Teacher, size: int, name: str = "data.size") -> None:
-    """Refuses a picture size (of the option `name`) that the U-Net's stages cannot halve."""
-    step = _side_step(teacher)
-    if size % step:
-        raise UserError(f"{name}: {size} is not a multiple of {step}, which this model's stages need")
-
-
-def _side_step(teacher: Teacher) -> int:
-    """Pixels of which a side must be a multiple, so that the U-Net's stages can halve it."""
-    return teacher.vae_scale * 2 ** (len(teacher.unet_config["block_out_channels"]) - 1)
-
-
 #: What can be taken over for a shard from the cache of another teacher.
 Kept = Callable[[int], dict[str, Tensor]]
 
@@ -344,7 +148,7 @@ def _encode_pictures(teacher: Teacher, data: Data, folder: Path, size: int, seed
             group = list(itertools.islice(stream, max(1, SHARD // data.views)))
             if not group:
                 return shard
-            path = _shard_path(folder, shard)
+            path = shard_path(folder, shard)
             if processes.is_mine(shard) and not path.is_file():
                 _encode_shard(teacher, data, path, group, size, seed, kept(shard))
             bar.advance(len(group))
@@ -355,7 +159,7 @@ def _encode_shard(
     teacher: Teacher, data: Data, path: Path, group: list[Picture], size: int, seed: int, kept: dict[str, Tensor]
 ) -> None:
     fitted, captions, skipped, keys = [], [], [], []
-    sizes = bucket_sizes(size, _side_step(teacher)) if data.buckets else [(size, size)]
+    sizes = bucket_sizes(size, side_step(teacher)) if data.buckets else [(size, size)]
     for picture in group:
         try:
             image = picture.open()
@@ -402,7 +206,7 @@ def _encode(teacher: Teacher, pixels: list[Tensor], buckets: bool) -> dict[str, 
 
 def _draw_prompts(teacher: Teacher, data: Data, folder: Path, size: int, seed: int, kept: Kept) -> int:
     """The teacher draws the prompts itself; the latents are its own, so their standard deviation is 0."""
-    from prunet.exports.folder import set_sampler
+    from prunet.sampling.draw import set_sampler
 
     assert data.prompts is not None
     prompts = read_prompts(data.prompts, data.limit)
@@ -411,7 +215,7 @@ def _draw_prompts(teacher: Teacher, data: Data, folder: Path, size: int, seed: i
     with progress("Drawing with the teacher", len(work)) as bar:
         starts = range(0, len(work), SHARD)
         for shard, start in enumerate(starts):
-            path = _shard_path(folder, shard)
+            path = shard_path(folder, shard)
             group = work[start : start + SHARD]
             if processes.is_mine(shard) and not path.is_file():
                 pipe = pipe or set_sampler(teacher.pipeline(), "dpmsolver++")
@@ -474,7 +278,7 @@ def _write(
     need = sum(t.numel() * t.element_size() for t in stored.values())
     if shutil.disk_usage(path.parent).free < need + 2**20:
         raise UserError(f"No space left while writing {path}; what was finished before is kept")
-    label = {**label, CHECKSUM: _checksum(path, stored, label)}
+    label = {**label, CHECKSUM: shard_checksum(path, stored, label)}
     with new_file(path) as part:
         # One entry, because safetensors writes several in any order, and equal caches should be equal bytes.
         save_file(stored, part, metadata={"label": json.dumps(label)})
@@ -482,8 +286,3 @@ def _write(
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def seed_of(*names: int | str) -> int:
-    """A seed for what has these names, such as a picture's key and view; no two of them are related."""
-    return int.from_bytes(hashlib.sha256(" ".join(map(str, names)).encode()).digest()[:7], "big")

@@ -58,16 +58,6 @@ class Picture:
     open: Callable[[], Image.Image]  # upright, RGB, transparency over white; raises BrokenPicture
 
 
-def encode(picture: Image.Image, jpeg: int | None) -> bytes:
-    """The picture as a JPEG of that quality, or as a PNG."""
-    data = io.BytesIO()
-    if jpeg:
-        picture.save(data, "JPEG", quality=jpeg)
-    else:
-        picture.save(data, "PNG")
-    return data.getvalue()
-
-
 @dataclass(frozen=True, eq=False)
 class Fitted:
     pixels: torch.Tensor  # (3, height, width), float32 in [-1, 1]

@@ -15,12 +15,13 @@ from prunet import processes
 from prunet.console import progress
 from prunet.disk.files import new_file, write_json, write_text
 from prunet.disk.seals import file_checksum
-from prunet.evaluation.metrics import Array, bootstrap, mean_of
-from prunet.exports.folder import decode, draw_latents, set_sampler
+from prunet.intervals import Array, bootstrap, mean_of
 from prunet.plan.size import size_of
 from prunet.recipe.recipe import Evaluation, read_prompts
+from prunet.sampling.draw import decode, draw_latents, set_sampler
 from prunet.speed import clock as bench
-from prunet.teacher.teacher import Teacher, conditioning
+from prunet.teacher.conditioning import conditioning
+from prunet.teacher.teacher import Teacher
 from prunet.training.losses import add_noise
 from prunet.training.sheets import grid
 

@@ -22,9 +22,10 @@ from prunet.data.listing import walk
 from prunet.data.pictures import PICTURE_FILES, BrokenPicture, make_picture
 from prunet.disk.files import new_file
 from prunet.errors import UserError
-from prunet.evaluation.metrics import Array, Moments
+from prunet.evaluation.metrics import Moments
 from prunet.evaluation.networks import Features, file_hash, prepared
 from prunet.evaluation.protocol import NEED_REAL, Protocol
+from prunet.intervals import Array
 from prunet.sampling.shards import SHARD, read_shard
 
 FEWEST = 10  # pictures that say anything about a distribution

@@ -20,9 +20,9 @@ from prunet.data.pictures import BrokenPicture, make_picture
 from prunet.disk.files import write_json, write_text
 from prunet.errors import UserError
 from prunet.evaluation.evaluation import markdown
-from prunet.evaluation.metrics import mean_of
 from prunet.evaluation.networks import file_hash, pixels_of, read_weights, torch_fidelity
-from prunet.report.run import read_evaluation
+from prunet.evaluation.results import read_evaluation
+from prunet.intervals import mean_of
 
 BATCH = 4
 SOURCES = {

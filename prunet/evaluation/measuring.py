@@ -23,20 +23,21 @@ import numpy as np
 import torch
 
 from prunet import processes
-from prunet.data.encoding import check_size
 from prunet.disk.files import check_writable, read_json, read_label, write_json, write_text
 from prunet.disk.ownership import check_place, hold
 from prunet.errors import UserError
 from prunet.evaluation import metrics
 from prunet.evaluation.extraction import FEWEST, Reference, drawn_shards, extract, gather, preparation, tag
-from prunet.evaluation.metrics import Measure, Moments
+from prunet.evaluation.metrics import Moments
 from prunet.evaluation.networks import INCEPTION_SOURCE, Clip, Inception
 from prunet.evaluation.protocol import NEED_REAL, Protocol, describe, differences, title_rows
-from prunet.exports.folder import SAMPLERS, open_model, set_sampler
+from prunet.intervals import Measure, mean_of
 from prunet.recipe.prompts import prompts_hash
-from prunet.report.charts import short
+from prunet.runtime import Runtime
+from prunet.sampling.draw import SAMPLERS, open_model, set_sampler
 from prunet.sampling.shards import draw_shards
-from prunet.training.loop import Runtime
+from prunet.teacher.space import check_size
+from prunet.words import short
 
 
 def measure(
@@ -227,12 +228,12 @@ def measured(protocol: Protocol, found: Mapping[str, Mapping[str, metrics.Array]
         elif name == "kid":
             out[name] = metrics.kid(ours, real, protocol.kid_subset_size)
         elif name in ("precision", "recall"):
-            out[name] = metrics.mean_of(metrics.covered(*((ours, real) if name == "precision" else (real, ours))))
+            out[name] = mean_of(metrics.covered(*((ours, real) if name == "precision" else (real, ours))))
         elif name == "is":
             out[name] = metrics.inception(found["inception"]["logits"])
         else:
             per_picture = metrics.cosines if name == "clip_score" else metrics.retrieved
-            out[name] = metrics.mean_of(per_picture(found["clip"]["image"], found["clip"]["text"]))
+            out[name] = mean_of(per_picture(found["clip"]["image"], found["clip"]["text"]))
     return out
 
 

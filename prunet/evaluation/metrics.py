@@ -4,20 +4,14 @@ Checked against torch-fidelity's own command to 1e-4 (tests/test_metrics.py). Of
 enough for FID; the other measures need the features themselves.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-from numpy.typing import NDArray
 
 from prunet.errors import UserError
-
-Array = NDArray[np.float64]
-GROUPS = 20  # of the jackknife
-RESAMPLES = 2000  # of the bootstrap
+from prunet.intervals import Array, Measure, jackknife, parts_of
 
 
 @dataclass(frozen=True)
@@ -110,14 +104,13 @@ def covered(points: Array, manifold: Array, neighbours: int = 3, rows: int = 200
     (https://arxiv.org/abs/1904.06991).
     """
     radii = np.concatenate(
-        [np.partition(_distances(part, manifold), neighbours, axis=1)[:, neighbours] for part in _parts(manifold, rows)]
+        [
+            np.partition(_distances(part, manifold), neighbours, axis=1)[:, neighbours]
+            for part in parts_of(manifold, rows)
+        ]
     )
-    inside = [(_distances(part, manifold) <= radii).any(axis=1) for part in _parts(points, rows)]
+    inside = [(_distances(part, manifold) <= radii).any(axis=1) for part in parts_of(points, rows)]
     return np.concatenate(inside).astype(np.float64)
-
-
-def _parts(values: NDArray[Any], rows: int) -> list[NDArray[Any]]:
-    return [values[at : at + rows] for at in range(0, len(values), rows)]
 
 
 def _distances(a: Array, b: Array) -> Array:
@@ -144,57 +137,16 @@ def _unit(values: Array) -> Array:
 # -- intervals
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A number and its 95 % interval, which is about the pictures drawn; the real ones are taken as they are.
-
-    Recall is a mean over the real ones, and so is its interval.
-    """
-
-    value: float
-    low: float
-    high: float
-
-
-def mean_of(values: Sequence[float] | Array) -> Measure:
-    """Of one value a picture."""
-    values = np.asarray(values, dtype=np.float64)
-    return bootstrap(len(values), lambda which: values[which].mean(axis=-1))
-
-
-def bootstrap(count: int, measure: Callable[[NDArray[np.int64]], Any]) -> Measure:
-    """Percentiles of a measure of resampled pictures: it gets the numbers of those to use (..., count)."""
-    chosen = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
-    low, high = np.percentile(
-        np.concatenate([np.atleast_1d(measure(part)) for part in _parts(chosen, 100)]), [2.5, 97.5]
-    )
-    return Measure(float(measure(np.arange(count))), float(low), float(high))
-
-
 def fid(ours: Array, real: Moments) -> Measure:
     value = frechet_distance(Moments.of(ours), real)
-    return _jackknife(value, len(ours), lambda kept: frechet_distance(Moments.of(ours[kept]), real))
+    return jackknife(value, len(ours), lambda kept: frechet_distance(Moments.of(ours[kept]), real))
 
 
 def inception(logits: Array) -> Measure:
-    return _jackknife(inception_score(logits), len(logits), lambda kept: inception_score(logits[kept], splits=1))
+    return jackknife(inception_score(logits), len(logits), lambda kept: inception_score(logits[kept], splits=1))
 
 
 def kid(ours: Array, real: Array, subset_size: int = 1000) -> Measure:
     """The interval comes from all pairs of features, since chance subsets would add to it."""
     value = kernel_distance(ours, real, subset_size)
-    return _jackknife(
-        value, len(ours), lambda kept: squared_mmd(ours[kept].astype(np.float64), real.astype(np.float64))
-    )
-
-
-def _jackknife(value: float, count: int, measure: Callable[[NDArray[np.int64]], float]) -> Measure:
-    """For what is not a mean: each of `GROUPS` random groups of pictures is left out once.
-
-    Resampling with replacement would show pictures twice, which FID and KID take for a lack of variety.
-    """
-    order = np.random.default_rng(0).permutation(count)
-    groups = np.array_split(order, min(GROUPS, count))
-    without = [measure(np.setdiff1d(order, group)) for group in groups]
-    spread = 1.96 * float(np.sqrt((len(groups) - 1) * np.var(without)))
-    return Measure(value, value - spread, value + spread)
+    return jackknife(value, len(ours), lambda kept: squared_mmd(ours[kept].astype(np.float64), real.astype(np.float64)))

@@ -22,8 +22,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from prunet.data.pictures import encode
 from prunet.errors import UserError
+from prunet.sampling.pictures import encode
 from prunet.teacher.placing import is_finite
 from prunet.teacher.teacher import open_tokenizer
 

@@ -24,9 +24,10 @@ from pydantic import (
     model_validator,
 )
 
+from prunet.denoisers.base import Level
 from prunet.disk.reading import DEEPEST, load_mapping, parse_yaml
 from prunet.errors import UserError
-from prunet.plan.plan import Level, Plan, load_plan, preset_names
+from prunet.plan.plan import Plan, load_plan, preset_names
 from prunet.recipe.prompts import read_prompt_file
 
 

@@ -11,8 +11,12 @@ from prunet import __version__
 from prunet.disk.files import read_json, write_text
 from prunet.errors import UserError
 from prunet.evaluation.protocol import differences
-from prunet.report.charts import draw_chart, inline, names_of, render, short
-from prunet.report.run import PICTURE_SIDE, draw_unet, level_chart, read_evaluation, read_logs, segments, step_ticks
+from prunet.evaluation.results import read_evaluation
+from prunet.report.charts import draw_chart, inline, render
+from prunet.report.curves import level_chart, read_logs, segments, step_ticks
+from prunet.report.run import PICTURE_SIDE
+from prunet.report.unet2d import draw_unet
+from prunet.words import names_of, short
 
 MOST_RUNS = 8  # that a page has colours and columns for
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from prunet.disk.files import write_json, write_text
 from prunet.report.bars import Bar, Panel, draw_bars
-from prunet.report.charts import many, number
+from prunet.words import many, number
 
 #: Share of the limit below which the report says which operations take the rest.
 ENOUGH = 0.9

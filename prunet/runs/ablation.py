@@ -1,9 +1,7 @@
 """An ablation: one recipe with some of its values changed, several seeds each, in one table with intervals."""
 
-import math
 import os
 import re
-import statistics
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,9 +20,10 @@ from prunet.disk.files import read_json, write_json, write_text
 from prunet.disk.ownership import check_place, hold
 from prunet.disk.reading import load_mapping
 from prunet.errors import UserError
+from prunet.intervals import summary
 from prunet.recipe.recipe import Part, Recipe, Seed, explain, load_recipe
 from prunet.runs.run import Run, read_paths
-from prunet.training.loop import Runtime
+from prunet.runtime import Runtime
 
 #: What the table shows of each student: (which, key) in evaluation.json, and the title.
 MEASURES = {
@@ -37,9 +36,6 @@ MEASURES = {
 MOST_RUNS = 500
 #: Values of a recipe that the ablation gives to each run.
 OWN = {"seed", "output", "cache"}
-# Student's t, 97.5 %: half the width of a 95 % interval in standard errors, by degrees of freedom. The last one
-# serves for more than ten, too, and is a little too wide for them.
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 class Ablation(Part):
@@ -238,17 +234,6 @@ def collect(ablation: Ablation, runs: Mapping[tuple[str, int], Run]) -> dict[str
     write_json(Path(ablation.output) / "ablation.json", result)
     write_text(Path(ablation.output) / "ablation.md", markdown(result))
     return result
-
-
-def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, and half the width of its 95 % interval (Student's t; None from one value)."""
-    if not values:
-        return {"values": [], "mean": None, "interval": None}
-    interval = None
-    if len(values) > 1:
-        t = T_975[min(len(values) - 2, len(T_975) - 1)]
-        interval = t * statistics.stdev(values) / math.sqrt(len(values))
-    return {"values": list(values), "mean": statistics.fmean(values), "interval": interval}
 
 
 def markdown(result: Mapping[str, Any]) -> str:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from prunet import processes
+from prunet.denoisers.base import Pair
 from prunet.denoisers.unet2d.attention import fast_attention, kept_memory
-from prunet.denoisers.unet2d.pairs import Pair
-from prunet.plan.plan import Derived
-from prunet.plan.size import training_memory
+from prunet.plan.derived import Derived
 from prunet.runs.run import Run
-from prunet.training.loop import Runtime, memory_options
+from prunet.runtime import Runtime
+from prunet.training.fit import memory_options, training_memory
 from prunet.training.memory import step_memory
 from prunet.training.probe import probe
 

@@ -23,32 +23,41 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from diffusers import UNet2DConditionModel
 from rich.markup import escape
-from safetensors import SafetensorError, safe_open
 
 from prunet import processes
 from prunet.console import say
-from prunet.data.encoding import Cache, cache, cache_spec, check_size, pictures_are_gone, read_spec, seed_of
+from prunet.data.cache import Cache, read_spec
+from prunet.data.encoding import cache, cache_spec, pictures_are_gone
 from prunet.data.sources import check_source
-from prunet.denoisers.unet2d.pairs import Pair, term_factors
-from prunet.disk.files import check_writable, new_folder, read_json, read_label, write_json, write_text
+from prunet.denoisers.base import Pair
+from prunet.denoisers.unet2d.pairs import term_factors
+from prunet.disk.files import check_writable, read_json, read_label, write_json, write_text
 from prunet.disk.ownership import check_place, hold
 from prunet.disk.reading import parse_yaml
-from prunet.disk.seals import file_checksum, verify
+from prunet.disk.seals import file_checksum
 from prunet.errors import UserError
-from prunet.exports.folder import check_sampler, export, export_single_file, origin, write_unet
-from prunet.plan.plan import Derived, derive
+from prunet.exports.card import origin
+from prunet.exports.folder import export
+from prunet.exports.single_file import export_single_file
+from prunet.hashing import seed_of
+from prunet.plan.derived import Derived, derive
 from prunet.recipe.recipe import Recipe, TeacherSource, read_prompts
-from prunet.report.charts import short
+from prunet.runtime import Runtime
+from prunet.sampling.draw import check_sampler
+from prunet.student.folder import is_whole, load_unet, save_unet
 from prunet.student.student import check_steps, cut, inherit, random_student
 from prunet.teacher.configs import check_condition
-from prunet.teacher.teacher import Teacher, check_same_space, freeze
+from prunet.teacher.space import check_same_space, check_size
+from prunet.teacher.teacher import Teacher
 from prunet.training.checkpoints import PACE
-from prunet.training.loop import Runtime, distil, micro_batch_of, read_log
+from prunet.training.fit import micro_batch_of
+from prunet.training.log import read_log
+from prunet.training.loop import distil
 from prunet.training.sheets import Sheets
+from prunet.words import short
 
 STEPS_FIX = "delete it and run again; stages resume from their checkpoints"
 #: What to do about a damaged label of a stage.
@@ -473,7 +482,7 @@ class Run:
 
     def card(self) -> dict[str, Any]:
         """What the model card tells."""
-        from prunet.report.run import read_evaluation
+        from prunet.evaluation.results import read_evaluation
 
         result = read_evaluation(self.folder / "evaluation", self._done())
         prompts = result["protocol"]["prompts"]
@@ -524,36 +533,6 @@ def read_paths(recipe: Recipe) -> list[Path]:
 
 
 # -- what the steps write and read
-
-
-def save_unet(net: UNet2DConditionModel, folder: Path, what: str, made_from: str | None = None) -> None:
-    """A stock diffusers folder of one denoiser, whole or not there, sealed as a `what` of prunet's."""
-    with new_folder(folder, what, made_from) as part:
-        write_unet(net, part)
-
-
-def load_unet(folder: Path, made_from: str | None = None) -> UNet2DConditionModel:
-    """A denoiser that `save_unet` wrote, in fp32.
-
-    Raises:
-        UserError: not there, damaged, or `made_from` something else.
-    """
-    verify(folder, f"delete {folder} and run again", made_from)
-    try:
-        return freeze(UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32))
-    except Exception as error:
-        raise UserError(f"{folder}: no whole U-Net there ({error}): delete the folder and run again") from error
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a result is there, and if it is weights, not cut off (their header says how long they are)."""
-    if path.suffix != ".safetensors" or not path.is_file():
-        return path.exists()
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (SafetensorError, OSError):
-        return False
 
 
 def recipe_yaml(recipe: Recipe) -> str:

@@ -15,10 +15,10 @@ from PIL import Image
 
 from prunet import processes
 from prunet.console import progress
-from prunet.data.pictures import encode
 from prunet.disk.files import new_file
 from prunet.errors import UserError
-from prunet.exports.folder import draw
+from prunet.sampling.draw import draw
+from prunet.sampling.pictures import encode
 
 SHARD = 100
 

@@ -13,16 +13,18 @@ import numpy as np
 import torch
 
 from prunet.console import say
-from prunet.data.encoding import check_size
+from prunet.denoisers.unet2d.calls import native_latent_size
 from prunet.errors import UserError
-from prunet.evaluation.metrics import Measure, bootstrap
-from prunet.exports.folder import open_model
-from prunet.plan.plan import derive, load_plan
-from prunet.plan.size import macs_by_kind, native_latent_size, size_of
-from prunet.report.charts import names_of
+from prunet.intervals import Measure, bootstrap
+from prunet.plan.derived import derive
+from prunet.plan.plan import load_plan
+from prunet.plan.size import macs_by_kind, size_of
+from prunet.sampling.draw import open_model
 from prunet.speed.clock import Call, denoiser_call, device_name, seconds_of, times_in_turn, weights_mb, working_mb
 from prunet.speed.profiling import times_by_kind
 from prunet.student.student import inherit
+from prunet.teacher.space import check_size
+from prunet.words import names_of
 
 PROMPT = "a photograph of an astronaut riding a horse"
 Key = tuple[str, str, int]  # model, part or mode, batch size

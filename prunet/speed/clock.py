@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from prunet.plan.size import example_inputs
+from prunet.denoisers.unet2d.calls import example_inputs
 
 Call = Callable[[], Any]
 K = TypeVar("K")

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from prunet.denoisers.unet2d import form as unet
 from prunet.errors import UserError
-from prunet.plan.plan import Derived, Plan, derive
+from prunet.plan.derived import Derived, derive
+from prunet.plan.plan import Plan
 from prunet.teacher.teacher import Teacher
 
 
@@ -20,7 +21,7 @@ def build(teacher: Teacher, plan: Plan) -> UNet2DConditionModel:
     The teacher is not changed. An empty plan gives a copy that computes the same bits.
 
     Raises:
-        UserError: the plan does not fit the teacher (see `prunet.plan.plan.derive`).
+        UserError: the plan does not fit the teacher (see `prunet.plan.derived.derive`).
     """
     return inherit(teacher.unet, derive(teacher.unet_config, plan))
 

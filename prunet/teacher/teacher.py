@@ -9,27 +9,27 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.markup import escape
 from torch import Tensor, nn
 
 from prunet.console import say
+from prunet.denoisers.freeze import freeze
 from prunet.disk.reading import parse_json
 from prunet.errors import UserError
 from prunet.teacher import placing, text_names
+from prunet.teacher.conditioning import PromptEmbeds
 from prunet.teacher.configs import check_config
+from prunet.teacher.known import HUB_CONFIGS, LAYOUTS, layout_config
 
 if TYPE_CHECKING:  # imported when used: a config can be read in a second, diffusers takes several
     from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 
-LAYOUTS = ("sd-v1", "sd-v2", "sdxl")
 PIPELINES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
 WEIGHTS = {
     "unet": "diffusion_pytorch_model",
@@ -43,42 +43,6 @@ CLASSES = {
     "text_encoder": "CLIPTextModel",
     "text_encoder_2": "CLIPTextModelWithProjection",
 }
-# The configs and tokenizers of a bare single file come from the hub, from the repositories that diffusers names too.
-HUB_CONFIGS = {
-    "sd-v1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd-v2": "stabilityai/stable-diffusion-2-1-base",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-}
-
-
-@dataclass(frozen=True)
-class PromptEmbeds:
-    """Prompt embeddings (B, 77, D) and, for SDXL, the pooled ones (B, P)."""
-
-    embeds: Tensor
-    pooled: Tensor | None = None
-
-
-def layout_config(name: str) -> dict[str, Any]:
-    """The U-Net config of a known layout: `sd-v1`, `sd-v2` (v2.1-base) or `sdxl`."""
-    return json.loads((resources.files("prunet.teacher") / "layouts" / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def conditioning(embeds: Tensor, pooled: Tensor | None = None, time_ids: Tensor | None = None) -> dict[str, Any]:
-    """Keyword arguments of the denoiser that say what to draw.
-
-    Shapes: `embeds` (B, 77, D); for SDXL `pooled` (B, P) and `time_ids` (B, 6): original height and width, crop top
-    and left, target height and width, in pixels.
-    """
-    if pooled is None:
-        return {"encoder_hidden_states": embeds}
-    return {
-        "encoder_hidden_states": embeds,
-        "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids},
-    }
-
-
-M = TypeVar("M", bound=nn.Module)
 
 
 class Teacher:
@@ -301,7 +265,7 @@ class Teacher:
     @property
     def native_size(self) -> int:
         """Side of the pictures that the teacher was made for, in pixels."""
-        from prunet.plan.size import native_latent_size
+        from prunet.denoisers.unet2d.calls import native_latent_size
 
         return native_latent_size(self.unet_config)[0] * self.vae_scale
 
@@ -686,68 +650,11 @@ def _variant(name: str, stem: str) -> str | None:
     return found[1] or found[3]
 
 
-def check_same_space(first: Teacher, other: Teacher) -> None:
-    """Refuses a second teacher of another layout, another latent space or another thing to predict."""
-    sides: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-        ("U-Net", _denoiser(first), _denoiser(other)),
-        ("latent space", _latent_space(first), _latent_space(other)),
-        ("noise schedule", _process(first), _process(other)),
-    ]
-    for what, ours, theirs in sides:
-        wrong = sorted(key for key in {*ours, *theirs} - {"sample_size"} if ours.get(key) != theirs.get(key))
-        if wrong:
-            raise UserError(
-                f"{other.source}: its {what} is not that of {first.source} ({wrong[0]}: {theirs.get(wrong[0])}, not "
-                f"{ours.get(wrong[0])}); teachers in turn need the same layout and the same latents"
-            )
-
-
-def _denoiser(teacher: Teacher) -> dict[str, Any]:
-    """The U-Net's config, with the defaults where a version wrote none, and lists for tuples."""
-    from prunet.denoisers.unet2d.form import skeleton
-
-    config = json.loads(json.dumps(dict(skeleton(teacher.unet_config).config)))
-    return {key: value for key, value in config.items() if not key.startswith("_")}
-
-
-def _latent_space(teacher: Teacher) -> dict[str, Any]:
-    config = teacher.part_config("vae")
-    space = {key: config.get(key) for key in ("latent_channels", "block_out_channels")}
-    return {**space, "scaling_factor": teacher.scaling_factor}
-
-
-def _process(teacher: Teacher) -> dict[str, Any]:
-    config = teacher.noise_scheduler.config
-    names = (
-        "prediction_type",
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "rescale_betas_zero_snr",
-    )
-    return {name: config.get(name) for name in names}
-
-
 def after_overflow(dtype: torch.dtype) -> str:
     """What to try where finite weights give what is not finite."""
     if dtype == torch.float32:
         return "full precision does not hold it either, so the weights are damaged: fetch or copy them again"
     return "try --precision no" + (", or bf16" if dtype == torch.float16 else "")
-
-
-def freeze(module: M) -> M:
-    """Ready to be called and nothing else; with weights where sums are rounded alike.
-
-    Weights mapped from a file lie at addresses of any alignment, and on some CPUs the BLAS takes another path for those
-    (AMD Zen 5: equal weights, other last bits). A copy lies where PyTorch aligns it. One weight that is not copied
-    would keep the whole file in memory beside the copies, so it is all or none.
-    """
-    tensors = [*module.parameters(), *module.buffers()]
-    if any(tensor.data_ptr() % 64 for tensor in tensors):
-        for tensor in tensors:
-            tensor.data = tensor.data.clone()
-    return module.eval().requires_grad_(False)
 
 
 def _check_names(index: dict[str, Any], path: Path) -> None:

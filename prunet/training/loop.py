@@ -1,14 +1,12 @@
 """Distillation: one visible loop, read from top to bottom."""
 
-import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,84 +17,24 @@ from diffusers.training_utils import EMAModel
 
 from prunet import processes
 from prunet.console import progress
-from prunet.data.encoding import Cache
+from prunet.data.cache import Cache
+from prunet.denoisers.base import Pair
 from prunet.denoisers.taps import tap
 from prunet.denoisers.unet2d.attention import fast_attention, kept_memory
-from prunet.denoisers.unet2d.pairs import Pair, term_factors
-from prunet.disk.files import clear_errors, new_file
+from prunet.denoisers.unet2d.pairs import term_factors
 from prunet.errors import UserError
-from prunet.plan.size import fitting_micro_batch
-from prunet.recipe.recipe import Losses, Stage
-from prunet.teacher.teacher import Teacher, after_overflow, conditioning
+from prunet.recipe.recipe import Stage
+from prunet.runtime import Runtime
+from prunet.teacher.conditioning import conditioning
+from prunet.teacher.teacher import Teacher, after_overflow
 from prunet.training.checkpoints import checkpoints, resume, save
+from prunet.training.fit import micro_batch_of
 from prunet.training.fsdp import local, shard, unsharded, whole
 from prunet.training.gpu import compiled_blocks, in_8_bits, set_memory_format
+from prunet.training.log import Log, log_note, log_row
 from prunet.training.losses import add_noise, feature_losses, min_snr_weight, mse, training_target
 from prunet.training.noise import Draws, batches
 from prunet.training.sheets import Sheets
-
-Precision = Literal["auto", "no", "bf16", "fp16"]
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """Where and how it runs; no result depends on it but for rounding.
-
-    `micro_batch`: samples at once on each device (None: the most that fits); `log_every`: steps between two read-backs
-    of the losses, which are the only points where the device is waited for. What saves memory: `gradient_checkpointing`
-    (costs time), `offload_ema` (the average waits on the CPU), `use_8bit_adam` (bitsandbytes), `teacher_8bit` (torchao:
-    its linear layers' weights in 8 bits), `fsdp` (several processes share out the student's weights, gradients, moments
-    and average). What saves time: `compile` (teacher and student by torch.compile, features included),
-    `compile_blocks` (their transformer blocks alone, which takes seconds instead of minutes), `channels_last` (the
-    memory format in which convolutions of GPUs work), `teacher_fp8` (torchao: the teacher's linear layers multiply in
-    fp8, on GPUs from Hopper on).
-    """
-
-    device: str | None = None
-    precision: Precision = "auto"
-    micro_batch: int | None = None
-    gradient_checkpointing: bool = False
-    offload_ema: bool = False
-    use_8bit_adam: bool = False
-    teacher_8bit: bool = False
-    teacher_fp8: bool = False
-    fsdp: bool = False
-    compile: bool = False
-    compile_blocks: bool = False
-    channels_last: bool = False
-    tracker: str | None = None
-    log_every: int = 10
-
-    @property
-    def torch_device(self) -> torch.device:
-        kind = self.device or ("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
-        if kind == "cuda" and processes.count() > 1:
-            return torch.device("cuda", processes.local_rank())
-        return torch.device(kind)
-
-    def use_device(self) -> None:
-        """accelerate takes the current CUDA device, whatever its number."""
-        if self.torch_device.type == "cuda" and self.torch_device.index is not None:
-            torch.cuda.set_device(self.torch_device)
-
-    @property
-    def mixed_precision(self) -> str:
-        """`auto` is bf16 where the hardware multiplies it, else full precision."""
-        if self.precision != "auto":
-            return self.precision
-        if self.torch_device.type == "cuda":
-            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        fast = self.torch_device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-        return "bf16" if fast else "no"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of frozen weights."""
-        return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.mixed_precision]
-
-
-def _has_mps() -> bool:
-    return torch.backends.mps.is_available()
 
 
 def learning_rate_at(stage: Stage, step: int) -> float:
@@ -107,49 +45,6 @@ def learning_rate_at(stage: Stage, step: int) -> float:
         return stage.learning_rate
     done = (step - stage.warmup_steps) / max(1, stage.steps - stage.warmup_steps)
     return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def micro_batch_of(
-    stage: Stage,
-    runtime: Runtime,
-    teacher_config: Mapping[str, Any],
-    student_config: Mapping[str, Any],
-    latent_size: tuple[int, int],
-    ranks: int = 1,
-) -> int:
-    """Samples at once on each device: as asked, or what fits. Refuses a number that does not divide the batch."""
-    share, rest = divmod(stage.batch_size, ranks)
-    asked = runtime.micro_batch
-    if rest or not share or (asked and share % asked):
-        fits = [str(m) for m in range(1, share + 1) if share % m == 0] if share and not rest else []
-        raise UserError(
-            f"batch_size {stage.batch_size} on {ranks} process(es) cannot be shared out"
-            + (
-                f" in micro-batches of {asked}: choose --micro-batch {', '.join(fits)}"
-                if fits
-                else ": choose a multiple"
-            )
-        )
-    return asked or fitting_micro_batch(
-        teacher_config,
-        student_config,
-        batch_size=share,
-        device=runtime.torch_device,
-        latent_size=latent_size,
-        **memory_options(stage, runtime),
-    )
-
-
-def memory_options(stage: Stage, runtime: Runtime) -> dict[str, Any]:
-    """How much is kept, as `prunet.plan.size.training_memory` asks for it."""
-    return {
-        "half": runtime.mixed_precision != "no",
-        "ema": stage.ema_decay is not None and not runtime.offload_ema,
-        "gradient_checkpointing": runtime.gradient_checkpointing,
-        "use_8bit_adam": runtime.use_8bit_adam,
-        "teacher_8bit": runtime.teacher_8bit or runtime.teacher_fp8,
-        "shards": processes.count() if runtime.fsdp else 1,
-    }
 
 
 def distil(
@@ -307,11 +202,11 @@ def distil(
                     )
                 _check_finite(means, done, stage, folder, overflow_is_skipped=accelerator.scaler is not None)
                 speed = since * stage.batch_size / (time.perf_counter() - clock)
-                row = _row(done, means, weights, factors, learning_rate_at(stage, step), speed)
+                row = log_row(done, means, weights, factors, learning_rate_at(stage, step), speed)
                 if accelerator.is_main_process:
                     log.write(row)
                     accelerator.log({k: v for k, v in row.items() if k != "step"}, step=done)
-                bar.advance(0, _note(row))
+                bar.advance(0, log_note(row))
                 if drawing and sheets:
                     sheets.draw(done, student, held, ema)
                 # Last, so that a run that goes on from this checkpoint has all that belongs to the steps before it.
@@ -342,59 +237,6 @@ def _adamw(runtime: Runtime) -> Any:
 
 
 # -- what is written on the way
-
-
-def _row(
-    step: int, means: dict[str, float], weights: Losses, factors: Sequence[float], lr: float, speed: float
-) -> dict[str, Any]:
-    """Terms as they are; `feature` is their sum with the factors, `loss` what was minimised."""
-    terms = [value for name, value in means.items() if name.startswith("feature/")]
-    feature = sum(factor * value for factor, value in zip(factors, terms, strict=True))
-    total = weights.task * means["task"] + weights.output * means["output"] + weights.feature * feature
-    row = {"step": step, "loss": total, "task": means["task"], "output": means["output"], "feature": feature}
-    return {**row, **means, "learning_rate": lr, "images_per_s": round(speed, 4)}
-
-
-def _note(row: dict[str, Any]) -> str:
-    parts = [f"{name} {row[name]:.4f}" for name in ("loss", "task", "output", "feature")]
-    return "  ".join([*parts, f"{row['images_per_s']:.3g} images/s"])
-
-
-class Log:
-    """`log.jsonl`: one row a read-back. Rows after the checkpoint from which a run goes on are dropped."""
-
-    def __init__(self, path: Path, start: int) -> None:
-        kept = [row for row in read_log(path) if row["step"] <= start] if path.exists() else []
-        with new_file(path) as part:
-            part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self.path = path
-
-    def write(self, row: dict[str, Any]) -> None:
-        with clear_errors(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `log.jsonl`; a last line that a kill cut in two is left out.
-
-    Raises:
-        UserError: another line is damaged.
-    """
-    rows: list[dict[str, Any]] = []
-    lines = path.read_bytes().splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-            if not isinstance(rows[-1].get("step"), int):
-                raise TypeError("no step in it")
-        except (ValueError, TypeError, AttributeError) as error:
-            if isinstance(error, ValueError) and not line.endswith(b"\n"):
-                break
-            raise UserError(
-                f"{path}: line {number} is damaged ({error}): delete the file (the charts then lack its rows), or "
-                f"{path.parent} to train it again"
-            ) from error
-    return rows
 
 
 def _check_finite(means: dict[str, float], step: int, stage: Stage, folder: Path, *, overflow_is_skipped: bool) -> None:

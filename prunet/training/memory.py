@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from prunet.denoisers.base import Pair
 from prunet.denoisers.unet2d.attention import fast_attention
-from prunet.denoisers.unet2d.pairs import Pair
 from prunet.training.probe import probe
 
 

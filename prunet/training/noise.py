@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from prunet.data.encoding import Cache, seed_of
+from prunet.data.cache import Cache
 from prunet.errors import UserError
+from prunet.hashing import seed_of
 from prunet.recipe.recipe import Stage
 
 

@@ -8,10 +8,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from prunet.denoisers.base import Pair
 from prunet.denoisers.taps import tap
+from prunet.denoisers.unet2d.calls import example_inputs
 from prunet.denoisers.unet2d.form import make_unet
-from prunet.denoisers.unet2d.pairs import Pair
-from prunet.plan.size import example_inputs
 from prunet.training.losses import feature_losses, mse
 
 

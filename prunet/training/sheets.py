@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prunet import processes
 from prunet.disk.files import new_file
-from prunet.exports.folder import draw, set_sampler
+from prunet.sampling.draw import draw, set_sampler
 from prunet.teacher.teacher import Teacher
 
 GAP, CAPTION, LABEL = 6, 34, 92

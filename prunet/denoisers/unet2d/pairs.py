@@ -13,23 +13,14 @@ Pairs follow the weight map (a student's module is compared with the one that it
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from prunet.denoisers.base import Level, Pair
 from prunet.denoisers.taps import tap
 from prunet.denoisers.unet2d import form as unet
+from prunet.denoisers.unet2d.calls import call_skeleton
 from prunet.errors import UserError
-from prunet.plan.plan import Level
-from prunet.plan.size import call_skeleton
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A student module, and the teacher module that it is compared with. The term is named after the teacher's."""
-
-    student: str
-    teacher: str
 
 
 def find_pairs(

@@ -1,0 +1,61 @@
+"""Example calls of a U-Net, and the sizes that it was made for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from prunet.denoisers.unet2d import form as unet
+from prunet.errors import UserError
+
+TEXT_TOKENS = 77
+
+
+def native_latent_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    """(height, width) of the latents that the model was made for."""
+    size = config.get("sample_size") or 64
+    return (int(size[0]), int(size[1])) if isinstance(size, list | tuple) else (int(size), int(size))
+
+
+def example_inputs(
+    config: Mapping[str, Any],
+    batch_size: int = 1,
+    *,
+    latent_size: tuple[int, int] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Arguments of the denoiser's `forward`: zeros (or meta tensors) of the right shapes.
+
+    `sample` (B, C, h, w), `timestep` (B,), `encoder_hidden_states` (B, 77, D), and for SDXL `added_cond_kwargs`
+    with `text_embeds` (B, P) and `time_ids` (B, 6).
+    """
+    height, width = latent_size or native_latent_size(config)
+    dim = config["cross_attention_dim"]
+    dim = dim[0] if isinstance(dim, list | tuple) else dim
+    inputs: dict[str, Any] = {
+        "sample": torch.zeros(batch_size, config.get("in_channels", 4), height, width, device=device, dtype=dtype),
+        "timestep": torch.zeros(batch_size, device=device, dtype=torch.long),
+        "encoder_hidden_states": torch.zeros(batch_size, TEXT_TOKENS, dim, device=device, dtype=dtype),
+    }
+    if config.get("addition_embed_type") == "text_time":
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.zeros(batch_size, pooled, device=device, dtype=dtype),
+            "time_ids": torch.zeros(batch_size, 6, device=device, dtype=dtype),
+        }
+    return inputs
+
+
+@torch.no_grad()
+def call_skeleton(config: Mapping[str, Any], latent_size: tuple[int, int] | None = None) -> None:
+    """One call on the meta device, for what watches it; the only place where a config can turn out not to work.
+
+    Raises:
+        UserError: the U-Net of this config cannot be called.
+    """
+    net = unet.skeleton(config)
+    try:
+        net(**example_inputs(config, latent_size=latent_size, device="meta"))
+    except Exception as error:  # of any kind: diffusers takes the values as they are
+        raise UserError(f"The U-Net of this config cannot be called: {error or type(error).__name__}") from error

@@ -1,0 +1,8 @@
+"""Seeds that are hashes of names."""
+
+import hashlib
+
+
+def seed_of(*names: int | str) -> int:
+    """A seed for what has these names, such as a picture's key and view; no two of them are related."""
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, names)).encode()).digest()[:7], "big")

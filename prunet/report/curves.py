@@ -1,0 +1,90 @@
+"""The curves of a run: its logs, side by side over all stages."""
+
+import math
+from collections.abc import Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from prunet.disk.files import read_json
+from prunet.disk.seals import file_checksum
+from prunet.errors import UserError
+from prunet.report.charts import Point, draw_chart, thin
+from prunet.report.run import Row
+from prunet.training.log import read_log
+from prunet.words import number
+
+Axis = list[list[tuple[float, Row]]]  # by stage: rows of its log, each with its place among the steps of all
+SERIES = {"loss": "total", "task": "task", "output": "output", "feature": "feature"}
+MOST_TIPS = 80  # of a chart
+
+
+def read_logs(stages: list[Path], steps: Mapping[str, Any]) -> Axis:
+    """The logs of all stages on one axis: a stage begins where the last one ended.
+
+    Raises:
+        UserError: a log is not the one with which the stage ended, by `steps`, or a row of it is damaged.
+    """
+    for stage in stages:
+        log, expected = stage / "log.jsonl", steps.get(stage.name, {}).get("log")
+        if expected and log.is_file() and file_checksum(log) != expected:
+            raise UserError(
+                f"{log}: damaged or changed (its checksum is another than when the stage ended): delete it (the charts "
+                f"then lack its rows), or {stage} to train it again"
+            )
+    logs = [read_log(log) if (log := stage / "log.jsonl").is_file() else [] for stage in stages]
+    for stage, rows in zip(stages, logs, strict=True):
+        if any(SERIES.keys() - row.keys() for row in rows):
+            raise UserError(f"{stage / 'log.jsonl'}: rows without losses: delete {stage} to train it again")
+    starts = accumulate((log[-1]["step"] if log else 0 for log in logs), initial=0)
+    return [[(start + row["step"], row) for row in log] for start, log in zip(starts, logs, strict=False)]
+
+
+def segments(axis: Axis, key: str) -> list[list[Point]]:
+    """One line a stage, without what a logarithmic scale has no place for (0: a loss that is not used)."""
+    return [[(x, row[key]) for x, row in stage if 0 < row.get(key, 0) < math.inf] for stage in axis]
+
+
+def loss_chart(axis: Axis) -> dict[str, Any] | None:
+    """The losses over the steps of all stages."""
+    rows = [row for stage in axis for row in stage]
+    tips = [
+        (x, f"step {x:,}: " + ", ".join(f"{label} {number(row[key])}" for key, label in SERIES.items()))
+        for x, row in thin(rows, MOST_TIPS)
+    ]
+    right = rows[-1][0] if rows else 0
+    chart = draw_chart({label: segments(axis, key) for key, label in SERIES.items()}, right, tips, smooth=True)
+    starts = [0, *(stage[-1][0] if stage else 0 for stage in axis[:-1])]
+    stages = [(100 * x / right, f"stage {i}") for i, x in enumerate(starts, 1) if chart and len(axis) > 1]
+    return chart and chart | {"x_ticks": step_ticks(right), "stages": stages}
+
+
+def step_ticks(right: float) -> list[tuple[float, str]]:
+    """About five round numbers of steps, with their places in percent."""
+    size = 10 ** math.floor(math.log10(right / 5))
+    every = max(1, next(m * size for m in (1, 2, 5, 10) if m * size >= right / 5))
+    return [(100 * x * every / right, f"{x * every:,.0f}") for x in range(int(right / every) + 1)]
+
+
+def level_chart(by_level: Mapping[str, list[float]], levels: list[float]) -> dict[str, Any] | None:
+    """The denoiser's distance over the noise schedule, a line each."""
+    lines = {name: [[(100 * x, y) for x, y in zip(levels, ys, strict=False) if y > 0]] for name, ys in by_level.items()}
+    tips = [
+        (100 * x, f"noise level {x:.0%}: " + ", ".join(f"{name} {number(ys[i])}" for name, ys in by_level.items()))
+        for i, x in enumerate(levels)
+    ]
+    chart = draw_chart(lines, 100, tips)
+    return chart and chart | {"x_ticks": [(x, f"{x} %") for x in range(0, 101, 20)], "stages": []}
+
+
+def pair_rows(axis: Axis, stages: list[Path]) -> list[dict[str, Any]]:
+    """The feature loss of each pair of any stage: first and last value, and its way between them."""
+    rows, found = [], [read_json(stage / "pairs.json") for stage in stages if (stage / "pairs.json").is_file()]
+    found = [pairs["pairs"] if isinstance(pairs, dict) else pairs for pairs in found]  # a list, before checksums
+    for pair in {pair["teacher"]: pair for pairs in found for pair in pairs}.values():
+        ways = segments(axis, f"feature/{pair['teacher']}")
+        chart = draw_chart({"feature": ways}, max((x for s in ways for x, _ in s), default=0), [], smooth=True)
+        if chart:
+            first = next(s[0][1] for s in ways if s)
+            rows.append({**pair, "chart": chart, "first": first, "last": chart["lines"][0]["last"]})
+    return rows

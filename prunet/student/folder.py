@@ -1,0 +1,53 @@
+"""A student on disk: a stock diffusers folder of one denoiser."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
+
+from prunet.denoisers.freeze import freeze
+from prunet.disk.files import new_folder
+from prunet.disk.seals import verify
+from prunet.errors import UserError
+
+
+def save_unet(net: UNet2DConditionModel, folder: Path, what: str, made_from: str | None = None) -> None:
+    """A stock diffusers folder of one denoiser, whole or not there, sealed as a `what` of prunet's."""
+    with new_folder(folder, what, made_from) as part:
+        write_unet(net, part)
+
+
+def load_unet(folder: Path, made_from: str | None = None) -> UNet2DConditionModel:
+    """A denoiser that `save_unet` wrote, in fp32.
+
+    Raises:
+        UserError: not there, damaged, or `made_from` something else.
+    """
+    verify(folder, f"delete {folder} and run again", made_from)
+    try:
+        return freeze(UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32))
+    except Exception as error:
+        raise UserError(f"{folder}: no whole U-Net there ({error}): delete the folder and run again") from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a result is there, and if it is weights, not cut off (their header says how long they are)."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return path.exists()
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
+def write_unet(net: UNet2DConditionModel, folder: Path) -> None:
+    """A stock diffusers folder of one denoiser, in one file."""
+    net.save_pretrained(folder, safe_serialization=True, max_shard_size="1TB")
+    # A config carries where its model was opened from, which means nothing elsewhere.
+    config = folder / "config.json"
+    value = json.loads(config.read_text(encoding="utf-8"))
+    value.pop("_name_or_path", None)
+    config.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,140 @@
+"""How much memory distillation needs, from shapes, and the micro-batch that fits."""
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import psutil
+import torch
+
+from prunet import processes
+from prunet.denoisers.unet2d import form as unet
+from prunet.denoisers.unet2d.calls import call_skeleton
+from prunet.errors import UserError
+from prunet.plan.size import config_text, size_of
+from prunet.recipe.recipe import Stage
+from prunet.runtime import Runtime
+
+
+@lru_cache(maxsize=32)
+def _activation_elements(text: str, latent_size: tuple[int, int]) -> int:
+    config = json.loads(text)
+    net, total = unet.skeleton(config), 0
+
+    def count(module: Any, args: Any, output: Any) -> None:
+        nonlocal total
+        total += output.numel() if isinstance(output, torch.Tensor) else 0
+
+    handles = [m.register_forward_hook(count) for m in net.modules() if not any(m.children())]
+    try:
+        call_skeleton(config, latent_size)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total
+
+
+def activation_elements(config: Mapping[str, Any], latent_size: tuple[int, int]) -> int:
+    """Elements that one sample's forward pass leaves for the backward pass: the outputs of all leaf modules."""
+    return _activation_elements(config_text(config), latent_size)
+
+
+def training_memory(
+    teacher: Mapping[str, Any],
+    student: Mapping[str, Any],
+    *,
+    latent_size: tuple[int, int],
+    micro_batch: int,
+    half: bool,
+    ema: bool,
+    gradient_checkpointing: bool = False,
+    use_8bit_adam: bool = False,
+    teacher_8bit: bool = False,
+    shards: int = 1,
+) -> dict[str, int]:
+    """Bytes that distillation needs on the device, by part: an estimate from shapes.
+
+    The student is kept in fp32 with gradients and AdamW's two moments; the teacher in half precision if `half`, where
+    a step's activations hold the student's weights in half precision as well. `ema`: whether an average is kept on the
+    device. `shards`: processes among which what is the student's is shared out.
+    """
+    t, s = size_of(teacher).parameters, size_of(student).parameters
+    elements = activation_elements(student, latent_size) * micro_batch
+    kept = 0.3 if gradient_checkpointing else 1.0
+    return {
+        "teacher": t * (1 if teacher_8bit else 2 if half else 4),
+        "student": s * 4 // shards,
+        "gradients": s * 4 // shards,
+        "optimizer": s * (2 if use_8bit_adam else 8) // shards,
+        "ema": s * 4 // shards if ema else 0,
+        "activations": int(elements * (2 if half else 4) * kept) + (s * 2 if half else 0),
+    }
+
+
+def fitting_micro_batch(
+    teacher: Mapping[str, Any],
+    student: Mapping[str, Any],
+    *,
+    batch_size: int,
+    device: torch.device,
+    **options: Any,
+) -> int:
+    """The largest divisor of `batch_size` whose estimated memory fits the device; at least 1.
+
+    Judged by the memory that the device has, not by what is free now: the same command must not round differently
+    because something else was running.
+    """
+    if device.type == "cuda":
+        budget = 0.9 * torch.cuda.get_device_properties(device).total_memory
+    else:
+        budget = 0.5 * psutil.virtual_memory().total
+    for micro in range(batch_size, 1, -1):
+        if batch_size % micro == 0:
+            needed = training_memory(teacher, student, micro_batch=micro, **options)
+            if sum(needed.values()) <= budget:
+                return micro
+    return 1
+
+
+def micro_batch_of(
+    stage: Stage,
+    runtime: Runtime,
+    teacher_config: Mapping[str, Any],
+    student_config: Mapping[str, Any],
+    latent_size: tuple[int, int],
+    ranks: int = 1,
+) -> int:
+    """Samples at once on each device: as asked, or what fits. Refuses a number that does not divide the batch."""
+    share, rest = divmod(stage.batch_size, ranks)
+    asked = runtime.micro_batch
+    if rest or not share or (asked and share % asked):
+        fits = [str(m) for m in range(1, share + 1) if share % m == 0] if share and not rest else []
+        raise UserError(
+            f"batch_size {stage.batch_size} on {ranks} process(es) cannot be shared out"
+            + (
+                f" in micro-batches of {asked}: choose --micro-batch {', '.join(fits)}"
+                if fits
+                else ": choose a multiple"
+            )
+        )
+    return asked or fitting_micro_batch(
+        teacher_config,
+        student_config,
+        batch_size=share,
+        device=runtime.torch_device,
+        latent_size=latent_size,
+        **memory_options(stage, runtime),
+    )
+
+
+def memory_options(stage: Stage, runtime: Runtime) -> dict[str, Any]:
+    """How much is kept, as `prunet.training.fit.training_memory` asks for it."""
+    return {
+        "half": runtime.mixed_precision != "no",
+        "ema": stage.ema_decay is not None and not runtime.offload_ema,
+        "gradient_checkpointing": runtime.gradient_checkpointing,
+        "use_8bit_adam": runtime.use_8bit_adam,
+        "teacher_8bit": runtime.teacher_8bit or runtime.teacher_fp8,
+        "shards": processes.count() if runtime.fsdp else 1,
+    }

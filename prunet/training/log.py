@@ -1,0 +1,63 @@
+"""`log.jsonl`: what the loop says on the way."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prunet.disk.files import clear_errors, new_file
+from prunet.errors import UserError
+from prunet.recipe.recipe import Losses
+
+
+def log_row(
+    step: int, means: dict[str, float], weights: Losses, factors: Sequence[float], lr: float, speed: float
+) -> dict[str, Any]:
+    """Terms as they are; `feature` is their sum with the factors, `loss` what was minimised."""
+    terms = [value for name, value in means.items() if name.startswith("feature/")]
+    feature = sum(factor * value for factor, value in zip(factors, terms, strict=True))
+    total = weights.task * means["task"] + weights.output * means["output"] + weights.feature * feature
+    row = {"step": step, "loss": total, "task": means["task"], "output": means["output"], "feature": feature}
+    return {**row, **means, "learning_rate": lr, "images_per_s": round(speed, 4)}
+
+
+def log_note(row: dict[str, Any]) -> str:
+    parts = [f"{name} {row[name]:.4f}" for name in ("loss", "task", "output", "feature")]
+    return "  ".join([*parts, f"{row['images_per_s']:.3g} images/s"])
+
+
+class Log:
+    """`log.jsonl`: one row a read-back. Rows after the checkpoint from which a run goes on are dropped."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        kept = [row for row in read_log(path) if row["step"] <= start] if path.exists() else []
+        with new_file(path) as part:
+            part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self.path = path
+
+    def write(self, row: dict[str, Any]) -> None:
+        with clear_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `log.jsonl`; a last line that a kill cut in two is left out.
+
+    Raises:
+        UserError: another line is damaged.
+    """
+    rows: list[dict[str, Any]] = []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+            if not isinstance(rows[-1].get("step"), int):
+                raise TypeError("no step in it")
+        except (ValueError, TypeError, AttributeError) as error:
+            if isinstance(error, ValueError) and not line.endswith(b"\n"):
+                break
+            raise UserError(
+                f"{path}: line {number} is damaged ({error}): delete the file (the charts then lack its rows), or "
+                f"{path.parent} to train it again"
+            ) from error
+    return rows

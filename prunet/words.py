@@ -1,0 +1,51 @@
+"""Numbers, names and times as people read them."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from prunet.errors import UserError
+
+
+def number(value: float, digits: int = 3) -> str:
+    """`digits` significant digits, thousands apart, and an exponent only below 0.0001."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    size = int(f"{value:.{digits - 1}e}".partition("e")[2])  # after rounding: 9.99 may become 10
+    return f"{value:.1e}" if size < -4 else f"{value:,.{max(0, digits - 1 - size)}f}"
+
+
+def many(count: float, digits: int = 3) -> str:
+    """As the field says it: 266 k, 2,567 M parameters, 338 G multiply-adds."""
+    unit, scale = ("G", 1e9) if count >= 1e10 else ("M", 1e6) if count >= 1e6 else ("k", 1e3)
+    return f"{number(count / scale, digits)} {unit}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.095 or share == 0 else f"{100 * share:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    scale, unit = (3600, "h") if seconds >= 3600 else (60, "min") if seconds >= 60 else (1, "s")
+    return f"{number(seconds / scale, 2)} {unit}"
+
+
+def short(source: str) -> str:
+    """A hub id as it is; of a path only the last name, for where it lies on a disk is nobody's business."""
+    parts = source.replace("\\", "/").rstrip("/").split("/")
+    return source if len(parts) == 2 and parts[0] not in (".", "..", "", "~") else parts[-1]
+
+
+def names_of(sources: Sequence[Path | str]) -> list[str]:
+    """The shortest ends of paths that tell them apart.
+
+    Raises:
+        UserError: one is given twice.
+    """
+    parts = [Path(source).resolve().parts for source in sources]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    twice = next(source for i, source in enumerate(sources) if parts[i] in parts[:i])
+    raise UserError(f"{twice} is given twice")
