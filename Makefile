@@ -1,6 +1,6 @@
 # make demo   sets up and runs the main job on what ships with the project
 # make test   sets up and runs the fast tests
-# make check  format, lint, types
+# make check  format, lint, types, which room may import which
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -38,6 +38,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format: setup
 	$(BIN)/ruff format .

@@ -15,6 +15,7 @@ from prunet.errors import UserError
 from prunet.words import duration, many, number, percent
 
 Point = tuple[float, float]
+Row = Mapping[str, Any]
 MOST_POINTS = 500  # of a line
 
 

@@ -9,8 +9,7 @@ from typing import Any
 from prunet.disk.files import read_json
 from prunet.disk.seals import file_checksum
 from prunet.errors import UserError
-from prunet.report.charts import Point, draw_chart, thin
-from prunet.report.run import Row
+from prunet.report.charts import Point, Row, draw_chart, thin
 from prunet.training.log import read_log
 from prunet.words import number
 

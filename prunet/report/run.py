@@ -1,6 +1,5 @@
 """The report of a run: one page that holds all it shows, made from the run folder alone."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,12 @@ from prunet import __version__
 from prunet.disk.files import read_json, write_text
 from prunet.evaluation.protocol import describe, title_rows
 from prunet.evaluation.results import read_evaluation
-from prunet.report.charts import inline, render, thin
+from prunet.report.charts import Row, inline, render, thin
 from prunet.report.curves import level_chart, loss_chart, pair_rows, read_logs
 from prunet.report.unet2d import draw_unet
 from prunet.teacher.teacher import Teacher
 from prunet.words import short
 
-Row = Mapping[str, Any]
 COLUMNS = {"teacher": "teacher", "before": "student before", "after": "student after"}  # distillation
 PICTURE_SIDE, SHEET_SIDE, MOST_SHEETS = 384, 1200, 6  # longest sides in pixels; sheets of a stage
 

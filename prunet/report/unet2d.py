@@ -3,7 +3,7 @@
 from typing import Any
 
 from prunet.denoisers.unet2d import form as unet
-from prunet.report.run import Row
+from prunet.report.charts import Row
 from prunet.words import many
 
 
