@@ -14,6 +14,7 @@ from prunet.cli import main
 from prunet.exports.single_file import export_single_file
 from prunet.student.student import state_hash
 from prunet.teacher import placing
+from prunet.teacher.copying import check_other_parts
 from prunet.teacher.space import check_same_space
 
 UNET, VAE, TEXT = "diffusion_pytorch_model", "diffusion_pytorch_model", "model"
@@ -111,7 +112,7 @@ def refusal(form: str, teacher: Path, part: str, key: str, change, tmp: Path, *,
         if load:
             Teacher(again).check_weights()
         else:  # the same of this part alone, for many of them
-            placing.check_finite(Teacher(again)._place(part))
+            placing.check_finite(Teacher(again).place(part))
     assert "\n" not in str(found.value)
     if load:
         with pytest.raises(UserError) as loaded:
@@ -295,7 +296,7 @@ def test_configs_of_other_versions(sd, tmp_path) -> None:
         path.write_text(json.dumps(config))
     teacher, before = Teacher(folder), Teacher(sd)
     teacher.check_weights()
-    teacher.check_other_parts()
+    check_other_parts(teacher)
     assert teacher.unet_config == before.unet_config
     assert state(teacher, "unet") == state(before, "unet")
     student = build(teacher, load_plan("bk-small"))
@@ -367,7 +368,7 @@ def test_parts_that_could_not_be_exported_are_found_before(index, file, message,
         (folder / file).parent.mkdir()
         (folder / file).write_text("{}")
     with pytest.raises(UserError, match=message):
-        Teacher(folder).check_other_parts()
+        check_other_parts(Teacher(folder))
 
 
 def test_shards_lie_beside_their_index(teachers, tmp_path) -> None:
@@ -389,7 +390,7 @@ def test_emoji_teachers_pass_every_check() -> None:
     for name in ("emoji-sd", "emoji-xl"):
         teacher = Teacher(Path(__file__).parent.parent / "emoji" / name)
         teacher.check_weights()
-        teacher.check_other_parts()
+        check_other_parts(teacher)
 
 
 def test_a_teacher_saved_by_another_version_may_follow(sd, tmp_path) -> None:

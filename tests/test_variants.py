@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from prunet import Teacher, UserError
-from prunet.teacher.teacher import WEIGHTS
+from prunet.teacher.copying import save_parts
+from prunet.teacher.pipeline_files import WEIGHTS
 
 PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
@@ -55,7 +56,7 @@ def test_parts_are_read_in_each_form_and_copied_as_stock_classes_load_them(
     teacher, before = Teacher(teacher_folder), Teacher(sd)
     teacher.check_weights()
     (tmp_path / "copy").mkdir()
-    teacher.save_parts(tmp_path / "copy")
+    save_parts(teacher, tmp_path / "copy")
     for part, cls in PARTS.items():
         assert torch.equal(weights(teacher, part), weights(before, part))
         folder = (
@@ -85,6 +86,6 @@ def test_variants_to_choose_from_are_refused_and_fp16_goes_first(teacher_folder)
     assert "\n" not in str(error.value)
     folder = teacher_folder / "unet"
     (folder / "diffusion_pytorch_model.bf16.safetensors").rename(folder / "diffusion_pytorch_model.fp16.safetensors")
-    assert [file.name for file in Teacher(teacher_folder)._weight_files("unet")] == [
+    assert [file.name for file in Teacher(teacher_folder).weight_files("unet")] == [
         "diffusion_pytorch_model.fp16.safetensors"
     ]

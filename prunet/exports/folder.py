@@ -15,6 +15,7 @@ from prunet.denoisers.unet2d.calls import example_inputs
 from prunet.disk.files import new_folder
 from prunet.exports.card import model_card, origin
 from prunet.student.folder import write_unet
+from prunet.teacher.copying import save_parts
 from prunet.teacher.teacher import Teacher
 
 # -- writing a student
@@ -41,7 +42,7 @@ def export(
     """
     folder = Path(folder)
     with new_folder(folder, what) as part:
-        teacher.save_parts(part)
+        save_parts(teacher, part)
         write_unet(student, part / "unet")
         if fp16:
             _write_fp16(part, teacher)

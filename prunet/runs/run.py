@@ -50,6 +50,7 @@ from prunet.sampling.draw import check_sampler
 from prunet.student.folder import is_whole, load_unet, save_unet
 from prunet.student.student import check_steps, cut, inherit, random_student
 from prunet.teacher.configs import check_condition
+from prunet.teacher.copying import check_other_parts
 from prunet.teacher.space import check_same_space, check_size
 from prunet.teacher.teacher import Teacher
 from prunet.training.checkpoints import PACE
@@ -120,7 +121,7 @@ class Run:
             if data.source is None:
                 check_sampler(teacher, "dpmsolver++", data.steps, "data")
         if not self.is_done("export"):
-            self.teachers[-1].check_other_parts()
+            check_other_parts(self.teachers[-1])
         check_sampler(self.teachers[-1], recipe.evaluation.sampler, recipe.evaluation.steps, "evaluation")
         check_steps(self.steps_down)
         for number, stage in enumerate(recipe.stages, 1):

@@ -1,0 +1,119 @@
+"""The parts that a student takes over from its teacher, copied into its pipeline."""
+
+import json
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from prunet.errors import UserError
+from prunet.teacher import text_names
+from prunet.teacher.pipeline_files import CLASSES, WEIGHTS, read_object, weight_names
+from prunet.teacher.teacher import Teacher, say_once
+
+
+def save_parts(teacher: Teacher, folder: Path) -> None:
+    """Writes all of the pipeline but the U-Net into `folder`: the teacher's own weights, byte for byte.
+
+    But text encoders get the names that every client reads (`prunet.teacher.text_names`), and of a single file
+    the VAE and the text encoders are written by diffusers, in the precision of this teacher.
+    """
+    configs = teacher.configs()
+    index = read_object(configs / "model_index.json", teacher.source)
+    for name in [n for n, value in index.items() if isinstance(value, list) and n != "unet"]:
+        if index[name][0] is None:
+            continue
+        if name in WEIGHTS and (teacher.file is not None or teacher.place(name).renamed):
+            if name == "vae":
+                teacher.vae.save_pretrained(folder / name, safe_serialization=True)
+            else:
+                text_names.save_text_encoder(teacher.text_part(name), folder / name)
+        elif name in WEIGHTS:
+            (folder / name).mkdir()
+            _copy_config(teacher, configs, name, folder)
+            files = teacher.weight_files(name)
+            copy = text_names.copy if name.startswith("text_encoder") else shutil.copyfile
+            for file in files:
+                target = file.name if len(files) > 1 else f"{WEIGHTS[name]}.safetensors"
+                copy(file, folder / name / target)
+            if len(files) > 1:
+                _, index_file = weight_names(configs / name, WEIGHTS[name])
+                copy(index_file, folder / name / f"{WEIGHTS[name]}.safetensors.index.json")
+        elif not _copy_other(teacher, configs, name, folder):
+            index[name] = [None, None]
+    index["unet"] = ["diffusers", "UNet2DConditionModel"]
+    index.pop("_name_or_path", None)
+    if "safety_checker" in index and index["safety_checker"][0] is None:
+        index["requires_safety_checker"] = False
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_config(teacher: Teacher, configs: Path, name: str, folder: Path) -> None:
+    """The config as it is, but for a text encoder stored in half precision.
+
+    transformers would load that in half by default while diffusers loads the U-Net in full, and the stock
+    pipeline, opened without a dtype, would fail at its first matmul.
+    """
+    config = read_object(configs / name / "config.json", teacher.source)
+    for key in ("dtype", "torch_dtype"):
+        if name.startswith("text_encoder") and key in config:
+            config[key] = "float32"
+    (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_other(teacher: Teacher, configs: Path, name: str, folder: Path) -> bool:
+    """Copies a part without weights that prunet loads (tokenizer, scheduler, safety checker); False: not there."""
+    files = _other_files(teacher, configs, name)
+    for file in files:
+        (folder / name).mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / name / file.name)
+    return bool(files)
+
+
+def _other_files(teacher: Teacher, configs: Path, name: str) -> list[Path]:
+    if teacher.hub is not None:
+        teacher.download(f"{name}/*.json", f"{name}/*.txt", f"{name}/model.safetensors")
+    files = [p for p in (configs / name).glob("*") if p.suffix in (".json", ".txt", ".safetensors", ".model")]
+    weights = any(p.suffix == ".safetensors" for p in files)
+    return [] if name == "safety_checker" and not weights else files
+
+
+def check_other_parts(teacher: Teacher) -> None:
+    """Refuses what stock diffusers could not load of the parts that are copied as they are (`_copy_other`): it
+    opens just those files with it. Else that would be found at the export, after all the training.
+
+    Raises:
+        UserError: such a part, or one of which the index says another class than prunet loads.
+    """
+    import diffusers
+
+    configs = teacher.configs()
+    index = read_object(configs / "model_index.json", teacher.source)
+    ours = ("vae", *teacher.text_encoders)
+    for part in ours:
+        if (given := (index.get(part) or [None, None])[1]) != CLASSES[part]:
+            raise UserError(f"{configs / 'model_index.json'}: {part}: {given}; prunet knows {CLASSES[part]}")
+    with TemporaryDirectory() as made:
+        for name in [n for n, value in index.items() if isinstance(value, list) and n not in (*ours, "unet")]:
+            if index[name][0] is None:
+                continue
+            (Path(made) / name).mkdir()
+            files = _other_files(teacher, configs, name)
+            for file in files:
+                (Path(made) / name / file.name).symlink_to(file.absolute())
+            if not files:
+                say_once(f"{configs}: {name} is left out: no safetensors or JSON in its folder to copy")
+                index[name] = [None, None]
+        if index.get("safety_checker", ["?"])[0] is None:
+            index["requires_safety_checker"] = False
+        (Path(made) / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+        diffusers.utils.logging.disable_progress_bar()
+        try:
+            diffusers.DiffusionPipeline.from_pretrained(made, local_files_only=True, unet=None, **dict.fromkeys(ours))
+        except Exception as error:  # of any kind: whatever the classes of the parts raise
+            lines = str(error).replace(made, str(configs)).splitlines() or [""]
+            raise UserError(
+                f"{configs}: stock diffusers cannot open the parts that the student takes over "
+                f"({type(error).__name__}: {lines[0][:300]}): fix that part, or delete its line in model_index.json"
+            ) from error
+        finally:
+            diffusers.utils.logging.enable_progress_bar()

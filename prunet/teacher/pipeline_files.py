@@ -1,0 +1,380 @@
+"""What is known of a pipeline from its files: where they lie, what they are, their configs and their fingerprint.
+
+What differs between SD v1, v2 and SDXL (one or two text encoders, micro-conditioning, epsilon or v-prediction, the
+scaling factor) is settled here and in `prunet.teacher.teacher`, and nowhere else. No weight is loaded.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunet.disk.reading import parse_json
+from prunet.errors import UserError
+from prunet.teacher import placing
+from prunet.teacher.configs import check_config
+from prunet.teacher.known import HUB_CONFIGS, LAYOUTS, layout_config
+
+if TYPE_CHECKING:  # imported when used: a config can be read in a second, diffusers takes several
+    from diffusers import DDPMScheduler
+
+PIPELINES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+CLASSES = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+}
+
+
+class PipelineFiles:
+    """A Stable Diffusion pipeline as files: a diffusers folder, a single `.safetensors` file with its configs, a
+    repository of the hub, or the name of a known layout (a config without weights).
+
+    Args:
+        source: its path, hub id, or layout.
+        config: for a single file: the folder or hub id with configs, tokenizers and scheduler. Without it, the folder
+            `NAME.config` beside the file is used, else the hub.
+        revision: of a hub id.
+
+    Raises:
+        UserError: nothing to open there, or nothing that prunet can compress.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        config: str | Path | None = None,
+        revision: str | None = None,
+    ) -> None:
+        self.source = str(source)
+        self._revision = revision
+        self.file: Path | None = None  # the weights, if they are one file
+        self.hub: str | None = None  # the repository, if `_folder` is filled on demand
+        self._folder: Path | None = None  # configs, tokenizers, scheduler; and the weights if not in `file`
+        self._fingerprints: dict[str, str] = {}
+        path = Path(source)
+        if path.is_file():
+            self._open_file(path, config)
+        elif config is not None and (path.is_dir() or path.suffix != ".safetensors"):
+            raise UserError(
+                f"{self.source}: --config (in a recipe teacher.config) is for a single .safetensors file; a folder, "
+                "hub id or layout has its own configs: leave it out"
+            )
+        elif path.is_dir():
+            self._folder = path
+            self._read_index()
+        elif self.source in LAYOUTS:
+            self.kind = "sdxl" if self.source == "sdxl" else "sd"
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+", self.source) and path.suffix != ".safetensors":
+            self.hub = self.source
+            self._folder = self.download("*.json", "*/*.json", "tokenizer*/*")
+            self._read_index()
+        else:
+            raise UserError(
+                f"No teacher at {self.source}: give a diffusers folder, a .safetensors file, a hub id (owner/name), "
+                f"or a layout's name ({', '.join(LAYOUTS)}) to inspect a plan"
+            )
+
+    def _open_file(self, path: Path, config: str | Path | None) -> None:
+        if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+            raise UserError(
+                f"{path} is a pickle, which can run code when it is opened; `prunet convert {path}` writes its tensors "
+                f"as {path.with_suffix('.safetensors').name} without running any"
+            )
+        if path.suffix != ".safetensors":
+            raise UserError(f"{path}: not a .safetensors file or a diffusers folder")
+        self.file = path
+        beside = path.with_suffix(".config")
+        config = config or (beside if beside.is_dir() else None)
+        if config is not None:
+            if Path(config).is_dir():
+                self._folder = Path(config)
+            else:
+                self.hub = str(config)
+                self._folder = self.download("*.json", "*/*.json", "tokenizer*/*")
+            self._read_index()
+            self._check_marks(path, str(config))
+            return
+        from prunet.teacher import ldm, marks
+
+        layout = ldm.layout_of(path)
+        if layout is None:
+            raise UserError(
+                f"{path}: not a checkpoint of SD v1, v2 or SDXL that prunet knows by its tensors; if it is a pruned "
+                "or small one, give its configs with teacher.config (a diffusers folder without weights)"
+            )
+        self.kind = "sdxl" if layout == "sdxl" else "sd"
+        self._layout = layout
+        said = marks.check_marks(path, {}, f"the configs of {HUB_CONFIGS[layout]}", layout)
+        if layout == "sd-v2" and not any(mark.field == marks.PREDICTION for mark in said):
+            raise UserError(
+                f"{path}: an SD v2 checkpoint that does not say what it predicts: give its configs with --config (in a "
+                f"recipe teacher.config), such as {HUB_CONFIGS['sd-v2']} (epsilon, 512 px)"
+            )
+        if missing := ldm.lacks(path, layout):
+            raise UserError(f"{path} has no {missing}* in it, a part that {layout} needs: give the whole checkpoint")
+        if not ldm.has_unet(path, layout_config(layout)):
+            raise UserError(
+                f"{path}: a U-Net that is not the whole {layout}, pruned or with other inputs: give its configs with "
+                "--config or teacher.config (a diffusers folder without weights)"
+            )
+
+    def _check_marks(self, path: Path, config: str) -> None:
+        """Refuses a config whose scheduler says something else than the file that it was given with."""
+        from prunet.teacher import marks
+
+        if marks.read_marks(path):
+            marks.check_marks(path, self.part_config("scheduler"), f"the scheduler of {config}", self.layout)
+
+    def _read_index(self) -> None:
+        assert self._folder is not None
+        index = read_object(self._folder / "model_index.json", f"{self._folder} is not a diffusers pipeline folder")
+        check_config("model_index", index, self._folder / "model_index.json")
+        name = index.get("_class_name")
+        if not isinstance(name, str) or name not in PIPELINES:
+            raise UserError(f"{self._folder}: a {name}; prunet compresses {' and '.join(PIPELINES)}")
+        self.kind = PIPELINES[name]
+        _check_names(index, self._folder / "model_index.json")
+        unet, vae = self.part_config("unet"), self.part_config("vae")
+        if vae.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+            raise UserError(f"{self._folder}: its VAE is a {vae['_class_name']}; prunet knows AutoencoderKL")
+        for key in ("latents_mean", "latents_std", "shift_factor"):
+            if vae.get(key) is not None:
+                raise UserError(
+                    f"{self._folder / 'vae' / 'config.json'}: its latents have {key}, Stable Diffusion's do not; "
+                    "prunet knows latents with a scaling_factor alone"
+                )
+        if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
+            raise UserError(
+                f"{self._folder}: the U-Net takes {unet.get('in_channels', 4)} channels and the VAE makes "
+                f"{vae.get('latent_channels', 4)}; inpainting and other conditioned U-Nets are not supported"
+            )
+
+    def configs(self) -> Path:
+        """The folder with configs and tokenizers, fetched for a bare single file when first needed."""
+        if self._folder is None:
+            if self.file is None:
+                raise UserError(f"{self.source} is the name of a layout, without weights: give a checkpoint instead")
+            self.hub = self.hub or HUB_CONFIGS[self._layout]
+            self._folder = self.download("*.json", "*/*.json", "tokenizer*/*")
+        return self._folder
+
+    def download(self, *patterns: str) -> Path:
+        from huggingface_hub import snapshot_download
+
+        assert self.hub is not None
+        try:
+            return Path(snapshot_download(self.hub, revision=self._revision, allow_patterns=list(patterns)))
+        except Exception as error:  # the hub client's, its HTTP library's, the disk's
+            raise UserError(
+                f"{self.hub}: neither a folder here nor to be had from the hub ({type(error).__name__}); check the "
+                "name, the network, and `hf auth login` if it is gated"
+            ) from error
+
+    def part_config(self, part: str) -> dict[str, Any]:
+        """The `config.json` (scheduler: `scheduler_config.json`) of a part."""
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        config = read_object(self.configs() / part / name, f"{self.source} has no readable {part}/{name}")
+        check_config(part, config, self.configs() / part / name)
+        return config
+
+    @cached_property
+    def unet_config(self) -> dict[str, Any]:
+        if self._folder is None:
+            return layout_config(self._layout if self.file else self.source)
+        from diffusers import UNet2DConditionModel
+
+        config = self.part_config("unet")
+        known = placing.known_fields(UNet2DConditionModel, config)
+        ours = {key for key in config if key.startswith("_")} - {"_diffusers_version", "_name_or_path"}
+        return {key: value for key, value in config.items() if key in known or key in ours}
+
+    @property
+    def layout(self) -> str:
+        """`sd-v1`, `sd-v2` or `sdxl`: whose original layout a single file of it has, pruned or not."""
+        if self.kind == "sdxl":
+            return "sdxl"
+        return "sd-v2" if self.unet_config.get("use_linear_projection") else "sd-v1"
+
+    @cached_property
+    def noise_scheduler(self) -> "DDPMScheduler":
+        """The forward process that the teacher was trained with; `config.prediction_type` says what it predicts."""
+        from diffusers import DDPMScheduler
+
+        config = self.part_config("scheduler")
+        name = str(config.get("_class_name"))
+        if name.startswith(("EDM", "FlowMatch")):  # DDPMScheduler would take the config, with another meaning
+            raise UserError(f"{self.source}: trained for {name}; prunet knows the noise schedule of SD v1, v2 and SDXL")
+        scheduler = from_config(DDPMScheduler, config)
+        if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(f"{self.source}: prediction type {scheduler.config.prediction_type!r} is not supported")
+        kept = scheduler.alphas_cumprod
+        if not bool(((kept >= 0) & (kept <= 1)).all()):  # nor where it is no number
+            raise UserError(f"{self.source}: the betas of scheduler/scheduler_config.json are no noise schedule")
+        return scheduler
+
+    @property
+    def hub_id(self) -> str | None:
+        """The repository that its weights come from, if they do."""
+        return self.hub if self.file is None else None
+
+    @property
+    def zeros_for_empty_prompt(self) -> bool:
+        """Whether guidance compares with zeros, not with the embeddings of the empty prompt (SDXL's base does)."""
+        if self.kind != "sdxl":
+            return False
+        index = read_object(self.configs() / "model_index.json", self.source)
+        return bool(index.get("force_zeros_for_empty_prompt", True))
+
+    @property
+    def scaling_factor(self) -> float:
+        return float(self.part_config("vae").get("scaling_factor", 0.18215))
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels to a latent, along one side."""
+        return 2 ** (len(self.part_config("vae")["block_out_channels"]) - 1)
+
+    @property
+    def native_size(self) -> int:
+        """Side of the pictures that the teacher was made for, in pixels."""
+        from prunet.denoisers.unet2d.calls import native_latent_size
+
+        return native_latent_size(self.unet_config)[0] * self.vae_scale
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        return ("text_encoder", "text_encoder_2") if self.kind == "sdxl" else ("text_encoder",)
+
+    # -- who it is, and its files
+
+    def _part_files(self, part: str) -> list[Path]:
+        weights = [self.file] if self.file is not None else self.weight_files(part)
+        vocabulary = self.vocabulary_files(part) if part.startswith("text_encoder") else []
+        return [*weights, self.configs() / part / "config.json", *vocabulary]
+
+    def vocabulary_files(self, text_encoder: str) -> list[Path]:
+        """What a text encoder's tokenizer splits texts by; without it every text would become the same tokens."""
+        folder = self.configs() / text_encoder.replace("text_encoder", "tokenizer")
+        whole = [folder / "tokenizer.json"], [folder / "vocab.json", folder / "merges.txt"]
+        found = [path for files in whole if all(p.is_file() and p.stat().st_size for p in files) for path in files]
+        if not found:
+            raise UserError(
+                f"{folder}: no vocab.json and merges.txt (or tokenizer.json): fetch or copy the tokenizer again"
+            )
+        return found
+
+    def fingerprint(self, parts: Iterable[str] | None = None) -> str:
+        """A hash of the weights, configs and tokenizers of `parts` (all trained ones by default), from the files.
+
+        It does not depend on where they lie: their order is that of their names in the folder, a single file last.
+        """
+        parts = sorted(parts or ("unet", "vae", *self.text_encoders))
+        digest, folder = hashlib.sha256(), self.configs()
+        files = {p for part in parts for p in self._part_files(part)}
+        for path in sorted(files, key=lambda p: (p == self.file, p if p == self.file else p.relative_to(folder))):
+            key = str(path)
+            if key not in self._fingerprints:
+                with path.open("rb") as file:
+                    self._fingerprints[key] = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(self._fingerprints[key].encode())
+        return digest.hexdigest()[:16]
+
+    def weight_files(self, part: str) -> list[Path]:
+        """The safetensors of a part: one file or its shards, else those of its variant; a pickle does not count."""
+        folder, stem = self.configs() / part, WEIGHTS[part]
+        if self.hub is not None and not (folder / f"{stem}.safetensors").is_file():
+            self.download(f"{part}/{stem}.safetensors")
+            if not (folder / f"{stem}.safetensors").is_file():
+                self.download(f"{part}/{stem}*.safetensors*")
+        file, index = weight_names(folder, stem)
+        # Where both lie there, transformers reads the one file, diffusers the shards.
+        if index.is_file() and not (part.startswith("text_encoder") and file.is_file()):
+            names = read_object(index, f"{self.source}: {part}").get("weight_map")
+            names = set(names.values()) if isinstance(names, dict) else set()
+            if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+                raise UserError(f"{index}: its weight_map names no files beside it: fetch or copy it again")
+            return [folder / name for name in sorted(names)]
+        if file.is_file():
+            return [file]
+        target, pickles = folder / f"{stem}.safetensors", sorted(folder.glob("*.bin"))
+        advice = "; its .bin files are pickles: save the pipeline with safe_serialization" if pickles else ""
+        if len(pickles) == 1:
+            advice = f"; {pickles[0].name} is a pickle: `prunet convert {pickles[0]} -o {target}`"
+        raise UserError(f"{self.source}: no {part}/{target.name}{advice}")
+
+    def weights_here(self, part: str) -> bool:
+        return self.hub is None and self._folder is not None and any((self._folder / part).glob("*.safetensors*"))
+
+
+def weight_names(folder: Path, stem: str) -> tuple[Path, Path]:
+    """The weights' one file and the index of their shards, as stock diffusers would look for one or the other.
+
+    Without a variant (`fp16`, `non_ema`) where there is one of them, else of the only variant, or of fp16.
+
+    Raises:
+        UserError: several variants to choose from.
+    """
+    found = {_variant(file.name, stem) for file in folder.glob(f"{stem}.*")} if folder.is_dir() else set()
+    variants = sorted(variant for variant in found if variant)
+    if None in found or not variants:
+        return folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if len(variants) > 1 and "fp16" not in variants:
+        raise UserError(
+            f"{folder}: weights in the variants {', '.join(variants)}, and none without; copy the one that you want to "
+            f"{stem}.safetensors"
+        )
+    variant = "fp16" if "fp16" in variants else variants[0]
+    return folder / f"{stem}.{variant}.safetensors", folder / f"{stem}.safetensors.index.{variant}.json"
+
+
+def _variant(name: str, stem: str) -> str | None:
+    """`fp16` of `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`, `model.safetensors.index.fp16.json`;
+    "" of a file that is none of the part's weights."""
+    if not (
+        found := re.fullmatch(rf"{stem}(?:\.(\w+))?(-\d+-of-\d+)?\.safetensors(?:\.index(?:\.(\w+))?\.json)?", name)
+    ):
+        return ""
+    return found[1] or found[3]
+
+
+def _check_names(index: dict[str, Any], path: Path) -> None:
+    """A part is a folder beside `model_index.json`, and nowhere else."""
+    for part, value in index.items():
+        if not isinstance(value, list):
+            continue
+        is_pair = len(value) == 2 and all(item is None or isinstance(item, str) for item in value)
+        if not re.fullmatch(r"\w+", part) or not is_pair:
+            raise UserError(
+                f"{path}: {part!r}: {value}: a part has a name of letters, digits and _, a library and a class: fetch "
+                "or copy it again"
+            )
+
+
+def from_config(cls: Any, config: dict[str, Any]) -> Any:
+    try:
+        return cls.from_config(config)
+    except Exception as error:  # of any kind: diffusers takes the numbers as they are
+        raise UserError(f"The teacher's scheduler/scheduler_config.json makes no {cls.__name__} ({error})") from error
+
+
+def read_object(path: Path, message: str) -> dict[str, Any]:
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{message}: no file {path}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{message}: {path} is not readable JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{message}: {path} holds no JSON object")
+    return value
