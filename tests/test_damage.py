@@ -13,7 +13,7 @@ from test_cli import call
 from torch._utils import ExceptionWrapper
 
 from prunet import Run, Runtime, UserError, load_recipe
-from prunet.data import encoding as latents
+from prunet.data import cache as blocks
 from prunet.data.cache import Cache
 from prunet.disk.files import read_json
 from prunet.disk.ownership import LOCK
@@ -87,7 +87,7 @@ def try_all(capsys, whole: Path, place: Path, name: Path, way: Callable, verbs: 
         (place / "whole").symlink_to(whole)
         (out := place / "out").mkdir()
         way(folder / name, folder / partner(name, files_of(folder)))
-        latents._opened.cache_clear()
+        blocks._opened.cache_clear()
         code, _, err = call(capsys, *commands(folder, out)[verb])
         errors = [line for line in err.splitlines() if line.startswith("error")]
         assert code in (0, 2) and len(errors) == (code == 2) and "Traceback" not in err, (name, way, verb, err)
@@ -122,7 +122,7 @@ def test_every_file_damaged_in_every_way_is_one_line(way, finished, capsys, tmp_
 
 @pytest.fixture
 def folder(finished: Path, tmp_path: Path) -> Path:
-    latents._opened.cache_clear()
+    blocks._opened.cache_clear()
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
@@ -169,7 +169,7 @@ def test_a_bit_that_fell_over_is_named_and_what_is_said_fixes_it(name, folder, f
     before = files_of(folder)
     do_as_told(str(error.value), folder)
     assert files_of(folder) != before, error.value
-    latents._opened.cache_clear()
+    blocks._opened.cache_clear()
     opened(folder).finish("distil")
     for weights in (f"student/{WEIGHTS}", f"stage-1/unet/{WEIGHTS}", "cache/shard-00000.safetensors"):
         assert (folder / weights).read_bytes() == (finished / weights).read_bytes()
@@ -206,7 +206,7 @@ def test_files_of_another_run_are_noticed(folder, finished, tmp_path) -> None:
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)
         copy(other.folder / name, folder / name)
-        latents._opened.cache_clear()
+        blocks._opened.cache_clear()
         with pytest.raises(UserError, match=words):
             read()
 
@@ -222,10 +222,10 @@ def test_caches_and_runs_of_older_versions_are_read(folder) -> None:
     steps = read_json(folder / "steps.json")
     (folder / "steps.json").write_text(json.dumps({n: {"inputs": s["inputs"], "seconds": 1} for n, s in steps.items()}))
     for path in (folder / "cache").glob("*.safetensors"):
-        label = latents._shard_label(path) if "shard" in path.name else {}
+        label = blocks.shard_label(path) if "shard" in path.name else {}
         label.pop(CHECKSUM, None)
         save_file(load_file(path), path, metadata={"label": json.dumps(label)})
-    latents._opened.cache_clear()
+    blocks._opened.cache_clear()
     this = opened(folder)
     assert this.are_done(this.step_names())
     before = Cache.open(folder / "cache").sample(2)
@@ -250,8 +250,8 @@ def test_what_a_loader_of_samples_finds_is_one_line(monkeypatch) -> None:
 
 def test_a_block_is_verified_once(folder, monkeypatch) -> None:
     seen: list[str] = []
-    real = latents._checksum
-    monkeypatch.setattr(latents, "_checksum", lambda path, *rest: seen.append(path.name) or real(path, *rest))
+    real = blocks.shard_checksum
+    monkeypatch.setattr(blocks, "shard_checksum", lambda path, *rest: seen.append(path.name) or real(path, *rest))
     for _ in range(2):
         opened_cache = Cache.open(folder / "cache")
         for i in (0, 3, 5):

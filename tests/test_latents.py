@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from prunet import Cache, Teacher, UserError, cache
+from prunet.data import cache as blocks
 from prunet.data import encoding as latents
 from prunet.data.pictures import bucket_sizes, fit
 from prunet.recipe.recipe import Data
@@ -140,7 +141,7 @@ def test_damaged_shard_is_one_clear_line(sd, pictures, tmp_path) -> None:
     cache(Teacher(sd), Data(source=str(pictures)), tmp_path / "c")
     shard = tmp_path / "c" / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:5000])
-    latents._opened.cache_clear()
+    blocks._opened.cache_clear()
     with pytest.raises(UserError, match="damaged"):
         Cache.open(tmp_path / "c")
 
@@ -150,7 +151,7 @@ def test_what_is_said_of_a_damaged_cache_mends_it(sd, pictures, tmp_path) -> Non
     whole = cache(Teacher(sd), data, folder).unconditional.embeds
     empty = folder / "unconditional.safetensors"
     empty.unlink()
-    latents._opened.cache_clear()
+    blocks._opened.cache_clear()
     with pytest.raises(UserError, match=f"{empty}: missing.*: delete {folder / 'cache.json'} and run") as error:
         _ = Cache.open(folder).unconditional
     assert "\n" not in str(error.value)
