@@ -20,9 +20,12 @@ from prunet.disk.ownership import LOCK, hold, kind_of
 from prunet.disk.seals import SEAL
 from prunet.evaluation import measuring
 from prunet.exports import folder as pipeline
+from prunet.exports import single_file
 from prunet.runs import ablation
 from prunet.runs import run as runs
+from prunet.sampling import draw
 from prunet.speed import bench as inference
+from prunet.student import folder as student_folder
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
 
@@ -128,10 +131,10 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 def begins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kind of work ends where it would begin."""
     for module, name in (
-        (runs, "save_unet"),
+        (student_folder, "save_unet"),
         (pipeline, "export"),
-        (pipeline, "export_single_file"),
-        (pipeline, "generate"),
+        (single_file, "export_single_file"),
+        (draw, "generate"),
         (runs.Run, "finish"),
         (ablation, "Run"),
         (measuring.Reference, "open"),
