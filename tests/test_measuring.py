@@ -191,7 +191,7 @@ def test_a_broken_real_picture_is_named_before_anything_is_drawn(sd: Path, proto
     real = Path(shutil.copytree(protocol.parent / "real", tmp_path / "real"))
     (real / "00.png").write_bytes((real / "00.png").read_bytes()[:200])
     (real / "folder.png").mkdir()
-    with pytest.raises(UserError, match=r"00\.png: .*take it away or mend it"):
+    with pytest.raises(UserError, match=r"00\.png: .*remove it or fix it"):
         run(sd, protocol, tmp_path / "out", real=real)
     assert not list((tmp_path / "out").rglob("*.tar"))
     for path in sorted(real.glob("*.png"))[:25]:

@@ -152,7 +152,7 @@ def make_runtime(device: str | None = None, precision: str = "auto", tracker: st
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             first = str(error).splitlines()[0][:120]
-            raise UserError(f"--device {device}: not to be had here ({first}); try cpu") from error
+            raise UserError(f"--device {device}: not available here ({first}); try cpu") from error
     if tracker is not None:
         from accelerate.tracking import get_available_trackers
 

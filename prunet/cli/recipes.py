@@ -96,7 +96,7 @@ def distil(
     overrides: SetOption = None,
     as_json: Json = False,
 ) -> None:
-    """Do a recipe up to the distilled student; goes on from the last checkpoint."""
+    """Do a recipe up to the distilled student; resumes from the last checkpoint."""
     _run_until("distil", recipe, overrides, runtime, as_json)
 
 
@@ -144,7 +144,7 @@ def ablate(
 ) -> None:
     """Do one recipe in several ways, with several seeds each, and make one table with intervals.
 
-    What is finished is skipped, so the same command goes on where it was stopped.
+    What is finished is skipped, so the same command resumes where it was stopped.
     """
     from prunet.runs.ablation import ablate as do_all
     from prunet.runs.ablation import load_ablation, markdown

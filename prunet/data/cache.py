@@ -190,7 +190,7 @@ def shard_label(path: Path) -> dict[str, Any]:
 
 
 def _again(path: Path) -> str:
-    """A cache without `cache.json` goes on at the first file that is not there."""
+    """A cache without `cache.json` resumes at the first file that is not there."""
     it = f"{path} and " if path.exists() else ""
     return f"delete {it}{path.parent / 'cache.json'} and run the cache again"
 

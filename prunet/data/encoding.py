@@ -66,7 +66,7 @@ def pictures_are_gone(data: Data, made: Path) -> bool:
 
 
 def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234, like: Cache | None = None) -> Cache:
-    """Encodes pictures and captions (or lets the teacher draw prompts) into `folder`; goes on where it was stopped.
+    """Encodes pictures and captions (or lets the teacher draw prompts) into `folder`; resumes where it was stopped.
 
     From `like`, another teacher's cache of the same pictures, it takes over what this one would compute again
     (`Cache.kept`). Several processes share out the shards.

@@ -67,7 +67,7 @@ def _open(path: Path) -> Image.Image:
     try:
         return make_picture(path.name, ("",), "", path).open()
     except BrokenPicture as error:
-        raise UserError(f"--real: {path.parent / error.key}: {error.why}: take it away or mend it") from error
+        raise UserError(f"--real: {path.parent / error.key}: {error.why}: remove it or fix it") from error
 
 
 def extract(shards: Sequence[Shard], net: Any, protocol: Protocol, folder: Path) -> None:

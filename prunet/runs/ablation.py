@@ -172,7 +172,7 @@ def _each_done(todo: Mapping[tuple[str, int], Run], workers: int) -> Any:
             raise UserError(
                 "A worker was killed (out of memory, perhaps): lower --workers; the same command resumes from here"
             ) from error
-        except BaseException:  # or all that is queued would be done first; what is under way goes on from checkpoints
+        except BaseException:  # or all that is queued would be done first; what is under way resumes from checkpoints
             for worker in set(active_children()).difference(others):
                 worker.terminate()
             raise

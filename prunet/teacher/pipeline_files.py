@@ -177,7 +177,7 @@ class PipelineFiles:
             return Path(snapshot_download(self.hub, revision=self._revision, allow_patterns=list(patterns)))
         except Exception as error:  # the hub client's, its HTTP library's, the disk's
             raise UserError(
-                f"{self.hub}: neither a folder here nor to be had from the hub ({type(error).__name__}); check the "
+                f"{self.hub}: neither a folder here nor available from the hub ({type(error).__name__}); check the "
                 "name, the network, and `hf auth login` if it is gated"
             ) from error
 

@@ -27,7 +27,7 @@ def log_note(row: dict[str, Any]) -> str:
 
 
 class Log:
-    """`log.jsonl`: one row a read-back. Rows after the checkpoint from which a run goes on are dropped."""
+    """`log.jsonl`: one row a read-back. Rows after the checkpoint from which a run resumes are dropped."""
 
     def __init__(self, path: Path, start: int) -> None:
         kept = [row for row in read_log(path) if row["step"] <= start] if path.exists() else []

@@ -209,7 +209,7 @@ def distil(
                 bar.advance(0, log_note(row))
                 if drawing and sheets:
                     sheets.draw(done, student, held, ema)
-                # Last, so that a run that goes on from this checkpoint has all that belongs to the steps before it.
+                # Last, so that a run that resumes from this checkpoint has all that belongs to the steps before it.
                 if saving:
                     save(folder, done, stage, student, optimizer, ema, accelerator, keep_checkpoints)
                 accelerator.wait_for_everyone()
@@ -246,7 +246,7 @@ def _check_finite(means: dict[str, float], step: int, stage: Stage, folder: Path
         saved = checkpoints(folder)
         state = f"the last good state is {saved[-1]}" if saved else "no checkpoint was written yet"
         raise UserError(
-            f"The loss is not finite at step {step} ({', '.join(bad[:3])}); {state}, and the same command goes on from "
+            f"The loss is not finite at step {step} ({', '.join(bad[:3])}); {state}, and the same command resumes from "
             f"there: try a lower learning_rate (now {stage.learning_rate:g}), more warmup_steps, a lower "
             "max_grad_norm, or --precision bf16 or no"
         )
