@@ -53,7 +53,7 @@ def progress(text: str, total: float | None) -> Iterator["Bar"]:
         TextColumn("<"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=console.quiet or not console.is_terminal) as shown:
+    with Progress(*columns, console=console, disable=console.quiet or not (console.is_terminal and text)) as shown:
         yield Bar(shown, text, total)
 
 
