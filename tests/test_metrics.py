@@ -14,7 +14,7 @@ from PIL import Image
 
 from prunet.evaluation import metrics
 from prunet.evaluation.metrics import Moments
-from prunet.intervals import mean_of
+from prunet.intervals import jackknife, mean_of
 
 EVAL = Path(sys.prefix) / "eval"  # torch-fidelity and torchvision, which `make setup` keeps apart
 
@@ -77,7 +77,7 @@ def test_intervals_hold_what_they_say() -> None:
         values = rng.normal(3, 1, size=60)
         found = mean_of(values)
         hits += found.low <= 3 <= found.high
-        found = metrics._jackknife(values.var(ddof=1), 60, lambda kept, v=values: float(v[kept].var(ddof=1)))
+        found = jackknife(values.var(ddof=1), 60, lambda kept, v=values: float(v[kept].var(ddof=1)))
         jack += found.low <= 1 <= found.high
     assert 0.89 <= hits / 200 <= 0.99 and 0.86 <= jack / 200 <= 0.99
 

@@ -419,3 +419,19 @@ def test_a_teacher_of_the_hub_is_checked_when_it_is_here(sd, tmp_path, monkeypat
     assert not any("safetensors" in pattern for rest in asked for pattern in rest["allow_patterns"])
     with pytest.raises(UserError, match=r"vae/\S+ has no encoder\.\S+, which this AutoencoderKL needs"):
         teacher.check_weights()
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_a_tokenizer_of_another_text_encoder_is_refused(kind, request, tmp_path) -> None:
+    folder = Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "teacher"))
+    last = "tokenizer_2" if kind == "sdxl" else "tokenizer"
+    path = folder / last / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    for wrong in ({**config, "model_max_length": 1000}, {k: v for k, v in config.items() if k != "model_max_length"}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=rf"{last}: makes [\d,]+ tokens at once"):
+            Teacher(folder).check_weights()
+    shutil.rmtree(folder / last)
+    shutil.copytree(Path(__file__).parent.parent / "emoji" / "emoji-sd" / "tokenizer", folder / last)
+    with pytest.raises(UserError, match="kinds of tokens"):
+        Teacher(folder).check_weights()

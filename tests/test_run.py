@@ -322,3 +322,17 @@ def test_killed_three_times_ends_in_the_same_files(tmp_path, pictures) -> None:
     assert killed >= 2, "the kills came too late to mean anything"
     assert start(parts).wait(300) == 0
     assert contents(tmp_path / "parts" / "run") == contents(tmp_path / "whole" / "run")
+
+
+def test_a_stage_that_cannot_resume_is_refused_before_what_is_done_is_undone(sd, pictures, tmp_path) -> None:
+    stage = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 0}
+    path = recipe_file(tmp_path, sd, pictures, stages=[stage])
+    folder = run(load_recipe(path), CPU)
+    before = {p: p.read_bytes() for p in (folder / "recipe.yaml", folder / "steps.json")}
+    for change, message in (
+        ("stages.0.steps=1", "already past steps 1"),
+        ("stages.0.learning_rate=0.5", "is finished"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Run(load_recipe(path, [change]), CPU)
+    assert {p: p.read_bytes() for p in before} == before

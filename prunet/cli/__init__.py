@@ -1,6 +1,7 @@
 """The command line. Each verb is one public function; `--json` makes the last line of stdout one JSON object."""
 
 import errno
+import io
 import os
 import re
 import signal
@@ -42,6 +43,9 @@ def _root(
 def main() -> None:
     """Runs the command line; a `UserError` is one line on stderr and exit code 2."""
     _quiet()
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a sign shows its number
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     _listen()
     try:
         code = _call()

@@ -153,7 +153,7 @@ def bench(
     its multiply-adds (MACs) allow: twice as fast for half the MACs. Where it reaches less than 90 % of that, the table
     tells which operations take the rest.
 
-    Example: prunet bench my-model runs/mine --batch-size 1 --batch-size 4 -o runs/mine/bench
+    Example: prunet bench my-model runs/mine --batch-size 1 --batch-size 4 -o runs/bench
 
     Before anything is trained: prunet bench my-model --plan bk-small --plan bk-tiny
     """

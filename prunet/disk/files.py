@@ -124,7 +124,8 @@ def _error_number(error: BaseException) -> int | None:
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    if found := re.search(r"\(os error (\d+)\)", str(error)):
+    # safetensors' words, or those of shutil.Error, which holds the errors of several files.
+    if found := re.search(r"(?:\(os error |\[Errno )(\d+)[\])]", str(error)):
         return int(found[1])
     lost = r"PytorchStreamWriter|inline_container|iostream error|encoder error"
     return errno.ENOSPC if re.search(lost, str(error)) else None

@@ -19,9 +19,9 @@ from prunet.errors import UserError
 LOCK = ".prunet.lock"
 #: What versions without seals left: a folder is of this kind if it holds all of one of these lists.
 UNSEALED = {
-    "run": (("recipe.yaml", "plan.json"), ("recipe.yaml", "steps.json")),
+    "run": (("recipe.yaml", "plan.json", "steps.json"),),
     "cache": (("spec.json", "unconditional.safetensors"), ("spec.json", "cache.json")),
-    "ablation": (("ablation.json", "ablation.md"), ("caches",)),
+    "ablation": (("ablation.json", "ablation.md"),),
     "measurement": (("measures.json",), ("pictures/spec.json",)),
     "bench": (("bench.json", "bench.md"),),
 }

@@ -88,11 +88,6 @@ def _pictures(folder: Path, evaluation: Row) -> list[dict[str, Any]]:
 
 def _sheets(folder: Path) -> list[dict[str, Any]]:
     """Some of the sheets drawn while training, the first and the last among them."""
-    chosen = thin(sorted(folder.glob("step-*.png")), MOST_SHEETS)
+    drawn = [p for p in folder.glob("step-*.png") if p.is_file() and p.stem.removeprefix("step-").isdigit()]
+    chosen = thin(sorted(drawn), MOST_SHEETS)
     return [{"step": int(p.stem.removeprefix("step-")), **(inline(p, SHEET_SIDE) or {})} for p in chosen]
-
-
-# -- the U-Net
-
-
-# -- charts

@@ -53,7 +53,7 @@ from prunet.teacher.configs import check_condition
 from prunet.teacher.copying import check_other_parts
 from prunet.teacher.space import check_same_space, check_size
 from prunet.teacher.teacher import Teacher
-from prunet.training.checkpoints import PACE
+from prunet.training.checkpoints import PACE, check_stage
 from prunet.training.fit import micro_batch_of
 from prunet.training.log import read_log
 from prunet.training.loop import distil
@@ -128,6 +128,9 @@ class Run:
             self.micro_batch(number)
             term_factors(self.pairs(number), stage.losses.weights)
         self._check_folder()
+        for number, stage in enumerate(recipe.stages, 1):
+            if not self.is_done(f"stage-{number}"):  # refused here, before what is done is begun again
+                check_stage(self.folder / f"stage-{number}", stage)
         if not self.are_done(self.step_names()):  # a finished run may lie where nothing can be written
             self._check_disk()
         for number, stage in enumerate(recipe.stages, 1):

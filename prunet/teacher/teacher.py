@@ -60,11 +60,26 @@ class Teacher(PipelineFiles):
             for part in self.text_encoders:
                 self.vocabulary_files(part)
                 if not headers_only:
-                    open_tokenizer(self._folder / part.replace("text_encoder", "tokenizer"))
+                    self._check_tokenizer(part)
         for part in parts:
             placed = self.place(part)
             if not headers_only:
                 placing.check_finite(placed)
+
+    def _check_tokenizer(self, part: str) -> None:
+        """Refuses a tokenizer that makes more tokens, or other ones, than its text encoder `part` has places for."""
+        folder, config = self.configs() / part.replace("text_encoder", "tokenizer"), self.part_config(part)
+        tokenizer = open_tokenizer(folder)
+        sides = (
+            ("tokens at once", tokenizer.model_max_length, config.get("max_position_embeddings", 77)),
+            ("kinds of tokens", len(tokenizer), config.get("vocab_size", 49408)),
+        )
+        for what, given, most in sides:
+            if given > most:
+                raise UserError(
+                    f"{folder}: makes {given:,} {what}, its {part} has places for {most:,}: copy the tokenizer (with "
+                    "its tokenizer_config.json) from the same pipeline as the text encoder"
+                )
 
     def place(self, part: str, model: Any = None) -> placing.Placed:
         """Where each tensor of a part lies: in the single file, or in those of its folder. `model`: an empty one."""

@@ -84,6 +84,40 @@ def _mapped(state: dict[str, Any], change: Any, student: UNet2DConditionModel) -
     return {**state, "state": moments}
 
 
+def check_stage(folder: Path, stage: Stage) -> tuple[dict[str, Any], list[str]]:
+    """The state of the last checkpoint (`step`, `stage`, `scaler`; nothing where there is none), and which settings of
+    the stage have changed since.
+
+    Raises:
+        UserError: `stage` cannot resume from it.
+    """
+    saved = checkpoints(folder)
+    if not saved:
+        return {}, []
+    fix = f"damaged is {saved[-1]}: {_before(saved)}"
+    state = read_label(saved[-1] / "state.json", ("step", "stage", "scaler"), fix)
+    now = stage.model_dump(mode="json")
+    changed = sorted(k for k in now if state["stage"].get(k) != now[k])
+    if set(changed) - PACE:
+        key = next(k for k in changed if k not in PACE)
+        raise UserError(
+            f"{saved[-1]}: trained with {key} {state['stage'].get(key)}, now {now[key]}: set it back, give another "
+            f"output, or delete {folder / 'checkpoints'}"
+        )
+    if state["step"] == stage.steps and changed:
+        raise UserError(
+            f"{saved[-1]}: the stage is finished, with {changed[0]} {state['stage'][changed[0]]}, now "
+            f"{now[changed[0]]}: set it back, raise steps to resume, or give another output"
+        )
+    if state["step"] > stage.steps:
+        raise UserError(f"{saved[-1]}: already past steps {stage.steps}: raise it, or delete {folder / 'checkpoints'}")
+    return state, changed
+
+
+def _before(saved: list[Path]) -> str:
+    return f"delete it to resume from {saved[-2]}" if len(saved) > 1 else "delete it to begin anew"
+
+
 def resume(
     folder: Path,
     stage: Stage,
@@ -96,24 +130,10 @@ def resume(
     saved = checkpoints(folder)
     if not saved:
         return 0
-    before = f"delete it to resume from {saved[-2]}" if len(saved) > 1 else "delete it to begin anew"
+    before = _before(saved)
     verify(saved[-1], f"damaged is {saved[-1]}: {before}")
-    state = read_label(saved[-1] / "state.json", ("step", "stage", "scaler"), f"damaged is {saved[-1]}: {before}")
+    state, changed = check_stage(folder, stage)
     now = stage.model_dump(mode="json")
-    changed = sorted(k for k in now if state["stage"].get(k) != now[k])
-    if set(changed) - PACE:
-        key = next(k for k in changed if k not in PACE)
-        raise UserError(
-            f"{saved[-1]}: trained with {key} {state['stage'].get(key)}, now {now[key]}: set it back, give another "
-            f"output, or delete {folder / 'checkpoints'}"
-        )
-    if state["step"] == stage.steps and changed:
-        raise UserError(
-            f"{saved[-1]}: the stage is finished, with {changed[0]} {state['stage'][changed[0]]}, now "
-            f"{now[changed[0]]}: set it back, raise steps to go on, or give another output"
-        )
-    if state["step"] > stage.steps:
-        raise UserError(f"{saved[-1]}: already past steps {stage.steps}: raise it, or delete {folder / 'checkpoints'}")
     try:
         named = dict(student.named_parameters())
         weights = load_file(saved[-1] / "student.safetensors")
