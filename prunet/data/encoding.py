@@ -33,9 +33,6 @@ from prunet.teacher.teacher import Teacher, after_overflow
 ENCODE_BATCH = 16
 
 
-# -- making one
-
-
 def cache_spec(teacher: Teacher, data: Data, seed: int, made: Path | None = None) -> dict[str, Any]:
     """What decides the bytes of a cache. `made`: a finished one, of which the pictures may be gone."""
     parts = ["vae", *teacher.text_encoders] + (["unet"] if data.prompts is not None else [])

@@ -18,8 +18,6 @@ from prunet.student.folder import write_unet
 from prunet.teacher.copying import save_parts
 from prunet.teacher.teacher import Teacher
 
-# -- writing a student
-
 
 def export(
     teacher: Teacher,

@@ -1,4 +1,4 @@
-"""What pages are made of: numbers as text, pictures as data, charts as lines in a square of 1000."""
+"""What pages are made of: pictures as data, charts as lines in a square of 1000."""
 
 import base64
 import io
@@ -31,9 +31,6 @@ def is_page(path: Path) -> bool:
     """Whether a file is a page that `render` made."""
     with path.open("rb") as file:
         return b'name="generator" content="prunet ' in file.read(4096)
-
-
-# -- numbers as text
 
 
 # -- pictures

@@ -536,9 +536,6 @@ def read_paths(recipe: Recipe) -> list[Path]:
     return [path for path in (Path(source).expanduser() for source in sources) if path.exists()]
 
 
-# -- what the steps write and read
-
-
 def recipe_yaml(recipe: Recipe) -> str:
     value = recipe.model_dump(mode="json")
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)

@@ -115,7 +115,7 @@ def check_stage(folder: Path, stage: Stage) -> tuple[dict[str, Any], list[str]]:
 
 
 def _before(saved: list[Path]) -> str:
-    return f"delete it to resume from {saved[-2]}" if len(saved) > 1 else "delete it to begin anew"
+    return f"delete it to resume from {saved[-2]}" if len(saved) > 1 else "delete it to begin again"
 
 
 def resume(

@@ -236,9 +236,6 @@ def _adamw(runtime: Runtime) -> Any:
     return bitsandbytes.optim.AdamW8bit
 
 
-# -- what is written on the way
-
-
 def _check_finite(means: dict[str, float], step: int, stage: Stage, folder: Path, *, overflow_is_skipped: bool) -> None:
     """Losses and gradients; in fp16 the scaler skips the steps whose gradients overflow."""
     bad = [n for n, v in means.items() if not math.isfinite(v) and not (n == "grad_norm" and overflow_is_skipped)]
