@@ -211,7 +211,7 @@ def test_pictures_of_nobody_are_not_used(sd: Path, protocol: Path, whole: Path, 
 def test_a_damaged_spec_says_how_to_mend_it(sd: Path, protocol: Path, whole: Path, tmp_path: Path, text: str) -> None:
     pictures = copy_of(whole, tmp_path) / "pictures"
     (pictures / "spec.json").write_text(text)
-    mend = rf"{pictures}/spec\.json: .*: delete {pictures} to draw anew, or give another --output"
+    mend = rf"{pictures}/spec\.json: .*: delete {pictures} to draw again, or give another --output"
     with pytest.raises(UserError, match=mend) as error:
         run(sd, protocol, pictures.parent)
     assert "\n" not in str(error.value)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunet.data.pictures import extra, one_line
+from prunet.data.pictures import extra, reason_of
 from prunet.errors import UserError
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "description", "sentences")
@@ -62,7 +62,7 @@ def json_object(data: bytes | str, where: str) -> dict[str, Any]:
     try:
         text = data if isinstance(data, str) else _decoded(data)
     except ValueError as error:
-        raise UserError(f"{where}: cannot be read as UTF-8 text ({one_line(error)})") from None
+        raise UserError(f"{where}: cannot be read as UTF-8 text ({reason_of(error)})") from None
     try:
         if isinstance(row := json.loads(text), dict):
             return row
@@ -148,7 +148,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     number += 1
                     yield f"row {number}", row
     except (OSError, ValueError, arrow.ArrowException) as error:
-        raise UserError(f"{path}: cut off or damaged after {number} rows ({one_line(error)})") from None
+        raise UserError(f"{path}: cut off or damaged after {number} rows ({reason_of(error)})") from None
 
 
 def _text_lines(path: Path) -> Iterator[str]:
@@ -162,4 +162,4 @@ def _text_lines(path: Path) -> Iterator[str]:
                     raise UserError(f"{path}, line {line}: longer than {MAX_TEXT >> 20} MiB; one row a line")
                 yield data.decode("utf-8-sig" if line == 1 else "utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}, line {line}: cannot be read as UTF-8 text ({one_line(error)})") from None
+        raise UserError(f"{path}, line {line}: cannot be read as UTF-8 text ({reason_of(error)})") from None

@@ -158,7 +158,7 @@ def _decode(key: str, file: Path | bytes | str) -> Image.Image:
     except UnidentifiedImageError:
         why = f"not a picture ({', '.join(_formats())})"
     except Exception as error:  # decoders raise whatever they like
-        why = one_line(error)
+        why = reason_of(error)
     file = b""  # or a list of these errors, with their tracebacks, would keep all the bytes
     raise BrokenPicture(key, why)
 
@@ -252,7 +252,7 @@ def as_text(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def one_line(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prunet.data.captions import Columns, captions_of, check_columns
-from prunet.data.pictures import Picture, as_text, broken_picture, extra, make_picture, one_line
+from prunet.data.pictures import Picture, as_text, broken_picture, extra, make_picture, reason_of
 from prunet.errors import UserError
 
 
@@ -29,7 +29,7 @@ def read_parquet(columns: Columns, path: Path, label: str) -> Iterator[Picture]:
                     yield _from_row(f"{label}/{number:08d}", row, columns[0], captions, path.parent)
                     number += 1
     except (OSError, ValueError, arrow.ArrowException) as error:
-        yield broken_picture(label, f"file cut off or damaged after {number} rows ({one_line(error)})")
+        yield broken_picture(label, f"file cut off or damaged after {number} rows ({reason_of(error)})")
 
 
 def saved_dataset(folder: Path) -> Path | None:
@@ -59,7 +59,7 @@ def read_saved(folder: Path, columns: Columns) -> Iterator[Picture]:
         rows = datasets.load_from_disk(str(folder)).with_format(None)
         rows.data.validate(full=True)  # Arrow believes its files: wrong offsets would end the process
     except Exception as error:  # of pyarrow, of JSON, of features that are not known
-        raise UserError(f"{folder}: no readable dataset; save it again ({one_line(error)})") from None
+        raise UserError(f"{folder}: no readable dataset; save it again ({reason_of(error)})") from None
     captions = _check_columns(str(folder), rows.column_names, columns)
     rows = _undecoded(str(folder), rows, columns[0], captions)
     return _saved_rows(rows, as_text(folder.absolute().name), columns[0], captions, folder)
@@ -71,7 +71,7 @@ def _saved_rows(rows: Any, label: str, image_column: str, captions: tuple[str, .
         for number, row in enumerate(rows, 1):
             yield _from_row(f"{label}/{number - 1:08d}", row, image_column, captions, folder)
     except Exception as error:
-        yield broken_picture(label, f"dataset cut off or damaged after {number} rows ({one_line(error)})")
+        yield broken_picture(label, f"dataset cut off or damaged after {number} rows ({reason_of(error)})")
 
 
 def read_hub(source: str, columns: Columns) -> Iterator[Picture]:
@@ -82,7 +82,7 @@ def read_hub(source: str, columns: Columns) -> Iterator[Picture]:
         rows = datasets.load_dataset(name, split=split, streaming=True)
         names = rows.column_names or list(next(iter(rows)))
     except Exception as error:  # no network, name, split, right to read it, ...
-        why = f"{type(error).__name__}: {one_line(error)}"
+        why = f"{type(error).__name__}: {reason_of(error)}"
         raise UserError(f"{source}: no such folder, nor can owner/name:split be read from the Hub ({why})") from None
     captions = _check_columns(source, names, columns)
     rows = _undecoded(source, rows, columns[0], captions)
@@ -95,7 +95,7 @@ def _undecoded(where: str, rows: Any, image_column: str, captions: tuple[str, ..
     try:
         return rows.select_columns([image_column, *captions]).cast_column(image_column, image)
     except Exception as error:
-        raise UserError(f"{where}: column {image_column} does not hold pictures ({one_line(error)})") from None
+        raise UserError(f"{where}: column {image_column} does not hold pictures ({reason_of(error)})") from None
 
 
 def _check_columns(where: str, names: list[str], columns: Columns) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from prunet.data.captions import (
     captions_of,
     json_object,
 )
-from prunet.data.pictures import MAX_FILE_MIB, PICTURE_FILES, Picture, as_text, broken_picture, make_picture, one_line
+from prunet.data.pictures import MAX_FILE_MIB, PICTURE_FILES, Picture, as_text, broken_picture, make_picture, reason_of
 from prunet.errors import UserError
 
 SHARDS = (".tar", ".tar.gz", ".tgz")
@@ -35,7 +35,7 @@ def read_shard(columns: Columns, path: Path, label: str) -> Iterator[Picture]:
     seen: set[str] = set()
     for samples, (name, files) in enumerate(_samples(path)):
         if isinstance(files, Exception):
-            yield broken_picture(label, f"shard cut off or damaged after {samples} samples ({one_line(files)})")
+            yield broken_picture(label, f"shard cut off or damaged after {samples} samples ({reason_of(files)})")
             return
         picture = next((data for ending, data in files.items() if ending in PICTURE_FILES and data is not None), None)
         dotted = [ending for ending in files if _is_dotted_picture(ending, files, picture is None)]
@@ -90,7 +90,7 @@ def _captions(files: Files, column: str | None) -> tuple[tuple[str, ...], str]:
             if captions:
                 return captions, ""
         except (ValueError, UserError) as error:
-            why = f"no caption: its {ending} cannot be read ({one_line(error)})"
+            why = f"no caption: its {ending} cannot be read ({reason_of(error)})"
     return (), why
 
 

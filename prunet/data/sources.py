@@ -24,7 +24,7 @@ from prunet.data.pictures import (
     broken_picture,
     extra,
     make_picture,
-    one_line,
+    reason_of,
 )
 from prunet.data.rows import read_hub, read_parquet, read_saved, saved_dataset
 from prunet.data.shards import SHARDS, read_shard
@@ -144,7 +144,7 @@ def _captions_beside(stem: str, beside: Sequence[Path], column: str | None) -> t
     try:
         return next(filter(None, (caption_file(text) for text in beside if text.is_file())), ()), why
     except (OSError, ValueError) as error:
-        return (), f"no caption: its text file cannot be read ({one_line(error)})"
+        return (), f"no caption: its text file cannot be read ({reason_of(error)})"
 
 
 def _read_list(root: Path, under: str, name: str, columns: Columns, seen: set[str]) -> Iterator[Picture]:

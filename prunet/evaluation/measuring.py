@@ -160,11 +160,11 @@ def _check_folder(pictures: Path, drawing: dict[str, Any]) -> None:
         if pictures.is_dir() and any(pictures.glob("*.tar")):
             raise UserError(f"{pictures}: pictures without a spec.json: delete that folder, or give another --output")
         return
-    before = read_label(spec, drawing, f"delete {pictures} to draw anew, or give another --output")
+    before = read_label(spec, drawing, f"delete {pictures} to draw again, or give another --output")
     apart = sorted(key for key in drawing if before[key] != drawing[key])
     if apart:
         raise UserError(
-            f"{pictures}: holds pictures drawn with another {', '.join(apart)}: delete that folder to draw them anew, "
+            f"{pictures}: holds pictures drawn with another {', '.join(apart)}: delete that folder to draw them again, "
             "or give another --output"
         )
 

@@ -63,7 +63,7 @@ def distil(
 ) -> UNet2DConditionModel:
     """Trains `student` to draw as `teacher` does; returns it with its EMA weights (if the stage has an EMA).
 
-    Goes on from the last checkpoint in `folder` if there is one; on one CPU the result is bit-equal to that of a run
+    Resumes from the last checkpoint in `folder` if there is one; on one CPU the result is bit-equal to that of a run
     that was never stopped. Writes `checkpoints/`, `log.jsonl` and `sheets/`.
 
     Raises:

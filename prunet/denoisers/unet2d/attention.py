@@ -15,7 +15,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
 
 #: Scores at once: more would not be faster, and these take 64 MB (1,024 queries of 8 heads against 4,096 keys).
 SCORES = 2**25
-#: The backward pass finds the probabilities of so many scores again; of more it makes them anew.
+#: The backward pass finds the probabilities of so many scores again; of more it makes them again.
 KEPT = 2**22
 
 
