@@ -128,7 +128,8 @@ def reference_loop(
     from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
 
-    from prunet.teacher.conditioning import conditioning
+    from prunet.denoisers.condition import Condition
+    from prunet.denoisers.unet2d.inputs import arguments
 
     accelerator = Accelerator(mixed_precision=runtime.mixed_precision, cpu=runtime.torch_device.type == "cpu")
     device, parts = accelerator.device, Parts(accelerator.device, by_parts)
@@ -163,8 +164,8 @@ def reference_loop(
             noise = torch.randn_like(latents)
             t = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=device)
             noisy = scheduler.add_noise(latents, noise, t)
-            ids = torch.tensor([[args.size, args.size, 0, 0, args.size, args.size]] * len(latents), device=device)
-            known = conditioning(text.embeds, text.pooled, None if text.pooled is None else ids.float())
+            sizes = [(args.size, args.size, 0, 0, args.size, args.size)] * len(latents)
+            known = arguments(Condition(text | teacher.size_condition(sizes)).to(device))
             with parts("teacher"), torch.no_grad():
                 theirs = frozen(noisy.to(frozen.dtype), t, **known).sample
             with parts("student"):
@@ -199,6 +200,7 @@ def prunet_loop(this, cache, folder: Path, args, runtime) -> dict:
 
     from prunet.student.folder import load_unet
     from prunet.training import loop as training
+    from prunet.training.checkpoints import Saving
     from prunet.training.log import read_log
     from prunet.training.loop import distil
 
@@ -209,7 +211,7 @@ def prunet_loop(this, cache, folder: Path, args, runtime) -> dict:
         if parts:
             for name, net in (("teacher", this.teacher.unet), ("student", student)):
                 net.forward = parts.timed(name, net.forward)
-        distil(this.teacher, student, this.pairs(1), cache, stage, where, runtime=runtime, checkpoint_every=10**9)
+        distil(this.teacher, student, this.pairs(1), cache, stage, where, runtime=runtime, saving=Saving(10**9))
         rows = read_log(where / "log.jsonl")
         return [args.batch / row["images_per_s"] for row in rows[1:] or rows]
 

@@ -25,14 +25,19 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def rank() -> int:
+    """This process's number among all."""
+    return int(os.environ.get("RANK", 0))
+
+
 def is_main() -> bool:
     """Whether this process is the one that writes and says things."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return rank() == 0
 
 
 def is_mine(piece: int) -> bool:
     """Whether piece number `piece` of shared work is this process's."""
-    return piece % count() == int(os.environ.get("RANK", 0))
+    return piece % count() == rank()
 
 
 def local_rank() -> int:

@@ -17,8 +17,8 @@ from diffusers import (
 )
 
 from prunet import Teacher, build, derive, load_plan
-from prunet.denoisers.unet2d.calls import example_inputs
 from prunet.denoisers.unet2d.form import make_unet
+from prunet.denoisers.unet2d.inputs import example_inputs
 from prunet.exports.card import model_card
 from prunet.plan.derived import Derived
 from prunet.plan.plan import Plan, preset_names

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 
 from prunet.denoisers.unet2d import attention as cpu
 from prunet.denoisers.unet2d.attention import Chunked, fast_attention
-from prunet.denoisers.unet2d.calls import example_inputs
+from prunet.denoisers.unet2d.inputs import example_inputs
 
 CPU = torch.device("cpu")
 

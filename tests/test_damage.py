@@ -21,7 +21,7 @@ from prunet.disk.seals import CHECKSUM, SEAL
 from prunet.exports.single_file import export_single_file
 from prunet.report.run import write_report
 from prunet.sampling.draw import open_model
-from prunet.training import noise as draws
+from prunet.training import samples
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -243,9 +243,9 @@ def test_what_a_loader_of_samples_finds_is_one_line(monkeypatch) -> None:
         except UserError:
             ExceptionWrapper(where="in DataLoader worker process 0").reraise()
 
-    monkeypatch.setattr(draws, "DataLoader", load)
+    monkeypatch.setattr(samples, "DataLoader", load)
     with pytest.raises(UserError, match=r"^a/shard-00000\.safetensors: damaged: delete it$"):
-        next(draws.batches(None, 0, 1, 0, 1))
+        next(samples.batches(None, 0, 1, 0, 1))
 
 
 def test_a_block_is_verified_once(folder, monkeypatch) -> None:

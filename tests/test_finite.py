@@ -87,7 +87,7 @@ def test_an_embedding_that_is_not_finite_names_its_prompt(sd, tmp_path, monkeypa
         found = real(self, prompts, **options)
         for row, prompt in enumerate(prompts):
             if prompt == "a dog":
-                found.embeds[row, 0, 0] = 1e6  # more than half precision holds
+                found["prompt_embeds"][row, 0, 0] = 1e6  # more than half precision holds
         return found
 
     monkeypatch.setattr(Teacher, "encode_prompts", dogs_break)

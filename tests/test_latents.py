@@ -38,9 +38,9 @@ def test_holds_what_the_teachers_own_parts_say(sd, pictures, tmp_path) -> None:
     torch.testing.assert_close(sample.mean, dist.mean[0] * pipe.vae.config.scaling_factor, atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(sample.std, dist.std[0] * pipe.vae.config.scaling_factor, atol=2e-3, rtol=2e-3)
     embeds, _ = pipe.encode_prompt("picture 3", "cpu", 1, False)
-    torch.testing.assert_close(sample.embeds, embeds[0], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(sample.condition["prompt_embeds"], embeds[0], atol=2e-3, rtol=2e-3)
     empty, _ = pipe.encode_prompt("", "cpu", 1, False)
-    torch.testing.assert_close(made.unconditional.embeds, empty, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(made.unconditional["prompt_embeds"], empty, atol=2e-3, rtol=2e-3)
 
 
 def test_sdxl_keeps_pooled_embeddings_and_micro_conditioning(sdxl, tmp_path) -> None:
@@ -51,13 +51,14 @@ def test_sdxl_keeps_pooled_embeddings_and_micro_conditioning(sdxl, tmp_path) -> 
     embeds, _, pooled, _ = teacher.pipeline().encode_prompt(
         "picture 1", device="cpu", do_classifier_free_guidance=False
     )
-    assert sample.pooled is not None
-    torch.testing.assert_close(sample.embeds, embeds[0], atol=2e-3, rtol=2e-3)
-    torch.testing.assert_close(sample.pooled, pooled[0], atol=2e-3, rtol=2e-3)
-    height, width, _, _, *target = sample.time_ids.tolist()
+    torch.testing.assert_close(sample.condition["prompt_embeds"], embeds[0], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(sample.condition["pooled"], pooled[0], atol=2e-3, rtol=2e-3)
+    height, width, _, _, *target = sample.condition["time_ids"].tolist()
     assert (height, width) == (40, 41)
     assert target == [16, 16]
-    assert made.unconditional.embeds.abs().sum() == 0, "SDXL's empty prompt is zeros where its pipeline says so"
+    assert made.unconditional["prompt_embeds"].abs().sum() == 0, (
+        "SDXL's empty prompt is zeros where its pipeline says so"
+    )
 
 
 def test_killed_and_given_again_ends_in_the_same_bytes(sd, pictures, tmp_path, small_shards, monkeypatch) -> None:
@@ -148,7 +149,7 @@ def test_damaged_shard_is_one_clear_line(sd, pictures, tmp_path) -> None:
 
 def test_what_is_said_of_a_damaged_cache_mends_it(sd, pictures, tmp_path) -> None:
     folder, data = tmp_path / "c", Data(source=str(pictures))
-    whole = cache(Teacher(sd), data, folder).unconditional.embeds
+    whole = cache(Teacher(sd), data, folder).unconditional["prompt_embeds"]
     empty = folder / "unconditional.safetensors"
     empty.unlink()
     blocks._opened.cache_clear()
@@ -156,7 +157,7 @@ def test_what_is_said_of_a_damaged_cache_mends_it(sd, pictures, tmp_path) -> Non
         _ = Cache.open(folder).unconditional
     assert "\n" not in str(error.value)
     (folder / "cache.json").unlink()
-    assert cache(Teacher(sd), data, folder).unconditional.embeds.equal(whole)
+    assert cache(Teacher(sd), data, folder).unconditional["prompt_embeds"].equal(whole)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "5", '{"format": 2}', None])
@@ -304,9 +305,9 @@ def test_captions_cut_at_the_token_limit_are_counted(kind, of, request, tmp_path
     assert json.loads((tmp_path / "c" / "cache.json").read_text())["cut"] == 3
     lines = [line for line in capsys.readouterr().err.splitlines() if "cut" in line]
     assert len(lines) == 1 and "3 of 6 captions are cut" in lines[0]
-    embeds = teacher.encode_prompts(["b " * 75, "a " * 74]).embeds
-    torch.testing.assert_close(made.sample(1).embeds, embeds[0], atol=2e-3, rtol=2e-3)
-    assert (made.sample(0).embeds - embeds[1]).abs().max() > 0.01, "a caption that fits is whole"
+    embeds = teacher.encode_prompts(["b " * 75, "a " * 74])["prompt_embeds"]
+    torch.testing.assert_close(made.sample(1).condition["prompt_embeds"], embeds[0], atol=2e-3, rtol=2e-3)
+    assert (made.sample(0).condition["prompt_embeds"] - embeds[1]).abs().max() > 0.01, "a caption that fits is whole"
 
 
 def test_where_nothing_is_cut_nothing_is_said(sd, pictures, tmp_path, capsys) -> None:

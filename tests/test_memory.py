@@ -10,7 +10,7 @@ from prunet import Teacher, derive, load_plan
 from prunet.denoisers.taps import tap
 from prunet.denoisers.unet2d import form as unet
 from prunet.denoisers.unet2d.attention import fast_attention
-from prunet.denoisers.unet2d.calls import example_inputs
+from prunet.denoisers.unet2d.inputs import example_inputs
 from prunet.training.losses import feature_losses, mse
 from prunet.training.memory import Living, step_memory
 

@@ -7,14 +7,16 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from test_plan import plan_of
+from torch.utils.data import default_collate
 
 from prunet import Teacher, UserError, build, derive, distil, load_plan
 from prunet.data.encoding import cache
-from prunet.denoisers.base import LEVELS, Pair
-from prunet.denoisers.unet2d.pairs import check_shapes, term_factors
+from prunet.denoisers.architecture import check_shapes
+from prunet.denoisers.pairs import LEVELS, Pair, term_factors
+from prunet.denoisers.unet2d.architecture import UNET2D
 from prunet.recipe.recipe import Data, Losses, Stage
 from prunet.runtime import Runtime
-from prunet.training.loop import Draws
+from prunet.training.samples import Samples
 
 PRESETS = [
     ("sd-v1", "bk-base"),
@@ -68,7 +70,7 @@ def test_pair_of_two_shapes_is_refused() -> None:
     """The stage output of bk-tiny that lost its downsampler, against the teacher's that has one."""
     derived = plan_of("sd-v1", "bk-tiny")
     with pytest.raises(UserError, match=r"\(1280, 16, 16\).*\(1280, 8, 8\)"):
-        check_shapes(derived.teacher_config, derived.student_config, [Pair("down_blocks.2", "down_blocks.2")])
+        check_shapes(UNET2D, derived.teacher_config, derived.student_config, [Pair("down_blocks.2", "down_blocks.2")])
 
 
 def test_factor_is_that_of_the_last_pattern_around_the_module() -> None:
@@ -90,12 +92,13 @@ def test_the_26_term_loss_is_the_formula(sdxl, pictures, tmp_path, normalize: bo
     losses = Losses(task=1.0, output=0.5, feature=0.5, level="layer", normalize=normalize)
     stage = Stage(steps=1, batch_size=3, losses=losses, caption_dropout=0.0, warmup_steps=0, ema_decay=None)
 
-    draws = [Draws(made, stage, 5, 1000)[(0, position)] for position in range(3)]
-    batch = {key: torch.stack([draw[key] for draw in draws]) for key in draws[0]}
+    samples = Samples(made, stage, 5, teacher.process)
+    batch = default_collate([samples[0, position] for position in range(3)])
     noisy = DDPMScheduler.from_pretrained(sdxl / "scheduler").add_noise(
         batch["latents"], batch["noise"], batch["timestep"]
     )
-    added = {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}
+    known = batch["condition"]
+    added = {"text_embeds": known["pooled"], "time_ids": known["time_ids"]}
     kept: dict[str, dict[str, torch.Tensor]] = {"student": {}, "teacher": {}}
     for side, net in (("student", student), ("teacher", teacher.unet)):
         for name, module in net.named_modules():
@@ -107,7 +110,7 @@ def test_the_26_term_loss_is_the_formula(sdxl, pictures, tmp_path, normalize: bo
                 module.register_forward_hook(keep)
     with torch.no_grad():
         ours, theirs = (
-            net(noisy, batch["timestep"], batch["embeds"], added_cond_kwargs=added).sample
+            net(noisy, batch["timestep"], known["prompt_embeds"], added_cond_kwargs=added).sample
             for net in (student, teacher.unet)
         )
     terms = []

@@ -7,7 +7,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from prunet import Plan, UserError, derive, load_plan
-from prunet.denoisers.unet2d.form import expand, make_unet, match, skeleton
+from prunet.denoisers.patterns import expand, match
+from prunet.denoisers.unet2d.architecture import UNET2D
+from prunet.denoisers.unet2d.form import make_unet
 from prunet.plan.plan import preset_names
 from prunet.teacher.known import layout_config
 
@@ -66,7 +68,7 @@ def test_bk_students_have_the_published_config_keys_and_shapes(layout: str, name
     assert plan_of(layout, name).student_config == published
     with torch.device("meta"):
         expected = UNet2DConditionModel(**{k: v for k, v in published.items() if k != "_class_name"})
-    ours = skeleton(plan_of(layout, name).student_config)
+    ours = UNET2D.skeleton(plan_of(layout, name).student_config)
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in expected.state_dict().items()}
 
 
@@ -118,7 +120,7 @@ def test_pairs_of_bk_tiny_are_not_its_weight_map() -> None:
     ]
     inherited = derived.weight_map["down_blocks.2.attentions.0.proj_out.weight"]
     assert inherited == "down_blocks.2.attentions.0.proj_out.weight"
-    assert derived.implied == ("down_blocks.2.downsamplers",)
+    assert derived.form.implied == ("down_blocks.2.downsamplers",)
 
 
 def test_mid_block_stays_removed_although_the_teacher_held_the_default() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from prunet.denoisers.unet2d import form as unet
+from prunet.denoisers.unet2d.architecture import UNET2D
 from prunet.errors import UserError
 from prunet.plan.derived import Derived, derive
 from prunet.plan.plan import Plan
@@ -217,13 +217,13 @@ def test_every_prompt_is_there_as_text_beside_its_three_pictures(tmp_path: Path)
 def test_the_drawing_ghosts_what_the_plan_removes_and_nothing_else(tmp_path: Path, plan: str) -> None:
     derived = make_run(tmp_path, plan, prompts=["a fox"])
     page = Page(write_report(tmp_path))
-    roots = [*derived.removed, *derived.implied]
-    drawn = {n for n in unet.module_names(CONFIG) if unet.PART.fullmatch(n) and "transformer_blocks" not in n}
+    roots = [*derived.removed, *derived.form.implied]
+    drawn = {n for n in UNET2D.parts(CONFIG) if "transformer_blocks" not in n}
     drawn = {n for n in drawn if not n.endswith("samplers")}
     gone = {n for n in drawn if any(n == root or n.startswith(root + ".") for root in roots)}
     assert page.parts(gone=True) == gone
     assert page.parts(gone=False) == drawn - gone
-    blocks = [n for n in unet.module_names(CONFIG) if re.search(r"transformer_blocks\.\d+$", n)]
+    blocks = [n for n in UNET2D.module_names(CONFIG) if re.search(r"transformer_blocks\.\d+$", n)]
     kept = [n for n in blocks if not any(n.startswith(root) for root in roots)]
     if len(kept) < len(blocks):
         assert f"{len(kept)} of {len(blocks)} transformer blocks stay" in page.text

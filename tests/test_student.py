@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 
 from prunet import Plan, Teacher, UserError, build, derive, load_plan
 from prunet.denoisers.freeze import freeze
-from prunet.denoisers.unet2d.calls import example_inputs
+from prunet.denoisers.unet2d.inputs import example_inputs
 from prunet.student.student import compose, cut, state_hash
 
 KINDS = [("sd", "bk-base"), ("sd", "bk-small"), ("sd", "bk-tiny")]

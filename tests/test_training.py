@@ -17,12 +17,15 @@ from prunet.data.encoding import cache
 from prunet.recipe.recipe import Data, Losses, Stage
 from prunet.runtime import Runtime
 from prunet.student.student import state_hash
-from prunet.training import loop as training
+from prunet.teacher.process import DDPM, min_snr_weight
+from prunet.training import session as training
+from prunet.training.checkpoints import Saving, checkpoints
 from prunet.training.loop import learning_rate_at
-from prunet.training.losses import min_snr_weight
-from prunet.training.noise import Draws, _permutation, batches
+from prunet.training.objectives import distillation
+from prunet.training.samples import Samples, _permutation, batches
 from prunet.training.sheets import Sheets
 
+PROCESS = DDPM(torch.linspace(0.99, 0.01, 1000), "epsilon")
 CPU = Runtime(device="cpu", precision="no", log_every=1)
 STAGE = Stage(steps=6, batch_size=4, learning_rate=1e-3, warmup_steps=2, ema_decay=0.9)
 
@@ -46,21 +49,21 @@ def losses(folder: Path) -> list[dict]:
 
 
 def test_stopped_and_resumed_equals_uninterrupted(sd, made, tmp_path, monkeypatch) -> None:
-    whole, _ = train(sd, made, tmp_path / "whole", checkpoint_every=2)
+    whole, _ = train(sd, made, tmp_path / "whole", saving=Saving(2))
     save = training.save
 
-    def save_and_die(folder, step, *rest):
-        save(folder, step, *rest)
+    def save_and_die(state, folder, step, *rest):
+        save(state, folder, step, *rest)
         if step == 4:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        train(sd, made, tmp_path / "parts", checkpoint_every=2)
+        train(sd, made, tmp_path / "parts", saving=Saving(2))
     monkeypatch.setattr(training, "save", save)
     with (tmp_path / "parts" / "log.jsonl").open("a") as log:  # a row past the checkpoint, and one cut by the kill
         log.write('{"step": 5, "loss": 0}\n{"step": 6, "lo')
-    parts, _ = train(sd, made, tmp_path / "parts", checkpoint_every=2)
+    parts, _ = train(sd, made, tmp_path / "parts", saving=Saving(2))
     assert state_hash(parts) == state_hash(whole)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     last = "checkpoints/step-0000006"
@@ -82,12 +85,11 @@ def plain_losses(sd: Path, made, stage: Stage, dtype: torch.dtype) -> list[float
         student.get_submodule(pair.student).register_forward_hook(keep(f"student {pair.teacher}"))
     decay = stage.weight_decay
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=decay, foreach=False, fused=False)
-    draws, found, mse = Draws(made, stage, 5, 1000), [], torch.nn.functional.mse_loss
+    samples, found, mse = Samples(made, stage, 5, PROCESS), [], torch.nn.functional.mse_loss
     for step in range(stage.steps):
-        items = [draws[step, place] for place in range(stage.batch_size)]
-        latents, noise, t, text = (
-            torch.stack([i[k] for i in items]) for k in ("latents", "noise", "timestep", "embeds")
-        )
+        items = [samples[step, place] for place in range(stage.batch_size)]
+        latents, noise, t = (torch.stack([i[k] for i in items]) for k in ("latents", "noise", "timestep"))
+        text = torch.stack([i["condition"]["prompt_embeds"] for i in items])
         noisy = teacher.noise_scheduler.add_noise(latents, noise, t)
         with torch.no_grad():
             theirs = teacher.unet(noisy.to(dtype), t, text.to(dtype)).sample
@@ -145,8 +147,8 @@ def test_teacher_is_not_changed_and_student_learns(sd, made, tmp_path) -> None:
 
 def test_ema_is_the_average_of_the_student_by_hand(sd, made, tmp_path) -> None:
     """Recomputed from the student of every checkpoint, with diffusers' warm-up (1 + n) / (10 + n)."""
-    student, _ = train(sd, made, tmp_path / "run", checkpoint_every=1, keep_checkpoints=9)
-    saved = [load_file(folder / "student.safetensors") for folder in training.checkpoints(tmp_path / "run")]
+    student, _ = train(sd, made, tmp_path / "run", saving=Saving(1, 9))
+    saved = [load_file(folder / "student.safetensors") for folder in checkpoints(tmp_path / "run")]
     average = saved[0]
     for n, weights in enumerate(saved[1:], 1):
         decay = min(0.9, (1 + n) / (10 + n))
@@ -173,7 +175,7 @@ def test_bf16_trains_and_draws(kind, plan, request, pictures, tmp_path) -> None:
 
 def test_gradient_that_is_not_finite_stops_before_the_checkpoint(sd, made, tmp_path, monkeypatch) -> None:
     """A finite loss with an infinite gradient would put NaN into weights that a checkpoint calls good."""
-    real = training.mse
+    real = distillation.mse
 
     def steep(prediction, target, weight=None):
         loss = real(prediction, target, weight)
@@ -181,10 +183,10 @@ def test_gradient_that_is_not_finite_stops_before_the_checkpoint(sd, made, tmp_p
             loss.register_hook(lambda gradient: gradient * float("inf"))
         return loss
 
-    monkeypatch.setattr(training, "mse", steep)
+    monkeypatch.setattr(distillation, "mse", steep)
     with pytest.raises(UserError, match="grad_norm"):
-        train(sd, made, tmp_path / "run", checkpoint_every=1)
-    assert training.checkpoints(tmp_path / "run") == []
+        train(sd, made, tmp_path / "run", saving=Saving(1))
+    assert checkpoints(tmp_path / "run") == []
 
 
 def test_pace_of_a_finished_stage_may_not_change_but_for_more_steps(sd, made, tmp_path) -> None:
@@ -216,16 +218,16 @@ def test_min_snr_weighs_the_task_and_never_the_kd_terms(sd, made, tmp_path) -> N
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(sd, made, tmp_path, monkeypatch) -> None:
-    real = training.mse
+    real = distillation.mse
     calls = iter(range(10**6))
 
     def breaks(*args):
         return real(*args) * (float("nan") if next(calls) >= 2 * 4 else 1.0)
 
-    monkeypatch.setattr(training, "mse", breaks)
+    monkeypatch.setattr(distillation, "mse", breaks)
     with pytest.raises(UserError, match=r"not finite at step 5.*lower learning_rate"):
-        train(sd, made, tmp_path / "run", checkpoint_every=2)
-    kept = training.checkpoints(tmp_path / "run")
+        train(sd, made, tmp_path / "run", saving=Saving(2))
+    kept = checkpoints(tmp_path / "run")
     assert [p.name for p in kept] == ["step-0000002", "step-0000004"]
     assert all(torch.isfinite(t).all() for t in load_file(kept[-1] / "student.safetensors").values())
 
@@ -248,8 +250,8 @@ def test_damaged_checkpoint_is_one_clear_line(sd, made, tmp_path) -> None:
 
 
 def test_only_the_last_checkpoints_are_kept(sd, made, tmp_path) -> None:
-    train(sd, made, tmp_path / "run", checkpoint_every=1, keep_checkpoints=2)
-    assert [p.name for p in training.checkpoints(tmp_path / "run")] == ["step-0000005", "step-0000006"]
+    train(sd, made, tmp_path / "run", saving=Saving(1, 2))
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-0000005", "step-0000006"]
 
 
 def test_cache_of_another_teacher_is_refused(made, tmp_path) -> None:
@@ -270,27 +272,28 @@ def test_v_prediction_and_sdxl_train(pictures, tmp_path) -> None:
 
 
 def test_draws_depend_on_step_and_position_alone(made) -> None:
-    draws = Draws(made, STAGE, 3, 1000)
-    whole = [b for b in batches(draws, 0, 4, 0, 1)]
-    later = [b for b in batches(draws, 4, 4, 0, 1)]
+    samples = Samples(made, STAGE, 3, PROCESS)
+    whole = [b for b in batches(samples, 0, 4, 0, 1)]
+    later = [b for b in batches(samples, 4, 4, 0, 1)]
     assert torch.equal(whole[4]["noise"], later[0]["noise"])
-    shares = [list(batches(draws, 0, 2, rank, 2)) for rank in (0, 1)]
+    shares = [list(batches(samples, 0, 2, rank, 2)) for rank in (0, 1)]
     assert torch.equal(torch.cat([shares[0][1]["latents"], shares[1][1]["latents"]]), whole[1]["latents"])
     assert not torch.equal(whole[0]["noise"][0], whole[0]["noise"][1])
 
 
 def test_no_draw_of_one_seed_is_one_of_another(made) -> None:
-    """A generator counted on from the seed would meet that of the next seed after a million draws."""
-    first, second = (Draws(made, STAGE.model_copy(update={"batch_size": 1}), seed, 1000) for seed in (1, 2))
+    """A generator counted on from the seed would meet that of the next seed after a million samples."""
+    first, second = (Samples(made, STAGE.model_copy(update={"batch_size": 1}), seed, PROCESS) for seed in (1, 2))
     start = second[0, 0]["noise"]
     assert not any(torch.equal(first[step, 0]["noise"], start) for step in (0, 1, 1_000_003, 2**32))
 
 
 def test_captions_are_dropped_at_the_rate_asked_for(made) -> None:
     stage = STAGE.model_copy(update={"caption_dropout": 0.25, "steps": 100})
-    draws = Draws(made, stage, 3, 1000)
-    empty = draws.unconditional.embeds[0]
-    dropped = sum(torch.equal(draws[step, i]["embeds"], empty) for step in range(100) for i in range(4))
+    samples = Samples(made, stage, 3, PROCESS)
+    empty = samples.unconditional["prompt_embeds"][0]
+    drawn = [samples[step, i]["condition"]["prompt_embeds"] for step in range(100) for i in range(4)]
+    dropped = sum(torch.equal(embeds, empty) for embeds in drawn)
     assert 70 < dropped < 130
 
 
@@ -339,10 +342,10 @@ def test_batches_of_buckets_have_one_size_and_see_every_picture(sdxl, tmp_path) 
     teacher = Teacher(sdxl)
     made = cache(teacher, Data(source=str(folder), size=32, buckets=True), tmp_path / "c")
     stage = Stage(steps=7, batch_size=2, warmup_steps=0, caption_dropout=0.0)
-    draws = Draws(made, stage, 1, 1000)
-    seen = [[draws._choose(step, position) for position in range(2)] for step in range(7)]
+    samples = Samples(made, stage, 1, PROCESS)
+    seen = [[samples._choose(step, position) for position in range(2)] for step in range(7)]
     assert sorted(itertools.chain(*seen)) == list(range(14))  # 3, 3 and 1 batches are one epoch
-    assert all(len({draws[(step, p)]["latents"].shape for p in range(2)}) == 1 for step in range(7))
+    assert all(len({samples[(step, p)]["latents"].shape for p in range(2)}) == 1 for step in range(7))
     plan = load_plan("vega")
     pairs = derive(teacher.unet_config, plan).pairs("layer")
     distil(teacher, build(teacher, plan), pairs, made, stage, tmp_path / "run", seed=1, runtime=CPU)
@@ -378,9 +381,9 @@ def test_compiled_equals_plain(sd, made, tmp_path, monkeypatch, what) -> None:
 def test_channels_last_changes_nothing_but_rounding(sd, made, tmp_path) -> None:
     """Weights lie differently while they are trained; what is written does not show it, and a stopped run resumes."""
     fast = dataclasses.replace(CPU, channels_last=True)
-    train(sd, made, tmp_path / "plain", checkpoint_every=3)
-    train(sd, made, tmp_path / "fast", stage=STAGE.model_copy(update={"steps": 3}), checkpoint_every=3)
-    student, teacher = train(sd, made, tmp_path / "fast", runtime=fast, checkpoint_every=3)
+    train(sd, made, tmp_path / "plain", saving=Saving(3))
+    train(sd, made, tmp_path / "fast", stage=STAGE.model_copy(update={"steps": 3}), saving=Saving(3))
+    student, teacher = train(sd, made, tmp_path / "fast", runtime=fast, saving=Saving(3))
     for net in (student, teacher.unet):
         assert all(p.is_contiguous() for p in net.parameters())
     for a, b in zip(losses(tmp_path / "plain"), losses(tmp_path / "fast"), strict=True):

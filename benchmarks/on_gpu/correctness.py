@@ -29,11 +29,12 @@ from on_gpu.results import Result, Setting, check, failed
 from prunet import Runtime, Teacher, build, derive, distil, load_plan
 from prunet.data.cache import Cache
 from prunet.data.encoding import cache
-from prunet.denoisers.unet2d.calls import example_inputs
+from prunet.denoisers.unet2d.inputs import example_inputs
 from prunet.recipe.recipe import Data, Losses, Stage
 from prunet.speed.clock import working_mb
 from prunet.student.student import state_hash
-from prunet.training import loop as training
+from prunet.training import session as training
+from prunet.training.checkpoints import Saving
 from prunet.training.losses import mse
 
 EMOJI = Path(__file__).parents[2] / "emoji" / "emoji-sd"
@@ -80,7 +81,7 @@ class Made:
         student = build(Teacher(self.teacher), self.plan)
         pairs = derive(teacher.unet_config, self.plan).pairs("layer")
         settings = STAGE.model_copy(update=stage)
-        out = distil(teacher, student, pairs, self.cache, settings, folder, seed=5, runtime=runtime, checkpoint_every=2)
+        out = distil(teacher, student, pairs, self.cache, settings, folder, seed=5, runtime=runtime, saving=Saving(2))
         return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()], out
 
 
@@ -236,8 +237,8 @@ def _interrupted(made: Made, setting: Setting) -> Iterator[Result]:
         runtime, folder, save = made.runtime(precision=precision), made.folder / "interrupted", training.save
         plain, whole = made.train(runtime)
 
-        def save_and_stop(folder: Path, step: int, *rest: Any) -> None:
-            save(folder, step, *rest)
+        def save_and_stop(state: Any, folder: Path, step: int, *rest: Any) -> None:
+            save(state, folder, step, *rest)
             if step == 2:
                 raise KeyboardInterrupt
 

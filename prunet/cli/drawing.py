@@ -1,4 +1,4 @@
-"""The U-Net drawn in the terminal: stages down on the left, up on the right, what goes and what stays."""
+"""The denoiser drawn in the terminal: what goes and what stays."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,18 +9,20 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from prunet.denoisers.unet2d import form as unet
+from prunet.denoisers.drawing import Drawing, Part, Stage
 from prunet.plan.derived import Derived
 from prunet.report import charts
 
 STAYS, GOES = "bold green", "red strike"
+#: Kind of part -> its sign where it stays and where it goes.
+SIGNS = {"resnet": ("R", "r"), "attention": ("A", "a"), "downsampler": ("↓", "·"), "upsampler": ("↑", "·")}
 
 
 def draw_plan(derived: Derived, title: str) -> RenderableType:
     """What the plan does to the teacher: the U-Net, the sizes, and where the student will load."""
     return Group(
         Rule(Text(title, style="bold"), align="left"),
-        Padding(_unet(derived), (0, 0, 1, 0)),
+        Padding(_denoiser(derived.drawing()), (0, 0, 1, 0)),
         Text.from_markup(_legend()),
         Text(),
         _sizes(derived),
@@ -82,66 +84,34 @@ def _legend() -> str:
     return f"{stays}, {goes}  R resnet, A attention (A4/10: 4 of 10 blocks), ↓ ↑ resize"
 
 
-def _unet(derived: Derived) -> Table:
-    """Mirrored stages in one row, the mid stage below."""
-    net = unet.skeleton(derived.teacher_config)
-    widths = derived.teacher_config["block_out_channels"]
-    gone = set(derived.removed) | set(derived.implied)
+def _denoiser(drawing: Drawing) -> Table:
+    """Mirrored stages side by side, those without a mirror below."""
     table = Table.grid(padding=(0, 1))
     for _ in range(5):
         table.add_column(no_wrap=True)
-    count = len(net.down_blocks)
-    for i in range(count):
-        down, up = f"down_blocks.{i}", f"up_blocks.{count - 1 - i}"
-        table.add_row(
-            _name(down, gone),
-            Text(str(widths[i]), style="dim"),
-            _stage(net.down_blocks[i], down, gone),
-            _name(up, gone),
-            _stage(net.up_blocks[count - 1 - i], up, gone),
-        )
-    if net.mid_block is not None:
-        table.add_row(
-            _name("mid_block", gone), Text(str(widths[-1]), style="dim"), _stage(net.mid_block, "mid_block", gone)
-        )
+    for row in drawing.rows:
+        cells: list[Text] = []
+        for stage in row.stages:
+            cells += [_name(stage), *([] if cells else [Text(str(row.width), style="dim")]), _stage(stage)]
+        table.add_row(*cells)
     return table
 
 
-def _is_gone(name: str, gone: set[str]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[:end]) in gone for end in range(1, len(parts) + 1))
+def _name(stage: Stage) -> Text:
+    return Text(f"({stage.name})", style=GOES) if stage.gone else Text(stage.name, style="bold")
 
 
-def _name(name: str, gone: set[str]) -> Text:
-    return Text(f"({name})", style=GOES) if _is_gone(name, gone) else Text(name, style="bold")
-
-
-def _stage(block: Any, name: str, gone: set[str]) -> Text:
+def _stage(stage: Stage) -> Text:
     """Its layers in order; what goes is also in lower case, for eyes and terminals without colour."""
-    out = Text()
-    attentions = getattr(block, "attentions", None)
-    for j in range(len(block.resnets)):
-        out.append_text(_mark("R", _is_gone(f"{name}.resnets.{j}", gone))).append(" ")
-        # The mid stage is resnet, attention, resnet; in the others every resnet may have an attention behind it.
-        if attentions is not None and j < len(attentions) and attentions[j] is not None:
-            out.append_text(_attention(attentions[j], f"{name}.attentions.{j}", gone)).append(" ")
-    for sampler, arrow in (("downsamplers", "↓"), ("upsamplers", "↑")):
-        if getattr(block, sampler, None) is not None:
-            is_gone = _is_gone(f"{name}.{sampler}", gone)
-            out.append("·" if is_gone else arrow, style=GOES if is_gone else STAYS)
-    return out
+    return Text(" ").join(_mark(part) for layer in stage.layers for part in layer)
 
 
-def _mark(letter: str, is_gone: bool) -> Text:
-    return Text(letter.lower(), style=GOES) if is_gone else Text(letter, style=STAYS)
-
-
-def _attention(attention: Any, name: str, gone: set[str]) -> Text:
-    if _is_gone(name, gone):
-        return _mark("A", True)
-    depth = len(attention.transformer_blocks)
-    kept = sum(not _is_gone(f"{name}.transformer_blocks.{b}", gone) for b in range(depth))
-    text = Text(f"A{kept}" if depth > 1 else "A", style=STAYS)
+def _mark(part: Part) -> Text:
+    sign, sign_gone = SIGNS[part.kind]
+    if part.gone:
+        return Text(sign_gone, style=GOES)
+    depth, kept = len(part.blocks), sum(part.blocks)
+    text = Text(f"{sign}{kept}" if depth > 1 else sign, style=STAYS)
     return text.append(f"/{depth}", style="red") if kept < depth else text
 
 

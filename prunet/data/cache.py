@@ -22,10 +22,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from prunet.denoisers.condition import Condition
 from prunet.disk.files import read_label
 from prunet.disk.seals import CHECKSUM, checksum
 from prunet.errors import UserError
-from prunet.teacher.conditioning import PromptEmbeds
 from prunet.teacher.teacher import Teacher
 
 FORMAT = 2
@@ -38,13 +38,11 @@ _verified: set[tuple[Any, ...]] = set()
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture as the denoiser meets it: mean and std (4, h, w), prompt embeddings (77, D), SDXL's extras."""
+    """One picture as the denoiser meets it: mean and std (C, h, w) of its latents, and its condition."""
 
     mean: Tensor
     std: Tensor
-    embeds: Tensor
-    pooled: Tensor | None
-    time_ids: Tensor | None
+    condition: Condition
 
 
 @dataclass(frozen=True)
@@ -129,21 +127,19 @@ class Cache:
         file = _opened(shard_path(self.folder, shard))
         keys = set(file.keys())
 
-        def row(name: str) -> Tensor | None:
-            if f"{name}.{index}" in keys:
+        def row(name: str) -> Tensor:
+            if f"{name}.{index}" in keys:  # with buckets each has its own size
                 return file.get_tensor(f"{name}.{index}").float()
-            return file.get_slice(name)[index : index + 1][0].float() if name in keys else None
+            return file.get_slice(name)[index : index + 1][0].float()
 
-        mean, std, embeds = row("mean"), row("std"), row("prompt_embeds")
-        assert mean is not None and std is not None and embeds is not None
-        return Sample(mean, std, embeds, row("pooled"), row("time_ids"))
+        known = {name for name in keys if name.split(".")[0] not in ("mean", "std")}
+        return Sample(row("mean"), row("std"), Condition({name: row(name) for name in sorted(known)}))
 
     @property
-    def unconditional(self) -> PromptEmbeds:
-        """What a dropped caption becomes: (1, 77, D) and, for SDXL, (1, P)."""
+    def unconditional(self) -> Condition:
+        """What a dropped caption becomes, as one row."""
         file = _opened(self.folder / "unconditional.safetensors")
-        pooled = file.get_tensor("pooled").float() if "pooled" in file.keys() else None  # noqa: SIM118
-        return PromptEmbeds(file.get_tensor("prompt_embeds").float(), pooled)
+        return Condition({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
 
 
 def shard_path(folder: Path, shard: int) -> Path:

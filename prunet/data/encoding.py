@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from prunet.data.cache import FORMAT, SHARD, STORED, Cache, read_spec, shard_che
 from prunet.data.listing import source_name
 from prunet.data.pictures import BrokenPicture, Picture, bucket_sizes, fit, nearest_size
 from prunet.data.sources import check_source, has_files, read_pictures, source_files
+from prunet.denoisers.condition import EXACT
 from prunet.disk.files import new_file, read_json, write_json
 from prunet.disk.ownership import check_place, hold
 from prunet.disk.seals import CHECKSUM
 from prunet.errors import UserError
 from prunet.hashing import seed_of
 from prunet.recipe.recipe import Data, read_prompts
-from prunet.teacher.conditioning import PromptEmbeds
 from prunet.teacher.space import check_size, side_step
 from prunet.teacher.teacher import Teacher, after_overflow
 
@@ -97,7 +97,7 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
 def _begin(teacher: Teacher, folder: Path, spec: dict[str, Any]) -> None:
     write_json(folder / "spec.json", spec)
     empty = teacher.encode_prompts([""], unconditional=True)
-    _write(folder / "unconditional.safetensors", _text_tensors(empty), {}, ["the empty prompt"], teacher)
+    _write(folder / "unconditional.safetensors", empty, {}, ["the empty prompt"], teacher)
 
 
 def _finish(teacher: Teacher, data: Data, folder: Path, shards: int) -> None:
@@ -173,10 +173,8 @@ def _encode_shard(
     if not any(name.startswith("mean") for name in kept):
         tensors |= _encode(teacher, [f.pixels for f in fitted], data.buckets)
     if "prompt_embeds" not in kept:
-        tensors |= _concat([_text_tensors(teacher.encode_prompts(captions[at])) for at in _slices(len(captions))])
-    if teacher.kind == "sdxl":
-        ids = [(*f.original_size, *f.crop_top_left, *f.pixels.shape[1:]) for f in fitted]
-        tensors["time_ids"] = torch.tensor(ids, dtype=torch.float32)
+        tensors |= _concat([teacher.encode_prompts(captions[at]) for at in _slices(len(captions))])
+    tensors |= teacher.size_condition([(*f.original_size, *f.crop_top_left, *f.pixels.shape[1:]) for f in fitted])
     if data.buckets:
         label["sizes"] = [tensors[f"mean.{i}"].shape[1:] for i in range(len(fitted))]
     _write(path, tensors, label, keys, teacher)
@@ -241,28 +239,22 @@ def _draw_batch(
         generator=generators,
         output_type="latent",
     ).images.float()
-    text = _text_tensors(teacher.encode_prompts(texts))
-    if teacher.kind == "sdxl":
-        text["time_ids"] = torch.tensor([[size, size, 0, 0, size, size]] * len(texts), dtype=torch.float32)
-    return {"mean": latents, "std": torch.zeros_like(latents), **text}
+    sizes = teacher.size_condition([(size, size, 0, 0, size, size)] * len(texts))
+    return {"mean": latents, "std": torch.zeros_like(latents), **teacher.encode_prompts(texts), **sizes}
 
 
-def _text_tensors(text: PromptEmbeds) -> dict[str, Tensor]:
-    return {"prompt_embeds": text.embeds} | ({} if text.pooled is None else {"pooled": text.pooled})
-
-
-def _concat(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _concat(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
 
 def _write(
-    path: Path, tensors: dict[str, Tensor], label: dict[str, Any], names: Sequence[str], teacher: Teacher
+    path: Path, tensors: Mapping[str, Tensor], label: dict[str, Any], names: Sequence[str], teacher: Teacher
 ) -> None:
     """Stores in half precision, except micro-conditioning: half cannot hold every size in pixels.
 
     `names`: what each row of the tensors was made of, a picture's key or a prompt.
     """
-    stored = {n: t.to("cpu", t.dtype if n == "time_ids" else STORED).contiguous() for n, t in tensors.items()}
+    stored = {n: t.to("cpu", t.dtype if n in EXACT else STORED).contiguous() for n, t in tensors.items()}
     for name, tensor in stored.items():
         kind, _, number = name.partition(".")
         if not torch.isfinite(tensor).all():

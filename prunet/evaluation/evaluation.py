@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
 from prunet import processes
 from prunet.console import progress
+from prunet.denoisers.architecture import Net
+from prunet.denoisers.condition import Condition
 from prunet.disk.files import new_file, write_json, write_text
 from prunet.disk.seals import file_checksum
 from prunet.intervals import Array, bootstrap, mean_of
@@ -20,9 +21,7 @@ from prunet.plan.size import size_of
 from prunet.recipe.recipe import Evaluation, read_prompts
 from prunet.sampling.draw import decode, draw_latents, set_sampler
 from prunet.speed import clock as bench
-from prunet.teacher.conditioning import conditioning
 from prunet.teacher.teacher import Teacher
-from prunet.training.losses import add_noise
 from prunet.training.sheets import grid
 
 #: Where in the noise schedule the denoisers are compared, as shares of its length.
@@ -51,7 +50,7 @@ class Distance:
 
 def evaluate(
     teacher: Teacher,
-    students: Mapping[str, UNet2DConditionModel],
+    students: Mapping[str, Net],
     spec: Evaluation,
     folder: Path | str,
     *,
@@ -126,7 +125,7 @@ def _batches(count: int) -> list[slice]:
 
 def _distance(
     teacher: Teacher,
-    net: UNet2DConditionModel,
+    net: Net,
     prompts: list[str],
     latents: Mapping[str, Tensor],
     pictures: Mapping[str, list[Image.Image]],
@@ -151,24 +150,21 @@ def _distance(
 
 
 @torch.no_grad()
-def denoiser_errors(
-    teacher: Teacher, net: UNet2DConditionModel, prompts: list[str], latents: Tensor, seed: int
-) -> tuple[Array, Array]:
+def denoiser_errors(teacher: Teacher, net: Net, prompts: list[str], latents: Tensor, seed: int) -> tuple[Array, Array]:
     """Squared error of the denoiser's output, and the teacher's squared output, by prompt and level (B, len(LEVELS)).
 
     On the teacher's own latents (B, 4, h, w). The noise comes from the seed alone, so every student of a teacher meets
     the same inputs.
     """
-    alphas_cumprod = teacher.noise_scheduler.alphas_cumprod
+    process, call = teacher.process, teacher.architecture.call
     side = latents.shape[-1] * teacher.vae_scale
     mine = []
     for batch, rows in enumerate(_batches(len(prompts))):
         if not processes.is_mine(batch):
             continue
-        text = teacher.encode_prompts(prompts[rows])
         clean = latents[rows].cpu()
-        ids = torch.tensor([[side, side, 0, 0, side, side]] * len(clean), dtype=torch.float32, device=teacher.device)
-        known = conditioning(text.embeds, text.pooled, None if text.pooled is None else ids)
+        sizes = teacher.size_condition([(side, side, 0, 0, side, side)] * len(clean))
+        condition = Condition(teacher.encode_prompts(prompts[rows]) | sizes)
         noise = torch.stack(
             [
                 torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(seed + rows.start + i))
@@ -177,9 +173,10 @@ def denoiser_errors(
         )
         sums = np.zeros((2, len(clean), len(LEVELS)))  # error, power
         for i, level in enumerate(LEVELS):
-            t = torch.full((len(clean),), int(level * len(alphas_cumprod)))
-            noisy = add_noise(clean, noise, alphas_cumprod[t]).to(teacher.device, teacher.dtype)
-            ours, theirs = (m(noisy, t.to(teacher.device), **known).sample.double().cpu() for m in (net, teacher.unet))
+            t = torch.full((len(clean),), process.timestep_at(level))
+            noisy = process.add_noise(clean, noise, t).to(teacher.device, teacher.dtype)
+            t = t.to(teacher.device)
+            ours, theirs = (call(m, noisy, t, condition).double().cpu() for m in (net, teacher.unet))
             sums[0, :, i] = (ours - theirs).square().sum(dim=(1, 2, 3)).numpy()
             sums[1, :, i] = theirs.square().sum(dim=(1, 2, 3)).numpy()
         mine.append((rows.start, sums))

@@ -4,14 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
+from prunet.denoisers.architecture import Net, config_of
 from prunet.denoisers.freeze import freeze
-from prunet.denoisers.unet2d.calls import example_inputs
+from prunet.denoisers.known import architecture_of
 from prunet.disk.files import new_folder
 from prunet.exports.card import model_card, origin
 from prunet.student.folder import write_unet
@@ -21,7 +19,7 @@ from prunet.teacher.teacher import Teacher
 
 def export(
     teacher: Teacher,
-    student: UNet2DConditionModel,
+    student: Net,
     folder: Path | str,
     *,
     card: dict[str, Any] | None = None,
@@ -58,7 +56,7 @@ def _write_fp16(folder: Path, teacher: Teacher) -> None:
             save_file(half, file.with_name(f"{file.stem}.fp16.safetensors"), metadata={"format": "pt"})
 
 
-def check_export(folder: Path, student: UNet2DConditionModel) -> None:
+def check_export(folder: Path, student: Net) -> None:
     """Opens the folder with stock diffusers and compares the U-Net bit for bit: config, weights, one output."""
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
     # Frozen, both of them: a matmul may take another path, and round otherwise, where a weight wants a gradient.
@@ -67,9 +65,14 @@ def check_export(folder: Path, student: UNet2DConditionModel) -> None:
     got = again.state_dict()
     if got.keys() != expected.keys() or any(not torch.equal(got[k], expected[k].float()) for k in expected):
         raise RuntimeError(f"{folder}: the U-Net did not load to the same weights")
-    side = 2 ** (len(ours.config["block_out_channels"]) - 1)
-    inputs = example_inputs(dict(ours.config), latent_size=(side, side))
-    inputs["sample"] = torch.linspace(-2, 2, inputs["sample"].numel()).view_as(inputs["sample"])
+    config = config_of(ours)
+    architecture = architecture_of(config)
+    side = architecture.side_step(config)
+    inputs = architecture.example_inputs(config, latent_size=(side, side))
+    generator = torch.Generator().manual_seed(0)
+    for name, value in inputs.items():
+        if torch.is_tensor(value) and value.is_floating_point():
+            inputs[name] = torch.randn(value.shape, generator=generator)
     with torch.no_grad():
         if not torch.equal(again(**inputs).sample, ours.float()(**inputs).sample):
             raise RuntimeError(f"{folder}: the U-Net loaded by diffusers computes something else")

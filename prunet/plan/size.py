@@ -9,8 +9,8 @@ from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunet.denoisers.unet2d import form as unet
-from prunet.denoisers.unet2d.calls import call_skeleton, native_latent_size
+from prunet.denoisers.architecture import Architecture, config_text
+from prunet.denoisers.known import architecture_of
 
 #: Kinds of operations by patterns of their names, the first that fits: `bmm` is a matmul, but inside attention.
 KINDS = {
@@ -37,12 +37,12 @@ def size_of(config: Mapping[str, Any]) -> Size:
     The matmuls inside attention (queries with keys, weights with values) are told apart, because published figures
     leave them out.
     """
-    net, macs = unet.skeleton(config), macs_by_kind(config)
+    architecture, macs = architecture_of(config), macs_by_kind(config)
     return Size(
-        parameters=sum(p.numel() for p in net.parameters()),
+        parameters=sum(p.numel() for p in architecture.skeleton(config).parameters()),
         macs=macs["convolution"] + macs["matmul"],
         attention_macs=macs["attention"],
-        latent_size=native_latent_size(config),
+        latent_size=architecture.native_latent_size(config),
     )
 
 
@@ -51,7 +51,7 @@ def macs_by_kind(config: Mapping[str, Any], latent_size: tuple[int, int] | None 
 
     Half of the FLOPs that `torch.utils.flop_counter` counts on the meta device, at the native size by default.
     """
-    return dict(_macs_by_kind(config_text(config), latent_size))
+    return dict(_macs_by_kind(architecture_of(config), config_text(config), latent_size))
 
 
 def kind_of(operation: str) -> str:
@@ -60,16 +60,11 @@ def kind_of(operation: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "other")
 
 
-def config_text(config: Mapping[str, Any]) -> str:
-    """A config as a key for a cache."""
-    return json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True)
-
-
 @lru_cache(maxsize=32)
-def _macs_by_kind(text: str, latent_size: tuple[int, int] | None) -> dict[str, int]:
+def _macs_by_kind(architecture: Architecture, text: str, latent_size: tuple[int, int] | None) -> dict[str, int]:
     counter = FlopCounterMode(display=False)
     with counter:
-        call_skeleton(json.loads(text), latent_size)
+        architecture.call_skeleton(json.loads(text), latent_size)
     flops = {"convolution": 0, "matmul": 0, "attention": 0}
     for operation, count in counter.get_flop_counts()["Global"].items():
         flops[kind_of(str(operation))] += count

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from prunet.denoisers.base import Level
+from prunet.denoisers.pairs import Level
 from prunet.disk.reading import DEEPEST, load_mapping, parse_yaml
 from prunet.errors import UserError
 from prunet.plan.plan import Plan, load_plan, preset_names

@@ -12,10 +12,10 @@ from prunet.disk.files import read_json, write_text
 from prunet.errors import UserError
 from prunet.evaluation.protocol import differences
 from prunet.evaluation.results import read_evaluation
+from prunet.plan.derived import drawing_of
 from prunet.report.charts import draw_chart, inline, render
 from prunet.report.curves import level_chart, read_logs, segments, step_ticks
 from prunet.report.run import PICTURE_SIDE
-from prunet.report.unet2d import draw_unet
 from prunet.words import names_of, short
 
 MOST_RUNS = 8  # that a page has colours and columns for
@@ -82,7 +82,7 @@ def _open_run(folder: Path, name: str, kind: str) -> Compared:
         run = Compared(name, kind, folder, plan, evaluation, recipe_text, axis)
         _ = (
             _protocol(run),
-            draw_unet(plan),
+            drawing_of(plan),
             evaluation["sizes"],
             evaluation["speed"],
             run.teacher,
@@ -110,7 +110,7 @@ def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
         columns={"teacher": "teacher"} | {run.kind: run.name for run in runs},
         pictures=_pictures(runs, protocol["prompts"]),
         fields=["denoiser", "latent", "picture", *(["lpips"] if _same_lpips(runs) else [])],
-        nets=[draw_unet(run.plan) for run in runs],
+        nets=[drawing_of(run.plan) for run in runs],
         losses=_named(runs, _loss_chart(runs)),
         levels=_named(
             runs, level_chart({run.kind: run.distance["denoiser_by_level"] for run in runs}, protocol["levels"])

@@ -9,9 +9,9 @@ from prunet import __version__
 from prunet.disk.files import read_json, write_text
 from prunet.evaluation.protocol import describe, title_rows
 from prunet.evaluation.results import read_evaluation
+from prunet.plan.derived import drawing_of
 from prunet.report.charts import Row, inline, render, thin
 from prunet.report.curves import level_chart, loss_chart, pair_rows, read_logs
-from prunet.report.unet2d import draw_unet
 from prunet.teacher.teacher import Teacher
 from prunet.words import short
 
@@ -43,7 +43,7 @@ def write_report(folder: Path | str) -> Path:
         evaluation=evaluation,
         columns=COLUMNS,
         pictures=_pictures(folder / "evaluation" / "pictures", evaluation),
-        net=draw_unet(plan),
+        net=drawing_of(plan),
         losses=loss_chart(axis),
         pairs=pair_rows(axis, stages),
         sheets=[_sheets(stage / "sheets") for stage in stages],

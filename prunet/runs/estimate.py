@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from prunet import processes
-from prunet.denoisers.base import Pair
-from prunet.denoisers.unet2d.attention import fast_attention, kept_memory
+from prunet.denoisers.pairs import Pair
 from prunet.plan.derived import Derived
 from prunet.runs.run import Run
 from prunet.runtime import Runtime
+from prunet.training.allocator import kept_memory
 from prunet.training.fit import memory_options, training_memory
 from prunet.training.memory import step_memory
 from prunet.training.probe import probe
@@ -89,7 +89,7 @@ def seconds_per_image(
     with (
         kept_memory(device),
         probe(*configs, pairs, **setting) as (teacher, student, loss),
-        fast_attention([teacher, student], device, half=half),
+        derived.architecture.fast_attention([teacher, student], device, half=half),
     ):
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
         for step in range(STEPS + 1):

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from diffusers import UNet2DConditionModel
 from rich.markup import escape
 
 from prunet import processes
@@ -32,8 +31,8 @@ from prunet.console import say
 from prunet.data.cache import Cache, read_spec
 from prunet.data.encoding import cache, cache_spec, pictures_are_gone
 from prunet.data.sources import check_source
-from prunet.denoisers.base import Pair
-from prunet.denoisers.unet2d.pairs import term_factors
+from prunet.denoisers.architecture import Net
+from prunet.denoisers.pairs import Pair, term_factors
 from prunet.disk.files import check_writable, read_json, read_label, write_json, write_text
 from prunet.disk.ownership import check_place, hold
 from prunet.disk.reading import parse_yaml
@@ -53,7 +52,7 @@ from prunet.teacher.configs import check_condition
 from prunet.teacher.copying import check_other_parts
 from prunet.teacher.space import check_same_space, check_size
 from prunet.teacher.teacher import Teacher
-from prunet.training.checkpoints import PACE, check_stage
+from prunet.training.checkpoints import PACE, Saving, check_stage
 from prunet.training.fit import micro_batch_of
 from prunet.training.log import read_log
 from prunet.training.loop import distil
@@ -367,7 +366,7 @@ class Run:
     def _build(self) -> None:
         save_unet(self._initial(self.derived), self.folder / "student", "build", self.inputs["build"])
 
-    def _initial(self, derived: Derived) -> UNet2DConditionModel:
+    def _initial(self, derived: Derived) -> Net:
         if self.recipe.initialisation == "random":
             return random_student(derived, self.recipe.seed)
         return inherit(self._stored_teacher().unet, derived)
@@ -414,15 +413,14 @@ class Run:
                 steps=recipe.evaluation.steps,
                 guidance_scale=recipe.evaluation.guidance_scale,
             ),
-            checkpoint_every=recipe.checkpoint_every,
-            keep_checkpoints=recipe.keep_checkpoints,
+            saving=Saving(recipe.checkpoint_every, recipe.keep_checkpoints),
         )
         if processes.is_main():
             save_unet(trained, folder / "unet", "stage", self.inputs[f"stage-{number}"])
         if self.runtime.teacher_8bit or self.runtime.teacher_fp8:
             teacher.release("unet")  # what is measured and exported is the teacher as it is stored
 
-    def _student_at_start(self, number: int) -> UNet2DConditionModel:
+    def _student_at_start(self, number: int) -> Net:
         """What stage `number` trains: the student of the stage before it, cut further if the plan goes on."""
         after = self.steps_down[number - 1]
         if number == 1:
@@ -443,11 +441,11 @@ class Run:
         made_by = self.cache_specs[number - 1][1], self.teachers[number - 1].fingerprint(["unet"])
         return {"inputs": _hash(before, made_by, settings, self.recipe.seed)}
 
-    def _unet_of(self, step: str) -> UNet2DConditionModel:
+    def _unet_of(self, step: str) -> Net:
         """What `build` or a stage left, if it still is that."""
         return load_unet(self.result_of(step).parent, self.inputs[step])
 
-    def last_unet(self) -> UNet2DConditionModel:
+    def last_unet(self) -> Net:
         """The distilled U-Net."""
         return self._unet_of(f"stage-{len(self.recipe.stages)}")
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from prunet.console import say
-from prunet.denoisers.unet2d.calls import native_latent_size
+from prunet.denoisers.architecture import config_of
+from prunet.denoisers.known import architecture_of
 from prunet.errors import UserError
 from prunet.intervals import Measure, bootstrap
 from prunet.plan.derived import derive
@@ -111,9 +112,11 @@ def bench(
     """
     first = next(iter(pipelines.values()))
     device = first.device
-    size = size or native_latent_size(first.unet.config)[0] * first.vae_scale_factor
+    size = (
+        size or architecture_of(config_of(first.unet)).native_latent_size(first.unet.config)[0] * first.vae_scale_factor
+    )
     latent_sizes = {name: (size // pipe.vae_scale_factor,) * 2 for name, pipe in pipelines.items()}
-    macs = {name: macs_by_kind(pipe.unet.config, latent_sizes[name]) for name, pipe in pipelines.items()}
+    macs = {name: macs_by_kind(config_of(pipe.unet), latent_sizes[name]) for name, pipe in pipelines.items()}
     calls: dict[Key, Call] = {}
     for (name, pipe), batch in product(pipelines.items(), batch_sizes):
         calls |= _calls(name, pipe, batch, latent_sizes[name], device)

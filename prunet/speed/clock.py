@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from prunet.denoisers.unet2d.calls import example_inputs
+from prunet.denoisers.architecture import Net, config_of
+from prunet.denoisers.known import architecture_of
 
 Call = Callable[[], Any]
 K = TypeVar("K")
@@ -60,7 +61,7 @@ def measure(
 
 
 def denoiser_call(
-    net: nn.Module,
+    net: Net,
     batch_size: int,
     *,
     latent_size: tuple[int, int] | None = None,
@@ -71,11 +72,13 @@ def denoiser_call(
     Random, because a GPU that multiplies zeros draws less power and runs faster than it ever will on a picture.
     """
     dtype = next(net.parameters()).dtype
-    config: Any = net.config
-    inputs = example_inputs(dict(config), batch_size, latent_size=latent_size, device=device, dtype=dtype)
+    config = config_of(net)
+    given: dict[str, Any] = {"latent_size": latent_size, "device": device, "dtype": dtype}
+    inputs = architecture_of(config).example_inputs(config, batch_size, **given)
     generator = torch.Generator(device).manual_seed(0)
-    for name in ("sample", "encoder_hidden_states"):
-        inputs[name].normal_(generator=generator)
+    for value in inputs.values():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value.normal_(generator=generator)
     return lambda: net(**inputs)
 
 

@@ -3,23 +3,23 @@
 import json
 from pathlib import Path
 
-import torch
-from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 
+from prunet.denoisers.architecture import Net
 from prunet.denoisers.freeze import freeze
-from prunet.disk.files import new_folder
+from prunet.denoisers.known import architecture_of
+from prunet.disk.files import new_folder, read_json
 from prunet.disk.seals import verify
 from prunet.errors import UserError
 
 
-def save_unet(net: UNet2DConditionModel, folder: Path, what: str, made_from: str | None = None) -> None:
+def save_unet(net: Net, folder: Path, what: str, made_from: str | None = None) -> None:
     """A stock diffusers folder of one denoiser, whole or not there, sealed as a `what` of prunet's."""
     with new_folder(folder, what, made_from) as part:
         write_unet(net, part)
 
 
-def load_unet(folder: Path, made_from: str | None = None) -> UNet2DConditionModel:
+def load_unet(folder: Path, made_from: str | None = None) -> Net:
     """A denoiser that `save_unet` wrote, in fp32.
 
     Raises:
@@ -27,9 +27,9 @@ def load_unet(folder: Path, made_from: str | None = None) -> UNet2DConditionMode
     """
     verify(folder, f"delete {folder} and run again", made_from)
     try:
-        return freeze(UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32))
+        return freeze(architecture_of(read_json(folder / "config.json")).load(folder))
     except Exception as error:
-        raise UserError(f"{folder}: no whole U-Net there ({error}): delete the folder and run again") from error
+        raise UserError(f"{folder}: no whole denoiser there ({error}): delete the folder and run again") from error
 
 
 def is_whole(path: Path) -> bool:
@@ -43,7 +43,7 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def write_unet(net: UNet2DConditionModel, folder: Path) -> None:
+def write_unet(net: Net, folder: Path) -> None:
     """A stock diffusers folder of one denoiser, in one file."""
     net.save_pretrained(folder, safe_serialization=True, max_shard_size="1TB")
     # A config carries where its model was opened from, which means nothing elsewhere.

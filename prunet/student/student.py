@@ -5,18 +5,17 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from prunet.denoisers.unet2d import form as unet
+from prunet.denoisers.architecture import Net
 from prunet.errors import UserError
 from prunet.plan.derived import Derived, derive
 from prunet.plan.plan import Plan
 from prunet.teacher.teacher import Teacher
 
 
-def build(teacher: Teacher, plan: Plan) -> UNet2DConditionModel:
-    """A stock `UNet2DConditionModel` of what the plan leaves, in fp32, its weights copied from the teacher.
+def build(teacher: Teacher, plan: Plan) -> Net:
+    """A stock model of what the plan leaves, in fp32, its weights copied from the teacher.
 
     The teacher is not changed. An empty plan gives a copy that computes the same bits.
 
@@ -26,22 +25,22 @@ def build(teacher: Teacher, plan: Plan) -> UNet2DConditionModel:
     return inherit(teacher.unet, derive(teacher.unet_config, plan))
 
 
-def inherit(source: nn.Module, derived: Derived) -> UNet2DConditionModel:
+def inherit(source: nn.Module, derived: Derived) -> Net:
     """The student of `derived` with weights copied from `source`, the teacher's denoiser."""
     return _fill(derived, source.state_dict(), derived.weight_map)
 
 
-def random_student(derived: Derived, seed: int) -> UNet2DConditionModel:
+def random_student(derived: Derived, seed: int) -> Net:
     """The student of `derived` with random weights: what inheriting is compared with."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return unet.make_unet(derived.student_config).eval().requires_grad_(False)
+        return derived.architecture.make(derived.student_config).eval().requires_grad_(False)
 
 
-def _fill(derived: Derived, weights: Mapping[str, Tensor], origins: Mapping[str, str]) -> UNet2DConditionModel:
+def _fill(derived: Derived, weights: Mapping[str, Tensor], origins: Mapping[str, str]) -> Net:
     """Made on the meta device and filled by assignment, so no time goes into random weights."""
     with torch.device("meta"):
-        student = unet.make_unet(derived.student_config)
+        student = derived.architecture.make(derived.student_config)
     student.load_state_dict(
         {
             name: weights[origin].detach().to("cpu", torch.float32, copy=True).contiguous()
@@ -74,7 +73,7 @@ def check_steps(steps: Sequence[Derived]) -> None:
         compose(before, after)
 
 
-def cut(student: nn.Module, before: Derived, after: Derived) -> UNet2DConditionModel:
+def cut(student: nn.Module, before: Derived, after: Derived) -> Net:
     """The student of `after` with the weights of `student`, which is one of `before`: the next of several removals."""
     return _fill(after, student.state_dict(), compose(before, after))
 

@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunet.denoisers.architecture import Architecture
+from prunet.denoisers.known import architecture_of
 from prunet.disk.reading import parse_json
 from prunet.errors import UserError
 from prunet.teacher import placing
@@ -200,6 +202,11 @@ class PipelineFiles:
         return {key: value for key, value in config.items() if key in known or key in ours}
 
     @property
+    def architecture(self) -> Architecture:
+        """That of its denoiser."""
+        return architecture_of(self.unet_config)
+
+    @property
     def layout(self) -> str:
         """`sd-v1`, `sd-v2` or `sdxl`: whose original layout a single file of it has, pruned or not."""
         if self.kind == "sdxl":
@@ -248,9 +255,7 @@ class PipelineFiles:
     @property
     def native_size(self) -> int:
         """Side of the pictures that the teacher was made for, in pixels."""
-        from prunet.denoisers.unet2d.calls import native_latent_size
-
-        return native_latent_size(self.unet_config)[0] * self.vae_scale
+        return self.architecture.native_latent_size(self.unet_config)[0] * self.vae_scale
 
     @property
     def text_encoders(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ def check_size(teacher: Teacher, size: int, name: str = "data.size") -> None:
 
 def side_step(teacher: Teacher) -> int:
     """Pixels of which a side must be a multiple, so that the U-Net's stages can halve it."""
-    return teacher.vae_scale * 2 ** (len(teacher.unet_config["block_out_channels"]) - 1)
+    return teacher.vae_scale * teacher.architecture.side_step(teacher.unet_config)
 
 
 def check_same_space(first: Teacher, other: Teacher) -> None:
@@ -37,9 +37,7 @@ def check_same_space(first: Teacher, other: Teacher) -> None:
 
 def _denoiser(teacher: Teacher) -> dict[str, Any]:
     """The U-Net's config, with the defaults where a version wrote none, and lists for tuples."""
-    from prunet.denoisers.unet2d.form import skeleton
-
-    config = json.loads(json.dumps(dict(skeleton(teacher.unet_config).config)))
+    config = json.loads(json.dumps(dict(teacher.architecture.skeleton(teacher.unet_config).config)))
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 

@@ -10,11 +10,12 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from prunet.console import say
+from prunet.denoisers.condition import Condition
 from prunet.denoisers.freeze import freeze
 from prunet.errors import UserError
 from prunet.teacher import placing
-from prunet.teacher.conditioning import PromptEmbeds
 from prunet.teacher.pipeline_files import CLASSES, PipelineFiles, from_config
+from prunet.teacher.process import DDPM
 
 if TYPE_CHECKING:  # imported when used: a config can be read in a second, diffusers takes several
     from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
@@ -83,11 +84,10 @@ class Teacher(PipelineFiles):
 
     def place(self, part: str, model: Any = None) -> placing.Placed:
         """Where each tensor of a part lies: in the single file, or in those of its folder. `model`: an empty one."""
-        from prunet.denoisers.unet2d import form as unet
         from prunet.teacher import ldm
 
         if model is None:  # the U-Net's is there already where a plan was looked at
-            model = unet.skeleton(self.unet_config) if part == "unet" else self._empty(part)
+            model = self.architecture.skeleton(self.unet_config) if part == "unet" else self._empty(part)
         if self.file is None:
             placed = placing.place(model, placing.headers(self.weight_files(part)))
             _tell(placed)
@@ -185,7 +185,7 @@ class Teacher(PipelineFiles):
         return pipe
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str], *, unconditional: bool = False) -> PromptEmbeds:
+    def encode_prompts(self, prompts: Sequence[str], *, unconditional: bool = False) -> Condition:
         """Embeddings of prompts, exactly as the stock pipeline makes them when it draws.
 
         `unconditional`: what guidance compares with instead (SDXL: zeros where its pipeline says so); the texts are
@@ -199,7 +199,22 @@ class Teacher(PipelineFiles):
             do_classifier_free_guidance=unconditional,
         )
         pick = 1 if unconditional else 0
-        return PromptEmbeds(out[pick], out[2 + pick] if self.kind == "sdxl" else None)
+        pooled = {"pooled": out[2 + pick]} if self.kind == "sdxl" else {}
+        return Condition(prompt_embeds=out[pick], **pooled)
+
+    def size_condition(self, sizes: Sequence[tuple[int, ...]]) -> Condition:
+        """What the denoiser is told of pictures' sizes, each (original height and width, crop top and left, target
+        height and width) in pixels: SDXL's `time_ids` (B, 6); of other teachers nothing.
+        """
+        if self.kind != "sdxl":
+            return Condition()
+        return Condition(time_ids=torch.tensor(sizes, dtype=torch.float32, device=self.device))
+
+    @cached_property
+    def process(self) -> DDPM:
+        """The diffusion process that it was trained with."""
+        scheduler = self.noise_scheduler
+        return DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
     def are_cut(self, prompts: Sequence[str]) -> list[bool]:
         """Whether each prompt has more tokens than the text encoders read; `encode_prompts` drops the rest of it."""

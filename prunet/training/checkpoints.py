@@ -2,16 +2,16 @@
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from prunet.console import say
+from prunet.denoisers.architecture import Net
 from prunet.disk.files import aside, new_folder, read_label, write_json
 from prunet.disk.seals import verify
 from prunet.errors import UserError
@@ -23,39 +23,48 @@ from prunet.training.fsdp import local, piece, whole
 PACE = {"steps", "learning_rate", "schedule", "warmup_steps", "max_grad_norm"}
 
 
+@dataclass(frozen=True)
+class Saving:
+    """How often a checkpoint is written, in steps, and how many of the last ones stay."""
+
+    every: int = 1000
+    keep: int = 2
+
+
+@dataclass
+class State:
+    """What a checkpoint keeps: the student, its optimizer, its average, and the loss scaler of fp16."""
+
+    student: Net
+    optimizer: Any
+    ema: EMAModel | None
+    scaler: Any
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a stage, oldest first."""
     return sorted((folder / "checkpoints").glob("step-*"))
 
 
-def save(
-    folder: Path,
-    step: int,
-    stage: Stage,
-    student: UNet2DConditionModel,
-    optimizer: Any,
-    ema: EMAModel | None,
-    accelerator: Accelerator,
-    keep: int,
-) -> None:
+def save(now: State, folder: Path, step: int, stage: Stage, keep: int) -> None:
     """Writes the state after `step` steps aside, renames it, and drops all but the last `keep`.
 
     All processes come here, because each may hold a piece of the state; the main one writes. So a checkpoint does not
     show how many there were.
     """
-    state = {k: _in_full(v.detach()) for k, v in student.state_dict().items()}
-    named = dict(student.named_parameters())
-    shadows = zip(named.items(), ema.shadow_params, strict=True) if ema else ()
+    state = {k: _in_full(v.detach()) for k, v in now.student.state_dict().items()}
+    named = dict(now.student.named_parameters())
+    shadows = zip(named.items(), now.ema.shadow_params, strict=True) if now.ema else ()
     average = {name: _in_full(shadow, like=parameter) for (name, parameter), shadow in shadows}
-    moments = _mapped(optimizer.state_dict(), lambda value, _: _in_full(value), student)
-    if not accelerator.is_main_process:
+    moments = _mapped(now.optimizer.state_dict(), lambda value, _: _in_full(value), now.student)
+    if not is_main():
         return
     with new_folder(folder / "checkpoints" / f"step-{step:07d}", "checkpoint") as part:
         save_file(state, part / "student.safetensors")
         if average:
             save_file(average, part / "ema.safetensors")
         torch.save(moments, part / "optimizer.pt")
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+        scaler = now.scaler.state_dict() if now.scaler is not None else None
         write_json(part / "state.json", {"step": step, "stage": stage.model_dump(mode="json"), "scaler": scaler})
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(aside(old), ignore_errors=True)
@@ -74,7 +83,7 @@ def _in_full(value: Any, like: torch.Tensor | None = None) -> Any:
     return full.cpu() if is_main() else None
 
 
-def _mapped(state: dict[str, Any], change: Any, student: UNet2DConditionModel) -> dict[str, Any]:
+def _mapped(state: dict[str, Any], change: Any, student: Net) -> dict[str, Any]:
     """An optimizer's state with each of its values (moments, counts) and the parameter that it belongs to changed."""
     parameters = list(student.parameters())
     moments = {
@@ -118,14 +127,7 @@ def _before(saved: list[Path]) -> str:
     return f"delete it to resume from {saved[-2]}" if len(saved) > 1 else "delete it to begin again"
 
 
-def resume(
-    folder: Path,
-    stage: Stage,
-    student: UNet2DConditionModel,
-    optimizer: torch.optim.Optimizer,
-    ema: EMAModel | None,
-    accelerator: Accelerator,
-) -> int:
+def resume(into: State, folder: Path, stage: Stage) -> int:
     """Puts the last checkpoint's state in place and returns its step; 0 where there is none."""
     saved = checkpoints(folder)
     if not saved:
@@ -135,17 +137,17 @@ def resume(
     state, changed = check_stage(folder, stage)
     now = stage.model_dump(mode="json")
     try:
-        named = dict(student.named_parameters())
+        named = dict(into.student.named_parameters())
         weights = load_file(saved[-1] / "student.safetensors")
-        student.load_state_dict({k: piece(v, named.get(k, v)) for k, v in weights.items()})
+        into.student.load_state_dict({k: piece(v, named.get(k, v)) for k, v in weights.items()})
         moments = torch.load(saved[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
-        optimizer.load_state_dict(_mapped(moments, piece, student))
-        if ema:
+        into.optimizer.load_state_dict(_mapped(moments, piece, into.student))
+        if into.ema:
             shadow = load_file(saved[-1] / "ema.safetensors")
-            ema.shadow_params = [local(piece(shadow[name], p)).to(p.device) for name, p in named.items()]
-            ema.optimization_step = state["step"]
-        if accelerator.scaler is not None and state["scaler"]:
-            accelerator.scaler.load_state_dict(state["scaler"])
+            into.ema.shadow_params = [local(piece(shadow[name], p)).to(p.device) for name, p in named.items()]
+            into.ema.optimization_step = state["step"]
+        if into.scaler is not None and state["scaler"]:
+            into.scaler.load_state_dict(state["scaler"])
     except Exception as error:
         raise UserError(f"{saved[-1]}: damaged or of another student ({error}): {before}") from error
     how = "".join(f", {k} {state['stage'][k]} -> {now[k]}" for k in changed)

@@ -9,18 +9,18 @@ import psutil
 import torch
 
 from prunet import processes
-from prunet.denoisers.unet2d import form as unet
-from prunet.denoisers.unet2d.calls import call_skeleton
+from prunet.denoisers.architecture import Architecture, config_text
+from prunet.denoisers.known import architecture_of
 from prunet.errors import UserError
-from prunet.plan.size import config_text, size_of
+from prunet.plan.size import size_of
 from prunet.recipe.recipe import Stage
 from prunet.runtime import Runtime
 
 
 @lru_cache(maxsize=32)
-def _activation_elements(text: str, latent_size: tuple[int, int]) -> int:
+def _activation_elements(architecture: Architecture, text: str, latent_size: tuple[int, int]) -> int:
     config = json.loads(text)
-    net, total = unet.skeleton(config), 0
+    net, total = architecture.skeleton(config), 0
 
     def count(module: Any, args: Any, output: Any) -> None:
         nonlocal total
@@ -28,7 +28,7 @@ def _activation_elements(text: str, latent_size: tuple[int, int]) -> int:
 
     handles = [m.register_forward_hook(count) for m in net.modules() if not any(m.children())]
     try:
-        call_skeleton(config, latent_size)
+        architecture.call_skeleton(config, latent_size)
     finally:
         for handle in handles:
             handle.remove()
@@ -37,7 +37,7 @@ def _activation_elements(text: str, latent_size: tuple[int, int]) -> int:
 
 def activation_elements(config: Mapping[str, Any], latent_size: tuple[int, int]) -> int:
     """Elements that one sample's forward pass leaves for the backward pass: the outputs of all leaf modules."""
-    return _activation_elements(config_text(config), latent_size)
+    return _activation_elements(architecture_of(config), config_text(config), latent_size)
 
 
 def training_memory(

@@ -6,33 +6,34 @@ What runs on one device is not touched: `local`, `whole` and `piece` give a plai
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from prunet import processes
-from prunet.denoisers.unet2d.form import make_unet
-
-#: What is gathered together when it computes. Small enough to be forgotten again, large enough to be worth a message.
-UNITS = ("ResnetBlock2D", "BasicTransformerBlock")
+from prunet.denoisers.architecture import Net, config_of
+from prunet.denoisers.known import architecture_of
 
 
-def shard(net: nn.Module, device: torch.device) -> None:
-    """Shares out the parameters of `net`, in place. They stay in fp32 on the way, so that nothing rounds otherwise."""
+def shard(net: Net, device: torch.device) -> None:
+    """Shares out the parameters of `net`, in place. They stay in fp32 on the way, so that nothing rounds otherwise.
+
+    What is gathered together is a block: small enough to be forgotten again, large enough to be worth a message.
+    """
+    blocks = architecture_of(config_of(net)).blocks
     mesh = init_device_mesh(device.type, (processes.count(),))
     for module in net.modules():
-        if type(module).__name__ in UNITS:
+        if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh)
     # Not even the root stays gathered after a forward pass: a sheet puts other weights in between.
     fully_shard(net, mesh=mesh, reshard_after_forward=True)
 
 
-def unsharded(net: UNet2DConditionModel) -> UNet2DConditionModel:
+def unsharded(net: Net) -> Net:
     """The same model in one piece, on the CPU of every process."""
     with torch.device("meta"):
-        out = make_unet(dict(net.config))
+        out = architecture_of(config_of(net)).make(dict(net.config))
     out.load_state_dict({name: whole(value.detach()).cpu() for name, value in net.state_dict().items()}, assign=True)
     return out
 

@@ -5,17 +5,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
+
+from prunet.denoisers.architecture import Net
 
 #: One function of diffusers' is compiled for every shape that its blocks meet, in both models and in the sheets.
 #: Beyond 8 of them dynamo would run the rest uncompiled, and only a warning would say so.
 SHAPES = 64
 
 
-def set_memory_format(
-    form: torch.memory_format, nets: Iterable[UNet2DConditionModel], optimizer: Any = None, ema: Any = None
-) -> None:
+def set_memory_format(form: torch.memory_format, nets: Iterable[Net], optimizer: Any = None, ema: Any = None) -> None:
     """Stores convolutions' weights (O, I, H, W), with their moments and averages, in the memory format `form`.
 
     In `torch.channels_last` cuDNN's tensor-core convolutions take features as they are; in the default format they
@@ -34,7 +33,7 @@ def _is_kernel(value: Any) -> bool:
 
 
 @contextmanager
-def compiled_blocks(nets: Iterable[UNet2DConditionModel], on: bool) -> Iterator[None]:
+def compiled_blocks(nets: Iterable[Net], on: bool) -> Iterator[None]:
     """The repeated transformer blocks of `nets` run compiled while it lasts, if `on` (PyTorch's regional compilation).
 
     Blocks of equal shapes share one program, so that the 70 blocks of SDXL take as long to compile as two.
@@ -53,7 +52,7 @@ def compiled_blocks(nets: Iterable[UNet2DConditionModel], on: bool) -> Iterator[
             module._compiled_call_impl = None
 
 
-def in_8_bits(net: UNet2DConditionModel, *, fp8: bool) -> UNet2DConditionModel:
+def in_8_bits(net: Net, *, fp8: bool) -> Net:
     """Linear layers by torchao. `fp8`: weights (bf16 before) and activations scaled by row, for the fp8 tensor cores;
     else int8 weights with a scale a row, and activations as they are.
     """

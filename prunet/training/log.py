@@ -1,28 +1,15 @@
 """`log.jsonl`: what the loop says on the way."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from prunet.disk.files import clear_errors, new_file
 from prunet.errors import UserError
-from prunet.recipe.recipe import Losses
-
-
-def log_row(
-    step: int, means: dict[str, float], weights: Losses, factors: Sequence[float], lr: float, speed: float
-) -> dict[str, Any]:
-    """Terms as they are; `feature` is their sum with the factors, `loss` what was minimised."""
-    terms = [value for name, value in means.items() if name.startswith("feature/")]
-    feature = sum(factor * value for factor, value in zip(factors, terms, strict=True))
-    total = weights.task * means["task"] + weights.output * means["output"] + weights.feature * feature
-    row = {"step": step, "loss": total, "task": means["task"], "output": means["output"], "feature": feature}
-    return {**row, **means, "learning_rate": lr, "images_per_s": round(speed, 4)}
 
 
 def log_note(row: dict[str, Any]) -> str:
-    parts = [f"{name} {row[name]:.4f}" for name in ("loss", "task", "output", "feature")]
+    parts = [f"{name} {value:.4f}" for name, value in row.items() if name not in ("learning_rate", "images_per_s")]
     return "  ".join([*parts, f"{row['images_per_s']:.3g} images/s"])
 
 

@@ -1,4 +1,4 @@
-"""The diffusion process and the losses of distillation, as plain functions.
+"""The losses of distillation, as plain functions.
 
 L = w_task * MSE(eps_S, target) + w_output * MSE(eps_S, eps_T) + w_feature * sum over pairs of MSE(f_S, f_T)
 (arXiv 2305.15798, equations 1 to 4), every MSE a plain mean over all elements.
@@ -10,30 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-def add_noise(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps (DDPM, equation 4). Latents (B, C, h, w), `alpha_bar` (B,)."""
-    abar = alpha_bar.view(-1, 1, 1, 1)
-    return abar.sqrt() * latents + (1 - abar).sqrt() * noise
-
-
-def training_target(latents: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
-    """What the denoiser should say: the noise, or v = sqrt(abar) eps - sqrt(1 - abar) x_0 (arXiv 2202.00512)."""
-    if prediction_type == "epsilon":
-        return noise
-    abar = alpha_bar.view(-1, 1, 1, 1)
-    return abar.sqrt() * noise - (1 - abar).sqrt() * latents
-
-
-def min_snr_weight(alpha_bar: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """min(SNR, gamma) / SNR, for v-prediction / (SNR + 1) (arXiv 2303.09556, section 3.4). (B,) to (B,)."""
-    snr = alpha_bar / (1 - alpha_bar)
-    clipped = snr.clamp(max=gamma)
-    # The epsilon form is written over abar so that SNR = 0 (zero terminal SNR) gives 1 and not 0 / 0.
-    if prediction_type == "v_prediction":
-        return clipped / (snr + 1)
-    return torch.where(snr > gamma, gamma / snr.clamp(min=1e-12), torch.ones_like(snr))
 
 
 def mse(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:

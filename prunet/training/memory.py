@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prunet.denoisers.base import Pair
-from prunet.denoisers.unet2d.attention import fast_attention
+from prunet.denoisers.known import architecture_of
+from prunet.denoisers.pairs import Pair
 from prunet.training.probe import probe
 
 
@@ -67,7 +67,7 @@ def step_memory(
     with (
         FakeTensorMode(),
         probe(teacher_config, student_config, pairs, dtype=dtype, **setting) as (teacher, student, loss),
-        fast_attention([teacher, student], device, half=half),
+        architecture_of(teacher_config).fast_attention([teacher, student], device, half=half),
         Living() as living,
     ):
         for _ in range(min(accumulate, 2)):  # the second one meets the gradients of the first

@@ -5,13 +5,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from prunet.denoisers.base import Pair
+from prunet.denoisers.architecture import Net
+from prunet.denoisers.known import architecture_of
+from prunet.denoisers.pairs import Pair
 from prunet.denoisers.taps import tap
-from prunet.denoisers.unet2d.calls import example_inputs
-from prunet.denoisers.unet2d.form import make_unet
 from prunet.training.losses import feature_losses, mse
 
 
@@ -26,18 +25,19 @@ def probe(
     dtype: torch.dtype,
     gradient_checkpointing: bool,
     device: torch.device | str = "cpu",
-) -> Iterator[tuple[UNet2DConditionModel, UNet2DConditionModel, Callable[[], Tensor]]]:
+) -> Iterator[tuple[Net, Net, Callable[[], Tensor]]]:
     """Teacher in `dtype`, student in fp32, and a function: the loss () of one micro-batch, the student by autocast."""
     device, half = torch.device(device), dtype != torch.float32
+    architecture = architecture_of(teacher_config)
     with device:
-        student = make_unet(student_config).train()
+        student = architecture.make(student_config).train()
         with _default_dtype(dtype):
-            teacher = make_unet(teacher_config).eval().requires_grad_(False)
+            teacher = architecture.make(teacher_config).eval().requires_grad_(False)
     if gradient_checkpointing:
         student.enable_gradient_checkpointing()
 
     def inputs(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-        return example_inputs(config, micro_batch, latent_size=latent_size, device=device, dtype=dtype)
+        return architecture.example_inputs(config, micro_batch, latent_size=latent_size, device=device, dtype=dtype)
 
     with (
         tap([student.get_submodule(pair.student) for pair in pairs]) as ours,

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from prunet import processes
+from prunet.denoisers.architecture import Net
 from prunet.disk.files import new_file
 from prunet.sampling.draw import draw, set_sampler
 from prunet.teacher.teacher import Teacher
@@ -55,26 +54,15 @@ class Sheets:
     guidance_scale: float = 7.5
     _teacher_row: list[Image.Image] = field(default_factory=list)
 
-    def draw(self, step: int, student: UNet2DConditionModel, held: Sequence[Tensor], ema: Any) -> None:
-        """Draws the sheet of this step, with the EMA's weights if there is one; leaves the student as it was.
-
-        `held`: what this process holds of the student's parameters. All processes draw, since a student that is shared
-        out needs them all; one writes.
+    def draw(self, step: int, student: Net) -> None:
+        """Draws the sheet of this step. All processes draw, since a student that is shared out needs them all; one
+        writes.
         """
         if not self.prompts or not self.every:
             return
         if not self._teacher_row:
             self._teacher_row = self._row(self.teacher.unet)
-        if ema:
-            ema.store(held)
-            ema.copy_to(held)
-        student.eval()
-        try:
-            row = self._row(student)
-        finally:
-            student.train()
-            if ema:
-                ema.restore(held)
+        row = self._row(student)
         if not processes.is_main():
             return
         sheet = grid([self._teacher_row, row], ["teacher", f"student, step {step}"], self.prompts)

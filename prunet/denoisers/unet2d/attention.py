@@ -1,17 +1,14 @@
-"""What makes distillation fast on a CPU: memory that is kept, and attention by chunks; docs/log.md has the measures."""
+"""What makes attention fast on a CPU: chunks of queries; docs/log.md has the measures."""
 
-import ctypes
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt(3)
+from prunet.denoisers.architecture import Net
 
 #: Scores at once: more would not be faster, and these take 64 MB (1,024 queries of 8 heads against 4,096 keys).
 SCORES = 2**25
@@ -20,26 +17,7 @@ KEPT = 2**22
 
 
 @contextmanager
-def kept_memory(device: torch.device) -> Iterator[None]:
-    """Freed memory is kept for what comes next, on a CPU under glibc.
-
-    glibc gives a large block back to the system as soon as it is free, and the system zeroes it page by page when it is
-    asked for again: for every feature map of every step, up to half of a step's time. At the end all is given back.
-    """
-    if device.type != "cpu" or sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        yield
-        return
-    # For as long as the process lives: once it is told a threshold, glibc no longer moves its own.
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, -1)
-    try:
-        yield
-    finally:
-        libc.malloc_trim(0)
-
-
-@contextmanager
-def fast_attention(nets: Iterable[UNet2DConditionModel], device: torch.device, *, half: bool) -> Iterator[None]:
+def fast_attention(nets: Iterable[Net], device: torch.device, *, half: bool) -> Iterator[None]:
     """The stock attention of `nets` by way of `Chunked` while it lasts, if they run on a CPU in bf16.
 
     PyTorch's fused kernel is slow there. For 4,096 tokens of 8 heads of 40 channels (the first stage of Stable

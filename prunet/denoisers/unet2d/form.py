@@ -1,20 +1,13 @@
 """What is peculiar to `UNet2DConditionModel`: which parts can go, and the stock config of what is left.
 
-Everything here works on the *config alone*: modules are made on the meta device, no weight is read.
+Everything here works on configs and skeletons (modules on the meta device); no weight is read.
 """
 
-import difflib
-import fnmatch
-import itertools
-import json
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-import torch
 from diffusers import UNet2DConditionModel
 
 from prunet.errors import UserError
@@ -27,8 +20,6 @@ PART = re.compile(
     r"|\.(downsamplers|upsamplers)(\.0)?)?"
     r"|mid_block(\.(resnets|attentions)\.\d+(\.transformer_blocks\.\d+)?)?"
 )
-#: Names that the patterns of one plan may spell out (SDXL has 100 parts that can go); each is tried on every module.
-MOST_CHOICES = 1000
 PER_STAGE_FIELDS = ("cross_attention_dim", "attention_head_dim", "only_cross_attention")
 
 
@@ -60,77 +51,6 @@ def make_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
     """
     fields = {key: value for key, value in config.items() if not key.startswith("_")}
     return UNet2DConditionModel(**fields)
-
-
-@lru_cache(maxsize=32)
-def _skeleton(text: str) -> UNet2DConditionModel:
-    with torch.device("meta"):
-        return make_unet(json.loads(text)).eval().requires_grad_(False)
-
-
-def skeleton(config: Mapping[str, Any]) -> UNet2DConditionModel:
-    """The modules of `config` on the meta device: names and shapes without storage."""
-    kind = config.get("_class_name", "UNet2DConditionModel")
-    if kind != "UNet2DConditionModel":
-        raise UserError(f"The denoiser is a {kind}; prunet removes blocks of UNet2DConditionModel (SD v1, v2, SDXL)")
-    try:
-        return _skeleton(json.dumps({key: config[key] for key in sorted(config) if not key.startswith("_")}))
-    except Exception as error:  # of any kind: diffusers takes the values as they are
-        raise UserError(f"diffusers cannot make a U-Net of this config: {error}") from error
-
-
-def module_names(config: Mapping[str, Any]) -> list[str]:
-    return [name for name, _ in skeleton(config).named_modules() if name]
-
-
-def expand(pattern: str) -> list[str]:
-    """`a.{b,c}.0` -> `a.b.0`, `a.c.0`.
-
-    Raises:
-        UserError: more than `MOST_CHOICES` names.
-    """
-    pieces = re.split(r"\{([^{}]*)\}", pattern)
-    choices = [piece.split(",") if i % 2 else [piece] for i, piece in enumerate(pieces)]
-    if math.prod(map(len, choices)) > MOST_CHOICES:
-        raise UserError(f"Pattern {pattern!r} stands for more than {MOST_CHOICES:,} names: use * in place of braces")
-    return ["".join(parts) for parts in itertools.product(*choices)]
-
-
-def match(pattern: str, names: Iterable[str]) -> list[str]:
-    """The names that `pattern` means; `*`, `?` and `[...]` stay within one dotted part, `{a,b}` are choices."""
-    globs = [glob.split(".") for glob in expand(pattern)]
-
-    def fits(name: str) -> bool:
-        parts = name.split(".")
-        return any(len(parts) == len(glob) and all(map(fnmatch.fnmatchcase, parts, glob)) for glob in globs)
-
-    return [name for name in names if fits(name)]
-
-
-def removed_parts(config: Mapping[str, Any], patterns: Iterable[str]) -> dict[str, str]:
-    """Part -> the pattern that removes it. Refuses patterns that match nothing or what cannot go."""
-    names = module_names(config)
-    removed: dict[str, str] = {}
-    patterns = list(patterns)
-    if (count := sum(len(expand(pattern)) for pattern in patterns)) > MOST_CHOICES:
-        raise UserError(f"The plan's patterns stand for {count:,} names, more than {MOST_CHOICES:,}: use * in them")
-    for pattern in patterns:
-        found = match(pattern, names)
-        if not found:
-            near = difflib.get_close_matches(pattern, [n for n in names if PART.fullmatch(n)], 1, cutoff=0.3)
-            last = len(config["down_block_types"]) - 1
-            raise UserError(
-                f"Pattern {pattern!r} matches no module of this U-Net, whose stages are down_blocks.0 to .{last}, "
-                f"mid_block and up_blocks.0 to .{last}" + (f"; the nearest part is {near[0]}" if near else "")
-            )
-        for name in found:
-            if not PART.fullmatch(name):
-                raise UserError(
-                    f"Pattern {pattern!r} matches {name}, which cannot be removed; what can: stages, mid_block, "
-                    "their resnets, attentions, transformer_blocks"
-                )
-            removed.setdefault(name, pattern)
-    return removed
 
 
 def _layers(module: Any, name: str, removed: Mapping[str, str]) -> tuple[Layer, ...]:
@@ -178,9 +98,8 @@ def _lacks_mirror(i: int, side: str, other: str, net: Any, removed: Mapping[str,
     return f"{side}.{i}" in removed and f"{other}.{len(net.down_blocks) - 1 - i}" not in removed
 
 
-def kept_stages(config: Mapping[str, Any], removed: Mapping[str, str]) -> tuple[list[Stage], list[Stage]]:
+def kept_stages(net: Any, removed: Mapping[str, str]) -> tuple[list[Stage], list[Stage]]:
     """Down and up stages that stay, checked against each other (a skip connection needs both its ends)."""
-    net = skeleton(config)
     sides: dict[str, list[Stage]] = {}
     for side in ("down_blocks", "up_blocks"):
         sides[side] = [
@@ -210,9 +129,9 @@ def kept_stages(config: Mapping[str, Any], removed: Mapping[str, str]) -> tuple[
     return down, up
 
 
-def _mid_type(config: Mapping[str, Any], removed: Mapping[str, str]) -> tuple[str | None, list[int], tuple[int, ...]]:
+def _mid_type(net: Any, removed: Mapping[str, str]) -> tuple[str | None, list[int], tuple[int, ...]]:
     """The mid stage that stays: its diffusers type, the teacher's resnets kept, the transformer blocks kept."""
-    mid = skeleton(config).mid_block
+    mid = net.mid_block
     if mid is None or "mid_block" in removed:
         return None, [], ()
     resnets = [j for j in range(len(mid.resnets)) if f"mid_block.resnets.{j}" not in removed]
@@ -278,13 +197,13 @@ def _stage_type(name: str, stage: Stage) -> str:
     return name if stage.has_attention else name.replace("CrossAttn", "")
 
 
-def student_config(config: Mapping[str, Any], removed: Mapping[str, str]) -> Config:
-    """The stock diffusers config of what is left. An empty plan gives the teacher's own."""
+def student_config(config: Mapping[str, Any], net: Any, removed: Mapping[str, str]) -> Config:
+    """The stock diffusers config of what is left of `net`. An empty plan gives the teacher's own."""
     full: Config = dict(config)
     if not removed:
         return full
-    down, up = kept_stages(config, removed)
-    mid_type, _, mid_blocks = _mid_type(config, removed)
+    down, up = kept_stages(net, removed)
+    mid_type, _, mid_blocks = _mid_type(net, removed)
     out = dict(full)
     out["down_block_types"] = [_stage_type(full["down_block_types"][s.index], s) for s in down]
     out["up_block_types"] = [_stage_type(full["up_block_types"][s.index], s) for s in up]
@@ -300,9 +219,9 @@ def student_config(config: Mapping[str, Any], removed: Mapping[str, str]) -> Con
     return out
 
 
-def module_map(config: Mapping[str, Any], removed: Mapping[str, str]) -> dict[str, str]:
+def module_map(net: Any, removed: Mapping[str, str]) -> dict[str, str]:
     """Student module -> teacher module, for the smallest prefixes that say it all (longest match wins)."""
-    down, up = kept_stages(config, removed)
+    down, up = kept_stages(net, removed)
     mapping: dict[str, str] = {}
     for side, stages in (("down_blocks", down), ("up_blocks", up)):
         for i, stage in enumerate(stages):
@@ -315,19 +234,9 @@ def module_map(config: Mapping[str, Any], removed: Mapping[str, str]) -> dict[st
                     mapping[f"{student}.attentions.{j}.transformer_blocks.{b}"] = (
                         f"{teacher}.attentions.{layer.resnet}.transformer_blocks.{block}"
                     )
-    _, resnets, blocks = _mid_type(config, removed)
+    _, resnets, blocks = _mid_type(net, removed)
     for j, resnet in enumerate(resnets):
         mapping[f"mid_block.resnets.{j}"] = f"mid_block.resnets.{resnet}"
     for b, block in enumerate(blocks):
         mapping[f"mid_block.attentions.0.transformer_blocks.{b}"] = f"mid_block.attentions.0.transformer_blocks.{block}"
     return mapping
-
-
-def teacher_name(name: str, mapping: Mapping[str, str]) -> str:
-    """The teacher's name of a student's module or parameter."""
-    parts = name.split(".")
-    for end in range(len(parts), 0, -1):
-        prefix = ".".join(parts[:end])
-        if prefix in mapping:
-            return ".".join([mapping[prefix], *parts[end:]])
-    return name

@@ -2,43 +2,42 @@
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from prunet.data.cache import Cache
+from prunet.denoisers.condition import Condition
 from prunet.errors import UserError
 from prunet.hashing import seed_of
 from prunet.recipe.recipe import Stage
+from prunet.teacher.process import DDPM
 
 
-class Draws(Dataset[dict[str, Tensor]]):
+class Samples(Dataset[dict[str, Any]]):
     """What the denoiser sees at (step, position in the batch): a pure function of these two and the seed.
 
     So it depends neither on the micro-batch nor on the number of processes, and a resumed run needs no generator
-    state. An item: `latents` and `noise` (4, h, w), `timestep` (), `embeds` (77, D), SDXL's `pooled` and `time_ids`.
+    state. An item: `latents` and `noise` (C, h, w), `timestep` (), `condition`.
     """
 
-    def __init__(self, cache: Cache, stage: Stage, seed: int, num_timesteps: int) -> None:
-        self.cache, self.stage, self.seed, self.num_timesteps = cache, stage, seed, num_timesteps
+    def __init__(self, cache: Cache, stage: Stage, seed: int, process: DDPM) -> None:
+        self.cache, self.stage, self.seed, self.process = cache, stage, seed, process
         self.unconditional = cache.unconditional
 
-    def __getitem__(self, at: tuple[int, int]) -> dict[str, Tensor]:
+    def __getitem__(self, at: tuple[int, int]) -> dict[str, Any]:
         step, position = at
         sample = self.cache.sample(self._choose(step, position))
         rng = torch.Generator().manual_seed(seed_of(self.seed, step, position))
         latents = sample.mean + sample.std * torch.randn(sample.mean.shape, generator=rng)
         noise = torch.randn(sample.mean.shape, generator=rng)
-        timestep = torch.randint(0, self.num_timesteps, (), generator=rng)
+        timestep = self.process.random_timestep(rng)
         dropped = bool(torch.rand((), generator=rng) < self.stage.caption_dropout)
-        empty = self.unconditional
-        item = {"latents": latents, "noise": noise, "timestep": timestep}
-        item["embeds"] = empty.embeds[0] if dropped else sample.embeds
-        if sample.pooled is not None and sample.time_ids is not None and empty.pooled is not None:
-            item["pooled"] = empty.pooled[0] if dropped else sample.pooled
-            item["time_ids"] = sample.time_ids
-        return item
+        # The picture keeps its sizes.
+        condition = Condition(sample.condition | self.unconditional.row(0)) if dropped else sample.condition
+        return {"latents": latents, "noise": noise, "timestep": timestep, "condition": condition}
 
     def _choose(self, step: int, position: int) -> int:
         """The number of a sample. A batch has one size; an epoch has about as many batches of a size as it has samples,
@@ -72,17 +71,17 @@ def _permutation(seed: int, epoch: int, count: int) -> Tensor:
     return torch.randperm(count, generator=rng, dtype=torch.int32)
 
 
-def batches(draws: Draws, start: int, micro_batch: int, rank: int, ranks: int) -> Iterator[dict[str, Tensor]]:
-    """The micro-batches of one process, from step `start` on."""
+def batches(samples: Samples, start: int, micro_batch: int, rank: int = 0, ranks: int = 1) -> Iterator[dict[str, Any]]:
+    """The micro-batches of process `rank`, from step `start` on."""
     share = micro_batch * ranks
 
     def places() -> Iterator[list[tuple[int, int]]]:
-        for step in range(start, draws.stage.steps):
-            for first in range(rank * micro_batch, draws.stage.batch_size, share):
+        for step in range(start, samples.stage.steps):
+            for first in range(rank * micro_batch, samples.stage.batch_size, share):
                 yield [(step, position) for position in range(first, first + micro_batch)]
 
     cuda = torch.cuda.is_available()
     try:
-        yield from DataLoader(draws, batch_sampler=places(), num_workers=4 if cuda else 0, pin_memory=cuda)  # type: ignore[arg-type]
+        yield from DataLoader(samples, batch_sampler=places(), num_workers=4 if cuda else 0, pin_memory=cuda)  # type: ignore[arg-type]
     except UserError as error:  # of a worker, before whose message torch puts a traceback
         raise UserError(str(error).rpartition("prunet.errors.UserError: ")[2]) from error

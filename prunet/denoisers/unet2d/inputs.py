@@ -1,12 +1,11 @@
-"""Example calls of a U-Net, and the sizes that it was made for."""
+"""How a U-Net is called: its arguments, examples of them, and the size that it was made for."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from prunet.denoisers.unet2d import form as unet
-from prunet.errors import UserError
+from prunet.denoisers.condition import Condition
 
 TEXT_TOKENS = 77
 
@@ -47,15 +46,9 @@ def example_inputs(
     return inputs
 
 
-@torch.no_grad()
-def call_skeleton(config: Mapping[str, Any], latent_size: tuple[int, int] | None = None) -> None:
-    """One call on the meta device, for what watches it; the only place where a config can turn out not to work.
-
-    Raises:
-        UserError: the U-Net of this config cannot be called.
-    """
-    net = unet.skeleton(config)
-    try:
-        net(**example_inputs(config, latent_size=latent_size, device="meta"))
-    except Exception as error:  # of any kind: diffusers takes the values as they are
-        raise UserError(f"The U-Net of this config cannot be called: {error or type(error).__name__}") from error
+def arguments(condition: Condition) -> dict[str, Any]:
+    """The keyword arguments that say what to draw."""
+    known: dict[str, Any] = {"encoder_hidden_states": condition["prompt_embeds"]}
+    if "pooled" in condition:
+        known["added_cond_kwargs"] = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"]}
+    return known

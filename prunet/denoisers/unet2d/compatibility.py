@@ -6,7 +6,7 @@ All of it follows from the plan. Each answer is "yes" or begins with "no:" and s
 from collections.abc import Mapping
 from typing import Any
 
-from prunet.denoisers.unet2d import form as unet
+from prunet.denoisers.architecture import teacher_name
 
 # ComfyUI recognises an SDXL-shaped checkpoint by the transformer depth of each down resnet (its
 # `supported_models.py`: SDXL, SSD1B, Segmind_Vega, KOALA_1B, KOALA_700M); SD v1 and v2 by their widths alone.
@@ -21,9 +21,10 @@ _CPP_FORMS: tuple[tuple[list[int], list[int], list[int]], ...] = (
 _CPP_TINY = ([1, 1, 1], [], [1, 1, 1, 1, 1, 1])  # type: tuple[list[int], list[int], list[int]]  # bk-tiny
 
 
-def loads_in(student: dict[str, Any]) -> dict[str, str]:
-    """Program -> "yes" or why not. diffusers is always "yes": a plan without a stock form was refused."""
-    net = unet.skeleton(student)
+def loads_in(student: Mapping[str, Any], net: Any) -> dict[str, str]:
+    """Program -> "yes" or why not, of a config and its skeleton. diffusers is always "yes": a plan without a stock form
+    was refused.
+    """
     depths = _depths(net.down_blocks)
     form = depths, [n for n in _depths([net.mid_block] if net.mid_block else []) if n], _depths(net.up_blocks)
     comfy = cpp = "yes"
@@ -47,23 +48,22 @@ def loads_in(student: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def works_with(teacher: dict[str, Any], student: dict[str, Any], mapping: Mapping[str, str]) -> dict[str, str]:
+def works_with(whole: Any, net: Any, mapping: Mapping[str, str]) -> dict[str, str]:
     """What was made for the teacher, or for models of its kind -> "yes" or why not.
 
     Args:
-        teacher, student: configs.
-        mapping: student module -> teacher module (`prunet.denoisers.unet2d.form.module_map`).
+        whole, net: the skeletons of teacher and student.
+        mapping: student module -> teacher module.
     """
-    whole, net = unet.skeleton(teacher), unet.skeleton(student)
     mid_attention = bool(getattr(net.mid_block, "attentions", None))
     same_layers = [len(b.resnets) for b in net.down_blocks] == [len(b.resnets) for b in whole.down_blocks]
     controlled = "yes"
     if net.mid_block is None:
         controlled = "no: diffusers has no ControlNet without a mid block"
-    elif isinstance(student["layers_per_block"], list):
+    elif isinstance(net.config["layers_per_block"], list | tuple):
         controlled = "no: diffusers has no ControlNet whose stages have different numbers of layers"
     return {
-        "the teacher's LoRA": _lora(teacher, student, mapping),
+        "the teacher's LoRA": _lora(whole, net, mapping),
         "the teacher's ControlNet": "yes"
         if _residuals(net) == _residuals(whole)
         else "no: it adds to layers that are gone (a size error); train one of the student's form",
@@ -98,11 +98,11 @@ def _residuals(net: Any) -> list[tuple[int, int]]:
     return out
 
 
-def _lora(teacher: dict[str, Any], student: dict[str, Any], mapping: Mapping[str, str]) -> str:
+def _lora(whole: Any, net: Any, mapping: Mapping[str, str]) -> str:
     """A LoRA goes by names: a student's layer that has the name of another one of the teacher gets that one's delta."""
-    there = set(unet.module_names(teacher))
-    layers = [name for name in unet.module_names(student) if name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))]
-    wrong = [name for name in layers if name in there and unet.teacher_name(name, mapping) != name]
+    there = {name for name, _ in whole.named_modules()}
+    layers = [n for n, _ in net.named_modules() if n.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))]
+    wrong = [name for name in layers if name in there and teacher_name(name, mapping) != name]
     if not wrong:
         return "yes"
     return (
@@ -114,7 +114,7 @@ def _lora(teacher: dict[str, Any], student: dict[str, Any], mapping: Mapping[str
 def _ip_adapter(whole: Any, net: Any, mapping: Mapping[str, str]) -> str:
     """An IP-Adapter counts the cross-attentions, in this order."""
     theirs, ours = ([name for name in model.attn_processors if ".attn2." in name] for model in (whole, net))
-    moved = sum(unet.teacher_name(name, mapping) != theirs[i] for i, name in enumerate(ours))
+    moved = sum(teacher_name(name, mapping) != theirs[i] for i, name in enumerate(ours))
     if not moved:
         return "yes"
     return (

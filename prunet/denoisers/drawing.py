@@ -1,0 +1,67 @@
+"""A denoiser as terminal and page draw it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module that can be removed."""
+
+    kind: str  # "resnet", "attention", "downsampler", "upsampler", "block"
+    name: str
+    gone: bool
+    parameters: int
+    blocks: tuple[bool, ...] = ()  # of each transformer block in it, whether it stays
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Parts that follow each other, in layers of parts that belong together."""
+
+    name: str
+    gone: bool
+    layers: tuple[tuple[Part, ...], ...]
+    parameters: int
+    kept: int  # parameters that stay
+
+
+@dataclass(frozen=True)
+class Row:
+    """Stages side by side: a down stage and its mirrored up stage, or one alone."""
+
+    width: int  # channels
+    stages: tuple[Stage, ...]
+
+    @property
+    def is_mirrored(self) -> bool:
+        """Whether skip connections lead from one stage to the other."""
+        return len(self.stages) == 2
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The rows from top to bottom."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def stages(self) -> list[Stage]:
+        return [stage for row in self.rows for stage in row.stages]
+
+    @property
+    def largest(self) -> int:
+        """Parameters of the largest stage."""
+        return max(stage.parameters for stage in self.stages)
+
+    @property
+    def tally(self) -> dict[str, tuple[int, int]]:
+        """Kind -> how many of its parts stay and how many there are; transformer blocks if an attention has several."""
+        parts = [part for stage in self.stages for layer in stage.layers for part in layer]
+        counts: dict[str, list[bool]] = {}
+        for part in parts:
+            if "sampler" not in part.kind:
+                counts.setdefault(part.kind, []).append(not part.gone)
+        blocks = [stays and not part.gone for part in parts for stays in part.blocks]
+        if len(blocks) > len(counts.get("attention", blocks)):
+            counts["transformer block"] = blocks
+        return {kind: (sum(stays), len(stays)) for kind, stays in counts.items()}

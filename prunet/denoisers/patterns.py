@@ -1,0 +1,74 @@
+"""Patterns over module names."""
+
+import difflib
+import fnmatch
+import itertools
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+from prunet.errors import UserError
+
+#: Names that the patterns of one plan may spell out (SDXL has 100 parts that can go); each is tried on every module.
+MOST_CHOICES = 1000
+
+
+def expand(pattern: str) -> list[str]:
+    """`a.{b,c}.0` -> `a.b.0`, `a.c.0`.
+
+    Raises:
+        UserError: more than `MOST_CHOICES` names.
+    """
+    pieces = re.split(r"\{([^{}]*)\}", pattern)
+    choices = [piece.split(",") if i % 2 else [piece] for i, piece in enumerate(pieces)]
+    if math.prod(map(len, choices)) > MOST_CHOICES:
+        raise UserError(f"Pattern {pattern!r} stands for more than {MOST_CHOICES:,} names: use * in place of braces")
+    return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def match(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names that `pattern` means; `*`, `?` and `[...]` stay within one dotted part, `{a,b}` are choices."""
+    globs = [glob.split(".") for glob in expand(pattern)]
+
+    def fits(name: str) -> bool:
+        parts = name.split(".")
+        return any(len(parts) == len(glob) and all(map(fnmatch.fnmatchcase, parts, glob)) for glob in globs)
+
+    return [name for name in names if fits(name)]
+
+
+def removed_parts(
+    patterns: Iterable[str], names: Sequence[str], parts: Sequence[str], *, outline: str, parts_help: str
+) -> dict[str, str]:
+    """Part -> the pattern that removes it.
+
+    Args:
+        names, parts: all modules, and those of them that can be removed.
+        outline, parts_help: where the parts are, and which, for the messages.
+
+    Raises:
+        UserError: a pattern matches nothing, or what cannot be removed.
+    """
+    removed: dict[str, str] = {}
+    patterns, can_go = list(patterns), set(parts)
+    if (count := sum(len(expand(pattern)) for pattern in patterns)) > MOST_CHOICES:
+        raise UserError(f"The plan's patterns stand for {count:,} names, more than {MOST_CHOICES:,}: use * in them")
+    for pattern in patterns:
+        found = match(pattern, names)
+        if not found:
+            near = difflib.get_close_matches(pattern, parts, 1, cutoff=0.3)
+            raise UserError(
+                f"Pattern {pattern!r} matches no module of this {outline}"
+                + (f"; the nearest part is {near[0]}" if near else "")
+            )
+        if fixed := next((name for name in found if name not in can_go), None):
+            raise UserError(f"Pattern {pattern!r} matches {fixed}, which cannot be removed; what can: {parts_help}")
+        for name in found:
+            removed.setdefault(name, pattern)
+    return removed
+
+
+def is_within(name: str, parts: set[str]) -> bool:
+    """Whether `name` is one of `parts` or lies in one of them."""
+    pieces = name.split(".")
+    return any(".".join(pieces[:end]) in parts for end in range(1, len(pieces) + 1))

@@ -1,0 +1,66 @@
+"""Which weight of the teacher each weight of the student is, and whether diffusers builds what the plan keeps."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from prunet.denoisers.architecture import teacher_name
+from prunet.denoisers.patterns import is_within
+from prunet.denoisers.unet2d.form import PART
+from prunet.errors import UserError
+
+
+def weight_map(teacher: nn.Module, student: nn.Module, mapping: Mapping[str, str]) -> dict[str, str]:
+    """Student parameter -> teacher parameter; every shape must agree, which is where a wrong skip shows."""
+    source = teacher.state_dict()
+    out = {}
+    for name, tensor in student.state_dict().items():
+        origin = teacher_name(name, mapping)
+        if origin not in source:
+            raise UserError(
+                f"The student needs {name}, and the teacher has no {origin} to give it: the plan removes a stage whose "
+                "place the next one cannot take; remove the stages at the deep end (down_blocks' last, up_blocks.0)"
+            )
+        if source[origin].shape != tensor.shape:
+            part = ".".join(origin.split(".")[:4])
+            raise UserError(
+                f"{part} was made for another width than it would meet: {origin} is {tuple(source[origin].shape)}, its "
+                f"place in the student ({name}) needs {tuple(tensor.shape)}; keep the layer whose skip connection has "
+                f"that width: of three up layers the first and last fit, so remove up_blocks.*.{{resnets,attentions}}.1"
+            )
+        out[name] = origin
+    return out
+
+
+def check_form(
+    teacher: nn.Module, student: nn.Module, removed: Mapping[str, str], mapping: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Counts the blocks kept against the blocks built, since diffusers does not say what it did not build.
+
+    Returns the parts that go without having been named: the samplers towards stages that are gone.
+    """
+    origin, modules = dict(teacher.named_modules()), dict(student.named_modules())
+    parts = {n for n in origin if PART.fullmatch(n)}
+    gone = {n for n in parts if is_within(n, set(removed))}
+    names = [n for n in modules if PART.fullmatch(n)]
+    built = {teacher_name(n, mapping) for n in names}
+    back = sorted(built & gone)
+    if back:
+        raise UserError(
+            f"diffusers has no form without {back[0]} (pattern {removed.get(back[0], back[0])!r}): it would build it "
+            "again; leave it in the plan's model, or remove its whole stage"
+        )
+    missing = sorted(parts - gone - built)
+    implied = tuple(n for n in missing if n.split(".")[2:3] in (["downsamplers"], ["upsamplers"]))
+    if len(implied) != len(missing):
+        lost = next(n for n in missing if n not in implied)
+        raise UserError(
+            f"diffusers has no form that keeps {lost}: the student would lose it; remove it in the plan too"
+        )
+    for name, module in modules.items():
+        heads = getattr(module, "heads", None)
+        if heads is not None and heads != origin[teacher_name(name, mapping)].heads:
+            raise UserError(
+                f"{name} would have {heads} heads, the teacher's has another number: remove its stage instead"
+            )
+    return tuple(n for n in implied if not n.endswith(".0"))

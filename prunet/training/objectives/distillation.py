@@ -1,0 +1,100 @@
+"""Distillation by output and features (arXiv 2305.15798, section 3.2; arXiv 2401.02677, section 3)."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunet.denoisers.architecture import Net
+from prunet.denoisers.pairs import Pair, term_factors
+from prunet.denoisers.taps import Features, tap
+from prunet.recipe.recipe import Stage
+from prunet.teacher.teacher import Teacher, after_overflow
+from prunet.training.gpu import in_8_bits, set_memory_format
+from prunet.training.losses import feature_losses, mse
+from prunet.training.session import Session
+
+
+class Distillation:
+    """The student learns from the data (`task`), from its teacher's output (`output`), and from the teacher's features
+    (`feature/MODULE`, one a pair).
+
+    Raises:
+        UserError: a pattern of the losses' weights names no pair.
+    """
+
+    def __init__(self, teacher: Teacher, student: Net, pairs: Sequence[Pair], stage: Stage) -> None:
+        self._teacher, self._pairs, self._stage = teacher, pairs, stage
+        # Pairs are module objects of the bare model, found before it is wrapped.
+        self._student_modules = [student.get_submodule(pair.student) for pair in pairs]
+        self._factors = term_factors(pairs, stage.losses.weights)
+        self._process = teacher.process
+        self.nets: tuple[Net, ...] = ()
+        self.names = ("task", "output", *(f"feature/{pair.teacher}" for pair in pairs))
+
+    def start(self, session: Session) -> None:
+        runtime, device = session.runtime, session.device
+        net = self._teacher.unet.to(device)
+        if runtime.teacher_8bit or runtime.teacher_fp8:
+            net = in_8_bits(net, fp8=runtime.teacher_fp8)
+        if runtime.channels_last:
+            set_memory_format(torch.channels_last, [net])
+        self.nets, self._net = (net,), session.compiled(net)
+        # In one kernel, instead of one for each operation of each pair.
+        fused = runtime.compile or runtime.compile_blocks
+        self._compare: Any = torch.compile(feature_losses) if fused else feature_losses
+        self._process = self._process.to(device)
+        self._scale = torch.tensor(self._factors, device=device)
+        self._overflows = torch.zeros((), device=device)  # micro-batches of which the teacher's output is not finite
+        self._session = session
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        used = self._stage.losses.feature > 0
+        teacher_modules = [self.nets[0].get_submodule(pair.teacher) for pair in self._pairs]
+        with tap(self._student_modules if used else []) as ours, tap(teacher_modules if used else []) as theirs:
+            self._ours: Features = ours
+            self._theirs: Features = theirs
+            yield
+        if self._session.runtime.channels_last:
+            set_memory_format(torch.contiguous_format, self.nets)
+
+    def __call__(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        latents, noise, timestep, condition = (batch[k] for k in ("latents", "noise", "timestep", "condition"))
+        weights, process, call = self._stage.losses, self._process, self._teacher.architecture.call
+        noisy, target = process.add_noise(latents, noise, timestep), process.target(latents, noise, timestep)
+        with torch.no_grad():
+            dtype = self.nets[0].dtype
+            theirs = call(self._net, noisy.to(dtype), timestep, condition.to(noisy.device, dtype))
+            self._overflows += ~theirs.isfinite().all()
+        ours = call(model, noisy, timestep, condition)
+        # Min-SNR weighs what is learned from the data, never what is learned from the teacher.
+        gamma = self._stage.min_snr_gamma
+        weight = process.min_snr_weight(timestep, gamma) if gamma else None
+        terms = torch.stack([mse(ours, target, weight), mse(ours, theirs)])
+        loss = weights.task * terms[0] + weights.output * terms[1]
+        if len(self._ours):
+            # Named nowhere, so that the teacher's are gone before the backward pass.
+            features = self._compare(self._ours.take(), self._theirs.take(), weights.normalize)
+            loss = loss + weights.feature * (self._scale * features).sum()
+            terms = torch.cat([terms, features])
+        return loss, terms
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """`feature` is the sum of its terms with their factors, `loss` what is minimised."""
+        weights = self._stage.losses
+        terms = [means[name] for name in self.names[2:]]
+        feature = sum(factor * value for factor, value in zip(self._factors, terms, strict=True))
+        total = weights.task * means["task"] + weights.output * means["output"] + weights.feature * feature
+        return {"loss": total, "task": means["task"], "output": means["output"], "feature": feature}
+
+    def blame(self) -> str | None:
+        if not self._session.accelerator.reduce(self._overflows, "sum"):
+            return None
+        dtype = self.nets[0].dtype
+        return (
+            f"the output of the teacher {self._teacher.source} itself is not finite: it overflows in {dtype}: "
+            f"{after_overflow(dtype)}"
+        )

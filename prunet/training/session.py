@@ -1,0 +1,148 @@
+"""A student in training: on its device, wrapped, with its optimizer, its average and its checkpoints."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from prunet.denoisers.architecture import Net, config_of
+from prunet.denoisers.known import architecture_of
+from prunet.recipe.recipe import Stage
+from prunet.runtime import Runtime
+from prunet.training.allocator import kept_memory
+from prunet.training.checkpoints import State, resume, save
+from prunet.training.fsdp import local, shard, unsharded, whole
+from prunet.training.gpu import compiled_blocks, set_memory_format
+
+
+class Session:
+    """Puts `student` on the device and resumes from the last checkpoint in `folder`, if there is one (`start`).
+
+    Raises:
+        UserError: that checkpoint is of another stage, or damaged.
+    """
+
+    def __init__(self, student: Net, stage: Stage, folder: Path, runtime: Runtime) -> None:
+        AcceleratorState._reset_state()  # accelerate keeps the first precision of a process; ours may change
+        self.accelerator = Accelerator(
+            mixed_precision=runtime.mixed_precision,
+            cpu=runtime.torch_device.type == "cpu",
+            log_with=runtime.tracker,
+            project_dir=str(folder) if runtime.tracker else None,
+            # Gradients lie where they are averaged, not there as well.
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+        self.device, self.runtime, self.stage, self.folder = self.accelerator.device, runtime, stage, folder
+        self.student = student.to(self.device).train().requires_grad_(True)
+        if runtime.gradient_checkpointing:
+            student.enable_gradient_checkpointing()
+        if runtime.fsdp:
+            shard(student, self.device)
+        self._held = [local(parameter) for parameter in student.parameters()]
+        optimizer = _adamw(runtime)(student.parameters(), lr=stage.learning_rate, weight_decay=stage.weight_decay)
+        self._ema = EMAModel(self._held, decay=stage.ema_decay, foreach=True) if stage.ema_decay else None
+        self._state = State(student, optimizer, self._ema, self.accelerator.scaler)
+        self.start = resume(self._state, folder, stage)
+        if runtime.channels_last:
+            set_memory_format(torch.channels_last, [student], optimizer, self._ema)
+        if self._ema and runtime.offload_ema:
+            self._ema.to("cpu")
+        # In evaluation mode accelerate gives the model its precision and leaves out DDP, which FSDP stands in for.
+        self.model: Any = self.accelerator.prepare_model(self.compiled(student), evaluation_mode=runtime.fsdp)
+        self._optimizer = self._state.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        if runtime.tracker:
+            self.accelerator.init_trackers("prunet", config={"stage": stage.model_dump_json()})
+
+    def compiled(self, net: Any) -> Any:
+        """A model or function, compiled if the runtime says so."""
+        return torch.compile(net) if self.runtime.compile else net
+
+    @contextmanager
+    def running(self, frozen: Sequence[Net]) -> Iterator[None]:
+        """What makes the steps fast, for the student and the `frozen` models that are called beside it."""
+        nets, half = [*frozen, self.student], self.runtime.mixed_precision != "no"
+        with ExitStack() as stack:
+            stack.enter_context(kept_memory(self.device))
+            for net in nets:
+                architecture = architecture_of(config_of(net))
+                stack.enter_context(architecture.fast_attention([net], self.device, half=half))
+            stack.enter_context(compiled_blocks(nets, self.runtime.compile_blocks))
+            yield
+
+    def micro_step(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are averaged among the processes after the `last` micro-batch of a step only."""
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def step(self, learning_rate: float) -> Tensor:
+        """One step of the optimizer and of the average. Returns the norm () of the gradients, before clipping."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.stage.max_grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._ema:
+            if self.runtime.offload_ema:
+                self._ema.to(self.device)
+            self._ema.step(self._held)
+            if self.runtime.offload_ema:
+                self._ema.to("cpu")
+        total: Tensor = whole(norm)
+        return total
+
+    @property
+    def skips_overflow(self) -> bool:
+        """Whether a step whose gradients overflow is left out (fp16)."""
+        return self.accelerator.scaler is not None
+
+    @contextmanager
+    def drawing(self, *, average: bool) -> Iterator[Net]:
+        """The student as it would draw now: with its average's weights, if it has one and if asked."""
+        ema = self._ema if average else None
+        if ema:
+            ema.store(self._held)
+            ema.copy_to(self._held)
+        self.student.eval()
+        try:
+            yield self.student
+        finally:
+            self.student.train()
+            if ema:
+                ema.restore(self._held)
+
+    def save(self, step: int, keep: int) -> None:
+        """Writes a checkpoint after `step` steps and drops all but the last `keep`."""
+        save(self._state, self.folder, step, self.stage, keep)
+
+    def finish(self) -> Net:
+        """The student on the CPU, with its average's weights if it has one."""
+        if self.runtime.tracker:
+            self.accelerator.end_training()
+        if self._ema:
+            self._ema.copy_to(self._held)
+        student = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+        if self.runtime.fsdp:
+            student = unsharded(student)
+        student.disable_gradient_checkpointing()
+        if self.runtime.channels_last:
+            set_memory_format(torch.contiguous_format, [student])
+        net: Net = student.eval().requires_grad_(False).to("cpu")
+        return net
+
+
+def _adamw(runtime: Runtime) -> Any:
+    if not runtime.use_8bit_adam:
+        return partial(torch.optim.AdamW, fused=True)  # one kernel; several times as fast as a loop over the weights
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit
