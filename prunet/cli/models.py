@@ -132,7 +132,9 @@ def export(
     from prunet.disk.ownership import check_file, check_place
     from prunet.exports.folder import export as export_folder
     from prunet.exports.single_file import export_single_file
-    from prunet.runs.run import Run, read_paths
+    from prunet.runs.card import card_facts
+    from prunet.runs.checks import read_paths
+    from prunet.runs.run import Run
 
     if not (run_folder / "recipe.yaml").is_file():
         raise UserError(f"{run_folder}: not a run folder (no recipe.yaml); `prunet run RECIPE` makes one")
@@ -148,6 +150,7 @@ def export(
     elif elsewhere:
         check_place(target, "pipeline", "--output", read_paths(recipe))
     this = Run(recipe)
+    this.check()
     if not this.result_of("evaluate").is_file():
         raise UserError(f"{run_folder}: not evaluated yet; finish it with `prunet run {run_folder}`")
     if single_file:
@@ -158,7 +161,7 @@ def export(
     else:
         with nullcontext() if elsewhere else this.at_work():
             teacher, what = this.exported_teacher(), "pipeline" if elsewhere else "export"
-            written = export_folder(teacher, this.last_unet(), target, card=this.card(), fp16=fp16, what=what)
+            written = export_folder(teacher, this.last_unet(), target, card=card_facts(this), fp16=fp16, what=what)
     size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.rglob("*.safetensors")))
     loads, works = this.derived.loads_in, this.derived.works_with
     say(
