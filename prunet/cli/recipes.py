@@ -25,7 +25,7 @@ def _run_until(until: str, path: Path, overrides: list[str] | None, runtime: Any
     from prunet.runs.run import Run
 
     this = Run(open_recipe(path, overrides), runtime)
-    this.check()
+    this.check(until)
     this.finish(until)
     facts = {"output": str(this.folder), "steps": {name: "done" for name in this.step_names(until)}}
     if until == "report":

@@ -137,13 +137,13 @@ def ablate(
     for key, recipe in recipes.items():
         try:
             runs[key] = Run(recipe, runtime, like=next(iter(runs.values()), None))
-            runs[key].check()
+            runs[key].check("evaluate")
         except UserError as error:
             raise UserError(f"arm {key[0]!r}: {error}") from error
     with hold(output, "ablation"):
         for run in runs.values():  # first of all, since several arms wait for the same one
-            for step in run.step_names("cache"):
-                if not run.is_done(step):
+            for step in run.todo("evaluate"):
+                if step in run.step_names("cache"):
                     run.do(step)
             for teacher in {run.teacher, *run.teachers}:
                 teacher.release("unet", "vae", "text")
@@ -182,7 +182,7 @@ def _each_done(todo: Mapping[tuple[str, int], Run], workers: int) -> Any:
 
 def _do(recipe: Recipe, runtime: Runtime, like: Run | None = None) -> None:
     run = Run(recipe, runtime, like=like)
-    run.check()
+    run.check("evaluate")
     run.finish("evaluate")
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from prunet.data.cache import Cache
+from prunet.disk.files import read_label
 from prunet.evaluation.results import read_evaluation
 from prunet.exports.card import origin
 from prunet.runs.steps import read_done
@@ -21,7 +21,7 @@ def card_facts(this: "Run") -> dict[str, Any]:
     result = read_evaluation(this.folder / "evaluation", read_done(this.folder))
     prompts = result["protocol"]["prompts"]
     measures = {name: result["distance"][name] for name in ("before", "after")}
-    has_cache = (this.cache_folder / "cache.json").is_file()  # it may be deleted when all is done
+    cache = this.cache_folder / "cache.json"  # which may be deleted when all is done, as the samples may
     source = this.recipe.data.source or []
     pictures = ", ".join(map(short, [source] if isinstance(source, str) else source))
     return {
@@ -30,7 +30,7 @@ def card_facts(this: "Run") -> dict[str, Any]:
         "license": this.recipe.export.license,
         "plan": {"name": this.recipe.plan.name, "remove": list(this.recipe.plan.remove)},
         "recipe": this.recipe.model_dump(mode="json"),
-        "samples": f"{len(Cache.open(this.cache_folder)):,}" if has_cache else None,
+        "samples": f"{read_label(cache, ('samples',))['samples']:,}" if cache.is_file() else None,
         "size": this.size,
         "sizes": result["sizes"],
         "loads_in": this.derived.loads_in,

@@ -1,6 +1,7 @@
 """All that can be wrong with a run is found here, before anything is loaded or computed."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +15,14 @@ from prunet.disk.ownership import check_place
 from prunet.disk.reading import parse_yaml
 from prunet.errors import UserError
 from prunet.recipe.recipe import Recipe, read_prompts, recipe_yaml
+from prunet.runs.steps import check_replaceable
 from prunet.sampling.draw import check_sampler
 from prunet.student.student import check_steps
 from prunet.teacher.configs import check_condition
 from prunet.teacher.copying import check_other_parts
 from prunet.teacher.space import check_same_space, check_size
 from prunet.training.checkpoints import check_stage
+from prunet.words import many
 
 if TYPE_CHECKING:
     from prunet.runs.run import Run
@@ -28,8 +31,8 @@ if TYPE_CHECKING:
 LABEL_FIX = "delete it, if the checkpoints beside it are of this recipe, and give the same command again"
 
 
-def check_run(this: "Run") -> None:
-    """Refuses what would stop the run later on, and says what is odd.
+def check_run(this: "Run", until: str) -> None:
+    """Refuses what would stop the steps up to and with `until` later on, and says what is odd.
 
     Raises:
         UserError: anything in the recipe, its models, data or folders that does not fit.
@@ -38,15 +41,20 @@ def check_run(this: "Run") -> None:
     parse_yaml(recipe_yaml(this.recipe), "The recipe with all its values")  # the run folder's, which is read again
     _check_models(this)
     _check_data(this)
-    if not this.is_done("export"):
+    todo = this.todo(until)
+    if "export" in todo:
         check_other_parts(this.teachers[-1])
     check_steps(this.steps_down)
     for number, stage in enumerate(this.recipe.stages, 1):
         this.micro_batch(number)
         term_factors(this.pairs(number), stage.losses.weights)
     _check_folder(this)
-    if not this.are_done(this.step_names()):  # a finished run may lie where nothing can be written
-        _check_disk(this)
+    for step in todo:  # refused here, before what is done is begun again
+        check_replaceable(this, step)
+        if step.startswith("stage-"):
+            check_stage(this.folder / step, this.recipe.stages[int(step.removeprefix("stage-")) - 1])
+    if todo:  # a finished run may lie where nothing can be written
+        _check_disk(this, todo)
     _say_what_is_odd(this.recipe)
 
 
@@ -96,7 +104,7 @@ def _check_folder(this: "Run") -> None:
             raise UserError(
                 f"{folder}: holds a cache of another teacher or other data: delete it, or give another with 'cache:'"
             )
-    for number, stage in enumerate(this.recipe.stages, 1):
+    for number in range(1, len(this.recipe.stages) + 1):
         folder = this.folder / f"stage-{number}"
         label = folder / "inputs.json"
         begun = (folder / "checkpoints").is_dir() and label.is_file()
@@ -105,27 +113,25 @@ def _check_folder(this: "Run") -> None:
                 f"{folder}: holds checkpoints of another teacher, plan, data, seed or stage settings: give another "
                 "output, or delete that folder"
             )
-        if not this.is_done(f"stage-{number}"):  # refused here, before what is done is begun again
-            check_stage(folder, stage)
 
 
-def _check_disk(this: "Run") -> None:
+def _check_disk(this: "Run", todo: Sequence[str]) -> None:
     where = check_writable(this.folder, "output")
-    for folder, _ in this.cache_specs:
+    for folder, _ in this.cache_specs if "cache" in todo else ():
         check_writable(folder, "cache")
-    need = checkpoint_bytes(this)
+    need = checkpoint_bytes(this, todo)
     if shutil.disk_usage(where).free < need:
         raise UserError(
-            f"output: checkpoints in {this.folder} need about {need / 1e9:.1f} GB free; lower keep_checkpoints, or "
+            f"output: checkpoints in {this.folder} need about {many(need)}B free; lower keep_checkpoints, or "
             "give an output on another disk"
         )
 
 
-def checkpoint_bytes(this: "Run") -> int:
-    """What the checkpoints of the stages to come will take: those kept, and one more while it is being written."""
+def checkpoint_bytes(this: "Run", todo: Sequence[str]) -> int:
+    """What the checkpoints of the stages in `todo` will take: those kept, and one more while it is being written."""
     need, largest = 0, 0
     for number, (stage, derived) in enumerate(zip(this.recipe.stages, this.steps_down, strict=True), 1):
-        if this.is_done(f"stage-{number}"):
+        if f"stage-{number}" not in todo:
             continue
         size = 16 * derived.student_size.parameters  # weights, their average and two moments, in fp32
         need += size * min(this.recipe.keep_checkpoints, -(-stage.steps // this.recipe.checkpoint_every))

@@ -16,7 +16,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,13 @@ class Run:
         self.steps_down = [derive(self.teacher.unet_config, plan) for plan in recipe.stage_plans]
         self.size = recipe.data.size or self.teacher.native_size
 
-    def check(self) -> None:
-        """Finds all that can be wrong, before anything is loaded or computed.
+    def check(self, until: str = "report") -> None:
+        """Finds all that can be wrong with the steps up to and with `until`, before anything is loaded or computed.
 
         Raises:
             UserError: anything in the recipe, its models, data or folders that does not fit.
         """
-        check_run(self)
+        check_run(self, until)
 
     def _open(self, source: TeacherSource) -> Teacher:
         return Teacher(
@@ -129,8 +129,9 @@ class Run:
         """Whether `step` was finished from these inputs and its result is still there."""
         return steps.is_done(self, step)
 
-    def are_done(self, names: list[str]) -> bool:
-        return all(map(self.is_done, names))
+    def todo(self, until: str = "report") -> list[str]:
+        """The steps to do up to and with `until`; a result that nothing to be done reads may be gone."""
+        return steps.todo(self, until)
 
     @property
     def cache_folder(self) -> Path:
@@ -150,18 +151,25 @@ class Run:
             yield
 
     def finish(self, until: str = "report") -> None:
-        """Does what is not done of the steps up to and with `until`."""
+        """Does what is to be done of the steps up to and with `until`."""
         processes.join(self.runtime.torch_device)
-        names = self.step_names(until)
-        done = processes.from_main(lambda: self.are_done(names))
-        with nullcontext() if done else self.at_work():
-            for step in names:
-                self.do(step)
+        with self.at_work() if processes.from_main(lambda: self.todo(until)) else nullcontext():
+            for step in self.step_names(until):
+                todo = processes.from_main(lambda: self.todo(until))
+                if step in todo or processes.from_main(partial(self.is_done, step)):
+                    self.do(step)
+                else:
+                    say(f"[green]✓[/] {step} [dim]is not needed any more: what it left is gone[/]")
 
     def do(self, step: str) -> None:
-        """Does one step, unless it is done, and says which. All processes come here, and leave when it is done."""
+        """Does one step, unless it is done, and says which. All processes come here, and leave when it is done.
+
+        Raises:
+            UserError: what it left was changed, or lies where a user's own files are.
+        """
         processes.join(self.runtime.torch_device)
         if processes.from_main(lambda: self.is_done(step)):
+            processes.from_main(lambda: steps.verify_done(self, step))
             say(f"[green]✓[/] {step} [dim]is done[/]")
             return
         with self.at_work():
@@ -170,6 +178,7 @@ class Run:
     def _do(self, step: str) -> None:
         say(f"[bold]→ {step}[/]")
         start = time.perf_counter()
+        processes.from_main(lambda: steps.check_replaceable(self, step))
         processes.from_main(lambda: steps.begin(self, step))
         shared = {"cache": self._cache, "evaluate": self._evaluate}
         alone = {"plan": self._plan, "build": self._build, "export": self._export, "report": self._report}
@@ -314,6 +323,6 @@ def run(recipe: Recipe, runtime: Runtime | None = None, *, until: str = "report"
         UserError: anything in the recipe that does not fit, before the first step begins.
     """
     this = Run(recipe, runtime)
-    this.check()
+    this.check(until)
     this.finish(until)
     return this.folder

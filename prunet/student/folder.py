@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
 
 from prunet.denoisers.freeze import freeze
 from prunet.disk.files import new_folder
@@ -30,17 +29,6 @@ def load_unet(folder: Path, made_from: str | None = None) -> UNet2DConditionMode
         return freeze(UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32))
     except Exception as error:
         raise UserError(f"{folder}: no whole U-Net there ({error}): delete the folder and run again") from error
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a result is there, and if it is weights, not cut off (their header says how long they are)."""
-    if path.suffix != ".safetensors" or not path.is_file():
-        return path.exists()
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (SafetensorError, OSError):
-        return False
 
 
 def write_unet(net: UNet2DConditionModel, folder: Path) -> None:
