@@ -212,7 +212,8 @@ def test_single_files(files, capsys, monkeypatch) -> None:
     compare = ("compare", files / "finished", files / "again", "-o")
     assert call(capsys, *compare, files / "page.html")[0] == 0
     assert call(capsys, *compare, files / "page.html")[0] == 0
-    for path in (write(files / "mine.html", "<html>"), files / "teacher" / "page.html"):
+    report = files / "finished" / "report.html"
+    for path in (write(files / "mine.html", "<html>"), files / "teacher" / "page.html", report):
         before = tree(files)
         code, _, err = call(capsys, *compare, path)
         assert code == 2 and "\n" not in err.strip() and tree(files) == before

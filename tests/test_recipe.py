@@ -7,8 +7,7 @@ import pytest
 import yaml
 
 from prunet import UserError, load_recipe
-from prunet.recipe.recipe import read_prompts
-from prunet.runs.run import recipe_yaml
+from prunet.recipe.recipe import read_prompts, recipe_yaml
 
 GOOD = {
     "teacher": "somewhere",

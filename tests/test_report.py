@@ -17,9 +17,8 @@ from prunet.denoisers.unet2d.architecture import UNET2D
 from prunet.errors import UserError
 from prunet.plan.derived import Derived, derive
 from prunet.plan.plan import Plan
-from prunet.recipe.recipe import Recipe
+from prunet.recipe.recipe import Recipe, recipe_yaml
 from prunet.report.run import write_report
-from prunet.runs.run import recipe_yaml
 
 CONFIG = {
     "sample_size": 8,

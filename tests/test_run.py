@@ -18,6 +18,8 @@ from conftest import make_pictures, make_pipeline
 from prunet import Run, Runtime, Teacher, UserError, load_recipe, run
 from prunet.data.cache import Cache
 from prunet.runs import run as runs
+from prunet.runs.checks import checkpoint_bytes
+from prunet.runs.steps import logged_seconds
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
 
@@ -96,6 +98,20 @@ def test_finished_steps_are_skipped(finished, sd, pictures, tmp_path, capsys) ->
     assert capsys.readouterr().err.count("is done") == 8
 
 
+def test_a_run_of_an_earlier_version_is_still_done() -> None:
+    """The demo's inputs; others here would train again what users have trained."""
+    found = Run(load_recipe("recipes/demo.yaml"), CPU).inputs
+    assert found == {
+        "plan": "bf0157873c7bde86",
+        "build": "ad24aec4abc8593f",
+        "cache": "beb77a7f85adf670",
+        "stage-1": "7261f9626a8feea3",
+        "evaluate": "c36d2f71b262ef77",
+        "export": "c1db19d3d5843f6a",
+        "report": "be1c761ac846ca1a",
+    }
+
+
 def test_changed_evaluation_repeats_only_what_depends_on_it(finished, capsys) -> None:
     recipe = load_recipe(finished / "recipe.yaml", ["evaluation.steps=3"])
     this = Run(recipe, CPU)
@@ -144,9 +160,9 @@ def test_pictures_may_go_when_the_cache_is_whole(sd, tmp_path, monkeypatch) -> N
     run(recipe, CPU, until="distil")
     assert Run(recipe, CPU).is_done("stage-1")
     other = recipe.data.model_copy(update={"source": "data/others"})
-    monkeypatch.setattr("prunet.runs.run.check_source", lambda source, **_: pytest.fail(f"looks for {source}"))
+    monkeypatch.setattr("prunet.runs.checks.check_source", lambda source, **_: pytest.fail(f"looks for {source}"))
     with pytest.raises(pytest.fail.Exception, match="looks for data/others"):
-        Run(recipe.model_copy(update={"data": other}), CPU)
+        Run(recipe.model_copy(update={"data": other}), CPU).check()
 
 
 def test_disk_for_the_checkpoints_of_all_stages(sd, pictures, tmp_path, monkeypatch) -> None:
@@ -156,9 +172,9 @@ def test_disk_for_the_checkpoints_of_all_stages(sd, pictures, tmp_path, monkeypa
     first, second = (16 * derived.student_size.parameters for derived in this.steps_down)
     assert first > second
     # Of 5 steps with a checkpoint after every second one two are kept, and one is written beside them.
-    assert this._checkpoint_bytes() == 2 * first + 2 * second + first
+    assert checkpoint_bytes(this, this.todo()) == 2 * first + 2 * second + first
     monkeypatch.setattr(this, "is_done", lambda step: step == "stage-1")
-    assert this._checkpoint_bytes() == 2 * second + second
+    assert checkpoint_bytes(this, this.todo()) == 2 * second + second
 
 
 def test_a_stage_that_was_stopped_took_all_of_its_steps(sd, pictures, tmp_path) -> None:
@@ -166,8 +182,8 @@ def test_a_stage_that_was_stopped_took_all_of_its_steps(sd, pictures, tmp_path) 
     (this.folder / "stage-1").mkdir(parents=True)
     rows = [{"step": 10, "images_per_s": 2.0}, {"step": 15, "images_per_s": 0.5}]
     (this.folder / "stage-1" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert this._logged_seconds("stage-1") == 10 * 4 / 2 + 5 * 4 / 0.5
-    assert this._logged_seconds("stage-2") == this._logged_seconds("build") == 0
+    assert logged_seconds(this, "stage-1") == 10 * 4 / 2 + 5 * 4 / 0.5
+    assert logged_seconds(this, "stage-2") == logged_seconds(this, "build") == 0
 
 
 def test_finished_run_is_exported_without_its_cache(finished, tmp_path) -> None:
@@ -251,7 +267,7 @@ def test_progressive_stages_cut_what_the_stage_before_trained(sdxl, pictures, tm
 def test_stage_that_brings_a_part_back_is_refused(sdxl, pictures, tmp_path) -> None:
     stages = [{"steps": 1, "plan": "vega"}, {"steps": 1}]
     with pytest.raises(UserError, match="can only remove more"):
-        Run(load_recipe(recipe_file(tmp_path, sdxl, pictures, plan="ssd-1b", stages=stages)), CPU)
+        Run(load_recipe(recipe_file(tmp_path, sdxl, pictures, plan="ssd-1b", stages=stages)), CPU).check()
     with pytest.raises(UserError, match="last stage must train the recipe's own plan"):
         load_recipe(recipe_file(tmp_path, sdxl, pictures, plan="ssd-1b", stages=stages[:1]))
 
@@ -279,10 +295,10 @@ def test_teachers_in_turn(sd, pictures, tmp_path) -> None:
 def test_teacher_of_another_layout_or_latent_space_is_refused(sd, sdxl, pictures, tmp_path) -> None:
     stages = [{"steps": 1}, {"steps": 1, "teacher": str(sdxl)}]
     with pytest.raises(UserError, match="its U-Net is not that of"):
-        Run(load_recipe(recipe_file(tmp_path, sd, pictures, stages=stages)), CPU)
+        Run(load_recipe(recipe_file(tmp_path, sd, pictures, stages=stages)), CPU).check()
     stages[1]["teacher"] = str(make_pipeline(tmp_path / "v", "sd", prediction_type="v_prediction"))
     with pytest.raises(UserError, match="noise schedule is not that of"):
-        Run(load_recipe(recipe_file(tmp_path, sd, pictures, stages=stages)), CPU)
+        Run(load_recipe(recipe_file(tmp_path, sd, pictures, stages=stages)), CPU).check()
 
 
 WAIT_FOR = {
@@ -334,5 +350,5 @@ def test_a_stage_that_cannot_resume_is_refused_before_what_is_done_is_undone(sd,
         ("stages.0.learning_rate=0.5", "is finished"),
     ):
         with pytest.raises(UserError, match=message):
-            Run(load_recipe(path, [change]), CPU)
+            Run(load_recipe(path, [change]), CPU).check()
     assert {p: p.read_bytes() for p in before} == before

@@ -131,8 +131,11 @@ def export(
     """Write the student of a run as a stock pipeline folder, or as one .safetensors for ComfyUI and others."""
     from prunet.disk.ownership import check_file, check_place
     from prunet.exports.folder import export as export_folder
-    from prunet.exports.single_file import export_single_file
-    from prunet.runs.run import Run, read_paths
+    from prunet.exports.single_file import export_single_file, is_exported
+    from prunet.runs.card import card_facts
+    from prunet.runs.checks import read_paths
+    from prunet.runs.run import Run
+    from prunet.teacher.copying import check_other_parts
 
     if not (run_folder / "recipe.yaml").is_file():
         raise UserError(f"{run_folder}: not a run folder (no recipe.yaml); `prunet run RECIPE` makes one")
@@ -142,14 +145,16 @@ def export(
     if single_file and target.suffix != ".safetensors":
         raise UserError(f"--output {target}: name the single file something.safetensors")
     recipe = open_recipe(run_folder, [f"output={json.dumps(str(run_folder))}"])
-    if single_file and elsewhere:
-        check_file(target, "--output", sources=read_paths(recipe))
-        check_place(target.with_suffix(".config"), "configs", "--output", read_paths(recipe))  # its configs go there
-    elif elsewhere:
-        check_place(target, "pipeline", "--output", read_paths(recipe))
+    read = read_paths(recipe)
+    if single_file:
+        check_file(target, "--output", is_exported, read)
+        check_place(target.with_suffix(".config"), "configs", "--output", read)  # its configs go there
+    else:
+        check_place(target, what := "pipeline" if elsewhere else "export", "--output", read)
     this = Run(recipe)
     if not this.result_of("evaluate").is_file():
         raise UserError(f"{run_folder}: not evaluated yet; finish it with `prunet run {run_folder}`")
+    check_other_parts(this.teachers[-1])
     if single_file:
         if not this.is_done("export"):
             this.do("export")
@@ -157,8 +162,8 @@ def export(
             written = export_single_file(run_folder / "pipeline", target, fp16=fp16)
     else:
         with nullcontext() if elsewhere else this.at_work():
-            teacher, what = this.exported_teacher(), "pipeline" if elsewhere else "export"
-            written = export_folder(teacher, this.last_unet(), target, card=this.card(), fp16=fp16, what=what)
+            teacher, card = this.exported_teacher(), card_facts(this)
+            written = export_folder(teacher, this.last_unet(), target, card=card, fp16=fp16, what=what)
     size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.rglob("*.safetensors")))
     loads, works = this.derived.loads_in, this.derived.works_with
     say(

@@ -25,6 +25,7 @@ def _run_until(until: str, path: Path, overrides: list[str] | None, runtime: Any
     from prunet.runs.run import Run
 
     this = Run(open_recipe(path, overrides), runtime)
+    this.check(until)
     this.finish(until)
     facts = {"output": str(this.folder), "steps": {name: "done" for name in this.step_names(until)}}
     if until == "report":
@@ -72,6 +73,7 @@ def estimate(
     from prunet.runs.run import Run
 
     this = Run(open_recipe(recipe, overrides), runtime)
+    this.check()
     cost = cost_of(this)
     say(as_json, cost, draw_estimate(this, cost))
 

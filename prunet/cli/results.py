@@ -91,9 +91,9 @@ def measure(
 @app.command()
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders of `prunet measure`.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page, for run folders.")] = Path(
-        "comparison.html"
-    ),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The page, for run folders: comparison.html by default.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Put several runs side by side on one page, or the numbers of several measured models into one table.
@@ -109,11 +109,14 @@ def compare(
     if any((folder / "measures.json").is_file() for folder in folders):
         from rich.markdown import Markdown
 
+        if output is not None:
+            raise UserError(f"--output {output}: pages are for run folders; measured models are one table, printed")
         results = side_by_side(folders)
         return say(as_json, {"results": results}, Markdown(markdown(results)))
+    output = output or Path("comparison.html")
     if output.suffix != ".html" or output.is_dir():
         raise UserError(f"--output {output}: name the page something.html")
-    check_file(output, "--output", is_page)
+    check_file(output, "--output", lambda path: is_page(path, "comparison"))
     page = write_comparison(folders, output)
     say(as_json, {"page": str(page)}, f"Page: {page}")
 

@@ -8,14 +8,18 @@ import json
 import zlib
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from prunet import __version__
 from prunet.errors import UserError
 
 SEAL, CHECKSUM = ".prunet.json", "checksum"
 PIECE = 1 << 24  # bytes read at once
+CHANGED = "damaged or changed (its checksum is another than when it was written)"
 
 
 def checksum(pieces: Iterable[Any]) -> str:
@@ -80,25 +84,56 @@ def verify(folder: Path, fix: str, made_from: str | None = None) -> None:
     """Compares a folder that prunet wrote as a whole with its seal; one without a seal (older) is not checked.
 
     Raises:
-        UserError: a file is missing or has other bytes, or all of it was `made_from` something else; `fix` says what
-            to do about it.
+        UserError: a file is missing, cut off or has other bytes, or all of it was `made_from` something else; `fix`
+            says what to do about it.
     """
     seal = read_seal(folder)
     if seal is None:
         return
     if made_from is not None and seal.get("made_from", made_from) != made_from:
         raise UserError(f"{folder}: of another run, or made from other inputs: {fix}")
+    if gone := next((path for path in sealed_files(folder) if not is_whole(path)), None):
+        raise UserError(f"{gone}: {'cut off' if gone.exists() else 'missing'}: {fix}")
     if wrong := changed(folder, seal, but=("README.md",)):
         raise UserError(f"{wrong}: {fix}")
 
 
+def sealed_files(folder: Path) -> list[Path]:
+    """The files that prunet wrote into a folder; none where it has no seal."""
+    return [folder / name for name in (read_seal(folder) or {}).get("files", {})]
+
+
 def changed(folder: Path, seal: dict[str, Any], but: Iterable[str] = ()) -> str | None:
-    """The first file that is not as it was written, and why."""
+    """The first file that has something else in it than was written, and why; one that is missing or cut off has
+    nothing in it that could be lost.
+    """
     for name, expected in seal.get("files", {}).items():
         path = folder / name
         try:
-            if name not in but and file_checksum(path) != expected:
-                return f"{path}: damaged or changed (its checksum is another than when it was written)"
+            if name not in but and is_whole(path) and known_checksum(path) != expected:
+                return f"{path}: {CHANGED}"
         except OSError as error:
-            return f"{path}: {'missing' if isinstance(error, FileNotFoundError) else error.strerror}"
+            return f"{path}: {error.strerror}"
     return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there, and if it is weights, not cut off (their header says how long they are)."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return path.exists()
+    try:
+        with safe_open(path, framework="np"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
+def known_checksum(path: Path) -> str:
+    """`file_checksum`, once for each state of a file: a command may look at the same gigabytes several times."""
+    state = path.stat()
+    return _checksum_of(path, (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+
+
+@cache
+def _checksum_of(path: Path, state: tuple[int, ...]) -> str:
+    return file_checksum(path)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from prunet.disk.files import new_file, new_folder
-from prunet.disk.seals import SEAL, verify
+from prunet.disk.seals import CHANGED, SEAL, file_checksum, known_checksum, read_seal, verify
 from prunet.errors import UserError
 from prunet.teacher import ldm, marks
 from prunet.teacher.teacher import Teacher
@@ -14,6 +14,8 @@ from prunet.teacher.teacher import Teacher
 
 def export_single_file(pipeline: Path | str, path: Path | str, *, fp16: bool = False) -> Path:
     """Writes a pipeline folder as one `.safetensors` in the original LDM layout, with its configs in `NAME.config`.
+
+    The seal of the configs holds the checksum of the file.
 
     Raises:
         UserError: not a pipeline folder, or damaged; or `path` does not end in `.safetensors`.
@@ -27,13 +29,31 @@ def export_single_file(pipeline: Path | str, path: Path | str, *, fp16: bool = F
     tensors = ldm.to_ldm(source.unet, source.vae, **encoders, dtype=source.dtype)  # type: ignore[arg-type]
     config = source.noise_scheduler.config
     marked, metadata = marks.mark(config, source.layout, path.stem, source.native_size)
-    with new_folder(path.with_suffix(".config"), "configs") as part:
-        ignored = shutil.ignore_patterns("*.safetensors", "README.md", SEAL)
-        shutil.copytree(pipeline, part, ignore=ignored, dirs_exist_ok=True)
     with new_file(path) as file:
         marks.save_marked({**tensors, **marked}, metadata, file)
+        written = file_checksum(file)
+        path.unlink(missing_ok=True)  # a kill must not leave the old one beside the new one's configs
+        with new_folder(path.with_suffix(".config"), "configs", written) as part:
+            ignored = shutil.ignore_patterns("*.safetensors", "README.md", SEAL)
+            shutil.copytree(pipeline, part, ignore=ignored, dirs_exist_ok=True)
     again = ldm.from_ldm_unet(path, source.unet_config).state_dict()
     if any(not torch.equal(again[k], v) for k, v in source.unet.state_dict().items()):
         path.unlink()
         raise RuntimeError(f"{path}: the U-Net did not load to the same weights")
     return path
+
+
+def is_exported(path: Path) -> bool:
+    """Whether a single file is as `export_single_file` wrote it; the seal of its configs says so."""
+    seal = read_seal(path.with_suffix(".config"))
+    return seal is not None and seal.get("made_from") == known_checksum(path)
+
+
+def check_single_file(path: Path, fix: str) -> None:
+    """Refuses one that is not as it was written; `fix` says what to do. One of an older version is not checked.
+
+    Raises:
+        UserError: it has other bytes.
+    """
+    if "made_from" in (read_seal(path.with_suffix(".config")) or {}) and not is_exported(path):
+        raise UserError(f"{path}: {CHANGED}: {fix}")

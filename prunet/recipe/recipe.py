@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -263,6 +264,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), values: Mapping
         return Recipe.model_validate(value)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error)}") from error
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The recipe with all its values, as `load_recipe` reads it."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _parse_override(text: str) -> tuple[str, Any, str]:

@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -27,10 +28,11 @@ def render(template: str, **values: Any) -> str:
     return env.get_template(template).render(**values)
 
 
-def is_page(path: Path) -> bool:
-    """Whether a file is a page that `render` made."""
+def is_page(path: Path, kind: str = "") -> bool:
+    """Whether a file is a page that `render` made; of this kind (`report`, `comparison`), if one is given."""
     with path.open("rb") as file:
-        return b'name="generator" content="prunet ' in file.read(4096)
+        found = re.search(rb'name="generator" content="prunet ([^"]*)"', file.read(4096))
+    return found is not None and found[1].decode(errors="replace").endswith(kind)
 
 
 # -- pictures

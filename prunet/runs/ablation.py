@@ -22,7 +22,8 @@ from prunet.disk.reading import load_mapping
 from prunet.errors import UserError
 from prunet.intervals import summary
 from prunet.recipe.recipe import Part, Recipe, Seed, explain, load_recipe
-from prunet.runs.run import Run, read_paths
+from prunet.runs.checks import read_paths
+from prunet.runs.run import Run
 from prunet.runtime import Runtime
 
 #: What the table shows of each student: (which, key) in evaluation.json, and the title.
@@ -136,12 +137,13 @@ def ablate(
     for key, recipe in recipes.items():
         try:
             runs[key] = Run(recipe, runtime, like=next(iter(runs.values()), None))
+            runs[key].check("evaluate")
         except UserError as error:
             raise UserError(f"arm {key[0]!r}: {error}") from error
     with hold(output, "ablation"):
         for run in runs.values():  # first of all, since several arms wait for the same one
-            for step in run.step_names("cache"):
-                if not run.is_done(step):
+            for step in run.todo("evaluate"):
+                if step in run.step_names("cache"):
                     run.do(step)
             for teacher in {run.teacher, *run.teachers}:
                 teacher.release("unet", "vae", "text")
@@ -179,7 +181,9 @@ def _each_done(todo: Mapping[tuple[str, int], Run], workers: int) -> Any:
 
 
 def _do(recipe: Recipe, runtime: Runtime, like: Run | None = None) -> None:
-    Run(recipe, runtime, like=like).finish("evaluate")
+    run = Run(recipe, runtime, like=like)
+    run.check("evaluate")
+    run.finish("evaluate")
 
 
 _worker = 0

@@ -39,8 +39,9 @@ def estimate(this: Run) -> dict[str, Any]:
         seconds += speeds[key][0] * stage.steps * stage.batch_size
     images = sum(stage.steps * stage.batch_size for stage in stages)
     most = max(found, key=lambda parts: sum(parts.values()))
+    todo = this.todo()
     return {
-        "steps": {name: "done" if this.is_done(name) else "to do" for name in this.step_names()},
+        "steps": {name: "to do" if name in todo else "done" for name in this.step_names()},
         "memory_bytes": {**most, "total": sum(most.values())},
         "micro_batch": this.micro_batch(1 + found.index(most)),
         "timed_micro_batch": min(timed for _, timed in speeds.values()),

@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from prunet.denoisers.architecture import Net
 from prunet.denoisers.freeze import freeze
 from prunet.denoisers.known import architecture_of
@@ -30,17 +28,6 @@ def load_unet(folder: Path, made_from: str | None = None) -> Net:
         return freeze(architecture_of(read_json(folder / "config.json")).load(folder))
     except Exception as error:
         raise UserError(f"{folder}: no whole denoiser there ({error}): delete the folder and run again") from error
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a result is there, and if it is weights, not cut off (their header says how long they are)."""
-    if path.suffix != ".safetensors" or not path.is_file():
-        return path.exists()
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (SafetensorError, OSError):
-        return False
 
 
 def write_unet(net: Net, folder: Path) -> None:

@@ -1,0 +1,151 @@
+"""All that can be wrong with a run is found here, before anything is loaded or computed."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prunet.console import say
+from prunet.data.cache import read_spec
+from prunet.data.encoding import pictures_are_gone
+from prunet.data.sources import check_source
+from prunet.denoisers.pairs import term_factors
+from prunet.disk.files import check_writable, read_label
+from prunet.disk.ownership import check_place
+from prunet.disk.reading import parse_yaml
+from prunet.errors import UserError
+from prunet.recipe.recipe import Recipe, read_prompts, recipe_yaml
+from prunet.runs.steps import check_replaceable
+from prunet.sampling.draw import check_sampler
+from prunet.student.student import check_steps
+from prunet.teacher.configs import check_condition
+from prunet.teacher.copying import check_other_parts
+from prunet.teacher.space import check_same_space, check_size
+from prunet.training.checkpoints import check_stage
+from prunet.words import many
+
+if TYPE_CHECKING:
+    from prunet.runs.run import Run
+
+#: What to do about a damaged label of a stage.
+LABEL_FIX = "delete it, if the checkpoints beside it are of this recipe, and give the same command again"
+
+
+def check_run(this: "Run", until: str) -> None:
+    """Refuses what would stop the steps up to and with `until` later on, and says what is odd.
+
+    Raises:
+        UserError: anything in the recipe, its models, data or folders that does not fit.
+    """
+    check_places(this.recipe)
+    parse_yaml(recipe_yaml(this.recipe), "The recipe with all its values")  # the run folder's, which is read again
+    _check_models(this)
+    _check_data(this)
+    todo = this.todo(until)
+    if "export" in todo:
+        check_other_parts(this.teachers[-1])
+    check_steps(this.steps_down)
+    for number, stage in enumerate(this.recipe.stages, 1):
+        this.micro_batch(number)
+        term_factors(this.pairs(number), stage.losses.weights)
+    _check_folder(this)
+    for step in todo:  # refused here, before what is done is begun again
+        check_replaceable(this, step)
+        if step.startswith("stage-"):
+            check_stage(this.folder / step, this.recipe.stages[int(step.removeprefix("stage-")) - 1])
+    if todo:  # a finished run may lie where nothing can be written
+        _check_disk(this, todo)
+    _say_what_is_odd(this.recipe)
+
+
+def check_places(recipe: Recipe) -> None:
+    """Refuses an output or a cache folder that is not prunet's own, or that has to do with what is read."""
+    check_place(Path(recipe.output), "run", "output", read_paths(recipe))
+    if recipe.cache:
+        check_place(Path(recipe.cache), "cache", "cache", read_paths(recipe))
+
+
+def read_paths(recipe: Recipe) -> list[Path]:
+    """Where a recipe's teachers and data lie on this machine, if they do: nothing may be written there."""
+    teachers = [recipe.teacher, *(stage.teacher for stage in recipe.stages if stage.teacher)]
+    data = recipe.data.source or []
+    sources = [*(s for t in teachers for s in (t.source, t.config) if s), *([data] if isinstance(data, str) else data)]
+    return [path for path in (Path(source).expanduser() for source in sources) if path.exists()]
+
+
+def _check_models(this: "Run") -> None:
+    data, evaluation = this.recipe.data, this.recipe.evaluation
+    check_size(this.teacher, this.size)
+    for teacher in dict.fromkeys([this.teacher, *this.teachers]):
+        _ = teacher.noise_scheduler
+        teacher.check_weights()
+        check_same_space(this.teacher, teacher)
+        encoders = [teacher.part_config(part) for part in teacher.text_encoders]
+        check_condition(teacher.unet_config, encoders, teacher.source)
+        if data.source is None:
+            check_sampler(teacher, "dpmsolver++", data.steps, "data")
+    check_sampler(this.teachers[-1], evaluation.sampler, evaluation.steps, "evaluation")
+
+
+def _check_data(this: "Run") -> None:
+    data = this.recipe.data
+    if data.source is None:
+        read_prompts(data.prompts or [], data.limit)
+    elif not pictures_are_gone(data, this.cache_folder):
+        check_source(data.source, image_column=data.image_column, caption_column=data.caption_column)
+    read_prompts(this.recipe.evaluation.prompts, this.recipe.evaluation.limit)
+
+
+def _check_folder(this: "Run") -> None:
+    """Refuses a folder with the cache or the checkpoints of another run, before anything in it is replaced."""
+    for folder, spec in this.cache_specs:
+        check_place(folder, "cache", "cache", read_paths(this.recipe))
+        if (folder / "spec.json").is_file() and read_spec(folder) != spec:
+            raise UserError(
+                f"{folder}: holds a cache of another teacher or other data: delete it, or give another with 'cache:'"
+            )
+    for number in range(1, len(this.recipe.stages) + 1):
+        folder = this.folder / f"stage-{number}"
+        label = folder / "inputs.json"
+        begun = (folder / "checkpoints").is_dir() and label.is_file()
+        if begun and read_label(label, ("inputs",), LABEL_FIX) != this.stage_label(number):
+            raise UserError(
+                f"{folder}: holds checkpoints of another teacher, plan, data, seed or stage settings: give another "
+                "output, or delete that folder"
+            )
+
+
+def _check_disk(this: "Run", todo: Sequence[str]) -> None:
+    where = check_writable(this.folder, "output")
+    for folder, _ in this.cache_specs if "cache" in todo else ():
+        check_writable(folder, "cache")
+    need = checkpoint_bytes(this, todo)
+    if shutil.disk_usage(where).free < need:
+        raise UserError(
+            f"output: checkpoints in {this.folder} need about {many(need)}B free; lower keep_checkpoints, or "
+            "give an output on another disk"
+        )
+
+
+def checkpoint_bytes(this: "Run", todo: Sequence[str]) -> int:
+    """What the checkpoints of the stages in `todo` will take: those kept, and one more while it is being written."""
+    need, largest = 0, 0
+    for number, (stage, derived) in enumerate(zip(this.recipe.stages, this.steps_down, strict=True), 1):
+        if f"stage-{number}" not in todo:
+            continue
+        size = 16 * derived.student_size.parameters  # weights, their average and two moments, in fp32
+        need += size * min(this.recipe.keep_checkpoints, -(-stage.steps // this.recipe.checkpoint_every))
+        need -= sum(f.stat().st_size for f in this.folder.glob(f"stage-{number}/checkpoints/*/*"))
+        largest = max(largest, size)
+    return max(0, need) + largest
+
+
+def _say_what_is_odd(recipe: Recipe) -> None:
+    if not recipe.plan.remove:
+        say("[yellow]The plan removes nothing:[/] the student will be as large as the teacher")
+    for number, stage in enumerate(recipe.stages, 1):
+        if stage.warmup_steps >= stage.steps:
+            say(
+                f"[yellow]Stage {number} never reaches its learning_rate:[/] warmup_steps {stage.warmup_steps} of "
+                f"{stage.steps} steps"
+            )

@@ -1,0 +1,61 @@
+"""What each step of a run depends on, as hashes: each step's inputs hold those of the steps that it reads."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunet.data.encoding import cache_spec
+from prunet.recipe.recipe import read_prompts
+from prunet.training.checkpoints import PACE
+
+if TYPE_CHECKING:
+    from prunet.runs.run import Run
+
+
+def step_inputs(this: "Run") -> dict[str, str]:
+    """Step -> hash of all that its result depends on."""
+    recipe = this.recipe
+    begins = [] if recipe.initialisation == "inherited" else [recipe.initialisation, recipe.seed]
+    build = _hash(this.teacher.fingerprint(["unet"]), recipe.plan.fingerprint, *begins)
+    out = {
+        "plan": _hash(this.teacher.unet_config, recipe.plan.fingerprint),
+        "build": build,
+        "cache": _hash([spec for _, spec in this.cache_specs]),
+    }
+    # How the teacher is trained on and called: prediction type, noise schedule, its U-Net's config.
+    last = _hash(build, this.teacher.unet_config, dict(this.teacher.noise_scheduler.config))
+    for number, stage in enumerate(recipe.stages, 1):
+        settings = (
+            stage.model_dump(mode="json", exclude={"teacher"}),
+            this.teachers[number - 1].fingerprint(["unet"]),
+        )
+        last = out[f"stage-{number}"] = _hash(last, this.cache_specs[number - 1][1], settings, recipe.seed)
+    prompts = read_prompts(recipe.evaluation.prompts, recipe.evaluation.limit)
+    evaluation = recipe.evaluation.model_dump(mode="json", exclude={"prompts", "limit", "seed"})
+    out["evaluate"] = _hash(last, prompts, evaluation, recipe.evaluation.seed, this.size)
+    out["export"] = _hash(out["evaluate"], recipe.export.model_dump(mode="json"), this.teachers[-1].fingerprint())
+    out["report"] = _hash(out["export"])
+    return out
+
+
+def stage_label(this: "Run", number: int) -> dict[str, str]:
+    """What the checkpoints of a stage come from: student, cache, seed, and all of its settings but the pace."""
+    settings = this.recipe.stages[number - 1].model_dump(mode="json", exclude={*PACE, "teacher"})
+    before = this.inputs["build" if number == 1 else f"stage-{number - 1}"]
+    made_by = this.cache_specs[number - 1][1], this.teachers[number - 1].fingerprint(["unet"])
+    return {"inputs": _hash(before, made_by, settings, this.recipe.seed)}
+
+
+def stage_caches(this: "Run") -> list[tuple[Path, dict[str, Any]]]:
+    """Folder and spec of the cache of each stage; teachers that encode alike share one."""
+    found: list[tuple[Path, dict[str, Any]]] = []
+    for number, teacher in enumerate(this.teachers, 1):
+        spec = cache_spec(teacher, this.recipe.data, this.recipe.seed, this.cache_folder)
+        own = Path(f"{this.cache_folder}-{number}") if found else this.cache_folder
+        found.append(next((other for other in found if other[1] == spec), (own, spec)))
+    return found
+
+
+def _hash(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]

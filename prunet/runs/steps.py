@@ -1,0 +1,208 @@
+"""The steps of a run: what each leaves and reads, which are done (`steps.json`) and which are to be done."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from prunet.console import say
+from prunet.disk.files import read_json, read_label, write_json, write_text
+from prunet.disk.ownership import check_file, check_place
+from prunet.disk.seals import file_checksum, is_whole, sealed_files, verify
+from prunet.errors import UserError
+from prunet.evaluation.results import read_evaluation
+from prunet.exports.single_file import check_single_file, is_exported
+from prunet.recipe.recipe import recipe_yaml
+from prunet.report.charts import is_page
+from prunet.training.checkpoints import check_stage
+from prunet.training.log import read_log
+
+if TYPE_CHECKING:
+    from prunet.runs.run import Run
+
+#: In order; `distil` is one step for each stage.
+STEPS = ("plan", "build", "cache", "distil", "evaluate", "export", "report")
+STEPS_FIX = "delete it and run again; stages resume from their checkpoints"
+#: What a user asks for; the other steps are done where one of these reads them.
+RESULTS = ("plan", "evaluate", "export", "report")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def step_names(stages: int, until: str) -> list[str]:
+    names = [f"stage-{number}" for number in range(1, stages + 1)]
+    return [n for step in STEPS[: STEPS.index(until) + 1] for n in (names if step == "distil" else [step])]
+
+
+def result_of(this: "Run", step: str) -> Path:
+    """The file that is there when the step is done."""
+    if step.startswith("stage-"):
+        return this.folder / step / "unet" / WEIGHTS
+    return {
+        "plan": this.folder / "plan.json",
+        "build": this.folder / "student" / WEIGHTS,
+        "cache": this.cache_folder / "cache.json",
+        "evaluate": this.folder / "evaluation" / "evaluation.json",
+        "export": this.folder / "pipeline" / "unet" / WEIGHTS,
+        "report": this.folder / "report.html",
+    }[step]
+
+
+def read_done(folder: Path) -> dict[str, Any]:
+    """Step -> its `inputs` and `seconds`, and of a stage the checksum of its `log`, as the run folder says.
+
+    Raises:
+        UserError: damaged.
+    """
+    path = folder / "steps.json"
+    done = read_json(path, STEPS_FIX) if path.is_file() else {}
+    if not (isinstance(done, dict) and all(isinstance(step, dict) for step in done.values())):
+        raise UserError(f"{path}: damaged: {STEPS_FIX}")
+    return done
+
+
+def is_done(this: "Run", step: str) -> bool:
+    """Whether `step` was finished from these inputs and its result is still there; `verify_done` compares checksums."""
+    done = read_done(this.folder).get(step)
+    if done is None:  # before the inputs, which are hashes of large files
+        return False
+    if done.get("inputs") != this.inputs[step]:
+        return False
+    if step == "plan":  # derived in no time, so another one's is noticed and written again
+        path = this.result_of(step)
+        found = read_label(path, ("plan", "removed")) if path.is_file() else {}
+        return found.get("removed") == sorted(this.derived.removed)
+    return not lost(this, step)
+
+
+def todo(this: "Run", until: str) -> list[str]:
+    """The steps to do up to and with `until`: those that are not done and whose result is asked for, or read by one
+    that is to be done. So what a finished step has read may be deleted.
+    """
+    names = this.step_names(until)
+    wanted, found = {names[-1], *RESULTS}, []
+    for step in reversed(names):
+        if step in wanted and not this.is_done(step):
+            found.append(step)
+            wanted |= _read_by(this, step)
+    return found[::-1]
+
+
+def _read_by(this: "Run", step: str) -> set[str]:
+    """The steps whose results `step` reads."""
+    if step.startswith("stage-"):
+        number = int(step.removeprefix("stage-"))
+        return {"cache", f"stage-{number - 1}" if number > 1 else "build"}
+    last = f"stage-{len(this.recipe.stages)}"
+    reads = {"evaluate": {"build", last}, "export": {"evaluate", last}, "report": {"plan", "evaluate"}}
+    return reads.get(step, set())
+
+
+# -- what lies there
+
+
+def _sealed(this: "Run", step: str) -> dict[Path, str]:
+    """The folders that the step writes as a whole, and the kind that their seals name."""
+    if step.startswith("stage-"):
+        return {this.folder / step / "unet": "stage"}
+    if step == "build":
+        return {this.folder / "student": "build"}
+    if step == "export":
+        configs = {this.folder / "student.config": "configs"} if this.recipe.export.single_file else {}
+        return {this.folder / "pipeline": "export", **configs}
+    return {}
+
+
+def lost(this: "Run", step: str) -> list[Path]:
+    """The files of a finished step that are missing or cut off."""
+    files = [this.result_of(step)]
+    if step == "cache":
+        files = [folder / "cache.json" for folder, _ in this.cache_specs]
+    if step == "export" and this.recipe.export.single_file:
+        files += [this.folder / "student.safetensors", this.folder / "student.config" / "model_index.json"]
+    files += [file for folder in _sealed(this, step) for file in sealed_files(folder)]
+    return [file for file in files if not is_whole(file)]
+
+
+def verify_done(this: "Run", step: str) -> None:
+    """Compares the result of a finished step with the checksums that were written with it.
+
+    Raises:
+        UserError: something has other bytes; what to delete, and whether that costs training.
+    """
+    fix = "delete it, and the same command makes it again"
+    if step.startswith("stage-"):
+        fix = "delete it, and it is written again from the last checkpoint"
+        if not _ends_in_checkpoint(this, step):
+            fix = "its checkpoints are gone: copy it from elsewhere, or delete it to train the stage again"
+    made_from = None if step == "export" else this.inputs[step]
+    for folder in _sealed(this, step):
+        verify(folder, fix, made_from)
+    if step == "export" and this.recipe.export.single_file:
+        check_single_file(this.folder / "student.safetensors", fix)
+    if step == "evaluate":
+        read_evaluation(this.folder / "evaluation", read_done(this.folder))
+
+
+def check_replaceable(this: "Run", step: str) -> None:
+    """Refuses a step that would replace what is not as prunet wrote it: a user's files, or changed ones.
+
+    Raises:
+        UserError: what lies there.
+    """
+    for folder, what in _sealed(this, step).items():
+        check_place(folder, what, step)
+    if step == "export" and this.recipe.export.single_file:
+        check_file(this.folder / "student.safetensors", step, is_exported)
+    if step == "report":
+        check_file(this.result_of(step), step, is_page)
+
+
+def _ends_in_checkpoint(this: "Run", step: str) -> bool:
+    """Whether the stage can be finished again from its checkpoint, without training."""
+    stage = this.recipe.stages[int(step.removeprefix("stage-")) - 1]
+    try:
+        state, _ = check_stage(this.folder / step, stage)
+    except UserError:
+        return False
+    return bool(state.get("step") == stage.steps)
+
+
+# -- what is written down
+
+
+def begin(this: "Run", step: str) -> None:
+    """A step that begins again is not done, nor is what comes after it, however far it gets this time; but where
+    files were lost and the same ones will be made again, nothing else changes.
+    """
+    names, done = this.step_names(), read_done(this.folder)
+    again = done.get(step, {}).get("inputs") == this.inputs[step]
+    if again and (gone := lost(this, step)):
+        say(f"  [yellow]{escape(str(gone[0]))} is {'cut off' if gone[0].exists() else 'missing'}:[/] it is made again")
+    same = step in ("plan", "build", "cache") or (step.startswith("stage-") and _ends_in_checkpoint(this, step))
+    if not (again and same):
+        kept = {n: value for n, value in done.items() if n in names[: names.index(step)]}
+        if kept != done:
+            write_json(this.folder / "steps.json", kept)
+    write_text(this.folder / "recipe.yaml", recipe_yaml(this.recipe))  # settings may have changed since the plan
+
+
+def finish(this: "Run", step: str, seconds: float) -> None:
+    """Writes down that the step is done from its inputs."""
+    log = this.folder / step / "log.jsonl"
+    logged = {"log": file_checksum(log)} if log.is_file() else {}
+    done = {**read_done(this.folder), step: {"inputs": this.inputs[step], "seconds": seconds} | logged}
+    write_json(this.folder / "steps.json", done)
+
+
+def logged_seconds(this: "Run", step: str) -> float:
+    """What all steps of a stage took, those before it was stopped included."""
+    log = this.folder / step / "log.jsonl"
+    if not log.is_file():
+        return 0.0
+    batch_size = this.recipe.stages[int(step.removeprefix("stage-")) - 1].batch_size
+    rows = read_log(log)
+    before = [0, *(row["step"] for row in rows)]
+    return sum(
+        (row["step"] - b) * batch_size / max(row["images_per_s"], 1e-4)  # as many digits as the log has
+        for row, b in zip(rows, before, strict=False)
+    )
