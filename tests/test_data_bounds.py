@@ -17,7 +17,8 @@ from test_pictures import encoded, metadata, read, shard, why_not, write
 from prunet import Teacher, cache, console
 from prunet.cli import main
 from prunet.data import captions, listing
-from prunet.data.sources import check_source, read_pictures, source_files
+from prunet.data.contents import source_files
+from prunet.data.sources import check_source, read_pictures
 from prunet.errors import UserError, printable
 from prunet.recipe.recipe import Data
 
