@@ -49,6 +49,7 @@ TEACHERS: dict[str, Change] = {
     "scaling factor": config("vae/config.json", scaling_factor=0),
     "shifted latents": config("vae/config.json", shift_factor=0.1),
     "flow matching": config("scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler"),
+    "scheduler of no such name": config("scheduler/scheduler_config.json", _class_name="NoSuchScheduler"),
     "prediction": config("scheduler/scheduler_config.json", prediction_type="sample"),
     "betas": config("scheduler/scheduler_config.json", beta_end=2),
     "timesteps that no sampler has": config("scheduler/scheduler_config.json", timestep_spacing="wide"),
