@@ -97,10 +97,11 @@ def test_verbs_in_a_row(capsys, sd, pictures, tmp_path) -> None:
     assert (tmp_path / "run" / "report.html").is_file()
     code, out, _ = call(capsys, "export", tmp_path / "run", "--single-file", "-o", tmp_path / "s.safetensors", "--json")
     assert (code, json.loads(out.splitlines()[-1])["output"]) == (0, str(tmp_path / "s.safetensors"))
-    code, out, _ = call(
-        capsys, "generate", tmp_path / "run", "a cat", "-n", 2, "--steps", 1, "-o", tmp_path / "g", *flags
+    code, out, err = call(
+        capsys, "generate", tmp_path / "run", "a cat " * 60, "-n", 2, "--steps", 1, "-o", tmp_path / "g", *flags
     )
     assert [Path(p).is_file() for p in json.loads(out.splitlines()[-1])["pictures"]] == [True, True]
+    assert " ".join(err.split()).count("... is cut: it is longer than the text encoder reads") == 1
     (tmp_path / "run").rename(tmp_path / "moved")  # a run folder goes on where it is, not where it was
     code, out, _ = call(capsys, "run", tmp_path / "moved", *flags)
     assert json.loads(out.splitlines()[-1])["output"] == str(tmp_path / "moved")
@@ -234,6 +235,8 @@ def mistakes(bad: Path, sd: Path, pictures: Path, tmp_path: Path) -> dict[str, t
         "device that computes nothing": ("bench", sd, "--device", "meta"),
         "generate without a model": ("generate", bad / "nowhere", "a"),
         "generate sampler": ("generate", sd, "a", "--sampler", "best"),
+        "generate what is no text": ("generate", sd, "a\udcff"),
+        "generate a book": ("generate", sd, "a " * 6000),
         "generate size": ("generate", sd, "a", "--size", 24),
         "bench of no model": ("bench", bad / "nowhere"),
         "bench of one model twice": ("bench", sd, sd),

@@ -173,6 +173,13 @@ def test_texts_beyond_the_bound_are_named(tmp_path, monkeypatch):
         assert "longer than 1 MiB" in why_not(folder)
 
 
+def test_of_megabytes_of_text_the_first_words_are_a_caption(tmp_path):
+    write(tmp_path / "a.png", encoded())
+    write(tmp_path / "a.txt", "a " + " " * (1 << 20) + "word " * (1 << 19))
+    ((caption,),) = read(tmp_path)[0].values()
+    assert caption.startswith("a word word") and 9_000 < len(caption) <= 10_000
+
+
 def test_an_unclosed_quote_does_not_read_the_whole_list_as_one_caption(tmp_path):
     rows = "".join(f"{n}.png,caption\n" for n in range(100_000))
     write(tmp_path / "metadata.csv", 'file_name,text\na.png,"open\n' + rows)

@@ -158,10 +158,10 @@ def check_config(part: str, config: Mapping[str, Any], path: Path) -> None:
 
 
 def read_object(path: Path, message: str) -> dict[str, Any]:
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{message}: no file {path}")
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{message}: no file {path}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{message}: {path} is not readable JSON ({error})") from error
     if not isinstance(value, dict):

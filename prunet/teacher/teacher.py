@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prunet.console import say
 from prunet.denoisers.freeze import freeze
 from prunet.errors import UserError
+from prunet.recipe.prompts import check_prompts
 from prunet.teacher import placing
 from prunet.teacher.conditioning import PromptEmbeds
 from prunet.teacher.pipeline_files import CLASSES, PipelineFiles, from_config, scheduler_class
@@ -214,6 +215,17 @@ class Teacher(PipelineFiles):
         tokenizers = [part for name, part in self._text_parts.items() if name.startswith("tokenizer")]
         tokens = [(t(list(prompts), verbose=False).input_ids, t.model_max_length) for t in tokenizers]
         return [any(len(ids[i]) > limit for ids, limit in tokens) for i in range(len(prompts))]
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuses prompts that are no text, and says which are too long to be read whole."""
+        prompts = list(dict.fromkeys(prompts))
+        check_prompts(prompts, "prompt")
+        for prompt, cut in zip(prompts, self.are_cut(prompts), strict=True):
+            if cut:
+                say(
+                    f"[yellow]{escape(repr(prompt[:40]))}... is cut:[/] it is longer than the text encoder reads: put "
+                    "what matters first"
+                )
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
