@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, JSON, and one line for each mistake."""
 
+import io
 import json
 import os
 import shutil
@@ -74,6 +75,16 @@ def test_inspect_draws_what_goes_in_lower_case(capsys) -> None:
     assert "R A r a" in out
     assert "(mid_block)" in out
     assert "482,346,884" in out
+
+
+def test_a_terminal_without_utf8_shows_numbers_for_signs(monkeypatch, sd) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["prunet", "inspect", str(sd), "--plan", "bk-small"])
+    with pytest.raises(SystemExit) as done:
+        main()
+    sys.stdout.flush()
+    assert not done.value.code and rb"\u2193" in shown.getvalue(), "the arrow of a downsampler"
 
 
 def test_inspect_reads_no_weight(capsys, sd, tmp_path) -> None:

@@ -43,6 +43,7 @@ TEACHERS: dict[str, Change] = {
     "VAE cut off": cut(f"vae/{WEIGHTS}"),
     "text encoder cut off": cut("text_encoder/model.safetensors"),
     "depth": config("unet/config.json", layers_per_block=10**9),
+    "a U-Net of LCM": config("unet/config.json", time_cond_proj_dim=256),
     "width": config("unet/config.json", block_out_channels=["16"] * 4),
     "text encoder of another width": config("text_encoder/config.json", hidden_size=24),
     "layers of the text encoder": config("text_encoder/config.json", num_hidden_layers=-1),
