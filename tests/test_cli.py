@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, JSON, and one line for each mistake."""
 
+import io
 import json
 import os
 import shutil
@@ -76,6 +77,16 @@ def test_inspect_draws_what_goes_in_lower_case(capsys) -> None:
     assert "482,346,884" in out
 
 
+def test_a_terminal_without_utf8_shows_numbers_for_signs(monkeypatch, sd) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["prunet", "inspect", str(sd), "--plan", "bk-small"])
+    with pytest.raises(SystemExit) as done:
+        main()
+    sys.stdout.flush()
+    assert not done.value.code and rb"\u2193" in shown.getvalue(), "the arrow of a downsampler"
+
+
 def test_inspect_reads_no_weight(capsys, sd, tmp_path) -> None:
     folder = shutil.copytree(sd, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
     assert call(capsys, "inspect", folder, "--plan", "bk-small")[0] == 0
@@ -97,10 +108,11 @@ def test_verbs_in_a_row(capsys, sd, pictures, tmp_path) -> None:
     assert (tmp_path / "run" / "report.html").is_file()
     code, out, _ = call(capsys, "export", tmp_path / "run", "--single-file", "-o", tmp_path / "s.safetensors", "--json")
     assert (code, json.loads(out.splitlines()[-1])["output"]) == (0, str(tmp_path / "s.safetensors"))
-    code, out, _ = call(
-        capsys, "generate", tmp_path / "run", "a cat", "-n", 2, "--steps", 1, "-o", tmp_path / "g", *flags
+    code, out, err = call(
+        capsys, "generate", tmp_path / "run", "a cat " * 60, "-n", 2, "--steps", 1, "-o", tmp_path / "g", *flags
     )
     assert [Path(p).is_file() for p in json.loads(out.splitlines()[-1])["pictures"]] == [True, True]
+    assert " ".join(err.split()).count("... is cut: it is longer than the text encoder reads") == 1
     (tmp_path / "run").rename(tmp_path / "moved")  # a run folder goes on where it is, not where it was
     code, out, _ = call(capsys, "run", tmp_path / "moved", *flags)
     assert json.loads(out.splitlines()[-1])["output"] == str(tmp_path / "moved")
@@ -234,6 +246,8 @@ def mistakes(bad: Path, sd: Path, pictures: Path, tmp_path: Path) -> dict[str, t
         "device that computes nothing": ("bench", sd, "--device", "meta"),
         "generate without a model": ("generate", bad / "nowhere", "a"),
         "generate sampler": ("generate", sd, "a", "--sampler", "best"),
+        "generate what is no text": ("generate", sd, "a\udcff"),
+        "generate a book": ("generate", sd, "a " * 6000),
         "generate size": ("generate", sd, "a", "--size", 24),
         "bench of no model": ("bench", bad / "nowhere"),
         "bench of one model twice": ("bench", sd, sd),

@@ -17,7 +17,8 @@ from test_pictures import encoded, metadata, read, shard, why_not, write
 from prunet import Teacher, cache, console
 from prunet.cli import main
 from prunet.data import captions, listing
-from prunet.data.sources import check_source, read_pictures, source_files
+from prunet.data.contents import source_files
+from prunet.data.sources import check_source, read_pictures
 from prunet.errors import UserError, printable
 from prunet.recipe.recipe import Data
 
@@ -170,6 +171,13 @@ def test_texts_beyond_the_bound_are_named(tmp_path, monkeypatch):
         write(folder / "a.png", encoded())
         write(folder / name, whole)
         assert "longer than 1 MiB" in why_not(folder)
+
+
+def test_of_megabytes_of_text_the_first_words_are_a_caption(tmp_path):
+    write(tmp_path / "a.png", encoded())
+    write(tmp_path / "a.txt", "a " + " " * (1 << 20) + "word " * (1 << 19))
+    ((caption,),) = read(tmp_path)[0].values()
+    assert caption.startswith("a word word") and 9_000 < len(caption) <= 10_000
 
 
 def test_an_unclosed_quote_does_not_read_the_whole_list_as_one_caption(tmp_path):

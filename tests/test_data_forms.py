@@ -1,5 +1,7 @@
 """Data in the forms in which `datasets` writes it: equal to what it reads there itself, or refused in one line."""
 
+import hashlib
+import json
 import os
 import shutil
 import time
@@ -10,9 +12,11 @@ from random import Random
 import pytest
 from test_pictures import encoded, metadata, picture, read, shard, table, why_not, write
 
+from prunet.data import contents
+from prunet.data.contents import has_files, remember, source_files, source_fingerprint
 from prunet.data.encoding import pictures_are_gone
 from prunet.data.pictures import BrokenPicture
-from prunet.data.sources import check_source, has_files, read_pictures, source_files
+from prunet.data.sources import check_source, read_pictures
 from prunet.errors import UserError
 from prunet.recipe.recipe import Data
 
@@ -197,6 +201,49 @@ def test_files_behind_links_decide_whether_a_source_is_the_same(tmp_path):
     assert source_files(tmp_path / "data") != before
     write(tmp_path / "data/.DS_Store", "x")
     assert [name for name, _ in source_files(tmp_path / "data")] == ["link/a.png", "link/a.txt"]
+
+
+@pytest.mark.parametrize("form", ["bmp", "tar", "parquet", "arrow"])
+def test_contents_that_change_at_equal_size_make_another_source(tmp_path, form, monkeypatch):
+    """Pictures painted over and shards packed again; files that lie as they did are not read again."""
+    source = tmp_path / "data"
+    if form == "bmp":
+        write(source / "a.txt", "a"), write(source / "a.bmp", encoded(picture("red"), "BMP"))
+    elif form == "tar":
+        shard(source / "a.tar", {"a.bmp": encoded(picture("red"), "BMP"), "a.txt": "a"})
+    else:
+        made(tmp_path / "files").save_to_disk(source)
+        if form == "parquet":
+            rows = datasets.load_from_disk(str(source))
+            shutil.rmtree(source), write(source / "b", ""), rows.to_parquet(source / "a.parquet")
+    file = next(source.glob(f"*.{form}"))
+    cache = tmp_path / "cache"
+    before = source_fingerprint(source)
+    remember(source, cache, before)
+    write(cache / "spec.json", "{}")
+    shutil.copytree(source, tmp_path / "copy")
+    assert source_fingerprint(tmp_path / "copy") == before, "where it lies does not matter"
+    monkeypatch.setattr(contents, "_known", {})
+    with monkeypatch.context() as patch:
+        patch.setattr(contents, "_sha256", lambda file: pytest.fail("it is known"))
+        assert source_fingerprint(source, cache) == before
+    data, when = bytearray(file.read_bytes()), file.stat()
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(when.st_atime_ns, when.st_mtime_ns))
+    assert source_fingerprint(source, cache) != before and file.stat().st_size == when.st_size
+
+
+def test_caches_that_know_pictures_by_their_size_stay_valid(tmp_path):
+    write(tmp_path / "data/a.png", encoded()), write(tmp_path / "data/a.txt", "a")
+    size = (tmp_path / "data/a.png").stat().st_size
+    known = [["a.png", size], ["a.txt", hashlib.sha256(b"a").hexdigest()]]
+    old = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+    keys = ("format", "parts", "data", "content", "empty_prompt", "seed")
+    write(tmp_path / "cache/spec.json", json.dumps({**dict.fromkeys(keys), "content": old}))
+    assert source_fingerprint(tmp_path / "data", tmp_path / "cache") == old
+    write(tmp_path / "data/a.txt", "b")
+    assert source_fingerprint(tmp_path / "data", tmp_path / "cache") == source_fingerprint(tmp_path / "data") != old
 
 
 def mutated(data: bytes, random: Random) -> bytes:

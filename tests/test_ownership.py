@@ -16,7 +16,7 @@ from test_cli import call, recipe
 
 from prunet import Runtime, UserError, load_recipe, run
 from prunet.disk.files import new_folder
-from prunet.disk.ownership import LOCK, hold, kind_of
+from prunet.disk.ownership import LOCK, check_place, hold, kind_of
 from prunet.disk.seals import SEAL
 from prunet.evaluation import measuring
 from prunet.exports import folder as pipeline
@@ -227,6 +227,18 @@ def test_what_versions_without_marks_made_is_prunets(files) -> None:
         mark.unlink()
     assert [kind_of(files / "finished" / name) for name in ("", "cache", "pipeline")] == ["run", "cache", None]
     run(load_recipe(files / "finished" / "recipe.yaml", [f"output={json.dumps(str(files / 'finished'))}"]), CPU)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("recipe.yaml", "plan.json"), ("recipe.yaml", "steps.json"), ("spec.json",), ("caches/",), ("bench.json",)],
+)
+def test_a_folder_is_not_prunets_by_a_name_that_others_give_too(names, tmp_path) -> None:
+    for name in names:
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text("{}")
+    assert kind_of(tmp_path) is None
+    with pytest.raises(UserError, match="holds what prunet did not make"):
+        check_place(tmp_path, "run", "output")
 
 
 # -- one at a time

@@ -205,6 +205,8 @@ def wrong(folder: Path) -> dict[str, tuple[Path, str]]:
     content, old_content = good.read_bytes(), old.read_bytes()
     at = content.index(struct.pack("<f", float(tensors()["weight"][0, 0])))
 
+    os.mkfifo(pipe := folder / "pipe.ckpt")
+
     def file(name: str, data: bytes) -> Path:
         path = folder / f"{name}.ckpt"
         path.write_bytes(data)
@@ -245,6 +247,11 @@ def wrong(folder: Path) -> dict[str, tuple[Path, str]]:
         ),
         "sparse": (save({"a": torch.eye(3).to_sparse()}, folder / "sparse.ckpt"), "another kind"),
         "complex": (save({"a": torch.ones(2) * 1j}, folder / "complex.ckpt"), "complex"),
+        "negated": (save({"a": torch.ones(2)._neg_view()}, folder / "negated.ckpt"), "another kind"),
+        "conjugated": (save({"a": (torch.ones(2) * 1j).conj().imag}, folder / "conjugated.ckpt"), "another kind"),
+        "metadata": (save({"__metadata__": torch.ones(1)}, folder / "metadata.ckpt"), "has no room .* '__metadata__'"),
+        "half a letter": (save({"a\ud800": torch.ones(1)}, folder / "letter.ckpt"), "has no room"),
+        "a pipe": (pipe, "not a file"),
         "tied too often": (save(tied, folder / "tied.ckpt"), "times the file"),
         "expanded": (save(expanded, folder / "expanded.ckpt"), "times the file"),
         "outside": (save({"a": outside}, folder / "outside.ckpt"), "outside of its record"),
@@ -281,8 +288,13 @@ def test_a_file_that_is_there_is_kept(tmp_path) -> None:
     (tmp_path / "a.safetensors").write_text("mine")
     with pytest.raises(UserError, match="exists"):
         convert(path)
-    with pytest.raises(UserError, match=r"something\.safetensors"):
-        convert(path, tmp_path / "a.ckpt")
+    for name in ("a.ckpt", "model-v1.5"):
+        with pytest.raises(UserError, match=r"something\.safetensors"):
+            convert(path, tmp_path / name)
+    (tmp_path / "link.safetensors").symlink_to("nowhere")
+    with pytest.raises(UserError, match="exists"):
+        convert(path, tmp_path / "link.safetensors")
+    assert convert(path.rename(tmp_path / "model-v1.5"))["output"].endswith("/model-v1.5.safetensors")
     assert (tmp_path / "a.safetensors").read_text() == "mine"
 
 

@@ -351,6 +351,7 @@ def test_weights_too_large_for_a_precision(sd, tmp_path) -> None:
         ({"_class_name": ["a", "b"]}, None, "_class_name: Input should be a valid string"),
         ({"text_encoder": [None, None]}, None, "text_encoder: None; prunet knows CLIPTextModel"),
         ({"vae": ["diffusers", "AutoencoderTiny"]}, None, "vae: AutoencoderTiny"),
+        ({"unet": ["diffusers", "UNet2DModel"]}, None, "unet: UNet2DModel"),
         ({"scheduler": ["diffusers", "NoScheduler"]}, None, "NoScheduler"),
         ({"feature_extractor": ["transformers", "NoSuch"]}, "feature_extractor/preprocessor_config.json", "NoSuch"),
         (
@@ -368,7 +369,33 @@ def test_parts_that_could_not_be_exported_are_found_before(index, file, message,
         (folder / file).parent.mkdir()
         (folder / file).write_text("{}")
     with pytest.raises(UserError, match=message):
+        Teacher(folder).check_weights()
         check_other_parts(Teacher(folder))
+
+
+def test_headers_are_looked_at_with_index_and_scheduler(sdxl, tmp_path) -> None:
+    """What `inspect` sees of a pipeline: text encoders that were exchanged, a scheduler that is not there."""
+    folder = Path(shutil.copytree(sdxl, tmp_path / "teacher"))
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text())
+    first, second = index["text_encoder"], index["text_encoder_2"]
+    path.write_text(json.dumps({**index, "text_encoder": second, "text_encoder_2": first}))
+    with pytest.raises(UserError, match="text_encoder: CLIPTextModelWithProjection; prunet knows CLIPTextModel"):
+        Teacher(folder).check_weights(headers_only=True)
+    path.write_text(json.dumps(index))
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "_class_name": "NoSuchScheduler"}))
+    with pytest.raises(UserError, match="'NoSuchScheduler' is not one of diffusers'"):
+        Teacher(folder).check_weights(headers_only=True)
+    scheduler.unlink()
+    with pytest.raises(UserError, match="no readable scheduler/scheduler_config"):
+        Teacher(folder).check_weights(headers_only=True)
+
+
+def test_a_revision_is_of_the_hub(sd, tmp_path) -> None:
+    for source in (sd, "sd-v1"):
+        with pytest.raises(UserError, match=r"teacher\.revision 'main' is of a repository of the hub"):
+            Teacher(source, revision="main")
 
 
 def test_shards_lie_beside_their_index(teachers, tmp_path) -> None:

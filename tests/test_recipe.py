@@ -107,6 +107,10 @@ def test_prompts_of_a_file(tmp_path) -> None:
     assert read_prompts(str(path)) == ["a cat", "a dog"]
     with pytest.raises(UserError, match="No prompt file"):
         read_prompts(str(tmp_path / "none.txt"))
+    path.write_text("a cat\n" + "a dog " * 2000)
+    for prompts in (str(path), ["a cat", "a dog " * 2000]):
+        with pytest.raises(UserError, match=r"a prompt of 1[12],\d+ characters"):
+            read_prompts(prompts)
 
 
 def test_shipped_recipes_are_valid() -> None:

@@ -165,6 +165,7 @@ def make_run(
         (stage / "pairs.json").write_text(json.dumps(derived.facts()["pairs"]["block"]), encoding="utf-8")
         for step in range(9) if sheets else ():
             Image.new("RGB", (60, 40)).save(stage / "sheets" / f"step-{step:07d}.png")
+        (stage / "sheets" / "step-last.png").write_text("of somebody else")
     (folder / "recipe.yaml").write_text(recipe_yaml(recipe), encoding="utf-8")
     (folder / "plan.json").write_text(json.dumps(derived.facts()), encoding="utf-8")
     measures = evaluation(derived, prompts, memory)

@@ -230,6 +230,29 @@ def test_no_room_is_one_line_whoever_writes(kind, tmp_path) -> None:
         assert not list(disk.iterdir())
 
 
+def test_no_room_for_a_copy_is_one_line(tmp_path) -> None:
+    """shutil.Error has no number, and the errors of all files in its text."""
+    (tmp_path / "from").mkdir()
+    for name in "ab":
+        (tmp_path / "from" / name).write_bytes(bytes(300_000))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        with (
+            pytest.raises(UserError, match=r"Cannot write \S+: File too large"),
+            new_folder(tmp_path / "to", "x") as part,
+        ):
+            shutil.copytree(tmp_path / "from", part / "copy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    full = shutil.Error([("a", "b", f"[Errno {errno.ENOSPC}] No space left on device: 'b'")])
+    with (
+        pytest.raises(UserError, match=f"No space left while writing {tmp_path / 'to'}"),
+        clear_errors(tmp_path / "to"),
+    ):
+        raise full
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "torch"])
 def test_no_room_is_one_line_wherever_the_file_is_cut(kind, tmp_path) -> None:
     """torch has an error of its own for each part of an archive."""

@@ -12,7 +12,7 @@ from transformers import CLIPTextModel
 
 from prunet import Teacher, UserError
 from prunet.teacher.copying import save_parts
-from prunet.teacher.pipeline_files import WEIGHTS
+from prunet.teacher.weight_files import WEIGHTS
 
 PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
@@ -89,3 +89,20 @@ def test_variants_to_choose_from_are_refused_and_fp16_goes_first(teacher_folder)
     assert [file.name for file in Teacher(teacher_folder).weight_files("unet")] == [
         "diffusion_pytorch_model.fp16.safetensors"
     ]
+
+
+@pytest.mark.parametrize(("part", "pickle"), [("unet", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")])
+def test_a_pickle_that_stock_classes_would_take_before_a_variant_is_refused(
+    teacher_folder, capsys, part, pickle
+) -> None:
+    rewrite(teacher_folder, part, "non_ema", 1, scale=0.5)
+    Teacher(teacher_folder).check_weights()
+    assert "the weights of the variant non_ema are read" in " ".join(capsys.readouterr().err.split())
+    whole = teacher_folder / part / f"{WEIGHTS[part]}.safetensors"
+    found = whole.with_name(f"{pickle}.bin")
+    torch.save(load_file(whole.with_name(f"{WEIGHTS[part]}.non_ema.safetensors")), found)
+    with pytest.raises(UserError, match=rf"other weights: `prunet convert {found} -o {whole}`, or delete"):
+        Teacher(teacher_folder).check_weights(headers_only=True)
+    found.rename(found.with_name(f"{pickle}-00001-of-00002.bin"))
+    with pytest.raises(UserError, match="save it as safetensors, or delete"):
+        Teacher(teacher_folder).check_weights(headers_only=True)

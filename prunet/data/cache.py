@@ -1,10 +1,10 @@
 """The cache: latents and prompt embeddings, made once by the teacher's frozen parts and labelled.
 
-A cache folder holds `spec.json` (what it is made of), `shard-00000.safetensors` ... (256 samples each: `mean` and `std`
-(N, 4, h, w) of the scaled latents, `prompt_embeds` (N, 77, D), for SDXL `pooled` (N, P) and `time_ids` (N, 6)),
-with `buckets` one `mean.I` and `std.I` a sample instead, because their sizes differ,
-`unconditional.safetensors`, and, once it is whole, `cache.json` with the number of samples, the pictures skipped and
-the number of captions cut.
+A cache folder holds `spec.json` (what it is made of), `source.json` (how the pictures lay when it was begun),
+`shard-00000.safetensors` ... (256 samples each: `mean` and `std` (N, 4, h, w) of the scaled latents, `prompt_embeds`
+(N, 77, D), for SDXL `pooled` (N, P) and `time_ids` (N, 6)), with `buckets` one `mean.I` and `std.I` a sample instead,
+because their sizes differ, `unconditional.safetensors`, and, once it is whole, `cache.json` with the number of samples,
+the pictures skipped and the number of captions cut.
 A shard is whole or not there, and depends on nothing but the spec, so a killed run resumes at the first missing one. It
 carries a checksum, which a process verifies when it first reads it.
 """

@@ -13,6 +13,7 @@ from typing import Any
 
 from prunet.data.pictures import extra, reason_of
 from prunet.errors import UserError
+from prunet.recipe.prompts import LONGEST_PROMPT
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "description", "sentences")
 CAPTION_LISTS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -48,8 +49,10 @@ def caption_file(path: Path) -> tuple[str, ...]:
 
 
 def clean_captions(values: Iterable[Any]) -> tuple[str, ...]:
-    """Stripped; without those that show nothing."""
+    """Stripped, without those that show nothing; of a text of megabytes its first words."""
     texts = (value.encode("utf-8", "replace").decode().strip() for value in values if isinstance(value, str))
+    # It would be cut by its tokenizer, too, which takes seconds for it; spaces are no tokens.
+    texts = (text if len(text) <= LONGEST_PROMPT else " ".join(text.split())[:LONGEST_PROMPT] for text in texts)
     return tuple(text for text in texts if re.search(r"[^\s\0\u200b-\u200d\u2060\ufeff]", text))
 
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from prunet import processes
 from prunet.console import progress, say
 from prunet.data.cache import FORMAT, SHARD, STORED, Cache, read_spec, shard_checksum, shard_label, shard_path
+from prunet.data.contents import has_files, hub_fingerprint, remember, source_fingerprint
 from prunet.data.listing import source_name
 from prunet.data.pictures import BrokenPicture, Picture, bucket_sizes, fit, nearest_size
-from prunet.data.sources import check_source, has_files, read_pictures, source_files
+from prunet.data.sources import check_source, read_pictures
 from prunet.denoisers.condition import EXACT
 from prunet.disk.files import new_file, read_json, write_json
 from prunet.disk.ownership import check_place, hold
@@ -41,7 +42,7 @@ def cache_spec(teacher: Teacher, data: Data, seed: int, made: Path | None = None
     elif made is not None and pictures_are_gone(data, made):
         content = read_spec(made)["content"]
     else:
-        content = _hash(source_files(data.source or []))
+        content = source_fingerprint(data.source or [], made)
     chosen = data.model_dump(mode="json", exclude={"prompts"} if data.prompts is not None else {"source"})
     empty = "zeros" if teacher.zeros_for_empty_prompt else "encoded"
     return {
@@ -58,7 +59,7 @@ def pictures_are_gone(data: Data, made: Path) -> bool:
     """Whether the cache in `made` is a whole one of this source, whose pictures lay here and do no longer: they may."""
     if data.source is None or not (made / "cache.json").is_file() or has_files(data.source):
         return False
-    of_the_hub = read_spec(made)["content"] == _hash([(data.source, 0)])  # as `source_files` names it
+    of_the_hub = read_spec(made)["content"] == hub_fingerprint(data.source)
     return not of_the_hub and read_json(made / "cache.json").get("source") == data.source
 
 
@@ -87,15 +88,17 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
         check_source(data.source, image_column=data.image_column, caption_column=data.caption_column)
     processes.from_main(lambda: check_place(folder, "cache", "cache"))
     with hold(folder, "cache") if processes.is_main() else nullcontext():
-        processes.from_main(lambda: _begin(teacher, folder, spec))
+        processes.from_main(lambda: _begin(teacher, data, folder, spec))
         write_shards = _draw_prompts if data.prompts is not None else _encode_pictures
         shards = write_shards(teacher, data, folder, size, seed, lambda shard: like.kept(spec, shard) if like else {})
         processes.from_main(lambda: _finish(teacher, data, folder, shards))
     return Cache.open(folder)
 
 
-def _begin(teacher: Teacher, folder: Path, spec: dict[str, Any]) -> None:
+def _begin(teacher: Teacher, data: Data, folder: Path, spec: dict[str, Any]) -> None:
     write_json(folder / "spec.json", spec)
+    if data.source is not None:
+        remember(data.source, folder, spec["content"])
     empty = teacher.encode_prompts([""], unconditional=True)
     _write(folder / "unconditional.safetensors", empty, {}, ["the empty prompt"], teacher)
 

@@ -6,7 +6,6 @@ and `check_source` finds it before the expense. Of what was read only keys are r
 metadata, or of one shard).
 """
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -49,7 +48,7 @@ def read_pictures(
     with its path below the common folder where two files have one name.
     """
     columns = image_column, caption_column
-    if isinstance(source, str) and _is_hub_id(source):
+    if isinstance(source, str) and is_hub_id(source):
         return read_hub(source, columns)
     paths = source_paths(source)
     if len(paths) == 1 and paths[0].is_dir():
@@ -80,13 +79,14 @@ def check_source(source: Source, *, image_column: str = "image", caption_column:
     else:
         name = source_name(source)
         raise UserError(f"{name}: {why}; give pictures with captions, or name the .tar or .parquet files")
-    paths = [] if isinstance(source, str) and _is_hub_id(source) else source_paths(source)
+    paths = [] if isinstance(source, str) and is_hub_id(source) else source_paths(source)
     if len(paths) == 1 and _lists(paths[0]):
         for _ in pictures:  # a mistake in line 90,000 shows now, not hours later
             pass
 
 
-def _is_hub_id(text: str) -> bool:
+def is_hub_id(text: str) -> bool:
+    """Whether a source is a dataset of the Hub, not files here."""
     is_file = text.lower().endswith((*SHARDS, *PICTURE_FILES, ".parquet", ".jsonl", ".csv", ".zip"))
     is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?", text) is not None
     return is_id and not is_file and not os.path.exists(text)
@@ -156,37 +156,3 @@ def _read_list(root: Path, under: str, name: str, columns: Columns, seen: set[st
         seen.add(key)
         every = tuple(chain.from_iterable(captions))
         yield make_picture(key, every, f"no caption in {as_text(under + name)}, {lines[0]}", folder / file)
-
-
-# -- what a source is made of
-
-
-def has_files(source: Source) -> bool:
-    """Whether files of a source can be found here."""
-    try:
-        return bool(source_paths(source))
-    except UserError:
-        return False
-
-
-def source_files(source: Source) -> list[tuple[str, int | str]]:
-    """The local files of a source: names and sizes of pictures and shards, and what the lists of captions say.
-
-    This decides whether a source is still the same; it is not worth reading every picture for.
-    """
-    if isinstance(source, str) and _is_hub_id(source):
-        return [(source, 0)]
-    out: list[tuple[str, int | str]] = []
-    for root in source_paths(source):
-        below = (Path(under, name) for under, names in walk(root) for name in names) if root.is_dir() else ()
-        for name in sorted(below) if root.is_dir() else [Path(root.name)]:
-            file = root / name if root.is_dir() else root
-            if file.is_file():
-                text = file.name in CAPTION_LISTS or file.suffix.lower() in (*CAPTION_FILES, ".jsonl", ".csv")
-                out.append((str(name), _sha256(file) if text else file.stat().st_size))
-    return out
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

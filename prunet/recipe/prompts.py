@@ -8,6 +8,8 @@ from pathlib import Path
 
 from prunet.errors import UserError
 
+#: Characters of a prompt or caption. Text encoders read 77 tokens, none of which has as many as a hundred.
+LONGEST_PROMPT = 10_000
 PROMPT_COLUMNS = ("text", "caption", "prompt", "prompts", "captions")
 
 
@@ -33,7 +35,20 @@ def read_prompt_file(path: Path) -> list[str]:
     prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not prompts:
         raise UserError(f"{path}: no prompt in it")
+    check_prompts(prompts, str(path))
     return prompts
+
+
+def check_prompts(prompts: Sequence[str], where: str) -> None:
+    """Refuses prompts that are too long, or no text; `where` begins the message."""
+    for prompt in prompts:
+        if len(prompt) > LONGEST_PROMPT:
+            raise UserError(
+                f"{where}: a prompt of {len(prompt):,} characters ({prompt[:40]!r}...), more than {LONGEST_PROMPT:,}: "
+                "shorten it, or give one prompt a line"
+            )
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise UserError(f"{where}: {prompt!r} is not UTF-8 text: write it again")
 
 
 def _column(path: Path, text: str, *, tabs: bool) -> list[str]:
@@ -51,6 +66,7 @@ def _column(path: Path, text: str, *, tabs: bool) -> list[str]:
     prompts = [(row[column] or "").strip() for row in rows]
     if "" in prompts:
         raise UserError(f"{path}: row {prompts.index('') + 1} has no prompt")
+    check_prompts(prompts, str(path))
     return prompts
 
 

@@ -29,7 +29,7 @@ from prunet.denoisers.pairs import Level
 from prunet.disk.reading import DEEPEST, load_mapping, parse_yaml
 from prunet.errors import UserError
 from prunet.plan.plan import Plan, load_plan, preset_names
-from prunet.recipe.prompts import read_prompt_file
+from prunet.recipe.prompts import check_prompts, read_prompt_file
 
 
 def _no_truth(value: Any) -> Any:
@@ -336,5 +336,6 @@ def explain(error: ValidationError, whole: type[Part] = Recipe) -> str:
 def read_prompts(value: str | list[str], limit: int | None = None) -> list[str]:
     """The prompts of a list, or of a file (see `prunet.recipe.prompts`)."""
     if isinstance(value, str):
-        value = read_prompt_file(Path(value))
+        return read_prompt_file(Path(value))[:limit]
+    check_prompts(value[:limit], "prompts")
     return value[:limit]

@@ -179,6 +179,7 @@ def generate(
     teacher = open_model(model, config=config, device=device, dtype=dtype)
     if size is not None:
         check_size(teacher, size, "size")
+    teacher.check_prompts([prompt] if isinstance(prompt, str) else prompt)
     pipe = set_sampler(teacher.pipeline(), sampler)
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
     seeds = [seed + i for i in range(len(prompts))]

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from prunet.disk.reading import parse_json
 from prunet.errors import UserError
 from prunet.recipe.recipe import explain
 
@@ -154,6 +155,18 @@ def check_config(part: str, config: Mapping[str, Any], path: Path) -> None:
         _CONFIGS[part].model_validate(config)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error)}: fetch or copy it again, or set that field right") from error
+
+
+def read_object(path: Path, message: str) -> dict[str, Any]:
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{message}: no file {path}")
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{message}: {path} is not readable JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{message}: {path} holds no JSON object")
+    return value
 
 
 def check_condition(unet: Mapping[str, Any], encoders: Sequence[Mapping[str, Any]], source: str) -> None:

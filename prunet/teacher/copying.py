@@ -7,8 +7,9 @@ from tempfile import TemporaryDirectory
 
 from prunet.errors import UserError
 from prunet.teacher import text_names
-from prunet.teacher.pipeline_files import CLASSES, WEIGHTS, read_object, weight_names
+from prunet.teacher.configs import read_object
 from prunet.teacher.teacher import Teacher, say_once
+from prunet.teacher.weight_files import WEIGHTS, weight_names
 
 
 def save_parts(teacher: Teacher, folder: Path) -> None:
@@ -82,16 +83,13 @@ def check_other_parts(teacher: Teacher) -> None:
     opens just those files with it. Else that would be found at the export, after all the training.
 
     Raises:
-        UserError: such a part, or one of which the index says another class than prunet loads.
+        UserError: such a part.
     """
     import diffusers
 
     configs = teacher.configs()
     index = read_object(configs / "model_index.json", teacher.source)
     ours = ("vae", *teacher.text_encoders)
-    for part in ours:
-        if (given := (index.get(part) or [None, None])[1]) != CLASSES[part]:
-            raise UserError(f"{configs / 'model_index.json'}: {part}: {given}; prunet knows {CLASSES[part]}")
     with TemporaryDirectory() as made:
         for name in [n for n, value in index.items() if isinstance(value, list) and n not in (*ours, "unet")]:
             if index[name][0] is None:

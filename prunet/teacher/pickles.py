@@ -9,8 +9,10 @@ pickle with the bytes behind it.
 import collections
 import io
 import math
+import os
 import pickle
 import pickletools
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -26,6 +28,7 @@ from torch import Tensor
 from prunet.disk.files import new_file
 from prunet.errors import UserError
 
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file of PyTorch before 1.6
 LARGEST_PICKLE = 256 << 20  # bytes, without the tensors; Stable Diffusion's has about 1 MB
 MOST_TUPLES = 60_000  # nested in each other, more would overflow Python's stack; a tensor has three or four
@@ -74,10 +77,11 @@ def convert(path: Path | str, output: Path | str | None = None) -> dict[str, Any
         UserError: no such file, no pickle of PyTorch's, damaged, or no tensors in it that safetensors can hold.
     """
     path = Path(path)
-    output = path.with_suffix(".safetensors") if output is None else Path(output)
+    name = path.stem if path.suffix in PICKLES else path.name  # `model-v1.5` has no ending
+    output = path.with_name(f"{name}.safetensors") if output is None else Path(output)
     if output.suffix != ".safetensors":
         raise UserError(f"--output {output}: name the new file something.safetensors")
-    if output.exists():
+    if os.path.lexists(output):  # a link that leads nowhere is there, too
         raise UserError(f"{output}: exists; delete it first, or give another --output")
     tensors, dropped = read_tensors(path)
     with new_file(output) as part:
@@ -88,6 +92,8 @@ def convert(path: Path | str, output: Path | str | None = None) -> dict[str, Any
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of a checkpoint, contiguous, each in memory of its own; and the names of what else it holds."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path}: cannot be read (not a file): give the path of a checkpoint")
     try:
         with path.open("rb") as file:
             head = file.read(9)
@@ -127,6 +133,8 @@ def _notes(path: Path, value: Any) -> tuple[dict[str, Note], list[str]]:
         if _is_other_tensor(entry):
             raise UserError(f"{path}: {_label(name)} is a tensor of another kind ({entry.of}): save it as a dense one")
     notes = {name: entry for name, entry in state.items() if isinstance(name, str) and isinstance(entry, Note)}
+    if odd := next((name for name in notes if name == "__metadata__" or not _is_text(name)), None):
+        raise UserError(f"{path}: safetensors has no room for a tensor of the name {odd!r}: save it under another")
     if unsaved := [name for name, note in notes.items() if note.dtype.is_complex]:
         raise UserError(f"{path}: {unsaved[0]} has complex numbers, which no part of a Stable Diffusion has")
     return notes, sorted([*outside, *(_label(name) for name in state if name not in notes)])
@@ -136,8 +144,12 @@ def _holds_tensors(state: Mapping[Any, Any]) -> bool:
     return any(isinstance(entry, Note) or _is_other_tensor(entry) for entry in state.values())
 
 
+def _is_text(name: str) -> bool:
+    return not re.search("[\ud800-\udfff]", name)
+
+
 def _is_other_tensor(entry: Any) -> bool:
-    """What torch would have made something of, but no stand-in here does: sparse, quantized, on no device."""
+    """What torch would have made something of, but no stand-in here does: sparse, negated, on no device."""
     return isinstance(entry, Inert) and entry.of.startswith(("torch._utils.", "torch.storage."))
 
 
@@ -290,6 +302,9 @@ class _Tensor(Inert):
     def __new__(cls, storage: Storage, offset: int, size: Any, stride: Any, *rest: Any) -> Any:
         if not isinstance(storage, Storage) or len(size) != len(stride):
             raise pickle.UnpicklingError("a tensor without a storage")
+        if bits := [name for value in rest if type(value) is dict for name in value if value[name]]:
+            # The numbers are stored otherwise than they are read: negated or conjugated.
+            return type("Inert", (Inert,), {"of": f"torch._utils.{_label(bits[0])}"})()
         dtype = next((value for value in rest if isinstance(value, torch.dtype)), storage.dtype)
         _check_counts(offset, *size, *stride)
         return Note(storage, dtype, offset, tuple(size), tuple(stride))

@@ -13,22 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from prunet.denoisers.architecture import Architecture
 from prunet.denoisers.known import architecture_of
-from prunet.disk.reading import parse_json
 from prunet.errors import UserError
 from prunet.teacher import placing
-from prunet.teacher.configs import check_config
+from prunet.teacher.configs import check_config, read_object
 from prunet.teacher.known import HUB_CONFIGS, LAYOUTS, layout_config
+from prunet.teacher.weight_files import WEIGHTS, find_weights
 
 if TYPE_CHECKING:  # imported when used: a config can be read in a second, diffusers takes several
     from diffusers import DDPMScheduler
 
 PIPELINES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
-WEIGHTS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "text_encoder_2": "model",
-}
 CLASSES = {
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
@@ -85,6 +79,11 @@ class PipelineFiles:
             raise UserError(
                 f"No teacher at {self.source}: give a diffusers folder, a .safetensors file, a hub id (owner/name), "
                 f"or a layout's name ({', '.join(LAYOUTS)}) to inspect a plan"
+            )
+        if revision is not None and self.hub is None:
+            raise UserError(
+                f"{self.source}: teacher.revision {revision!r} is of a repository of the hub, and this is none: leave "
+                "it out, or give the hub id"
             )
 
     def _open_file(self, path: Path, config: str | Path | None) -> None:
@@ -162,6 +161,16 @@ class PipelineFiles:
                 f"{vae.get('latent_channels', 4)}; inpainting and other conditioned U-Nets are not supported"
             )
 
+    def check_index(self) -> None:
+        """Refuses a `model_index.json` that gives a part another class than prunet loads it as."""
+        path = self.configs() / "model_index.json"
+        index = read_object(path, self.source)
+        for part in ("unet", "vae", *self.text_encoders):
+            if (given := (index.get(part) or [None, None])[1]) != CLASSES[part]:
+                raise UserError(
+                    f"{path}: {part}: {given}; prunet knows {CLASSES[part]}: fetch or copy it again, or set it right"
+                )
+
     def configs(self) -> Path:
         """The folder with configs and tokenizers, fetched for a bare single file when first needed."""
         if self._folder is None:
@@ -219,7 +228,7 @@ class PipelineFiles:
         from diffusers import DDPMScheduler
 
         config = self.part_config("scheduler")
-        name = str(config.get("_class_name"))
+        name = scheduler_class(config).__name__
         if name.startswith(("EDM", "FlowMatch")):  # DDPMScheduler would take the config, with another meaning
             raise UserError(f"{self.source}: trained for {name}; prunet knows the noise schedule of SD v1, v2 and SDXL")
         scheduler = from_config(DDPMScheduler, config)
@@ -302,55 +311,10 @@ class PipelineFiles:
             self.download(f"{part}/{stem}.safetensors")
             if not (folder / f"{stem}.safetensors").is_file():
                 self.download(f"{part}/{stem}*.safetensors*")
-        file, index = weight_names(folder, stem)
-        # Where both lie there, transformers reads the one file, diffusers the shards.
-        if index.is_file() and not (part.startswith("text_encoder") and file.is_file()):
-            names = read_object(index, f"{self.source}: {part}").get("weight_map")
-            names = set(names.values()) if isinstance(names, dict) else set()
-            if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-                raise UserError(f"{index}: its weight_map names no files beside it: fetch or copy it again")
-            return [folder / name for name in sorted(names)]
-        if file.is_file():
-            return [file]
-        target, pickles = folder / f"{stem}.safetensors", sorted(folder.glob("*.bin"))
-        advice = "; its .bin files are pickles: save the pipeline with safe_serialization" if pickles else ""
-        if len(pickles) == 1:
-            advice = f"; {pickles[0].name} is a pickle: `prunet convert {pickles[0]} -o {target}`"
-        raise UserError(f"{self.source}: no {part}/{target.name}{advice}")
+        return find_weights(folder, stem, self.source, part)
 
     def weights_here(self, part: str) -> bool:
         return self.hub is None and self._folder is not None and any((self._folder / part).glob("*.safetensors*"))
-
-
-def weight_names(folder: Path, stem: str) -> tuple[Path, Path]:
-    """The weights' one file and the index of their shards, as stock diffusers would look for one or the other.
-
-    Without a variant (`fp16`, `non_ema`) where there is one of them, else of the only variant, or of fp16.
-
-    Raises:
-        UserError: several variants to choose from.
-    """
-    found = {_variant(file.name, stem) for file in folder.glob(f"{stem}.*")} if folder.is_dir() else set()
-    variants = sorted(variant for variant in found if variant)
-    if None in found or not variants:
-        return folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if len(variants) > 1 and "fp16" not in variants:
-        raise UserError(
-            f"{folder}: weights in the variants {', '.join(variants)}, and none without; copy the one that you want to "
-            f"{stem}.safetensors"
-        )
-    variant = "fp16" if "fp16" in variants else variants[0]
-    return folder / f"{stem}.{variant}.safetensors", folder / f"{stem}.safetensors.index.{variant}.json"
-
-
-def _variant(name: str, stem: str) -> str | None:
-    """`fp16` of `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`, `model.safetensors.index.fp16.json`;
-    "" of a file that is none of the part's weights."""
-    if not (
-        found := re.fullmatch(rf"{stem}(?:\.(\w+))?(-\d+-of-\d+)?\.safetensors(?:\.index(?:\.(\w+))?\.json)?", name)
-    ):
-        return ""
-    return found[1] or found[3]
 
 
 def _check_names(index: dict[str, Any], path: Path) -> None:
@@ -366,20 +330,21 @@ def _check_names(index: dict[str, Any], path: Path) -> None:
             )
 
 
+def scheduler_class(config: dict[str, Any]) -> Any:
+    """The class of diffusers that a scheduler's config names."""
+    import diffusers
+
+    cls = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
+        raise UserError(
+            f"The teacher's scheduler {config.get('_class_name')!r} is not one of diffusers': set _class_name in its "
+            "scheduler/scheduler_config.json right"
+        )
+    return cls
+
+
 def from_config(cls: Any, config: dict[str, Any]) -> Any:
     try:
         return cls.from_config(config)
     except Exception as error:  # of any kind: diffusers takes the numbers as they are
         raise UserError(f"The teacher's scheduler/scheduler_config.json makes no {cls.__name__} ({error})") from error
-
-
-def read_object(path: Path, message: str) -> dict[str, Any]:
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{message}: no file {path}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{message}: {path} is not readable JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{message}: {path} holds no JSON object")
-    return value

@@ -13,9 +13,11 @@ from prunet.console import say
 from prunet.denoisers.condition import Condition
 from prunet.denoisers.freeze import freeze
 from prunet.errors import UserError
+from prunet.recipe.prompts import check_prompts
 from prunet.teacher import placing
-from prunet.teacher.pipeline_files import CLASSES, PipelineFiles, from_config
+from prunet.teacher.pipeline_files import CLASSES, PipelineFiles, from_config, scheduler_class
 from prunet.teacher.process import DDPM
+from prunet.teacher.weight_files import WEIGHTS, variant_of
 
 if TYPE_CHECKING:  # imported when used: a config can be read in a second, diffusers takes several
     from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
@@ -58,6 +60,8 @@ class Teacher(PipelineFiles):
         else:
             self.configs()  # fetched where they are not here
         if self._folder is not None:
+            self.check_index()
+            _ = self.noise_scheduler
             for part in self.text_encoders:
                 self.vocabulary_files(part)
                 if not headers_only:
@@ -89,8 +93,11 @@ class Teacher(PipelineFiles):
         if model is None:  # the U-Net's is there already where a plan was looked at
             model = self.architecture.skeleton(self.unet_config) if part == "unet" else self._empty(part)
         if self.file is None:
-            placed = placing.place(model, placing.headers(self.weight_files(part)))
+            files = self.weight_files(part)
+            placed = placing.place(model, placing.headers(files))
             _tell(placed)
+            if variant := variant_of(files[0].name, WEIGHTS[part]):
+                say_once(f"{self.source}: the weights of the variant {variant} are read, for there are none without")
             return placed
         layout = ldm.layout_of(self.file)
         if layout is not None and (layout == "sdxl") != (self.kind == "sdxl"):
@@ -171,7 +178,7 @@ class Teacher(PipelineFiles):
                 parts[name] = getattr(self, name)
         common = {
             **parts,
-            "scheduler": _scheduler(self.part_config("scheduler")),
+            "scheduler": from_config(scheduler_class(config := self.part_config("scheduler")), config),
             **self._text_parts,
         }
         if self.kind == "sdxl":
@@ -224,6 +231,17 @@ class Teacher(PipelineFiles):
         tokens = [(t(list(prompts), verbose=False).input_ids, t.model_max_length) for t in tokenizers]
         return [any(len(ids[i]) > limit for ids, limit in tokens) for i in range(len(prompts))]
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuses prompts that are no text, and says which are too long to be read whole."""
+        prompts = list(dict.fromkeys(prompts))
+        check_prompts(prompts, "prompt")
+        for prompt, cut in zip(prompts, self.are_cut(prompts), strict=True):
+            if cut:
+                say(
+                    f"[yellow]{escape(repr(prompt[:40]))}... is cut:[/] it is longer than the text encoder reads: put "
+                    "what matters first"
+                )
+
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, 4, h, w) of the latents of `pixels` (B, 3, H, W) in [-1, 1], scaled."""
@@ -268,12 +286,3 @@ def _tell(placed: placing.Placed) -> None:
 @cache
 def say_once(text: str) -> None:
     say(escape(text))
-
-
-def _scheduler(config: dict[str, Any]) -> Any:
-    import diffusers
-
-    cls = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
-        raise UserError(f"The teacher's scheduler {config.get('_class_name')!r} is not one of diffusers'")
-    return from_config(cls, config)

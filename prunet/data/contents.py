@@ -1,0 +1,111 @@
+"""What a source is made of: whether its files are here, and a fingerprint of their names and contents.
+
+The fingerprint decides whether a source is still the same, so every byte counts: shards are packed again, and pictures
+painted over, at the same size. It does not depend on where the files lie. They are read once: beside the cache that is
+made of them lies how they lay (`source.json`), and while they do, they are not read again.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from prunet.console import progress
+from prunet.data.cache import read_spec
+from prunet.data.captions import CAPTION_FILES, CAPTION_LISTS
+from prunet.data.listing import Source, source_paths, walk
+from prunet.data.sources import is_hub_id
+from prunet.disk.files import read_label, write_json
+from prunet.errors import UserError
+
+KNOWN = "source.json"
+SLOW = 1 << 30  # bytes that take so long to read that it is shown
+Files = list[tuple[str, Path]]
+_known: dict[str, str] = {}  # how files lie -> fingerprint
+
+
+def has_files(source: Source) -> bool:
+    """Whether files of a source can be found here."""
+    try:
+        return bool(source_paths(source))
+    except UserError:
+        return False
+
+
+def source_fingerprint(source: Source, made: Path | None = None) -> str:
+    """A hash of the names and contents of a source's files; of a dataset of the Hub, of its name alone.
+
+    `made`: the folder of a cache of it, if there is one: it knows files that have not changed.
+    """
+    if isinstance(source, str) and is_hub_id(source):
+        return hub_fingerprint(source)
+    files = _files(source)
+    lie = _as_they_lie(files)
+    if lie not in _known:
+        if known := made and _remembered(made, files, lie):
+            return known
+        _known[lie] = _hash(source_files(source))
+    return _known[lie]
+
+
+def hub_fingerprint(source: Source) -> str:
+    return _hash([(source, 0)])
+
+
+def remember(source: Source, made: Path, fingerprint: str) -> None:
+    """Writes beside a cache how the files lie whose `fingerprint` it was made with."""
+    if has_files(source) and _known.get(lie := _as_they_lie(_files(source))) == fingerprint:
+        write_json(made / KNOWN, {"as_they_lie": lie, "fingerprint": fingerprint})
+
+
+def _remembered(made: Path, files: Files, lie: str) -> str | None:
+    if (made / KNOWN).is_file():
+        known = read_label(made / KNOWN, ("as_they_lie", "fingerprint"))
+        return str(known["fingerprint"]) if known["as_they_lie"] == lie else None
+    if not (made / "spec.json").is_file():
+        return None
+    # Caches of versions that knew pictures and shards by their sizes stay valid.
+    by_size = _hash([(name, _sha256(file) if _is_text(file) else file.stat().st_size) for name, file in files])
+    return by_size if read_spec(made)["content"] == by_size else None
+
+
+def source_files(source: Source) -> list[tuple[str, str]]:
+    """The local files of a source: their names, and the SHA-256 of what is in them, or why they cannot be read."""
+    files = _files(source)
+    is_slow = sum(file.stat().st_size for _, file in files) > SLOW
+    found = []
+    with progress("Looking whether the data are the same" if is_slow else "", len(files)) as bar:
+        for name, file in files:
+            found.append((name, _sha256(file)))
+            bar.advance()
+    return found
+
+
+def _files(source: Source) -> Files:
+    """With the name of each: below its folder, or the file's own."""
+    found: Files = []
+    for root in source_paths(source):
+        below = (Path(under, name) for under, names in walk(root) for name in names) if root.is_dir() else ()
+        found += [(str(name), root / name) for name in sorted(below)] if root.is_dir() else [(root.name, root)]
+    return [(name, file) for name, file in found if file.is_file()]
+
+
+def _as_they_lie(files: Files) -> str:
+    found = [(name, file.stat()) for name, file in files]
+    return _hash([(name, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns) for name, at in found])
+
+
+def _is_text(file: Path) -> bool:
+    return file.name in CAPTION_LISTS or file.suffix.lower() in (*CAPTION_FILES, ".jsonl", ".csv")
+
+
+def _sha256(file: Path) -> str:
+    try:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        return str(error.strerror)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

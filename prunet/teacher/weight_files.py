@@ -1,0 +1,83 @@
+"""Which safetensors of a pipeline's folder are the weights of a part: one file, its shards, or those of a variant."""
+
+import re
+from pathlib import Path
+
+from prunet.errors import UserError
+from prunet.teacher.configs import read_object
+
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+
+
+def find_weights(folder: Path, stem: str, source: str, part: str) -> list[Path]:
+    """One file or its shards, as stock diffusers would take them, else those of the only variant, or of fp16.
+
+    Raises:
+        UserError: none, several variants, or a pickle that stock diffusers would take; `source` and `part` begin the
+            message.
+    """
+    file, index = weight_names(folder, stem)
+    target = folder / f"{stem}.safetensors"
+    if file != target:
+        _check_pickles(folder, stem, file, target)
+    # Where both lie there, transformers reads the one file, diffusers the shards.
+    if index.is_file() and not (part.startswith("text_encoder") and file.is_file()):
+        names = read_object(index, f"{source}: {part}").get("weight_map")
+        names = set(names.values()) if isinstance(names, dict) else set()
+        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+            raise UserError(f"{index}: its weight_map names no files beside it: fetch or copy it again")
+        return [folder / name for name in sorted(names)]
+    if file.is_file():
+        return [file]
+    pickles = sorted(folder.glob("*.bin"))
+    advice = "; its .bin files are pickles: save the pipeline with safe_serialization" if pickles else ""
+    if len(pickles) == 1:
+        advice = f"; {pickles[0].name} is a pickle: `prunet convert {pickles[0]} -o {target}`"
+    raise UserError(f"{source}: no {part}/{target.name}{advice}")
+
+
+def _check_pickles(folder: Path, stem: str, variant: Path, target: Path) -> None:
+    """Refuses pickles beside the variant's safetensors: stock diffusers would take those, which may be others."""
+    names = re.compile(rf"({stem}|pytorch_model)(-\d+-of-\d+)?\.bin")
+    if found := next((path for path in sorted(folder.glob("*.bin")) if names.fullmatch(path.name)), None):
+        fix = f"`prunet convert {found} -o {target}`" if "-of-" not in found.name else "save it as safetensors"
+        raise UserError(
+            f"{found} is a pickle, which stock diffusers would take; prunet opens none, and {variant.name} may hold "
+            f"other weights: {fix}, or delete the pickle to take the variant"
+        )
+
+
+def weight_names(folder: Path, stem: str) -> tuple[Path, Path]:
+    """The weights' one file and the index of their shards, as stock diffusers would look for one or the other.
+
+    Without a variant (`fp16`, `non_ema`) where there is one of them, else of the only variant, or of fp16.
+
+    Raises:
+        UserError: several variants to choose from.
+    """
+    found = {variant_of(file.name, stem) for file in folder.glob(f"{stem}.*")} if folder.is_dir() else set()
+    variants = sorted(variant for variant in found if variant)
+    if None in found or not variants:
+        return folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if len(variants) > 1 and "fp16" not in variants:
+        raise UserError(
+            f"{folder}: weights in the variants {', '.join(variants)}, and none without; copy the one that you want to "
+            f"{stem}.safetensors"
+        )
+    variant = "fp16" if "fp16" in variants else variants[0]
+    return folder / f"{stem}.{variant}.safetensors", folder / f"{stem}.safetensors.index.{variant}.json"
+
+
+def variant_of(name: str, stem: str) -> str | None:
+    """`fp16` of `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`, `model.safetensors.index.fp16.json`;
+    "" of a file that is none of the part's weights."""
+    if not (
+        found := re.fullmatch(rf"{stem}(?:\.(\w+))?(-\d+-of-\d+)?\.safetensors(?:\.index(?:\.(\w+))?\.json)?", name)
+    ):
+        return ""
+    return found[1] or found[3]
