@@ -93,6 +93,7 @@ def test_what_is_no_comparison_is_refused(runs: list[Path], tmp_path: Path) -> N
             write_comparison(folders, tmp_path / "page.html")
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 @pytest.mark.parametrize("width", [400, 1200])
 def test_its_controls_work(runs: list[Path], tmp_path: Path, width: int) -> None:
