@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -46,6 +46,16 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
     return get
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_repeats() -> Iterator[None]:
+    """No test asserts a time, so what is timed is timed three times."""
+    from prunet.speed import clock
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clock, "MOST_SECONDS", 0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def sd(once: Once) -> Path:
     return once("sd", lambda folder: make_pipeline(folder, "sd"))
@@ -54,6 +64,11 @@ def sd(once: Once) -> Path:
 @pytest.fixture(scope="session")
 def sdxl(once: Once) -> Path:
     return once("sdxl", lambda folder: make_pipeline(folder, "sdxl"))
+
+
+@pytest.fixture(scope="session")
+def sdxl_deep(once: Once) -> Path:
+    return once("sdxl_deep", lambda folder: make_pipeline(folder, "sdxl_deep"))
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from prunet.report.comparison import write_comparison
 
 def make_runs(folder: Path, prompts: list[str]) -> list[Path]:
     folders = [folder / name / "run" for name in ("first", "second", "third", "fourth")]
-    for run, plan in zip(folders, ("pairs", "tiny", "depth", "nothing"), strict=True):
-        make_run(run, plan, prompts=prompts, rows=3, sheets=False)
+    for each, plan in zip(folders, ("pairs", "tiny", "depth", "nothing"), strict=True):
+        make_run(each, plan, prompts=prompts, rows=3, sheets=False)
     return folders
 
 

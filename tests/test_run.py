@@ -222,16 +222,16 @@ STAIRS = [
 ]
 
 
-def test_progressive_stages_cut_what_the_stage_before_trained(sdxl, pictures, tmp_path, monkeypatch) -> None:
+def test_progressive_stages_cut_what_the_stage_before_trained(sdxl_deep, pictures, tmp_path, monkeypatch) -> None:
     """Three removals; killed at the border of the second and third stage and given again, it ends in the same bits."""
     changes = {"plan": "vega", "stages": STAIRS, "sheet": {"every": 0}}
-    whole = run(load_recipe(recipe_file(tmp_path / "whole", sdxl, pictures, **changes)), CPU, until="distil")
+    whole = run(load_recipe(recipe_file(tmp_path / "whole", sdxl_deep, pictures, **changes)), CPU, until="distil")
     depths = [json.loads((whole / f"stage-{n}/unet/config.json").read_text()) for n in (1, 2, 3)]
     depths = [config["transformer_layers_per_block"][-1] for config in depths]
     assert depths == [10, [4, 4], 2]
     assert json.loads((whole / "plan.json").read_text())["plan"]["name"] == "vega"
 
-    recipe = load_recipe(recipe_file(tmp_path / "parts", sdxl, pictures, **changes))
+    recipe = load_recipe(recipe_file(tmp_path / "parts", sdxl_deep, pictures, **changes))
     real = runs.cut
 
     def die(*args):
