@@ -1,7 +1,13 @@
-"""Teachers and pictures that tests share, made once a session."""
+"""Teachers, pictures and a finished run that tests share: made once, by whichever process of a session asks first.
 
+They are not to be written to; a test that changes one copies it.
+"""
+
+import fcntl
 import json
 import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,23 +22,62 @@ __all__ = ["SMALL_UNETS", "make_pictures", "make_pipeline", "make_tokenizer"]
 torch.set_num_threads(1)  # the models are tiny: threads only wait for each other
 
 
-@pytest.fixture(scope="session")
-def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pipeline(tmp_path_factory.mktemp("teachers") / "sd", "sd")
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session")
-def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pipeline(tmp_path_factory.mktemp("teachers") / "sdxl", "sdxl")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Gives the folder of a name, which the first process that asks for it makes."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder of its own within that of the session
+        shared = shared.parent
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = shared / "shared" / name, shared / "shared" / f".{name}.done"
+        folder.parent.mkdir(exist_ok=True)
+        with (folder.parent / f".{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                make(folder)
+                done.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_repeats() -> Iterator[None]:
+    """No test asserts a time, so what is timed is timed three times."""
+    from prunet.speed import clock
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clock, "MOST_SECONDS", 0)
+        yield
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("data") / "pictures")
+def sd(once: Once) -> Path:
+    return once("sd", lambda folder: make_pipeline(folder, "sd"))
 
 
 @pytest.fixture(scope="session")
-def finished(sd: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sdxl(once: Once) -> Path:
+    return once("sdxl", lambda folder: make_pipeline(folder, "sdxl"))
+
+
+@pytest.fixture(scope="session")
+def sdxl_deep(once: Once) -> Path:
+    return once("sdxl_deep", lambda folder: make_pipeline(folder, "sdxl_deep"))
+
+
+@pytest.fixture(scope="session")
+def pictures(once: Once) -> Path:
+    return once("pictures", make_pictures)
+
+
+@pytest.fixture(scope="session")
+def finished(sd: Path, pictures: Path, once: Once) -> Path:
     """A finished run of one stage on `sd`, to be copied."""
     from prunet import Runtime, load_recipe, run
 
@@ -45,6 +90,10 @@ def finished(sd: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory)
         "sheet": {"every": 2},
         "checkpoint_every": 1,
     }
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "recipe.yaml").write_text(json.dumps(values | {"output": str(folder / "run")}))
-    return run(load_recipe(folder / "recipe.yaml"), Runtime(device="cpu", precision="no", log_every=1))
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "recipe.yaml").write_text(json.dumps(values | {"output": str(folder / "run")}))
+        run(load_recipe(folder / "recipe.yaml"), Runtime(device="cpu", precision="no", log_every=1))
+
+    return once("finished", make) / "run"

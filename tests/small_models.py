@@ -29,7 +29,7 @@ SMALL_UNETS = {
         "layers_per_block": 2,
         "cross_attention_dim": 40,
         "attention_head_dim": [2, 2, 4],
-        "transformer_layers_per_block": [1, 2, 10],
+        "transformer_layers_per_block": [1, 2, 4],  # enough for SSD-1B and Vega
         "norm_num_groups": 8,
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
@@ -37,6 +37,7 @@ SMALL_UNETS = {
         "projection_class_embeddings_input_dim": 6 * 8 + 24,
     },
 }
+SMALL_UNETS["sdxl_deep"] = SMALL_UNETS["sdxl"] | {"transformer_layers_per_block": [1, 2, 10]}
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -64,7 +65,9 @@ def _text_encoder(vocab: int, width: int, projection: int | None = None) -> torc
 
 
 def make_pipeline(folder: Path, kind: str, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
-    """A random pipeline folder of SD v1's layout (`sd`) or SDXL's (`sdxl`): 16 px pictures, 8x8 latents."""
+    """A random pipeline folder of SD v1's layout (`sd`) or SDXL's (`sdxl`; `sdxl_deep` with all ten blocks): 16 px
+    pictures, 8x8 latents.
+    """
     torch.manual_seed(seed)
     unet = make_unet(SMALL_UNETS[kind])
     for p in unet.parameters():  # diffusers makes biases 0 and scales 1, which would hide a wrong copy
@@ -76,7 +79,7 @@ def make_pipeline(folder: Path, kind: str, *, prediction_type: str = "epsilon", 
         latent_channels=4,
         norm_num_groups=4,
         sample_size=16,
-        force_upcast=kind == "sdxl",
+        force_upcast=kind != "sd",
     )
     scheduler = DDIMScheduler(
         beta_start=0.00085,
@@ -89,7 +92,7 @@ def make_pipeline(folder: Path, kind: str, *, prediction_type: str = "epsilon", 
     )
     tokenizer = make_tokenizer(folder.parent / f".{folder.name}-tokenizer")
     parts = {"vae": vae, "unet": unet, "scheduler": scheduler, "tokenizer": tokenizer}
-    if kind == "sdxl":
+    if kind != "sd":
         pipe = StableDiffusionXLPipeline(
             **parts,
             text_encoder=_text_encoder(len(tokenizer), 16),

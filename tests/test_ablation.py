@@ -4,14 +4,18 @@ import json
 import math
 import multiprocessing
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from prunet.disk.ownership import hold
 from prunet.errors import UserError
 from prunet.intervals import summary
-from prunet.runs.ablation import _each_done, ablate, load_ablation, markdown
+from prunet.recipe.recipe import Recipe
+from prunet.runs.ablation import ablate, load_ablation, markdown
 from prunet.runs.run import Run, run
 from prunet.runtime import Runtime
 from prunet.student.folder import load_unet
@@ -21,76 +25,116 @@ from prunet.teacher.teacher import Teacher
 CPU = Runtime(device="cpu", precision="no")
 
 
-@pytest.fixture
-def files(tmp_path: Path, sd: Path, pictures: Path) -> Path:
+def write_ablation(folder: Path, sd: Path, pictures: Path) -> Path:
     stage = {"steps": 2, "batch_size": 2, "warmup_steps": 0, "learning_rate": 1e-3, "ema_decay": None}
     recipe = {
         "teacher": str(sd),
         "plan": "bk-small",
-        "data": {"source": str(pictures)},
+        "data": {"source": str(pictures), "limit": 4},
         "stages": [stage],
-        "evaluation": {"prompts": ["a cat", "a dog"], "steps": 2, "guidance_scale": 0},
+        "evaluation": {"prompts": ["a cat", "a dog"], "steps": 1, "guidance_scale": 0},
         "sheet": {"every": 0},
         "output": "unused",
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     ablation = {
-        "recipe": str(tmp_path / "recipe.yaml"),
+        "recipe": str(folder / "recipe.yaml"),
         "seeds": [1, 2],
         "arms": {
             "random": {"initialisation": "random", "stages.0.losses": {"output": 0, "feature": 0}},
             "inherited, all losses": {},
         },
-        "output": str(tmp_path / "out"),
+        "output": str(folder / "out"),
     }
-    (tmp_path / "ablation.yaml").write_text(yaml.safe_dump(ablation))
-    return tmp_path
+    (folder / "ablation.yaml").write_text(yaml.safe_dump(ablation))
+    return folder
 
 
-def test_table_says_what_separate_runs_say(files: Path, monkeypatch) -> None:
-    load, loaded = Teacher._load, []
-    monkeypatch.setattr(Teacher, "_load", lambda self, part, *rest: loaded.append(part) or load(self, part, *rest))
-    result = ablate(*load_ablation(files / "ablation.yaml"), CPU)
-    assert loaded.count("unet") == 3  # one that all runs share, and one for each of two students that inherit
-    _, recipes = load_ablation(files / "ablation.yaml")
-    for (arm, seed), recipe in recipes.items():
-        alone = recipe.model_copy(update={"output": str(files / "alone" / f"{arm} {seed}"), "cache": None})
-        folder = run(alone, CPU, until="evaluate")
-        expected = json.loads((folder / "evaluation" / "evaluation.json").read_text())["distance"]
-        found = result["arms"][arm]["measures"]
-        at = result["arms"][arm]["seeds"].index(seed)
-        for name, cell in found.items():
-            which, key = name.split("/")
-            assert cell["values"][at] == expected[which][key]
-    students = {key: state_hash(load_unet(Path(recipe.output) / "student")) for key, recipe in recipes.items()}
-    begun = {arm: {students[arm, seed] for seed in (1, 2)} for arm in result["arms"]}
-    assert len(begun["random"]) == 2 and len(begun["inherited, all losses"]) == 1
-    assert (files / "out" / "ablation.md").read_text() == markdown(result)
+@pytest.fixture
+def files(tmp_path: Path, sd: Path, pictures: Path) -> Path:
+    return write_ablation(tmp_path, sd, pictures)
 
 
-def test_goes_on_where_it_was_stopped(files: Path) -> None:
+@dataclass
+class Resumed:
+    """An ablation that was stopped after its first arm, and given again."""
+
+    files: Path
+    before: dict[Path, int]
+    result: dict[str, Any]
+    unets_loaded: int
+
+    def recipes(self) -> dict[tuple[str, int], Recipe]:
+        return load_ablation(self.files / "ablation.yaml")[1]
+
+
+def stop_after_the_first_arm(files: Path) -> dict[Path, int]:
+    """The times of what it leaves."""
     ablation, recipes = load_ablation(files / "ablation.yaml")
     first = {key: recipe for key, recipe in recipes.items() if key[0] == "random"}
     ablate(ablation.model_copy(update={"arms": {"random": ablation.arms["random"]}}), first, CPU)
-    times = {path: path.stat().st_mtime_ns for path in (files / "out").rglob("*.safetensors")}
-    result = ablate(ablation, recipes, CPU, workers=2)
-    assert all(path.stat().st_mtime_ns == before for path, before in times.items())
+    return {path: path.stat().st_mtime_ns for path in (files / "out").rglob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory, sd: Path, pictures: Path) -> Resumed:
+    files = write_ablation(tmp_path_factory.mktemp("ablation"), sd, pictures)
+    before = stop_after_the_first_arm(files)
+    load, loaded = Teacher._load, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Teacher, "_load", lambda self, part, *rest: loaded.append(part) or load(self, part, *rest))
+        result = ablate(*load_ablation(files / "ablation.yaml"), CPU)
+    return Resumed(files, before, result, loaded.count("unet"))
+
+
+def assert_resumed(files: Path, before: dict[Path, int], result: dict[str, Any]) -> None:
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert [arm["seeds"] for arm in result["arms"].values()] == [[1, 2], [1, 2]]
     assert len(list((files / "out" / "caches").iterdir())) == 2  # one a seed, shared by the arms
 
 
+def test_goes_on_where_it_was_stopped(resumed: Resumed) -> None:
+    assert_resumed(resumed.files, resumed.before, resumed.result)
+    assert resumed.unets_loaded == 3  # one that all runs share, and one for each of two students that inherit
+
+
+def test_table_says_what_separate_runs_say(resumed: Resumed, tmp_path: Path) -> None:
+    recipes, arms = resumed.recipes(), resumed.result["arms"]
+    for arm, seed in (("random", 1), ("inherited, all losses", 2)):
+        alone = recipes[arm, seed].model_copy(update={"output": str(tmp_path / arm), "cache": None})
+        folder = run(alone, CPU, until="evaluate")
+        expected = json.loads((folder / "evaluation" / "evaluation.json").read_text())["distance"]
+        at = arms[arm]["seeds"].index(seed)
+        for name, cell in arms[arm]["measures"].items():
+            which, key = name.split("/")
+            assert cell["values"][at] == expected[which][key]
+    students = {key: state_hash(load_unet(Path(recipe.output) / "student")) for key, recipe in recipes.items()}
+    begun = {arm: {students[arm, seed] for seed in (1, 2)} for arm in arms}
+    assert len(begun["random"]) == 2 and len(begun["inherited, all losses"]) == 1
+    assert (resumed.files / "out" / "ablation.md").read_text() == markdown(resumed.result)
+
+
+@pytest.mark.processes
+def test_two_workers_resume_it_and_say_the_same(files: Path, resumed: Resumed) -> None:
+    before = stop_after_the_first_arm(files)
+    result = ablate(*load_ablation(files / "ablation.yaml"), CPU, workers=2)
+    assert_resumed(files, before, result)
+    assert result == resumed.result
+
+
+@pytest.mark.processes
 def test_a_run_that_fails_stops_the_others(files: Path) -> None:
     """What is queued is not begun, and what is under way does not go on unseen."""
-    _, recipes = load_ablation(files / "ablation.yaml")
+    ablation, recipes = load_ablation(files / "ablation.yaml")
     endless = {"stages": [recipes["random", 1].stages[0].model_copy(update={"steps": 10**6})]}
-    runs = {key: Run(recipe.model_copy(update=endless), CPU) for key, recipe in recipes.items()}
-    for this in runs.values():
-        for step in this.step_names("cache"):
-            this.do(step)
-    broken, *others = runs.values()
-    (broken.folder / "student" / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json: damaged or changed"):
-        list(_each_done(runs, 2))
+    recipes = {key: recipe.model_copy(update=endless) for key, recipe in recipes.items()}
+    broken, *others = (Run(recipe, CPU) for recipe in recipes.values())
+    with hold(Path(ablation.output), "ablation"):
+        broken.finish("build")
+    weights = broken.folder / "student" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")  # which is seen where they are read: by the worker
+    with pytest.raises(UserError, match=r"safetensors: damaged or changed"):
+        ablate(ablation, recipes, CPU, workers=2)
     assert not multiprocessing.active_children()
     assert not any(other.is_done("stage-1") for other in others)
 

@@ -290,6 +290,7 @@ def test_a_config_that_would_not_be_used_is_refused(capsys, sd, tmp_path) -> Non
     assert code == 2 and "No teacher at" in err
 
 
+@pytest.mark.processes
 def test_mistakes_of_a_real_process_have_no_traceback(bad) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

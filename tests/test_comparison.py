@@ -13,12 +13,27 @@ from prunet.evaluation.results import read_evaluation
 from prunet.report.comparison import write_comparison
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> list[Path]:
-    folders = [tmp_path / name / "run" for name in ("first", "second", "third", "fourth")]
-    for folder, plan in zip(folders, ("pairs", "tiny", "depth", "nothing"), strict=True):
-        make_run(folder, plan, prompts=[f"{prompt} {i}" for i in range(9) for prompt in PROMPTS])
+def make_runs(folder: Path, prompts: list[str]) -> list[Path]:
+    folders = [folder / name / "run" for name in ("first", "second", "third", "fourth")]
+    for each, plan in zip(folders, ("pairs", "tiny", "depth", "nothing"), strict=True):
+        make_run(each, plan, prompts=prompts, rows=3, sheets=False)
     return folders
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return make_runs(tmp_path_factory.mktemp("made"), PROMPTS[:1])
+
+
+@pytest.fixture
+def runs(made: list[Path], tmp_path: Path) -> list[Path]:
+    return [Path(shutil.copytree(run, tmp_path / run.parent.name / "run")) for run in made]
+
+
+@pytest.fixture
+def long_runs(tmp_path: Path) -> list[Path]:
+    """Of more prompts than a page shows at first."""
+    return make_runs(tmp_path, [f"{prompt} {i}" for i in range(9) for prompt in PROMPTS])
 
 
 def change(folder: Path, part: str, **values: object) -> None:
@@ -28,8 +43,8 @@ def change(folder: Path, part: str, **values: object) -> None:
     path.write_text(json.dumps(whole))
 
 
-def test_every_run_is_there_by_a_name_that_tells_it_apart(runs: list[Path], tmp_path: Path) -> None:
-    page = Page(write_comparison(runs, tmp_path / "page.html"))
+def test_every_run_is_there_by_a_name_that_tells_it_apart(long_runs: list[Path], tmp_path: Path) -> None:
+    page = Page(write_comparison(long_runs, tmp_path / "page.html"))
     for name in ("first/run", "second/run", "third/run", "fourth/run"):
         assert name in page.text
         assert len([i for i in page.all("img") if i["alt"].endswith(f"drawn by {name}")]) == 27
@@ -93,10 +108,11 @@ def test_what_is_no_comparison_is_refused(runs: list[Path], tmp_path: Path) -> N
             write_comparison(folders, tmp_path / "page.html")
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 @pytest.mark.parametrize("width", [400, 1200])
-def test_its_controls_work(runs: list[Path], tmp_path: Path, width: int) -> None:
-    page = write_comparison(runs, tmp_path / "page.html")
+def test_its_controls_work(long_runs: list[Path], tmp_path: Path, width: int) -> None:
+    page = write_comparison(long_runs, tmp_path / "page.html")
     for_a_run = (
         READER.replace('"after"', '"run-2"').replace(".after img", ".run-2 img").replace('".before"', '".run-1"')
     )
@@ -116,7 +132,7 @@ def test_its_controls_work(runs: list[Path], tmp_path: Path, width: int) -> None
         ("evaluation/evaluation.json", "{}"),
         ("stage-1/log.jsonl", "{}"),
         ("steps.json", "{}"),
-        ("evaluation/pictures/after/0003.png", ""),
+        ("evaluation/pictures/after/0000.png", ""),
     ],
 )
 def test_a_damaged_run_is_one_line(runs: list[Path], tmp_path: Path, file: str, text: str | None) -> None:

@@ -27,7 +27,8 @@ from prunet.teacher.known import layout_config
 UNEVEN = ["down_blocks.1.{resnets,attentions}.1", "up_blocks.2.{resnets,attentions}.1"]
 PLANS = {
     "sd": {"none": [], "bk-base": "bk-base", "bk-small": "bk-small", "bk-tiny": "bk-tiny", "mid": ["mid_block"]},
-    "sdxl": {"vega": "vega", "koala-1b": "koala-1b"},
+    "sdxl": {"vega": "vega"},
+    "sdxl_deep": {"koala-1b": "koala-1b"},
 }
 CASES = [(kind, name) for kind, plans in PLANS.items() for name in plans]
 each_case = pytest.mark.parametrize(("kind", "name"), CASES)

@@ -70,12 +70,15 @@ def test_operations_are_known_by_their_names() -> None:
     assert kind_of("mkldnn::_convolution_pointwise") == "convolution"
 
 
-def test_calls_take_turns() -> None:
+def test_calls_take_turns(monkeypatch) -> None:
+    monkeypatch.setattr("prunet.speed.clock.MOST_SECONDS", 60)
     seen: list[str] = []
     calls = {name: lambda name=name: seen.append(name) for name in "abc"}
     times = times_in_turn(calls, 4, CPU)
     assert "".join(seen) == "abc" * 5
     assert {name: len(found) for name, found in times.items()} == {"a": 4, "b": 4, "c": 4}
+    monkeypatch.setattr("prunet.speed.clock.MOST_SECONDS", 0)
+    assert {len(found) for found in times_in_turn(calls, 9, CPU).values()} == {3}
 
 
 def test_the_profile_names_what_a_call_does() -> None:

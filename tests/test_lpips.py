@@ -19,7 +19,10 @@ from prunet.disk.files import read_json
 from prunet.intervals import mean_of
 
 EVAL = Path(sys.prefix) / "eval"  # torch-fidelity and torchvision, which `make setup` keeps apart
-pytestmark = pytest.mark.skipif(not EVAL.is_dir(), reason="torch-fidelity is not set up: make setup")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(not EVAL.is_dir(), reason="torch-fidelity is not set up: make setup"),
+]
 
 #: VGG16 (arXiv 1409.1556, column D): the widths of its convolutions, by their number among torchvision's layers; and
 #: the last of each block, after which LPIPS looks.

@@ -97,6 +97,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
+@pytest.mark.processes
 def test_two_processes_killed_once_give_the_same_bytes(sd: Path, protocol: Path, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "two"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]

@@ -127,6 +127,7 @@ print(json.dumps(out))
 FIDELITY = "from prunet.evaluation.networks import torch_fidelity; torch_fidelity('fidelity').main()"
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not EVAL.is_dir(), reason="torch-fidelity is not set up: make setup")
 def test_equals_torch_fidelitys_own_command(tmp_path: Path) -> None:
     rng = np.random.default_rng(6)

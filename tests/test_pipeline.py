@@ -1,11 +1,26 @@
 """Drawing, and export: stock, bit-equal, checked before it is called done."""
 
+import copy
+import itertools
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -13,82 +28,105 @@ from prunet import Teacher, UserError, build, export, generate, load_plan
 from prunet.denoisers.freeze import freeze
 from prunet.exports.folder import check_export
 from prunet.exports.single_file import export_single_file
-from prunet.sampling.draw import SAMPLERS, decode, draw, set_sampler
+from prunet.sampling.draw import SAMPLERS, decode, draw, draw_latents, set_sampler
+from prunet.student.student import state_hash
 
-KINDS = [("sd", "bk-small"), ("sd", "bk-tiny"), ("sdxl", "ssd-1b"), ("sdxl", "koala-700m")]
+KINDS = [("sd", "bk-tiny"), ("sdxl", "ssd-1b")]
+KINDS += [pytest.param(*more, marks=pytest.mark.slow) for more in (("sd", "bk-small"), ("sdxl_deep", "koala-700m"))]
+
+
+@dataclass
+class Exported:
+    teacher: Teacher
+    student: Any
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def exported(request, tmp_path_factory) -> Callable[[str, str], Exported]:
+    """A student and its pipeline, made once for each teacher and plan; not to be written to."""
+
+    @cache
+    def make(kind: str, plan: str) -> Exported:
+        teacher = Teacher(request.getfixturevalue(kind))
+        student = build(teacher, load_plan(plan))
+        folder = tmp_path_factory.mktemp("exported") / "out"
+        export(teacher, student, folder, fp16=True)
+        return Exported(teacher, student, folder)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def opened(sd) -> Teacher:
+    """`sd`, of which nothing is changed."""
+    return Teacher(sd)
 
 
 @pytest.mark.parametrize(("kind", "plan"), KINDS)
-def test_export_loads_in_stock_diffusers_and_draws_the_same(kind, plan, request, tmp_path) -> None:
-    teacher = Teacher(request.getfixturevalue(kind))
-    student = build(teacher, load_plan(plan))
-    export(teacher, student, tmp_path / "out")
-    stock = DiffusionPipeline.from_pretrained(tmp_path / "out")
+def test_export_loads_in_stock_diffusers_and_draws_the_same(kind, plan, exported) -> None:
+    made = exported(kind, plan)
+    stock = DiffusionPipeline.from_pretrained(made.folder)
     stock.set_progress_bar_config(disable=True)
-    ours = teacher.pipeline(unet=student)
+    ours = made.teacher.pipeline(unet=made.student)
 
     def one(pipe):
         rng = torch.Generator().manual_seed(1)
         return pipe("a cat", num_inference_steps=2, generator=rng, output_type="pt", height=16, width=16).images
 
-    for name in ("unet", "vae", *teacher.text_encoders):  # what changes the rounding of equal weights
+    for name in ("unet", "vae", *made.teacher.text_encoders):  # what changes the rounding of equal weights
         freeze(getattr(stock, name))
     assert torch.equal(one(stock), one(ours))
 
 
-def test_other_parts_are_the_teachers_bytes(sd, tmp_path) -> None:
-    teacher = Teacher(sd)
-    export(teacher, build(teacher, load_plan("bk-small")), tmp_path / "out")
+def test_other_parts_are_the_teachers_bytes(sd, exported) -> None:
+    out = exported("sd", "bk-tiny").folder
     for part in ("vae/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"):
-        assert (tmp_path / "out" / part).read_bytes() == (sd / part).read_bytes()
-    config = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())
+        assert (out / part).read_bytes() == (sd / part).read_bytes()
+    config = json.loads((out / "unet" / "config.json").read_text())
     assert config["mid_block_type"] is None
     assert "_name_or_path" not in config
 
 
-def test_fp16_variant_is_beside_the_full_weights(sd, tmp_path) -> None:
-    teacher = Teacher(sd)
-    export(teacher, build(teacher, load_plan("bk-base")), tmp_path / "out", fp16=True)
-    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out", variant="fp16", torch_dtype=torch.float16)
+def test_fp16_variant_is_beside_the_full_weights(exported) -> None:
+    out = exported("sd", "bk-tiny").folder
+    pipe = DiffusionPipeline.from_pretrained(out, variant="fp16", torch_dtype=torch.float16)
     assert pipe.unet.dtype == torch.float16
-    full = load_file(tmp_path / "out/unet/diffusion_pytorch_model.safetensors")
+    full = load_file(out / "unet/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(v, full[k].half()) for k, v in pipe.unet.state_dict().items())
 
 
-def test_check_refuses_a_changed_weight(sd, tmp_path) -> None:
-    teacher = Teacher(sd)
-    student = build(teacher, load_plan("bk-base"))
-    export(teacher, student, tmp_path / "out")
-    student.conv_in.weight.data[0, 0, 0, 0] += 1e-3
+def test_check_refuses_a_changed_weight(exported) -> None:
+    made = exported("sd", "bk-tiny")
+    changed = copy.deepcopy(made.student)
+    check_export(made.folder, changed)
+    changed.conv_in.weight.data[0, 0, 0, 0] += 1e-3
     with pytest.raises(RuntimeError, match="same weights"):
-        check_export(tmp_path / "out", student)
+        check_export(made.folder, changed)
 
 
-def test_failed_export_leaves_nothing(sd, tmp_path, monkeypatch) -> None:
+def test_failed_export_leaves_nothing(opened, tmp_path, monkeypatch) -> None:
     from prunet.exports import folder as pipeline
 
     def refuse(*args):
         raise RuntimeError("no")
 
     monkeypatch.setattr(pipeline, "check_export", refuse)
-    teacher = Teacher(sd)
     with pytest.raises(RuntimeError):
-        export(teacher, build(teacher, load_plan("bk-base")), tmp_path / "out")
+        export(opened, build(opened, load_plan("bk-base")), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("kind", "plan"), KINDS)
-def test_single_file_opens_again(kind, plan, request, tmp_path) -> None:
-    teacher = Teacher(request.getfixturevalue(kind))
-    student = build(teacher, load_plan(plan))
-    export(teacher, student, tmp_path / "out")
-    export_single_file(tmp_path / "out", tmp_path / "one.safetensors")
+def test_single_file_opens_again(kind, plan, exported, tmp_path) -> None:
+    made = exported(kind, plan)
+    export_single_file(made.folder, tmp_path / "one.safetensors")
     again = Teacher(tmp_path / "one.safetensors")
     known = {part: again.fingerprint([part]) for part in ("vae", "text_encoder")}
-    assert again.unet_config == Teacher(tmp_path / "out").unet_config
-    for a, b in ((again.unet, student), (again.vae, teacher.vae)):
-        assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
-    pictures = [generate(m, "a cat", steps=2)[0].tobytes() for m in (tmp_path / "out", tmp_path / "one.safetensors")]
+    assert again.unet_config == Teacher(made.folder).unet_config
+    for a, b in ((again.unet, made.student), (again.vae, made.teacher.vae)):
+        assert state_hash(a) == state_hash(b)
+    pictures = [generate(m, "a cat", steps=1)[0].tobytes() for m in (made.folder, tmp_path / "one.safetensors")]
     assert pictures[0] == pictures[1]
     config = tmp_path / "one.config" / "vae" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.5}))
@@ -97,8 +135,8 @@ def test_single_file_opens_again(kind, plan, request, tmp_path) -> None:
     assert changed.fingerprint(["text_encoder"]) == known["text_encoder"]
 
 
-def test_a_picture_does_not_depend_on_its_batch(sd) -> None:
-    pipe = set_sampler(Teacher(sd).pipeline(), "ddim")
+def test_a_picture_does_not_depend_on_its_batch(opened) -> None:
+    pipe = set_sampler(opened.pipeline(), "ddim")
     prompts, seeds = ["a", "b", "c"], [5, 6, 7]
     together = draw(pipe, prompts, seeds, steps=2, batch_size=3)
     alone = draw(pipe, prompts, seeds, steps=2, batch_size=1)
@@ -107,14 +145,38 @@ def test_a_picture_does_not_depend_on_its_batch(sd) -> None:
         assert difference <= 1
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_draws(sd, sampler) -> None:
-    (picture,) = generate(sd, "a cat", steps=3, sampler=sampler)
-    assert picture.size == (16, 16)
+#: The classes by whose names diffusers' users know the samplers, and what Stable Diffusion ships them with.
+STOCK = {
+    "dpmsolver++": (DPMSolverMultistepScheduler, {}),
+    "ddim": (DDIMScheduler, {"clip_sample": False}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler-a": (EulerAncestralDiscreteScheduler, {}),
+    "unipc": (UniPCMultistepScheduler, {}),
+}
+
+
+def test_every_sampler_draws_what_its_scheduler_draws_in_stock_diffusers(sd, opened) -> None:
+    """And no two of them the same."""
+    pipe, stock = opened.pipeline(), DiffusionPipeline.from_pretrained(sd)
+    stock.set_progress_bar_config(disable=True)
+    for name in ("unet", "vae", "text_encoder"):
+        freeze(getattr(stock, name))
+    assert STOCK.keys() == SAMPLERS.keys()
+    drawn: dict[str, torch.Tensor] = {}
+    for name, (scheduler, options) in STOCK.items():
+        drawn[name] = draw_latents(set_sampler(pipe, name), ["a cat"], [4], steps=4, guidance_scale=2.0)
+        stock.scheduler = scheduler.from_pretrained(sd / "scheduler", **options)
+        rng = torch.Generator().manual_seed(4)
+        theirs = stock("a cat", num_inference_steps=4, guidance_scale=2.0, generator=rng, output_type="latent").images
+        torch.testing.assert_close(drawn[name], theirs, rtol=1e-4, atol=1e-4, msg=name)
+    for one, other in itertools.combinations(drawn, 2):
+        apart = (drawn[one] - drawn[other]).norm() / drawn[one].norm()
+        assert apart > 1e-3, (one, other)
 
 
 def test_same_seed_same_picture(sd) -> None:
-    a, b = (generate(sd, "a cat", num_images=2, steps=2, seed=4) for _ in range(2))
+    a, b = (generate(sd, "a cat", num_images=2, steps=1, seed=4) for _ in range(2))
     assert [x.tobytes() for x in a] == [x.tobytes() for x in b]
     assert a[0].tobytes() != a[1].tobytes()
 
@@ -166,9 +228,9 @@ def test_student_of_a_half_precision_teacher_draws_when_opened_without_a_dtype(k
     assert pipe("a cat", num_inference_steps=1, height=16, width=16, output_type="np").images.shape == (1, 16, 16, 3)
 
 
-def test_ddim_does_not_clip_latents(sd) -> None:
+def test_ddim_does_not_clip_latents(opened) -> None:
     """diffusers' default would, where the config of the sampler before does not say."""
-    pipe = set_sampler(Teacher(sd).pipeline(), "euler")
+    pipe = set_sampler(opened.pipeline(), "euler")
     assert set_sampler(pipe, "ddim").scheduler.config.clip_sample is False
 
 
@@ -222,14 +284,14 @@ def test_a_config_that_makes_no_teacher_is_one_line(sd, tmp_path, file, change, 
     assert "\n" not in str(error.value)
 
 
-def test_sharded_parts_are_one_model(sd, tmp_path) -> None:
+def test_sharded_parts_are_one_model(sd, opened, tmp_path) -> None:
     folder = shutil.copytree(sd, tmp_path / "sharded")
-    unet = Teacher(sd).unet
+    unet = opened.unet
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     unet.save_pretrained(folder / "unet", max_shard_size="500KB")
     shards = sorted((folder / "unet").glob("*-of-*.safetensors"))
     assert len(shards) > 1
-    assert all(torch.equal(v, unet.state_dict()[k]) for k, v in Teacher(folder).unet.state_dict().items())
+    assert state_hash(Teacher(folder).unet) == state_hash(unet)
     before = Teacher(folder).fingerprint(["unet"])
     shards[-1].write_bytes(shards[-1].read_bytes()[:-1] + b"\x01")
     assert Teacher(folder).fingerprint(["unet"]) != before

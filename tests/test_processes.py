@@ -11,6 +11,7 @@ import torch
 import yaml
 from conftest import make_pipeline
 from safetensors.torch import load_file
+from test_cli import call
 
 from prunet.training.fsdp import local, piece, whole
 
@@ -79,6 +80,7 @@ def alone(teacher: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactor
     return recipe.parent / "run"
 
 
+@pytest.mark.processes
 def test_two_processes_equal_one(alone: Path, teacher: Path, pictures: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, teacher, pictures)
     do(2, "run", str(recipe))
@@ -103,13 +105,12 @@ def test_alone_then_sharded_then_alone_equals_one(alone: Path, teacher: Path, pi
         (["run", "recipe.yaml", "--device", "cpu", "--precision", "fp16", "--fsdp"], "--fsdp: with --precision bf16"),
     ],
 )
-def test_what_several_processes_cannot_do_is_said(arguments: list[str], message: str, tmp_path: Path) -> None:
-    env = {**ENV, "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
-    done = subprocess.run([sys.executable, "-m", "prunet", *arguments], env=env, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert (
-        done.stderr.startswith("error (process 1): ") and message in done.stderr and len(done.stderr.splitlines()) == 1
-    )
+def test_what_several_processes_cannot_do_is_said(arguments, message, capsys, monkeypatch) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    code, _, said = call(capsys, *arguments)
+    assert code == 2
+    assert said.startswith("error (process 1): ") and message in said and len(said.splitlines()) == 1
 
 
 def test_sharding_leaves_plain_tensors_alone() -> None:

@@ -377,6 +377,7 @@ def read_in_chromium(page: Path, reader: str, width: int, folder: Path) -> dict[
     return json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout, re.S)[1]))
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 @pytest.mark.parametrize("width", [400, 1200])
 def test_every_control_does_what_it_says(tmp_path: Path, width: int) -> None:

@@ -10,14 +10,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import make_pictures, make_pipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
 
 from prunet import Run, Runtime, Teacher, UserError, load_recipe, run
 from prunet.data.cache import Cache
-from prunet.runs import run as runs
+from prunet.recipe.recipe import Recipe
 from prunet.runs.checks import checkpoint_bytes
 from prunet.runs.steps import logged_seconds
 
@@ -56,10 +60,25 @@ def contents(folder: Path) -> dict[str, str]:
     return out
 
 
-@pytest.fixture(scope="module")
-def finished(sd, pictures, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    return run(load_recipe(recipe_file(folder, sd, pictures)), CPU)
+@pytest.fixture(scope="session")
+def finished(sd, pictures, once) -> Path:
+    """A finished run of two stages; not to be written to."""
+    stages = [{"steps": 2, "batch_size": 4, "warmup_steps": 1}, {"steps": 2, "batch_size": 4}]
+    return (
+        once(
+            "finished_in_stages", lambda folder: run(load_recipe(recipe_file(folder, sd, pictures, stages=stages)), CPU)
+        )
+        / "run"
+    )
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copied"))
+
+
+def recipe_of(folder: Path, *changes: str) -> Recipe:
+    return load_recipe(folder / "recipe.yaml", changes, {"output": str(folder)})
 
 
 def test_leaves_all_that_it_promises(finished) -> None:
@@ -70,7 +89,7 @@ def test_leaves_all_that_it_promises(finished) -> None:
         "cache/cache.json",
         "stage-1/log.jsonl",
         "stage-1/sheets/step-0000000.png",
-        "stage-1/sheets/step-0000004.png",
+        "stage-1/sheets/step-0000002.png",
         "stage-2/unet/diffusion_pytorch_model.safetensors",
         "evaluation/evaluation.json",
         "evaluation/evaluation.md",
@@ -91,10 +110,10 @@ def test_evaluation_tells_both_students_from_the_teacher(finished) -> None:
     assert result["speed"]["speeds"]["teacher"]["latency_ms"] > 0
 
 
-def test_finished_steps_are_skipped(finished, sd, pictures, tmp_path, capsys) -> None:
-    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
-    run(load_recipe(finished / "recipe.yaml"), CPU)
-    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
+def test_finished_steps_are_skipped(copied, capsys) -> None:
+    before = {p: p.stat().st_mtime_ns for p in copied.rglob("*") if p.is_file()}
+    run(recipe_of(copied), CPU)
+    assert {p: p.stat().st_mtime_ns for p in copied.rglob("*") if p.is_file()} == before
     assert capsys.readouterr().err.count("is done") == 8
 
 
@@ -112,16 +131,15 @@ def test_a_run_of_an_earlier_version_is_still_done() -> None:
     }
 
 
-def test_changed_evaluation_repeats_only_what_depends_on_it(finished, capsys) -> None:
-    recipe = load_recipe(finished / "recipe.yaml", ["evaluation.steps=3"])
-    this = Run(recipe, CPU)
+def test_changed_evaluation_repeats_only_what_depends_on_it(copied) -> None:
+    this = Run(recipe_of(copied, "evaluation.steps=3"), CPU)
     todo = [step for step in this.step_names() if not this.is_done(step)]
     assert todo == ["evaluate", "export", "report"]
 
 
-def test_deleted_or_cut_result_is_made_again(finished) -> None:
-    this = Run(load_recipe(finished / "recipe.yaml"), CPU)
-    weights = finished / "student" / "diffusion_pytorch_model.safetensors"
+def test_deleted_or_cut_result_is_made_again(copied) -> None:
+    this = Run(recipe_of(copied), CPU)
+    weights = copied / "student" / "diffusion_pytorch_model.safetensors"
     saved = weights.read_bytes()
     for damage in (weights.unlink, lambda: weights.write_bytes(saved[:-1])):
         damage()
@@ -130,24 +148,23 @@ def test_deleted_or_cut_result_is_made_again(finished) -> None:
         assert weights.read_bytes() == saved
 
 
-@pytest.mark.parametrize("text", ["null", "[]", '{"plan": 3}', "{"])
-def test_damaged_list_of_what_is_done_is_one_line(finished, tmp_path, text) -> None:
-    folder = shutil.copytree(finished, tmp_path / "run")
-    (folder / "steps.json").write_text(text)
-    with pytest.raises(UserError, match=r"steps.json: .*: delete it and") as error:
-        Run(load_recipe(finished / "recipe.yaml", [f"output={folder}"]), CPU).is_done("plan")
-    assert "\n" not in str(error.value)
+def test_damaged_list_of_what_is_done_is_one_line(copied) -> None:
+    for text in ("null", "[]", '{"plan": 3}', "{"):
+        (copied / "steps.json").write_text(text)
+        with pytest.raises(UserError, match=r"steps.json: .*: delete it and") as error:
+            Run(recipe_of(copied), CPU).is_done("plan")
+        assert "\n" not in str(error.value)
 
 
-def test_other_recipe_in_the_same_folder_is_refused_before_anything_changes(finished) -> None:
-    before = contents(finished)
+def test_other_recipe_in_the_same_folder_is_refused_before_anything_changes(copied) -> None:
+    before = contents(copied)
     for change, words in (
         ("plan=bk-base", "another teacher, plan"),
         ("data.flip=false", "another teacher or other data"),
     ):
         with pytest.raises(UserError, match=words):
-            run(load_recipe(finished / "recipe.yaml", [change]), CPU)
-    assert contents(finished) == before
+            run(recipe_of(copied, change), CPU)
+    assert contents(copied) == before
 
 
 def test_pictures_may_go_when_the_cache_is_whole(sd, tmp_path, monkeypatch) -> None:
@@ -186,13 +203,13 @@ def test_a_stage_that_was_stopped_took_all_of_its_steps(sd, pictures, tmp_path) 
     assert logged_seconds(this, "stage-2") == logged_seconds(this, "build") == 0
 
 
-def test_finished_run_is_exported_without_its_cache(finished, tmp_path) -> None:
-    folder = shutil.copytree(finished, tmp_path / "run")
-    assert f"{len(Cache.open(folder / 'cache'))} samples at 16 px" in (folder / "pipeline" / "README.md").read_text()
-    shutil.rmtree(folder / "cache")
-    recipe = load_recipe(folder / "recipe.yaml", (), {"output": str(folder)})
-    Run(recipe, CPU)._export()
-    assert "at 16 px" in (card := (folder / "pipeline" / "README.md").read_text()) and "samples at" not in card
+def test_finished_run_is_exported_without_its_cache(copied) -> None:
+    card = copied / "pipeline" / "README.md"
+    assert f"{len(Cache.open(copied / 'cache'))} samples at 16 px" in card.read_text()
+    for name in ("cache", "pipeline"):
+        shutil.rmtree(copied / name)
+    Run(recipe_of(copied), CPU).do("export")
+    assert "at 16 px" in card.read_text() and "samples at" not in card.read_text()
 
 
 def test_stages_do_not_repeat_each_others_noise(finished) -> None:
@@ -215,50 +232,67 @@ def test_nothing_starts_when_something_is_wrong(sd, pictures, tmp_path) -> None:
         assert not (folder / "run" / "plan.json").exists()
 
 
-@pytest.mark.parametrize("kind", ["sdxl"])
-def test_sdxl_from_prompts_alone(kind, request, tmp_path) -> None:
+def test_sdxl_from_prompts_alone(sdxl, tmp_path) -> None:
+    """Trained, and the same student in every form: evaluated, as stock folder, in half precision, as one file."""
     recipe = recipe_file(
         tmp_path,
-        request.getfixturevalue(kind),
+        sdxl,
         tmp_path,
         plan="vega",
         data={"prompts": ["a", "b", "c", "d"], "steps": 2},
-        stages=[{"steps": 2, "batch_size": 2}],
+        stages=[{"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 0}],
+        evaluation={"prompts": ["a cat"], "steps": 2, "guidance_scale": 2.0, "sampler": "ddim"},
         export={"single_file": True, "fp16": True},
     )
     folder = run(load_recipe(recipe), CPU)
-    assert (folder / "student.safetensors").is_file()
-    assert (folder / "pipeline/unet/diffusion_pytorch_model.fp16.safetensors").is_file()
+    assert len(Cache.open(folder / "cache")) == 4
+    weights = "diffusion_pytorch_model.safetensors"
+    start, trained = (load_file(folder / name / weights) for name in ("student", "stage-1/unet"))
+    assert start.keys() == trained.keys()
+    assert all(not torch.equal(start[name], tensor) for name, tensor in trained.items() if name.endswith("weight"))
+
+    stock = DiffusionPipeline.from_pretrained(folder / "pipeline")
+    exported = stock.unet.state_dict()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in trained.items())
+    half = load_file(folder / "pipeline/unet/diffusion_pytorch_model.fp16.safetensors")
+    assert all(torch.equal(half[name], tensor.half()) for name, tensor in trained.items())
+    single = Teacher(folder / "student.safetensors").unet.state_dict()
+    assert all(torch.equal(single[name], tensor.half().float()) for name, tensor in trained.items())
+    stock.scheduler = DDIMScheduler.from_pretrained(sdxl / "scheduler", clip_sample=False)
+    seed = json.loads((folder / "evaluation" / "evaluation.json").read_text())["protocol"]["seed"]
+    rng = torch.Generator().manual_seed(seed)
+    options = {"num_inference_steps": 2, "guidance_scale": 2.0, "height": 16, "width": 16, "output_type": "np"}
+    (drawn,) = stock("a cat", generator=rng, **options).images
+    shown = np.asarray(Image.open(folder / "evaluation/pictures/after/0000.png"))
+    assert np.abs(shown - 255 * drawn).max() <= 1.5
 
 
+STAIR = {"steps": 1, "batch_size": 2, "warmup_steps": 0, "learning_rate": 1e-3, "ema_decay": None}
 STAIRS = [
-    {"steps": 2, "batch_size": 2, "plan": ["mid_block.attentions.0", "mid_block.resnets.1"]},
-    {"steps": 2, "batch_size": 2, "plan": "ssd-1b", "losses": {"level": "layer"}},
-    {"steps": 2, "batch_size": 2},
+    {**STAIR, "plan": ["mid_block.attentions.0", "mid_block.resnets.1"]},
+    {**STAIR, "plan": "ssd-1b", "losses": {"level": "layer"}, "learning_rate": 1e-9},
+    STAIR,
 ]
 
 
-def test_progressive_stages_cut_what_the_stage_before_trained(sdxl, pictures, tmp_path, monkeypatch) -> None:
-    """Three removals; killed at the border of the second and third stage and given again, it ends in the same bits."""
+def test_progressive_stages_cut_what_the_stage_before_trained(sdxl, pictures, tmp_path) -> None:
+    """Three removals; stopped between all stages and given again, it ends in the same bits."""
     changes = {"plan": "vega", "stages": STAIRS, "sheet": {"every": 0}}
     whole = run(load_recipe(recipe_file(tmp_path / "whole", sdxl, pictures, **changes)), CPU, until="distil")
     depths = [json.loads((whole / f"stage-{n}/unet/config.json").read_text()) for n in (1, 2, 3)]
     depths = [config["transformer_layers_per_block"][-1] for config in depths]
-    assert depths == [10, [4, 4], 2]
+    assert depths == [4, [3, 3], 2]
     assert json.loads((whole / "plan.json").read_text())["plan"]["name"] == "vega"
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    before, first, second = (
+        load_file(f / weights)["conv_in.weight"] for f in (sdxl, whole / "stage-1", whole / "stage-2")
+    )
+    assert (first - before).abs().min() > 1e-4 and (second - first).abs().max() < 1e-7
 
     recipe = load_recipe(recipe_file(tmp_path / "parts", sdxl, pictures, **changes))
-    real = runs.cut
-
-    def die(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(
-        runs, "cut", lambda student, before, after: (real if len(before.removed) < 9 else die)(student, before, after)
-    )
-    with pytest.raises(KeyboardInterrupt):
-        run(recipe, CPU)
-    monkeypatch.setattr(runs, "cut", real)
+    for step in ("build", "cache", "stage-1"):
+        Run(recipe, CPU).do(step)
+    Run(recipe, CPU).do("stage-2")
     assert not (tmp_path / "parts/run/stage-3/checkpoints").exists()
     parts = run(recipe, CPU, until="distil")
     assert contents(parts) == contents(whole)
@@ -278,14 +312,14 @@ def test_teachers_in_turn(sd, pictures, tmp_path) -> None:
     for part in ("vae", "tokenizer"):
         shutil.rmtree(second / part)
         shutil.copytree(sd / part, second / part)
-    stage = {"steps": 2, "batch_size": 2, "warmup_steps": 0, "learning_rate": 1e-3}
+    stage = {"steps": 1, "batch_size": 2, "warmup_steps": 0, "learning_rate": 1e-3}
     stages = [stage, {**stage, "teacher": str(second)}]
-    folder = run(load_recipe(recipe_file(tmp_path, sd, pictures, stages=stages)), CPU)
+    folder = run(load_recipe(recipe_file(tmp_path, sd, pictures, stages=stages)), CPU, until="export")
     exported, expected = (
         Teacher(path).text_part("text_encoder").state_dict() for path in (folder / "pipeline", second)
     )
     assert all(torch.equal(tensor, expected[name]) for name, tensor in exported.items())
-    alone = run(load_recipe(recipe_file(tmp_path / "alone", sd, pictures, stages=[stage, stage])), CPU)
+    alone = run(load_recipe(recipe_file(tmp_path / "alone", sd, pictures, stages=[stage, stage])), CPU, until="distil")
     assert contents(folder / "stage-1") == contents(alone / "stage-1")
     assert contents(folder / "stage-2/unet") != contents(alone / "stage-2/unet")
     assert (folder / "cache-2/cache.json").is_file()
@@ -340,15 +374,12 @@ def test_killed_three_times_ends_in_the_same_files(tmp_path, pictures) -> None:
     assert contents(tmp_path / "parts" / "run") == contents(tmp_path / "whole" / "run")
 
 
-def test_a_stage_that_cannot_resume_is_refused_before_what_is_done_is_undone(sd, pictures, tmp_path) -> None:
-    stage = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 0}
-    path = recipe_file(tmp_path, sd, pictures, stages=[stage])
-    folder = run(load_recipe(path), CPU)
-    before = {p: p.read_bytes() for p in (folder / "recipe.yaml", folder / "steps.json")}
+def test_a_stage_that_cannot_resume_is_refused_before_what_is_done_is_undone(copied) -> None:
+    before = {p: p.read_bytes() for p in (copied / "recipe.yaml", copied / "steps.json")}
     for change, message in (
-        ("stages.0.steps=1", "already past steps 1"),
-        ("stages.0.learning_rate=0.5", "is finished"),
+        ("stages.1.steps=1", "already past steps 1"),
+        ("stages.1.learning_rate=0.5", "is finished"),
     ):
         with pytest.raises(UserError, match=message):
-            Run(load_recipe(path, [change]), CPU).check()
+            Run(recipe_of(copied, change), CPU).check()
     assert {p: p.read_bytes() for p in before} == before

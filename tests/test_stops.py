@@ -310,6 +310,7 @@ def test_a_folder_that_was_being_replaced_comes_back(tmp_path) -> None:
 # -- signals
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_ends_a_command_with_its_code_and_a_word(number, forks, sd, pictures, tmp_path) -> None:
     pid = forks.start(tmp_path / "log", *command(tmp_path, sd, pictures))
@@ -323,6 +324,7 @@ def test_a_signal_ends_a_command_with_its_code_and_a_word(number, forks, sd, pic
     assert text.endswith("Stopped; what was finished is kept, and the same command resumes from there.\n")
 
 
+@pytest.mark.processes
 def test_what_was_asked_to_spare_a_command_does() -> None:
     """As nohup does."""
     code = "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN)\nfrom prunet import cli\n"

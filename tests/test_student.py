@@ -12,7 +12,7 @@ from prunet.denoisers.unet2d.inputs import example_inputs
 from prunet.student.student import compose, cut, state_hash
 
 KINDS = [("sd", "bk-base"), ("sd", "bk-small"), ("sd", "bk-tiny")]
-KINDS += [("sdxl", "ssd-1b"), ("sdxl", "vega"), ("sdxl", "koala-1b"), ("sdxl", "koala-700m")]
+KINDS += [("sdxl", "ssd-1b"), ("sdxl", "vega"), ("sdxl_deep", "koala-1b"), ("sdxl_deep", "koala-700m")]
 
 
 def run(net: torch.nn.Module) -> torch.Tensor:
@@ -60,7 +60,11 @@ def test_state_hash_sees_one_bit() -> None:
     assert state_hash(net) != before
 
 
-PATHS = [("sd", ["bk-base", "bk-small", "bk-tiny"]), ("sdxl", ["ssd-1b", "vega"]), ("sdxl", ["koala-1b", "koala-700m"])]
+PATHS = [
+    ("sd", ["bk-base", "bk-small", "bk-tiny"]),
+    ("sdxl", ["ssd-1b", "vega"]),
+    ("sdxl_deep", ["koala-1b", "koala-700m"]),
+]
 
 
 @pytest.mark.parametrize(("kind", "path"), PATHS)
