@@ -48,7 +48,7 @@ def test_the_teachers_own_output_is_not_blamed_on_the_learning_rate(where, sd, p
     plan = load_plan("bk-small")
     student, pairs = build(teacher, plan), derive(teacher.unet_config, plan).pairs()
     teacher.unet.get_submodule(where).bias.data.fill_(NAN)
-    with pytest.raises(UserError, match=r"output of the teacher .* is not finite at step 1: it overflows") as error:
+    with pytest.raises(UserError, match=r"At step 1 the output of the teacher .* is not finite: it overflows") as error:
         distil(
             teacher,
             student,

@@ -274,8 +274,8 @@ def test_buckets_crop_to_the_nearest_shape_and_tell_sdxl(sdxl, tmp_path) -> None
     assert [tuple(s.mean.shape) for s in samples] == [(4, 16, 16), (4, 12, 20), (4, 20, 12), (4, 12, 20), (4, 16, 16)]
     assert [list(group) for group in made.groups] == [[0, 4], [1, 3], [2]]
     assert made.latent_size == (16, 16)
-    assert samples[1].time_ids.tolist()[:2] == [40, 80]
-    assert samples[1].time_ids.tolist()[4:] == [24, 40]
+    assert samples[1].condition["time_ids"].tolist()[:2] == [40, 80]
+    assert samples[1].condition["time_ids"].tolist()[4:] == [24, 40]
     alone = teacher.encode_images(fit(Image.open(folder / "2.png"), (40, 24)).pixels[None])
     torch.testing.assert_close(samples[2].mean, alone[0][0], atol=2e-3, rtol=2e-3)
 

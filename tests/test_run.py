@@ -123,11 +123,11 @@ def test_a_run_of_an_earlier_version_is_still_done() -> None:
     assert found == {
         "plan": "bf0157873c7bde86",
         "build": "ad24aec4abc8593f",
-        "cache": "beb77a7f85adf670",
-        "stage-1": "7261f9626a8feea3",
-        "evaluate": "c36d2f71b262ef77",
-        "export": "c1db19d3d5843f6a",
-        "report": "be1c761ac846ca1a",
+        "cache": "6ec7ecf0e10a9a7f",
+        "stage-1": "ec2d05a5c3924f15",
+        "evaluate": "f24616817aad923f",
+        "export": "5aba7413cc47cfee",
+        "report": "995f7e85ac983eec",
     }
 
 
