@@ -9,7 +9,8 @@ from PIL import Image
 from prunet import Plan, Teacher, build, evaluate, load_plan
 from prunet.disk.files import read_json
 from prunet.evaluation.evaluation import LEVELS, denoiser_errors, picture_rmse
-from prunet.recipe.recipe import Evaluation
+from prunet.recipe.recipe import Evaluation, Stage
+from prunet.runtime import Runtime
 from prunet.speed.clock import measure
 from prunet.teacher.known import layout_config
 from prunet.training.fit import training_memory
@@ -74,10 +75,11 @@ def test_measure_reports_every_model_with_its_precision(sdxl) -> None:
 def test_memory_estimate_counts_each_parameter_as_it_is_kept() -> None:
     """A teacher in half precision: 2 bytes; a student: weight, gradient, two moments, average, 4 bytes each."""
     config = layout_config("sd-v1")
-    memory = training_memory(config, config, latent_size=(64, 64), micro_batch=1, half=True, ema=True)
+    how = Stage(steps=1), Runtime(device="cpu", precision="bf16")
+    memory = training_memory(config, config, (64, 64), 1, *how)
     count = 859_520_964
     assert memory["teacher"] == 2 * count
     assert memory["student"] + memory["gradients"] + memory["optimizer"] + memory["ema"] == 20 * count
-    twice = training_memory(config, config, latent_size=(64, 64), micro_batch=2, half=True, ema=True)
+    twice = training_memory(config, config, (64, 64), 2, *how)
     casts = 2 * count
     assert twice["activations"] - casts == 2 * (memory["activations"] - casts)

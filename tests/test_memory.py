@@ -11,16 +11,23 @@ from prunet.denoisers.taps import tap
 from prunet.denoisers.unet2d import form as unet
 from prunet.denoisers.unet2d.attention import fast_attention
 from prunet.denoisers.unet2d.inputs import example_inputs
+from prunet.runtime import Runtime
 from prunet.training.losses import feature_losses, mse
 from prunet.training.memory import Living, step_memory
 
 CPU = torch.device("cpu")
 
 
-def peak(derived: Any, **changes: Any) -> int:
-    options = {"latent_size": (16, 16), "micro_batch": 2, "accumulate": 1, "device": CPU, "half": False}
-    options |= {"gradient_checkpointing": False, **changes}
-    return step_memory(derived.teacher_config, derived.student_config, derived.pairs("layer"), **options)
+def peak(derived: Any, micro_batch: int = 2, accumulate: int = 1, **runtime: Any) -> int:
+    return step_memory(
+        derived.teacher_config,
+        derived.student_config,
+        derived.pairs("layer"),
+        latent_size=(16, 16),
+        micro_batch=micro_batch,
+        accumulate=accumulate,
+        runtime=Runtime(device="cpu", **{"precision": "no", **runtime}),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,7 @@ def test_real_tensors_need_what_those_without_contents_need(derived: Any, half: 
             eps_s = student(**example_inputs(derived.student_config, **kept)).sample
         (mse(eps_s, eps_t) + feature_losses(ours.take(), theirs.take()).sum()).backward()
     gradients = sum(p.grad.nbytes for p in student.parameters())
-    assert peak(derived, half=half) == pytest.approx(living.most - gradients, rel=0.1)
+    assert peak(derived, precision="bf16" if half else "no") == pytest.approx(living.most - gradients, rel=0.1)
 
 
 def test_a_tensor_counts_once_and_as_long_as_it_lives() -> None:
@@ -74,6 +81,6 @@ def test_feature_losses_keep_only_the_differences() -> None:
 def test_what_saves_memory_saves_it(derived: Any) -> None:
     plain = peak(derived, micro_batch=8)
     assert peak(derived, micro_batch=8, gradient_checkpointing=True) < 0.7 * plain
-    assert peak(derived, micro_batch=8, half=True) < plain
+    assert peak(derived, micro_batch=8, precision="bf16") < plain
     assert 1.8 * plain < peak(derived, micro_batch=16) < 2.2 * plain
     assert peak(derived, micro_batch=8, accumulate=2) > plain  # the second micro-batch meets gradients

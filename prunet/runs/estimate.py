@@ -12,7 +12,7 @@ from prunet.plan.derived import Derived
 from prunet.runs.run import Run
 from prunet.runtime import Runtime
 from prunet.training.allocator import kept_memory
-from prunet.training.fit import memory_options, training_memory
+from prunet.training.fit import training_memory
 from prunet.training.memory import step_memory
 from prunet.training.probe import probe
 
@@ -63,17 +63,15 @@ def memory(this: Run, number: int) -> dict[str, int]:
     them; half of what a step makes is what two runs had (benchmarks/2026-11-21-full-size.md).
     """
     derived, micro, stage = this.steps_down[number - 1], this.micro_batch(number), this.recipe.stages[number - 1]
-    configs, options = (derived.teacher_config, derived.student_config), memory_options(stage, this.runtime)
-    parts = training_memory(*configs, latent_size=this.latent_size, micro_batch=micro, **options)
+    configs = derived.teacher_config, derived.student_config
+    parts = training_memory(*configs, this.latent_size, micro, stage, this.runtime)
     activations = step_memory(
         *configs,
         compared(this, number),
         latent_size=this.latent_size,
         micro_batch=micro,
         accumulate=stage.batch_size // (micro * processes.count()),
-        device=this.runtime.torch_device,
-        half=options["half"],
-        gradient_checkpointing=options["gradient_checkpointing"],
+        runtime=this.runtime,
     )
     heap = (parts["gradients"] + activations) // 2 if this.runtime.torch_device.type == "cpu" else 0
     return {**parts, "activations": activations, "heap": heap}

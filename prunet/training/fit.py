@@ -1,7 +1,7 @@
 """How much memory distillation needs, from shapes, and the micro-batch that fits."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -43,58 +43,29 @@ def activation_elements(config: Mapping[str, Any], latent_size: tuple[int, int])
 def training_memory(
     teacher: Mapping[str, Any],
     student: Mapping[str, Any],
-    *,
     latent_size: tuple[int, int],
     micro_batch: int,
-    half: bool,
-    ema: bool,
-    gradient_checkpointing: bool = False,
-    use_8bit_adam: bool = False,
-    teacher_8bit: bool = False,
-    shards: int = 1,
+    stage: Stage,
+    runtime: Runtime,
 ) -> dict[str, int]:
     """Bytes that distillation needs on the device, by part: an estimate from shapes.
 
-    The student is kept in fp32 with gradients and AdamW's two moments; the teacher in half precision if `half`, where
-    a step's activations hold the student's weights in half precision as well. `ema`: whether an average is kept on the
-    device. `shards`: processes among which what is the student's is shared out.
+    The student is kept in fp32 with gradients and AdamW's two moments; the teacher in the runtime's precision. In half
+    precision a step's activations hold the student's weights in half precision as well. `activations` are counted as if
+    all of them lived at once; `prunet.training.memory.step_memory` goes through the step, which takes seconds.
     """
     t, s = size_of(teacher).parameters, size_of(student).parameters
+    half, shards = runtime.mixed_precision != "no", processes.count() if runtime.fsdp else 1
     elements = activation_elements(student, latent_size) * micro_batch
-    kept = 0.3 if gradient_checkpointing else 1.0
+    kept = 0.3 if runtime.gradient_checkpointing else 1.0
     return {
-        "teacher": t * (1 if teacher_8bit else 2 if half else 4),
+        "teacher": t * (1 if runtime.teacher_8bit or runtime.teacher_fp8 else 2 if half else 4),
         "student": s * 4 // shards,
         "gradients": s * 4 // shards,
-        "optimizer": s * (2 if use_8bit_adam else 8) // shards,
-        "ema": s * 4 // shards if ema else 0,
+        "optimizer": s * (2 if runtime.use_8bit_adam else 8) // shards,
+        "ema": s * 4 // shards if stage.ema_decay is not None and not runtime.offload_ema else 0,
         "activations": int(elements * (2 if half else 4) * kept) + (s * 2 if half else 0),
     }
-
-
-def fitting_micro_batch(
-    teacher: Mapping[str, Any],
-    student: Mapping[str, Any],
-    *,
-    batch_size: int,
-    device: torch.device,
-    **options: Any,
-) -> int:
-    """The largest divisor of `batch_size` whose estimated memory fits the device; at least 1.
-
-    Judged by the memory that the device has, not by what is free now: the same command must not round differently
-    because something else was running.
-    """
-    if device.type == "cuda":
-        budget = 0.9 * torch.cuda.get_device_properties(device).total_memory
-    else:
-        budget = 0.5 * psutil.virtual_memory().total
-    for micro in range(batch_size, 1, -1):
-        if batch_size % micro == 0:
-            needed = training_memory(teacher, student, micro_batch=micro, **options)
-            if sum(needed.values()) <= budget:
-                return micro
-    return 1
 
 
 def micro_batch_of(
@@ -118,23 +89,23 @@ def micro_batch_of(
                 else ": choose a multiple"
             )
         )
-    return asked or fitting_micro_batch(
-        teacher_config,
-        student_config,
-        batch_size=share,
-        device=runtime.torch_device,
-        latent_size=latent_size,
-        **memory_options(stage, runtime),
+    configs = teacher_config, student_config
+    return asked or _largest_that_fits(
+        share,
+        runtime.torch_device,
+        lambda micro: sum(training_memory(*configs, latent_size, micro, stage, runtime).values()),
     )
 
 
-def memory_options(stage: Stage, runtime: Runtime) -> dict[str, Any]:
-    """How much is kept, as `prunet.training.fit.training_memory` asks for it."""
-    return {
-        "half": runtime.mixed_precision != "no",
-        "ema": stage.ema_decay is not None and not runtime.offload_ema,
-        "gradient_checkpointing": runtime.gradient_checkpointing,
-        "use_8bit_adam": runtime.use_8bit_adam,
-        "teacher_8bit": runtime.teacher_8bit or runtime.teacher_fp8,
-        "shards": processes.count() if runtime.fsdp else 1,
-    }
+def _largest_that_fits(share: int, device: torch.device, need: Callable[[int], int]) -> int:
+    """The largest divisor of `share` that needs no more bytes than fit the device; at least 1.
+
+    Judged by the memory that the device has, not by what is free now: the same command must not round differently
+    because something else was running.
+    """
+    if device.type == "cuda":
+        budget = 0.9 * torch.cuda.get_device_properties(device).total_memory
+    else:
+        budget = 0.5 * psutil.virtual_memory().total
+    divisors = (micro for micro in range(share, 1, -1) if share % micro == 0)
+    return next((micro for micro in divisors if need(micro) <= budget), 1)

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from prunet.denoisers.known import architecture_of
 from prunet.denoisers.pairs import Pair
+from prunet.runtime import Runtime
 from prunet.training.probe import probe
 
 
@@ -54,15 +55,14 @@ def step_memory(
     latent_size: tuple[int, int],
     micro_batch: int,
     accumulate: int,
-    device: torch.device,
-    half: bool,
-    gradient_checkpointing: bool,
+    runtime: Runtime,
 ) -> int:
     """Bytes that a step needs at its worst moment beside weights, gradients and moments: activations, features,
     weights cast to half precision, temporary results.
     """
     setting: dict[str, Any] = {"latent_size": latent_size, "micro_batch": micro_batch}
-    setting |= {"gradient_checkpointing": gradient_checkpointing}
+    setting |= {"gradient_checkpointing": runtime.gradient_checkpointing}
+    device, half = runtime.torch_device, runtime.mixed_precision != "no"
     dtype = torch.bfloat16 if half else torch.float32
     with (
         FakeTensorMode(),
