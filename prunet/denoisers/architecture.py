@@ -181,8 +181,9 @@ def teacher_name(name: str, mapping: Mapping[str, str]) -> str:
 
 
 def config_of(net: Net) -> dict[str, Any]:
-    """The config of a model, with the name of its class."""
-    return {**net.config, "_class_name": type(net).__name__}
+    """The config of a model, which may be compiled, with the name of its class."""
+    bare = getattr(net, "_orig_mod", net)
+    return {**bare.config, "_class_name": type(bare).__name__}
 
 
 def config_text(config: Config) -> str:

@@ -112,9 +112,8 @@ def bench(
     """
     first = next(iter(pipelines.values()))
     device = first.device
-    size = (
-        size or architecture_of(config_of(first.unet)).native_latent_size(first.unet.config)[0] * first.vae_scale_factor
-    )
+    config = config_of(first.unet)
+    size = size or architecture_of(config).native_latent_size(config)[0] * first.vae_scale_factor
     latent_sizes = {name: (size // pipe.vae_scale_factor,) * 2 for name, pipe in pipelines.items()}
     macs = {name: macs_by_kind(config_of(pipe.unet), latent_sizes[name]) for name, pipe in pipelines.items()}
     calls: dict[Key, Call] = {}
@@ -138,7 +137,7 @@ def bench(
         "repeats": min(map(len, times.values())),
         "models": {
             name: {
-                "parameters": size_of(pipe.unet.config).parameters,
+                "parameters": size_of(config_of(pipe.unet)).parameters,
                 "macs": macs[name],
                 "precision": str(pipe.unet.dtype).removeprefix("torch."),
             }
