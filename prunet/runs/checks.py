@@ -1,5 +1,6 @@
 """All that can be wrong with a run is found here, before anything is loaded or computed."""
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +63,21 @@ def check_places(recipe: Recipe) -> None:
     """Refuses an output or a cache folder that is not prunet's own, or that has to do with what is read."""
     check_place(Path(recipe.output), "run", "output", read_paths(recipe))
     if recipe.cache:
+        _check_apart(Path(recipe.output), Path(recipe.cache))
         check_place(Path(recipe.cache), "cache", "cache", read_paths(recipe))
+
+
+def _check_apart(output: Path, cache: Path) -> None:
+    """A run replaces its subfolders as a whole, so a cache lies in none of them but its own."""
+    run, place = output.resolve(), cache.resolve()
+    if run in place.parents and not re.fullmatch(r"cache(-\d+)?", str(place.relative_to(run))):
+        raise UserError(
+            f"cache: {cache} lies in the output {output}: leave it out, for {output / 'cache'}, or give another"
+        )
+    if place == run or place in run.parents:
+        raise UserError(
+            f"cache: the output {output} {'is' if place == run else 'lies in'} {cache}: give another folder"
+        )
 
 
 def read_paths(recipe: Recipe) -> list[Path]:
@@ -99,6 +114,7 @@ def _check_data(this: "Run") -> None:
 def _check_folder(this: "Run") -> None:
     """Refuses a folder with the cache or the checkpoints of another run, before anything in it is replaced."""
     for folder, spec in this.cache_specs:
+        _check_apart(this.folder, folder)
         check_place(folder, "cache", "cache", read_paths(this.recipe))
         if (folder / "spec.json").is_file() and read_spec(folder) != spec:
             raise UserError(
