@@ -28,15 +28,15 @@ def inspect(
 ) -> None:
     """Show what a plan does to a model, from its config alone: no weight is read.
 
-    Example: prunet inspect sdxl --plan ssd-1b. Given a recipe (.yaml), it shows the recipe's plan on its teacher, and
-    the way there if the stages remove step by step.
+    Example: prunet inspect sdxl --plan ssd-1b. Given a recipe (.yaml) or a run folder, it shows the recipe's plan on
+    its teacher, and the way there if the stages remove step by step.
     """
     from prunet.cli.drawing import draw_plan
     from prunet.plan.derived import derive
     from prunet.plan.plan import Plan, load_plan
     from prunet.teacher.teacher import Teacher
 
-    if teacher.endswith((".yaml", ".yml")):
+    if teacher.endswith((".yaml", ".yml")) or (Path(teacher) / "recipe.yaml").is_file():
         if plan != "none" or config is not None:
             raise UserError(f"{teacher}: a recipe names its own plan and teacher.config: leave --plan and --config out")
         return _inspect_recipe(Path(teacher), as_json)
