@@ -1,8 +1,9 @@
 """Numbers, names and times as people read them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from prunet.errors import UserError
 
@@ -49,3 +50,21 @@ def names_of(sources: Sequence[Path | str]) -> list[str]:
             return names
     twice = next(source for i, source in enumerate(sources) if parts[i] in parts[:i])
     raise UserError(f"{twice} is given twice")
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    """The first value in which two nested mappings differ: `data.flip False, now True`; None where they are equal."""
+    before, now = _leaves(old), _leaves(new)
+    key = next((key for key in now | before if before.get(key) != now.get(key)), None)
+    if key is None:
+        return None
+    shown = (text if len(text := str(side.get(key))) <= 60 else f"{text[:57]}..." for side in (before, now))
+    return f"{key} {next(shown)}, now {next(shown)}"
+
+
+def _leaves(value: Any, key: str = "") -> dict[str, Any]:
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    found: dict[str, Any] = {}
+    for name, item in items:
+        found |= _leaves(item, f"{key}.{name}" if key else str(name))
+    return found or {key: value}

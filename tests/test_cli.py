@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -300,3 +301,49 @@ def test_mistakes_of_a_real_process_have_no_traceback(bad) -> None:
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert "safetensors" in done.stderr
+
+
+def test_without_a_verb_it_shows_its_help(capsys) -> None:
+    code, out, err = call(capsys)
+    assert code == 0 and "inspect" in out and not err
+
+
+def test_inspect_of_a_run_shows_its_plan(capsys, finished) -> None:
+    code, out, _ = call(capsys, "inspect", finished)
+    assert code == 0 and "by bk-small" in out and "2 x 2" in out
+    code, _, err = call(capsys, "inspect", finished, "--plan", "bk-tiny")
+    assert code == 2 and "names its own plan" in err
+
+
+def test_a_path_below_the_home_folder_lies_there(capsys, sd, tmp_path, monkeypatch) -> None:
+    """In each path of a recipe, and in options behind `=`, which a shell leaves as they are."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(sd, tmp_path / "teacher")
+    make_pictures(tmp_path / "pictures", 2)
+    (tmp_path / "prompts.txt").write_text("a\n")
+    (tmp_path / "plan.yaml").write_text("remove: [mid_block]\n")
+    values = {"plan": "~/plan.yaml", "evaluation": {"prompts": "~/prompts.txt", "steps": 1}, "output": "~/out"}
+    path = recipe(tmp_path, "~/teacher", "~/pictures", **values)
+    assert call(capsys, "cache", "~/recipe.yaml", "--set", "cache=~/latents", "--device", "cpu")[0] == 0
+    assert (tmp_path / "out" / "plan.json").is_file() and (tmp_path / "latents" / "cache.json").is_file()
+    assert call(capsys, "build", "~/teacher", "--plan=~/plan.yaml", "--output=~/student")[0] == 0
+    assert (tmp_path / "student" / "config.json").is_file() and not Path("~").exists() and path.is_file()
+
+
+@pytest.mark.parametrize("verb", ["generate", "bench", "build"])
+def test_no_folder_is_named_like_a_file(verb, capsys, sd, tmp_path) -> None:
+    rest = {"generate": ("a", "--device", "cpu"), "bench": ("--device", "cpu"), "build": ("--plan", "bk-tiny")}[verb]
+    code, _, err = call(capsys, verb, sd, *rest, "-o", tmp_path / "q.gif")
+    assert code == 2 and "q.gif is named like a file" in err and not (tmp_path / "q.gif").exists()
+
+
+def test_ctrl_c_while_it_imports_leaves_no_traceback() -> None:
+    code = (
+        "import os, signal, sys\nfrom prunet import __main__\n"
+        "class Finder:\n"
+        "    def find_spec(name, *rest): name == 'typer' and os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder)\n__main__.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

@@ -192,6 +192,13 @@ def test_a_value_that_was_changed_in_a_json_is_noticed(name, folder) -> None:
     write_report(folder)
 
 
+def test_a_damaged_measurement_is_one_line(folder) -> None:
+    (folder / "measured" / "x").mkdir(parents=True)
+    (folder / "measured" / "x" / "measures.json").write_text("{}")
+    with pytest.raises(UserError, match=r"measures.json: damaged, or of another version .*: delete it, or"):
+        write_report(folder)
+
+
 def test_files_of_another_run_are_noticed(folder, finished, tmp_path) -> None:
     recipe = load_recipe(finished / "recipe.yaml", [f"output={tmp_path / 'other'}", "seed=5", "stages.0.ema_decay=0.5"])
     other = Run(recipe, CPU)

@@ -222,6 +222,19 @@ def test_single_files(files, capsys, monkeypatch) -> None:
     assert code == 2 and model.read_text() == "mine"
 
 
+def test_pictures_of_another_prompt_are_not_replaced(files, capsys) -> None:
+    """Their names are only seeds."""
+    draw = ("generate", files / "teacher", "--steps", 1, "--device", "cpu", "-o", files / "drawn")
+    for prompt, code in (("a cät", 0), ("a cät", 0), ("a dog", 2)):
+        assert call(capsys, *draw, prompt)[0] == code
+    (files / "drawn" / "000001.png").write_text("mine")
+    before = tree(files / "drawn")
+    for arguments, words in ((("a dog",), "of another prompt"), (("a cät", "-n", 2), "prunet did not make it")):
+        code, _, err = call(capsys, *draw, *arguments)
+        assert code == 2 and words in err and err.count("\n") == 1
+    assert tree(files / "drawn") == before
+
+
 def test_what_versions_without_marks_made_is_prunets(files) -> None:
     for mark in (files / "finished").rglob(SEAL):
         mark.unlink()

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,24 @@ def test_a_finished_step_needs_nothing_that_it_has_read(folder, finished, capsys
     shutil.rmtree(folder / "stage-1" / "unet")
     assert opened(folder).todo() == []
     assert opened(folder, "evaluation.steps=2").todo() == ["build", "stage-1", "evaluate", "export", "report"]
+
+
+@pytest.mark.parametrize(
+    ("output", "cache", "words"),
+    [
+        ("run", "run/pipeline", "lies in the output"),
+        ("run", "run/stage-1", "lies in the output"),
+        ("run", "link/evaluation", "lies in the output"),
+        ("run", "run/cache/more", "lies in the output"),
+        ("cache/run", "cache", "lies in .*cache"),
+        ("x", "x", "the output .* is .*x"),
+        ("run", "run/cache", None),
+        ("run", "cache", None),
+    ],
+)
+def test_output_and_cache_do_not_lie_in_each_other(output, cache, words, finished, tmp_path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    places = [f"output={tmp_path / output}", f"cache={tmp_path / cache}"]
+    this = Run(load_recipe(finished / "recipe.yaml", places), CPU)
+    with pytest.raises(UserError, match=f"^cache: .*{words}") if words else nullcontext():
+        this.check()

@@ -63,7 +63,7 @@ def main() -> None:
 
 def _call() -> int:
     try:
-        code = app(standalone_mode=False)
+        code = app([_at_home(argument) for argument in sys.argv[1:]] or ["--help"], standalone_mode=False)
         if not code:
             processes.leave()
         return code or 0
@@ -89,6 +89,12 @@ def _call() -> int:
         if processes.count() == 1 or not re.search("connection (closed|reset)|nccl|gloo", str(error), re.IGNORECASE):
             raise
         _fail("another process has ended, and says why")
+
+
+def _at_home(argument: str) -> str:
+    """A path below `~`, which not every shell expands behind `=`, and what is no shell does not at all."""
+    option, sign, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return option + sign + (os.path.expanduser(value) if value.startswith("~/") else value)
 
 
 _stopped_by: list[int] = []  # the signals that came

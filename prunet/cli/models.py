@@ -28,15 +28,15 @@ def inspect(
 ) -> None:
     """Show what a plan does to a model, from its config alone: no weight is read.
 
-    Example: prunet inspect sdxl --plan ssd-1b. Given a recipe (.yaml), it shows the recipe's plan on its teacher, and
-    the way there if the stages remove step by step.
+    Example: prunet inspect sdxl --plan ssd-1b. Given a recipe (.yaml) or a run folder, it shows the recipe's plan on
+    its teacher, and the way there if the stages remove step by step.
     """
     from prunet.cli.drawing import draw_plan
     from prunet.plan.derived import derive
     from prunet.plan.plan import Plan, load_plan
     from prunet.teacher.teacher import Teacher
 
-    if teacher.endswith((".yaml", ".yml")):
+    if teacher.endswith((".yaml", ".yml")) or (Path(teacher) / "recipe.yaml").is_file():
         if plan != "none" or config is not None:
             raise UserError(f"{teacher}: a recipe names its own plan and teacher.config: leave --plan and --config out")
         return _inspect_recipe(Path(teacher), as_json)
@@ -197,7 +197,7 @@ def generate(
     runtime: Any,
     model: Annotated[str, typer.Argument(help="Pipeline folder, .safetensors file, hub id, or run folder.")],
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Picture, or folder if there are several.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Picture, or folder: a file for each seed.")] = Path(
         "generated"
     ),
     num_images: Annotated[int, typer.Option("-n", "--num-images", min=1)] = 1,
@@ -225,9 +225,7 @@ def generate(
         raise UserError(f"--output {output}: {num_images} pictures need a folder, not one file")
     if not one_file and output.is_file():
         raise UserError(f"--output {output}: is a file that is no picture; give a folder or something.png")
-    if one_file:
-        check_file(output, "--output", is_drawn)
-    else:
+    if not one_file:
         check_place(output, "pictures", "--output", [Path(model)])
     check_writable(output.parent if one_file else output, "--output")
     if guidance_scale is not None and not math.isfinite(guidance_scale):
@@ -236,6 +234,10 @@ def generate(
         is_run = (Path(model) / "recipe.yaml").is_file()
         guidance_scale = open_recipe(Path(model), None).evaluation.guidance_scale if is_run else 7.5
     paths = [output] if one_file else [output / f"{seed + i:06d}.png" for i in range(num_images)]
+    for path in paths:
+        check_file(path, "--output", is_drawn)
+        if not one_file and path.exists() and not is_drawn(path, prompt):
+            raise UserError(f"--output {path}: is of another prompt: give another folder, or another --seed")
     with nullcontext() if one_file else hold(output, "pictures"):
         draw_pictures(
             model,

@@ -197,7 +197,7 @@ def named_files(given: list[str] | None, examples: str) -> dict[str, Path]:
         name, sign, path = text.partition("=")
         if not sign or not path:
             raise UserError(f"--weights {text}: write {examples}")
-        files[name] = Path(path)
+        files[name] = Path(path).expanduser()
     return files
 
 

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from mimetypes import MimeTypes
 from pathlib import Path
 
 from prunet.disk.files import aside, clear_errors, new_file
@@ -26,6 +27,7 @@ UNSEALED = {
     "bench": (("bench.json", "bench.md"),),
 }
 
+_FILES = MimeTypes()  # of Python itself: those of the system differ
 # -- where prunet may write
 
 
@@ -50,6 +52,10 @@ def check_place(folder: Path, what: str, option: str, sources: Iterable[Path] = 
     place = _resolved(folder, option, sources)
     if place.exists() and not place.is_dir():
         raise UserError(f"{option}: {folder} is a file; a folder is needed there")
+    if not place.exists() and _FILES.guess_type(place.name)[0]:
+        raise UserError(
+            f"{option}: {folder} is named like a file, and a folder would be made there: give a folder's name"
+        )
     ours = (LOCK, aside(place / SEAL).name)  # a kill may have left them without the seal
     inside = [path.name for path in place.iterdir() if path.name not in ours] if place.is_dir() else []
     if not inside:

@@ -275,7 +275,7 @@ def read_result(folder: Path) -> dict[str, Any]:
         if not complete or not numbers or not all(map(math.isfinite, numbers)):
             raise ValueError("numbers are missing")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: damaged, or of another version ({error!r}): measure again") from error
+        raise UserError(f"{path}: damaged, or of another version ({error!r}): delete it, or measure again") from error
     return result
 
 

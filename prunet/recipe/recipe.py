@@ -8,6 +8,7 @@ import copy
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -38,6 +40,8 @@ def _no_truth(value: Any) -> Any:
     return value
 
 
+#: A path in a recipe, or what stands in its place (a hub's id): `~` is the user's home folder.
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 Integer = Annotated[int, BeforeValidator(_no_truth)]
 Number = Annotated[float, BeforeValidator(_no_truth)]
 Steps = Annotated[Integer, Field(ge=1, le=1_000_000_000)]
@@ -59,8 +63,8 @@ class Part(BaseModel):
 
 
 class TeacherSource(Part):
-    source: str = Field(description="diffusers folder, .safetensors file or hub id")
-    config: str | None = Field(
+    source: PathText = Field(description="diffusers folder, .safetensors file or hub id")
+    config: PathText | None = Field(
         default=None, description="for a single file: folder or hub id with configs and tokenizers"
     )
     revision: str | None = Field(default=None, description="of a hub id")
@@ -88,10 +92,10 @@ def _not_empty(value: str | list[str] | None) -> str | list[str] | None:
 class Data(Part):
     """Pictures with captions (`source`), or `prompts` from which the teacher makes the latents itself."""
 
-    source: str | list[str] | None = Field(
+    source: PathText | list[PathText] | None = Field(
         default=None, description="folder, saved dataset, tar shards, parquet or datasets id"
     )
-    prompts: str | list[str] | None = Field(default=None, description="prompts, or a text file with one a line")
+    prompts: PathText | list[str] | None = Field(default=None, description="prompts, or a text file with one a line")
     size: Size | None = Field(None, description="pixels; the teacher's own if not given")
     crop: Literal["center", "random"] = "center"
     flip: bool = Field(default=False, description="mirror half of the pictures")
@@ -141,7 +145,7 @@ class Losses(Part):
 def _read_plan(value: Any) -> Plan:
     if not isinstance(value, Plan | str | list | Mapping):
         raise ValueError(f"a preset's name ({', '.join(preset_names())}), a file, or a list of patterns")
-    return load_plan(value)
+    return load_plan(os.path.expanduser(value) if isinstance(value, str) else value)
 
 
 def _write_plan(plan: Plan) -> dict[str, Any]:
@@ -180,7 +184,7 @@ class Sheet(Part):
 
 
 class Evaluation(Part):
-    prompts: str | list[str] = Field(description="held-out prompts, or a text file with one a line")
+    prompts: PathText | list[str] = Field(description="held-out prompts, or a text file with one a line")
     limit: Steps | None = None
     steps: DrawingSteps = 25
     guidance_scale: Weight = 7.5
@@ -207,8 +211,8 @@ class Recipe(Part):
     evaluation: Evaluation
     sheet: Sheet = Sheet()
     export: Export = Export()
-    output: str = Field(description="the run folder")
-    cache: str | None = Field(
+    output: PathText = Field(description="the run folder")
+    cache: PathText | None = Field(
         default=None, description="where the latents go, to share them between runs; in the run folder"
     )
     seed: Seed = 1234

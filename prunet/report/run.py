@@ -7,6 +7,7 @@ import yaml
 
 from prunet import __version__
 from prunet.disk.files import read_json, write_text
+from prunet.evaluation.measuring import read_result
 from prunet.evaluation.protocol import describe, title_rows
 from prunet.evaluation.results import read_evaluation
 from prunet.plan.derived import drawing_of
@@ -66,7 +67,7 @@ def _measured(folder: Path) -> list[dict[str, Any]]:
     if not paths or not (folder / "pipeline" / "model_index.json").is_file():
         return []
     now = Teacher(folder / "pipeline").fingerprint()
-    found = [read_json(path) for path in paths]
+    found = [read_result(path.parent) for path in paths]
     return [result | {"rows": title_rows(result)} for result in found if result["model"]["fingerprint"] == now]
 
 

@@ -21,7 +21,7 @@ from prunet.disk.ownership import check_place, hold
 from prunet.disk.reading import load_mapping
 from prunet.errors import UserError
 from prunet.intervals import summary
-from prunet.recipe.recipe import Part, Recipe, Seed, explain, load_recipe
+from prunet.recipe.recipe import Part, PathText, Recipe, Seed, explain, load_recipe
 from prunet.runs.checks import read_paths
 from prunet.runs.run import Run
 from prunet.runtime import Runtime
@@ -43,11 +43,11 @@ class Ablation(Part):
     """What is compared. `arms`: name -> values of the recipe that differ (`stages.0.losses.feature: 0`)."""
 
     title: str = "Ablation"
-    recipe: str = Field(description="the recipe that all arms share")
+    recipe: PathText = Field(description="the recipe that all arms share")
     set: dict[str, Any] = Field(default={}, description="values for all arms, in place of the recipe's")
     seeds: Annotated[list[Annotated[Seed, Strict()]], Field(min_length=1, default_factory=lambda: [1, 2, 3])]
     arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
-    output: str = Field(min_length=1, description="folder of all runs and of the table")
+    output: Annotated[PathText, Field(min_length=1)] = Field(description="folder of all runs and of the table")
 
 
 def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Ablation, dict[tuple[str, int], Recipe]]:

@@ -1,5 +1,6 @@
 """All that can be wrong with a run is found here, before anything is loaded or computed."""
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from prunet.disk.ownership import check_place
 from prunet.disk.reading import parse_yaml
 from prunet.errors import UserError
 from prunet.recipe.recipe import Recipe, read_prompts, recipe_yaml
+from prunet.runs.fingerprints import spec_settings
 from prunet.runs.steps import check_replaceable
 from prunet.sampling.draw import check_sampler
 from prunet.student.student import check_steps
@@ -22,7 +24,7 @@ from prunet.teacher.configs import check_condition
 from prunet.teacher.copying import check_other_parts
 from prunet.teacher.space import check_same_space, check_size
 from prunet.training.checkpoints import check_stage
-from prunet.words import many
+from prunet.words import difference, many
 
 if TYPE_CHECKING:
     from prunet.runs.run import Run
@@ -62,7 +64,21 @@ def check_places(recipe: Recipe) -> None:
     """Refuses an output or a cache folder that is not prunet's own, or that has to do with what is read."""
     check_place(Path(recipe.output), "run", "output", read_paths(recipe))
     if recipe.cache:
+        _check_apart(Path(recipe.output), Path(recipe.cache))
         check_place(Path(recipe.cache), "cache", "cache", read_paths(recipe))
+
+
+def _check_apart(output: Path, cache: Path) -> None:
+    """A run replaces its subfolders as a whole, so a cache lies in none of them but its own."""
+    run, place = output.resolve(), cache.resolve()
+    if run in place.parents and not re.fullmatch(r"cache(-\d+)?", str(place.relative_to(run))):
+        raise UserError(
+            f"cache: {cache} lies in the output {output}: leave it out, for {output / 'cache'}, or give another"
+        )
+    if place == run or place in run.parents:
+        raise UserError(
+            f"cache: the output {output} {'is' if place == run else 'lies in'} {cache}: give another folder"
+        )
 
 
 def read_paths(recipe: Recipe) -> list[Path]:
@@ -98,20 +114,27 @@ def _check_data(this: "Run") -> None:
 
 def _check_folder(this: "Run") -> None:
     """Refuses a folder with the cache or the checkpoints of another run, before anything in it is replaced."""
+    has_recipe = (this.folder / "recipe.yaml").is_file()
+    back = "set it back" + (f" (`prunet run {this.folder}` resumes with the run's own recipe)" if has_recipe else "")
     for folder, spec in this.cache_specs:
+        _check_apart(this.folder, folder)
         check_place(folder, "cache", "cache", read_paths(this.recipe))
-        if (folder / "spec.json").is_file() and read_spec(folder) != spec:
+        if (folder / "spec.json").is_file() and (made := read_spec(folder)) != spec:
+            what = difference(spec_settings(made), spec_settings(spec))
             raise UserError(
-                f"{folder}: holds a cache of another teacher or other data: delete it, or give another with 'cache:'"
+                f"{folder}: holds a cache made with {what}: {back}, delete that folder, or give another with 'cache:'"
             )
     for number in range(1, len(this.recipe.stages) + 1):
         folder = this.folder / f"stage-{number}"
         label = folder / "inputs.json"
-        begun = (folder / "checkpoints").is_dir() and label.is_file()
-        if begun and read_label(label, ("inputs",), LABEL_FIX) != this.stage_label(number):
+        if not ((folder / "checkpoints").is_dir() and label.is_file()):
+            continue
+        found, now = read_label(label, ("inputs",), LABEL_FIX), this.stage_label(number)
+        if found["inputs"] != now["inputs"]:
+            what = difference(found["settings"], now["settings"]) if "settings" in found else None
+            what = what or "another teacher, plan, data, seed or settings"
             raise UserError(
-                f"{folder}: holds checkpoints of another teacher, plan, data, seed or stage settings: give another "
-                "output, or delete that folder"
+                f"{folder}: holds checkpoints trained with {what}: {back}, give another output, or delete that folder"
             )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from prunet.data.encoding import cache_spec
 from prunet.recipe.recipe import read_prompts
 from prunet.training.checkpoints import PACE
+from prunet.words import short
 
 if TYPE_CHECKING:
     from prunet.runs.run import Run
@@ -39,12 +40,40 @@ def step_inputs(this: "Run") -> dict[str, str]:
     return out
 
 
-def stage_label(this: "Run", number: int) -> dict[str, str]:
-    """What the checkpoints of a stage come from: student, cache, seed, and all of its settings but the pace."""
-    settings = this.recipe.stages[number - 1].model_dump(mode="json", exclude={*PACE, "teacher"})
+def stage_label(this: "Run", number: int) -> dict[str, Any]:
+    """What the checkpoints of a stage come from: student, cache, seed, and all of its settings but the pace.
+
+    `inputs` is the hash of these; `settings` what a message names where another hash is found.
+    """
+    recipe, teacher, spec = this.recipe, this.teachers[number - 1], this.cache_specs[number - 1][1]
+    settings = recipe.stages[number - 1].model_dump(mode="json", exclude={*PACE, "teacher"})
     before = this.inputs["build" if number == 1 else f"stage-{number - 1}"]
-    made_by = this.cache_specs[number - 1][1], this.teachers[number - 1].fingerprint(["unet"])
-    return {"inputs": _hash(before, made_by, settings, this.recipe.seed)}
+    inputs = _hash(before, (spec, teacher.fingerprint(["unet"])), settings, recipe.seed)
+    earlier = [stage.model_dump(mode="json", exclude={"teacher"}) for stage in recipe.stages[: number - 1]]
+    stages = [{key: value for key, value in stage.items() if key != "plan"} for stage in (*earlier, settings)]
+    return {
+        "inputs": inputs,
+        "settings": {
+            "seed": recipe.seed,
+            "stages": stages,
+            **spec_settings(spec),
+            "initialisation": recipe.initialisation,
+            "plan": _named(recipe.plan.name, recipe.plan.fingerprint),
+            "plans": [_named(plan.name, plan.fingerprint) for plan in recipe.stage_plans[:number]],
+            "U-Net": _named(this.teacher.source, this.teacher.fingerprint(["unet"])),
+            "U-Nets": [_named(used.source, used.fingerprint(["unet"])) for used in this.teachers[:number]],
+        },
+    }
+
+
+def _named(name: str, fingerprint: str) -> str:
+    return f"{short(name)} ({fingerprint})"
+
+
+def spec_settings(spec: dict[str, Any]) -> dict[str, Any]:
+    """A cache's spec as a message names its parts."""
+    names = {"data": "data", "seed": "seed", "content": "files or prompts of the data", "parts": "teacher"}
+    return {name: spec[key] for key, name in names.items()} | {key: spec[key] for key in spec if key not in names}
 
 
 def stage_caches(this: "Run") -> list[tuple[Path, dict[str, Any]]]:

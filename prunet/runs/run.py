@@ -114,7 +114,7 @@ class Run:
         """Folder and spec of the cache of each stage."""
         return fingerprints.stage_caches(self)
 
-    def stage_label(self, number: int) -> dict[str, str]:
+    def stage_label(self, number: int) -> dict[str, Any]:
         """What the checkpoints of stage `number` come from."""
         return fingerprints.stage_label(self, number)
 

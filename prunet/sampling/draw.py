@@ -1,5 +1,6 @@
 """Pictures of stock pipelines: from prompts and seeds to latents and pixels."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,9 @@ def draw(
             at = slice(start, start + batch_size)
             latents = draw_latents(pipe, prompts[at], seeds[at], steps=steps, guidance_scale=guidance_scale, size=size)
             pictures = decode(pipe, latents)
-            for path, picture in zip(save_to[at], pictures, strict=bool(save_to)):
+            for path, picture, prompt in zip(save_to[at], pictures, prompts[at], strict=bool(save_to)):
                 with new_file(path) as part:
-                    picture.save(part, format=PICTURE_FORMATS[path.suffix.lower()], exif=_drawn_by())
+                    picture.save(part, format=PICTURE_FORMATS[path.suffix.lower()], exif=_drawn_by(prompt))
             out += pictures
             bar.advance(len(pictures))
     return out
@@ -213,16 +214,24 @@ def check_sampler(teacher: Teacher, name: str, steps: int, where: str) -> None:
         ) from error
 
 
-def _drawn_by() -> Image.Exif:
+def _drawn_by(prompt: str) -> Image.Exif:
     exif = Image.Exif()
     exif[ExifTags.Base.Software] = f"prunet {__version__}"
+    exif[ExifTags.Base.ImageDescription] = _described(prompt)
     return exif
 
 
-def is_drawn(path: Path) -> bool:
-    """Whether a file is a picture that `draw` wrote."""
+def _described(prompt: str) -> str:
+    """In ASCII, which is all that this tag holds, and in the 64 kB that a JPEG has for it."""
+    return json.dumps(prompt)[:10_000]
+
+
+def is_drawn(path: Path, prompt: str | None = None) -> bool:
+    """Whether a file is a picture that `draw` wrote; of this prompt, if one is given."""
     try:
         with Image.open(path, formats=tuple(set(PICTURE_FORMATS.values()))) as picture:
-            return str(picture.getexif().get(ExifTags.Base.Software)).startswith("prunet ")
+            exif = picture.getexif()
     except Exception:  # whatever Pillow meets in a stranger's file
         return False
+    ours = str(exif.get(ExifTags.Base.Software)).startswith("prunet ")
+    return ours and (prompt is None or exif.get(ExifTags.Base.ImageDescription) == _described(prompt))
