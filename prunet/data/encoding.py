@@ -74,7 +74,7 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
     """
     folder = Path(folder)
     processes.join(teacher.device)
-    spec = cache_spec(teacher, data, seed, folder)
+    spec = cache_spec(teacher, data, seed, like.folder if like else folder)  # of one recipe all know the data alike
     size = int(spec["data"]["size"])
     check_size(teacher, size)
     if (folder / "spec.json").is_file():
