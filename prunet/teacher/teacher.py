@@ -49,8 +49,8 @@ class Teacher(PipelineFiles):
         """Refuses what cannot be used, before it is: tokenizers and weights that are not there, that do not fit their
         configs tensor for tensor, or that hold numbers that are not finite.
 
-        Of a pipeline also its index and its scheduler. `headers_only`: reads no weight and fetches nothing, and a folder
-        may have configs alone, to look at a plan.
+        Of a pipeline its index and its scheduler, too. `headers_only`: reads no weight and fetches nothing, and a
+        folder may have configs alone, to look at a plan.
         """
         parts: tuple[str, ...] = ("unet", "vae", *self.text_encoders)
         here = self.file is not None or any(self.weights_here(part) for part in parts)
