@@ -102,6 +102,9 @@ def test_verbs_in_a_row(capsys, sd, pictures, tmp_path) -> None:
     assert cost["images"] == 4
     assert cost["memory_bytes"]["total"] > 0
     assert set(cost["steps"].values()) == {"to do"}
+    assert (cost["samples"], cost["or_more"]) == (len(list(pictures.glob("*.png"))), False)
+    code, out, _ = call(capsys, "estimate", path, "--set", "data.limit=2", "--set", "data.size=32", *flags[:-1])
+    assert "2, each seen 2.0 times; 32 px, not the 16 px that the teacher was made for" in " ".join(out.split())
     for verb in ("cache", "distil", "evaluate", "run"):
         code, out, _ = call(capsys, verb, path, *flags)
         assert code == 0, verb

@@ -117,6 +117,11 @@ def test_parquet_as_datasets_writes_it_with_bytes_or_paths(tmp_path):
     assert pixels(tmp_path / "away.parquet") == expected
     (tmp_path / "else").mkdir()
     shutil.move(tmp_path / "away.parquet", tmp_path / "else/away.parquet")
+    before = source_fingerprint(tmp_path / "data/paths.parquet")
+    picture(COLORS[0]).point(lambda value: 255 - value).save(tmp_path / f"data/files/{COLORS[0]}.png")
+    assert source_fingerprint(tmp_path / "data/paths.parquet") != before, (
+        "the pictures that its rows name are part of it"
+    )
     broken = read(tmp_path / "else/away.parquet")[1]
     assert len(broken) == 4 and all("not below the folder of the data" in why for why in broken.values())
 

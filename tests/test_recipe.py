@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from prunet import UserError, load_recipe
-from prunet.recipe.recipe import read_prompts, recipe_yaml
+from prunet.recipe.recipe import Data, Evaluation, Export, Losses, Recipe, Sheet, Stage, read_prompts, recipe_yaml
 
 GOOD = {
     "teacher": "somewhere",
@@ -111,6 +111,24 @@ def test_prompts_of_a_file(tmp_path) -> None:
     for prompts in (str(path), ["a cat", "a dog " * 2000]):
         with pytest.raises(UserError, match=r"a prompt of 1[12],\d+ characters"):
             read_prompts(prompts)
+
+
+def test_the_page_of_the_docs_is_a_recipe_with_every_key() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+    page = text.split("```yaml\n")[1].split("```")[0]
+    assert Recipe.model_validate(yaml.safe_load(page)).stages[0].steps == 50000
+    value = yaml.safe_load(re.sub("(?m)^  # ", "  ", page))  # with what stands there for prompts
+    stage = value["stages"][0]
+    for kind, keys in (
+        (Recipe, value),
+        (Data, value["data"]),
+        (Stage, stage),
+        (Losses, stage["losses"]),
+        (Sheet, value["sheet"]),
+        (Evaluation, value["evaluation"]),
+        (Export, value["export"]),
+    ):
+        assert set(keys) == set(kind.model_fields)
 
 
 def test_shipped_recipes_are_valid() -> None:

@@ -164,4 +164,17 @@ def draw_estimate(this: Any, cost: dict[str, Any]) -> RenderableType:
         f"about [bold]{time_text}[/]"
     )
     title = f"{this.teacher.source} by {this.recipe.plan.name}"
-    return Group(draw_plan(this.derived, title), steps, memory, lines)
+    return Group(draw_plan(this.derived, title), steps, memory, lines, _data(cost))
+
+
+def _data(cost: dict[str, Any]) -> Text:
+    """How often each sample is seen, and at what size."""
+    size, native, samples = cost["size"], cost["native_size"], cost["samples"]
+    seen = "not counted before they are read"
+    if samples:
+        most, more = ("at most ", " or more") if cost["or_more"] else ("", "")
+        seen = f"{samples:,}{more}, each seen {most}{cost['images'] / samples:,.1f} times"
+    text = Text.from_markup(f"[bold]Samples[/]  {seen}; {size} px")
+    if size != native:
+        text.append(f", not the {native} px that the teacher was made for (data.size)", style="yellow")
+    return text

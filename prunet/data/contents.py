@@ -7,6 +7,7 @@ made of them lies how they lay (`source.json`), and while they do, they are not 
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from prunet.console import progress
 from prunet.data.cache import read_spec
 from prunet.data.captions import CAPTION_FILES, CAPTION_LISTS
 from prunet.data.listing import Source, source_paths, walk
+from prunet.data.rows import picture_paths
 from prunet.data.sources import is_hub_id
 from prunet.disk.files import read_label, write_json
 from prunet.errors import UserError
@@ -32,19 +34,19 @@ def has_files(source: Source) -> bool:
         return False
 
 
-def source_fingerprint(source: Source, made: Path | None = None) -> str:
+def source_fingerprint(source: Source, made: Path | None = None, image_column: str = "image") -> str:
     """A hash of the names and contents of a source's files; of a dataset of the Hub, of its name alone.
 
     `made`: the folder of a cache of it, if there is one: it knows files that have not changed.
     """
     if isinstance(source, str) and is_hub_id(source):
         return hub_fingerprint(source)
-    files = _files(source)
+    files = _files(source, image_column)
     lie = _as_they_lie(files)
     if lie not in _known:
         if known := made and _remembered(made, files, lie):
             return known
-        _known[lie] = _hash(source_files(source))
+        _known[lie] = _hash(source_files(source, image_column))
     return _known[lie]
 
 
@@ -52,9 +54,9 @@ def hub_fingerprint(source: Source) -> str:
     return _hash([(source, 0)])
 
 
-def remember(source: Source, made: Path, fingerprint: str) -> None:
+def remember(source: Source, made: Path, fingerprint: str, image_column: str = "image") -> None:
     """Writes beside a cache how the files lie whose `fingerprint` it was made with."""
-    if has_files(source) and _known.get(lie := _as_they_lie(_files(source))) == fingerprint:
+    if has_files(source) and _known.get(lie := _as_they_lie(_files(source, image_column))) == fingerprint:
         write_json(made / KNOWN, {"as_they_lie": lie, "fingerprint": fingerprint})
 
 
@@ -69,9 +71,9 @@ def _remembered(made: Path, files: Files, lie: str) -> str | None:
     return by_size if read_spec(made)["content"] == by_size else None
 
 
-def source_files(source: Source) -> list[tuple[str, str]]:
+def source_files(source: Source, image_column: str = "image") -> list[tuple[str, str]]:
     """The local files of a source: their names, and the SHA-256 of what is in them, or why they cannot be read."""
-    files = _files(source)
+    files = _files(source, image_column)
     is_slow = sum(file.stat().st_size for _, file in files) > SLOW
     found = []
     with progress("Looking whether the data are the same" if is_slow else "", len(files)) as bar:
@@ -81,12 +83,15 @@ def source_files(source: Source) -> list[tuple[str, str]]:
     return found
 
 
-def _files(source: Source) -> Files:
-    """With the name of each: below its folder, or the file's own."""
+def _files(source: Source, image_column: str) -> Files:
+    """With the name of each: below its folder, or the file's own; those that rows of Parquet name are among them."""
     found: Files = []
     for root in source_paths(source):
         below = (Path(under, name) for under, names in walk(root) for name in names) if root.is_dir() else ()
         found += [(str(name), root / name) for name in sorted(below)] if root.is_dir() else [(root.name, root)]
+        if root.is_file() and root.suffix.lower() == ".parquet":
+            here = os.path.normpath(root.parent.absolute())
+            found += [(str(path.relative_to(here)), path) for path in picture_paths(root, image_column)]
     return [(name, file) for name, file in found if file.is_file()]
 
 

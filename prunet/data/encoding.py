@@ -42,7 +42,7 @@ def cache_spec(teacher: Teacher, data: Data, seed: int, made: Path | None = None
     elif made is not None and pictures_are_gone(data, made):
         content = read_spec(made)["content"]
     else:
-        content = source_fingerprint(data.source or [], made)
+        content = source_fingerprint(data.source or [], made, data.image_column)
     chosen = data.model_dump(mode="json", exclude={"prompts"} if data.prompts is not None else {"source"})
     empty = "zeros" if teacher.zeros_for_empty_prompt else "encoded"
     return {
@@ -74,7 +74,7 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
     """
     folder = Path(folder)
     processes.join(teacher.device)
-    spec = cache_spec(teacher, data, seed, folder)
+    spec = cache_spec(teacher, data, seed, like.folder if like else folder)  # of one recipe all know the data alike
     size = int(spec["data"]["size"])
     check_size(teacher, size)
     if (folder / "spec.json").is_file():
@@ -98,7 +98,7 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
 def _begin(teacher: Teacher, data: Data, folder: Path, spec: dict[str, Any]) -> None:
     write_json(folder / "spec.json", spec)
     if data.source is not None:
-        remember(data.source, folder, spec["content"])
+        remember(data.source, folder, spec["content"], data.image_column)
     empty = teacher.encode_prompts([""], unconditional=True)
     _write(folder / "unconditional.safetensors", empty, {}, ["the empty prompt"], teacher)
 

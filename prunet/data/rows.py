@@ -32,6 +32,23 @@ def read_parquet(columns: Columns, path: Path, label: str) -> Iterator[Picture]:
         yield broken_picture(label, f"file cut off or damaged after {number} rows ({reason_of(error)})")
 
 
+def picture_paths(path: Path, image_column: str) -> list[Path]:
+    """The pictures below the folder of a Parquet file that its rows name by their paths; none if it is damaged."""
+    parquet, arrow = extra("pyarrow.parquet"), extra("pyarrow")
+    try:
+        with parquet.ParquetFile(path) as file:
+            kind = file.schema_arrow.field(image_column).type
+            if arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind):
+                return []  # the pictures themselves, which are many to read
+            column = f"{image_column}.path" if arrow.types.is_struct(kind) else image_column
+            rows = [row for batch in file.iter_batches(columns=[column]) for row in batch.column(0).to_pylist()]
+    except (OSError, ValueError, KeyError, arrow.ArrowException):
+        return []
+    names = (row.get("path") if isinstance(row, dict) else row for row in rows)
+    found = (_below(path.parent, name) for name in dict.fromkeys(names) if isinstance(name, str))
+    return [file for file in found if file is not None and file.is_file()]
+
+
 def saved_dataset(folder: Path) -> Path | None:
     """The folder of a `datasets.Dataset` saved there, or of the split to read of a `DatasetDict`; None is neither.
 

@@ -2,13 +2,18 @@
 
 import time
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 
 from prunet import processes
+from prunet.data.contents import has_files
+from prunet.data.sources import read_pictures
 from prunet.denoisers.pairs import Pair
+from prunet.disk.files import read_label
 from prunet.plan.derived import Derived
+from prunet.recipe.recipe import read_prompts
 from prunet.runs.run import Run
 from prunet.runtime import Runtime
 from prunet.training.allocator import kept_memory
@@ -18,6 +23,7 @@ from prunet.training.probe import probe
 
 STEPS = 2
 FEW = 4  # samples that are timed at once first
+COUNTED = 10_000  # pictures; those of a shard have to be read to be counted
 QUICK_S = 5.0  # a micro-batch that takes no longer is timed as it is: an image of it takes less time
 
 
@@ -38,6 +44,7 @@ def estimate(this: Run) -> dict[str, Any]:
             speeds[key] = each_s, timed
         seconds += speeds[key][0] * stage.steps * stage.batch_size
     images = sum(stage.steps * stage.batch_size for stage in stages)
+    samples, or_more = count_samples(this)
     most = max(found, key=lambda parts: sum(parts.values()))
     todo = this.todo()
     return {
@@ -46,9 +53,28 @@ def estimate(this: Run) -> dict[str, Any]:
         "micro_batch": this.micro_batch(1 + found.index(most)),
         "timed_micro_batch": min(timed for _, timed in speeds.values()),
         "images": images,
+        "samples": samples,
+        "or_more": or_more,
+        "size": this.size,
+        "native_size": this.teacher.native_size,
         "seconds_per_image": seconds / images,
         "distil_hours": seconds / 3600,
     }
+
+
+def count_samples(this: Run) -> tuple[int | None, bool]:
+    """What the cache has or will have; and whether that is only as far as was counted. None: not known before."""
+    made, data = this.cache_folder / "cache.json", this.recipe.data
+    if made.is_file():
+        return int(read_label(made, ("samples",))["samples"]), False
+    if data.source is None:
+        return len(read_prompts(data.prompts or [], data.limit)) * data.images_per_prompt, False
+    if not has_files(data.source):
+        return None, False
+    pictures = read_pictures(data.source, image_column=data.image_column, caption_column=data.caption_column)
+    wanted = min(data.limit or COUNTED, COUNTED)
+    count = sum(1 for _ in islice(pictures, wanted))
+    return count * data.views, count == COUNTED != data.limit
 
 
 def compared(this: Run, number: int) -> tuple[Pair, ...]:

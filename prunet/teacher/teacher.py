@@ -50,18 +50,21 @@ class Teacher(PipelineFiles):
         """Refuses what cannot be used, before it is: tokenizers and weights that are not there, that do not fit their
         configs tensor for tensor, or that hold numbers that are not finite.
 
-        `headers_only`: reads no weight and fetches nothing, and a folder may have configs alone, to look at a plan.
+        Of a pipeline its index and its scheduler, too. `headers_only`: reads no weight and fetches nothing, and a
+        folder may have configs alone, to look at a plan.
         """
         parts: tuple[str, ...] = ("unet", "vae", *self.text_encoders)
-        if headers_only:
-            if self.file is None and not any(self.weights_here(part) for part in parts):
-                return
-            parts = parts if self._folder is not None else ("unet",)  # the other configs are on the hub
-        else:
+        here = self.file is not None or any(self.weights_here(part) for part in parts)
+        if not headers_only:
             self.configs()  # fetched where they are not here
-        if self._folder is not None:
+        if self._folder is not None and (here or self.hub):
             self.check_index()
             _ = self.noise_scheduler
+        if headers_only:
+            if not here:
+                return
+            parts = parts if self._folder is not None else ("unet",)  # the other configs are on the hub
+        if self._folder is not None:
             for part in self.text_encoders:
                 self.vocabulary_files(part)
                 if not headers_only:
