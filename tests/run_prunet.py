@@ -1,8 +1,11 @@
-"""prunet's command line with caches of small shards, for tests that need several of them."""
+"""prunet's command line with small shards of caches and pictures, for tests that need several of them."""
 
 from prunet import cli
 from prunet.data import encoding as latents
+from prunet.evaluation import extraction
+from prunet.sampling import shards
 
 if __name__ == "__main__":
     latents.SHARD = 3
+    shards.SHARD = extraction.SHARD = 30
     cli.main()

@@ -15,6 +15,7 @@ import yaml
 from conftest import make_pictures
 from safetensors.torch import save_file
 
+from prunet import Teacher, build, derive, load_plan
 from prunet.cli import main
 
 
@@ -61,9 +62,16 @@ def test_inspect_of_a_recipe_draws_the_stairs(capsys, tmp_path) -> None:
     for count in (2_567_463_684, 1_331_334_404, 745_225_604):
         assert f"{count:,}" in out
     assert "mid_block: 1 attention, 1 resnet" in " ".join(out.split())
-    code, out, _ = call(capsys, "inspect", path, "--json")
-    assert [s["parameters"]["student"] for s in json.loads(out)["stages"]][1:] == [1_331_334_404, 745_225_604]
-    path = recipe(tmp_path, "sdxl", tmp_path, plan="ssd-1b", stages=[{"steps": 5, "plan": "vega"}, {"steps": 5}])
+
+
+def test_inspect_of_a_recipe_says_the_stairs_as_json(capsys, sd, tmp_path) -> None:
+    stages = [{"steps": 5, "plan": "bk-base"}, {"steps": 7}]
+    code, out, _ = call(capsys, "inspect", recipe(tmp_path, sd, tmp_path, plan="bk-small", stages=stages), "--json")
+    config = Teacher(sd).unet_config
+    sizes = [derive(config, load_plan(name)).student_size.parameters for name in ("bk-base", "bk-small")]
+    assert code == 0 and sizes[0] > sizes[1]
+    assert [stage["parameters"]["student"] for stage in json.loads(out)["stages"]] == sizes
+    path = recipe(tmp_path, sd, tmp_path, plan="bk-base", stages=[{"steps": 5, "plan": "bk-small"}, {"steps": 5}])
     code, _, err = call(capsys, "inspect", path)
     assert code == 2
     assert "can only remove more" in err
@@ -100,9 +108,14 @@ def test_verbs_in_a_row(capsys, sd, pictures, tmp_path) -> None:
     cost = json.loads(out.splitlines()[-1])
     assert code == 0
     assert cost["images"] == 4
-    assert cost["memory_bytes"]["total"] > 0
-    assert set(cost["steps"].values()) == {"to do"}
     assert (cost["samples"], cost["or_more"]) == (len(list(pictures.glob("*.png"))), False)
+    teacher = Teacher(sd).unet
+    student = build(Teacher(sd), load_plan("bk-small"))
+    weights = [4 * sum(p.numel() for p in net.parameters()) for net in (teacher, student)]
+    assert [cost["memory_bytes"][part] for part in ("teacher", "student", "gradients")] == [*weights, weights[1]]
+    assert cost["memory_bytes"]["total"] > weights[0] + 5 * weights[1]  # and two moments, an average, activations
+    assert cost["distil_hours"] == pytest.approx(cost["seconds_per_image"] * 4 / 3600)
+    assert set(cost["steps"].values()) == {"to do"} and not (tmp_path / "run").exists()
     code, out, _ = call(capsys, "estimate", path, "--set", "data.limit=2", "--set", "data.size=32", *flags[:-1])
     assert "2, each seen 2.0 times; 32 px, not the 16 px that the teacher was made for" in " ".join(out.split())
     for verb in ("cache", "distil", "evaluate", "run"):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,14 +24,24 @@ from prunet import Teacher, UserError, compare, measure
 from prunet.disk.files import read_json
 from prunet.disk.ownership import LOCK
 from prunet.disk.seals import SEAL
-from prunet.evaluation import metrics
+from prunet.evaluation import extraction, metrics
 from prunet.evaluation.protocol import Protocol, load_protocol, protocol_names, protocol_prompts
 from prunet.recipe.prompts import prompts_hash, read_prompt_file
+from prunet.sampling import shards
 from prunet.sampling.shards import draw_shards, read_shard
 
-#: Three shards; PRUNET_TEST_PROMPTS=2000 gives twenty.
-COUNT = int(os.environ.get("PRUNET_TEST_PROMPTS", 210))
+SHARD = 30  # as in run_prunet.py
+#: Three shards; PRUNET_TEST_PROMPTS=600 gives twenty.
+COUNT = int(os.environ.get("PRUNET_TEST_PROMPTS", 70))
 PROMPTS = [f"a {('red', 'blue', 'green')[thing % 3]} {thing // 3}" for thing in range(COUNT)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_shards() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD", SHARD)
+        patch.setattr(extraction, "SHARD", SHARD)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +112,17 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_two_processes_killed_once_give_the_same_bytes(sd: Path, protocol: Path, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "two"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += ["-m", "prunet", "measure", str(sd), "--protocol", str(protocol), "-o", str(folder), "--device", "cpu"]
+    command += [
+        str(Path(__file__).parent / "run_prunet.py"),
+        "measure",
+        str(sd),
+        "--protocol",
+        str(protocol),
+        "-o",
+        str(folder),
+        "--device",
+        "cpu",
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while first.poll() is None and not list(folder.glob("pictures/*.tar")):
@@ -119,8 +140,8 @@ def test_batch_size_changes_no_more_than_rounding(sd: Path, tmp_path: Path) -> N
     pipe = Teacher(sd).pipeline()
     sets = []
     for batch_size in (1, 16):
-        how = {"seed": 3, "steps": 3, "guidance_scale": 2.0, "size": 16, "batch_size": batch_size}
-        paths = draw_shards(lambda: pipe, PROMPTS[:32], tmp_path / str(batch_size), **how)
+        how = {"seed": 3, "steps": 2, "guidance_scale": 2.0, "size": 16, "batch_size": batch_size}
+        paths = draw_shards(lambda: pipe, PROMPTS[:16], tmp_path / str(batch_size), **how)
         sets.append([np.asarray(picture, dtype=int) for path in paths for picture, _ in read_shard(path)])
     assert max(np.abs(a - b).max() for a, b in zip(*sets, strict=True)) <= 1
     assert np.abs(sets[0][0] - sets[0][1]).max() > 3  # while two pictures are not the same
@@ -142,10 +163,13 @@ def test_numbers_are_those_of_the_files(whole: Path, protocol: Path) -> None:
 
 
 def test_saved_features_stand_for_the_pictures(sd: Path, protocol: Path, whole: Path, tmp_path: Path) -> None:
-    again = run(sd, protocol, tmp_path / "again", real=whole / "real.safetensors")
-    before = json.loads((whole / "measures.json").read_text())
+    folder, before = copy_of(whole, tmp_path), json.loads((whole / "measures.json").read_text())
+    for name in ("measures.json", "real.safetensors"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "features")
+    again = run(sd, protocol, folder, real=whole / "real.safetensors")
     assert again["measures"] == before["measures"] and again["protocol"] == before["protocol"]
-    assert len(compare([whole, tmp_path / "again"])) == 2
+    assert len(compare([whole, folder])) == 2
 
 
 def test_two_protocols_are_not_put_side_by_side(whole: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -123,8 +124,18 @@ THERE: dict[str, tuple[Callable[[Path, Path, str], object], bool | None]] = {
 }
 
 
-def tree(folder: Path) -> dict[str, bytes | None]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+def tree(folder: Path) -> dict[str, tuple[int, ...] | None]:
+    """Which files there are, and when which bytes were written; a folder alone may be looked into."""
+    found = {p: p.lstat() for p in folder.rglob("*")}
+    return {
+        str(p): (s.st_ino, s.st_size, s.st_mtime_ns) if not stat.S_ISDIR(s.st_mode) else None for p, s in found.items()
+    }
+
+
+#: Verbs that go the same way as `run` are tried by `make test-slow`.
+each_verb = pytest.mark.parametrize(
+    "verb", [pytest.param(v, marks=pytest.mark.slow) if v in ("cache", "distil") else v for v in VERBS]
+)
 
 
 @pytest.fixture
@@ -144,7 +155,7 @@ def begins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "open_pipelines", lambda *args, **options: [])
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@each_verb
 def test_what_lies_there_decides(verb, files, capsys, begins) -> None:
     arguments, what = VERBS[verb]
     for there, (put, expected) in THERE.items():
@@ -163,7 +174,7 @@ def test_what_lies_there_decides(verb, files, capsys, begins) -> None:
             assert tree(files) == before, there
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@each_verb
 def test_nothing_goes_into_or_above_what_is_read(verb, files, capsys, begins) -> None:
     arguments, what = VERBS[verb]
     end = "x.config" if what == "configs" else "x"

@@ -352,6 +352,7 @@ def test_batches_of_buckets_have_one_size_and_see_every_picture(sdxl, tmp_path) 
     assert len(losses(tmp_path / "run")) == 7
 
 
+@pytest.mark.processes  # with what calls a compiler
 @pytest.mark.parametrize("what", [{"compile": True}, {"compile_blocks": True}])
 def test_compiled_equals_plain(sd, made, tmp_path, monkeypatch, what) -> None:
     """Dynamo's graphs, run as they are: no feature is lost, and nothing falls back to Python (a graph break).

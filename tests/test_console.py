@@ -1,0 +1,65 @@
+"""What is said while work goes on: on stderr, as it is meant, and now and then where no bar can be drawn."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from prunet import console
+from prunet.console import progress, say
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """The console's time, which passes when the test says so."""
+    now = SimpleNamespace(s=100.0)
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now.s))
+    return now
+
+
+def test_what_is_said_goes_to_stderr_in_one_line(capsys) -> None:
+    say("[bold]a[/] " + "long " * 100)
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err == "a " + "long " * 100 + "\n"
+
+
+def test_without_a_terminal_there_is_a_line_a_minute(clock, capsys) -> None:
+    with progress("Working", 20) as bar:
+        for i in range(20):
+            clock.s += 25
+            bar.advance(1, note=f"at {i}")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "  Working: 3 of 20, 0:07:05 left  at 2"  # 75 s for 3, so 425 s for 17
+    assert [line.split()[1] for line in lines] == ["3", "6", "9", "12", "15", "18"]
+
+
+def test_what_was_done_before_does_not_count_for_the_pace(clock, capsys) -> None:
+    with progress("Working", 100) as bar:
+        bar.advance(90)
+        for _ in range(3):
+            clock.s += 30
+            bar.advance()
+    assert capsys.readouterr().err == "  Working: 93 of 100, 0:03:30 left  \n"  # 30 s each
+
+
+def test_what_has_no_end_says_how_far_it_is(clock, capsys) -> None:
+    with progress("Reading", None) as bar:
+        clock.s += 61
+        bar.advance(5, note="a")
+        clock.s += 61
+        bar.advance(5)  # the note stays
+    assert capsys.readouterr().err == "  Reading: 5  a\n  Reading: 10  a\n"
+
+
+def test_a_name_is_text_and_no_markup(clock, capsys) -> None:
+    with progress("[/a] [bold]", 2) as bar:
+        clock.s += 61
+        bar.advance(1, note="[red]x")
+    assert capsys.readouterr().err.startswith("  [/a] [bold]: 1 of 2, ")
+
+
+def test_work_without_a_name_says_nothing(clock, capsys) -> None:
+    with progress("", None) as bar:
+        clock.s += 1000
+        bar.advance(1)
+    shown = capsys.readouterr()
+    assert shown.err == shown.out == ""

@@ -1,0 +1,113 @@
+"""What a recipe would cost: the sums, and what is timed how often; what is timed does not matter here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from prunet import Run, Runtime, load_recipe
+from prunet.runs import estimate as costs
+from prunet.runs.estimate import compared, estimate, memory
+from prunet.training.fit import training_memory
+
+CPU = Runtime(device="cpu", precision="no")
+STAGE = {"steps": 3, "batch_size": 8, "losses": {"feature": 0}}
+
+
+@pytest.fixture
+def opened(sd: Path, pictures: Path, tmp_path: Path) -> Any:
+    def make(*stages: dict[str, Any], runtime: Runtime = CPU) -> Run:
+        value = {
+            "teacher": str(sd),
+            "plan": "bk-small",
+            "data": {"source": str(pictures)},
+            "stages": list(stages),
+            "evaluation": {"prompts": ["a"]},
+            "output": str(tmp_path / "run"),
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(value))
+        return Run(load_recipe(tmp_path / "recipe.yaml"), runtime)
+
+    return make
+
+
+@pytest.fixture
+def timed(monkeypatch) -> dict[str, Any]:
+    """How much an image takes by what is compared and how many at once; and which were asked for."""
+    found: dict[str, Any] = {"asked": [], "seconds": lambda plan, count: 0.1}
+
+    def seconds_per_image(derived, pairs, latent_size, batch_size, runtime) -> float:
+        found["asked"].append((derived.plan.name, bool(pairs), batch_size))
+        return found["seconds"](derived.plan.name, batch_size)
+
+    monkeypatch.setattr(costs, "seconds_per_image", seconds_per_image)
+    monkeypatch.setattr(costs, "step_memory", lambda *args, **options: 1000)
+    return found
+
+
+def test_hours_are_those_of_all_stages(opened, timed) -> None:
+    timed["seconds"] = lambda plan, count: {"bk-base": 0.3, "bk-small": 0.2}[plan]
+    found = estimate(opened({**STAGE, "plan": "bk-base"}, STAGE, {**STAGE, "steps": 10}))
+    assert found["images"] == (3 + 3 + 10) * 8
+    seconds = 3 * 8 * 0.3 + 13 * 8 * 0.2
+    assert found["distil_hours"] == pytest.approx(seconds / 3600)
+    assert found["seconds_per_image"] == pytest.approx(seconds / found["images"])
+    assert set(found["steps"]) == {
+        "plan",
+        "build",
+        "cache",
+        "stage-1",
+        "stage-2",
+        "stage-3",
+        "evaluate",
+        "export",
+        "report",
+    }
+    assert set(found["steps"].values()) == {"to do"}
+
+
+def test_equal_stages_are_timed_once_and_a_few_images_first(opened, timed) -> None:
+    found = estimate(opened(STAGE, STAGE))
+    assert timed["asked"] == [("bk-small", False, 4), ("bk-small", False, 8)]
+    assert found["timed_micro_batch"] == found["micro_batch"] == 8
+
+
+def test_what_would_take_long_is_timed_by_a_few_images(opened, timed) -> None:
+    timed["seconds"] = lambda plan, count: 1.0  # 8 s for all of them
+    found = estimate(opened(STAGE))
+    assert timed["asked"] == [("bk-small", False, 4)]
+    assert (found["timed_micro_batch"], found["micro_batch"]) == (4, 8)
+
+
+def test_features_are_compared_where_they_weigh_something(opened, timed) -> None:
+    this = opened(STAGE, {**STAGE, "losses": {"feature": 1}})
+    assert compared(this, 1) == () and compared(this, 2) == this.pairs(2) != ()
+    estimate(this)
+    assert {(pairs, count) for _, pairs, count in timed["asked"]} == {
+        (pairs, n) for pairs in (False, True) for n in (4, 8)
+    }
+
+
+def test_memory_is_that_of_the_stage_that_needs_most(opened, timed) -> None:
+    this = opened({**STAGE, "plan": "bk-base"}, STAGE)
+    first, second = memory(this, 1), memory(this, 2)
+    assert first["student"] > second["student"]
+    found = estimate(this)["memory_bytes"]
+    assert found == {**first, "total": sum(first.values())}
+    derived = this.steps_down[0]
+    options = {"latent_size": this.latent_size, "micro_batch": 8, "half": False, "ema": True}
+    parts = training_memory(derived.teacher_config, derived.student_config, **options)
+    assert {name: first[name] for name in parts.keys() - {"activations"}} == {
+        name: parts[name] for name in parts.keys() - {"activations"}
+    }
+    assert first["student"] == 4 * derived.student_size.parameters and first["activations"] == 1000
+    assert first["heap"] == (first["gradients"] + 1000) // 2
+
+
+def test_what_is_done_is_said(finished, timed) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    recipe = load_recipe(finished / "recipe.yaml", [f"output={json.dumps(str(finished))}"])
+    assert set(estimate(Run(recipe, CPU))["steps"].values()) == {"done"}
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
