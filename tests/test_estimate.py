@@ -97,8 +97,8 @@ def test_memory_is_that_of_the_stage_that_needs_most(opened, timed) -> None:
     found = estimate(this)["memory_bytes"]
     assert found == {**first, "total": sum(first.values())}
     derived = this.steps_down[0]
-    options = {"latent_size": this.latent_size, "micro_batch": 8, "half": False, "ema": True}
-    parts = training_memory(derived.teacher_config, derived.student_config, **options)
+    stage, configs = this.recipe.stages[0], (derived.teacher_config, derived.student_config)
+    parts = training_memory(*configs, this.latent_size, 8, stage, this.runtime)
     assert {name: first[name] for name in parts.keys() - {"activations"}} == {
         name: parts[name] for name in parts.keys() - {"activations"}
     }

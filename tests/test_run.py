@@ -161,7 +161,7 @@ def test_other_recipe_in_the_same_folder_is_refused_before_anything_changes(copi
     for change, words in (
         ("plan=bk-base", r"stage-1: .*trained with plan bk-small \(.*\), now bk-base .*: set it back \(`prunet run"),
         ("stages.0.ema_decay=0.5", "trained with stages.0.ema_decay 0.9999, now 0.5: set it back"),
-        ("stages.0.steps=5", "stage-2: .*trained with stages.0.steps 4, now 5"),
+        ("stages.0.steps=5", "stage-2: .*trained with stages.0.steps 2, now 5"),
         ("seed=5", "cache: holds a cache made with seed 1234, now 5"),
         ("data.flip=false", "made with data.flip True, now False: set it back .*, delete that folder"),
     ):
