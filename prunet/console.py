@@ -1,6 +1,7 @@
 """What the terminal shows. What is said while work goes on is for stderr: stdout is for results."""
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -85,3 +86,27 @@ class Bar:
 def say(text: str) -> None:
     """One line about what happens, in rich's markup."""
     console.print(text, soft_wrap=True)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """While it lasts diffusers and transformers report errors alone and draw no bars. What they warn of (a processor
+    that is not used, a text that is cut, an argument of later versions) is prunet's business.
+    """
+    import diffusers.utils.logging as of_diffusers
+    import transformers.utils.logging as of_transformers
+
+    both = (of_diffusers, of_transformers)
+    before = [(logging, logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in both]
+    for logging in both:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for logging, verbosity, bars in before:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()

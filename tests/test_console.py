@@ -1,5 +1,7 @@
 """What is said while work goes on: on stderr, as it is meant, and now and then where no bar can be drawn."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -63,3 +65,21 @@ def test_work_without_a_name_says_nothing(clock, capsys) -> None:
         bar.advance(1)
     shown = capsys.readouterr()
     assert shown.err == shown.out == ""
+
+
+def test_a_library_user_sees_no_warning_of_other_libraries(sd, tmp_path) -> None:
+    """In a process of its own: some of them warn when they are first imported."""
+    code = f"""
+import warnings
+warnings.simplefilter("always", FutureWarning)
+from prunet import Teacher, build, export, generate, load_plan
+teacher = Teacher({str(sd)!r})
+student = build(teacher, load_plan("bk-small"))
+teacher.encode_prompts(["long " * 200])
+export(teacher, student, {str(tmp_path / "out")!r})
+generate({str(tmp_path / "out")!r}, "a cat", steps=1)
+import transformers
+assert transformers.logging.get_verbosity() == transformers.logging.WARNING, "as it was"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr + done.stdout == ""

@@ -14,6 +14,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
+from prunet.console import quiet_libraries
 from prunet.denoisers.condition import Condition
 from prunet.denoisers.drawing import Drawing
 from prunet.denoisers.pairs import Level, Pair
@@ -128,6 +129,7 @@ class Architecture(ABC):
         except Exception as error:  # of any kind: diffusers takes the values as they are
             raise UserError(f"diffusers cannot make a {self.class_name} of this config: {error}") from error
 
+    @quiet_libraries()
     def load(self, folder: Path) -> Net:
         """The model of a stock folder, in fp32."""
         cls = getattr(diffusers, self.class_name)

@@ -7,6 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
+from prunet.console import quiet_libraries
 from prunet.denoisers.architecture import Net, config_of
 from prunet.denoisers.freeze import freeze
 from prunet.denoisers.known import architecture_of
@@ -56,6 +57,7 @@ def _write_fp16(folder: Path, teacher: Teacher) -> None:
             save_file(half, file.with_name(f"{file.stem}.fp16.safetensors"), metadata={"format": "pt"})
 
 
+@quiet_libraries()
 def check_export(folder: Path, student: Net) -> None:
     """Opens the folder with stock diffusers and compares the U-Net bit for bit: config, weights, one output."""
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)

@@ -9,7 +9,7 @@ import torch
 from rich.markup import escape
 from torch import Tensor, nn
 
-from prunet.console import say
+from prunet.console import quiet_libraries, say
 from prunet.denoisers.condition import Condition
 from prunet.denoisers.freeze import freeze
 from prunet.errors import UserError
@@ -172,6 +172,7 @@ class Teacher(PipelineFiles):
         for part in parts:
             self.__dict__.pop("_text_parts" if part == "text" else part, None)
 
+    @quiet_libraries()
     def pipeline(self, **parts: Any) -> "DiffusionPipeline":
         """A stock pipeline of the teacher's parts, with `parts` (such as `unet=student`) in place of its own."""
         from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -194,6 +195,7 @@ class Teacher(PipelineFiles):
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
+    @quiet_libraries()
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], *, unconditional: bool = False) -> Condition:
         """Embeddings of prompts, exactly as the stock pipeline makes them when it draws.
