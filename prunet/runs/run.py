@@ -226,28 +226,32 @@ class Run:
         prompts = recipe.sheet.prompts or read_prompts(recipe.evaluation.prompts)[:6]
         if not recipe.sheet.every:
             teacher.release("vae", "text")  # nothing else in the loop needs them
-        trained = distil(
-            teacher,
-            self._student_at_start(number),
-            pairs,
-            Cache.open(self.cache_specs[number - 1][0]),
-            stage,
-            folder,
-            seed=seed_of(recipe.seed, "stage", number),  # so that no stage repeats another one's noise
-            runtime=self.runtime,
-            sheets=Sheets(
+        try:
+            trained = distil(
                 teacher,
-                folder / "sheets",
-                prompts,
-                recipe.sheet.every,
-                recipe.seed,
-                self.size,
-                steps=recipe.evaluation.steps,
-                guidance_scale=recipe.evaluation.guidance_scale,
-            ),
-            checkpoint_every=recipe.checkpoint_every,
-            keep_checkpoints=recipe.keep_checkpoints,
-        )
+                self._student_at_start(number),
+                pairs,
+                Cache.open(self.cache_specs[number - 1][0]),
+                stage,
+                folder,
+                seed=seed_of(recipe.seed, "stage", number),  # so that no stage repeats another one's noise
+                runtime=self.runtime,
+                sheets=Sheets(
+                    teacher,
+                    folder / "sheets",
+                    prompts,
+                    recipe.sheet.every,
+                    recipe.seed,
+                    self.size,
+                    steps=recipe.evaluation.steps,
+                    guidance_scale=recipe.evaluation.guidance_scale,
+                ),
+                checkpoint_every=recipe.checkpoint_every,
+                keep_checkpoints=recipe.keep_checkpoints,
+            )
+        except KeyboardInterrupt:
+            say(f"  {steps.resumes_from(self, number)}")
+            raise
         if processes.is_main():
             save_unet(trained, folder / "unet", "stage", self.inputs[f"stage-{number}"])
         if self.runtime.teacher_8bit or self.runtime.teacher_fp8:
