@@ -113,10 +113,6 @@ class Run:
         """Folder and spec of the cache of each stage."""
         return fingerprints.stage_caches(self)
 
-    def stage_label(self, number: int) -> dict[str, Any]:
-        """What the checkpoints of stage `number` come from."""
-        return fingerprints.stage_label(self, number)
-
     def step_names(self, until: str = "report") -> list[str]:
         """The steps in order, `distil` being one for each stage, up to and with `until`."""
         return steps.step_names(len(self.recipe.stages), until)
@@ -221,7 +217,7 @@ class Run:
             other.release("unet", "vae", "text")
         pairs = self.pairs(number)
         if processes.is_main():
-            write_json(folder / "inputs.json", self.stage_label(number))
+            write_json(folder / "inputs.json", fingerprints.stage_label(self, number))
             write_json(folder / "pairs.json", {"pairs": [dataclasses.asdict(pair) for pair in pairs]})
         prompts = recipe.sheet.prompts or read_prompts(recipe.evaluation.prompts)[:6]
         if not recipe.sheet.every:
