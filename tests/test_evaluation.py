@@ -8,6 +8,7 @@ from PIL import Image
 
 from prunet import Plan, Teacher, build, evaluate, load_plan
 from prunet.disk.files import read_json
+from prunet.evaluation import drawing
 from prunet.evaluation.evaluation import LEVELS, denoiser_errors, picture_rmse
 from prunet.recipe.recipe import Evaluation, Stage
 from prunet.runtime import Runtime
@@ -30,6 +31,37 @@ def test_the_teacher_itself_is_at_no_distance(sd, tmp_path) -> None:
         assert low < result["distance"]["cut"][key] < high
     assert read_json(tmp_path / "evaluation.json") == json.loads(json.dumps(result))
     assert "| U-Net parameters (M) |" in (tmp_path / "evaluation.md").read_text()
+
+
+def test_a_stopped_evaluation_does_not_draw_again_what_it_has(sd, tmp_path, monkeypatch) -> None:
+    """Stopped at each batch, and once with a damaged one, it ends in the same files; another seed's are not taken."""
+    monkeypatch.setattr(drawing, "BATCH", 2)
+    teacher, drawn, left = Teacher(sd), [], [0]
+    students = {"cut": build(teacher, load_plan("bk-small"))}
+    whole = evaluate(teacher, students, SPEC, tmp_path / "whole", size=16, seed=3)
+    real = drawing.draw_latents
+
+    def draw(pipe, prompts, seeds, **settings):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        drawn.append(seeds)
+        return real(pipe, prompts, seeds, **settings)
+
+    monkeypatch.setattr(drawing, "draw_latents", draw)
+    for seed in (4, 3, 3):
+        left[0] = 1
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(teacher, students, SPEC, tmp_path / "parts", size=16, seed=seed)
+    kept = tmp_path / "parts" / "drawn" / "teacher" / "00000.safetensors"
+    data = bytearray(kept.read_bytes())
+    kept.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    left[0] = 9
+    parts = evaluate(teacher, students, SPEC, tmp_path / "parts", size=16, seed=3)
+    assert drawn == [[4, 5], [3, 4], [5], [3, 4], [3, 4], [5]]  # of the teacher first, the damaged one again, the cut
+    assert parts["distance"] == whole["distance"] and parts["pictures"] == whole["pictures"]
+    names = [sorted(str(p.relative_to(tmp_path / f)) for p in (tmp_path / f).rglob("*")) for f in ("parts", "whole")]
+    assert names[0] == names[1]
 
 
 def test_denoiser_distance_by_hand(sd) -> None:

@@ -12,6 +12,7 @@ from test_damage import WEIGHTS, do_as_told, last_byte
 from test_ownership import tree
 
 from prunet import Run, Runtime, UserError, load_recipe
+from prunet.runs import run as runs
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
 
@@ -148,3 +149,15 @@ def test_output_and_cache_do_not_lie_in_each_other(output, cache, words, finishe
     this = Run(load_recipe(finished / "recipe.yaml", places), CPU)
     with pytest.raises(UserError, match=f"^cache: .*{words}") if words else nullcontext():
         this.check()
+
+
+def test_a_stopped_stage_says_from_which_step_it_resumes(folder, capsys, monkeypatch) -> None:
+    def stop(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "distil", stop)
+    for words in ("stage-1 resumes from step 2 of 3", "stage-1 begins again at step 0 of 3"):
+        with pytest.raises(KeyboardInterrupt):
+            opened(folder, "stages.0.steps=3").finish()
+        assert words in " ".join(capsys.readouterr().err.split())
+        shutil.rmtree(folder / "stage-1" / "checkpoints", ignore_errors=True)

@@ -56,7 +56,7 @@ def main() -> None:
     if code == INTERRUPTED:
         if processes.is_main():
             with suppress(OSError):  # the terminal may be gone
-                print("Stopped; what was finished is kept, and the same command resumes from there.", file=sys.stderr)
+                print("Stopped; what is written is kept, and the same command resumes from there.", file=sys.stderr)
         code = 128 + (_stopped_by or [signal.SIGINT])[-1]
     sys.exit(code)
 

@@ -1,5 +1,6 @@
 """How near the student is to the teacher, and how much smaller and faster."""
 
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +17,10 @@ from prunet.denoisers.architecture import Net
 from prunet.denoisers.condition import Condition
 from prunet.disk.files import new_file, write_json, write_text
 from prunet.disk.seals import file_checksum
+from prunet.evaluation.drawing import batches, draw_all
 from prunet.intervals import Array, bootstrap, mean_of
 from prunet.plan.size import size_of
 from prunet.recipe.recipe import Evaluation, read_prompts
-from prunet.sampling.draw import decode, draw_latents, set_sampler
 from prunet.speed import clock as bench
 from prunet.teacher.teacher import Teacher
 from prunet.training.sheets import grid
@@ -27,8 +28,6 @@ from prunet.training.sheets import grid
 #: Where in the noise schedule the denoisers are compared, as shares of its length.
 LEVELS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 SHEET_COLUMNS = 8
-#: Prompts at once, always the same ones.
-BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -62,35 +61,20 @@ def evaluate(
 
     Writes into `folder`: `pictures/NAME/0000.png`, `sheet.png`, `evaluation.json` and `evaluation.md`, and returns
     what the JSON holds. Speed is that of the last student, in the teacher's precision. Several processes share out the
-    drawing.
+    drawing. What is drawn lies in `drawn/` until all is written: given again after a stop, it is not drawn again.
     """
     folder = Path(folder)
     processes.join(teacher.device)
     prompts = read_prompts(spec.prompts, spec.limit)
-    seeds = [seed + i for i in range(len(prompts))]
     models: dict[str, Any] = {"teacher": teacher.unet}
     models |= {name: net.to(teacher.device, teacher.dtype).eval() for name, net in students.items()}
     latents: dict[str, Tensor] = {}
     pictures: dict[str, list[Image.Image]] = {}
     with progress("Evaluating", len(prompts) * len(models)) as bar:
         for name, net in models.items():
-            pipe = set_sampler(teacher.pipeline(unet=net), spec.sampler)
-            mine = []
-            for rows in _batches(len(prompts)):
-                if processes.is_mine(rows.start // BATCH):
-                    drawn = draw_latents(
-                        pipe,
-                        prompts[rows],
-                        seeds[rows],
-                        steps=spec.steps,
-                        guidance_scale=spec.guidance_scale,
-                        size=size,
-                    )
-                    mine.append((rows.start, drawn.cpu(), decode(pipe, drawn)))
-                bar.advance(len(prompts[rows]), note=name)
-            drawn_by_all = processes.gather(mine)
-            latents[name] = torch.cat([rows for _, rows, _ in drawn_by_all])
-            pictures[name] = [picture for _, _, row in drawn_by_all for picture in row]
+            bar.advance(0, note=name)
+            kept = folder / "drawn" / name
+            latents[name], pictures[name] = draw_all(teacher, net, prompts, spec, kept, size=size, seed=seed, bar=bar)
     last = list(students)[-1]
     distances = {
         name: asdict(_distance(teacher, net, prompts, latents, pictures, name, seed))
@@ -117,10 +101,6 @@ def evaluate(
         "distance": distances,
     }
     return processes.from_main(lambda: _write(folder, result, pictures, prompts))
-
-
-def _batches(count: int) -> list[slice]:
-    return [slice(start, start + BATCH) for start in range(0, count, BATCH)]
 
 
 def _distance(
@@ -159,7 +139,7 @@ def denoiser_errors(teacher: Teacher, net: Net, prompts: list[str], latents: Ten
     process, call = teacher.process, teacher.architecture.call
     side = latents.shape[-1] * teacher.vae_scale
     mine = []
-    for batch, rows in enumerate(_batches(len(prompts))):
+    for batch, rows in enumerate(batches(len(prompts))):
         if not processes.is_mine(batch):
             continue
         clean = latents[rows].cpu()
@@ -208,6 +188,7 @@ def _write(
     write_text(folder / "evaluation.md", markdown(result))
     result = result | {"pictures": sums}
     write_json(folder / "evaluation.json", result)
+    shutil.rmtree(folder / "drawn", ignore_errors=True)
     return result
 
 

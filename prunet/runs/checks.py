@@ -16,7 +16,7 @@ from prunet.disk.ownership import check_place
 from prunet.disk.reading import parse_yaml
 from prunet.errors import UserError
 from prunet.recipe.recipe import Recipe, read_prompts, recipe_yaml
-from prunet.runs.fingerprints import spec_settings
+from prunet.runs.fingerprints import spec_settings, stage_label
 from prunet.runs.steps import check_replaceable
 from prunet.sampling.draw import check_sampler
 from prunet.student.student import check_steps
@@ -129,7 +129,7 @@ def _check_folder(this: "Run") -> None:
         label = folder / "inputs.json"
         if not ((folder / "checkpoints").is_dir() and label.is_file()):
             continue
-        found, now = read_label(label, ("inputs",), LABEL_FIX), this.stage_label(number)
+        found, now = read_label(label, ("inputs",), LABEL_FIX), stage_label(this, number)
         if found["inputs"] != now["inputs"]:
             what = difference(found["settings"], now["settings"]) if "settings" in found else None
             what = what or "another teacher, plan, data, seed or settings"

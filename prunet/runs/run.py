@@ -114,10 +114,6 @@ class Run:
         """Folder and spec of the cache of each stage."""
         return fingerprints.stage_caches(self)
 
-    def stage_label(self, number: int) -> dict[str, Any]:
-        """What the checkpoints of stage `number` come from."""
-        return fingerprints.stage_label(self, number)
-
     def step_names(self, until: str = "report") -> list[str]:
         """The steps in order, `distil` being one for each stage, up to and with `until`."""
         return steps.step_names(len(self.recipe.stages), until)
@@ -222,32 +218,36 @@ class Run:
             other.release("unet", "vae", "text")
         pairs = self.pairs(number)
         if processes.is_main():
-            write_json(folder / "inputs.json", self.stage_label(number))
+            write_json(folder / "inputs.json", fingerprints.stage_label(self, number))
             write_json(folder / "pairs.json", {"pairs": [dataclasses.asdict(pair) for pair in pairs]})
         prompts = recipe.sheet.prompts or read_prompts(recipe.evaluation.prompts)[:6]
         if not recipe.sheet.every:
             teacher.release("vae", "text")  # nothing else in the loop needs them
-        trained = distil(
-            teacher,
-            self._student_at_start(number),
-            pairs,
-            Cache.open(self.cache_specs[number - 1][0]),
-            stage,
-            folder,
-            seed=seed_of(recipe.seed, "stage", number),  # so that no stage repeats another one's noise
-            runtime=self.runtime,
-            sheets=Sheets(
+        try:
+            trained = distil(
                 teacher,
-                folder / "sheets",
-                prompts,
-                recipe.sheet.every,
-                recipe.seed,
-                self.size,
-                steps=recipe.evaluation.steps,
-                guidance_scale=recipe.evaluation.guidance_scale,
-            ),
-            saving=Saving(recipe.checkpoint_every, recipe.keep_checkpoints),
-        )
+                self._student_at_start(number),
+                pairs,
+                Cache.open(self.cache_specs[number - 1][0]),
+                stage,
+                folder,
+                seed=seed_of(recipe.seed, "stage", number),  # so that no stage repeats another one's noise
+                runtime=self.runtime,
+                sheets=Sheets(
+                    teacher,
+                    folder / "sheets",
+                    prompts,
+                    recipe.sheet.every,
+                    recipe.seed,
+                    self.size,
+                    steps=recipe.evaluation.steps,
+                    guidance_scale=recipe.evaluation.guidance_scale,
+                ),
+                saving=Saving(recipe.checkpoint_every, recipe.keep_checkpoints),
+            )
+        except KeyboardInterrupt:
+            say(f"  {steps.resumes_from(self, number)}")
+            raise
         if processes.is_main():
             save_unet(trained, folder / "unet", "stage", self.inputs[f"stage-{number}"])
         if self.runtime.teacher_8bit or self.runtime.teacher_fp8:

@@ -14,7 +14,7 @@ from prunet.evaluation.results import read_evaluation
 from prunet.exports.single_file import check_single_file, is_exported
 from prunet.recipe.recipe import recipe_yaml
 from prunet.report.charts import is_page
-from prunet.training.checkpoints import check_stage
+from prunet.training.checkpoints import check_stage, checkpoints
 from prunet.training.log import read_log
 
 if TYPE_CHECKING:
@@ -165,6 +165,17 @@ def _ends_in_checkpoint(this: "Run", step: str) -> bool:
     except UserError:
         return False
     return bool(state.get("step") == stage.steps)
+
+
+def resumes_from(this: "Run", number: int) -> str:
+    """From which step a stage that is stopped now will resume."""
+    saved = checkpoints(this.folder / f"stage-{number}")
+    steps = this.recipe.stages[number - 1].steps
+    if not saved:
+        return f"stage-{number} begins again at step 0 of {steps}: no checkpoint was written yet (checkpoint_every)"
+    return (
+        f"stage-{number} resumes from step {int(saved[-1].name.removeprefix('step-'))} of {steps}: its last checkpoint"
+    )
 
 
 # -- what is written down

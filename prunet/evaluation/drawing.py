@@ -1,0 +1,95 @@
+"""What an evaluation draws, by model and batch; each batch is kept on disk until all is measured, so that a stop costs
+no more than one.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prunet import processes
+from prunet.console import Bar
+from prunet.disk.files import new_file
+from prunet.disk.seals import CHECKSUM, checksum
+from prunet.recipe.recipe import Evaluation
+from prunet.sampling.draw import decode, draw_latents, set_sampler
+from prunet.student.student import state_hash
+from prunet.teacher.teacher import Teacher
+
+#: Prompts at once, always the same ones.
+BATCH = 4
+
+Drawn = tuple[Tensor, list[Image.Image]]
+
+
+def batches(count: int) -> list[slice]:
+    return [slice(start, start + BATCH) for start in range(0, count, BATCH)]
+
+
+def draw_all(
+    teacher: Teacher,
+    net: UNet2DConditionModel,
+    prompts: Sequence[str],
+    spec: Evaluation,
+    folder: Path,
+    *,
+    size: int,
+    seed: int,
+    bar: Bar,
+) -> Drawn:
+    """The latents (B, 4, h, w) and pictures of all prompts, the i-th from seed + i, by `net` in the teacher's pipeline.
+
+    Batches that an earlier call drew from the same inputs are read from `folder`, the others written there. Several
+    processes share them out; each gets all.
+    """
+    settings: dict[str, Any] = {"size": size, "steps": spec.steps, "guidance_scale": spec.guidance_scale}
+    made_by = [teacher.fingerprint(), state_hash(net), str(teacher.dtype), spec.sampler, settings]
+    pipe: Any = None
+    mine = []
+    for rows in batches(len(prompts)):
+        texts, seeds = list(prompts[rows]), list(range(seed, seed + len(prompts))[rows])
+        if processes.is_mine(rows.start // BATCH):
+            path = folder / f"{rows.start:05d}.safetensors"
+            made_from = hashlib.sha256(json.dumps([*made_by, texts, seeds]).encode()).hexdigest()
+            drawn = _read(path, made_from)
+            if drawn is None:
+                pipe = pipe or set_sampler(teacher.pipeline(unet=net), spec.sampler)
+                latents = draw_latents(pipe, texts, seeds, **settings)
+                drawn = latents.cpu(), decode(pipe, latents)
+                _write(path, made_from, drawn)
+            mine.append((rows.start, *drawn))
+        bar.advance(len(texts))
+    found = processes.gather(mine)
+    return torch.cat([latents for _, latents, _ in found]), [picture for _, _, row in found for picture in row]
+
+
+def _write(path: Path, made_from: str, drawn: Drawn) -> None:
+    pixels = torch.stack([torch.from_numpy(np.array(picture)) for picture in drawn[1]])
+    tensors = {"latents": drawn[0].contiguous(), "pixels": pixels}
+    with new_file(path) as part:
+        save_file(tensors, part, metadata={"made_from": made_from, CHECKSUM: _checksum(tensors)})
+
+
+def _read(path: Path, made_from: str) -> Drawn | None:
+    """A batch that was drawn from these inputs; None where there is none, or it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            label, tensors = file.metadata(), {name: file.get_tensor(name) for name in ("latents", "pixels")}
+        if (label["made_from"], label[CHECKSUM]) != (made_from, _checksum(tensors)):
+            return None
+    except Exception:  # of any kind: what safetensors meets in what is left of a file
+        return None
+    return tensors["latents"], [Image.fromarray(pixels.numpy()) for pixels in tensors["pixels"]]
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    return checksum(tensors[name].numpy() for name in ("latents", "pixels"))
