@@ -1,6 +1,6 @@
 """The cache: latents and prompt embeddings, made once by the teacher's frozen parts and labelled.
 
-A cache folder holds `spec.json` (what it is made of), `source.json` (how the pictures lay when it was begun),
+A cache folder holds `spec.json` (what it is made of), `source.json` (by which its pictures are known),
 `shard-00000.safetensors` ... (256 samples each: `mean` and `std` (N, 4, h, w) of the scaled latents, `prompt_embeds`
 (N, 77, D), for SDXL `pooled` (N, P) and `time_ids` (N, 6)), with `buckets` one `mean.I` and `std.I` a sample instead,
 because their sizes differ, `unconditional.safetensors`, and, once it is whole, `cache.json` with the number of samples,

@@ -1,8 +1,9 @@
 """What a source is made of: whether its files are here, and a fingerprint of their names and contents.
 
 The fingerprint decides whether a source is still the same, so every byte counts: shards are packed again, and pictures
-painted over, at the same size. It does not depend on where the files lie. They are read once: beside the cache that is
-made of them lies how they lay (`source.json`), and while they do, they are not read again.
+painted over, at the same size. It does not depend on where the files lie. All files are read for it, once: a cache
+keeps in `source.json` the state (size, times, number on the disk) of the files that it is made of, and while that is
+the same, they are not read again.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from prunet.errors import UserError
 KNOWN = "source.json"
 SLOW = 1 << 30  # bytes that take so long to read that it is shown
 Files = list[tuple[str, Path]]
-_known: dict[str, str] = {}  # how files lie -> fingerprint
+_known: dict[str, str] = {}  # state of the files -> fingerprint
 
 
 def has_files(source: Source) -> bool:
@@ -42,12 +43,12 @@ def source_fingerprint(source: Source, made: Path | None = None, image_column: s
     if isinstance(source, str) and is_hub_id(source):
         return hub_fingerprint(source)
     files = _files(source, image_column)
-    lie = _as_they_lie(files)
-    if lie not in _known:
-        if known := made and _remembered(made, files, lie):
+    state = _state(files)
+    if state not in _known:
+        if known := made and _remembered(made, files, state):
             return known
-        _known[lie] = _hash(source_files(source, image_column))
-    return _known[lie]
+        _known[state] = _hash(source_files(source, image_column))
+    return _known[state]
 
 
 def hub_fingerprint(source: Source) -> str:
@@ -55,15 +56,15 @@ def hub_fingerprint(source: Source) -> str:
 
 
 def remember(source: Source, made: Path, fingerprint: str, image_column: str = "image") -> None:
-    """Writes beside a cache how the files lie whose `fingerprint` it was made with."""
-    if has_files(source) and _known.get(lie := _as_they_lie(_files(source, image_column))) == fingerprint:
-        write_json(made / KNOWN, {"as_they_lie": lie, "fingerprint": fingerprint})
+    """Writes into a cache the state of the files whose `fingerprint` it is made with."""
+    if has_files(source) and _known.get(state := _state(_files(source, image_column))) == fingerprint:
+        write_json(made / KNOWN, {"state": state, "fingerprint": fingerprint})
 
 
-def _remembered(made: Path, files: Files, lie: str) -> str | None:
+def _remembered(made: Path, files: Files, state: str) -> str | None:
     if (made / KNOWN).is_file():
-        known = read_label(made / KNOWN, ("as_they_lie", "fingerprint"))
-        return str(known["fingerprint"]) if known["as_they_lie"] == lie else None
+        known = read_label(made / KNOWN, ("state", "fingerprint"))
+        return str(known["fingerprint"]) if known["state"] == state else None
     if not (made / "spec.json").is_file():
         return None
     # Caches of versions that knew pictures and shards by their sizes stay valid.
@@ -95,7 +96,7 @@ def _files(source: Source, image_column: str) -> Files:
     return [(name, file) for name, file in found if file.is_file()]
 
 
-def _as_they_lie(files: Files) -> str:
+def _state(files: Files) -> str:
     found = [(name, file.stat()) for name, file in files]
     return _hash([(name, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns) for name, at in found])
 
