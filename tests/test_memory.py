@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_pipeline
+from conftest import SMALL_UNETS
 
-from prunet import Teacher, derive, load_plan
+from prunet import derive, load_plan
 from prunet.denoisers.taps import tap
 from prunet.denoisers.unet2d import form as unet
 from prunet.denoisers.unet2d.attention import fast_attention
@@ -31,9 +31,10 @@ def peak(derived: Any, micro_batch: int = 2, accumulate: int = 1, **runtime: Any
 
 
 @pytest.fixture(scope="module")
-def derived(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = make_pipeline(tmp_path_factory.mktemp("memory") / "teacher", "sd")
-    return derive(Teacher(folder).unet_config, load_plan("bk-small"))
+def derived() -> Any:
+    stages = {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "block_out_channels": [16, 32]}
+    stages["up_block_types"] = ["UpBlock2D", "CrossAttnUpBlock2D"]
+    return derive(dict(unet.make_unet(SMALL_UNETS["sd"] | stages).config), load_plan("bk-small"))
 
 
 @pytest.mark.parametrize("half", [False, True])

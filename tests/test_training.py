@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from prunet import Teacher, UserError, build, derive, distil, load_plan
 from prunet.data.encoding import cache
+from prunet.evaluation.evaluation import denoiser_errors
 from prunet.recipe.recipe import Data, Losses, Stage
 from prunet.runtime import Runtime
 from prunet.student.student import state_hash
@@ -48,8 +49,20 @@ def losses(folder: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows]
 
 
-def test_stopped_and_resumed_equals_uninterrupted(sd, made, tmp_path, monkeypatch) -> None:
-    whole, _ = train(sd, made, tmp_path / "whole", saving=Saving(2))
+@dataclasses.dataclass
+class Trained:
+    folder: Path
+    student: UNet2DConditionModel
+
+
+@pytest.fixture(scope="module")
+def whole(sd, made, tmp_path_factory) -> Trained:
+    """An uninterrupted training with every checkpoint, to be compared with others; not to be written to."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return Trained(folder, train(sd, made, folder, saving=Saving(1, 9))[0])
+
+
+def test_stopped_and_resumed_equals_uninterrupted(sd, made, whole, tmp_path, monkeypatch) -> None:
     save = training.save
 
     def save_and_die(state, folder, step, *rest):
@@ -64,11 +77,11 @@ def test_stopped_and_resumed_equals_uninterrupted(sd, made, tmp_path, monkeypatc
     with (tmp_path / "parts" / "log.jsonl").open("a") as log:  # a row past the checkpoint, and one cut by the kill
         log.write('{"step": 5, "loss": 0}\n{"step": 6, "lo')
     parts, _ = train(sd, made, tmp_path / "parts", saving=Saving(2))
-    assert state_hash(parts) == state_hash(whole)
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert state_hash(parts) == state_hash(whole.student)
+    assert losses(tmp_path / "parts") == losses(whole.folder)
     last = "checkpoints/step-0000006"
     for name in ("student.safetensors", "ema.safetensors"):
-        a, b = (load_file(tmp_path / way / last / name) for way in ("whole", "parts"))
+        a, b = (load_file(folder / last / name) for folder in (whole.folder, tmp_path / "parts"))
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -118,25 +131,25 @@ def test_what_makes_it_fast_changes_no_loss(sd, made, tmp_path, precision, dtype
     assert plain[-1] < 0.9 * plain[0], "too little is learned for a fault in the optimizer to show"
 
 
-def test_micro_batches_change_nothing_but_rounding(sd, made, tmp_path) -> None:
-    train(sd, made, tmp_path / "one")
+def test_micro_batches_change_nothing_but_rounding(sd, made, whole, tmp_path) -> None:
     train(sd, made, tmp_path / "four", runtime=Runtime(device="cpu", precision="no", micro_batch=1, log_every=1))
-    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "four"), strict=True):
+    for a, b in zip(losses(whole.folder), losses(tmp_path / "four"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
 def test_gradient_checkpointing_changes_nothing_but_rounding(sd, made, tmp_path) -> None:
+    stage = STAGE.model_copy(update={"steps": 3})
     for plan in ("bk-small", "bk-tiny"):
-        train(sd, made, tmp_path / plan / "plain", plan=plan)
+        train(sd, made, tmp_path / plan / "plain", plan=plan, stage=stage)
         small = Runtime(device="cpu", precision="no", gradient_checkpointing=True, log_every=1)
-        train(sd, made, tmp_path / plan / "checkpointed", runtime=small, plan=plan)
+        train(sd, made, tmp_path / plan / "checkpointed", runtime=small, plan=plan, stage=stage)
         for a, b in zip(losses(tmp_path / plan / "plain"), losses(tmp_path / plan / "checkpointed"), strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
 def test_teacher_is_not_changed_and_student_learns(sd, made, tmp_path) -> None:
     untouched = state_hash(Teacher(sd).unet)
-    stage = STAGE.model_copy(update={"steps": 40, "learning_rate": 3e-3, "batch_size": 8, "caption_dropout": 0.0})
+    stage = STAGE.model_copy(update={"steps": 24, "learning_rate": 3e-3, "caption_dropout": 0.0})
     student, teacher = train(sd, made, tmp_path / "run", stage=stage)
     assert state_hash(teacher.unet) == untouched
     rows = losses(tmp_path / "run")
@@ -145,10 +158,10 @@ def test_teacher_is_not_changed_and_student_learns(sd, made, tmp_path) -> None:
     assert saved.keys() == student.state_dict().keys(), "the checkpoint holds something else than the student"
 
 
-def test_ema_is_the_average_of_the_student_by_hand(sd, made, tmp_path) -> None:
+def test_ema_is_the_average_of_the_student_by_hand(whole) -> None:
     """Recomputed from the student of every checkpoint, with diffusers' warm-up (1 + n) / (10 + n)."""
-    student, _ = train(sd, made, tmp_path / "run", saving=Saving(1, 9))
-    saved = [load_file(folder / "student.safetensors") for folder in checkpoints(tmp_path / "run")]
+    student = whole.student
+    saved = [load_file(folder / "student.safetensors") for folder in checkpoints(whole.folder)]
     average = saved[0]
     for n, weights in enumerate(saved[1:], 1):
         decay = min(0.9, (1 + n) / (10 + n))
@@ -158,17 +171,36 @@ def test_ema_is_the_average_of_the_student_by_hand(sd, made, tmp_path) -> None:
     assert not torch.equal(student.conv_in.weight, saved[-1]["conv_in.weight"])
 
 
+#: Enough to come nearer to the teacher, whose random weights say nothing of the noise that was drawn (`task`).
+LEARNING = Stage(
+    steps=12,
+    batch_size=4,
+    learning_rate=3e-4,
+    warmup_steps=0,
+    ema_decay=None,
+    caption_dropout=0.0,
+    losses=Losses(task=1e-6),
+)
+
+
+def distance(folder: Path, student: UNet2DConditionModel) -> float:
+    """From the teacher, of noisy latents that are the same each time."""
+    latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    error, power = denoiser_errors(Teacher(folder), student, ["a", "b", "c", "d"], latents, seed=0)
+    return (error.sum() / power.sum()).item()
+
+
 @pytest.mark.parametrize(("kind", "plan"), [("sd", "bk-tiny"), ("sdxl", "vega")])
 def test_bf16_trains_and_draws(kind, plan, request, pictures, tmp_path) -> None:
     teacher = Teacher(request.getfixturevalue(kind), dtype=torch.bfloat16)
-    made = cache(teacher, Data(source=str(pictures)), tmp_path / "cache")
+    made = cache(teacher, Data(source=str(pictures), limit=4), tmp_path / "cache")
     student = build(Teacher(request.getfixturevalue(kind)), load_plan(plan))
+    before = distance(request.getfixturevalue(kind), student)
     pairs = derive(teacher.unet_config, load_plan(plan)).pairs()
-    sheets = Sheets(teacher, tmp_path / "sheets", ["a"], 2, seed=1, size=16, steps=2)
+    sheets = Sheets(teacher, tmp_path / "sheets", ["a"], LEARNING.steps, seed=1, size=16, steps=1)
     runtime = Runtime(device="cpu", precision="bf16", log_every=1)
-    stage = STAGE.model_copy(update={"steps": 2})
-    distil(teacher, student, pairs, made, stage, tmp_path / "run", runtime=runtime, sheets=sheets)
-    assert all(row["loss"] > 0 for row in losses(tmp_path / "run"))
+    distil(teacher, student, pairs, made, LEARNING, tmp_path / "run", runtime=runtime, sheets=sheets)
+    assert distance(request.getfixturevalue(kind), student) < 0.7 * before
     assert student.dtype == torch.float32
     assert len(list((tmp_path / "sheets").iterdir())) == 2
 
@@ -200,7 +232,7 @@ def test_terms_of_the_empty_plan_vanish(sd, made, tmp_path) -> None:
     teacher = Teacher(sd)
     plan = load_plan([])
     student, pairs = build(teacher, plan), derive(teacher.unet_config, plan).pairs()
-    distil(teacher, student, pairs, made, STAGE, tmp_path / "run", seed=5, runtime=CPU)
+    distil(teacher, student, pairs, made, STAGE.model_copy(update={"steps": 1}), tmp_path / "run", seed=5, runtime=CPU)
     first = losses(tmp_path / "run")[0]
     assert first["output"] == pytest.approx(0, abs=1e-10)
     assert first["feature"] == pytest.approx(0, abs=1e-8)
@@ -250,8 +282,8 @@ def test_damaged_checkpoint_is_one_clear_line(sd, made, tmp_path) -> None:
 
 
 def test_only_the_last_checkpoints_are_kept(sd, made, tmp_path) -> None:
-    train(sd, made, tmp_path / "run", saving=Saving(1, 2))
-    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-0000005", "step-0000006"]
+    train(sd, made, tmp_path / "run", STAGE.model_copy(update={"steps": 3}), saving=Saving(1, 2))
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-0000002", "step-0000003"]
 
 
 def test_cache_of_another_teacher_is_refused(made, tmp_path) -> None:
@@ -260,15 +292,35 @@ def test_cache_of_another_teacher_is_refused(made, tmp_path) -> None:
         train(other, made, tmp_path / "run")
 
 
-def test_v_prediction_and_sdxl_train(pictures, tmp_path) -> None:
-    for kind, prediction, plan in (("sd", "v_prediction", "bk-tiny"), ("sdxl", "epsilon", "vega")):
-        folder = make_pipeline(tmp_path / kind, kind, prediction_type=prediction)
-        teacher = Teacher(folder)
-        made = cache(teacher, Data(source=str(pictures)), tmp_path / f"{kind}-cache")
-        train(folder, made, tmp_path / f"{kind}-run", plan=plan)
-        rows = losses(tmp_path / f"{kind}-run")
-        assert rows[-1]["step"] == 6
-        assert all(row["feature"] > 0 for row in rows)
+@pytest.mark.parametrize(
+    ("kind", "prediction", "plan"), [("sd", "v_prediction", "bk-tiny"), ("sdxl", "epsilon", "vega")]
+)
+def test_v_prediction_and_sdxl_train(kind, prediction, plan, pictures, tmp_path) -> None:
+    folder = make_pipeline(tmp_path / kind, kind, prediction_type=prediction)
+    teacher = Teacher(folder)
+    made = cache(teacher, Data(source=str(pictures), limit=4), tmp_path / "cache")
+    student, _ = train(folder, made, tmp_path / "run", plan=plan, stage=LEARNING)
+    before = build(teacher, load_plan(plan))
+    assert distance(folder, student) < 0.7 * distance(folder, before)
+    draws = [Draws(made, LEARNING, 5, 1000)[0, i] for i in range(4)]
+    latents, noise, t, text = (torch.stack([d[k] for d in draws]) for k in ("latents", "noise", "timestep", "embeds"))
+    scheduler = teacher.noise_scheduler
+    signal, sigma = (
+        x.view(-1, 1, 1, 1) for x in (scheduler.alphas_cumprod[t] ** 0.5, (1 - scheduler.alphas_cumprod[t]) ** 0.5)
+    )
+    added = (
+        {
+            "text_embeds": torch.stack([d["pooled"] for d in draws]),
+            "time_ids": torch.stack([d["time_ids"] for d in draws]),
+        }
+        if kind == "sdxl"
+        else None
+    )
+    with torch.no_grad():
+        said = before(signal * latents + sigma * noise, t, text, added_cond_kwargs=added).sample
+    target = noise if prediction == "epsilon" else signal * noise - sigma * latents  # of arXiv 2202.00512
+    first = losses(tmp_path / "run")[0]
+    assert first["task"] == pytest.approx((said - target).square().mean().item(), rel=1e-4)
 
 
 def test_draws_depend_on_step_and_position_alone(made) -> None:
@@ -314,10 +366,9 @@ def test_micro_batch_that_does_not_divide_is_refused(sd, made, tmp_path) -> None
         train(sd, made, tmp_path / "run", runtime=Runtime(device="cpu", precision="no", micro_batch=3))
 
 
-def test_average_that_waits_on_the_cpu_is_the_same(sd, made, tmp_path) -> None:
-    plain, _ = train(sd, made, tmp_path / "plain")
+def test_average_that_waits_on_the_cpu_is_the_same(sd, made, whole, tmp_path) -> None:
     offloaded, _ = train(sd, made, tmp_path / "offloaded", runtime=dataclasses.replace(CPU, offload_ema=True))
-    assert state_hash(offloaded) == state_hash(plain)
+    assert state_hash(offloaded) == state_hash(whole.student)
 
 
 def test_teacher_in_8_bits_teaches_nearly_the_same(sd, made, tmp_path) -> None:
@@ -379,15 +430,14 @@ def test_compiled_equals_plain(sd, made, tmp_path, monkeypatch, what) -> None:
         assert a == pytest.approx(b, rel=1e-5)
 
 
-def test_channels_last_changes_nothing_but_rounding(sd, made, tmp_path) -> None:
+def test_channels_last_changes_nothing_but_rounding(sd, made, whole, tmp_path) -> None:
     """Weights lie differently while they are trained; what is written does not show it, and a stopped run resumes."""
     fast = dataclasses.replace(CPU, channels_last=True)
-    train(sd, made, tmp_path / "plain", saving=Saving(3))
     train(sd, made, tmp_path / "fast", stage=STAGE.model_copy(update={"steps": 3}), saving=Saving(3))
     student, teacher = train(sd, made, tmp_path / "fast", runtime=fast, saving=Saving(3))
     for net in (student, teacher.unet):
         assert all(p.is_contiguous() for p in net.parameters())
-    for a, b in zip(losses(tmp_path / "plain"), losses(tmp_path / "fast"), strict=True):
+    for a, b in zip(losses(whole.folder), losses(tmp_path / "fast"), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
     again, _ = train(sd, made, tmp_path / "fast", stage=STAGE.model_copy(update={"steps": 7}))
     assert again.conv_in.weight.is_contiguous()
