@@ -11,6 +11,7 @@ from conftest import make_pipeline
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import default_collate
 
 from prunet import Teacher, UserError, build, derive, distil, load_plan
 from prunet.data.encoding import cache
@@ -302,22 +303,16 @@ def test_v_prediction_and_sdxl_train(kind, prediction, plan, pictures, tmp_path)
     student, _ = train(folder, made, tmp_path / "run", plan=plan, stage=LEARNING)
     before = build(teacher, load_plan(plan))
     assert distance(folder, student) < 0.7 * distance(folder, before)
-    draws = [Draws(made, LEARNING, 5, 1000)[0, i] for i in range(4)]
-    latents, noise, t, text = (torch.stack([d[k] for d in draws]) for k in ("latents", "noise", "timestep", "embeds"))
+    samples = Samples(made, LEARNING, 5, teacher.process)
+    batch = default_collate([samples[0, place] for place in range(4)])
+    latents, noise, t, known = (batch[key] for key in ("latents", "noise", "timestep", "condition"))
     scheduler = teacher.noise_scheduler
     signal, sigma = (
         x.view(-1, 1, 1, 1) for x in (scheduler.alphas_cumprod[t] ** 0.5, (1 - scheduler.alphas_cumprod[t]) ** 0.5)
     )
-    added = (
-        {
-            "text_embeds": torch.stack([d["pooled"] for d in draws]),
-            "time_ids": torch.stack([d["time_ids"] for d in draws]),
-        }
-        if kind == "sdxl"
-        else None
-    )
+    added = {"text_embeds": known["pooled"], "time_ids": known["time_ids"]} if kind == "sdxl" else None
     with torch.no_grad():
-        said = before(signal * latents + sigma * noise, t, text, added_cond_kwargs=added).sample
+        said = before(signal * latents + sigma * noise, t, known["prompt_embeds"], added_cond_kwargs=added).sample
     target = noise if prediction == "epsilon" else signal * noise - sigma * latents  # of arXiv 2202.00512
     first = losses(tmp_path / "run")[0]
     assert first["task"] == pytest.approx((said - target).square().mean().item(), rel=1e-4)
