@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,33 @@ def test_stopped_and_resumed_equals_uninterrupted(sd, made, whole, tmp_path, mon
     for name in ("student.safetensors", "ema.safetensors"):
         a, b = (load_file(folder / last / name) for folder in (whole.folder, tmp_path / "parts"))
         assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_with_a_checkpoint(number, sd, made, whole, tmp_path) -> None:
+    """It arrives while the sheet of step 3 is drawn."""
+
+    class Interrupts:
+        every = 3
+
+        def draw(self, step: int, student: UNet2DConditionModel) -> None:
+            if step == 3:
+                os.kill(os.getpid(), number)
+
+    def stopped(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, stopped)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(sd, made, tmp_path, sheets=Interrupts(), saving=Saving(100))
+        assert signal.getsignal(number) is stopped
+    finally:
+        signal.signal(number, before)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-0000003"]
+    again, _ = train(sd, made, tmp_path)
+    assert state_hash(again) == state_hash(whole.student)
+    assert losses(tmp_path) == losses(whole.folder)
 
 
 def plain_losses(sd: Path, made, stage: Stage, dtype: torch.dtype) -> list[float]:

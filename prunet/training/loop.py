@@ -142,12 +142,13 @@ def train(
                     with session.drawing(average=True) as net:
                         sheets.draw(done, net)
                 # Last, so that a run that resumes from this checkpoint has all that belongs to the steps before it.
-                if save:
+                if save := save or stop.asked:
                     session.save(done, saving.keep)
                 session.accelerator.wait_for_everyone()
                 sums.zero_()
                 since, clock = 0, time.perf_counter()
-                stop.check()
+                if save:
+                    stop.check()
     return session.finish()
 
 

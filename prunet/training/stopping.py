@@ -55,5 +55,6 @@ def stops_after_step() -> Iterator[Stop]:
         signal.signal(number, ask)
     try:
         yield stop
+        stop.check()  # it came after the last step
     finally:
         restore()
