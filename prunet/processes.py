@@ -68,7 +68,8 @@ def from_main(make: Callable[[], T]) -> T:
     state = PartialState()
     state.wait_for_everyone()
     value = [make() if state.is_main_process else None]
-    return broadcast_object_list(value)[0]  # type: ignore[return-value]
+    out: T = broadcast_object_list(value)[0]
+    return out
 
 
 def gather(mine: Sequence[tuple[int, *tuple[Any, ...]]]) -> list[Any]:

@@ -11,7 +11,8 @@ from rich.text import Text
 
 from prunet.denoisers.drawing import Drawing, Part, Stage
 from prunet.plan.derived import Derived
-from prunet.report import charts
+from prunet.plan.size import Size
+from prunet.words import number
 
 STAYS, GOES = "bold green", "red strike"
 #: Kind of part -> its sign where it stays and where it goes.
@@ -39,17 +40,17 @@ def draw_stairs(steps: Sequence[Derived], notes: Sequence[str]) -> RenderableTyp
     table.add_row("teacher", "", f"{teacher.parameters:,}", f"{teacher.macs / 1e9:,.4g}", _bar(1.0))
     gone: set[str] = set()
     lines = []
-    for number, (step, note) in enumerate(zip(steps, notes, strict=True), 1):
+    for count, (step, note) in enumerate(zip(steps, notes, strict=True), 1):
         size, new = step.student_size, set(step.removed) - gone
         share = _bar(size.parameters / teacher.parameters)
         table.add_row(
-            f"{number}: {note}",
+            f"{count}: {note}",
             Text(step.plan.name, style="bold"),
             f"{size.parameters:,}",
             f"{size.macs / 1e9:,.4g}",
             share,
         )
-        lines.append(f"  {number} removes {summary(new) or 'nothing more'}")
+        lines.append(f"  {count} removes {summary(new) or 'nothing more'}")
         gone |= new
     return Group(table, Text(), *map(Text, lines))
 
@@ -130,7 +131,7 @@ def _sizes(derived: Derived) -> Table:
     return table
 
 
-def _all(size: Any) -> float:
+def _all(size: Size) -> float:
     return (size.macs + size.attention_macs) / 1e9
 
 
@@ -157,7 +158,7 @@ def draw_estimate(this: Any, cost: dict[str, Any]) -> RenderableType:
         memory.add_row(name, f"{count / 2**30:8.2f} GiB", style="bold" if name == "total" else None)
     hours = cost["distil_hours"]
     time_text = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-    speed = charts.number(1 / cost["seconds_per_image"])
+    speed = number(1 / cost["seconds_per_image"])
     lines = Text.from_markup(
         f"[bold]Distillation[/]  {cost['images']:,} images, {speed} images/s measured on "
         f"{this.runtime.torch_device} ({this.runtime.mixed_precision}, micro-batch {cost['timed_micro_batch']}): "

@@ -129,8 +129,10 @@ class Cache:
 
         def row(name: str) -> Tensor:
             if f"{name}.{index}" in keys:  # with buckets each has its own size
-                return file.get_tensor(f"{name}.{index}").float()
-            return file.get_slice(name)[index : index + 1][0].float()
+                value: Tensor = file.get_tensor(f"{name}.{index}")
+            else:
+                value = file.get_slice(name)[index : index + 1][0]
+            return value.float()
 
         known = {name for name in keys if name.split(".")[0] not in ("mean", "std")}
         return Sample(row("mean"), row("std"), Condition({name: row(name) for name in sorted(known)}))

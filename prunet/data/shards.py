@@ -144,7 +144,7 @@ class _Member(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, *args: Any) -> "_Member":
-        member: _Member = super().frombuf(*args)  # type: ignore[assignment]
+        member: _Member = super().frombuf(*args)
         if member.type in EXTRA_HEADERS and member.size > MAX_HEADER:
             raise tarfile.ReadError(f"a header of {member.size:,} bytes")
         return member

@@ -205,4 +205,4 @@ def _label(path: Path) -> dict[str, str]:
         raise UserError(f"{path}: not readable as safetensors ({error})") from error
     if {"network", "preparation", "content"} - label.keys() or "features" not in names:
         raise UserError(f"{path}: not features that prunet saved (real.safetensors of a measuring)")
-    return label
+    return dict(label)

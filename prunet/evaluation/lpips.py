@@ -9,18 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from prunet.console import progress
 from prunet.data.pictures import BrokenPicture, make_picture
 from prunet.disk.files import write_json, write_text
 from prunet.errors import UserError
 from prunet.evaluation.evaluation import markdown
-from prunet.evaluation.networks import file_hash, pixels_of, read_weights, torch_fidelity
+from prunet.evaluation.networks import file_hash, instead, pixels_of, read_weights, torch_fidelity
 from prunet.evaluation.results import read_evaluation
 from prunet.intervals import mean_of
 
@@ -58,8 +57,8 @@ class Lpips:
         module = torch_fidelity("sample_similarity_lpips")
         # torch-fidelity would fetch both and unpickle them: it gets what was read here.
         with (
-            patch.object(module, "torchvision_load_pretrained_vgg16", lambda: _vgg(states["vgg"], weights["vgg"])),
-            patch.object(module, "load_state_dict_from_url", lambda *args, **options: states["lpips"]),
+            instead(module, "torchvision_load_pretrained_vgg16", lambda: _vgg(states["vgg"], weights["vgg"])),
+            instead(module, "load_state_dict_from_url", lambda *args, **options: states["lpips"]),
         ):
             try:
                 net = module.SampleSimilarityLPIPS("lpips-vgg16")
@@ -70,7 +69,8 @@ class Lpips:
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image], others: Sequence[Image.Image]) -> list[float]:
-        return self.net(*(pixels_of(p).to(self.device) for p in (pictures, others))).tolist()
+        distances: Tensor = self.net(*(pixels_of(p).to(self.device) for p in (pictures, others)))
+        return list(map(float, distances))
 
 
 def _vgg(state: Any, path: Path) -> nn.Module:
@@ -79,7 +79,7 @@ def _vgg(state: Any, path: Path) -> nn.Module:
 
     try:
         with torch.device("meta"):  # no time for weights that are replaced
-            net = vgg16()
+            net: Any = vgg16()
         convolutions = {name: value for name, value in state.items() if name.startswith("features.")}
         net.features.load_state_dict(
             {name.partition(".")[2]: value for name, value in convolutions.items()}, assign=True

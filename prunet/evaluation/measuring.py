@@ -31,7 +31,7 @@ from prunet.evaluation.extraction import FEWEST, Reference, drawn_shards, extrac
 from prunet.evaluation.metrics import Moments
 from prunet.evaluation.networks import INCEPTION_SOURCE, Clip, Inception
 from prunet.evaluation.protocol import NEED_REAL, Protocol, describe, differences, title_rows
-from prunet.intervals import Measure, mean_of
+from prunet.intervals import Array, Measure, mean_of
 from prunet.recipe.prompts import prompts_hash
 from prunet.runtime import Runtime
 from prunet.sampling.draw import SAMPLERS, open_model, set_sampler
@@ -207,14 +207,15 @@ def load_networks(
     return networks
 
 
-def _points(protocol: Protocol, features: metrics.Array) -> metrics.Array:
+def _points(protocol: Protocol, features: Array) -> Array:
     """Only the direction of CLIP's embeddings says what is in a picture; KID's kernel then is (cosine + 1)^3."""
     if protocol.features == "inception":
         return features
-    return features / np.linalg.norm(features, axis=1, keepdims=True) * np.sqrt(features.shape[1])
+    points: Array = features / np.linalg.norm(features, axis=1, keepdims=True) * np.sqrt(features.shape[1])
+    return points
 
 
-def measured(protocol: Protocol, found: Mapping[str, Mapping[str, metrics.Array]], real: Any) -> dict[str, Measure]:
+def measured(protocol: Protocol, found: Mapping[str, Mapping[str, Array]], real: Any) -> dict[str, Measure]:
     """The protocol's metrics from features by network; `real` as `Reference.features` gives it."""
     out, key = {}, "pool" if protocol.features == "inception" else "image"
     ours = _points(protocol, found[protocol.features][key]) if NEED_REAL & set(protocol.metrics) else np.zeros((0, 0))
@@ -269,7 +270,7 @@ def read_result(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder}: nothing measured there (no measures.json); `prunet measure` makes one")
     try:
-        result = read_json(path)
+        result: dict[str, Any] = read_json(path)
         numbers = [sum(found.values()) for _, _, found in title_rows(result)]
         complete = describe(result["protocol"]) and result["model"]["source"] and result["model"]["fingerprint"]
         if not complete or not numbers or not all(map(math.isfinite, numbers)):

@@ -121,17 +121,20 @@ def _distances(a: Array, b: Array) -> Array:
 
 def cosines(images: Array, texts: Array) -> Array:
     """(N,) of each picture's embedding with its own prompt's; CLIP score is their mean (https://arxiv.org/abs/2104.08718)."""
-    return (_unit(images) * _unit(texts)).sum(axis=1)
+    out: Array = (_unit(images) * _unit(texts)).sum(axis=1)
+    return out
 
 
 def retrieved(images: Array, texts: Array) -> Array:
     """(N,) 1.0 where the nearest of all prompts is the picture's own (equal prompts count as one)."""
     unique, own = np.unique(texts.round(5), axis=0, return_inverse=True)
-    return ((_unit(images) @ _unit(unique).T).argmax(axis=1) == own.reshape(-1)).astype(np.float64)
+    nearest = (_unit(images) @ _unit(unique).T).argmax(axis=1)
+    return np.asarray(nearest == own.reshape(-1), dtype=np.float64)
 
 
 def _unit(values: Array) -> Array:
-    return values / np.linalg.norm(values, axis=1, keepdims=True)
+    out: Array = values / np.linalg.norm(values, axis=1, keepdims=True)
+    return out
 
 
 # -- intervals

@@ -9,11 +9,11 @@ import importlib
 import importlib.util
 import io
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -81,10 +81,21 @@ class Inception:
         pixels = pixels_of(pictures).to(self.device)
         pool, logits = self.net(pixels)
         if self.preprocessing == "pytorch-fid":
-            name = "torch_fidelity.feature_extractor_inceptionv3.interpolate_bilinear_2d_like_tensorflow1x"
-            with patch(name, _resize_like_pytorch_fid):
+            module = torch_fidelity("feature_extractor_inceptionv3")
+            with instead(module, "interpolate_bilinear_2d_like_tensorflow1x", _resize_like_pytorch_fid):
                 pool, _ = self.net(pixels)
         return {"pool": pool.cpu(), "logits": logits.cpu()}
+
+
+@contextmanager
+def instead(module: Any, name: str, value: Any) -> Iterator[None]:
+    """While it lasts `module` finds `value` under `name`: torch-fidelity takes neither weights nor a resizing."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 def _resize_like_pytorch_fid(pixels: Tensor, size: tuple[int, int], **_: Any) -> Tensor:

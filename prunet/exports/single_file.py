@@ -26,7 +26,7 @@ def export_single_file(pipeline: Path | str, path: Path | str, *, fp16: bool = F
     verify(Path(pipeline), f"delete {pipeline} and export it again")
     source = Teacher(pipeline, dtype=torch.float16 if fp16 else torch.float32)
     encoders = {name: source.text_part(name) for name in source.text_encoders}
-    tensors = ldm.to_ldm(source.unet, source.vae, **encoders, dtype=source.dtype)  # type: ignore[arg-type]
+    tensors = ldm.to_ldm(source.unet, source.vae, **encoders, dtype=source.dtype)
     config = source.noise_scheduler.config
     marked, metadata = marks.mark(config, source.layout, path.stem, source.native_size)
     with new_file(path) as file:

@@ -54,7 +54,7 @@ def check_prompts(prompts: Sequence[str], where: str) -> None:
 def _column(path: Path, text: str, *, tabs: bool) -> list[str]:
     how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
     try:
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), **how))  # type: ignore[arg-type]
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), **how))
     except csv.Error as error:
         raise UserError(f"{path}: not readable as {path.suffix[1:].upper()}: {error}") from error
     if not rows:

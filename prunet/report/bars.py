@@ -29,7 +29,7 @@ class Bar:
     @property
     def reach(self) -> float:
         ends = [sum(length for _, length in self.segments), self.mark, self.track, *(self.whisker or ())]
-        return max(end for end in ends if end is not None)
+        return float(max(end for end in ends if end is not None))
 
 
 @dataclass(frozen=True)

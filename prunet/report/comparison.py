@@ -35,7 +35,7 @@ class Compared:
 
     @property
     def distance(self) -> dict[str, Any]:
-        return self.evaluation["distance"]["after"]
+        return dict(self.evaluation["distance"]["after"])
 
     @property
     def teacher(self) -> str:

@@ -207,7 +207,7 @@ def _kinds(rows: Sequence[Row], result: Mapping[str, Any]) -> Panel:
 
 def _macs(row: Row, result: Mapping[str, Any]) -> int:
     """Of a call: guidance doubles the batch."""
-    return 2 * row["batch_size"] * sum(result["models"][row["model"]]["macs"].values())
+    return int(2 * row["batch_size"] * sum(result["models"][row["model"]]["macs"].values()))
 
 
 def _mode(row: Row, rows: Sequence[Row]) -> str:

@@ -213,7 +213,8 @@ def logged_seconds(this: "Run", step: str) -> float:
     batch_size = this.recipe.stages[int(step.removeprefix("stage-")) - 1].batch_size
     rows = read_log(log)
     before = [0, *(row["step"] for row in rows)]
-    return sum(
+    seconds = (
         (row["step"] - b) * batch_size / max(row["images_per_s"], 1e-4)  # as many digits as the log has
         for row, b in zip(rows, before, strict=False)
     )
+    return float(sum(seconds))

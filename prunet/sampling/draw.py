@@ -113,13 +113,14 @@ def draw_latents(
             generator=generators,
             output_type="latent",
         )
-    for prompt, seed, latents in zip(prompts, seeds, result.images, strict=True):
-        if not latents.isfinite().all():
+    latents: Tensor = result.images
+    for prompt, seed, row in zip(prompts, seeds, latents, strict=True):
+        if not row.isfinite().all():
             raise UserError(
                 f"{prompt!r} (seed {seed}): what the U-Net drew is not finite in {dtype}, so it is no picture: "
                 f"{after_overflow(dtype)}"
             )
-    return result.images.float()
+    return latents.float()
 
 
 @torch.no_grad()
@@ -133,7 +134,8 @@ def decode(pipe: Any, latents: Tensor) -> list[Image.Image]:
     pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
     if not pixels.isfinite().all():
         raise UserError(f"What the VAE decoded is not finite in {vae.dtype}: {after_overflow(vae.dtype)}")
-    return pipe.image_processor.postprocess(pixels.float(), output_type="pil")
+    pictures: list[Image.Image] = pipe.image_processor.postprocess(pixels.float(), output_type="pil")
+    return pictures
 
 
 def open_model(

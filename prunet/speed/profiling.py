@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Mapping
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from prunet.plan.size import KINDS, kind_of
@@ -42,7 +43,7 @@ def _profile(call: Call, latency_ms: float, device: torch.device) -> dict[str, f
     parts = dict.fromkeys(PARTS, 0.0)
     for event in found.key_averages():
         # An operation's own line has its kernels' time, too; the kernels' lines would count it twice.
-        if event.device_type == torch.autograd.DeviceType.CPU:
+        if event.device_type == DeviceType.CPU:
             parts[kind_of(event.key)] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1000
     # A GPU's kernels are as fast when they are watched, only the way to them is slower; on a CPU everything is.
     whole_ms = latency_ms if cuda else watched_ms

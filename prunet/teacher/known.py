@@ -15,4 +15,6 @@ HUB_CONFIGS = {
 
 def layout_config(name: str) -> dict[str, Any]:
     """The U-Net config of a known layout: `sd-v1`, `sd-v2` (v2.1-base) or `sdxl`."""
-    return json.loads((resources.files("prunet.teacher") / "layouts" / f"{name}.json").read_text(encoding="utf-8"))
+    path = resources.files("prunet.teacher") / "layouts" / f"{name}.json"
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config

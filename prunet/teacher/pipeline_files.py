@@ -259,7 +259,7 @@ class PipelineFiles:
     @property
     def vae_scale(self) -> int:
         """Pixels to a latent, along one side."""
-        return 2 ** (len(self.part_config("vae")["block_out_channels"]) - 1)
+        return int(2 ** (len(self.part_config("vae")["block_out_channels"]) - 1))
 
     @property
     def native_size(self) -> int:

@@ -140,11 +140,12 @@ class Teacher(PipelineFiles):
             placing.check_finite(placed)
             path, key = placed.places[bad]
             raise UserError(f"{path}: {key} has numbers that {dtype} cannot hold: {after_overflow(dtype)}")
-        return freeze(module)
+        frozen: nn.Module = freeze(module)
+        return frozen
 
     @cached_property
     def unet(self) -> "UNet2DConditionModel":
-        return self._load("unet")  # type: ignore[return-value]
+        return self._load("unet")
 
     @cached_property
     def vae(self) -> "AutoencoderKL":
@@ -152,7 +153,7 @@ class Teacher(PipelineFiles):
         upcast = self.part_config("vae").get("force_upcast", False)
         vae = self._load("vae", torch.float32 if upcast else None)
         vae.enable_slicing()  # type: ignore[operator]  # one picture at a time: at 1024 px a batch would take many GB
-        return vae  # type: ignore[return-value]
+        return vae
 
     @cached_property
     def _text_parts(self) -> dict[str, Any]:
@@ -165,7 +166,8 @@ class Teacher(PipelineFiles):
 
     def text_part(self, name: str) -> nn.Module:
         """A text encoder by its name in the pipeline."""
-        return self._text_parts[name]
+        part: nn.Module = self._text_parts[name]
+        return part
 
     def release(self, *parts: str) -> None:
         """Forget loaded parts (`unet`, `vae`, `text`), so that their memory can be used for something else."""

@@ -21,7 +21,7 @@ def set_memory_format(form: torch.memory_format, nets: Iterable[Net], optimizer:
     are transposed on the way in and out. Values and shapes stay the same.
     """
     for net in nets:
-        net.to(memory_format=form)  # type: ignore[call-overload]
+        net.to(memory_format=form)
     for state in optimizer.state.values() if optimizer else ():
         state.update({key: value.to(memory_format=form) for key, value in state.items() if _is_kernel(value)})
     if ema:
@@ -45,7 +45,7 @@ def compiled_blocks(nets: Iterable[Net], on: bool) -> Iterator[None]:
     for net in nets:
         net.compile_repeated_blocks(dynamic=False)
     try:
-        with torch._dynamo.config.patch(recompile_limit=SHAPES):  # type: ignore[attr-defined]
+        with torch._dynamo.config.patch(recompile_limit=SHAPES):
             yield
     finally:
         for module in (module for net in nets for module in net.modules()):

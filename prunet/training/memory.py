@@ -1,7 +1,7 @@
 """Peak memory of a distillation step, from shapes: the step is gone through with tensors that have no contents."""
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class Living(TorchDispatchMode):
         self.now = self.most = 0
         self._storages: dict[int, Any] = {}
 
-    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for tensor in tree_leaves(out):
@@ -73,4 +73,4 @@ def step_memory(
         for _ in range(min(accumulate, 2)):  # the second one meets the gradients of the first
             loss().backward()
         gradients = sum(p.numel() * p.element_size() for p in student.parameters())
-    return max(0, living.most - gradients)
+    return max(0, int(living.most - gradients))

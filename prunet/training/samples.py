@@ -82,6 +82,6 @@ def batches(samples: Samples, start: int, micro_batch: int, rank: int = 0, ranks
 
     cuda = torch.cuda.is_available()
     try:
-        yield from DataLoader(samples, batch_sampler=places(), num_workers=4 if cuda else 0, pin_memory=cuda)  # type: ignore[arg-type]
+        yield from DataLoader(samples, batch_sampler=places(), num_workers=4 if cuda else 0, pin_memory=cuda)
     except UserError as error:  # of a worker, before whose message torch puts a traceback
         raise UserError(str(error).rpartition("prunet.errors.UserError: ")[2]) from error

@@ -48,7 +48,8 @@ class _Processor:
         parts = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         heads = Chunked.apply(*(part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts))
         out = attn.to_out[1](attn.to_out[0](heads.transpose(1, 2).flatten(2)))
-        return out / attn.rescale_output_factor
+        scaled: Tensor = out / attn.rescale_output_factor
+        return scaled
 
 
 class Chunked(torch.autograd.Function):
