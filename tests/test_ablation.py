@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import statistics
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,13 @@ def stop_after_the_first_arm(files: Path) -> dict[Path, int]:
 def resumed(tmp_path_factory: pytest.TempPathFactory, sd: Path, pictures: Path) -> Resumed:
     files = write_ablation(tmp_path_factory.mktemp("ablation"), sd, pictures)
     before = stop_after_the_first_arm(files)
-    load, loaded = Teacher._load, []
+    real, loaded = Teacher.unet, []
+    counted = cached_property(lambda teacher: loaded.append(teacher) or real.func(teacher))
+    counted.__set_name__(Teacher, "unet")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Teacher, "_load", lambda self, part, *rest: loaded.append(part) or load(self, part, *rest))
+        patch.setattr(Teacher, "unet", counted)
         result = ablate(*load_ablation(files / "ablation.yaml"), CPU)
-    return Resumed(files, before, result, loaded.count("unet"))
+    return Resumed(files, before, result, len(loaded))
 
 
 def assert_resumed(files: Path, before: dict[Path, int], result: dict[str, Any]) -> None:

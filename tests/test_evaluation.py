@@ -77,12 +77,11 @@ def test_denoiser_distance_by_hand(sd) -> None:
 
 
 def test_evaluation_does_not_depend_on_other_students(sdxl, tmp_path) -> None:
-    teacher = Teacher(sdxl)
+    teacher, spec = Teacher(sdxl), Evaluation(prompts=["a cat", "a dog"], steps=1, guidance_scale=3.0)
     cut = build(teacher, load_plan("vega"))
-    alone = evaluate(teacher, {"cut": cut}, SPEC, tmp_path / "a", size=16, seed=3)
-    beside = evaluate(
-        teacher, {"other": build(teacher, Plan("none")), "cut": cut}, SPEC, tmp_path / "b", size=16, seed=3
-    )
+    alone = evaluate(teacher, {"cut": cut}, spec, tmp_path / "a", size=16, seed=3)
+    other = build(teacher, load_plan("ssd-1b"))
+    beside = evaluate(teacher, {"other": other, "cut": cut}, spec, tmp_path / "b", size=16, seed=3)
     assert alone["distance"]["cut"] == beside["distance"]["cut"]
 
 

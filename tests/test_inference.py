@@ -189,7 +189,8 @@ def test_the_verb_says_the_same_as_its_files(capsys, sd, student, tmp_path) -> N
 
 
 def test_pipelines_are_refused_before_weights_load(sd, student, monkeypatch) -> None:
-    monkeypatch.setattr(Teacher, "_load", lambda *args, **options: pytest.fail("a weight was read"))
+    for part in ("unet", "vae", "text_part"):
+        monkeypatch.setattr(Teacher, part, property(lambda self: pytest.fail("a weight was read")))
     for models, options, message in (
         ([sd, student, sd], {}, "is given twice"),
         ([sd, student], {"size": 20}, "size: 20 is not a multiple of 16"),

@@ -80,13 +80,16 @@ def test_metadata_that_are_marks(single, metadata, said) -> None:
     assert [(mark.field, mark.value) for mark in read_marks(single(metadata=metadata)[0])] == ([said] if said else [])
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+SAYING = [
+    *[([name], {}, *said) for name, said in TENSORS.items()],
+    *[([], metadata, *said) for metadata, said in METADATA if said],
+]
+OF_SD = (SAYING[0], SAYING[1], SAYING[4])  # a tensor of each field that a config has, and metadata
+
+
 @pytest.mark.parametrize(
-    ("tensors", "metadata", "field", "value"),
-    [
-        *[([name], {}, *said) for name, said in TENSORS.items()],
-        *[([], metadata, *said) for metadata, said in METADATA if said],
-    ],
+    ("kind", "tensors", "metadata", "field", "value"),
+    [*[("sdxl", *case) for case in SAYING], *[("sd", *case) for case in OF_SD]],
 )
 def test_a_config_must_say_the_same(single, kind, tensors, metadata, field, value) -> None:
     """Whatever the mark: the config that agrees is taken; another is refused with both values and where they are."""
