@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from prunet import processes
 from prunet.console import Bar
+from prunet.denoisers.architecture import Net
 from prunet.disk.files import new_file
 from prunet.disk.seals import CHECKSUM, checksum
 from prunet.recipe.recipe import Evaluation
@@ -37,7 +37,7 @@ def batches(count: int) -> list[slice]:
 
 def draw_all(
     teacher: Teacher,
-    net: UNet2DConditionModel,
+    net: Net,
     prompts: Sequence[str],
     spec: Evaluation,
     folder: Path,

@@ -86,7 +86,8 @@ def _vgg(state: Any, path: Path) -> nn.Module:
         )
     except (RuntimeError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: not the weights of VGG16: take {SOURCES['vgg']}") from error
-    return nn.Module.float(net)
+    module: nn.Module = net
+    return module
 
 
 def add_lpips(folder: Path | str, lpips: Lpips) -> dict[str, Any]:
