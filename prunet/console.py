@@ -27,6 +27,7 @@ class _Printable(Console):
     """Obeys rich's own styles, and nothing that stands in a text: a file may be named so as to clear the screen."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """rich's segments, their texts made printable."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 

@@ -15,6 +15,7 @@ RESAMPLES = 2000  # of the bootstrap
 
 
 def parts_of(values: NDArray[Any], rows: int) -> list[NDArray[Any]]:
+    """`values` in pieces of `rows` rows."""
     return [values[at : at + rows] for at in range(0, len(values), rows)]
 
 
@@ -31,6 +32,7 @@ class Measure:
 
 
 def mean_of(values: Sequence[float] | Array) -> Measure:
+    """The mean of `values`, with its 95 % interval."""
     """Of one value a picture."""
     values = np.asarray(values, dtype=np.float64)
     return bootstrap(len(values), lambda which: values[which].mean(axis=-1))

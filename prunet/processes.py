@@ -22,6 +22,7 @@ PATIENCE = timedelta(hours=6)
 
 
 def count() -> int:
+    """The number of processes; 1 as a rule."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 

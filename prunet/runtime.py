@@ -41,6 +41,7 @@ class Runtime:
 
     @property
     def torch_device(self) -> torch.device:
+        """The device of this process: the best there is, if none was named."""
         kind = self.device or ("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
         if kind == "cuda" and processes.count() > 1:
             return torch.device("cuda", processes.local_rank())

@@ -23,10 +23,12 @@ def many(count: float, digits: int = 3) -> str:
 
 
 def percent(share: float) -> str:
+    """A share as a percentage: 12 %, 3.4 %."""
     return f"{100 * share:.0f} %" if share >= 0.095 or share == 0 else f"{100 * share:.1f} %"
 
 
 def duration(seconds: float) -> str:
+    """Seconds as s, min or h."""
     scale, unit = (3600, "h") if seconds >= 3600 else (60, "min") if seconds >= 60 else (1, "s")
     return f"{number(seconds / scale, 2)} {unit}"
 

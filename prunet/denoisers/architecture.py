@@ -137,6 +137,7 @@ class Architecture(ABC):
         return net
 
     def module_names(self, config: Config) -> list[str]:
+        """All modules of the model of `config`, by their dotted names."""
         return [name for name, _ in self.skeleton(config).named_modules() if name]
 
     def removed_parts(self, config: Config, patterns: Iterable[str]) -> dict[str, str]:

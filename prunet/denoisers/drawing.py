@@ -46,6 +46,7 @@ class Drawing:
 
     @property
     def stages(self) -> list[Stage]:
+        """All stages, row by row."""
         return [stage for row in self.rows for stage in row.stages]
 
     @property

@@ -26,22 +26,27 @@ class Derived:
 
     @property
     def architecture(self) -> Architecture:
+        """That of teacher and student."""
         return architecture_of(self.teacher_config)
 
     @property
     def student_config(self) -> dict[str, Any]:
+        """The stock config of the student."""
         return self.form.config
 
     @property
     def weight_map(self) -> dict[str, str]:
+        """Student parameter -> teacher parameter."""
         return self.form.weight_map
 
     @cached_property
     def teacher_size(self) -> Size:
+        """Of the teacher, at its native size."""
         return size_of(self.teacher_config)
 
     @cached_property
     def student_size(self) -> Size:
+        """Of the student, at its native size."""
         return size_of(self.student_config)
 
     @cached_property

@@ -40,10 +40,12 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
+        """A hash of the patterns; names and descriptions do not count."""
         return hashlib.sha256(json.dumps(list(self.remove)).encode()).hexdigest()[:16]
 
 
 def preset_names() -> list[str]:
+    """The plans that ship with prunet, by name."""
     files = resources.files("prunet.plan") / "presets"
     return sorted(Path(f.name).stem for f in files.iterdir() if f.name.endswith(".yaml"))
 

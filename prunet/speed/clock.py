@@ -109,6 +109,7 @@ def seconds_of(call: Call, device: torch.device) -> float:
 
 
 def device_name(device: torch.device) -> str:
+    """The name of a GPU, or a CPU's number of threads."""
     if device.type != "cpu":
         return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     threads = torch.get_num_threads()
@@ -116,6 +117,7 @@ def device_name(device: torch.device) -> str:
 
 
 def wait(device: torch.device) -> None:
+    """Until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -123,6 +125,7 @@ def wait(device: torch.device) -> None:
 
 
 def weights_mb(net: nn.Module) -> float:
+    """MiB of the parameters of `net`."""
     return sum(p.numel() * p.element_size() for p in net.parameters()) / 2**20
 
 
@@ -151,6 +154,7 @@ def working_mb(call: Call, device: torch.device) -> float | None:
 
 
 def resident_kb(field: str) -> int | None:
+    """KiB of memory that this process has, by a field of Linux's /proc/self/status; None elsewhere."""
     try:
         found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
     except OSError:

@@ -9,6 +9,7 @@ from prunet.errors import UserError
 
 
 def log_note(row: dict[str, Any]) -> str:
+    """What the progress bar says of a row of the log."""
     parts = [f"{name} {value:.4f}" for name, value in row.items() if name not in ("learning_rate", "images_per_s")]
     return "  ".join([*parts, f"{row['images_per_s']:.3g} images/s"])
 
@@ -23,6 +24,7 @@ class Log:
         self.path = path
 
     def write(self, row: dict[str, Any]) -> None:
+        """Appends a row."""
         with clear_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -82,6 +82,7 @@ class Session:
         return nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of `loss` () to those of the step."""
         self.accelerator.backward(loss)
 
     def step(self, learning_rate: float) -> Tensor:

@@ -13,13 +13,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stop:
-    """Whether a signal came, and what would have been done about it."""
+    """The signal that came, if one did."""
 
     def __init__(self) -> None:
         self._came: tuple[int, Any] | None = None
 
     @property
     def asked(self) -> bool:
+        """Whether a signal came."""
         return self._came is not None
 
     def check(self) -> None:

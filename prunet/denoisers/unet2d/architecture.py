@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from prunet.denoisers.architecture import Architecture, Config, Form, Net, check_shapes
 from prunet.denoisers.condition import Condition
@@ -26,16 +27,20 @@ class UNet2D(Architecture):
     blocks = ("ResnetBlock2D", "BasicTransformerBlock")
     parts_help = "stages, mid_block, their resnets, attentions, transformer_blocks"
 
+    @override
     def make(self, config: Config) -> Net:
         return form.make_unet(config)
 
+    @override
     def parts(self, config: Config) -> list[str]:
         return [name for name in self.module_names(config) if form.PART.fullmatch(name)]
 
+    @override
     def outline(self, config: Config) -> str:
         last = len(config["down_block_types"]) - 1
         return f"U-Net, whose stages are down_blocks.0 to .{last}, mid_block and up_blocks.0 to .{last}"
 
+    @override
     def form(self, config: Config, removed: Mapping[str, str]) -> Form:
         net = self.skeleton(config)
         student = form.student_config(config, net, removed)
@@ -43,33 +48,42 @@ class UNet2D(Architecture):
         weights = weight_map(net, left, mapping)
         return Form(student, mapping, weights, check_form(net, left, removed, mapping))
 
+    @override
     def pairs(self, teacher: Config, form: Form, level: Level) -> tuple[Pair, ...]:
         pairs = find_pairs(self.skeleton(teacher), self.skeleton(form.config), form.module_map, level)
         check_shapes(self, teacher, form.config, pairs)
         return tuple(pairs)
 
+    @override
     def loads_in(self, config: Config) -> dict[str, str]:
         return compatibility.loads_in(config, self.skeleton(config))
 
+    @override
     def works_with(self, teacher: Config, form: Form) -> dict[str, str]:
         return compatibility.works_with(self.skeleton(teacher), self.skeleton(form.config), form.module_map)
 
+    @override
     def drawing(self, config: Config, gone: Iterable[str]) -> Drawing:
         return draw_unet(self.skeleton(config), gone)
 
+    @override
     def native_latent_size(self, config: Config) -> tuple[int, int]:
         return inputs.native_latent_size(config)
 
+    @override
     def side_step(self, config: Config) -> int:
         return int(2 ** (len(config["block_out_channels"]) - 1))  # each stage but the last halves it
 
+    @override
     def example_inputs(self, config: Config, batch_size: int = 1, **given: Any) -> dict[str, Any]:
         return inputs.example_inputs(config, batch_size, **given)
 
+    @override
     def call(self, net: Any, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         out: Tensor = net(noisy, timestep, **inputs.arguments(condition), return_dict=False)[0]
         return out
 
+    @override
     def fast_attention(self, nets: Iterable[Net], device: torch.device, *, half: bool) -> AbstractContextManager[None]:
         return attention.fast_attention(nets, device, half=half)
 

@@ -61,6 +61,7 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The attention's output (B, H, N, d)."""
         keys, v = (k * k.shape[-1] ** -0.5).transpose(-1, -2).contiguous(), v.contiguous()
         out = torch.empty_like(q)
         for rows in _chunks(q, v):
@@ -71,6 +72,7 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of queries, keys and values."""
         q, keys, v, out, *kept = ctx.saved_tensors
         (grad,) = grads
         k, values = (x.transpose(-1, -2).contiguous() for x in (keys, v))  # k is scaled already

@@ -40,6 +40,7 @@ class Stage:
 
     @property
     def has_attention(self) -> bool:
+        """Whether its layers have attentions."""
         return any(layer.blocks is not None for layer in self.layers)
 
 

@@ -35,6 +35,7 @@ class Distillation:
         self.names = ("task", "output", *(f"feature/{pair.teacher}" for pair in pairs))
 
     def start(self, session: Session) -> None:
+        """Puts the teacher on the session's device."""
         runtime, device = session.runtime, session.device
         net = self._teacher.unet.to(device)
         if runtime.teacher_8bit or runtime.teacher_fp8:
@@ -52,6 +53,7 @@ class Distillation:
 
     @contextmanager
     def running(self) -> Iterator[None]:
+        """Catches the features of both."""
         used = self._stage.losses.feature > 0
         teacher_modules = [self.nets[0].get_submodule(pair.teacher) for pair in self._pairs]
         with tap(self._student_modules if used else []) as ours, tap(teacher_modules if used else []) as theirs:
@@ -62,6 +64,7 @@ class Distillation:
             set_memory_format(torch.contiguous_format, self.nets)
 
     def __call__(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the terms, and the terms (`Objective`)."""
         latents, noise, timestep, condition = (batch[k] for k in ("latents", "noise", "timestep", "condition"))
         weights, process, call = self._stage.losses, self._process, self._teacher.architecture.call
         noisy, target = process.add_noise(latents, noise, timestep), process.target(latents, noise, timestep)
@@ -91,6 +94,7 @@ class Distillation:
         return {"loss": total, "task": means["task"], "output": means["output"], "feature": feature}
 
     def blame(self) -> str | None:
+        """The teacher, if its own output is not finite."""
         if not self._session.accelerator.reduce(self._overflows, "sum"):
             return None
         dtype = self.nets[0].dtype
