@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prunet.data.cache import Cache
     from prunet.data.encoding import cache
+    from prunet.denoisers.architecture import Form
+    from prunet.denoisers.condition import Condition
+    from prunet.denoisers.pairs import Pair
     from prunet.errors import UserError
     from prunet.evaluation.evaluation import evaluate
     from prunet.evaluation.measuring import compare, measure
@@ -21,14 +24,16 @@ if TYPE_CHECKING:
     from prunet.exports.folder import export
     from prunet.plan.derived import Derived, derive
     from prunet.plan.plan import Plan, load_plan
-    from prunet.recipe.recipe import Recipe, load_recipe
+    from prunet.recipe.recipe import Data, Evaluation, Export, Losses, Recipe, Stage, load_recipe
     from prunet.runs.run import Run, run
     from prunet.runtime import Runtime
     from prunet.sampling.draw import generate
     from prunet.student.student import build
     from prunet.teacher.pickles import convert
     from prunet.teacher.teacher import Teacher
+    from prunet.training.checkpoints import Saving
     from prunet.training.loop import distil
+    from prunet.training.sheets import Sheets
 
 __version__ = "0.1.0"
 
@@ -52,6 +57,16 @@ _HOME = {
     "export": "exports.folder",
     "generate": "sampling.draw",
     "convert": "teacher.pickles",
+    "Condition": "denoisers.condition",
+    "Form": "denoisers.architecture",
+    "Pair": "denoisers.pairs",
+    "Data": "recipe.recipe",
+    "Stage": "recipe.recipe",
+    "Losses": "recipe.recipe",
+    "Evaluation": "recipe.recipe",
+    "Export": "recipe.recipe",
+    "Saving": "training.checkpoints",
+    "Sheets": "training.sheets",
     "Recipe": "recipe.recipe",
     "load_recipe": "recipe.recipe",
     "Runtime": "runtime",

@@ -184,6 +184,8 @@ class Sheet(Part):
 
 
 class Evaluation(Part):
+    """The held-out prompts that teacher and student draw, and how."""
+
     prompts: PathText | list[str] = Field(description="held-out prompts, or a text file with one a line")
     limit: Steps | None = None
     steps: DrawingSteps = 25
@@ -195,12 +197,16 @@ class Evaluation(Part):
 
 
 class Export(Part):
+    """What is written beside the stock pipeline folder."""
+
     fp16: bool = Field(default=False, description="the folder gets the fp16 variant as well; the single file is fp16")
     single_file: bool = Field(default=False, description="also write the original LDM layout as one file")
     license: str | None = Field(default=None, description="the student's licence: the teacher's, as a rule")
 
 
 class Recipe(Part):
+    """All that decides a student: one YAML page (docs/recipes.md)."""
+
     teacher: TeacherValue
     plan: PlanValue
     initialisation: Literal["inherited", "random"] = Field(

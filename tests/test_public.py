@@ -1,0 +1,34 @@
+"""The public names: each is documented, and with them all that they take and give can be named."""
+
+import inspect
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import prunet
+
+NAMES = [name for name in prunet.__all__ if name != "__version__"]
+
+
+def named(annotation: Any) -> Iterator[type]:
+    """The classes in an annotation."""
+    if isinstance(annotation, type) and not typing.get_args(annotation):
+        yield annotation
+    for inside in typing.get_args(annotation):
+        yield from named(inside)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_public_name_is_documented_with_all_that_it_takes_and_gives(name: str) -> None:
+    value = getattr(prunet, name)
+    assert value.__doc__, f"prunet.{name} has no docstring"
+    function = value.__init__ if inspect.isclass(value) else value
+    ours = {
+        cls.__name__
+        for annotation in typing.get_type_hints(function).values()
+        for cls in named(annotation)
+        if cls.__module__.startswith("prunet.")
+    }
+    assert ours <= set(prunet.__all__), f"prunet.{name} takes or gives what has no public name"
