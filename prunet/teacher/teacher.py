@@ -25,7 +25,7 @@ class Teacher(PipelineFiles):
     """A frozen Stable Diffusion pipeline.
 
     Args:
-        source, config, revision: where it lies (see `PipelineFiles`).
+        source, config, revision, only_form: where it lies, and what for it is opened (see `PipelineFiles`).
         device, dtype: where parts are put when they are loaded, and in which precision.
 
     Raises:
@@ -40,8 +40,9 @@ class Teacher(PipelineFiles):
         revision: str | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        only_form: bool = False,
     ) -> None:
-        super().__init__(source, config=config, revision=revision)
+        super().__init__(source, config=config, revision=revision, only_form=only_form)
         self.device, self.dtype = torch.device(device), dtype
 
     def check_weights(self, *, headers_only: bool = False) -> None:
@@ -50,11 +51,11 @@ class Teacher(PipelineFiles):
 
         `headers_only`: reads no weight and fetches nothing, and a folder may have configs alone, to look at a plan.
         """
-        parts: tuple[str, ...] = ("unet", "vae", *self.text_encoders)
+        parts = self.parts
         if headers_only:
             if self.file is None and not any(self.weights_here(part) for part in parts):
                 return
-            parts = parts if self._folder is not None else ("unet",)  # the other configs are on the hub
+            parts = parts if self._folder is not None else parts[:1]  # the other configs are on the hub
         else:
             self.configs()  # fetched where they are not here
         if self._folder is not None:
@@ -86,8 +87,9 @@ class Teacher(PipelineFiles):
         """Where each tensor of a part lies: in the single file, or in those of its folder. `model`: an empty one."""
         from prunet.teacher import ldm
 
-        if model is None:  # the U-Net's is there already where a plan was looked at
-            model = self.architecture.skeleton(self.unet_config) if part == "unet" else self._empty(part)
+        if model is None:  # the denoiser's is there already where a plan was looked at
+            is_denoiser = part == self.architecture.part
+            model = self.architecture.skeleton(self.unet_config) if is_denoiser else self._empty(part)
         if self.file is None:
             placed = placing.place(model, placing.headers(self.weight_files(part)))
             _tell(placed)
@@ -106,12 +108,13 @@ class Teacher(PipelineFiles):
         return placed
 
     def _empty(self, part: str) -> Any:
+        if part == self.architecture.part:
+            return self.architecture.empty(self.unet_config)
         where = f"{self.source}: {part}/config.json"
-        if part in ("unet", "vae"):
+        if part == "vae":
             import diffusers
 
-            config = self.unet_config if part == "unet" else self.part_config(part)
-            return placing.empty(getattr(diffusers, CLASSES[part]), config, where)
+            return placing.empty(getattr(diffusers, CLASSES[part]), self.part_config(part), where)
         import transformers
 
         cls = getattr(transformers, CLASSES[part])
@@ -134,7 +137,7 @@ class Teacher(PipelineFiles):
 
     @cached_property
     def unet(self) -> "UNet2DConditionModel":
-        return self._load("unet")  # type: ignore[return-value]
+        return self._load(self.architecture.part)  # type: ignore[return-value]
 
     @cached_property
     def vae(self) -> "AutoencoderKL":
