@@ -113,7 +113,11 @@ def build(
     opened.check_weights()
     save_unet(inherit(opened.unet, derived), output, "student")
     count = derived.student_size.parameters
-    say(as_json, {"output": str(output), "parameters": count}, f"{output}: a {derived.architecture.class_name} of {count:,} parameters")
+    say(
+        as_json,
+        {"output": str(output), "parameters": count},
+        f"{output}: a {derived.architecture.class_name} of {count:,} parameters",
+    )
 
 
 @app.command()

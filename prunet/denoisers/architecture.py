@@ -135,8 +135,8 @@ class Architecture(ABC):
             raise UserError(f"diffusers cannot make a {self.class_name} of this config: {error}") from error
 
     def empty(self, config: Config) -> Net:
-        """A model to be filled by assignment: its parameters are on the meta device, but what no state dict holds (tables
-        of positions) is real, as it would stay without contents.
+        """A model to be filled by assignment: its parameters are on the meta device; what no state dict holds, such as
+        tables of positions, is real, since nothing would fill it.
 
         Raises:
             UserError: diffusers cannot make it.

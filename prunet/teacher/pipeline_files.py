@@ -46,7 +46,7 @@ class PipelineFiles:
         config: for a single file: the folder or hub id with configs, tokenizers and scheduler. Without it, the folder
             `NAME.config` beside the file is used, else the hub.
         revision: of a hub id.
-        only_form: whether it is opened for plans and students alone, which prunet makes of more denoisers than it trains.
+        only_form: it is opened for plans and students alone, which prunet makes of more denoisers than it trains.
 
     Raises:
         UserError: nothing to open there, or nothing that prunet can compress.

@@ -30,12 +30,11 @@ def works_with(whole: Any, mapping: Mapping[str, str]) -> dict[str, str]:
     """
     moved = sum(ours != theirs for ours, theirs in mapping.items())
     takes = inspect.signature(whole.forward).parameters
-    out = {
-        "the teacher's LoRA": f"no: {moved} of {len(mapping)} blocks would get another block's delta, without an error; "
-        "carry it over: rename its blocks by the plan's weight map, and drop those that are gone"
-        if moved
-        else "yes"
-    }
+    why = (
+        f"no: {moved} of {len(mapping)} blocks would get another block's delta, without an error; carry it over: "
+        "rename its blocks by the plan's weight map, and drop those that are gone"
+    )
+    out = {"the teacher's LoRA": why if moved else "yes"}
     first = next(iter(mapping)).rpartition(".")[0]
     same = sum(name.startswith(f"{first}.") for name in mapping) == len(whole.get_submodule(first))
     if any("controlnet" in name for name in takes):

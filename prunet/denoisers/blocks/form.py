@@ -38,8 +38,11 @@ def kept_blocks(
 def weight_map(
     teacher: nn.Module, student: nn.Module, mapping: Mapping[str, str], removed: Mapping[str, str]
 ) -> dict[str, str]:
-    """Student parameter -> teacher parameter; each of the student has one, and each of the teacher but of what is removed
-    finds its place.
+    """Student parameter -> teacher parameter. Each of the student's has one, and each of the teacher's has a place, but
+    for those that are removed.
+
+    Raises:
+        UserError: one has not.
     """
     source = teacher.state_dict()
     out = {name: teacher_name(name, mapping) for name in student.state_dict()}
@@ -47,8 +50,8 @@ def weight_map(
         if (origin := source.get(out[name])) is None or origin.shape != tensor.shape:
             given = "nothing" if origin is None else f"{tuple(origin.shape)}"
             raise UserError(
-                f"diffusers has no form for this plan: the student's {name} is {tuple(tensor.shape)}, and the teacher has "
-                f"{given} for it ({out[name]}): keep {'.'.join(out[name].split('.')[:2])}"
+                f"diffusers has no form for this plan: the student's {name} is {tuple(tensor.shape)}, and the teacher "
+                f"has {given} for it ({out[name]}): keep {'.'.join(out[name].split('.')[:2])}"
             )
     used = set(out.values())
     if lost := next((name for name in source if name not in used and not is_within(name, set(removed))), None):

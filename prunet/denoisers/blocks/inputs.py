@@ -1,7 +1,7 @@
 """How each class of transformers is called: examples of its arguments.
 
-Sizes are those of latents, before they are packed into tokens. The number of text tokens is what the class's pipeline pads
-its prompts to, or reads at most.
+Sizes are those of latents, before they are packed into tokens. There are as many text tokens as the class's pipeline
+pads prompts to, or reads at most.
 """
 
 from collections.abc import Callable
