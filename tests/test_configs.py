@@ -77,7 +77,7 @@ def test_a_field_that_does_not_fit_is_one_line(file: str, sd: Path, tmp_path: Pa
                 teacher.check_weights()
                 pytest.fail(f"{field}: {value!r:.80} was taken")
             assert "\n" not in str(error.value)
-            named = (field, field.strip("_"), str(value), "U-Net", "scheduler")
+            named = (field, field.strip("_"), str(value), "UNet2DConditionModel", "U-Net", "scheduler")
             assert any(name in str(error.value) for name in named), f"{field}: {error.value}"
 
 

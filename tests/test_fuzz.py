@@ -19,6 +19,7 @@ import yaml
 from conftest import make_pictures, make_pipeline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_blocks import SMALL, make_folder
 
 from prunet import cli
 from prunet.runs import estimate
@@ -112,6 +113,7 @@ PROTOCOL: dict[str, Any] = {
     **{"steps": 2, "metrics": ["clip_score"], "clip": {"model": "x", "source": "t"}, "sampler": "ddim", "jpeg": 90},
 }
 PARTS = ("unet", "vae", "text_encoder")
+TRANSFORMERS = ("FluxTransformer2DModel", "SD3Transformer2DModel", "ZImageTransformer2DModel")
 CONFIGS = (*(f"{part}/config.json" for part in PARTS), "scheduler/scheduler_config.json", "model_index.json")
 
 
@@ -123,6 +125,7 @@ class Place:
         self.teacher = make_pipeline(folder / "sd", "sd")
         self.pictures = make_pictures(folder / "pictures", 3)
         (folder / "prompts.txt").write_text("a\nb\n")
+        self.transformers = {name: make_folder(folder / name, name) for name in TRANSFORMERS}
         self.configs = {name: json.loads((self.teacher / name).read_text()) for name in CONFIGS}
         self.recipe = copy.deepcopy(RECIPE)
         self.recipe["teacher"]["source"], self.recipe["data"]["source"] = str(self.teacher), str(self.pictures)
@@ -168,6 +171,15 @@ class Place:
             file.write_bytes(json.dumps(put(self.configs[name], path, new)).encode("utf-8", "surrogatepass"))
             check("inspect", self.teacher, "--json")
             self.estimate(self.write("r.yaml", yaml.safe_dump(self.recipe)))
+        finally:
+            file.write_text(before)
+
+    def transformer(self, name: str, key: str, new: Any) -> None:
+        file = self.transformers[name] / "transformer" / "config.json"
+        before = file.read_text()
+        try:
+            file.write_bytes(json.dumps({**json.loads(before), key: new}).encode("utf-8", "surrogatepass"))
+            check("inspect", self.transformers[name], "--json")
         finally:
             file.write_text(before)
 
@@ -247,6 +259,7 @@ def check(*args: object) -> None:
 
 #: Keys of configs that diffusers and transformers wrote.
 config_keys = [(name, (key,)) for name in CONFIGS for key in json.loads((HERE / "emoji/emoji-sd" / name).read_text())]
+transformer_keys = [(name, key) for name in TRANSFORMERS for key in ["_class_name", *SMALL[name][0]]]
 patterns = st.lists(
     st.text("down_blocks.upresntai*?[]{},0123!-", max_size=40)
     | st.sampled_from(["mid_block", "up_blocks.0", "down_blocks.*.attentions.1"]),
@@ -260,6 +273,7 @@ mutations = st.one_of(
     st.tuples(st.just("plan"), value),
     st.tuples(st.just("plan_patterns"), patterns),
     st.builds(lambda at, new: ("config", *at, new), st.sampled_from(config_keys), value),
+    st.builds(lambda at, new: ("transformer", *at, new), st.sampled_from(transformer_keys), value),
     st.tuples(st.just("protocol"), st.sampled_from(paths(PROTOCOL)), value),
     st.tuples(st.just("prompts"), st.sampled_from([".txt", ".csv", ".tsv", ""]), st.binary(max_size=60)),
     st.tuples(st.just("header"), st.integers(0, 300), st.binary(max_size=9), st.integers(0, 9)),

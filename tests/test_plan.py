@@ -142,7 +142,8 @@ PROGRAMS = ("diffusers", "diffusers, single file", "ComfyUI, single file")
 
 
 def test_every_preset_fits_a_layout_and_says_where_it_loads() -> None:
-    for name in preset_names():
+    of_transformers = {"flux-lite", "flux-mini", "amber-10b"}  # in test_blocks.py
+    for name in set(preset_names()) - of_transformers:
         layout = "sd-v1" if name.startswith("bk") else "sdxl"
         loads_in = plan_of(layout, name).loads_in
         assert {program: loads_in[program] for program in PROGRAMS} == dict.fromkeys(PROGRAMS, "yes")

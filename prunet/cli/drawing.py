@@ -12,7 +12,7 @@ from rich.text import Text
 from prunet.denoisers.drawing import Drawing, Part, Stage
 from prunet.plan.derived import Derived
 from prunet.plan.size import Size
-from prunet.words import number
+from prunet.words import many, number
 
 STAYS, GOES = "bold green", "red strike"
 #: Kind of part -> its sign where it stays and where it goes.
@@ -20,11 +20,12 @@ SIGNS = {"resnet": ("R", "r"), "attention": ("A", "a"), "downsampler": ("↓", "
 
 
 def draw_plan(derived: Derived, title: str) -> RenderableType:
-    """What the plan does to the teacher: the U-Net, the sizes, and where the student will load."""
+    """What the plan does to the teacher: the denoiser, the sizes, and where the student will load."""
+    drawing = derived.drawing()
     return Group(
         Rule(Text(title, style="bold"), align="left"),
-        Padding(_denoiser(derived.drawing()), (0, 0, 1, 0)),
-        Text.from_markup(_legend()),
+        Padding(_denoiser(drawing), (0, 0, 1, 0)),
+        Text.from_markup(_legend(drawing)),
         Text(),
         _sizes(derived),
         _programs(derived),
@@ -80,20 +81,23 @@ def _counted(found: Mapping[str, int]) -> str:
     return ", ".join(f"{n} {names[kind] if n > 1 else names[kind].removesuffix('s')}" for kind, n in found.items())
 
 
-def _legend() -> str:
+def _legend(drawing: Drawing) -> str:
+    if drawing.stages[0].is_list:
+        return f"[{STAYS}]0 1 2[/] blocks that stay, by their numbers, [{GOES}]·[/] one that goes"
     stays, goes = f"[{STAYS}]R A[/] stays", f"[{GOES}]r a[/] goes"
     return f"{stays}, {goes}  R resnet, A attention (A4/10: 4 of 10 blocks), ↓ ↑ resize"
 
 
 def _denoiser(drawing: Drawing) -> Table:
-    """Mirrored stages side by side, those without a mirror below."""
+    """Mirrored stages side by side, those without a mirror one below the other."""
     table = Table.grid(padding=(0, 1))
     for _ in range(5):
         table.add_column(no_wrap=True)
     for row in drawing.rows:
         cells: list[Text] = []
         for stage in row.stages:
-            cells += [_name(stage), *([] if cells else [Text(str(row.width), style="dim")]), _stage(stage)]
+            note = str(row.width) if row.width else "{} of {}\n{}".format(*stage.stays, many(stage.kept))
+            cells += [_name(stage), *([] if cells else [Text(note, style="dim")]), _stage(stage)]
         table.add_row(*cells)
     return table
 
@@ -103,12 +107,14 @@ def _name(stage: Stage) -> Text:
 
 
 def _stage(stage: Stage) -> Text:
-    """Its layers in order; what goes is also in lower case, for eyes and terminals without colour."""
-    return Text(" ").join(_mark(part) for layer in stage.layers for part in layer)
+    """Its layers in order; what goes is also in other signs, for eyes and terminals without colour."""
+    lines = [Text(" ").join(map(_mark, layer)) for layer in stage.layers]
+    return Text("\n" if stage.is_list else " ").join(lines)
 
 
 def _mark(part: Part) -> Text:
-    sign, sign_gone = SIGNS[part.kind]
+    number = part.name.rpartition(".")[2]
+    sign, sign_gone = SIGNS.get(part.kind, (f"{number:>2}", " ·"))
     if part.gone:
         return Text(sign_gone, style=GOES)
     depth, kept = len(part.blocks), sum(part.blocks)
@@ -122,11 +128,12 @@ def _sizes(derived: Derived) -> Table:
         table.add_column(column, justify="left" if not column else "right")
     teacher, student = derived.teacher_size, derived.student_size
     for label, a, b, form in (
-        ("U-Net parameters", teacher.parameters, student.parameters, "{:,.0f}"),
+        ("parameters", teacher.parameters, student.parameters, "{:,.0f}"),
         ("size in fp16 (MB)", teacher.parameters * 2 / 1e6, student.parameters * 2 / 1e6, "{:,.1f}"),
         ("MACs of a call (G)", teacher.macs / 1e9, student.macs / 1e9, "{:,.4g}"),
         ("  with attention's", _all(teacher), _all(student), "{:,.4g}"),
     ):
+        form = "{:,.0f}" if a >= 10_000 else form
         table.add_row(label, form.format(a), f"[bold]{form.format(b)}[/]", f"[cyan]{100 * b / a:.0f} %[/]")
     return table
 

@@ -41,7 +41,7 @@ def inspect(
             raise UserError(f"{teacher}: a recipe names its own plan and teacher.config: leave --plan and --config out")
         return _inspect_recipe(Path(teacher), as_json)
     chosen = Plan("none") if plan == "none" else load_plan(plan)
-    opened = Teacher(teacher, config=config)
+    opened = Teacher(teacher, config=config, only_form=True)
     derived = derive(opened.unet_config, chosen)
     opened.check_weights(headers_only=True)
     title = teacher if plan == "none" else f"{teacher} by {chosen.name}"
@@ -98,7 +98,7 @@ def build(
 ) -> None:
     """Make a student: what the plan leaves, with the teacher's weights, not yet distilled.
 
-    Writes a stock diffusers U-Net folder (load it with UNet2DConditionModel.from_pretrained).
+    Writes a stock diffusers folder of the denoiser (load it with its class: UNet2DConditionModel.from_pretrained).
     """
     from prunet.disk.ownership import check_place
     from prunet.plan.derived import derive
@@ -108,12 +108,16 @@ def build(
     from prunet.teacher.teacher import Teacher
 
     check_place(output, "student", "--output", [Path(teacher)])
-    opened = Teacher(teacher, config=config)
+    opened = Teacher(teacher, config=config, only_form=True)
     derived = derive(opened.unet_config, load_plan(plan))
     opened.check_weights()
     save_unet(inherit(opened.unet, derived), output, "student")
     count = derived.student_size.parameters
-    say(as_json, {"output": str(output), "parameters": count}, f"{output}: a U-Net of {count:,} parameters")
+    say(
+        as_json,
+        {"output": str(output), "parameters": count},
+        f"{output}: a {derived.architecture.class_name} of {count:,} parameters",
+    )
 
 
 @app.command()

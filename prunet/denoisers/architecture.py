@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from torch import Tensor
 
@@ -43,8 +44,13 @@ class Architecture(ABC):
     class_name: str  # diffusers' name of the class
     part: str  # the name of the denoiser's folder in a pipeline: `unet` or `transformer`
     levels: tuple[Level, ...]
-    blocks: tuple[str, ...]  # classes of the repeated blocks: what FSDP gathers together
     parts_help: str  # what a plan may name, for messages
+    only_form: bool = False  # whether prunet plans and builds its students, but cannot train or draw with it yet
+
+    @property
+    @abstractmethod
+    def blocks(self) -> tuple[str, ...]:
+        """Classes of the repeated blocks: what FSDP gathers together."""
 
     @abstractmethod
     def make(self, config: Config) -> Net:
@@ -128,6 +134,17 @@ class Architecture(ABC):
             return _skeleton(self, config_text(config))
         except Exception as error:  # of any kind: diffusers takes the values as they are
             raise UserError(f"diffusers cannot make a {self.class_name} of this config: {error}") from error
+
+    def empty(self, config: Config) -> Net:
+        """A model to be filled by assignment: its parameters are on the meta device; what no state dict holds, such as
+        tables of positions, is real, since nothing would fill it.
+
+        Raises:
+            UserError: diffusers cannot make it.
+        """
+        self.skeleton(config)
+        with init_empty_weights(include_buffers=False):
+            return self.make(config).eval()
 
     @quiet_libraries()
     def load(self, folder: Path) -> Net:

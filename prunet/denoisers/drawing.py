@@ -24,12 +24,23 @@ class Stage:
     parameters: int
     kept: int  # parameters that stay
 
+    @property
+    def is_list(self) -> bool:
+        """Whether it is a list of equal blocks, known by their numbers; its layers are then lines of them."""
+        return all(part.kind == "block" for layer in self.layers for part in layer)
+
+    @property
+    def stays(self) -> tuple[int, int]:
+        """How many of its parts stay, and how many there are."""
+        gone = [part.gone for layer in self.layers for part in layer]
+        return gone.count(False), len(gone)
+
 
 @dataclass(frozen=True)
 class Row:
     """Stages side by side: a down stage and its mirrored up stage, or one alone."""
 
-    width: int  # channels
+    width: int | None  # channels, where the stages differ in them
     stages: tuple[Stage, ...]
 
     @property

@@ -4,10 +4,63 @@ from collections.abc import Mapping
 from typing import Any
 
 from prunet.denoisers.architecture import Architecture
+from prunet.denoisers.blocks import inputs
+from prunet.denoisers.blocks.architecture import Blocks
 from prunet.denoisers.unet2d.architecture import UNET2D
 from prunet.errors import UserError
 
-ARCHITECTURES: tuple[Architecture, ...] = (UNET2D,)
+_DOUBLES_AND_SINGLES = {
+    "num_layers": ("transformer_blocks",),
+    "num_single_layers": ("single_transformer_blocks",),
+}
+_REFINERS = ("noise_refiner", "context_refiner")
+
+ARCHITECTURES: tuple[Architecture, ...] = (
+    UNET2D,
+    Blocks("FluxTransformer2DModel", _DOUBLES_AND_SINGLES, inputs.flux, packs=2),
+    Blocks("Flux2Transformer2DModel", _DOUBLES_AND_SINGLES, inputs.flux, packs=2),
+    Blocks(
+        "SD3Transformer2DModel",
+        {"num_layers": ("transformer_blocks",)},
+        inputs.sd3,
+        numbers="dual_attention_layers",
+        stays=lambda config, count: (count - 1,),
+        why=", but for the last one, which has another form",
+    ),
+    Blocks("QwenImageTransformer2DModel", {"num_layers": ("transformer_blocks",)}, inputs.qwen_image, packs=2),
+    Blocks(
+        "ZImageTransformer2DModel",
+        {"n_layers": ("layers",), "n_refiner_layers": (*_REFINERS, "siglip_refiner")},
+        inputs.z_image,
+        packs=2,
+    ),
+    Blocks("SanaTransformer2DModel", {"num_layers": ("transformer_blocks",)}, inputs.sana),
+    Blocks("PixArtTransformer2DModel", {"num_layers": ("transformer_blocks",)}, inputs.pixart),
+    Blocks("Lumina2Transformer2DModel", {"num_layers": ("layers",), "num_refiner_layers": _REFINERS}, inputs.lumina2),
+    Blocks(
+        "AuraFlowTransformer2DModel",
+        {"num_mmdit_layers": ("joint_transformer_blocks",), "num_single_dit_layers": ("single_transformer_blocks",)},
+        inputs.auraflow,
+    ),
+    Blocks("CogView4Transformer2DModel", {"num_layers": ("transformer_blocks",)}, inputs.cogview4),
+    Blocks("WanTransformer3DModel", {"num_layers": ("blocks",)}, inputs.wan, size=inputs.WAN_SIZE),
+    Blocks(
+        "WanVACETransformer3DModel",
+        {"num_layers": ("blocks",)},
+        inputs.wan,
+        size=inputs.WAN_SIZE,
+        numbers="vace_layers",
+        stays=lambda config, count: config["vace_layers"],
+        why=", but for those of vace_layers, to which its control adds",
+    ),
+)
+#: Classes that look like lists of blocks and of which none can go.
+REFUSED = {
+    "HunyuanDiT2DModel": "skip connections lead from its first blocks to its last ones, whose numbers say which",
+    "ChromaTransformer2DModel": "what modulates a block is found by the block's number",
+    "BriaFiboTransformer2DModel": "each of its blocks reads the text encoder's layer of the same number",
+    "HiDreamImageTransformer2DModel": "each of its blocks reads the text encoder's layer of the same number",
+}
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
@@ -17,8 +70,12 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         UserError: a class that prunet cannot compress.
     """
     name = config.get("_class_name", UNET2D.class_name)
+    if name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single":
+        name = "PixArtTransformer2DModel"  # as diffusers opens the configs of before 0.28
     for architecture in ARCHITECTURES:
         if architecture.class_name == name:
             return architecture
+    if name in REFUSED:
+        raise UserError(f"The denoiser is a {name}: no block of it can be removed, as {REFUSED[name]}")
     known = ", ".join(architecture.class_name for architecture in ARCHITECTURES)
     raise UserError(f"The denoiser is a {name}; prunet removes blocks of {known}")

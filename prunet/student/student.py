@@ -38,9 +38,8 @@ def random_student(derived: Derived, seed: int) -> Net:
 
 
 def _fill(derived: Derived, weights: Mapping[str, Tensor], origins: Mapping[str, str]) -> Net:
-    """Made on the meta device and filled by assignment, so no time goes into random weights."""
-    with torch.device("meta"):
-        student = derived.architecture.make(derived.student_config)
+    """Made empty and filled by assignment, so no time goes into random weights."""
+    student = derived.architecture.empty(derived.student_config)
     student.load_state_dict(
         {
             name: weights[origin].detach().to("cpu", torch.float32, copy=True).contiguous()

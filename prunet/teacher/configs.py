@@ -5,7 +5,7 @@ and size; a key that is not here is diffusers' own business, which is tried on t
 `prunet.denoisers.unet2d.form`) or when its scheduler is made.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +26,8 @@ Depths = Annotated[list[Depth | Annotated[list[Depth], Some]], Some]
 Truth = Annotated[bool, Field(strict=True)]
 #: Transformer blocks, or layers, on one side of a U-Net; SDXL has 60 at most if every layer had as many.
 DEEPEST = 300
+#: Of a transformer: more than its widths, tokens and positions.
+LARGEST = 100_000
 
 
 class _Fields(BaseModel):
@@ -96,6 +98,21 @@ class _UNet(_Fields):
         return self
 
 
+class _Transformer(_Fields):
+    """Of any class; how many blocks it may have says its architecture."""
+
+    name: str = Field(alias="_class_name")
+    sample_size: Annotated[int, Field(strict=True, ge=1, le=1024)] | None = None
+
+    @model_validator(mode="after")
+    def _bounded(self) -> "_Transformer":
+        for field, value in (self.model_extra or {}).items():
+            numbers = list(_numbers(value))
+            if len(numbers) > DEEPEST or not all(0 <= number <= LARGEST for number in numbers):
+                raise ValueError(f"{field}: not a number from 0 to {LARGEST:,}, or at most {DEEPEST} of them")
+        return self
+
+
 class _Vae(_Fields):
     sample_size: Count | None = None
     in_channels: Count = 3
@@ -136,6 +153,7 @@ class _Scheduler(_Fields):
 _CONFIGS: dict[str, type[_Fields]] = {
     "model_index": _Index,
     "unet": _UNet,
+    "transformer": _Transformer,
     "vae": _Vae,
     "text_encoder": _TextEncoder,
     "text_encoder_2": _TextEncoder,
@@ -186,3 +204,11 @@ def check_condition(unet: Mapping[str, Any], encoders: Sequence[Mapping[str, Any
 
 def _largest(depths: Any) -> int:
     return max(map(_largest, depths)) if isinstance(depths, list) else depths
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _numbers(item)

@@ -1,20 +1,26 @@
-"""The layouts that need no file: `sd-v1`, `sd-v2`, `sdxl`."""
+"""The layouts that need no file: configs of denoisers, as published."""
 
 import json
 from importlib import resources
 from typing import Any
 
-LAYOUTS = ("sd-v1", "sd-v2", "sdxl")
-# The configs and tokenizers of a bare single file come from the hub, from the repositories that diffusers names too.
-HUB_CONFIGS = {
+#: Name -> the repository whose `config.json` it is, without the fields that prunet and diffusers do not read.
+LAYOUTS = {
     "sd-v1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd-v2": "stabilityai/stable-diffusion-2-1-base",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
+    "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
+    "flux-dev": "black-forest-labs/FLUX.1-dev",
+    "qwen-image": "Qwen/Qwen-Image",
+    "z-image": "Tongyi-MAI/Z-Image-Turbo",
+    "sana-1.6b": "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+    "pixart-sigma": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
 }
 
 
 def layout_config(name: str) -> dict[str, Any]:
-    """The U-Net config of a known layout: `sd-v1`, `sd-v2` (v2.1-base) or `sdxl`."""
+    """The denoiser's config of a known layout: one of `LAYOUTS`."""
     path = resources.files("prunet.teacher") / "layouts" / f"{name}.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return config

@@ -16,7 +16,7 @@ from prunet.denoisers.known import architecture_of
 from prunet.errors import UserError
 from prunet.teacher import placing
 from prunet.teacher.configs import check_config, read_object
-from prunet.teacher.known import HUB_CONFIGS, LAYOUTS, layout_config
+from prunet.teacher.known import LAYOUTS, layout_config
 from prunet.teacher.weight_files import WEIGHTS, find_weights
 
 if TYPE_CHECKING:  # imported when used: a config can be read in a second, diffusers takes several
@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # imported when used: a config can be read in a second, diffu
 
 PIPELINES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
 CLASSES = {
-    "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
     "text_encoder": "CLIPTextModel",
     "text_encoder_2": "CLIPTextModelWithProjection",
@@ -40,6 +39,7 @@ class PipelineFiles:
         config: for a single file: the folder or hub id with configs, tokenizers and scheduler. Without it, the folder
             `NAME.config` beside the file is used, else the hub.
         revision: of a hub id.
+        only_form: it is opened for plans and students alone, which prunet makes of more denoisers than it trains.
 
     Raises:
         UserError: nothing to open there, or nothing that prunet can compress.
@@ -51,12 +51,14 @@ class PipelineFiles:
         *,
         config: str | Path | None = None,
         revision: str | None = None,
+        only_form: bool = False,
     ) -> None:
         self.source = str(source)
         self._revision = revision
         self.file: Path | None = None  # the weights, if they are one file
         self.hub: str | None = None  # the repository, if `_folder` is filled on demand
         self._folder: Path | None = None  # configs, tokenizers, scheduler; and the weights if not in `file`
+        self._part = "unet"  # the denoiser's folder in `_folder`
         self._fingerprints: dict[str, str] = {}
         path = Path(source)
         if path.is_file():
@@ -70,7 +72,7 @@ class PipelineFiles:
             self._folder = path
             self._read_index()
         elif self.source in LAYOUTS:
-            self.kind = "sdxl" if self.source == "sdxl" else "sd"
+            self.kind = "sdxl" if self.source == "sdxl" else "sd"  # of others nothing but their form is asked
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", self.source) and path.suffix != ".safetensors":
             self.hub = self.source
             self._folder = self.download("*.json", "*/*.json", "tokenizer*/*")
@@ -84,6 +86,11 @@ class PipelineFiles:
             raise UserError(
                 f"{self.source}: teacher.revision {revision!r} is of a repository of the hub, and this is none: leave "
                 "it out, or give the hub id"
+            )
+        if self.architecture.only_form and not only_form:
+            raise UserError(
+                f"{self.source}: its denoiser is a {self.architecture.class_name}, of which prunet plans and builds "
+                "students (prunet inspect, prunet build); it cannot train, draw, measure or export one yet"
             )
 
     def _open_file(self, path: Path, config: str | Path | None) -> None:
@@ -104,6 +111,11 @@ class PipelineFiles:
                 self.hub = str(config)
                 self._folder = self.download("*.json", "*/*.json", "tokenizer*/*")
             self._read_index()
+            if self.architecture.only_form:
+                raise UserError(
+                    f"{path}: prunet opens single files of SD v1, v2 and SDXL; give the "
+                    f"{self.architecture.class_name} as a diffusers folder"
+                )
             self._check_marks(path, str(config))
             return
         from prunet.teacher import ldm, marks
@@ -116,11 +128,11 @@ class PipelineFiles:
             )
         self.kind = "sdxl" if layout == "sdxl" else "sd"
         self._layout = layout
-        said = marks.check_marks(path, {}, f"the configs of {HUB_CONFIGS[layout]}", layout)
+        said = marks.check_marks(path, {}, f"the configs of {LAYOUTS[layout]}", layout)
         if layout == "sd-v2" and not any(mark.field == marks.PREDICTION for mark in said):
             raise UserError(
                 f"{path}: an SD v2 checkpoint that does not say what it predicts: give its configs with --config (in a "
-                f"recipe teacher.config), such as {HUB_CONFIGS['sd-v2']} (epsilon, 512 px)"
+                f"recipe teacher.config), such as {LAYOUTS['sd-v2']} (epsilon, 512 px)"
             )
         if missing := ldm.lacks(path, layout):
             raise UserError(f"{path} has no {missing}* in it, a part that {layout} needs: give the whole checkpoint")
@@ -141,11 +153,16 @@ class PipelineFiles:
         assert self._folder is not None
         index = read_object(self._folder / "model_index.json", f"{self._folder} is not a diffusers pipeline folder")
         check_config("model_index", index, self._folder / "model_index.json")
+        _check_names(index, self._folder / "model_index.json")
+        if index.get("transformer"):
+            self._part = self.kind = "transformer"
+            if self.architecture.part != self._part:
+                raise UserError(f"{self._folder}: a {self.architecture.class_name} in the folder {self._part}")
+            return
         name = index.get("_class_name")
         if not isinstance(name, str) or name not in PIPELINES:
             raise UserError(f"{self._folder}: a {name}; prunet compresses {' and '.join(PIPELINES)}")
         self.kind = PIPELINES[name]
-        _check_names(index, self._folder / "model_index.json")
         unet, vae = self.part_config("unet"), self.part_config("vae")
         if vae.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
             raise UserError(f"{self._folder}: its VAE is a {vae['_class_name']}; prunet knows AutoencoderKL")
@@ -176,7 +193,7 @@ class PipelineFiles:
         if self._folder is None:
             if self.file is None:
                 raise UserError(f"{self.source} is the name of a layout, without weights: give a checkpoint instead")
-            self.hub = self.hub or HUB_CONFIGS[self._layout]
+            self.hub = self.hub or LAYOUTS[self._layout]
             self._folder = self.download("*.json", "*/*.json", "tokenizer*/*")
         return self._folder
 
@@ -203,10 +220,10 @@ class PipelineFiles:
     def unet_config(self) -> dict[str, Any]:
         if self._folder is None:
             return layout_config(self._layout if self.file else self.source)
-        from diffusers import UNet2DConditionModel
+        import diffusers
 
-        config = self.part_config("unet")
-        known = placing.known_fields(UNet2DConditionModel, config)
+        config = self.part_config(self._part)
+        known = placing.known_fields(getattr(diffusers, architecture_of(config).class_name), config)
         ours = {key for key in config if key.startswith("_")} - {"_diffusers_version", "_name_or_path"}
         return {key: value for key, value in config.items() if key in known or key in ours}
 
@@ -268,7 +285,14 @@ class PipelineFiles:
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
+        if self.architecture.only_form:
+            return ()
         return ("text_encoder", "text_encoder_2") if self.kind == "sdxl" else ("text_encoder",)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Those whose weights prunet uses, the denoiser first."""
+        return (self.architecture.part, *(() if self.architecture.only_form else ("vae", *self.text_encoders)))
 
     # -- who it is, and its files
 
@@ -293,7 +317,7 @@ class PipelineFiles:
 
         It does not depend on where they lie: their order is that of their names in the folder, a single file last.
         """
-        parts = sorted(parts or ("unet", "vae", *self.text_encoders))
+        parts = sorted(parts or self.parts)
         digest, folder = hashlib.sha256(), self.configs()
         files = {p for part in parts for p in self._part_files(part)}
         for path in sorted(files, key=lambda p: (p == self.file, p if p == self.file else p.relative_to(folder))):

@@ -27,7 +27,7 @@ class Teacher(PipelineFiles):
     """A frozen Stable Diffusion pipeline.
 
     Args:
-        source, config, revision: where it lies (see `PipelineFiles`).
+        source, config, revision, only_form: where it lies, and what for it is opened (see `PipelineFiles`).
         device, dtype: where parts are put when they are loaded, and in which precision.
 
     Raises:
@@ -42,8 +42,9 @@ class Teacher(PipelineFiles):
         revision: str | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        only_form: bool = False,
     ) -> None:
-        super().__init__(source, config=config, revision=revision)
+        super().__init__(source, config=config, revision=revision, only_form=only_form)
         self.device, self.dtype = torch.device(device), dtype
 
     def check_weights(self, *, headers_only: bool = False) -> None:
@@ -53,17 +54,17 @@ class Teacher(PipelineFiles):
         Of a pipeline its index and its scheduler, too. `headers_only`: reads no weight and fetches nothing, and a
         folder may have configs alone, to look at a plan.
         """
-        parts: tuple[str, ...] = ("unet", "vae", *self.text_encoders)
+        parts = self.parts
         here = self.file is not None or any(self.weights_here(part) for part in parts)
         if not headers_only:
             self.configs()  # fetched where they are not here
-        if self._folder is not None and (here or self.hub):
+        if self._folder is not None and (here or self.hub) and not self.architecture.only_form:
             self.check_index()
             _ = self.noise_scheduler
         if headers_only:
             if not here:
                 return
-            parts = parts if self._folder is not None else ("unet",)  # the other configs are on the hub
+            parts = parts if self._folder is not None else parts[:1]  # the other configs are on the hub
         if self._folder is not None:
             for part in self.text_encoders:
                 self.vocabulary_files(part)
@@ -93,8 +94,9 @@ class Teacher(PipelineFiles):
         """Where each tensor of a part lies: in the single file, or in those of its folder. `model`: an empty one."""
         from prunet.teacher import ldm
 
-        if model is None:  # the U-Net's is there already where a plan was looked at
-            model = self.architecture.skeleton(self.unet_config) if part == "unet" else self._empty(part)
+        if model is None:  # the denoiser's is there already where a plan was looked at
+            is_denoiser = part == self.architecture.part
+            model = self.architecture.skeleton(self.unet_config) if is_denoiser else self._empty(part)
         if self.file is None:
             files = self.weight_files(part)
             placed = placing.place(model, placing.headers(files))
@@ -116,12 +118,13 @@ class Teacher(PipelineFiles):
         return placed
 
     def _empty(self, part: str) -> Any:
+        if part == self.architecture.part:
+            return self.architecture.empty(self.unet_config)
         where = f"{self.source}: {part}/config.json"
-        if part in ("unet", "vae"):
+        if part == "vae":
             import diffusers
 
-            config = self.unet_config if part == "unet" else self.part_config(part)
-            return placing.empty(getattr(diffusers, CLASSES[part]), config, where)
+            return placing.empty(getattr(diffusers, CLASSES[part]), self.part_config(part), where)
         import transformers
 
         cls = getattr(transformers, CLASSES[part])
@@ -145,7 +148,7 @@ class Teacher(PipelineFiles):
 
     @cached_property
     def unet(self) -> "UNet2DConditionModel":
-        return self._load("unet")
+        return self._load(self.architecture.part)
 
     @cached_property
     def vae(self) -> "AutoencoderKL":

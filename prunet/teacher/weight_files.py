@@ -8,6 +8,7 @@ from prunet.teacher.configs import read_object
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model",
+    "transformer": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
     "text_encoder_2": "model",

@@ -1,0 +1,147 @@
+"""How each class of transformers is called: examples of its arguments.
+
+Sizes are those of latents, before they are packed into tokens. There are as many text tokens as the class's pipeline
+pads prompts to, or reads at most.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: (height, width) of the latents of 480p, and their frames (81 of the video).
+WAN_SIZE, WAN_FRAMES = (60, 104), 21
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of what an example is made: latents (batch, channels, height, width), and where their zeros lie."""
+
+    batch: int
+    height: int
+    width: int
+    device: torch.device | str
+    dtype: torch.dtype
+
+    def zeros(self, *shape: int) -> Tensor:
+        """(batch, *shape)"""
+        return torch.zeros(self.batch, *shape, device=self.device, dtype=self.dtype)
+
+    def ids(self, count: int, axes: int) -> Tensor:
+        """Positions (count, axes) for the rope."""
+        return torch.zeros(count, axes, device=self.device, dtype=self.dtype)
+
+    @property
+    def packed(self) -> int:
+        """Tokens of 2x2 latents."""
+        return (self.height // 2) * (self.width // 2)
+
+
+Inputs = Callable[[Any, Shape], dict[str, Any]]
+
+
+def _guidance(config: Any, shape: Shape) -> dict[str, Any]:
+    return {"guidance": shape.zeros()} if config.guidance_embeds else {}
+
+
+def flux(config: Any, shape: Shape) -> dict[str, Any]:
+    axes = len(config.axes_dims_rope)
+    pooled = {"pooled_projections": shape.zeros(config.pooled_projection_dim)} if axes == 3 else {}
+    return {
+        "hidden_states": shape.zeros(shape.packed, config.in_channels),
+        "encoder_hidden_states": shape.zeros(512, config.joint_attention_dim),
+        "timestep": shape.zeros(),
+        "img_ids": shape.ids(shape.packed, axes),
+        "txt_ids": shape.ids(512, axes),
+        **pooled,
+        **_guidance(config, shape),
+    }
+
+
+def qwen_image(config: Any, shape: Shape) -> dict[str, Any]:
+    return {
+        "hidden_states": shape.zeros(shape.packed, config.in_channels),
+        "encoder_hidden_states": shape.zeros(512, config.joint_attention_dim),
+        "timestep": shape.zeros(),
+        "img_shapes": [[(1, shape.height // 2, shape.width // 2)]] * shape.batch,
+        **_guidance(config, shape),
+    }
+
+
+def sd3(config: Any, shape: Shape) -> dict[str, Any]:
+    return {
+        "hidden_states": shape.zeros(config.in_channels, shape.height, shape.width),
+        "encoder_hidden_states": shape.zeros(333, config.joint_attention_dim),  # 77 of CLIP, 256 of T5
+        "pooled_projections": shape.zeros(config.pooled_projection_dim),
+        "timestep": shape.zeros(),
+    }
+
+
+def sana(config: Any, shape: Shape) -> dict[str, Any]:
+    return {
+        "hidden_states": shape.zeros(config.in_channels, shape.height, shape.width),
+        "encoder_hidden_states": shape.zeros(300, config.caption_channels),
+        "timestep": shape.zeros(),
+        **_guidance(config, shape),
+    }
+
+
+def pixart(config: Any, shape: Shape) -> dict[str, Any]:
+    return {
+        "hidden_states": shape.zeros(config.in_channels, shape.height, shape.width),
+        "encoder_hidden_states": shape.zeros(300, config.caption_channels),
+        "timestep": shape.zeros(),
+        "added_cond_kwargs": {"resolution": shape.zeros(2), "aspect_ratio": shape.zeros(1)},
+    }
+
+
+def z_image(config: Any, shape: Shape) -> dict[str, Any]:
+    return {
+        "x": list(shape.zeros(config.in_channels, 1, shape.height, shape.width)),
+        "t": shape.zeros(),
+        "cap_feats": list(shape.zeros(512, config.cap_feat_dim)),
+    }
+
+
+def lumina2(config: Any, shape: Shape) -> dict[str, Any]:
+    mask = torch.ones(shape.batch, 256, device=shape.device, dtype=torch.bool)
+    if mask.is_meta:  # the model reads the number of tokens from it, which a tensor without contents cannot tell
+        mask.sum = lambda dim: torch.full((shape.batch,), 256)  # type: ignore[method-assign, assignment]
+    return {
+        "hidden_states": shape.zeros(config.in_channels, shape.height, shape.width),
+        "encoder_hidden_states": shape.zeros(256, config.cap_feat_dim),
+        "encoder_attention_mask": mask,
+        "timestep": shape.zeros(),
+    }
+
+
+def auraflow(config: Any, shape: Shape) -> dict[str, Any]:
+    return {
+        "hidden_states": shape.zeros(config.in_channels, shape.height, shape.width),
+        "encoder_hidden_states": shape.zeros(256, config.joint_attention_dim),
+        "timestep": shape.zeros(),
+    }
+
+
+def cogview4(config: Any, shape: Shape) -> dict[str, Any]:
+    return {
+        "hidden_states": shape.zeros(config.in_channels, shape.height, shape.width),
+        "encoder_hidden_states": shape.zeros(1024, config.text_embed_dim),
+        "timestep": shape.zeros(),
+        "original_size": shape.zeros(2),
+        "target_size": shape.zeros(2),
+        "crop_coords": shape.zeros(2),
+    }
+
+
+def wan(config: Any, shape: Shape) -> dict[str, Any]:
+    inputs = {
+        "hidden_states": shape.zeros(config.in_channels, WAN_FRAMES, shape.height, shape.width),
+        "encoder_hidden_states": shape.zeros(512, config.text_dim),
+        "timestep": shape.zeros(),
+    }
+    if "vace_in_channels" in config:
+        inputs["control_hidden_states"] = shape.zeros(config.vace_in_channels, WAN_FRAMES, shape.height, shape.width)
+    return inputs
