@@ -64,20 +64,20 @@ def test_sdxl_keeps_pooled_embeddings_and_micro_conditioning(sdxl, tmp_path) -> 
 def test_killed_and_given_again_ends_in_the_same_bytes(sd, pictures, tmp_path, small_shards, monkeypatch) -> None:
     data = Data(source=str(pictures), flip=True, crop="random", views=2)
     cache(Teacher(sd), data, tmp_path / "whole", seed=3)
-    write = latents._write
+    write = latents.write_shard
 
     def dies(path, *rest):
         if path.name == "shard-00003.safetensors":
             raise KeyboardInterrupt
         write(path, *rest)
 
-    monkeypatch.setattr(latents, "_write", dies)
+    monkeypatch.setattr(latents, "write_shard", dies)
     with pytest.raises(KeyboardInterrupt):
         cache(Teacher(sd), data, tmp_path / "parts", seed=3)
     assert not (tmp_path / "parts" / "cache.json").exists()
     with pytest.raises(UserError, match="no finished cache"):
         Cache.open(tmp_path / "parts")
-    monkeypatch.setattr(latents, "_write", write)
+    monkeypatch.setattr(latents, "write_shard", write)
     (tmp_path / "parts" / ".shard-00003.safetensors.part").write_bytes(b"half a shard")
     encoded = []
     teacher = Teacher(sd)

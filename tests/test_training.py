@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from prunet import Teacher, UserError, build, derive, distil, load_plan
 from prunet.data.encoding import cache
 from prunet.recipe.recipe import Data, Losses, Stage
+from prunet.recipe.values import Drawing
 from prunet.runtime import Runtime
 from prunet.student.student import state_hash
 from prunet.teacher.process import DDPM, min_snr_weight
@@ -164,7 +165,7 @@ def test_bf16_trains_and_draws(kind, plan, request, pictures, tmp_path) -> None:
     made = cache(teacher, Data(source=str(pictures)), tmp_path / "cache")
     student = build(Teacher(request.getfixturevalue(kind)), load_plan(plan))
     pairs = derive(teacher.unet_config, load_plan(plan)).pairs()
-    sheets = Sheets(teacher, tmp_path / "sheets", ["a"], 2, seed=1, size=16, steps=2)
+    sheets = Sheets(teacher, tmp_path / "sheets", ["a"], 2, seed=1, size=16, drawing=Drawing(steps=2))
     runtime = Runtime(device="cpu", precision="bf16", log_every=1)
     stage = STAGE.model_copy(update={"steps": 2})
     distil(teacher, student, pairs, made, stage, tmp_path / "run", runtime=runtime, sheets=sheets)

@@ -43,6 +43,7 @@ class Architecture(ABC):
     part: str  # the name of the denoiser's folder in a pipeline: `unet` or `transformer`
     levels: tuple[Level, ...]
     blocks: tuple[str, ...]  # classes of the repeated blocks: what FSDP gathers together
+    last_layer: str  # the module that gives the output
     parts_help: str  # what a plan may name, for messages
 
     @abstractmethod

@@ -34,7 +34,8 @@ from prunet.evaluation.protocol import NEED_REAL, Protocol, describe, difference
 from prunet.intervals import Measure, mean_of
 from prunet.recipe.prompts import prompts_hash
 from prunet.runtime import Runtime
-from prunet.sampling.draw import SAMPLERS, open_model, set_sampler
+from prunet.sampling.draw import open_model
+from prunet.sampling.samplers import SAMPLERS, set_sampler
 from prunet.sampling.shards import draw_shards
 from prunet.teacher.space import check_size
 from prunet.words import short
