@@ -163,7 +163,7 @@ def export(
     else:
         with nullcontext() if elsewhere else this.at_work():
             teacher, card = this.exported_teacher(), card_facts(this)
-            how = {"card": card, "fp16": fp16, "made_for": recipe.made_for, "what": what}
+            how = {"card": card, "fp16": fp16, "drawing": recipe.made_for, "what": what}
             written = export_folder(teacher, this.last_unet(), target, **how)
     size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.rglob("*.safetensors")))
     loads, works = this.derived.loads_in, this.derived.works_with

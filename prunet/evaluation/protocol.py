@@ -146,6 +146,12 @@ def title_rows(result: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, f
     return rows
 
 
+def subject(result: Mapping[str, Any]) -> str:
+    """The model of a result, and how it was drawn if not as the protocol says."""
+    model = result["model"]
+    return f"{model['source']} ({Drawing(**model['drawn'])})" if "drawn" in model else str(model["source"])
+
+
 def describe(protocol: Mapping[str, Any]) -> str:
     """A protocol, as a result stores it, in one line."""
     resized = f" resized to {protocol['resize']}" if protocol["resize"] else ""

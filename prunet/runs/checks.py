@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+
 from prunet.console import say
 from prunet.data.cache import read_spec
 from prunet.data.encoding import pictures_are_gone
@@ -17,6 +19,7 @@ from prunet.disk.reading import parse_yaml
 from prunet.errors import UserError
 from prunet.recipe.recipe import Recipe, read_prompts, recipe_yaml
 from prunet.runs.steps import check_replaceable
+from prunet.sampling.made_for import made_for
 from prunet.sampling.paths import check_jumps
 from prunet.sampling.samplers import check_sampler
 from prunet.student.student import check_steps
@@ -87,6 +90,9 @@ def _check_models(this: "Run") -> None:
         if data.source is None:
             check_sampler(teacher, "dpmsolver++", data.steps, "data")
     check_sampler(this.teachers[-1], evaluation.sampler, evaluation.steps, "evaluation")
+    own = made_for(this.teachers[-1])
+    if own and any(getattr(evaluation, key) != value for key, value in own):
+        say(f"[yellow]{escape(this.teachers[-1].source)} was made for {own},[/] and evaluation draws it otherwise")
     for number, stage in enumerate(this.recipe.stages):
         if stage.jumps:
             check_jumps(this.teachers[number], stage, f"stages.{number}")

@@ -314,7 +314,7 @@ class Run:
             self.folder / "pipeline",
             card=card_facts(self),
             fp16=options.fp16,
-            made_for=self.recipe.made_for,
+            drawing=self.recipe.made_for,
             what="export",
         )
         if options.single_file:
