@@ -1,4 +1,5 @@
 # make demo   sets up and runs the main job on what ships with the project
+# make demo-fast   the same, and the student draws in two steps without guidance
 # make test   sets up and runs the fast tests
 # make check  format, lint, types, which room may import which
 
@@ -6,7 +7,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-processes test-slow check format clean
+.PHONY: setup demo demo-fast test test-processes test-slow check format clean
 
 setup: $(VENV)/.done
 
@@ -24,6 +25,9 @@ $(VENV)/.done: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/prunet run recipes/demo.yaml --device cpu
+
+demo-fast: setup
+	$(BIN)/prunet run recipes/demo-fast.yaml --device cpu
 
 test: setup
 	$(BIN)/python -m pytest -n auto --dist worksteal

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from prunet.exports.folder import export
     from prunet.plan.derived import Derived, derive
     from prunet.plan.plan import Plan, load_plan
-    from prunet.recipe.recipe import Data, Evaluation, Export, Losses, Recipe, Stage, load_recipe
+    from prunet.recipe.recipe import Data, Evaluation, Export, Recipe, load_recipe
+    from prunet.recipe.stage import Losses, Stage
     from prunet.runs.run import Run, run
     from prunet.runtime import Runtime
     from prunet.sampling.draw import generate
@@ -61,8 +62,8 @@ _HOME = {
     "Form": "denoisers.architecture",
     "Pair": "denoisers.pairs",
     "Data": "recipe.recipe",
-    "Stage": "recipe.recipe",
-    "Losses": "recipe.recipe",
+    "Stage": "recipe.stage",
+    "Losses": "recipe.stage",
     "Evaluation": "recipe.recipe",
     "Export": "recipe.recipe",
     "Saving": "training.checkpoints",

@@ -77,8 +77,8 @@ class Bar:
         now = time.monotonic()
         if not console.is_terminal and self._text and now - self._printed > LINE_EVERY:
             of = ""
-            if self._total:  # at the pace since the line before
-                pace = (now - self._printed) / max(self._done - self._printed_at, 1e-9)
+            if self._total and self._done > self._printed_at:  # at the pace since the line before
+                pace = (now - self._printed) / (self._done - self._printed_at)
                 of = f" of {self._total:g}, {timedelta(seconds=round(pace * (self._total - self._done)))} left"
             self._printed, self._printed_at = now, self._done
             say(f"  {self._text}: {self._done:g}{of}  {self._note}")

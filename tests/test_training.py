@@ -19,6 +19,7 @@ from prunet import Teacher, UserError, build, derive, distil, load_plan
 from prunet.data.encoding import cache
 from prunet.evaluation.evaluation import denoiser_errors
 from prunet.recipe.recipe import Data, Losses, Stage
+from prunet.recipe.values import Drawing
 from prunet.runtime import Runtime
 from prunet.student.student import state_hash
 from prunet.teacher.process import DDPM, min_snr_weight
@@ -227,7 +228,7 @@ def test_bf16_trains_and_draws(kind, plan, request, pictures, tmp_path) -> None:
     student = build(Teacher(request.getfixturevalue(kind)), load_plan(plan))
     before = distance(request.getfixturevalue(kind), student)
     pairs = derive(teacher.unet_config, load_plan(plan)).pairs()
-    sheets = Sheets(teacher, tmp_path / "sheets", ["a"], LEARNING.steps, seed=1, size=16, steps=1)
+    sheets = Sheets(teacher, tmp_path / "sheets", ["a"], LEARNING.steps, seed=1, size=16, drawing=Drawing(steps=1))
     runtime = Runtime(device="cpu", precision="bf16", log_every=1)
     distil(teacher, student, pairs, made, LEARNING, tmp_path / "run", runtime=runtime, sheets=sheets)
     assert distance(request.getfixturevalue(kind), student) < 0.7 * before

@@ -167,7 +167,8 @@ def export(
     else:
         with nullcontext() if elsewhere else this.at_work():
             teacher, card = this.exported_teacher(), card_facts(this)
-            written = export_folder(teacher, this.last_unet(), target, card=card, fp16=fp16, what=what)
+            how = {"card": card, "fp16": fp16, "drawing": recipe.made_for, "what": what}
+            written = export_folder(teacher, this.last_unet(), target, **how)
     size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.rglob("*.safetensors")))
     loads, works = this.derived.loads_in, this.derived.works_with
     say(
@@ -205,13 +206,19 @@ def generate(
         "generated"
     ),
     num_images: Annotated[int, typer.Option("-n", "--num-images", min=1)] = 1,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = 25,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Sampling steps: 25, or those that the model was made for.")
+    ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option("--guidance-scale", "-g", min=0, help="7.5 by default; of a run that of its recipe.")
+        float | None,
+        typer.Option("--guidance-scale", "-g", min=0, help="7.5, or as it was made for; of a run that of its recipe."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
     size: Annotated[int | None, typer.Option(min=8, max=4096, help="Pixels; the model's own by default.")] = None,
-    sampler: Annotated[str, typer.Option(help="dpmsolver++, ddim, pndm, euler, euler-a or unipc.")] = "dpmsolver++",
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="dpmsolver++ (the default), ddim, ddim-trailing, pndm, euler, euler-a or unipc."),
+    ] = None,
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
@@ -234,9 +241,6 @@ def generate(
     check_writable(output.parent if one_file else output, "--output")
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise UserError(f"--guidance-scale {guidance_scale}: give a number, such as 7.5")
-    if guidance_scale is None:
-        is_run = (Path(model) / "recipe.yaml").is_file()
-        guidance_scale = open_recipe(Path(model), None).evaluation.guidance_scale if is_run else 7.5
     paths = [output] if one_file else [output / f"{seed + i:06d}.png" for i in range(num_images)]
     for path in paths:
         check_file(path, "--output", is_drawn)

@@ -137,7 +137,10 @@ def bench(
     batch_sizes: Annotated[
         list[int] | None, typer.Option("--batch-size", min=1, help="Pictures at once (1); may be given several times.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps, to add up the time of a picture.")] = 25,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="Sampling steps of a picture: 25, or those that a model was made for."),
+    ] = None,
     repeats: Annotated[
         int, typer.Option(min=3, help="Calls of each; the median counts. After a minute it stops early, never below 3.")
     ] = 15,
@@ -166,7 +169,7 @@ def bench(
     from prunet.disk.ownership import check_place, hold
     from prunet.report.speeds import markdown, write_speeds
     from prunet.speed.bench import bench as time_all
-    from prunet.speed.bench import check_compiler, open_pipelines
+    from prunet.speed.bench import check_compiler, drawings, open_pipelines
 
     if output is not None:
         check_place(output, "bench", "--output", map(Path, models))
@@ -178,7 +181,8 @@ def bench(
         open_pipelines(models, plans or (), size=size, config=config, **where),
         size=size,
         batch_sizes=list(dict.fromkeys(batch_sizes or [1])),
-        steps=steps,
+        drawn=drawings(models, config=config, steps=steps),
+        steps=steps or 25,
         repeats=repeats,
         compiled=compiled,
     )

@@ -3,8 +3,8 @@
 A cache folder holds `spec.json` (what it is made of), `source.json` (by which its pictures are known),
 `shard-00000.safetensors` ... (256 samples each: `mean` and `std` (N, 4, h, w) of the scaled latents, `prompt_embeds`
 (N, 77, D), for SDXL `pooled` (N, P) and `time_ids` (N, 6)), with `buckets` one `mean.I` and `std.I` a sample instead,
-because their sizes differ, `unconditional.safetensors`, and, once it is whole, `cache.json` with the number of samples,
-the pictures skipped and the number of captions cut.
+because their sizes differ, in a cache of paths `path` (`prunet.data.paths`), `unconditional.safetensors`, and, once it
+is whole, `cache.json` with the number of samples, the pictures skipped and the number of captions cut.
 A shard is whole or not there, and depends on nothing but the spec, so a killed run resumes at the first missing one. It
 carries a checksum, which a process verifies when it first reads it.
 """
@@ -91,8 +91,12 @@ class Cache:
     @property
     def latent_size(self) -> tuple[int, int]:
         """(h, w), with buckets the largest."""
-        sizes = [self.sample(group[0]).mean.shape for group in self.groups]
-        _, height, width = max(sizes, key=lambda shape: shape[1] * shape[2])
+        return max((self.size_of(group[0]) for group in self.groups), key=lambda size: size[0] * size[1])
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        """(h, w) of a sample."""
+        tensors = self._tensors(index)
+        height, width = tensors["path" if "path" in tensors else "mean"].shape[-2:]
         return height, width
 
     def check(self, teacher: Teacher) -> None:
@@ -122,6 +126,16 @@ class Cache:
         return {name: file.get_tensor(name).float() for name in file.keys() if name.split(".")[0] in stems}  # noqa: SIM118
 
     def sample(self, index: int) -> Sample:
+        tensors = self._tensors(index)
+        return Sample(tensors.pop("mean"), tensors.pop("std"), Condition(tensors))
+
+    def path(self, index: int) -> tuple[Tensor, Condition]:
+        """A teacher's way from noise to picture (steps + 1, C, h, w), and its condition; of a cache of paths."""
+        tensors = self._tensors(index)
+        return tensors.pop("path"), Condition(tensors)
+
+    def _tensors(self, index: int) -> dict[str, Tensor]:
+        """All that is stored of a sample, by name."""
         shard = bisect.bisect_right(self._ends, index)
         index -= self._ends[shard] - self.counts[shard]
         file = _opened(shard_path(self.folder, shard))
@@ -134,8 +148,7 @@ class Cache:
                 value = file.get_slice(name)[index : index + 1][0]
             return value.float()
 
-        known = {name for name in keys if name.split(".")[0] not in ("mean", "std")}
-        return Sample(row("mean"), row("std"), Condition({name: row(name) for name in sorted(known)}))
+        return {name: row(name) for name in sorted({key.split(".")[0] for key in keys})}
 
     @property
     def unconditional(self) -> Condition:

@@ -100,11 +100,11 @@ def _begin(teacher: Teacher, data: Data, folder: Path, spec: dict[str, Any]) -> 
     if data.source is not None:
         remember(data.source, folder, spec["content"], data.image_column)
     empty = teacher.encode_prompts([""], unconditional=True)
-    _write(folder / "unconditional.safetensors", empty, {}, ["the empty prompt"], teacher)
+    write_shard(folder / "unconditional.safetensors", empty, {}, ["the empty prompt"], teacher)
 
 
 def _finish(teacher: Teacher, data: Data, folder: Path, shards: int) -> None:
-    """Writes `cache.json`, by which the cache is whole, from the labels of all its shards."""
+    """Says which pictures were skipped and which captions cut, and finishes the cache."""
     labels = [shard_label(shard_path(folder, shard)) for shard in range(shards)]
     counts = [label["count"] for label in labels]
     skipped = [(key, why) for label in labels for key, why in label["skipped"]]
@@ -120,18 +120,18 @@ def _finish(teacher: Teacher, data: Data, folder: Path, shards: int) -> None:
             f"[yellow]{cut:,} of {sum(counts):,} captions are cut:[/] they are longer than the text encoder reads "
             f"('cut' in {escape(str(folder / 'cache.json'))})"
         )
+    finish_cache(folder, shards, source=data.source, skipped=skipped, cut=cut)
+
+
+def finish_cache(folder: Path, shards: int, **facts: Any) -> None:
+    """Writes `cache.json`, by which the cache is whole, from the labels of all its shards and `facts`."""
+    labels = [shard_label(shard_path(folder, shard)) for shard in range(shards)]
+    counts = [label["count"] for label in labels]
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, shape in enumerate(shape for label in labels for shape in label.get("sizes", [])):
         groups.setdefault(tuple(shape), []).append(number)
-    index: dict[str, Any] = {
-        "source": data.source,
-        "counts": counts,
-        "samples": sum(counts),
-        "skipped": skipped,
-        "cut": cut,
-        "groups": list(groups.values()),
-    }
-    write_json(folder / "cache.json", index)
+    about = {"counts": counts, "samples": sum(counts), "groups": list(groups.values())}
+    write_json(folder / "cache.json", {"source": None, "skipped": [], "cut": 0, **facts, **about})
 
 
 #: What can be taken over for a shard from the cache of another teacher.
@@ -180,7 +180,7 @@ def _encode_shard(
     tensors |= teacher.size_condition([(*f.original_size, *f.crop_top_left, *f.pixels.shape[1:]) for f in fitted])
     if data.buckets:
         label["sizes"] = [tensors[f"mean.{i}"].shape[1:] for i in range(len(fitted))]
-    _write(path, tensors, label, keys, teacher)
+    write_shard(path, tensors, label, keys, teacher)
 
 
 def _slices(count: int) -> list[slice]:
@@ -204,7 +204,7 @@ def _encode(teacher: Teacher, pixels: list[Tensor], buckets: bool) -> dict[str, 
 
 def _draw_prompts(teacher: Teacher, data: Data, folder: Path, size: int, seed: int, kept: Kept) -> int:
     """The teacher draws the prompts itself; the latents are its own, so their standard deviation is 0."""
-    from prunet.sampling.draw import set_sampler
+    from prunet.sampling.samplers import set_sampler
 
     assert data.prompts is not None
     prompts = read_prompts(data.prompts, data.limit)
@@ -222,7 +222,8 @@ def _draw_prompts(teacher: Teacher, data: Data, folder: Path, size: int, seed: i
                     rows.append(_draw_batch(teacher, pipe, data, group[at : at + ENCODE_BATCH], size, seed))
                     bar.advance(len(rows[-1]["mean"]))
                 texts = [text for _, _, text in group]
-                _write(path, _concat(rows), {"captions": texts, "skipped": [], "count": len(group)}, texts, teacher)
+                label = {"captions": texts, "skipped": [], "count": len(group)}
+                write_shard(path, _concat(rows), label, texts, teacher)
             else:
                 bar.advance(len(group))
     return len(starts)
@@ -250,7 +251,7 @@ def _concat(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
 
-def _write(
+def write_shard(
     path: Path, tensors: Mapping[str, Tensor], label: dict[str, Any], names: Sequence[str], teacher: Teacher
 ) -> None:
     """Stores in half precision, except micro-conditioning: half cannot hold every size in pixels.

@@ -44,6 +44,7 @@ class Architecture(ABC):
     class_name: str  # diffusers' name of the class
     part: str  # the name of the denoiser's folder in a pipeline: `unet` or `transformer`
     levels: tuple[Level, ...]
+    last_layer: str  # the module that gives the output
     parts_help: str  # what a plan may name, for messages
     only_form: bool = False  # whether prunet plans and builds its students, but cannot train or draw with it yet
 

@@ -21,6 +21,11 @@ class Condition(dict[str, Tensor]):
         kinds = {name: tensor.dtype if name in EXACT else dtype or tensor.dtype for name, tensor in self.items()}
         return Condition({n: t.to(device, kinds[n], non_blocking=non_blocking) for n, t in self.items()})
 
+    def without_prompt(self, empty: "Condition") -> "Condition":
+        """The same with the empty prompt's one row for each sample; sizes stay."""
+        same = {name: row.to(self[name]).expand_as(self[name]) for name, row in empty.items()}
+        return Condition({**self, **same})
+
     def row(self, number: int) -> "Condition":
         """That of one sample."""
         return Condition({name: tensor[number] for name, tensor in self.items()})

@@ -20,8 +20,9 @@ from prunet.console import Bar
 from prunet.denoisers.architecture import Net
 from prunet.disk.files import new_file
 from prunet.disk.seals import CHECKSUM, checksum
-from prunet.recipe.recipe import Evaluation
-from prunet.sampling.draw import decode, draw_latents, set_sampler
+from prunet.recipe.values import Drawing
+from prunet.sampling.draw import decode, draw_latents
+from prunet.sampling.samplers import set_sampler
 from prunet.student.student import state_hash
 from prunet.teacher.teacher import Teacher
 
@@ -39,7 +40,7 @@ def draw_all(
     teacher: Teacher,
     net: Net,
     prompts: Sequence[str],
-    spec: Evaluation,
+    how: Drawing,
     folder: Path,
     *,
     size: int,
@@ -51,8 +52,8 @@ def draw_all(
     Batches that an earlier call drew from the same inputs are read from `folder`, the others written there. Several
     processes share them out; each gets all.
     """
-    settings: dict[str, Any] = {"size": size, "steps": spec.steps, "guidance_scale": spec.guidance_scale}
-    made_by = [teacher.fingerprint(), state_hash(net), str(teacher.dtype), spec.sampler, settings]
+    settings: dict[str, Any] = {"size": size, "steps": how.steps, "guidance_scale": how.guidance_scale}
+    made_by = [teacher.fingerprint(), state_hash(net), str(teacher.dtype), how.sampler, settings]
     pipe: Any = None
     mine = []
     for rows in batches(len(prompts)):
@@ -62,7 +63,7 @@ def draw_all(
             made_from = hashlib.sha256(json.dumps([*made_by, texts, seeds]).encode()).hexdigest()
             drawn = _read(path, made_from)
             if drawn is None:
-                pipe = pipe or set_sampler(teacher.pipeline(unet=net), spec.sampler)
+                pipe = pipe or set_sampler(teacher.pipeline(unet=net), how.sampler)
                 latents = draw_latents(pipe, texts, seeds, **settings)
                 drawn = latents.cpu(), decode(pipe, latents)
                 _write(path, made_from, drawn)

@@ -21,6 +21,7 @@ from prunet.evaluation.drawing import batches, draw_all
 from prunet.intervals import Array, bootstrap, mean_of
 from prunet.plan.size import size_of
 from prunet.recipe.recipe import Evaluation, read_prompts
+from prunet.recipe.values import Drawing
 from prunet.speed import clock as bench
 from prunet.teacher.teacher import Teacher
 from prunet.training.sheets import grid
@@ -55,9 +56,12 @@ def evaluate(
     *,
     size: int,
     seed: int,
+    drawing: Drawing | None = None,
     protocol: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Draws held-out prompts with the teacher and each student (`before` and `after`, say) and compares.
+
+    `spec` says how the teacher is drawn, and the students unless `drawing` does.
 
     Writes into `folder`: `pictures/NAME/0000.png`, `sheet.png`, `evaluation.json` and `evaluation.md`, and returns
     what the JSON holds. Speed is that of the last student, in the teacher's precision. Several processes share out the
@@ -72,9 +76,10 @@ def evaluate(
     pictures: dict[str, list[Image.Image]] = {}
     with progress("Evaluating", len(prompts) * len(models)) as bar:
         for name, net in models.items():
+            how = spec if name == "teacher" else drawing or spec
             bar.advance(0, note=name)
             kept = folder / "drawn" / name
-            latents[name], pictures[name] = draw_all(teacher, net, prompts, spec, kept, size=size, seed=seed, bar=bar)
+            latents[name], pictures[name] = draw_all(teacher, net, prompts, how, kept, size=size, seed=seed, bar=bar)
     last = list(students)[-1]
     distances = {
         name: asdict(_distance(teacher, net, prompts, latents, pictures, name, seed))
@@ -91,6 +96,7 @@ def evaluate(
             "precision": str(teacher.dtype).removeprefix("torch."),
             **(protocol or {}),
         },
+        **({"drawn": drawing.model_dump(mode="json")} if drawing else {}),
         "sizes": {
             name: {k: v for k, v in asdict(size_of(dict(net.config))).items() if k != "latent_size"}
             for name, net in (("teacher", models["teacher"]), ("student", models[last]))
@@ -209,6 +215,11 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(row("peak memory of a call (MB)", (speeds[n]["peak_memory_mb"] for n in speeds), "{:.0f}"))
     distance = result["distance"]
     protocol = result["protocol"]
+    teachers = Drawing(**{key: protocol[key] for key in Drawing.model_fields})
+    if "drawn" in result:
+        students = Drawing(**result["drawn"])
+        calls = [how.steps * how.rows for how in (teachers, students)]
+        lines.append(row("samples through the U-Net for a picture", calls, "{:.0f}"))
     lines += [
         "",
         f"Latency: median of {speed['repeats']} calls in turn, batch {speed['batch_size']}, {speed['device']}, "
@@ -232,9 +243,11 @@ def markdown(result: dict[str, Any]) -> str:
             f"{d[key]:.4f} [{d['intervals'][key][0]:.4f}, {d['intervals'][key][1]:.4f}]" for d in distance.values()
         )
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"{protocol['sampler']}, {protocol['steps']} steps, guidance {protocol['guidance_scale']}, "
-        f"{protocol['size']} px, seed {protocol['seed']}, {protocol['precision']}.",
-    ]
+    lines += ["", f"{teachers}, {protocol['size']} px, seed {protocol['seed']}, {protocol['precision']}."]
+    if "drawn" in result:
+        lines += [
+            "",
+            f"The student is drawn as it was made for: {students}. Its denoiser is not meant to say what the teacher's "
+            "says in one call without guidance, so compare pictures.",
+        ]
     return "\n".join(lines) + "\n"

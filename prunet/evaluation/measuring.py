@@ -30,11 +30,14 @@ from prunet.evaluation import metrics
 from prunet.evaluation.extraction import FEWEST, Reference, drawn_shards, extract, gather, preparation, tag
 from prunet.evaluation.metrics import Moments
 from prunet.evaluation.networks import INCEPTION_SOURCE, Clip, Inception
-from prunet.evaluation.protocol import NEED_REAL, Protocol, describe, differences, title_rows
+from prunet.evaluation.protocol import NEED_REAL, Protocol, describe, differences, subject, title_rows
 from prunet.intervals import Array, Measure, mean_of
 from prunet.recipe.prompts import prompts_hash
+from prunet.recipe.values import Drawing
 from prunet.runtime import Runtime
-from prunet.sampling.draw import SAMPLERS, open_model, set_sampler
+from prunet.sampling.draw import open_model
+from prunet.sampling.made_for import made_for
+from prunet.sampling.samplers import SAMPLERS, set_sampler
 from prunet.sampling.shards import draw_shards
 from prunet.teacher.space import check_size
 from prunet.words import short
@@ -55,6 +58,8 @@ def measure(
 ) -> dict[str, Any]:
     """Draws the prompts with the pipeline at `model` and measures the pictures; returns what `measures.json` holds.
 
+    A pipeline that says how it has to be drawn is drawn so, whatever the protocol says: the result tells both.
+
     `beside`: the folder of the protocol's own files; `real`: a folder of pictures, features that an earlier measuring
     saved, or pytorch-fid's .npz (FID only); `weights`: files of `inception` and `clip`.
 
@@ -70,6 +75,8 @@ def measure(
     check_size(teacher, size, "size")
     if protocol.sampler not in SAMPLERS:
         raise UserError(f"protocol {protocol.name}: no sampler {protocol.sampler!r}: {', '.join(SAMPLERS)}")
+    how = made_for(teacher)
+    used = Drawing.model_validate((how or protocol).model_dump(include=set(Drawing.model_fields)))
     teacher.check_weights()
     _check_count(protocol, len(prompts))
     reference = Reference.open(protocol, real, beside)
@@ -77,7 +84,8 @@ def measure(
     drawing = {
         "model": teacher.fingerprint(),
         "prompts_sha256": prompts_hash(prompts),
-        **protocol.model_dump(include={"seed", "sampler", "steps", "guidance_scale", "precision", "jpeg"}),
+        **protocol.model_dump(include={"seed", "precision", "jpeg"}),
+        **used.model_dump(mode="json"),
         **{"size": size, "count": len(prompts)},
     }
     _check_folder(folder / "pictures", drawing)
@@ -101,12 +109,12 @@ def measure(
             if state.is_main_process:
                 theirs = reference.features(net, protocol, extracted, folder / "real.safetensors")
         paths = draw_shards(
-            lambda: set_sampler(teacher.pipeline(), protocol.sampler),
+            lambda: set_sampler(teacher.pipeline(), used.sampler),
             prompts,
             folder / "pictures",
             seed=protocol.seed,
-            steps=protocol.steps,
-            guidance_scale=protocol.guidance_scale,
+            steps=used.steps,
+            guidance_scale=used.guidance_scale,
             size=size,
             jpeg=protocol.jpeg,
             batch_size=batch_size,
@@ -125,7 +133,11 @@ def measure(
             raise UserError(f"{broken[0]} is not a number: too few pictures, or features that are not numbers")
         hashes = {name: net.hash for name, net in networks.items()}
         result = {
-            "model": {"source": short(str(model)), "fingerprint": drawing["model"]},
+            "model": {
+                "source": short(str(model)),
+                "fingerprint": drawing["model"],
+                **({"drawn": used.model_dump(mode="json")} if how else {}),
+            },
             "protocol": _as_used(protocol, drawing, hashes, reference.content if reference else None),
             "measures": numbers,
             "versions": {name: importlib.metadata.version(name) for name in ("prunet", "torch", "diffusers")},
@@ -292,6 +304,6 @@ def markdown(results: Sequence[Mapping[str, Any]]) -> str:
     lines.append("|---|" + "---:|" * len(columns))
     for result in results:
         row = [f"{c['value']:.4g} [{c['low']:.4g}, {c['high']:.4g}]" for _, _, c in title_rows(result)]
-        lines.append(f"| {result['model']['source']} | " + " | ".join(row) + " |")
+        lines.append(f"| {subject(result)} | " + " | ".join(row) + " |")
     lines += ["", f"{describe(protocol)}; in brackets 95 % intervals over the pictures drawn."]
     return "\n".join(lines) + "\n"

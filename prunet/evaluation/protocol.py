@@ -12,7 +12,8 @@ from pydantic import Field, ValidationError, model_validator
 from prunet.disk.reading import load_mapping
 from prunet.errors import UserError
 from prunet.recipe.prompts import prompts_hash, read_prompt_file
-from prunet.recipe.recipe import DrawingSteps, Integer, Part, Seed, Size, Steps, Weight, explain
+from prunet.recipe.recipe import explain
+from prunet.recipe.values import Drawing, Integer, Part, Seed, Size, Steps
 
 FOLDER = Path(__file__).parent / "protocols"
 #: They compare with pictures that are not generated.
@@ -48,7 +49,7 @@ class Clip(Part):
     file: str | None = None
 
 
-class Protocol(Part):
+class Protocol(Drawing):
     """What is drawn, how, and what it is compared with. `precision` is that of drawing."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -57,9 +58,6 @@ class Protocol(Part):
     prompts: Given
     seed: Seed = 0
     size: Size | None = Field(default=None, description="pixels; the model's own if not given")
-    sampler: str = "dpmsolver++"
-    steps: DrawingSteps = 25
-    guidance_scale: Weight = 7.5
     precision: Literal["no", "bf16", "fp16"] = "no"
     jpeg: Annotated[Integer, Field(ge=1, le=100)] | None = Field(
         default=None, description="quality with which pictures are stored, and stored again when resized; PNG if null"
@@ -146,6 +144,12 @@ def title_rows(result: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, f
             title = f"{clip['model']} score"
         rows.append((title, better, found))
     return rows
+
+
+def subject(result: Mapping[str, Any]) -> str:
+    """The model of a result, and how it was drawn if not as the protocol says."""
+    model = result["model"]
+    return f"{model['source']} ({Drawing(**model['drawn'])})" if "drawn" in model else str(model["source"])
 
 
 def describe(protocol: Mapping[str, Any]) -> str:

@@ -13,6 +13,8 @@ from prunet.denoisers.freeze import freeze
 from prunet.denoisers.known import architecture_of
 from prunet.disk.files import new_folder
 from prunet.exports.card import model_card, origin
+from prunet.recipe.values import Drawing
+from prunet.sampling.made_for import made_for, write_made_for
 from prunet.student.folder import write_unet
 from prunet.teacher.copying import save_parts
 from prunet.teacher.teacher import Teacher
@@ -25,13 +27,15 @@ def export(
     *,
     card: dict[str, Any] | None = None,
     fp16: bool = False,
+    drawing: Drawing | None = None,
     what: str = "pipeline",
 ) -> Path:
     """Writes `student` with the teacher's other parts as a stock pipeline folder, and opens it again to be sure.
 
     The other parts' weights are the teacher's, byte for byte. `fp16` adds the half-precision variant of the U-Net, the
-    VAE and the text encoders (`from_pretrained(..., variant="fp16")`). `card` fills the model card (`card.md.j2`). The
-    folder is sealed as a `what` of prunet's; one that was there is replaced.
+    VAE and the text encoders (`from_pretrained(..., variant="fp16")`). `drawing` says how the student has to be drawn,
+    if not as the teacher. `card` fills the model card (`card.md.j2`). The folder is sealed as a `what` of prunet's; one
+    that was there is replaced.
 
     Raises:
         UserError: no space, or no permission.
@@ -40,10 +44,14 @@ def export(
     folder = Path(folder)
     with new_folder(folder, what) as part:
         save_parts(teacher, part)
+        if drawing:
+            write_made_for(part, drawing)
         write_unet(student, part / "unet")
         if fp16:
             _write_fp16(part, teacher)
-        (part / "README.md").write_text(model_card(card or origin(teacher)), encoding="utf-8")
+        (part / "README.md").write_text(
+            model_card({**(card or origin(teacher)), "made_for": drawing or made_for(teacher)}), encoding="utf-8"
+        )
         check_export(part, student)
     return folder
 

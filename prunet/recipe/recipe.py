@@ -8,75 +8,20 @@ import copy
 import difflib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from prunet.denoisers.pairs import Level
 from prunet.disk.reading import DEEPEST, load_mapping, parse_yaml
 from prunet.errors import UserError
-from prunet.plan.plan import Plan, load_plan, preset_names
+from prunet.plan.plan import Plan
 from prunet.recipe.prompts import check_prompts, read_prompt_file
-
-
-def _no_truth(value: Any) -> Any:
-    if isinstance(value, bool):  # which Python takes for 1 and 0
-        raise ValueError(f"give a number, not {str(value).lower()}")
-    return value
-
-
-#: A path in a recipe, or what stands in its place (a hub's id): `~` is the user's home folder.
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
-Integer = Annotated[int, BeforeValidator(_no_truth)]
-Number = Annotated[float, BeforeValidator(_no_truth)]
-Steps = Annotated[Integer, Field(ge=1, le=1_000_000_000)]
-#: Of a sampler: no schedule of Stable Diffusion has more.
-DrawingSteps = Annotated[Integer, Field(ge=1, le=1000)]
-#: What is made of each picture or prompt.
-Copies = Annotated[Integer, Field(ge=1, le=1000)]
-Size = Annotated[Integer, Field(ge=8, le=4096)]
-Seed = Annotated[Integer, Field(ge=0, le=2**62)]
-Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
-Weight = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[Number, Field(ge=0, lt=1, allow_inf_nan=False)]
-
-
-class Part(BaseModel):
-    """A part of a recipe: unknown keys are refused, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class TeacherSource(Part):
-    source: PathText = Field(description="diffusers folder, .safetensors file or hub id")
-    config: PathText | None = Field(
-        default=None, description="for a single file: folder or hub id with configs and tokenizers"
-    )
-    revision: str | None = Field(default=None, description="of a hub id")
-
-
-def _read_teacher(value: Any) -> Any:
-    return {"source": value} if isinstance(value, str) else value
-
-
-#: A teacher in a recipe: its source alone, or a mapping.
-TeacherValue = Annotated[TeacherSource, BeforeValidator(_read_teacher)]
-
+from prunet.recipe.stage import Losses, PlanValue, Stage, TeacherSource, TeacherValue
+from prunet.recipe.values import Copies, Drawing, DrawingSteps, Integer, Part, PathText, Seed, Size, Steps, Weight
 
 #: What has a meaning for pictures only, and for prompts only.
 OF_PICTURES = ("crop", "flip", "buckets", "views", "image_column", "caption_column")
@@ -123,59 +68,6 @@ class Data(Part):
         return self
 
 
-class Losses(Part):
-    """Weights of the three terms (arXiv 2305.15798, equation 4), and what the feature term is made of."""
-
-    task: Weight = 1.0
-    output: Weight = 1.0
-    feature: Weight = 1.0
-    level: Level = Field(default="block", description="which modules are compared: see docs/recipes.md")
-    normalize: bool = Field(default=False, description="divide each feature term by the teacher's mean square")
-    weights: dict[str, Weight] = Field(
-        default={}, max_length=1000, description="pattern over the teacher's names: factor of its terms"
-    )
-
-    @model_validator(mode="after")
-    def _some(self) -> "Losses":
-        if not (self.task or self.output or self.feature):
-            raise ValueError("at least one weight must be above 0")
-        return self
-
-
-def _read_plan(value: Any) -> Plan:
-    if not isinstance(value, Plan | str | list | Mapping):
-        raise ValueError(f"a preset's name ({', '.join(preset_names())}), a file, or a list of patterns")
-    return load_plan(os.path.expanduser(value) if isinstance(value, str) else value)
-
-
-def _write_plan(plan: Plan) -> dict[str, Any]:
-    return {"name": plan.name, "remove": list(plan.remove)}
-
-
-#: A plan in a recipe, read from a preset's name, a file or patterns, and written as name and patterns.
-PlanValue = Annotated[Any, BeforeValidator(_read_plan), PlainSerializer(_write_plan)]
-
-
-class Stage(Part):
-    """A piece of training. The defaults are BK-SDM's, but for warm-up and caption dropout, which its scripts lack."""
-
-    steps: Steps
-    plan: PlanValue | None = Field(
-        default=None, description="a step on the way to the recipe's plan, which is the default"
-    )
-    batch_size: Annotated[Integer, Field(ge=1, le=1_000_000)] = 256
-    learning_rate: Positive = 5e-5
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: Annotated[Integer, Field(ge=0, le=1_000_000_000)] = 500
-    weight_decay: Weight = 1e-2
-    max_grad_norm: Positive = 1.0
-    losses: Losses = Losses()
-    teacher: TeacherValue | None = Field(default=None, description="another teacher for this stage, of the same layout")
-    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(default=0.9999, description="null: no EMA")
-    caption_dropout: Fraction = Field(default=0.1, description="share of samples that see the empty prompt")
-    min_snr_gamma: Positive | None = Field(default=None, description="weighs the task loss only")
-
-
 class Sheet(Part):
     """The picture sheet drawn while training: teacher and student at fixed prompts and fixed noise."""
 
@@ -183,14 +75,11 @@ class Sheet(Part):
     every: Annotated[Integer, Field(ge=0)] = Field(default=1000, description="steps; 0: never")
 
 
-class Evaluation(Part):
-    """The held-out prompts that teacher and student draw, and how."""
+class Evaluation(Drawing):
+    """How the teacher is drawn, and the student unless it was made to be drawn otherwise (`Stage.made_for`)."""
 
     prompts: PathText | list[str] = Field(description="held-out prompts, or a text file with one a line")
     limit: Steps | None = None
-    steps: DrawingSteps = 25
-    guidance_scale: Weight = 7.5
-    sampler: str = "dpmsolver++"
     seed: Seed = Field(default=1234, description="of the noise that pictures are drawn from, whatever the run's seed")
 
     _some_prompts = field_validator("prompts")(_not_empty)
@@ -230,6 +119,11 @@ class Recipe(Part):
         if self.stage_plans[-1].remove != self.plan.remove:
             raise ValueError("the last stage must train the recipe's own plan: leave its 'plan' out")
         return self
+
+    @property
+    def made_for(self) -> Drawing | None:
+        """How the student of the last stage has to be drawn; None: as the teacher."""
+        return self.stages[-1].made_for(self.evaluation)
 
     @property
     def stage_plans(self) -> list[Plan]:

@@ -33,7 +33,7 @@ def read_logs(stages: list[Path], steps: Mapping[str, Any]) -> Axis:
             )
     logs = [read_log(log) if (log := stage / "log.jsonl").is_file() else [] for stage in stages]
     for stage, rows in zip(stages, logs, strict=True):
-        if any(SERIES.keys() - row.keys() for row in rows):
+        if any("loss" not in row for row in rows):
             raise UserError(f"{stage / 'log.jsonl'}: rows without losses: delete {stage} to train it again")
     starts = accumulate((log[-1]["step"] if log else 0 for log in logs), initial=0)
     return [[(start + row["step"], row) for row in log] for start, log in zip(starts, logs, strict=False)]
@@ -48,7 +48,7 @@ def loss_chart(axis: Axis) -> dict[str, Any] | None:
     """The losses over the steps of all stages."""
     rows = [row for stage in axis for row in stage]
     tips = [
-        (x, f"step {x:,}: " + ", ".join(f"{label} {number(row[key])}" for key, label in SERIES.items()))
+        (x, f"step {x:,}: " + ", ".join(f"{label} {number(row[key])}" for key, label in SERIES.items() if key in row))
         for x, row in thin(rows, MOST_TIPS)
     ]
     right = rows[-1][0] if rows else 0

@@ -45,7 +45,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         lines.append(f"| {row['model']} | {row['mode']} | {row['batch_size']} | {' | '.join(cells)} | {memory} |")
     lines += [
         "",
-        f"{conditions(result)} Denoiser: one call; all: text, {result['steps']} such calls and VAE; memory: the peak.",
+        f"{conditions(result)} Denoiser: one call; all: text, {_how(result)} and VAE; memory: the peak.",
         "",
     ]
     others = _others(result)
@@ -65,7 +65,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 def conditions(result: Mapping[str, Any]) -> str:
     precisions = sorted({model["precision"] for model in result["models"].values()})
     return (
-        f"{result['device']}, {' and '.join(precisions)}, {result['size']} px, with guidance; medians of "
+        f"{result['device']}, {' and '.join(precisions)}, {result['size']} px; medians of "
         f"{result['repeats']} calls in turn."
     )
 
@@ -185,13 +185,13 @@ def _speed_ups(rows: Sequence[Row], result: Mapping[str, Any]) -> Panel:
 def _pictures(rows: Sequence[Row], result: Mapping[str, Any]) -> Panel:
     bars = []
     for row in rows:
-        parts = {"text": row["text_ms"], "denoiser": result["steps"] * row["denoiser_ms"], "vae": row["vae_ms"]}
+        parts = {"text": row["text_ms"], "denoiser": _steps(row, result) * row["denoiser_ms"], "vae": row["vae_ms"]}
         text = f"{number(row['seconds'])} s"
         segments = [(part, ms / 1000) for part, ms in parts.items()]
         bars.append(Bar(row["model"], segments, text, note=_mode(row, rows)))
     batch = rows[0]["batch_size"]
     what = "One picture" if batch == 1 else f"{batch} pictures"
-    return Panel(what, f"{result['steps']} steps with guidance", bars, PART_NAMES)
+    return Panel(what, _how(result), bars, PART_NAMES)
 
 
 def _kinds(rows: Sequence[Row], result: Mapping[str, Any]) -> Panel:
@@ -207,7 +207,23 @@ def _kinds(rows: Sequence[Row], result: Mapping[str, Any]) -> Panel:
 
 def _macs(row: Row, result: Mapping[str, Any]) -> int:
     """Of a call: guidance doubles the batch."""
-    return int(2 * row["batch_size"] * sum(result["models"][row["model"]]["macs"].values()))
+    model = result["models"][row["model"]]
+    return int(model["rows"] * row["batch_size"] * sum(model["macs"].values()))
+
+
+def _steps(row: Row, result: Mapping[str, Any]) -> int:
+    return int(result["models"][row["model"]]["steps"])
+
+
+def _how(result: Mapping[str, Any]) -> str:
+    """`25 steps with guidance`, and which models take others."""
+    ways: dict[str, list[str]] = {}
+    for name, model in result["models"].items():
+        steps, guidance = model["steps"], "with" if model["rows"] > 1 else "without"
+        way = f"{steps} step{'s' if steps > 1 else ''} {guidance} guidance"
+        ways.setdefault(way, []).append(name)
+    (first, _), *others = ways.items()
+    return "; ".join([first, *(f"{', '.join(names)}: {way}" for way, names in others)])
 
 
 def _mode(row: Row, rows: Sequence[Row]) -> str:

@@ -21,7 +21,8 @@ from prunet.disk.ownership import check_place, hold
 from prunet.disk.reading import load_mapping
 from prunet.errors import UserError
 from prunet.intervals import summary
-from prunet.recipe.recipe import Part, PathText, Recipe, Seed, explain, load_recipe
+from prunet.recipe.recipe import Recipe, explain, load_recipe
+from prunet.recipe.values import Part, PathText, Seed
 from prunet.runs.checks import read_paths
 from prunet.runs.run import Run
 from prunet.runtime import Runtime

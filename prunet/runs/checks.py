@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+
 from prunet.console import say
 from prunet.data.cache import read_spec
 from prunet.data.encoding import pictures_are_gone
+from prunet.data.paths import check_paths
 from prunet.data.sources import check_source
 from prunet.denoisers.pairs import term_factors
 from prunet.disk.files import check_writable, read_label
@@ -18,7 +21,9 @@ from prunet.errors import UserError
 from prunet.recipe.recipe import Recipe, read_prompts, recipe_yaml
 from prunet.runs.fingerprints import spec_settings, stage_label
 from prunet.runs.steps import check_replaceable
-from prunet.sampling.draw import check_sampler
+from prunet.sampling.made_for import made_for
+from prunet.sampling.paths import check_jumps
+from prunet.sampling.samplers import check_sampler
 from prunet.student.student import check_steps
 from prunet.teacher.configs import check_condition
 from prunet.teacher.copying import check_other_parts
@@ -101,6 +106,12 @@ def _check_models(this: "Run") -> None:
         if data.source is None:
             check_sampler(teacher, "dpmsolver++", data.steps, "data")
     check_sampler(this.teachers[-1], evaluation.sampler, evaluation.steps, "evaluation")
+    own = made_for(this.teachers[-1])
+    if own and any(getattr(evaluation, key) != value for key, value in own):
+        say(f"[yellow]{escape(this.teachers[-1].source)} was made for {own},[/] and evaluation draws it otherwise")
+    for number, stage in enumerate(this.recipe.stages):
+        if stage.jumps:
+            check_jumps(this.teachers[number], stage, f"stages.{number}")
 
 
 def _check_data(this: "Run") -> None:
@@ -124,6 +135,10 @@ def _check_folder(this: "Run") -> None:
             raise UserError(
                 f"{folder}: holds a cache made with {what}: {back}, delete that folder, or give another with 'cache:'"
             )
+    for folder, spec in this.path_specs.values():
+        check_place(folder, "cache", "cache", read_paths(this.recipe))
+        if (folder / "spec.json").is_file():
+            check_paths(folder, spec)
     for number in range(1, len(this.recipe.stages) + 1):
         folder = this.folder / f"stage-{number}"
         label = folder / "inputs.json"
@@ -140,7 +155,7 @@ def _check_folder(this: "Run") -> None:
 
 def _check_disk(this: "Run", todo: Sequence[str]) -> None:
     where = check_writable(this.folder, "output")
-    for folder, _ in this.cache_specs if "cache" in todo else ():
+    for folder, _ in [*this.cache_specs, *this.path_specs.values()] if "cache" in todo else ():
         check_writable(folder, "cache")
     need = checkpoint_bytes(this, todo)
     if shutil.disk_usage(where).free < need:

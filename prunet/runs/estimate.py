@@ -35,12 +35,13 @@ def estimate(this: Run) -> dict[str, Any]:
     seconds = 0.0
     for number, stage in enumerate(stages, 1):
         derived, micro, pairs = this.steps_down[number - 1], this.micro_batch(number), compared(this, number)
-        key = (derived.plan.fingerprint, pairs, micro)
+        calls = stage.teacher_calls
+        key = (derived.plan.fingerprint, pairs, micro, calls)
         if key not in speeds:
             timed = min(micro, FEW)
-            each_s = seconds_per_image(derived, pairs, this.latent_size, timed, runtime)
+            each_s = seconds_per_image(derived, pairs, this.latent_size, timed, runtime, calls)
             if timed < micro and each_s * micro < QUICK_S:
-                timed, each_s = micro, seconds_per_image(derived, pairs, this.latent_size, micro, runtime)
+                timed, each_s = micro, seconds_per_image(derived, pairs, this.latent_size, micro, runtime, calls)
             speeds[key] = each_s, timed
         seconds += speeds[key][0] * stage.steps * stage.batch_size
     images = sum(stage.steps * stage.batch_size for stage in stages)
@@ -104,13 +105,19 @@ def memory(this: Run, number: int) -> dict[str, int]:
 
 
 def seconds_per_image(
-    derived: Derived, pairs: Sequence[Pair], latent_size: tuple[int, int], batch_size: int, runtime: Runtime
+    derived: Derived,
+    pairs: Sequence[Pair],
+    latent_size: tuple[int, int],
+    batch_size: int,
+    runtime: Runtime,
+    teacher_calls: int = 1,
 ) -> float:
     """Seconds for one image of a distillation step (teacher, student forward and backward, optimizer)."""
     device, half = runtime.torch_device, runtime.mixed_precision != "no"
     configs = (derived.teacher_config, derived.student_config)
     setting: dict[str, Any] = {"latent_size": latent_size, "micro_batch": batch_size, "dtype": runtime.dtype}
     setting |= {"gradient_checkpointing": runtime.gradient_checkpointing, "device": device}
+    setting |= {"teacher_calls": teacher_calls}
     with (
         kept_memory(device),
         probe(*configs, pairs, **setting) as (teacher, student, loss),

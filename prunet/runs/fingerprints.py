@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunet.data.encoding import cache_spec
+from prunet.data.paths import paths_spec
 from prunet.recipe.recipe import read_prompts
 from prunet.training.checkpoints import PACE
 from prunet.words import short
@@ -22,7 +23,7 @@ def step_inputs(this: "Run") -> dict[str, str]:
     out = {
         "plan": _hash(this.teacher.unet_config, recipe.plan.fingerprint),
         "build": build,
-        "cache": _hash([spec for _, spec in this.cache_specs]),
+        "cache": _hash([spec for _, spec in [*this.cache_specs, *this.path_specs.values()]]),
     }
     # How the teacher is trained on and called: prediction type, noise schedule, its U-Net's config.
     last = _hash(build, this.teacher.unet_config, dict(this.teacher.noise_scheduler.config))
@@ -83,6 +84,17 @@ def stage_caches(this: "Run") -> list[tuple[Path, dict[str, Any]]]:
         spec = cache_spec(teacher, this.recipe.data, this.recipe.seed, this.cache_folder)
         own = Path(f"{this.cache_folder}-{number}") if found else this.cache_folder
         found.append(next((other for other in found if other[1] == spec), (own, spec)))
+    return found
+
+
+def stage_paths(this: "Run") -> dict[int, tuple[Path, dict[str, Any]]]:
+    """Number of each stage of trajectory regression -> folder and spec of its paths; equal ones are shared."""
+    found: dict[int, tuple[Path, dict[str, Any]]] = {}
+    for number, stage in enumerate(this.recipe.stages, 1):
+        if stage.objective == "trajectory":
+            spec = paths_spec(this.teachers[number - 1], this.cache_specs[number - 1][1], stage)
+            own = Path(f"{this.cache_folder}-paths" + (f"-{number}" if found else ""))
+            found[number] = next((other for other in found.values() if other[1] == spec), (own, spec))
     return found
 
 

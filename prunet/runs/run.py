@@ -6,6 +6,7 @@ A run folder::
     student/                             the U-Net before distillation
     cache/ cache-2/ ...                  latents and prompt embeddings (unless the recipe puts them elsewhere); a second
                                          one where a stage's teacher encodes otherwise
+    cache-paths/ ...                     the teacher's paths, where a stage learns from them
     stage-1/ ...                         checkpoints/, log.jsonl, pairs.json, sheets/, and unet/ when the stage is done
     evaluation/                          evaluation.json, evaluation.md, sheet.png, pictures/
     pipeline/                            the student as a stock pipeline (and student.safetensors if asked)
@@ -26,6 +27,7 @@ from prunet import processes
 from prunet.console import say
 from prunet.data.cache import Cache
 from prunet.data.encoding import cache
+from prunet.data.paths import cache_paths
 from prunet.denoisers.architecture import Net
 from prunet.denoisers.pairs import Pair
 from prunet.disk.files import write_json
@@ -34,7 +36,8 @@ from prunet.exports.folder import export
 from prunet.exports.single_file import export_single_file
 from prunet.hashing import seed_of
 from prunet.plan.derived import Derived, derive
-from prunet.recipe.recipe import Recipe, TeacherSource, read_prompts
+from prunet.recipe.recipe import Recipe, read_prompts
+from prunet.recipe.stage import TeacherSource
 from prunet.runs import fingerprints, steps
 from prunet.runs.card import card_facts
 from prunet.runs.checks import check_run
@@ -99,7 +102,9 @@ class Run:
         return micro_batch_of(stage, self.runtime, *configs, self.latent_size, processes.count())
 
     def pairs(self, number: int) -> tuple[Pair, ...]:
-        """What stage `number` compares."""
+        """What stage `number` compares; nothing where no teacher is called."""
+        if not self.recipe.stages[number - 1].teacher_calls:
+            return ()
         return self.steps_down[number - 1].pairs(self.recipe.stages[number - 1].losses.level)
 
     # -- what there is, and what is done
@@ -113,6 +118,11 @@ class Run:
     def cache_specs(self) -> list[tuple[Path, dict[str, Any]]]:
         """Folder and spec of the cache of each stage."""
         return fingerprints.stage_caches(self)
+
+    @cached_property
+    def path_specs(self) -> dict[int, tuple[Path, dict[str, Any]]]:
+        """Folder and spec of the cache of paths of each stage that has one, by the stage's number."""
+        return fingerprints.stage_paths(self)
 
     def step_names(self, until: str = "report") -> list[str]:
         """The steps in order, `distil` being one for each stage, up to and with `until`."""
@@ -210,6 +220,10 @@ class Run:
             say(f"  {len(made):,} samples at {self.size} px by {escape(teacher.source)}{skipped}")
             if teacher is not self.teachers[0]:
                 teacher.release("vae", "text")
+        for number, (folder, _) in self.path_specs.items():
+            teacher, stage = self.teachers[number - 1], self.recipe.stages[number - 1]
+            paths = cache_paths(teacher, Cache.open(self.cache_specs[number - 1][0]), stage, folder)
+            say(f"  {len(paths):,} paths of {stage.path_steps} steps by {escape(teacher.source)}")
 
     def _stage(self, number: int) -> None:
         recipe, stage, teacher = self.recipe, self.recipe.stages[number - 1], self.teachers[number - 1]
@@ -223,26 +237,27 @@ class Run:
         prompts = recipe.sheet.prompts or read_prompts(recipe.evaluation.prompts)[:6]
         if not recipe.sheet.every:
             teacher.release("vae", "text")  # nothing else in the loop needs them
+        sheets = Sheets(
+            teacher,
+            folder / "sheets",
+            prompts,
+            recipe.sheet.every,
+            recipe.seed,
+            self.size,
+            recipe.evaluation,
+            stage.made_for(recipe.evaluation),
+        )
         try:
             trained = distil(
                 teacher,
                 self._student_at_start(number),
                 pairs,
-                Cache.open(self.cache_specs[number - 1][0]),
+                Cache.open((self.path_specs.get(number) or self.cache_specs[number - 1])[0]),
                 stage,
                 folder,
                 seed=seed_of(recipe.seed, "stage", number),  # so that no stage repeats another one's noise
                 runtime=self.runtime,
-                sheets=Sheets(
-                    teacher,
-                    folder / "sheets",
-                    prompts,
-                    recipe.sheet.every,
-                    recipe.seed,
-                    self.size,
-                    steps=recipe.evaluation.steps,
-                    guidance_scale=recipe.evaluation.guidance_scale,
-                ),
+                sheets=sheets,
                 saving=Saving(recipe.checkpoint_every, recipe.keep_checkpoints),
             )
         except KeyboardInterrupt:
@@ -285,6 +300,7 @@ class Run:
             self.folder / "evaluation",
             size=self.size,
             seed=self.recipe.evaluation.seed,
+            drawing=self.recipe.made_for,
             protocol={
                 "teacher": self.teachers[-1].fingerprint(),
                 "student": self.inputs[f"stage-{len(self.recipe.stages)}"],
@@ -299,6 +315,7 @@ class Run:
             self.folder / "pipeline",
             card=card_facts(self),
             fp16=options.fp16,
+            drawing=self.recipe.made_for,
             what="export",
         )
         if options.single_file:

@@ -116,7 +116,7 @@ def lost(this: "Run", step: str) -> list[Path]:
     """The files of a finished step that are missing or cut off."""
     files = [this.result_of(step)]
     if step == "cache":
-        files = [folder / "cache.json" for folder, _ in this.cache_specs]
+        files = [folder / "cache.json" for folder, _ in [*this.cache_specs, *this.path_specs.values()]]
     if step == "export" and this.recipe.export.single_file:
         files += [this.folder / "student.safetensors", this.folder / "student.config" / "model_index.json"]
     files += [file for folder in _sealed(this, step) for file in sealed_files(folder)]

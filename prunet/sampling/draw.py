@@ -6,14 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-    UniPCMultistepScheduler,
-)
 from PIL import ExifTags, Image
 from torch import Tensor
 
@@ -22,37 +14,14 @@ from prunet.console import progress
 from prunet.disk.files import new_file
 from prunet.disk.seals import verify
 from prunet.errors import UserError
+from prunet.recipe.recipe import load_recipe
+from prunet.recipe.values import Drawing
+from prunet.sampling.made_for import drawing_of
+from prunet.sampling.samplers import SAMPLERS, set_sampler
 from prunet.teacher.space import check_size
 from prunet.teacher.teacher import Teacher, after_overflow
 
-SAMPLERS = {
-    "dpmsolver++": DPMSolverMultistepScheduler,
-    "ddim": DDIMScheduler,
-    "pndm": PNDMScheduler,
-    "euler": EulerDiscreteScheduler,
-    "euler-a": EulerAncestralDiscreteScheduler,
-    "unipc": UniPCMultistepScheduler,
-}
-
-
-# As Stable Diffusion ships them. Where another sampler's config does not say, diffusers' defaults would clip latents to
-# [-1, 1] (DDIM), and warm up over more steps than may be asked for (PNDM).
-SAMPLER_OPTIONS = {"ddim": {"clip_sample": False}, "pndm": {"skip_prk_steps": True}}
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-
-
-def set_sampler(pipe: Any, name: str | None) -> Any:
-    """Puts the named sampler in place of the pipeline's own, with the same noise schedule.
-
-    Raises:
-        UserError: no sampler of that name.
-    """
-    if name is None:
-        return pipe
-    if name not in SAMPLERS:
-        raise UserError(f"No sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
-    pipe.scheduler = SAMPLERS[name].from_config(pipe.scheduler.config, **SAMPLER_OPTIONS.get(name, {}))
-    return pipe
 
 
 def draw(
@@ -163,11 +132,11 @@ def generate(
     prompt: str | Sequence[str],
     *,
     num_images: int = 1,
-    steps: int = 25,
-    guidance_scale: float = 7.5,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
     seed: int = 0,
     size: int | None = None,
-    sampler: str | None = "dpmsolver++",
+    sampler: str | None = None,
     config: str | Path | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -175,7 +144,9 @@ def generate(
 ) -> list[Image.Image]:
     """Draws `num_images` pictures of each prompt with the pipeline at `model` (folder, single file, hub id or run).
 
-    `save_to`: a file for each picture (.png, .jpg, .jpeg or .webp), written as soon as it is drawn.
+    `steps`, `guidance_scale`, `sampler`: by default what the pipeline was made for, else 25, 7.5 (of a run that of its
+    recipe) and dpmsolver++. `save_to`: a file for each picture (.png, .jpg, .jpeg or .webp), written as soon as it is
+    drawn.
     """
     if sampler is not None and sampler not in SAMPLERS:
         raise UserError(f"No sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
@@ -183,37 +154,26 @@ def generate(
     if size is not None:
         check_size(teacher, size, "size")
     teacher.check_prompts([prompt] if isinstance(prompt, str) else prompt)
-    pipe = set_sampler(teacher.pipeline(), sampler)
+    how = drawing_of(teacher, _usual(Path(model)), steps=steps, guidance_scale=guidance_scale, sampler=sampler)
+    pipe = set_sampler(teacher.pipeline(), how.sampler)
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
     seeds = [seed + i for i in range(len(prompts))]
     return draw(
         pipe,
         prompts,
         seeds,
-        steps=steps,
-        guidance_scale=guidance_scale,
+        steps=how.steps,
+        guidance_scale=how.guidance_scale,
         size=size or teacher.native_size,
         text="Drawing" if len(prompts) > 1 else None,
         save_to=save_to,
     )
 
 
-def check_sampler(teacher: Teacher, name: str, steps: int, where: str) -> None:
-    """Refuses a sampler that there is not, or that the teacher's schedule cannot drive for `steps` steps.
-
-    `where`: the part of the recipe that asks for it.
-    """
-    if name not in SAMPLERS:
-        raise UserError(f"{where}.sampler: no sampler {name!r}: {', '.join(SAMPLERS)}")
-    config = teacher.part_config("scheduler")
-    if steps > (most := teacher.noise_scheduler.config.num_train_timesteps):
-        raise UserError(f"{where}.steps: {steps} are more than the {most} timesteps of {teacher.source}")
-    try:
-        SAMPLERS[name].from_config(config, **SAMPLER_OPTIONS.get(name, {})).set_timesteps(steps)
-    except Exception as error:  # of any kind: diffusers takes the values as they are
-        raise UserError(
-            f"{teacher.source}: its scheduler/scheduler_config.json drives no {name} for {steps} steps: {error}"
-        ) from error
+def _usual(model: Path) -> Drawing:
+    """How a pipeline is drawn that was made for nothing else; a run with the guidance of its recipe."""
+    recipe = model / "recipe.yaml"
+    return Drawing(guidance_scale=load_recipe(recipe).evaluation.guidance_scale) if recipe.is_file() else Drawing()
 
 
 def _drawn_by(prompt: str) -> Image.Exif:

@@ -20,7 +20,9 @@ from prunet.intervals import Measure, bootstrap
 from prunet.plan.derived import derive
 from prunet.plan.plan import load_plan
 from prunet.plan.size import macs_by_kind, size_of
+from prunet.recipe.values import Drawing
 from prunet.sampling.draw import open_model
+from prunet.sampling.made_for import drawing_of
 from prunet.speed.clock import Call, denoiser_call, device_name, seconds_of, times_in_turn, weights_mb, working_mb
 from prunet.speed.profiling import times_by_kind
 from prunet.student.student import inherit
@@ -35,14 +37,15 @@ Key = tuple[str, str, int]  # model, part or mode, batch size
 class Row:
     """One model at one batch size, its denoiser `eager` or `compiled`.
 
-    `text_ms`: prompts of the batch and the empty ones that guidance compares with; `denoiser_ms`: a call with
-    2 x `batch_size` latents (guidance); `vae_ms`: decoding the batch. `seconds`: text, all steps, and VAE; `compile_s`:
-    the compiled denoiser's first call. `peak_memory_mb`: weights of all parts, and what the hungriest needs beside.
+    `text_ms`: prompts of the batch, and the empty ones that guidance compares with; `denoiser_ms`: a call with
+    2 x `batch_size` latents, or with `batch_size` of a model that was made to draw without guidance; `vae_ms`: decoding
+    the batch. `seconds`: text, all steps, and VAE; `compile_s`: the compiled denoiser's first call. `peak_memory_mb`:
+    weights of all parts, and what the hungriest needs beside.
 
     `speed_up`: of a denoiser call over the baseline's in the same mode, with its 95 % interval over the repeats;
-    `limit`: the baseline's multiply-adds over the model's, attention's matmuls included; `share`: of the limit that is
-    reached. `kinds_ms`: the call by kind of operation, which add up to `denoiser_ms`; `over_ms`: how much longer each
-    takes than the baseline's divided by the limit, which add up to what the call takes beyond it.
+    `limit`: the multiply-adds of the baseline's call over those of the model's, attention's matmuls included; `share`:
+    of the limit that is reached. `kinds_ms`: the call by kind of operation, which add up to `denoiser_ms`; `over_ms`:
+    how much longer each takes than the baseline's divided by the limit, which add up to what the call takes beyond it.
     """
 
     model: str
@@ -91,21 +94,29 @@ def open_pipelines(
     return pipelines
 
 
+def drawings(models: Sequence[str], *, config: str | None = None, steps: int | None = None) -> dict[str, Drawing]:
+    """How each of `models` is drawn, by name: as it was made for, else in 25 guided steps; `steps` of all if given."""
+    opened = (open_model(model, config=config) for model in models)
+    return dict(zip(names_of(models), (drawing_of(model, Drawing(), steps=steps) for model in opened), strict=True))
+
+
 @torch.no_grad()
 def bench(
     pipelines: Mapping[str, Any],
     *,
     size: int | None = None,
     batch_sizes: Sequence[int] = (1,),
+    drawn: Mapping[str, Drawing] | None = None,
     steps: int = 25,
     repeats: int = 15,
     compiled: bool = False,
 ) -> dict[str, Any]:
     """Times the parts of stock pipelines in turn, on the device and in the precision that they are in.
 
-    The first is the baseline of the others. `size` in pixels: of the baseline's training by default. `compiled`: times
-    the denoisers by `torch.compile`, too. Returns plain JSON types: facts of the run and of each model, and `rows`
-    (`Row`), the baseline's first.
+    The first is the baseline of the others. `size` in pixels: of the baseline's training by default. `drawn`: how the
+    models are drawn; one that is not there as the first, and that in `steps` guided steps. `compiled`: times the
+    denoisers by `torch.compile`, too. Returns plain JSON types: facts of the run and of each model, and `rows` (`Row`),
+    the baseline's first.
 
     Raises:
         UserError: nothing on this machine can compile.
@@ -116,13 +127,16 @@ def bench(
     size = size or architecture_of(config).native_latent_size(config)[0] * first.vae_scale_factor
     latent_sizes = {name: (size // pipe.vae_scale_factor,) * 2 for name, pipe in pipelines.items()}
     macs = {name: macs_by_kind(config_of(pipe.unet), latent_sizes[name]) for name, pipe in pipelines.items()}
+    usual = (drawn or {}).get(next(iter(pipelines)), Drawing(steps=steps))
+    how = {name: (drawn or {}).get(name, usual) for name in pipelines}
+    rows = {name: how[name].rows for name in pipelines}
     calls: dict[Key, Call] = {}
     for (name, pipe), batch in product(pipelines.items(), batch_sizes):
-        calls |= _calls(name, pipe, batch, latent_sizes[name], device)
+        calls |= _calls(name, pipe, batch, rows[name], latent_sizes[name], device)
     # One function of diffusers' is compiled for every model and batch size; more than 8 would fall back to eager.
     limit: Any = torch._dynamo.config.patch(recompile_limit=len(calls)) if compiled else nullcontext()
     with limit:
-        compile_s = _compile(pipelines, batch_sizes, latent_sizes, calls, device) if compiled else {}
+        compile_s = _compile(pipelines, batch_sizes, rows, latent_sizes, calls) if compiled else {}
         say(f"Timing {len(calls)} calls in turn, up to {repeats} times")
         times = times_in_turn(calls, repeats, device)
         say("Memory and operations")
@@ -133,17 +147,18 @@ def bench(
     return {
         "device": device_name(device),
         "size": size,
-        "steps": steps,
         "repeats": min(map(len, times.values())),
         "models": {
             name: {
                 "parameters": size_of(config_of(pipe.unet)).parameters,
                 "macs": macs[name],
+                "rows": rows[name],
+                "steps": how[name].steps,
                 "precision": str(pipe.unet.dtype).removeprefix("torch."),
             }
             for name, pipe in pipelines.items()
         },
-        "rows": [asdict(row) for row in _rows(times, working, kinds, compile_s, macs, weights, steps)],
+        "rows": [asdict(row) for row in _rows(times, working, kinds, compile_s, macs, weights, how)],
         "versions": {name: importlib.metadata.version(name) for name in ("prunet", "torch", "diffusers")},
     }
 
@@ -168,14 +183,16 @@ def _modules(pipe: Any) -> list[torch.nn.Module]:
     return [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
 
 
-def _calls(name: str, pipe: Any, batch: int, latent_size: tuple[int, int], device: torch.device) -> dict[Key, Call]:
+def _calls(
+    name: str, pipe: Any, batch: int, rows: int, latent_size: tuple[int, int], device: torch.device
+) -> dict[Key, Call]:
     generator = torch.Generator(device).manual_seed(0)
     shape = (batch, pipe.vae.config.latent_channels, *latent_size)
     latents = torch.randn(shape, generator=generator, device=device, dtype=pipe.vae.dtype)
-    text = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    text = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": rows > 1}
     return {
         (name, "text", batch): partial(pipe.encode_prompt, [PROMPT] * batch, **text),
-        (name, "eager", batch): denoiser_call(pipe.unet, 2 * batch, latent_size=latent_size, device=device),
+        (name, "eager", batch): denoiser_call(pipe.unet, rows * batch, latent_size=latent_size, device=device),
         (name, "vae", batch): partial(pipe.vae.decode, latents),
     }
 
@@ -183,17 +200,18 @@ def _calls(name: str, pipe: Any, batch: int, latent_size: tuple[int, int], devic
 def _compile(
     pipelines: Mapping[str, Any],
     batch_sizes: Sequence[int],
+    rows: Mapping[str, int],
     latent_sizes: Mapping[str, tuple[int, int]],
     calls: dict[Key, Call],
-    device: torch.device,
 ) -> dict[Key, float]:
     """Adds the compiled denoisers to `calls`; returns the seconds of their first ones."""
     seconds: dict[Key, float] = {}
     for (name, pipe), batch in product(pipelines.items(), batch_sizes):
         say(f"Compiling {name}, batch {batch}")
         net: Any = torch.compile(pipe.unet, dynamic=False)
+        device = pipe.device
         key = (name, "compiled", batch)
-        calls[key] = denoiser_call(net, 2 * batch, latent_size=latent_sizes[name], device=device)
+        calls[key] = denoiser_call(net, rows[name] * batch, latent_size=latent_sizes[name], device=device)
         seconds[key] = seconds_of(calls[key], device)
     return seconds
 
@@ -205,18 +223,19 @@ def _rows(
     compile_s: Mapping[Key, float],
     macs: Mapping[str, Mapping[str, int]],
     weights: Mapping[str, float],
-    steps: int,
+    how: Mapping[str, Drawing],
 ) -> list[Row]:
     rows = []
     baseline = next(iter(macs))
     for key in sorted(kinds, key=lambda key: (key[2], key[1] == "compiled")):
         name, mode, batch = key
         text, denoiser, vae = (statistics.median(times[name, part, batch]) for part in ("text", mode, "vae"))
-        seconds = (text + steps * denoiser + vae) / 1000
+        seconds = (text + how[name].steps * denoiser + vae) / 1000
         beside = [needed for part in ("text", mode, "vae") if (needed := working[name, part, batch]) is not None]
         theirs = baseline, mode, batch
         gained = _speed_up(times[theirs], times[key])
-        limit = sum(macs[baseline].values()) / sum(macs[name].values())
+        ours, base = (how[n].rows * sum(macs[n].values()) for n in (name, baseline))
+        limit = base / ours
         rows.append(
             Row(
                 model=name,

@@ -39,6 +39,36 @@ class DDPM:
         """What the denoiser should say (B, C, h, w)."""
         return training_target(latents, noise, self.alphas_cumprod[timestep], self.prediction_type)
 
+    def jump_time(self, jumps: int, number: int) -> int:
+        """The timestep before jump `number` of so many from pure noise to the clean picture, which is -1: the times of
+        a "trailing" sampler (arXiv 2305.08891), which are whole where `jumps` divides the number of timesteps.
+        """
+        return self.num_timesteps - number * self.num_timesteps // jumps - 1
+
+    def signal_and_noise(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Shares (B, 1, 1, 1) of picture and noise at `timestep` (B,); -1 is the clean picture."""
+        kept = torch.where(timestep < 0, 1.0, self.alphas_cumprod[timestep.clamp(min=0)]).view(-1, 1, 1, 1)
+        return kept.sqrt(), (1 - kept).sqrt()
+
+    def clean(self, noisy: Tensor, output: Tensor, timestep: Tensor) -> Tensor:
+        """The picture (B, C, h, w) that the denoiser's output means."""
+        signal, noise = self.signal_and_noise(timestep)
+        if self.prediction_type == "epsilon":
+            return (noisy - noise * output) / signal
+        return signal * noisy - noise * output
+
+    def clean_between(self, noisy: Tensor, landed: Tensor, timestep: Tensor, after: Tensor) -> Tensor:
+        """The picture that takes one step of DDIM (arXiv 2010.02502, equation 12 without noise) from `noisy` at
+        `timestep` (B,) to `landed` at `after` (B,).
+        """
+        (signal, noise), (signal_after, noise_after) = self.signal_and_noise(timestep), self.signal_and_noise(after)
+        ratio = noise_after / noise
+        return (landed - ratio * noisy) / (signal_after - ratio * signal)
+
+    def snr(self, timestep: Tensor) -> Tensor:
+        """(B,)"""
+        return self.alphas_cumprod[timestep] / (1 - self.alphas_cumprod[timestep])
+
     def min_snr_weight(self, timestep: Tensor, gamma: float) -> Tensor:
         """(B,)"""
         return min_snr_weight(self.alphas_cumprod[timestep], gamma, self.prediction_type)

@@ -16,7 +16,7 @@ from prunet.disk.files import aside, new_folder, read_label, write_json
 from prunet.disk.seals import verify
 from prunet.errors import UserError
 from prunet.processes import is_main
-from prunet.recipe.recipe import Stage
+from prunet.recipe.stage import Stage
 from prunet.training.fsdp import local, piece, whole
 
 #: What may be changed between two parts of one stage: how fast it goes and how far, not what is learned.

@@ -13,7 +13,7 @@ from prunet.denoisers.architecture import Architecture, config_text
 from prunet.denoisers.known import architecture_of
 from prunet.errors import UserError
 from prunet.plan.size import size_of
-from prunet.recipe.recipe import Stage
+from prunet.recipe.stage import Stage
 from prunet.runtime import Runtime
 
 
@@ -56,10 +56,11 @@ def training_memory(
     """
     t, s = size_of(teacher).parameters, size_of(student).parameters
     half, shards = runtime.mixed_precision != "no", processes.count() if runtime.fsdp else 1
+    weight = 1 if runtime.teacher_8bit or runtime.teacher_fp8 else 2 if half else 4
     elements = activation_elements(student, latent_size) * micro_batch
     kept = 0.3 if runtime.gradient_checkpointing else 1.0
     return {
-        "teacher": t * (1 if runtime.teacher_8bit or runtime.teacher_fp8 else 2 if half else 4),
+        "teacher": t * weight if stage.teacher_calls else 0,
         "student": s * 4 // shards,
         "gradients": s * 4 // shards,
         "optimizer": s * (2 if runtime.use_8bit_adam else 8) // shards,

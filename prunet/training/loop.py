@@ -14,15 +14,17 @@ from prunet.data.cache import Cache
 from prunet.denoisers.architecture import Net, config_of
 from prunet.denoisers.pairs import Pair
 from prunet.errors import UserError
-from prunet.recipe.recipe import Stage
+from prunet.recipe.stage import Stage
 from prunet.runtime import Runtime
 from prunet.teacher.teacher import Teacher
 from prunet.training.checkpoints import Saving, checkpoints
 from prunet.training.fit import micro_batch_of
 from prunet.training.log import Log, log_note
 from prunet.training.objectives.distillation import Distillation
+from prunet.training.objectives.guidance import Guidance
 from prunet.training.objectives.objective import Objective
-from prunet.training.samples import Samples, batches
+from prunet.training.objectives.trajectory import Trajectory
+from prunet.training.samples import PathSamples, Samples, batches
 from prunet.training.session import Session
 from prunet.training.sheets import Sheets
 from prunet.training.stopping import stops_after_step
@@ -52,6 +54,7 @@ def distil(
     """Trains `student` to draw as `teacher` does; returns it with its EMA weights (if the stage has an EMA).
 
     Args:
+        cache: of latents; for the objective `trajectory` one of paths.
         how: `runtime`, `sheets`, `saving`: see `train`.
 
     Raises:
@@ -65,9 +68,20 @@ def distil(
         lambda: micro_batch_of(stage, runtime, *configs, cache.latent_size, processes.count())
     )
     cache.check(teacher)
-    objective = Distillation(teacher, student, pairs, stage)
-    samples = Samples(cache, stage, seed, teacher.process)
+    objective, samples = _objective(teacher, student, pairs, cache, stage, seed)
     return train(objective, student, samples, micro_batch, Path(folder), runtime=runtime, **how)
+
+
+def _objective(
+    teacher: Teacher, student: Net, pairs: Sequence[Pair], cache: Cache, stage: Stage, seed: int
+) -> tuple[Objective, Samples]:
+    """What the stage minimises, and of what."""
+    if stage.objective == "trajectory":
+        return Trajectory(teacher, student), PathSamples(cache, stage, seed, teacher.process)
+    samples = Samples(cache, stage, seed, teacher.process)
+    if stage.objective == "guidance":
+        return Guidance(teacher, student, pairs, stage, cache.unconditional), samples
+    return Distillation(teacher, student, pairs, stage), samples
 
 
 def train(

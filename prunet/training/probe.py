@@ -25,6 +25,7 @@ def probe(
     dtype: torch.dtype,
     gradient_checkpointing: bool,
     device: torch.device | str = "cpu",
+    teacher_calls: int = 1,
 ) -> Iterator[tuple[Net, Net, Callable[[], Tensor]]]:
     """Teacher in `dtype`, student in fp32, and a function: the loss () of one micro-batch, the student by autocast."""
     device, half = torch.device(device), dtype != torch.float32
@@ -45,8 +46,11 @@ def probe(
     ):
 
         def loss() -> Tensor:
+            given = inputs(teacher_config, dtype)
+            eps_t = given["sample"]
             with torch.no_grad():
-                eps_t = teacher(**inputs(teacher_config, dtype)).sample
+                for _ in range(teacher_calls):
+                    eps_t = teacher(**given).sample
             with torch.autocast(device.type, dtype if half else torch.bfloat16, enabled=half):
                 eps_s = student(**inputs(student_config, torch.float32)).sample
             features = feature_losses(ours.take(), theirs.take()).sum() if pairs else 0

@@ -12,7 +12,7 @@ from prunet.data.cache import Cache
 from prunet.denoisers.condition import Condition
 from prunet.errors import UserError
 from prunet.hashing import seed_of
-from prunet.recipe.recipe import Stage
+from prunet.recipe.stage import Stage
 from prunet.teacher.process import DDPM
 
 
@@ -50,6 +50,21 @@ class Samples(Dataset[dict[str, Any]]):
         group = self.cache.groups[chosen]
         turn, place = divmod((epoch * shares[chosen] + before) * size + position, len(group))
         return group[int(_permutation(self.seed, turn, len(group))[place])]
+
+
+class PathSamples(Samples):
+    """The same for a cache of paths. An item: `noisy` and `landed` (C, h, w), where a jump begins and ends, at
+    `timestep` and `after` (), `condition`.
+    """
+
+    def __getitem__(self, at: tuple[int, int]) -> dict[str, Any]:
+        step, position = at
+        path, condition = self.cache.path(self._choose(step, position))
+        rng, jumps = torch.Generator().manual_seed(seed_of(self.seed, step, position)), self.stage.jumps or 1
+        jump, length = int(torch.randint(jumps, (), generator=rng)), (len(path) - 1) // jumps
+        timestep, after = (torch.tensor(self.process.jump_time(jumps, number)) for number in (jump, jump + 1))
+        noisy, landed = path[jump * length], path[(jump + 1) * length]
+        return {"noisy": noisy, "landed": landed, "timestep": timestep, "after": after, "condition": condition}
 
 
 @lru_cache(maxsize=4)

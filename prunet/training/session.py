@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prunet.denoisers.architecture import Net, config_of
 from prunet.denoisers.known import architecture_of
-from prunet.recipe.recipe import Stage
+from prunet.recipe.stage import Stage
 from prunet.runtime import Runtime
 from prunet.training.allocator import kept_memory
 from prunet.training.checkpoints import State, resume, save

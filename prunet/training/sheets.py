@@ -12,7 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 from prunet import processes
 from prunet.denoisers.architecture import Net
 from prunet.disk.files import new_file
-from prunet.sampling.draw import draw, set_sampler
+from prunet.recipe.values import Drawing
+from prunet.sampling.draw import draw
+from prunet.sampling.samplers import set_sampler
 from prunet.teacher.teacher import Teacher
 
 GAP, CAPTION, LABEL = 6, 34, 92
@@ -50,8 +52,8 @@ class Sheets:
     every: int
     seed: int
     size: int
-    steps: int = 25
-    guidance_scale: float = 7.5
+    drawing: Drawing = field(default_factory=Drawing)
+    students: Drawing | None = None  # how the student is drawn, if not as the teacher
     _teacher_row: list[Image.Image] = field(default_factory=list)
 
     def draw(self, step: int, student: Net) -> None:
@@ -61,8 +63,8 @@ class Sheets:
         if not self.prompts or not self.every:
             return
         if not self._teacher_row:
-            self._teacher_row = self._row(self.teacher.unet)
-        row = self._row(student)
+            self._teacher_row = self._row(self.teacher.unet, self.drawing)
+        row = self._row(student, self.students or self.drawing)
         if not processes.is_main():
             return
         sheet = grid([self._teacher_row, row], ["teacher", f"student, step {step}"], self.prompts)
@@ -70,15 +72,15 @@ class Sheets:
             sheet.save(part, format="PNG")
 
     @torch.no_grad()
-    def _row(self, unet: Any) -> list[Image.Image]:
-        pipe = set_sampler(self.teacher.pipeline(unet=unet), "dpmsolver++")
+    def _row(self, unet: Any, how: Drawing) -> list[Image.Image]:
+        pipe = set_sampler(self.teacher.pipeline(unet=unet), how.sampler)
         seeds = [self.seed + i for i in range(len(self.prompts))]
         return draw(
             pipe,
             self.prompts,
             seeds,
-            steps=self.steps,
-            guidance_scale=self.guidance_scale,
+            steps=how.steps,
+            guidance_scale=how.guidance_scale,
             size=self.size,
             batch_size=8,
         )

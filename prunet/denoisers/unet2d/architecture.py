@@ -25,6 +25,7 @@ class UNet2D(Architecture):
     part = "unet"
     levels = ("block", "layer", "attention", "transformer")
     blocks = ("ResnetBlock2D", "BasicTransformerBlock")
+    last_layer = "conv_out"
     parts_help = "stages, mid_block, their resnets, attentions, transformer_blocks"
 
     @override

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from prunet.denoisers.architecture import Net
+from prunet.denoisers.condition import Condition
 from prunet.denoisers.pairs import Pair, term_factors
 from prunet.denoisers.taps import Features, tap
-from prunet.recipe.recipe import Stage
+from prunet.recipe.stage import Stage
 from prunet.teacher.teacher import Teacher, after_overflow
 from prunet.training.gpu import in_8_bits, set_memory_format
 from prunet.training.losses import feature_losses, mse
@@ -70,7 +71,7 @@ class Distillation:
         noisy, target = process.add_noise(latents, noise, timestep), process.target(latents, noise, timestep)
         with torch.no_grad():
             dtype = self.nets[0].dtype
-            theirs = call(self._net, noisy.to(dtype), timestep, condition.to(noisy.device, dtype))
+            theirs = self._teach(noisy.to(dtype), timestep, condition.to(noisy.device, dtype))
             self._overflows += ~theirs.isfinite().all()
         ours = call(model, noisy, timestep, condition)
         # Min-SNR weighs what is learned from the data, never what is learned from the teacher.
@@ -84,6 +85,10 @@ class Distillation:
             loss = loss + weights.feature * (self._scale * features).sum()
             terms = torch.cat([terms, features])
         return loss, terms
+
+    def _teach(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """What the student's output is compared with; the teacher's features are those of its last call."""
+        return self._teacher.architecture.call(self._net, noisy, timestep, condition)
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """`feature` is the sum of its terms with their factors, `loss` what is minimised."""

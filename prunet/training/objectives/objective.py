@@ -32,7 +32,7 @@ class Objective(Protocol):
 
         Args:
             model: the student, wrapped.
-            batch: `latents` and `noise` (B, C, h, w), `timestep` (B,), `condition`.
+            batch: what the samples of the stage hold (`prunet.training.samples`).
         """
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:

@@ -1,0 +1,139 @@
+"""Paths: a teacher's guided ways from noise to picture, in a cache (`prunet.data.cache`), for trajectory regression.
+
+A sample is `path` (steps + 1, C, h, w), from pure noise to the clean latents, with its condition: a caption of the
+latents' cache, and sizes as a pipeline that draws gives them.
+"""
+
+import itertools
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunet import processes
+from prunet.console import progress
+from prunet.data.cache import Cache, Sample, read_spec, shard_path
+from prunet.data.encoding import ENCODE_BATCH, finish_cache, write_shard
+from prunet.denoisers.condition import Condition
+from prunet.disk.files import write_json
+from prunet.disk.ownership import check_place, hold
+from prunet.errors import UserError
+from prunet.hashing import seed_of
+from prunet.recipe.stage import Stage
+from prunet.sampling.paths import SAMPLER, draw_path, schedule_of
+from prunet.teacher.teacher import Teacher
+
+SHARD = 64  # a path is many latents
+
+
+def paths_spec(teacher: Teacher, latents: dict[str, Any], stage: Stage) -> dict[str, Any]:
+    """What decides the bytes of a cache of paths: the spec of the latents' cache, the U-Net, and how it draws."""
+    how = {"guidance_scale": stage.guidance_scale, "steps": stage.path_steps, "count": stage.paths}
+    return {
+        **latents,
+        "parts": {**latents["parts"], "unet": teacher.fingerprint(["unet"])},
+        "paths": {**how, "sampler": SAMPLER, "schedule": schedule_of(teacher)},
+    }
+
+
+def cache_paths(teacher: Teacher, latents: Cache, stage: Stage, folder: Path | str) -> Cache:
+    """Draws the paths of a stage for the captions in `latents` into `folder`; resumes where it was stopped. Several
+    processes share out the shards.
+
+    Raises:
+        UserError: other paths in the folder, what the teacher draws is not finite, or no space left.
+    """
+    folder = Path(folder)
+    processes.join(teacher.device)
+    spec = paths_spec(teacher, latents.spec, stage)
+    if (folder / "spec.json").is_file():
+        check_paths(folder, spec)
+        if (folder / "cache.json").is_file():
+            return Cache.open(folder)
+    processes.from_main(lambda: check_place(folder, "cache", "cache"))
+    with hold(folder, "cache") if processes.is_main() else nullcontext():
+        processes.from_main(lambda: _begin(teacher, latents, folder, spec))
+        starts = range(0, stage.paths or len(latents), SHARD)
+        half = teacher.dtype != torch.float32
+        with (
+            teacher.architecture.fast_attention([teacher.unet], teacher.device, half=half),
+            progress("Drawing the teacher's paths", stage.paths or len(latents)) as bar,
+        ):
+            for shard, start in enumerate(starts):
+                numbers = range(start, min(start + SHARD, stage.paths or len(latents)))
+                if processes.is_mine(shard) and not shard_path(folder, shard).is_file():
+                    _draw_shard(teacher, latents, stage, shard_path(folder, shard), numbers)
+                bar.advance(len(numbers))
+        processes.from_main(lambda: finish_cache(folder, len(starts)))
+    return Cache.open(folder)
+
+
+def check_paths(folder: Path, spec: dict[str, Any]) -> None:
+    """Refuses a folder with other paths than those of `spec`.
+
+    Raises:
+        UserError: what differs.
+    """
+    found = read_spec(folder)
+    apart = sorted(key for key in spec if found.get(key) != spec[key])
+    if apart == ["paths"] and isinstance(found.get("paths"), dict):
+        apart = sorted(key for key in spec["paths"] if found["paths"].get(key) != spec["paths"][key])
+    if apart:
+        raise UserError(
+            f"{folder}: holds paths of another {', '.join(apart)}: delete it, or give another folder with 'cache:'"
+        )
+
+
+def _begin(teacher: Teacher, latents: Cache, folder: Path, spec: dict[str, Any]) -> None:
+    write_json(folder / "spec.json", spec)
+    write_shard(folder / "unconditional.safetensors", latents.unconditional, {}, ["the empty prompt"], teacher)
+
+
+def _draw_shard(teacher: Teacher, latents: Cache, stage: Stage, path: Path, numbers: range) -> None:
+    samples = {number: latents.sample(_caption_of(latents, number)) for number in numbers}
+
+    def size(number: int) -> tuple[int, ...]:
+        return tuple(samples[number].mean.shape)
+
+    drawn: dict[int, dict[str, Tensor]] = {}
+    for _, same in itertools.groupby(sorted(numbers, key=size), key=size):
+        group = list(same)
+        for at in range(0, len(group), ENCODE_BATCH):
+            batch = group[at : at + ENCODE_BATCH]
+            drawn |= zip(batch, _draw_batch(teacher, latents, stage, batch, samples), strict=True)
+    label: dict[str, Any] = {"captions": [], "skipped": [], "count": len(numbers)}
+    tensors: dict[str, Tensor] = {}
+    for name in drawn[numbers[0]]:
+        rows = [drawn[number][name] for number in numbers]
+        if name == "path" and len(latents.groups) > 1:
+            tensors |= {f"path.{i}": row for i, row in enumerate(rows)}
+            label["sizes"] = [tuple(row.shape[-2:]) for row in rows]
+        else:
+            tensors[name] = torch.stack(rows)
+    write_shard(path, tensors, label, [f"path {number}" for number in numbers], teacher)
+
+
+def _caption_of(latents: Cache, number: int) -> int:
+    """The sample whose caption path `number` is of: each comes once in random order before one comes again."""
+    turn, place = divmod(number, len(latents))
+    rng = torch.Generator().manual_seed(seed_of(latents.spec["seed"], "captions of paths", turn))
+    return int(torch.randperm(len(latents), generator=rng)[place])
+
+
+def _draw_batch(
+    teacher: Teacher, latents: Cache, stage: Stage, numbers: list[int], samples: dict[int, Sample]
+) -> list[dict[str, Tensor]]:
+    """`path` and condition of each of `numbers`, whose latents have one size; a generator each."""
+    shape = samples[numbers[0]].mean.shape
+    rngs = [torch.Generator().manual_seed(seed_of(latents.spec["seed"], "path", number)) for number in numbers]
+    noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs])
+    height, width = (side * teacher.vae_scale for side in shape[-2:])
+    rows = [samples[number].condition for number in numbers]
+    condition = Condition({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+    sizes = teacher.size_condition([(height, width, 0, 0, height, width)] * len(numbers))
+    condition = Condition({**condition, **{name: value.cpu() for name, value in sizes.items()}})
+    how = {"steps": stage.path_steps, "guidance_scale": stage.guidance_scale or 0.0}
+    paths = draw_path(teacher, noise, condition, latents.unconditional, **how)  # type: ignore[arg-type]
+    return [{"path": path, **condition.row(i)} for i, path in enumerate(paths)]

@@ -1,0 +1,138 @@
+"""A stage of a recipe: a piece of training, with its objective, plan, teacher and pace."""
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+
+from prunet.denoisers.pairs import Level
+from prunet.plan.plan import Plan, load_plan, preset_names
+from prunet.recipe.values import (
+    Drawing,
+    DrawingSteps,
+    Fraction,
+    Integer,
+    Number,
+    Part,
+    PathText,
+    Positive,
+    Steps,
+    Weight,
+)
+
+
+class TeacherSource(Part):
+    """Where a teacher lies."""
+
+    source: PathText = Field(description="diffusers folder, .safetensors file or hub id")
+    config: PathText | None = Field(
+        default=None, description="for a single file: folder or hub id with configs and tokenizers"
+    )
+    revision: str | None = Field(default=None, description="of a hub id")
+
+
+def _read_teacher(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+#: A teacher in a recipe: its source alone, or a mapping.
+TeacherValue = Annotated[TeacherSource, BeforeValidator(_read_teacher)]
+
+
+class Losses(Part):
+    """Weights of the three terms (arXiv 2305.15798, equation 4), and what the feature term is made of."""
+
+    task: Weight = 1.0
+    output: Weight = 1.0
+    feature: Weight = 1.0
+    level: Level = Field(default="block", description="which modules are compared: see docs/recipes.md")
+    normalize: bool = Field(default=False, description="divide each feature term by the teacher's mean square")
+    weights: dict[str, Weight] = Field(
+        default={}, max_length=1000, description="pattern over the teacher's names: factor of its terms"
+    )
+
+    @model_validator(mode="after")
+    def _some(self) -> "Losses":
+        if not (self.task or self.output or self.feature):
+            raise ValueError("at least one weight must be above 0")
+        return self
+
+
+def _read_plan(value: Any) -> Plan:
+    if not isinstance(value, Plan | str | list | Mapping):
+        raise ValueError(f"a preset's name ({', '.join(preset_names())}), a file, or a list of patterns")
+    return load_plan(os.path.expanduser(value) if isinstance(value, str) else value)
+
+
+def _write_plan(plan: Plan) -> dict[str, Any]:
+    return {"name": plan.name, "remove": list(plan.remove)}
+
+
+#: A plan in a recipe, read from a preset's name, a file or patterns, and written as name and patterns.
+PlanValue = Annotated[Any, BeforeValidator(_read_plan), PlainSerializer(_write_plan)]
+
+
+Objective = Literal["distillation", "guidance", "trajectory"]
+#: What has no meaning for an objective.
+IDLE: dict[str, tuple[str, ...]] = {
+    "distillation": ("guidance_scale", "jumps", "path_steps", "paths"),
+    "guidance": ("min_snr_gamma", "jumps", "path_steps", "paths"),
+    "trajectory": ("min_snr_gamma", "losses", "caption_dropout"),
+}
+#: How often the teacher is called at each step.
+TEACHER_CALLS = {"distillation": 1, "guidance": 2, "trajectory": 0}
+
+
+class Stage(Part):
+    """A piece of training. The defaults are BK-SDM's, but for warm-up and caption dropout, which its scripts lack."""
+
+    steps: Steps
+    objective: Objective = Field(
+        default="distillation", description="what is minimised: see docs/few-steps.md for the other two"
+    )
+    guidance_scale: Weight | None = Field(default=None, description="of the teacher, to draw without guidance")
+    jumps: Steps | None = Field(default=None, description="trajectory only: steps in which the student is to draw")
+    path_steps: DrawingSteps = Field(default=12, description="trajectory only: the teacher's, from noise to picture")
+    paths: Steps | None = Field(default=None, description="trajectory only: how many; one a sample if not given")
+    plan: PlanValue | None = Field(
+        default=None, description="a step on the way to the recipe's plan, which is the default"
+    )
+    batch_size: Annotated[Integer, Field(ge=1, le=1_000_000)] = 256
+    learning_rate: Positive = 5e-5
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: Annotated[Integer, Field(ge=0, le=1_000_000_000)] = 500
+    weight_decay: Weight = 1e-2
+    max_grad_norm: Positive = 1.0
+    losses: Losses = Losses()
+    teacher: TeacherValue | None = Field(default=None, description="another teacher for this stage, of the same layout")
+    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(default=0.9999, description="null: no EMA")
+    caption_dropout: Fraction = Field(default=0.1, description="share of samples that see the empty prompt")
+    min_snr_gamma: Positive | None = Field(default=None, description="weighs the task loss only")
+
+    @model_validator(mode="after")
+    def _fits_objective(self) -> "Stage":
+        name = self.objective
+        if idle := [key for key in IDLE[name] if getattr(self, key) != type(self).model_fields[key].default]:
+            raise ValueError(f"{idle[0]!r} has no meaning with objective {name}: leave it out")
+        wanted = {"guidance": ("guidance_scale",), "trajectory": ("guidance_scale", "jumps")}.get(name, ())
+        if missing := [key for key in wanted if getattr(self, key) is None]:
+            raise ValueError(f"objective {name} needs {missing[0]!r}")
+        if name == "guidance" and self.losses.task:
+            raise ValueError("objective guidance needs 'losses.task' 0, because the data teach the unguided output")
+        if self.jumps and self.path_steps % self.jumps:
+            raise ValueError(f"'jumps' {self.jumps} must divide 'path_steps' {self.path_steps}")
+        return self
+
+    @property
+    def teacher_calls(self) -> int:
+        """How often the teacher is called for a sample."""
+        return TEACHER_CALLS[self.objective]
+
+    def made_for(self, evaluation: Drawing) -> Drawing | None:
+        """How its student has to be drawn; None: as the teacher. `evaluation`: how the recipe draws the teacher."""
+        if self.jumps:
+            return Drawing(steps=self.jumps, guidance_scale=1, sampler="ddim-trailing")
+        if self.objective == "guidance":
+            return Drawing(steps=evaluation.steps, guidance_scale=1, sampler=evaluation.sampler)
+        return None

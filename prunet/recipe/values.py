@@ -1,0 +1,51 @@
+"""What the values of a page are made of: numbers within bounds, parts that refuse unknown keys."""
+
+import os
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):  # which Python takes for 1 and 0
+        raise ValueError(f"give a number, not {str(value).lower()}")
+    return value
+
+
+#: A path in a recipe, or what stands in its place (a hub's id): `~` is the user's home folder.
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+Integer = Annotated[int, BeforeValidator(_no_truth)]
+Number = Annotated[float, BeforeValidator(_no_truth)]
+Steps = Annotated[Integer, Field(ge=1, le=1_000_000_000)]
+#: Of a sampler: no schedule of Stable Diffusion has more.
+DrawingSteps = Annotated[Integer, Field(ge=1, le=1000)]
+#: What is made of each picture or prompt.
+Copies = Annotated[Integer, Field(ge=1, le=1000)]
+Size = Annotated[Integer, Field(ge=8, le=4096)]
+Seed = Annotated[Integer, Field(ge=0, le=2**62)]
+Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[Number, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class Part(BaseModel):
+    """A part of a recipe: unknown keys are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Drawing(Part):
+    """How pictures are drawn."""
+
+    steps: DrawingSteps = 25
+    guidance_scale: Weight = Field(default=7.5, description="up to 1: no guidance, half of the calls")
+    sampler: str = "dpmsolver++"
+
+    @property
+    def rows(self) -> int:
+        """What goes through the denoiser at a step of one picture: guidance compares with the empty prompt."""
+        return 2 if self.guidance_scale > 1 else 1
+
+    def __str__(self) -> str:
+        guidance = f"guidance {self.guidance_scale:g}" if self.rows > 1 else "no guidance"
+        return f"{self.sampler}, {self.steps} step{'s' if self.steps > 1 else ''}, {guidance}"

@@ -1,0 +1,57 @@
+"""How a pipeline has to be drawn, where it was made for that: few steps, no guidance.
+
+It lies in `model_index.json` under a name that stock diffusers passes over, and in the config of the scheduler, which
+stock diffusers draws with.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from prunet.errors import UserError
+from prunet.recipe.recipe import explain
+from prunet.recipe.values import Drawing
+from prunet.sampling.samplers import SAMPLERS, sampler_of
+from prunet.teacher.configs import read_object
+from prunet.teacher.pipeline_files import PipelineFiles
+
+KEY = "_made_for"
+
+
+def made_for(pipeline: PipelineFiles) -> Drawing | None:
+    """What a pipeline says of itself; None: nothing, so it is drawn as its teacher is.
+
+    Raises:
+        UserError: not what prunet writes there.
+    """
+    path = pipeline.configs() / "model_index.json"
+    value = read_object(path, pipeline.source).get(KEY)
+    if value is None:
+        return None
+    fix = f"fetch or copy it again, or delete {KEY} to draw it as any other"
+    try:
+        found = Drawing.model_validate(value)
+    except ValidationError as error:
+        raise UserError(f"{path}: {KEY}: {explain(error, Drawing)}: {fix}") from error
+    if found.sampler not in SAMPLERS:
+        raise UserError(f"{path}: {KEY}: no sampler {found.sampler!r}: {fix}")
+    return found
+
+
+def drawing_of(pipeline: PipelineFiles, default: Drawing, **asked: Any) -> Drawing:
+    """How to draw with a pipeline: as `asked`; where that is None as it was made for, else as by `default`."""
+    given = {name: value for name, value in asked.items() if value is not None}
+    return (made_for(pipeline) or default).model_copy(update=given)
+
+
+def write_made_for(folder: Path, drawing: Drawing) -> None:
+    """Writes into a pipeline folder how it has to be drawn: its scheduler, and the key for prunet."""
+    path = folder / "model_index.json"
+    index = read_object(path, str(folder))
+    schedule = read_object(folder / "scheduler" / "scheduler_config.json", str(folder))
+    scheduler = sampler_of(drawing.sampler, schedule)
+    scheduler.save_pretrained(folder / "scheduler")
+    index |= {"scheduler": ["diffusers", type(scheduler).__name__], KEY: drawing.model_dump(mode="json")}
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

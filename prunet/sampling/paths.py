@@ -1,0 +1,77 @@
+"""The teacher's guided path from pure noise to the clean picture, with all that lies between."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunet.denoisers.condition import Condition
+from prunet.errors import UserError
+from prunet.recipe.stage import Stage
+from prunet.sampling.samplers import sampler_of
+from prunet.teacher.guidance import guided
+from prunet.teacher.teacher import Teacher
+
+#: The sampler of paths, and what of the teacher's scheduler is its noise schedule: how it spaces its steps is not.
+SAMPLER = "dpmsolver++"
+SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
+
+
+def schedule_of(teacher: Teacher) -> dict[str, Any]:
+    """What decides a path beside its sampler's name: the config of its scheduler."""
+    config = teacher.noise_scheduler.config
+    return {**{name: config[name] for name in SCHEDULE if name in config}, "timestep_spacing": "trailing"}
+
+
+@torch.no_grad()
+def draw_path(
+    teacher: Teacher, noise: Tensor, condition: Condition, empty: Condition, *, steps: int, guidance_scale: float
+) -> Tensor:
+    """Latents (B, steps + 1, C, h, w) in fp32 on the CPU, from `noise` (B, C, h, w) to the clean ones, by a stock
+    sampler whose times go from the last timestep to the first ("trailing").
+
+    `empty`: the condition of no prompt, as one row.
+    """
+    scheduler = sampler_of(SAMPLER, schedule_of(teacher))
+    scheduler.set_timesteps(steps)
+    device, dtype, call = teacher.device, teacher.dtype, teacher.architecture.call
+    condition, empty = condition.to(device, dtype), empty.to(device, dtype)
+    path = [noise]
+    for at in scheduler.timesteps:
+        noisy, timestep = path[-1].to(device, dtype), at.to(device).expand(len(noise))
+        output = guided(call, teacher.unet, noisy, timestep, condition, empty, guidance_scale)
+        path.append(scheduler.step(output.float().cpu(), at, path[-1], return_dict=False)[0])
+    return torch.stack(path, dim=1)
+
+
+def check_jumps(teacher: Teacher, stage: Stage, where: str) -> None:
+    """Refuses jumps that the teacher's noise schedule has no times for. `where`: the stage in the recipe.
+
+    Raises:
+        UserError: they do not divide its timesteps, or it has fewer than the path has steps; or nothing of the picture
+            is left at its last one, of which the noise says nothing.
+    """
+    process = teacher.process
+    for key, count in (("jumps", stage.jumps or 1), ("path_steps", stage.path_steps)):
+        if count > process.num_timesteps:
+            raise UserError(
+                f"{where}.{key}: {count} are more than the {process.num_timesteps} timesteps of {teacher.source}"
+            )
+    if process.num_timesteps % (stage.jumps or 1):
+        raise UserError(
+            f"{where}.jumps: {stage.jumps} do not divide the {process.num_timesteps} timesteps of {teacher.source}: a "
+            "stock sampler would land between two of them"
+        )
+    if process.prediction_type == "epsilon" and process.alphas_cumprod[-1] <= 0:
+        raise UserError(
+            f"{where}: {teacher.source} predicts the noise, and at its last timestep there is nothing else (zero "
+            "terminal SNR): objective trajectory needs prediction_type v_prediction there"
+        )

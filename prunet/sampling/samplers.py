@@ -1,0 +1,70 @@
+"""Samplers by name: schedulers of diffusers, set as Stable Diffusion ships them."""
+
+from typing import Any
+
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+
+from prunet.errors import UserError
+from prunet.teacher.teacher import Teacher
+
+SAMPLERS = {
+    "dpmsolver++": DPMSolverMultistepScheduler,
+    "ddim": DDIMScheduler,
+    "ddim-trailing": DDIMScheduler,
+    "pndm": PNDMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler-a": EulerAncestralDiscreteScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
+
+
+# As Stable Diffusion ships them. Where another sampler's config does not say, diffusers' defaults would clip latents to
+# [-1, 1] (DDIM), and warm up over more steps than may be asked for (PNDM). The trailing one goes from pure noise to the
+# clean picture, however few its steps are (arXiv 2305.08891).
+SAMPLER_OPTIONS: dict[str, dict[str, Any]] = {
+    "ddim": {"clip_sample": False},
+    "ddim-trailing": {"clip_sample": False, "timestep_spacing": "trailing", "set_alpha_to_one": True},
+    "pndm": {"skip_prk_steps": True},
+}
+
+
+def set_sampler(pipe: Any, name: str) -> Any:
+    """Puts the named sampler in place of the pipeline's own, with the same noise schedule.
+
+    Raises:
+        UserError: no sampler of that name.
+    """
+    if name not in SAMPLERS:
+        raise UserError(f"No sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
+    pipe.scheduler = sampler_of(name, pipe.scheduler.config)
+    return pipe
+
+
+def sampler_of(name: str, schedule: Any) -> Any:
+    """The scheduler of diffusers that a sampler's name stands for. `schedule`: the config of another one."""
+    return SAMPLERS[name].from_config(schedule, **SAMPLER_OPTIONS.get(name, {}))
+
+
+def check_sampler(teacher: Teacher, name: str, steps: int, where: str) -> None:
+    """Refuses a sampler that there is not, or that the teacher's schedule cannot drive for `steps` steps.
+
+    `where`: the part of the recipe that asks for it.
+    """
+    if name not in SAMPLERS:
+        raise UserError(f"{where}.sampler: no sampler {name!r}: {', '.join(SAMPLERS)}")
+    config = teacher.part_config("scheduler")
+    if steps > (most := teacher.noise_scheduler.config.num_train_timesteps):
+        raise UserError(f"{where}.steps: {steps} are more than the {most} timesteps of {teacher.source}")
+    try:
+        sampler_of(name, config).set_timesteps(steps)
+    except Exception as error:  # of any kind: diffusers takes the values as they are
+        raise UserError(
+            f"{teacher.source}: its scheduler/scheduler_config.json drives no {name} for {steps} steps: {error}"
+        ) from error

@@ -1,0 +1,69 @@
+"""Trajectory regression: one step of the student lands where several guided ones of its teacher did."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunet.denoisers.architecture import Net
+from prunet.teacher.teacher import Teacher
+from prunet.training.losses import mse
+from prunet.training.session import Session
+
+
+class Trajectory:
+    """The squared error of the clean picture that the student sees before a jump, against the one with which a step of
+    DDIM lands on the teacher's path, weighed by the signal-to-noise ratio there, at least 1.
+
+    No teacher is called: its paths lie in a cache (`prunet.data.paths`).
+    """
+
+    names: Sequence[str] = ("jump",)
+    nets: Sequence[Net] = ()
+
+    def __init__(self, teacher: Teacher, student: Net) -> None:
+        self._call, self._process = teacher.architecture.call, teacher.process
+        self._last = student.get_submodule(teacher.architecture.last_layer)
+
+    def start(self, session: Session) -> None:
+        self._process = self._process.to(session.device)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with in_full(self._last):
+            yield
+
+    def __call__(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        noisy, landed, timestep, after = (batch[k] for k in ("noisy", "landed", "timestep", "after"))
+        ours = self._call(model, noisy, timestep, batch["condition"])
+        clean = self._process.clean(noisy, ours.float(), timestep)
+        target = self._process.clean_between(noisy, landed, timestep, after)
+        loss = mse(clean, target, self._process.snr(timestep).clamp(min=1))
+        return loss, loss.detach()[None]
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        return {"loss": means["jump"]}
+
+    def blame(self) -> str | None:
+        return None
+
+
+@contextmanager
+def in_full(layer: nn.Module) -> Iterator[None]:
+    """The layer computes in fp32 under autocast, too: in pure noise an error of the output counts some 15 times in the
+    picture.
+    """
+    forward = layer.forward
+
+    def exact(features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            out: Tensor = forward(features.float())
+            return out
+
+    layer.forward = exact
+    try:
+        yield
+    finally:
+        del layer.forward
