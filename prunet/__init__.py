@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from prunet.plan.plan import Plan, load_plan
     from prunet.recipe.recipe import Data, Evaluation, Export, Recipe, load_recipe
     from prunet.recipe.stage import Losses, Stage
+    from prunet.recipe.values import Drawing
     from prunet.runs.run import Run, run
     from prunet.runtime import Runtime
     from prunet.sampling.draw import generate
@@ -64,6 +65,7 @@ _HOME = {
     "Data": "recipe.recipe",
     "Stage": "recipe.stage",
     "Losses": "recipe.stage",
+    "Drawing": "recipe.values",
     "Evaluation": "recipe.recipe",
     "Export": "recipe.recipe",
     "Saving": "training.checkpoints",

@@ -164,10 +164,10 @@ def test_bars_of_a_call_are_as_long_as_its_kinds(result) -> None:
         assert b / a == pytest.approx(y / x, rel=0.02)
 
 
-def test_one_model_alone_has_nothing_to_be_compared_with(sdxl) -> None:
-    result = bench(open_pipelines([str(sdxl)], size=32), size=32, repeats=3)
+def test_one_model_alone_has_nothing_to_be_compared_with(sd) -> None:
+    result = bench(open_pipelines([str(sd)], size=32), size=32, repeats=3)
     assert result["size"] == 32
-    assert result["models"]["sdxl"]["macs"] == macs_by_kind(Teacher(sdxl).unet_config, (16, 16))
+    assert result["models"]["sd"]["macs"] == macs_by_kind(Teacher(sd).unet_config, (16, 16))
     assert "speed-up" not in markdown(result)
     assert "Speed-up" not in chart(result)
 

@@ -182,10 +182,11 @@ class PipelineFiles:
         """Refuses a `model_index.json` that gives a part another class than prunet loads it as."""
         path = self.configs() / "model_index.json"
         index = read_object(path, self.source)
-        for part in ("unet", "vae", *self.text_encoders):
-            if (given := (index.get(part) or [None, None])[1]) != CLASSES[part]:
+        known = {self.architecture.part: self.architecture.class_name, **CLASSES}
+        for part in self.parts:
+            if (given := (index.get(part) or [None, None])[1]) != known[part]:
                 raise UserError(
-                    f"{path}: {part}: {given}; prunet knows {CLASSES[part]}: fetch or copy it again, or set it right"
+                    f"{path}: {part}: {given}; prunet knows {known[part]}: fetch or copy it again, or set it right"
                 )
 
     def configs(self) -> Path:
