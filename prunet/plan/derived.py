@@ -90,8 +90,8 @@ def derive(config: Mapping[str, Any], plan: Plan) -> Derived:
     """Student config, weight map, pairs and where the student will load, from the teacher's config alone.
 
     Raises:
-        UserError: a pattern matches nothing or a part that cannot go; a U-Net's levels are uneven; a kept layer would meet
-            a skip connection of another width; diffusers has no form for the result.
+        UserError: a pattern matches nothing, or a part that cannot go; a U-Net's levels are uneven; a kept layer would
+            meet a skip connection of another width; diffusers has no form for the result.
     """
     teacher = json.loads(json.dumps(dict(config)))  # plain JSON types: a config is data
     architecture = architecture_of(teacher)
