@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prunet.console import quiet_libraries
 from prunet.denoisers.condition import Condition
-from prunet.denoisers.drawing import Drawing
+from prunet.denoisers.diagram import Diagram
 from prunet.denoisers.pairs import Level, Pair
 from prunet.denoisers.patterns import removed_parts
 from prunet.denoisers.taps import tap
@@ -35,7 +35,7 @@ class Form:
     config: dict[str, Any]
     module_map: dict[str, str]  # student module -> teacher module, by the smallest prefixes; the longest one counts
     weight_map: dict[str, str]  # student parameter -> teacher parameter
-    implied: tuple[str, ...]  # parts that go with those removed (the sampler that led to a removed stage)
+    implied: tuple[str, ...]  # parts that go with those removed (the sampler that led to a removed level of a U-Net)
 
 
 class Architecture(ABC):
@@ -90,8 +90,8 @@ class Architecture(ABC):
         """Addition to the teacher (a ControlNet, say) -> "yes", or "no: " and why it does not fit the student."""
 
     @abstractmethod
-    def drawing(self, config: Config, gone: Iterable[str]) -> Drawing:
-        """The denoiser as terminal and page draw it, without the parts `gone`."""
+    def diagram(self, config: Config, gone: Iterable[str]) -> Diagram:
+        """The denoiser as terminal and page show it, without the parts `gone`."""
 
     @abstractmethod
     def native_latent_size(self, config: Config) -> tuple[int, int]:

@@ -76,7 +76,7 @@ def measure(
     if protocol.sampler not in SAMPLERS:
         raise UserError(f"protocol {protocol.name}: no sampler {protocol.sampler!r}: {', '.join(SAMPLERS)}")
     how = made_for(teacher)
-    used = Drawing.model_validate((how or protocol).model_dump(include=set(Drawing.model_fields)))
+    used = how or Drawing(**protocol.model_dump(include=set(Drawing.model_fields)))
     teacher.check_weights()
     _check_count(protocol, len(prompts))
     reference = Reference.open(protocol, real, beside)
@@ -133,11 +133,8 @@ def measure(
             raise UserError(f"{broken[0]} is not a number: too few pictures, or features that are not numbers")
         hashes = {name: net.hash for name, net in networks.items()}
         result = {
-            "model": {
-                "source": short(str(model)),
-                "fingerprint": drawing["model"],
-                **({"drawn": used.model_dump(mode="json")} if how else {}),
-            },
+            "model": {"source": short(str(model)), "fingerprint": drawing["model"]}
+            | ({"drawn": how.model_dump()} if how else {}),
             "protocol": _as_used(protocol, drawing, hashes, reference.content if reference else None),
             "measures": numbers,
             "versions": {name: importlib.metadata.version(name) for name in ("prunet", "torch", "diffusers")},

@@ -8,14 +8,14 @@ from prunet.teacher.teacher import Teacher
 
 
 def check_size(teacher: Teacher, size: int, name: str = "data.size") -> None:
-    """Refuses a picture size (of the option `name`) that the U-Net's stages cannot halve."""
+    """Refuses a picture size (of the option `name`) that the U-Net's levels cannot halve."""
     step = side_step(teacher)
     if size % step:
-        raise UserError(f"{name}: {size} is not a multiple of {step}, which this model's stages need")
+        raise UserError(f"{name}: {size} is not a multiple of {step}, which this model's levels need")
 
 
 def side_step(teacher: Teacher) -> int:
-    """Pixels of which a side must be a multiple, so that the U-Net's stages can halve it."""
+    """Pixels of which a side must be a multiple, so that the U-Net's levels can halve it."""
     return teacher.vae_scale * teacher.architecture.side_step(teacher.unet_config)
 
 

@@ -42,7 +42,7 @@ def loads_in(student: Mapping[str, Any], net: Any) -> dict[str, str]:
     uneven = isinstance(student["layers_per_block"], list)
     return {
         "diffusers": "yes",
-        "diffusers, single file": "no: its reader wants as many layers in every stage" if uneven else "yes",
+        "diffusers, single file": "no: its reader wants as many layers in every level" if uneven else "yes",
         "ComfyUI, single file": comfy,
         "stable-diffusion.cpp, single file": cpp,
     }
@@ -61,7 +61,7 @@ def works_with(whole: Any, net: Any, mapping: Mapping[str, str]) -> dict[str, st
     if net.mid_block is None:
         controlled = "no: diffusers has no ControlNet without a mid block"
     elif isinstance(net.config["layers_per_block"], list | tuple):
-        controlled = "no: diffusers has no ControlNet whose stages have different numbers of layers"
+        controlled = "no: diffusers has no ControlNet whose levels have different numbers of layers"
     return {
         "the teacher's LoRA": _lora(whole, net, mapping),
         "the teacher's ControlNet": "yes"
@@ -71,7 +71,7 @@ def works_with(whole: Any, net: Any, mapping: Mapping[str, str]) -> dict[str, st
         "the teacher's IP-Adapter": _ip_adapter(whole, net, mapping),
         "the teacher's AnimateDiff": "yes"
         if same_layers and mid_attention
-        else "no: it wants each stage's layers and the attention of the mid block",
+        else "no: it wants each level's layers and the attention of the mid block",
         "PAG's default layer": "yes"
         if mid_attention
         else "no: that is the attention of the mid block; name others (pag_applied_layers)",
