@@ -50,7 +50,7 @@ def check_place(folder: Path, what: str, option: str, sources: Iterable[Path] = 
     Raises:
         UserError: says what is there instead.
     """
-    place = _resolved(folder, option, sources)
+    place = resolve(folder, option, sources)
     if place.exists() and not place.is_dir():
         raise UserError(f"{option}: {folder} is a file; a folder is needed there")
     if not place.exists() and _FILES.guess_type(place.name)[0]:
@@ -85,7 +85,7 @@ def check_file(
     Raises:
         UserError: says what is there.
     """
-    place = _resolved(path, option, sources)
+    place = resolve(path, option, sources)
     if place.is_dir():
         raise UserError(f"{option}: {path} is a folder; name a file")
     if place.exists() and not is_ours(place):
@@ -106,8 +106,12 @@ def _a(kind: str) -> str:
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind} of prunet"
 
 
-def _resolved(path: Path, option: str, sources: Iterable[Path]) -> Path:
-    """Resolves the links of a path, and refuses one that is, lies in or holds one of `sources`."""
+def resolve(path: Path, option: str, sources: Iterable[Path] = ()) -> Path:
+    """Returns the path with its links resolved.
+
+    Raises:
+        UserError: it leads nowhere, or is, lies in or holds one of `sources`.
+    """
     try:
         place = path.resolve()
         others = {source: source.resolve() for source in sources if source.exists()}
