@@ -1,6 +1,6 @@
 """prunet: make a Stable Diffusion model smaller and faster by removing blocks of its U-Net and distilling the rest.
 
-The way of the data::
+How the data flows::
 
     Teacher ── config ──> Plan ──> derive() ──> build() ──> student
        └── cache() ──> latents and prompt embeddings ──> distil() ──> evaluate() ──> export()
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Names are imported when they are first used: `prunet --help` should not wait for torch.
+# Names are imported when they are first used, so that `prunet --help` does not wait for torch.
 _HOME = {
     "UserError": "errors",
     "Teacher": "teacher.teacher",
