@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prunet.adapters.adapt import adapt
     from prunet.data.cache import Cache
     from prunet.data.encoding import cache
     from prunet.errors import UserError
@@ -50,6 +51,7 @@ _HOME = {
     "Protocol": "evaluation.protocol",
     "load_protocol": "evaluation.protocol",
     "export": "exports.folder",
+    "adapt": "adapters.adapt",
     "generate": "sampling.draw",
     "convert": "teacher.pickles",
     "Recipe": "recipe.recipe",

@@ -37,6 +37,14 @@ class Form:
     implied: tuple[str, ...]  # parts that go with those removed (the sampler that led to a removed stage)
 
 
+@dataclass(frozen=True)
+class Residuals:
+    """Which residuals of the teacher's ControlNet a student has a place for."""
+
+    down: tuple[int, ...]  # for each of the student's, in order, the place among the teacher's
+    mid: bool
+
+
 class Architecture(ABC):
     """One diffusers class of denoisers. Works on configs and holds no weights."""
 
@@ -45,6 +53,8 @@ class Architecture(ABC):
     levels: tuple[Level, ...]
     blocks: tuple[str, ...]  # classes of the repeated blocks: what FSDP gathers together
     parts_help: str  # what a plan may name, for messages
+    controlnet: str  # diffusers' name of the class of its ControlNets
+    controlnet_loader: Path  # a file that loads one of the teacher's for a student without a stock one
 
     @abstractmethod
     def make(self, config: Config) -> Net:
@@ -81,6 +91,30 @@ class Architecture(ABC):
     @abstractmethod
     def works_with(self, teacher: Config, form: Form) -> dict[str, str]:
         """Addition to the teacher (a ControlNet, say) -> "yes", or "no: " and why it does not fit the student."""
+
+    @abstractmethod
+    def original_names(self, config: Config) -> dict[str, str]:
+        """Module -> its name in the files of the model's authors, of all modules with weights."""
+
+    @abstractmethod
+    def attentions(self, config: Config) -> list[str]:
+        """The attention modules in the order in which an IP-Adapter counts them."""
+
+    @abstractmethod
+    def empty_controlnet(self, config: Config, teacher: Config) -> Any:
+        """The ControlNet of `config` on the meta device.
+
+        Raises:
+            UserError: diffusers cannot make it, or it was made for another model than `teacher`.
+        """
+
+    @abstractmethod
+    def residuals(self, teacher: Config, form: Form) -> Residuals:
+        """Which of the residuals of a ControlNet made for `teacher` the student has a place for."""
+
+    @abstractmethod
+    def cut_controlnet(self, control: Any, teacher: Config, form: Form) -> Any:
+        """The stock ControlNet that the plan leaves of the teacher's; None where diffusers has no such form."""
 
     @abstractmethod
     def drawing(self, config: Config, gone: Iterable[str]) -> Drawing:

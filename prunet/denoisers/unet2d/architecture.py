@@ -2,17 +2,19 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunet.denoisers.architecture import Architecture, Config, Form, Net, check_shapes
+from prunet.denoisers.architecture import Architecture, Config, Form, Net, Residuals, check_shapes
 from prunet.denoisers.condition import Condition
 from prunet.denoisers.drawing import Drawing
 from prunet.denoisers.pairs import Level, Pair
-from prunet.denoisers.unet2d import attention, compatibility, form, inputs
+from prunet.denoisers.unet2d import attention, compatibility, controlnet, form, inputs
 from prunet.denoisers.unet2d.drawing import draw_unet
+from prunet.denoisers.unet2d.ldm_names import ldm_names
 from prunet.denoisers.unet2d.pairs import find_pairs
 from prunet.denoisers.unet2d.weights import check_form, weight_map
 
@@ -24,6 +26,8 @@ class UNet2D(Architecture):
     part = "unet"
     levels = ("block", "layer", "attention", "transformer")
     blocks = ("ResnetBlock2D", "BasicTransformerBlock")
+    controlnet = "ControlNetModel"
+    controlnet_loader = Path(__file__).parent / "student_controlnet.py"
     parts_help = "stages, mid_block, their resnets, attentions, transformer_blocks"
 
     def make(self, config: Config) -> Net:
@@ -53,6 +57,23 @@ class UNet2D(Architecture):
 
     def works_with(self, teacher: Config, form: Form) -> dict[str, str]:
         return compatibility.works_with(self.skeleton(teacher), self.skeleton(form.config), form.module_map)
+
+    def original_names(self, config: Config) -> dict[str, str]:
+        return ldm_names(self.skeleton(config))
+
+    def attentions(self, config: Config) -> list[str]:
+        return [name.removesuffix(".processor") for name in self.skeleton(config).attn_processors]
+
+    def empty_controlnet(self, config: Config, teacher: Config) -> Any:
+        return controlnet.empty_controlnet(config, self.skeleton(teacher))
+
+    def residuals(self, teacher: Config, form: Form) -> Residuals:
+        return controlnet.residuals(self.skeleton(teacher), self.skeleton(form.config), form.module_map)
+
+    def cut_controlnet(self, control: Any, teacher: Config, form: Form) -> Any:
+        if controlnet.without_form(self.skeleton(form.config)):
+            return None
+        return controlnet.cut_controlnet(control, form.config, self.residuals(teacher, form), form.module_map)
 
     def drawing(self, config: Config, gone: Iterable[str]) -> Drawing:
         return draw_unet(self.skeleton(config), gone)
