@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prunet import UserError, adapt, derive, load_plan
+from prunet import UserError, adapt, cli, convert, derive, load_plan
 from prunet.adapters.adapt import MARK
 from prunet.denoisers.architecture import teacher_name
 from prunet.denoisers.unet2d.form import make_unet
@@ -360,11 +360,13 @@ def other_model(path: Path) -> Path:
     return write_lora(path, "sdxl", "sgm")[0]
 
 
-def peft_metadata(path: Path) -> Path:
-    save_file(
-        load_file(write_lora(path, "sd", "peft")[0]), path, metadata={"lora_adapter_metadata": '{"unet.use_dora": 1}'}
-    )
-    return path
+def peft_metadata(text: str):
+    def make(path: Path) -> Path:
+        state = load_file(write_lora(path, "sd", "peft")[0])
+        save_file(state, path, metadata={"lora_adapter_metadata": text})
+        return path
+
+    return make
 
 
 def torn(path: Path) -> Path:
@@ -391,7 +393,9 @@ REFUSED = {
     "LoKr": (lambda path: lora_with(path, lokr_w1=torch.ones(2)), "is of LoKr"),
     "LoHa": (lambda path: lora_with(path, hada_w1_a=torch.ones(2)), "is of LoHa"),
     "biases": (lambda path: lora_with(path, lora_B__bias=torch.ones(2)), "is of a LoRA with biases"),
-    "PEFT's DoRA": (peft_metadata, "say use_dora"),
+    "PEFT's DoRA": (peft_metadata('{"unet.use_dora": 1, "unet.lora_alpha": 4}'), "say use_dora"),
+    "no alpha": (peft_metadata('{"unet.lora_alpha": null}'), "no config of PEFT's"),
+    "no config": (peft_metadata("[1]"), "no config of PEFT's"),
     "half a layer": (lambda path: lora_with(path, lora_up__weight=None), "its up is missing"),
     "another width": (
         lambda path: lora_with(path, lora_up__weight=torch.ones(16, 4, 1, 1)),
@@ -439,6 +443,18 @@ def test_a_controlnet_of_another_model_is_refused(tmp_path, run) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_a_pickled_ip_adapter_opens_by_the_advice(tmp_path, run) -> None:
+    state: dict = {"image_proj": {}, "ip_adapter": {}}
+    for key, value in ip_adapter("sd").items():
+        part, _, name = key.partition(".")
+        state[part][name] = value
+    torch.save(state, tmp_path / "ip.bin")
+    with pytest.raises(UserError, match="`prunet convert"):
+        adapt(tmp_path / "ip.bin", run("bk-base"))
+    convert(tmp_path / "ip.bin")
+    assert len(adapt(tmp_path / "ip.safetensors", run("bk-base"))["kept"]) == 10
+
+
 def test_the_student_is_given_by_its_run(tmp_path, run) -> None:
     path = write_lora(tmp_path / "lora.safetensors", "sd", "kohya")[0]
     with pytest.raises(UserError, match=r"no plan.json there.*give the run folder"):
@@ -449,3 +465,24 @@ def test_the_student_is_given_by_its_run(tmp_path, run) -> None:
     plan.write_text(json.dumps(facts))
     with pytest.raises(UserError, match="of another version of prunet"):
         adapt(path, plan.parent)
+
+
+def test_the_command(finished, tmp_path, capsys, monkeypatch) -> None:
+    """On a real run: what it prints, and one line of refusal."""
+    path = write_lora(tmp_path / "style.safetensors", "sd", "kohya")[0]
+    monkeypatch.setattr("sys.argv", ["prunet", "adapt", str(path), "--to", str(finished), "--json"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["plan"] == "bk-small" and facts["kind"] == "LoRA" and facts["output"].endswith("style-run.safetensors")
+    monkeypatch.setattr("sys.argv", ["prunet", "adapt", str(path), "--to", str(finished)])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    kept, dropped = len(facts["kept"]), facts["dropped"]
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith(f"the LoRA for run (bk-small), {kept} of {kept + len(dropped)} layers")
+    assert second == f"dropped, for their blocks are gone: {', '.join(dropped[:3])} and {len(dropped) - 3} more"
+    monkeypatch.setattr("sys.argv", ["prunet", "adapt", facts["output"], "--to", str(finished)])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert len(capsys.readouterr().err.splitlines()) == 1

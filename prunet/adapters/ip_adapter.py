@@ -13,7 +13,7 @@ from prunet.teacher.placing import Header
 
 IMAGE = "image_proj."
 #: The number is that of an attention; FaceID's files have a LoRA beside the image's keys and values.
-_KEY = re.compile(r"ip_adapter\.(\d{1,6})\.(?:(to_[kv])_ip\.weight|(to_[qkv]|to_out)_lora\.(down|up)\.weight)")
+_KEY = re.compile(r"ip_adapter\.(0|[1-9]\d{0,5})\.(?:(to_[kv])_ip\.weight|(to_[qkv]|to_out)_lora\.(down|up)\.weight)")
 MODELS = "give an IP-Adapter that was made for the student's teacher"
 
 

@@ -45,7 +45,7 @@ def carry_lora(found: Mapping[str, Header], metadata: Mapping[str, str], derived
     names = {key: key for key in found if TEXT.match(key)}
     pieces: dict[str, dict[str, Header]] = {}  # layer of the teacher -> down, up, alpha
     here: dict[str, str] = {}  # layer of the teacher -> the student's
-    for key in found.keys() - names.keys():
+    for key in sorted(found.keys() - names.keys()):
         prefix, written, suffix, role = _read(key, part)
         if written not in known:
             raise UserError(f"{key} is of no layer of the teacher: {MODELS}")
@@ -107,8 +107,10 @@ def _peft_config(text: str, part: str, kept: Mapping[str, tuple[str, int]]) -> s
         own = {key: value for key, value in config.items() if key.startswith(f"{part}.")}
         usual, patterns = own.get(f"{part}.lora_alpha"), own.get(f"{part}.alpha_pattern") or {}
         alphas = {new: _of_pattern(module, patterns, usual) for module, (new, _) in kept.items()}
-        if odd := next((f for f in ("use_dora", "lora_bias", "modules_to_save") if own.get(f"{part}.{f}")), None):
-            raise UserError(f"its metadata say {odd}, which has no form for a student here: give a plain LoRA")
+        if odd := [alpha for alpha in alphas.values() if own and not (_is_number(alpha) and math.isfinite(alpha))]:
+            raise ValueError(f"alpha {odd[0]!r}")
+        if more := next((f for f in ("use_dora", "lora_bias", "modules_to_save") if own.get(f"{part}.{f}")), None):
+            raise UserError(f"its metadata say {more}, which has no form for a student here: give a plain LoRA")
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"its metadata {PEFT} are no config of PEFT's ({error}): fetch or copy it again") from error
     if own:
@@ -121,6 +123,10 @@ def _peft_config(text: str, part: str, kept: Mapping[str, tuple[str, int]]) -> s
         config[f"{part}.target_modules"] = sorted(alphas)
         config |= {key: None for key in (f"{part}.exclude_modules", f"{part}.layers_to_transform") if key in config}
     return json.dumps(config, indent=2, sort_keys=True)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _of_pattern(module: str, patterns: Mapping[str, Any], usual: Any) -> Any:
