@@ -4,7 +4,7 @@
     python benchmarks/adapted_lora.py runs/demo --out lora-report
 
 Trains a LoRA on pictures of the shipped data in two colours, a style that the teacher never saw. Draws teacher, teacher
-with it, student, student with the carried file, and student with the teacher's file, at equal prompts and noise. Measures
+with it, student, student with the carried file and student with the file as it is, at equal prompts and noise. Measures
 how far each is from the style, and from the teacher with the LoRA. Needs peft (pip install -e '.[personalize]').
 """
 
