@@ -80,8 +80,8 @@ def train(teacher: Teacher, shard: Path, folder: Path, steps: int, count: int) -
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps)
     scheduler = teacher.noise_scheduler
     for step in range(steps):
-        pick = torch.randint(len(latents), (16,))
-        noise, times = torch.randn_like(latents[pick]), torch.randint(1000, (16,))
+        pick = torch.randint(len(latents), (8,))
+        noise, times = torch.randn_like(latents[pick]), torch.randint(1000, (8,))
         noisy = scheduler.add_noise(latents[pick], noise, times)
         epsilon = scheduler.config.prediction_type == "epsilon"
         target = noise if epsilon else scheduler.get_velocity(latents[pick], noise, times)
@@ -90,7 +90,7 @@ def train(teacher: Teacher, shard: Path, folder: Path, steps: int, count: int) -
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if step % 50 == 0:
+        if step % 30 == 0:
             print(f"step {step}: {loss.item():.4f}", flush=True)
     StableDiffusionPipeline.save_lora_weights(
         folder,
@@ -115,9 +115,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a finished run of emoji-sd")
     parser.add_argument("--out", type=Path, default=Path("lora-report"))
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--pictures", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=3, help="pictures of each prompt that are measured")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--pictures", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=1, help="pictures of each prompt that are measured")
     arguments = parser.parse_args()
     here = Path(__file__).parent.parent / "emoji"
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ def main() -> None:
         pipe = set_sampler(model.pipeline(), "dpmsolver++")
         if file is not None:
             pipe.load_lora_weights(str(file))
-        rows[name] = draw(pipe, PROMPTS * arguments.seeds, seeds, steps=25, guidance_scale=1.5, batch_size=8)
+        rows[name] = draw(pipe, PROMPTS * arguments.seeds, seeds, steps=15, guidance_scale=1.5, batch_size=8)
         if file is not None:
             pipe.unload_lora_weights()
     sheet({name: pictures[: len(PROMPTS)] for name, pictures in rows.items()}, arguments.out / "sheet.png")

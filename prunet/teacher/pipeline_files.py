@@ -166,7 +166,8 @@ class PipelineFiles:
         path = self.configs() / "model_index.json"
         index = read_object(path, self.source)
         for part in ("unet", "vae", *self.text_encoders):
-            if (given := (index.get(part) or [None, None])[1]) != CLASSES[part]:
+            pair = index.get(part)
+            if (given := pair[1] if isinstance(pair, list) else None) != CLASSES[part]:
                 raise UserError(
                     f"{path}: {part}: {given}; prunet knows {CLASSES[part]}: fetch or copy it again, or set it right"
                 )
