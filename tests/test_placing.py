@@ -350,6 +350,7 @@ def test_weights_too_large_for_a_precision(sd, tmp_path) -> None:
         ({"x": ["diffusers"]}, None, "x: not the library and class of a part"),
         ({"_class_name": ["a", "b"]}, None, "_class_name: Input should be a valid string"),
         ({"text_encoder": [None, None]}, None, "text_encoder: None; prunet knows CLIPTextModel"),
+        ({"text_encoder": 1e-05}, None, "text_encoder: None; prunet knows CLIPTextModel"),
         ({"vae": ["diffusers", "AutoencoderTiny"]}, None, "vae: AutoencoderTiny"),
         ({"unet": ["diffusers", "UNet2DModel"]}, None, "unet: UNet2DModel"),
         ({"scheduler": ["diffusers", "NoScheduler"]}, None, "NoScheduler"),

@@ -34,6 +34,7 @@ LARGEST_PICKLE = 256 << 20  # bytes, without the tensors; Stable Diffusion's has
 MOST_TUPLES = 60_000  # nested in each other, more would overflow Python's stack; a tensor has three or four
 LARGEST_GROWTH = 4  # tied tensors are written once for each of their names
 AGAIN = "fetch or copy it again"
+IP_ADAPTER = {"image_proj", "ip_adapter"}  # what such a file holds: two mappings, in safetensors joined by dots
 
 Places = Mapping[str, tuple[int, int]]  # record -> where it starts in the file and how long it is, in bytes
 
@@ -121,6 +122,8 @@ def _notes(path: Path, value: Any) -> tuple[dict[str, Note], list[str]]:
     """The tensors that a checkpoint holds by name, and the names of the rest."""
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds {_label(value)}, not tensors by name: save its state_dict alone")
+    if set(value) == IP_ADAPTER and all(isinstance(entry, dict) for entry in value.values()):
+        value = {f"{part}.{_label(name)}": entry for part, state in value.items() for name, entry in state.items()}
     inside = [key for key, entry in value.items() if isinstance(entry, dict) and _holds_tensors(entry)]
     state, outside = value, []
     if "state_dict" in inside or not _holds_tensors(value):
