@@ -3,7 +3,14 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from prunet.denoisers.pairs import Level
 from prunet.plan.plan import Plan, load_plan, preset_names
@@ -70,9 +77,9 @@ PlanValue = Annotated[Any, BeforeValidator(_read_plan), PlainSerializer(_write_p
 
 
 Objective = Literal["distillation", "guidance", "trajectory"]
-#: What has no meaning for an objective.
+#: What has no meaning for an objective, and is not written down with it.
 IDLE: dict[str, tuple[str, ...]] = {
-    "distillation": ("guidance_scale", "jumps", "path_steps", "paths"),
+    "distillation": ("objective", "guidance_scale", "jumps", "path_steps", "paths"),
     "guidance": ("min_snr_gamma", "jumps", "path_steps", "paths"),
     "trajectory": ("min_snr_gamma", "losses", "caption_dropout"),
 }
@@ -119,6 +126,11 @@ class Stage(Part):
         if self.jumps and self.path_steps % self.jumps:
             raise ValueError(f"'jumps' {self.jumps} must divide 'path_steps' {self.path_steps}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _what_has_a_meaning(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """So a run from before there were other objectives is still what it was."""
+        return {key: value for key, value in write(self).items() if key not in IDLE[self.objective]}
 
     @property
     def teacher_calls(self) -> int:
