@@ -350,9 +350,7 @@ def test_names_with_dots_are_told_the_rule_of_the_first_dot(tmp_path):
     assert all("a name ends at its first dot" in why for why in broken.values())
     only = shard(tmp_path / "b.tar", {"22.05.png": image, "22.05.txt": "a"})
     message = why_not(only)
-    assert (
-        "b.tar/22.05.png" in message and "this is .05.png of '22'" in message and "remove the other dots" in message
-    )
+    assert "b.tar/22.05.png" in message and "this is .05.png of '22'" in message and "remove the other dots" in message
 
 
 def test_no_sample_of_a_shard_is_lost_without_a_word(tmp_path):
