@@ -1,6 +1,6 @@
 """prunet: make a Stable Diffusion model smaller and faster by removing blocks of its U-Net and distilling the rest.
 
-The way of the data::
+How the data flows::
 
     Teacher ── config ──> Plan ──> derive() ──> build() ──> student
        └── cache() ──> latents and prompt embeddings ──> distil() ──> evaluate() ──> export()
@@ -12,10 +12,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prunet.adapters.adapt import adapt
     from prunet.data.cache import Cache
     from prunet.data.encoding import cache
-    from prunet.denoisers.architecture import Form
     from prunet.denoisers.condition import Condition
+    from prunet.denoisers.form import Form
     from prunet.denoisers.pairs import Pair
     from prunet.errors import UserError
     from prunet.evaluation.evaluation import evaluate
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Names are imported when they are first used: `prunet --help` should not wait for torch.
+# Names are imported when they are first used, so that `prunet --help` does not wait for torch.
 _HOME = {
     "UserError": "errors",
     "Teacher": "teacher.teacher",
@@ -57,10 +58,11 @@ _HOME = {
     "Protocol": "evaluation.protocol",
     "load_protocol": "evaluation.protocol",
     "export": "exports.folder",
+    "adapt": "adapters.adapt",
     "generate": "sampling.draw",
     "convert": "teacher.pickles",
     "Condition": "denoisers.condition",
-    "Form": "denoisers.architecture",
+    "Form": "denoisers.form",
     "Pair": "denoisers.pairs",
     "Data": "recipe.recipe",
     "Stage": "recipe.stage",

@@ -1,9 +1,10 @@
-"""The command `prunet`. Imports take a moment, in which Ctrl-C just ends it; after that `prunet.cli` listens."""
+"""The command `prunet`. While it imports, Ctrl-C just ends it; after that `prunet.cli` handles Ctrl-C."""
 
 import signal
 
 
 def main() -> None:
+    """Runs the command line."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from prunet import cli

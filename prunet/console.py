@@ -1,4 +1,4 @@
-"""What the terminal shows. What is said while work goes on is for stderr: stdout is for results."""
+"""What the terminal shows: progress and remarks on stderr, results on stdout."""
 
 import time
 import warnings
@@ -24,27 +24,26 @@ from prunet.processes import is_main
 
 
 class _Printable(Console):
-    """Obeys rich's own styles, and nothing that stands in a text: a file may be named so as to clear the screen."""
+    """A console that obeys rich's styles, but no control characters in a text: a file name could clear the screen."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """rich's segments, their texts made printable."""
+        """Returns rich's segments, with their texts made printable."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
-#: Of several processes one speaks.
+#: Where several processes share the work, only the main one prints.
 console = _Printable(stderr=True, highlight=False, quiet=not is_main())
-#: Results that are more than lines: tables, drawings.
+#: For results that are more than lines: tables and diagrams.
 results = _Printable()
 
-
-#: Seconds between two lines where there is no terminal to draw a bar on.
+#: Seconds between two lines of progress where stderr is not a terminal.
 LINE_EVERY = 60
 
 
 @contextmanager
 def progress(text: str, total: float | None) -> Iterator["Bar"]:
-    """A bar with count, time gone and time left; on a file or pipe a line now and then."""
+    """Shows a bar with count, elapsed and remaining time; on a file or pipe, a line every `LINE_EVERY` seconds."""
     columns = (
         SpinnerColumn(),
         TextColumn("[bold]{task.description}"),
@@ -69,15 +68,16 @@ class Bar:
         self._printed, self._printed_at = time.monotonic(), 0.0
 
     def advance(self, steps: float = 1, note: str | None = None) -> None:
+        """Adds `steps` to the count; `note` replaces the text beside it, if given."""
         if not self._done and steps > 1:
-            self._printed_at = steps  # done before this process began
+            self._printed_at = steps  # an earlier process did these
         self._done += steps
         self._note = self._note if note is None else escape(note)
         self._shown.update(self._task, advance=steps, note=self._note)
         now = time.monotonic()
         if not console.is_terminal and self._text and now - self._printed > LINE_EVERY:
             of = ""
-            if self._total and self._done > self._printed_at:  # at the pace since the line before
+            if self._total and self._done > self._printed_at:  # at the pace since the last line
                 pace = (now - self._printed) / (self._done - self._printed_at)
                 of = f" of {self._total:g}, {timedelta(seconds=round(pace * (self._total - self._done)))} left"
             self._printed, self._printed_at = now, self._done
@@ -85,14 +85,16 @@ class Bar:
 
 
 def say(text: str) -> None:
-    """One line about what happens, in rich's markup."""
+    """Prints one line on stderr, in rich's markup."""
     console.print(text, soft_wrap=True)
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """While it lasts diffusers and transformers report errors alone and draw no bars. What they warn of (a processor
-    that is not used, a text that is cut, an argument of later versions) is prunet's business.
+    """Keeps diffusers and transformers from printing anything but errors.
+
+    Their warnings (a processor that is not used, a text that is cut, an argument of later versions) are about what
+    prunet does on purpose or reports itself.
     """
     import diffusers.utils.logging as of_diffusers
     import transformers.utils.logging as of_transformers

@@ -1,20 +1,20 @@
-"""The one exception that a user is meant to read, and what of a user's text may reach a terminal."""
+"""The one exception that a user is meant to read, and texts made safe for a terminal."""
 
 import re
 
-#: Characters that a terminal obeys instead of showing, that turn the direction of a line, or that no encoding has.
+#: Characters that a terminal obeys instead of showing, that reverse the direction of a line, or that no encoding has.
 _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-#: A message is cut to this length: what comes first says what is wrong, what comes last how to fix it.
+#: Characters that a terminal obeys instead of showing, that reverse a line's direction, or that no encoding has.
 LONGEST = 800
 
 
 def printable(text: str) -> str:
-    r"""`text` with the characters that a terminal would obey written out (`\x1b`); line ends and tabs stay."""
+    r"""Returns `text` with the characters that a terminal would obey written out (`\x1b`); line ends and tabs stay."""
     return _OBEYED.sub(lambda found: found[0].encode("unicode-escape").decode(), text)
 
 
 def one_line(text: str) -> str:
-    """`text` as one printable line, its middle left out where it is too long to read."""
+    """Returns `text` as one printable line of at most about `LONGEST` characters, its middle left out if need be."""
     # Cut before it is split: a message may quote megabytes.
     line = " ".join(_cut(text, 100 * LONGEST).split())
     return _cut(printable(line), LONGEST)

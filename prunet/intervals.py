@@ -1,4 +1,4 @@
-"""Measures with the interval that says how far to trust them: bootstrap, jackknife, Student's t."""
+"""Numbers with the interval that says how far to trust them: bootstrap, jackknife, Student's t."""
 
 import math
 import statistics
@@ -15,15 +15,15 @@ RESAMPLES = 2000  # of the bootstrap
 
 
 def parts_of(values: NDArray[Any], rows: int) -> list[NDArray[Any]]:
-    """`values` in pieces of `rows` rows."""
+    """Splits `values` into pieces of `rows` rows; the last one may be shorter."""
     return [values[at : at + rows] for at in range(0, len(values), rows)]
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number and its 95 % interval, which is about the pictures drawn; the real ones are taken as they are.
+    """A number and its 95 % interval over the drawn pictures; the real pictures count as given.
 
-    Recall is a mean over the real ones, and so is its interval.
+    Recall is the exception: it is a mean over the real pictures, and its interval is over them.
     """
 
     value: float
@@ -32,14 +32,16 @@ class Measure:
 
 
 def mean_of(values: Sequence[float] | Array) -> Measure:
-    """The mean of `values`, with its 95 % interval."""
-    """Of one value a picture."""
+    """Returns the mean of `values`, one for each picture, with its 95 % interval."""
     values = np.asarray(values, dtype=np.float64)
     return bootstrap(len(values), lambda which: values[which].mean(axis=-1))
 
 
 def bootstrap(count: int, measure: Callable[[NDArray[np.int64]], Any]) -> Measure:
-    """Percentiles of a measure of resampled pictures: it gets the numbers of those to use (..., count)."""
+    """Returns a measure of `count` pictures; its interval comes from percentiles over resampled pictures.
+
+    `measure` gets the indices of the pictures to use, (..., count), and returns a value for each row.
+    """
     chosen = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
     low, high = np.percentile(
         np.concatenate([np.atleast_1d(measure(part)) for part in parts_of(chosen, 100)]), [2.5, 97.5]
@@ -48,9 +50,9 @@ def bootstrap(count: int, measure: Callable[[NDArray[np.int64]], Any]) -> Measur
 
 
 def jackknife(value: float, count: int, measure: Callable[[NDArray[np.int64]], float]) -> Measure:
-    """For what is not a mean: each of `GROUPS` random groups of pictures is left out once.
+    """Returns `value` with an interval for what is not a mean: leaves out each of `GROUPS` random groups once.
 
-    Resampling with replacement would show pictures twice, which FID and KID take for a lack of variety.
+    Resampling with replacement would repeat pictures, which FID and KID take for a lack of variety.
     """
     order = np.random.default_rng(0).permutation(count)
     groups = np.array_split(order, min(GROUPS, count))
@@ -59,13 +61,13 @@ def jackknife(value: float, count: int, measure: Callable[[NDArray[np.int64]], f
     return Measure(value, value - spread, value + spread)
 
 
-# Student's t, 97.5 %: half the width of a 95 % interval in standard errors, by degrees of freedom. The last one
-# serves for more than ten, too, and is a little too wide for them.
+# Student's t at 97.5 % for 1 to 10 degrees of freedom: half the width of a 95 % interval in standard errors. The last
+# value also serves for more than 10, where it is a little too wide.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, and half the width of its 95 % interval (Student's t; None from one value)."""
+    """Returns the values, their mean, and half the width of its 95 % interval (Student's t; None for one value)."""
     if not values:
         return {"values": [], "mean": None, "interval": None}
     interval = None

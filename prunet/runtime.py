@@ -1,4 +1,4 @@
-"""Where and how it runs: device, precision, and what saves memory or time."""
+"""Where and how prunet computes: device, precision, and options that save memory or time."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,16 +12,18 @@ Precision = Literal["auto", "no", "bf16", "fp16"]
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how it runs; no result depends on it but for rounding.
+    """Where and how prunet computes; results depend on it only by rounding.
 
-    `micro_batch`: samples at once on each device (None: the most that fits); `log_every`: steps between two read-backs
-    of the losses, which are the only points where the device is waited for. What saves memory: `gradient_checkpointing`
-    (costs time), `offload_ema` (the average waits on the CPU), `use_8bit_adam` (bitsandbytes), `teacher_8bit` (torchao:
-    its linear layers' weights in 8 bits), `fsdp` (several processes share out the student's weights, gradients, moments
-    and average). What saves time: `compile` (teacher and student by torch.compile, features included),
-    `compile_blocks` (their transformer blocks alone, which takes seconds instead of minutes), `channels_last` (the
-    memory format in which convolutions of GPUs work), `teacher_fp8` (torchao: the teacher's linear layers multiply in
-    fp8, on GPUs from Hopper on).
+    `micro_batch`: samples at once on each device (None: the most that fits). `log_every`: steps between two reads of
+    the losses, the only points where the CPU waits for the device.
+
+    Options that save memory: `gradient_checkpointing` (costs time), `offload_ema` (the average stays on the CPU),
+    `use_8bit_adam` (bitsandbytes), `teacher_8bit` (torchao: weights of the teacher's linear layers in 8 bits), `fsdp`
+    (processes share out the student's weights, gradients, moments and average).
+
+    Options that save time: `compile` (teacher and student by torch.compile, features included), `compile_blocks` (only
+    their transformer blocks, in seconds instead of minutes), `channels_last` (the memory format in which a GPU's
+    convolutions work), `teacher_fp8` (torchao: the teacher's linear layers multiply in fp8, on Hopper GPUs or later).
     """
 
     device: str | None = None
@@ -41,20 +43,20 @@ class Runtime:
 
     @property
     def torch_device(self) -> torch.device:
-        """The device of this process: the best there is, if none was named."""
+        """The device of this process; the best available one if none is named."""
         kind = self.device or ("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
         if kind == "cuda" and processes.count() > 1:
             return torch.device("cuda", processes.local_rank())
         return torch.device(kind)
 
     def use_device(self) -> None:
-        """accelerate takes the current CUDA device, whatever its number."""
+        """Makes this device CUDA's current one, which accelerate uses whatever number was named."""
         if self.torch_device.type == "cuda" and self.torch_device.index is not None:
             torch.cuda.set_device(self.torch_device)
 
     @property
     def mixed_precision(self) -> str:
-        """`auto` is bf16 where the hardware multiplies it, else full precision."""
+        """The precision; `auto` is bf16 where the hardware multiplies it, else fp16 on CUDA, else full precision."""
         if self.precision != "auto":
             return self.precision
         if self.torch_device.type == "cuda":
@@ -64,7 +66,7 @@ class Runtime:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of frozen weights."""
+        """The dtype of frozen weights."""
         return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.mixed_precision]
 
 

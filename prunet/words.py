@@ -9,7 +9,7 @@ from prunet.errors import UserError
 
 
 def number(value: float, digits: int = 3) -> str:
-    """`digits` significant digits, thousands apart, and an exponent only below 0.0001."""
+    """Formats a number with `digits` significant digits, commas at thousands, and an exponent only below 0.0001."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     size = int(f"{value:.{digits - 1}e}".partition("e")[2])  # after rounding: 9.99 may become 10
@@ -17,30 +17,30 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def many(count: float, digits: int = 3) -> str:
-    """As the field says it: 266 k, 2,567 M parameters, 338 G multiply-adds."""
+    """Formats a count as papers do: 266 k, 2,567 M parameters, 338 G multiply-adds."""
     unit, scale = ("G", 1e9) if count >= 1e10 else ("M", 1e6) if count >= 1e6 else ("k", 1e3)
     return f"{number(count / scale, digits)} {unit}"
 
 
 def percent(share: float) -> str:
-    """A share as a percentage: 12 %, 3.4 %."""
+    """Formats a share as a percentage: 12 %, 3.4 %."""
     return f"{100 * share:.0f} %" if share >= 0.095 or share == 0 else f"{100 * share:.1f} %"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as s, min or h."""
+    """Formats seconds as s, min or h."""
     scale, unit = (3600, "h") if seconds >= 3600 else (60, "min") if seconds >= 60 else (1, "s")
     return f"{number(seconds / scale, 2)} {unit}"
 
 
 def short(source: str) -> str:
-    """A hub id as it is; of a path only the last name, for where it lies on a disk is nobody's business."""
+    """Returns a hub id as it is, and only the last name of a path: the folders above it are private."""
     parts = source.replace("\\", "/").rstrip("/").split("/")
     return source if len(parts) == 2 and parts[0] not in (".", "..", "", "~") else parts[-1]
 
 
 def names_of(sources: Sequence[Path | str]) -> list[str]:
-    """The shortest ends of paths that tell them apart.
+    """Returns the shortest ends of paths that tell them apart.
 
     Raises:
         UserError: one is given twice.
@@ -55,7 +55,7 @@ def names_of(sources: Sequence[Path | str]) -> list[str]:
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """The first value in which two nested mappings differ: `data.flip False, now True`; None where they are equal."""
+    """Names the first value where two nested mappings differ: `data.flip False, now True`; None if they are equal."""
     before, now = _leaves(old), _leaves(new)
     key = next((key for key in now | before if before.get(key) != now.get(key)), None)
     if key is None:

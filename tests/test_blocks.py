@@ -192,11 +192,14 @@ def test_fields_of_the_table_are_the_lengths_of_the_lists(name) -> None:
 @CLASSES
 def test_drawing_and_pairs_are_of_the_blocks_that_stay(name) -> None:
     derived = derive(config_of(name), load_plan(SMALL[name][1]))
-    parts = [part for stage in derived.drawing().stages for layer in stage.layers for part in layer]
+    parts = [part for section in derived.diagram().sections for layer in section.layers for part in layer]
     stay = {part.name for part in parts if not part.gone}
     assert {pair.teacher for pair in derived.pairs()} == stay
     assert {pair.student for pair in derived.pairs()} == {
-        part.name for s in derive(derived.student_config, Plan("none")).drawing().stages for x in s.layers for part in x
+        part.name
+        for s in derive(derived.student_config, Plan("none")).diagram().sections
+        for x in s.layers
+        for part in x
     }
     assert derived.student_size.macs < derived.teacher_size.macs
     assert architecture_of(derived.student_config).blocks
@@ -300,7 +303,7 @@ def test_page_draws_the_blocks_that_stay() -> None:
     page = env.from_string("{% import 'macros.html.j2' as m %}{{ m.reading(net) }}{{ m.denoiser(net) }}")
     for name, (_, patterns) in SMALL.items():
         derived = derive(config_of(name), load_plan(patterns))
-        text = page.render(net=derived.drawing())
+        text = page.render(net=derived.diagram())
         assert text.count('class="part block gone"') == len(derived.removed)
         assert text.count('class="part block"') == len(derived.form.module_map) + 1  # that of the legend
 

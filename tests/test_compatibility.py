@@ -90,7 +90,7 @@ def test_a_controlnet_of_its_own(kind, name) -> None:
 
 def test_no_controlnet_has_uneven_stages() -> None:
     derived = derived_of("sd", UNEVEN)
-    assert derived.works_with["a ControlNet of its own"].startswith("no: diffusers has no ControlNet whose stages")
+    assert derived.works_with["a ControlNet of its own"].startswith("no: diffusers has no ControlNet whose levels")
     assert outcome(lambda: ControlNetModel.from_unet(make_unet(derived.student_config))) == "no"
 
 

@@ -12,7 +12,7 @@ from prunet.evaluation import drawing
 from prunet.evaluation.evaluation import LEVELS, denoiser_errors, picture_rmse
 from prunet.recipe.recipe import Evaluation, Stage
 from prunet.runtime import Runtime
-from prunet.speed.clock import measure
+from prunet.speed.clock import time_denoisers
 from prunet.teacher.known import layout_config
 from prunet.training.fit import training_memory
 
@@ -94,7 +94,7 @@ def test_picture_rmse_by_hand() -> None:
 def test_measure_reports_every_model_with_its_precision(sdxl) -> None:
     teacher = Teacher(sdxl)
     small = build(teacher, load_plan("vega")).to(torch.bfloat16)
-    result = measure({"teacher": teacher.unet, "student": small}, repeats=2)
+    result = time_denoisers({"teacher": teacher.unet, "student": small}, repeats=2)
     assert result["dtypes"] == {"teacher": "float32", "student": "bfloat16"}
     models = {"teacher": teacher.unet, "student": small}
     weights = {name: sum(p.nbytes for p in net.parameters()) / 2**20 for name, net in models.items()}

@@ -149,6 +149,10 @@ def test_a_picture_does_not_depend_on_its_batch(opened) -> None:
 STOCK = {
     "dpmsolver++": (DPMSolverMultistepScheduler, {}),
     "ddim": (DDIMScheduler, {"clip_sample": False}),
+    "ddim-trailing": (
+        DDIMScheduler,
+        {"clip_sample": False, "timestep_spacing": "trailing", "set_alpha_to_one": True},
+    ),
     "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
     "euler": (EulerDiscreteScheduler, {}),
     "euler-a": (EulerAncestralDiscreteScheduler, {}),

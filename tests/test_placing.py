@@ -350,6 +350,7 @@ def test_weights_too_large_for_a_precision(sd, tmp_path) -> None:
         ({"x": ["diffusers"]}, None, "a name of letters, digits and _, a library and a class"),
         ({"_class_name": ["a", "b"]}, None, "_class_name: Input should be a valid string"),
         ({"text_encoder": [None, None]}, None, "text_encoder: None; prunet supports CLIPTextModel"),
+        ({"text_encoder": 1e-05}, None, "text_encoder: None; prunet supports CLIPTextModel"),
         ({"vae": ["diffusers", "AutoencoderTiny"]}, None, "vae: AutoencoderTiny"),
         ({"unet": ["diffusers", "UNet2DModel"]}, None, "unet: UNet2DModel"),
         ({"scheduler": ["diffusers", "NoScheduler"]}, None, "NoScheduler"),

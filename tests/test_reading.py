@@ -33,7 +33,7 @@ TOO_MUCH = {
         "more than 50,000 values",
     ),
     "merged mappings": (laughs("{<<: [" + ", ".join(["%s"] * 10) + "]}"), "more than 50,000 values"),
-    "an alias of itself": ("a: &a [1, *a]", "an alias of what it stands in"),
+    "an alias of itself": ("a: &a [1, *a]", "an alias of a list or mapping that it stands in"),
     "brackets": ("a: " + "[" * 40 + "]" * 40, "inside one another"),
     "many brackets": ("a: " + "[" * 5000, "inside one another"),
     "braces": ("a: " + "{b: " * 30 + "1" + "}" * 30, "inside one another"),

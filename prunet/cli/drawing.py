@@ -9,7 +9,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from prunet.denoisers.drawing import Drawing, Part, Stage
+from prunet.denoisers.diagram import Diagram, Part, Section
 from prunet.plan.derived import Derived
 from prunet.plan.size import Size
 from prunet.words import many, number
@@ -21,11 +21,11 @@ SIGNS = {"resnet": ("R", "r"), "attention": ("A", "a"), "downsampler": ("↓", "
 
 def draw_plan(derived: Derived, title: str) -> RenderableType:
     """What the plan does to the teacher: the denoiser, the sizes, and where the student will load."""
-    drawing = derived.drawing()
+    diagram = derived.diagram()
     return Group(
         Rule(Text(title, style="bold"), align="left"),
-        Padding(_denoiser(drawing), (0, 0, 1, 0)),
-        Text.from_markup(_legend(drawing)),
+        Padding(_denoiser(diagram), (0, 0, 1, 0)),
+        Text.from_markup(_legend(diagram)),
         Text(),
         _sizes(derived),
         _programs(derived),
@@ -81,32 +81,32 @@ def _counted(found: Mapping[str, int]) -> str:
     return ", ".join(f"{n} {names[kind] if n > 1 else names[kind].removesuffix('s')}" for kind, n in found.items())
 
 
-def _legend(drawing: Drawing) -> str:
-    if drawing.stages[0].is_list:
+def _legend(diagram: Diagram) -> str:
+    if diagram.sections[0].is_list:
         return f"[{STAYS}]0 1 2[/] blocks that stay, by their numbers, [{GOES}]·[/] one that goes"
     stays, goes = f"[{STAYS}]R A[/] stays", f"[{GOES}]r a[/] goes"
     return f"{stays}, {goes}  R resnet, A attention (A4/10: 4 of 10 blocks), ↓ ↑ resize"
 
 
-def _denoiser(drawing: Drawing) -> Table:
-    """Mirrored stages side by side, those without a mirror one below the other."""
+def _denoiser(diagram: Diagram) -> Table:
+    """Mirrored levels side by side, those without a mirror one below the other."""
     table = Table.grid(padding=(0, 1))
     for _ in range(5):
         table.add_column(no_wrap=True)
-    for row in drawing.rows:
+    for row in diagram.rows:
         cells: list[Text] = []
-        for stage in row.stages:
+        for stage in row.sections:
             note = str(row.width) if row.width else "{} of {}\n{}".format(*stage.stays, many(stage.kept))
             cells += [_name(stage), *([] if cells else [Text(note, style="dim")]), _stage(stage)]
         table.add_row(*cells)
     return table
 
 
-def _name(stage: Stage) -> Text:
+def _name(stage: Section) -> Text:
     return Text(f"({stage.name})", style=GOES) if stage.gone else Text(stage.name, style="bold")
 
 
-def _stage(stage: Stage) -> Text:
+def _stage(stage: Section) -> Text:
     """Its layers in order; what goes is also in other signs, for eyes and terminals without colour."""
     lines = [Text(" ").join(map(_mark, layer)) for layer in stage.layers]
     return Text("\n" if stage.is_list else " ").join(lines)

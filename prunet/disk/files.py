@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written aside, synced, and renamed; and what they say when read again."""
+"""Writes files that are either whole or absent (written aside, synced, and renamed), and reads them again."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ from prunet.disk.reading import parse_json
 from prunet.disk.seals import CHECKSUM, json_checksum, seal
 from prunet.errors import UserError
 
-#: What is wrong with a path, or with who wants to write there.
+#: Error numbers of a path that cannot be written, or not by this user.
 UNWRITABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG, errno.EINVAL),
     *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
@@ -27,18 +27,18 @@ AGAIN = "delete it and give the same command again"
 
 
 def aside(path: Path) -> Path:
-    """The name under which `path` is written until it is whole."""
+    """Returns the name under which `path` is written until it is whole."""
     return path.with_name(f".{path.name}.part")
 
 
 def _finish(path: Path, umask: int) -> None:
-    """Whoever may read other new files of this user may read this one (safetensors writes for its owner alone); and
-    its bytes are on the disk before its name is.
+    """Gives a file the user's default permissions (safetensors writes for its owner alone), and syncs its bytes to disk
+    before it gets its name.
     """
     mode = stat.S_IMODE(path.stat().st_mode)
     wanted = (mode & 0o7000) | ((0o777 if path.is_dir() else 0o666) & ~umask)
     if mode != wanted:
-        with suppress(PermissionError):  # a file system that has no modes
+        with suppress(PermissionError):  # a file system without permissions
             path.chmod(wanted)
     if path.is_file():
         fd = os.open(path, os.O_RDONLY)
@@ -62,30 +62,30 @@ def _new_part(part: Path) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields a name to write to; what was written appears as `path` when the block ends without an error."""
-    part = aside(path)  # a folder, because safetensors leaves a file with a name of its own when it is killed
+    """Yields a path to write to; the file appears as `path` when the block ends without an error."""
+    part = aside(path)  # a folder, because safetensors leaves a file under a name of its own if it is killed
     try:
         with clear_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             _new_part(part)
             yield part / path.name
             _finish(part / path.name, _umask())
-            os.replace(part / path.name, path)
+            (part / path.name).replace(path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 @contextmanager
 def new_folder(path: Path, what: str, made_from: str | None = None) -> Iterator[Path]:
-    """Like `new_file` for a folder; a folder that was there is replaced only when the new one is whole.
+    """Like `new_file` for a folder; an existing folder is replaced only when the new one is whole.
 
-    It is sealed as a `what` of prunet's, with the checksums of its files and the fingerprint that it was `made_from`.
+    The folder is sealed with its kind `what`, the checksums of its files, and the fingerprint `made_from`.
     """
     part, old = aside(path), path.with_name(f".{path.name}.old")
     try:
         with clear_errors(path):
             if old.exists() and not path.exists():  # killed between the two renames below
-                os.replace(old, path)
+                old.replace(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             _new_part(part)
             yield part
@@ -95,8 +95,8 @@ def new_folder(path: Path, what: str, made_from: str | None = None) -> Iterator[
                 _finish(inside, umask)
             shutil.rmtree(old, ignore_errors=True)
             if path.exists():
-                os.replace(path, old)
-            os.replace(part, path)
+                path.replace(old)
+            part.replace(path)
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -104,7 +104,7 @@ def new_folder(path: Path, what: str, made_from: str | None = None) -> Iterator[
 
 @contextmanager
 def clear_errors(path: Path) -> Iterator[None]:
-    """A full disk or a folder without permission is the user's to fix: one line."""
+    """Turns what the user can fix, such as a full disk or a missing permission, into a `UserError`."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -119,12 +119,14 @@ def clear_errors(path: Path) -> Iterator[None]:
 
 
 def _error_number(error: BaseException) -> int | None:
-    """The system's number of an error in writing. safetensors has it in its text; torch and Pillow lose it, and what
-    stops them in the middle of a file is a full disk, nearly always.
+    """Returns the system's number of an error in writing, if it is known.
+
+    safetensors has it in its text. torch and Pillow lose it; a full disk is nearly always what stops them in the middle
+    of a file.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    # safetensors' words, or those of shutil.Error, which holds the errors of several files.
+    # The text of safetensors, or of shutil.Error, which holds the errors of several files.
     if found := re.search(r"(?:\(os error |\[Errno )(\d+)[\])]", str(error)):
         return int(found[1])
     lost = r"PytorchStreamWriter|inline_container|iostream error|encoder error"
@@ -132,10 +134,10 @@ def _error_number(error: BaseException) -> int | None:
 
 
 def check_writable(folder: Path, what: str) -> Path:
-    """The folder in which `folder` is or will be made.
+    """Returns the nearest existing folder, `folder` itself or one above it.
 
     Raises:
-        UserError: it cannot be; `what` is the name of the setting.
+        UserError: nothing can be written there; `what` is the name of the setting.
     """
     with clear_errors(folder):
         where = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
@@ -147,7 +149,7 @@ def check_writable(folder: Path, what: str) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """An object gets a checksum, which `read_json` verifies and takes out again."""
+    """Writes a JSON value; an object also gets a checksum, which `read_json` verifies and removes."""
     if isinstance(value, dict):
         value = value | {CHECKSUM: json_checksum(value, path.name)}
     with new_file(path) as part:
@@ -155,15 +157,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes a text as UTF-8."""
     with new_file(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path, fix: str = AGAIN) -> Any:
-    """The JSON value in a file that prunet wrote.
+    """Reads the JSON value in a file that prunet wrote.
 
     Raises:
-        UserError: not there, not JSON any more, or not what was written there; says how to `fix` it.
+        UserError: missing, not JSON, or changed since it was written; the message ends with `fix`.
     """
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
@@ -176,10 +179,10 @@ def read_json(path: Path, fix: str = AGAIN) -> Any:
 
 
 def read_label(path: Path, keys: Iterable[str], fix: str = AGAIN) -> dict[str, Any]:
-    """The JSON object in a file that prunet wrote, which must have `keys`.
+    """Reads the JSON object in a file that prunet wrote, and refuses one without all `keys`.
 
     Raises:
-        UserError: not there, or not whole any more; says how to `fix` it.
+        UserError: missing, or not whole; the message ends with `fix`.
     """
     value = read_json(path, fix)
     if missing := sorted(set(keys) - (value.keys() if isinstance(value, dict) else set())):

@@ -1,4 +1,4 @@
-"""Whose a folder is: prunet writes only into folders that it made, or that are empty or absent, one process at a time.
+"""Where prunet may write: into folders that it made, or that are empty or absent, and one process at a time.
 
 A folder that prunet made holds a seal (`prunet.disk.seals`); a process that works in a folder holds its lock.
 """
@@ -18,7 +18,7 @@ from prunet.disk.seals import SEAL, changed, files_in, read_seal, seal_text
 from prunet.errors import UserError
 
 LOCK = ".prunet.lock"
-#: What versions without seals left: a folder is of this kind if it holds all of one of these lists.
+#: How to recognise folders of versions without seals: a folder is of a kind if it holds all names of one of its lists.
 UNSEALED = {
     "run": (("recipe.yaml", "plan.json", "steps.json"),),
     "cache": (("spec.json", "unconditional.safetensors"), ("spec.json", "cache.json")),
@@ -27,12 +27,13 @@ UNSEALED = {
     "bench": (("bench.json", "bench.md"),),
 }
 
-_FILES = MimeTypes()  # of Python itself: those of the system differ
+_FILES = MimeTypes()  # Python's own table: those of systems differ
+
 # -- where prunet may write
 
 
 def kind_of(folder: Path) -> str | None:
-    """What of prunet's a folder is: `run`, `cache`, `student`, ...; None: not prunet's."""
+    """Returns the kind of a folder that prunet made (`run`, `cache`, `student`, ...); None for any other folder."""
     if seal := read_seal(folder):
         return str(seal.get("what"))
     for kind, lists in UNSEALED.items():
@@ -42,21 +43,21 @@ def kind_of(folder: Path) -> str | None:
 
 
 def check_place(folder: Path, what: str, option: str, sources: Iterable[Path] = ()) -> None:
-    """Refuses a folder to write a `what` into, unless it is absent, empty, or such a one that prunet made.
+    """Refuses a folder to write a `what` into, unless it is absent, empty, or a `what` that prunet made.
 
-    `option`: what the user calls it; `sources`: teachers and data, which it may not be, lie in, or hold.
+    `option`: the user's name for the folder. `sources`: teachers and data; the folder may not be, lie in or hold one.
 
     Raises:
-        UserError: it holds something else, and what; or it is a file.
+        UserError: says what is there instead.
     """
-    place = _resolved(folder, option, sources)
+    place = resolve(folder, option, sources)
     if place.exists() and not place.is_dir():
         raise UserError(f"{option}: {folder} is a file; a folder is needed there")
     if not place.exists() and _FILES.guess_type(place.name)[0]:
         raise UserError(
             f"{option}: {folder} is named like a file, and a folder would be made there: give a folder's name"
         )
-    ours = (LOCK, aside(place / SEAL).name)  # a kill may have left them without the seal
+    ours = (LOCK, aside(place / SEAL).name)  # a kill may leave them without the seal
     inside = [path.name for path in place.iterdir() if path.name not in ours] if place.is_dir() else []
     if not inside:
         return _check_around(place, folder, option)
@@ -79,12 +80,12 @@ def check_place(folder: Path, what: str, option: str, sources: Iterable[Path] = 
 def check_file(
     path: Path, option: str, is_ours: Callable[[Path], bool] = lambda path: False, sources: Iterable[Path] = ()
 ) -> None:
-    """Refuses a file to write that is there already, unless `is_ours`, or that would lie in a model or a cache.
+    """Refuses a file to write that exists, unless `is_ours`, or that would lie in a model or a cache.
 
     Raises:
-        UserError: what is there.
+        UserError: says what is there.
     """
-    place = _resolved(path, option, sources)
+    place = resolve(path, option, sources)
     if place.is_dir():
         raise UserError(f"{option}: {path} is a folder; name a file")
     if place.exists() and not is_ours(place):
@@ -93,7 +94,7 @@ def check_file(
 
 
 def _check_around(place: Path, shown: Path, option: str) -> None:
-    """Nothing is added to a model, a cache, or another whole of prunet's."""
+    """Refuses a place in a model, a cache, or a folder that prunet wrote as a whole."""
     for parent in place.parents:
         if (parent / "model_index.json").is_file():
             raise UserError(f"{option}: {shown} lies in {parent}, which is a model: give another folder")
@@ -105,8 +106,12 @@ def _a(kind: str) -> str:
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind} of prunet"
 
 
-def _resolved(path: Path, option: str, sources: Iterable[Path]) -> Path:
-    """The path that it leads to, which has nothing to do with the sources."""
+def resolve(path: Path, option: str, sources: Iterable[Path] = ()) -> Path:
+    """Returns the path with its links resolved.
+
+    Raises:
+        UserError: it leads nowhere, or is, lies in or holds one of `sources`.
+    """
     try:
         place = path.resolve()
         others = {source: source.resolve() for source in sources if source.exists()}
@@ -126,12 +131,12 @@ _held: dict[Path, tuple[int, int]] = {}  # folder -> descriptor of its lock, how
 
 @contextmanager
 def hold(folder: Path, what: str) -> Iterator[None]:
-    """Claims a folder and keeps other processes from writing into it until the block, or this process, ends.
+    """Claims a folder as a `what`: other processes cannot write into it until the block, or this process, ends.
 
-    A folder that cannot be written (a finished run on a read-only mount) is not locked.
+    A folder without write permission (a finished run on a read-only mount) is not locked.
 
     Raises:
-        UserError: another process works there; says which.
+        UserError: another process works there; the message names it.
     """
     key = folder.resolve()
     file, times = _held.get(key) or (_lock(folder, what), 0)
@@ -174,7 +179,7 @@ def _lock(folder: Path, what: str) -> int | None:
 
 
 def _let_go() -> None:
-    """A forked child (a loader of samples) does not keep the lock when its parent is gone."""
+    """Closes the locks in a forked child (a loader of samples), so that they end with its parent."""
     for file, _ in _held.values():
         os.close(file)
     _held.clear()

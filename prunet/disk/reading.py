@@ -1,7 +1,7 @@
-"""Reading what users write, YAML and JSON, within bounds: what is too large, too deep or given twice is refused.
+"""Reads YAML and JSON that users write, within bounds: what is too large, too deep or given twice is refused.
 
-A recipe, a plan, a protocol, a value of `--set` and the config of a part are a page each. Ten lines of YAML can stand
-for a billion values, by aliases of aliases; they are counted before anything is made of them.
+Recipes, plans, protocols, values of `--set` and configs of parts are a page each. Ten lines of YAML can stand for a
+billion values, by aliases of aliases, so values are counted before any is made.
 """
 
 import json
@@ -25,12 +25,12 @@ LONGEST_NUMBER = 60
 LARGEST_JSON = 10_000_000
 _TOO_MANY = f"more than {MOST:,} values, aliases counted; long lists of prompts go into a text file"
 _TOO_DEEP = f"more than {DEEPEST} lists and mappings inside one another"
-#: What PyYAML raises of its own, for a 13th month, for `!!int abc`.
+#: What PyYAML raises: its own errors, and Python's for a 13th month or `!!int abc`.
 _BAD_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what is too much, and a key that is given twice: the second would silently take the first one's place."""
+    """Refuses what is too much, and a key that is given twice: the second would silently replace the first."""
 
     deep = nodes = 0
 
@@ -48,7 +48,7 @@ class _Loader(yaml.SafeLoader):
     def get_single_node(self) -> Any:
         node = super().get_single_node()
         if node is not None:
-            _measure(node, {})
+            _extent(node, {})
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -77,13 +77,16 @@ def _check_text(node: Any, text: str) -> None:
         raise _error(node, f"half a character in {text!r}")
 
 
-def _measure(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Values that a node stands for, and how deep they go. `known`: of nodes that were met before; 0: not yet whole."""
+def _extent(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Returns how many values a node stands for, and how deep they go.
+
+    `known`: the results by node; (0, 0) while a node is being counted, so that an alias of it inside itself is refused.
+    """
     if id(node) not in known:
         known[id(node)] = count, height = 0, 0
         items = () if isinstance(node, yaml.ScalarNode) else node.value
         for part in (part for item in items for part in (item if isinstance(item, tuple) else (item,))):
-            more, deep = _measure(part, known)
+            more, deep = _extent(part, known)
             count, height = count + more, max(height, deep)
         if height >= DEEPEST:
             raise _error(node, _TOO_DEEP)
@@ -91,22 +94,22 @@ def _measure(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
             raise _error(node, _TOO_MANY)
         known[id(node)] = count + 1, height + 1
     if known[id(node)] == (0, 0):
-        raise _error(node, "an alias of what it stands in")
+        raise _error(node, "an alias of a list or mapping that it stands in")
     return known[id(node)]
 
 
 def _unshared(value: Any) -> Any:
-    """Each alias as a value of its own, so that a change at one place (`--set`) does not reach the other."""
+    """Copies each alias into a value of its own, so that a change at one place (`--set`) does not reach the other."""
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
     return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text.
+    """Parses a YAML text.
 
     Raises:
-        UserError: not YAML, or too large, too deep, or with a key given twice; `where` begins the message.
+        UserError: not YAML, or too large, too deep, or with a key given twice; the message begins with `where`.
     """
     if len(text) > LARGEST:
         raise UserError(
@@ -119,10 +122,10 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def load_yaml(path: Path, what: str) -> Any:
-    """The value in a YAML file, `what` it should be in a message (`a recipe`).
+    """Reads a YAML file; a message calls its content `what` (`a recipe`).
 
     Raises:
-        UserError: not there, not readable, too large, too deep, or with a key given twice.
+        UserError: missing, not readable, too large, too deep, or with a key given twice.
     """
     if not path.is_file():
         raise UserError(f"No file at {path}: give {what} in YAML (docs/ has examples)")
@@ -135,7 +138,7 @@ def load_yaml(path: Path, what: str) -> Any:
 
 
 def load_mapping(path: Path, what: str) -> dict[str, Any]:
-    """Like `load_yaml`, of a file that must hold a mapping."""
+    """Reads a YAML file like `load_yaml`, and refuses one that does not hold a mapping."""
     value = load_yaml(path, what)
     if not isinstance(value, dict):
         raise UserError(f"{path}: {what} is a mapping of keys and values")
@@ -143,7 +146,7 @@ def load_mapping(path: Path, what: str) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text.
+    """Parses a JSON text.
 
     Raises:
         ValueError: not JSON, too large or too deep.
@@ -153,4 +156,4 @@ def parse_json(text: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise ValueError("lists and objects inside one another without end") from error
+        raise ValueError("lists and objects are nested too deep") from error

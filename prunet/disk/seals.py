@@ -1,7 +1,7 @@
-"""Seals and checksums (CRC-32, in hexadecimal): by these prunet knows its own folders again, and notices damage.
+"""Seals and checksums (CRC-32, in hexadecimal): prunet recognises its own folders by them, and notices damage.
 
-A folder that prunet made holds a seal, `.prunet.json`: what it is, when and by which version it was made, and, where
-prunet wrote the folder as a whole, the checksums of its files.
+A folder that prunet made holds a seal, `.prunet.json`: its kind, when and by which version it was made, and the
+checksums of its files if prunet wrote it as a whole.
 """
 
 import json
@@ -23,7 +23,7 @@ CHANGED = "damaged or changed (its checksum is another than when it was written)
 
 
 def checksum(pieces: Iterable[Any]) -> str:
-    """Of all pieces (anything with a buffer), one after the other."""
+    """Returns the checksum of all pieces (anything with a buffer), one after the other."""
     value = 0
     for piece in pieces:
         value = zlib.crc32(piece, value)
@@ -31,37 +31,39 @@ def checksum(pieces: Iterable[Any]) -> str:
 
 
 def file_checksum(path: Path) -> str:
+    """Returns the checksum of a file's bytes."""
     with path.open("rb") as file:
         return checksum(iter(lambda: file.read(PIECE), b""))
 
 
 def json_checksum(value: Any, name: str) -> str:
-    """Of a JSON value under the name of its file, so that two files that were swapped are noticed."""
+    """Returns the checksum of a JSON value and its file's name, so that swapped files are noticed."""
     text = json.dumps([name, json.loads(json.dumps(value))], sort_keys=True)
     return checksum([text.encode()])
 
 
 def seal(folder: Path, what: str, made_from: str | None = None) -> None:
-    """Seals a folder that is being written as a whole, with the checksums of all that lies in it."""
+    """Seals a folder that is being written as a whole, with the checksums of all its files."""
     files = {name: file_checksum(folder / name) for name in files_in(folder)}
     made = {"made_from": made_from} if made_from else {}
     (folder / SEAL).write_text(seal_text(what, **made, files=files), encoding="utf-8")
 
 
 def seal_text(what: str, **more: Any) -> str:
+    """Returns the text of a seal of kind `what`, with the keys `more`."""
     value = {"what": what, "by": f"prunet {__version__}", "when": datetime.now(UTC).isoformat(timespec="seconds")}
     value |= more
     return json.dumps(value | {CHECKSUM: json_checksum(value, SEAL)}, indent=2, ensure_ascii=False) + "\n"
 
 
 def files_in(folder: Path) -> list[str]:
-    """All that lies in a folder but its seal and its folders, by its name from there."""
+    """Lists the paths of all files and links below a folder, relative to it and without its seal."""
     found = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(name for name in found if name != SEAL)
 
 
 def read_seal(folder: Path) -> dict[str, Any] | None:
-    """The seal of a folder; None where there is none.
+    """Reads the seal of a folder; None if there is none.
 
     Raises:
         UserError: damaged.
@@ -81,11 +83,11 @@ def read_seal(folder: Path) -> dict[str, Any] | None:
 
 
 def verify(folder: Path, fix: str, made_from: str | None = None) -> None:
-    """Compares a folder that prunet wrote as a whole with its seal; one without a seal (older) is not checked.
+    """Compares a folder that prunet wrote as a whole with its seal; a folder without one (older) is not checked.
 
     Raises:
-        UserError: a file is missing, cut off or has other bytes, or all of it was `made_from` something else; `fix`
-            says what to do about it.
+        UserError: a file is missing, cut off or changed, or the folder was made from something else than `made_from`;
+            the message ends with `fix`.
     """
     seal = read_seal(folder)
     if seal is None:
@@ -99,13 +101,14 @@ def verify(folder: Path, fix: str, made_from: str | None = None) -> None:
 
 
 def sealed_files(folder: Path) -> list[Path]:
-    """The files that prunet wrote into a folder; none where it has no seal."""
+    """Lists the files that prunet wrote into a folder, by its seal; none if it has no seal."""
     return [folder / name for name in (read_seal(folder) or {}).get("files", {})]
 
 
 def changed(folder: Path, seal: dict[str, Any], but: Iterable[str] = ()) -> str | None:
-    """The first file that has something else in it than was written, and why; one that is missing or cut off has
-    nothing in it that could be lost.
+    """Names the first file that was changed since it was written, and how.
+
+    A file that is missing or cut off does not count: it holds nothing that could be lost.
     """
     for name, expected in seal.get("files", {}).items():
         path = folder / name
@@ -118,7 +121,7 @@ def changed(folder: Path, seal: dict[str, Any], but: Iterable[str] = ()) -> str 
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file is there, and if it is weights, not cut off (their header says how long they are)."""
+    """Returns whether a file is there and, if it holds weights, not cut off (their header says how long they are)."""
     if path.suffix != ".safetensors" or not path.is_file():
         return path.exists()
     try:
@@ -129,7 +132,7 @@ def is_whole(path: Path) -> bool:
 
 
 def known_checksum(path: Path) -> str:
-    """`file_checksum`, once for each state of a file: a command may look at the same gigabytes several times."""
+    """`file_checksum`, computed once for each state of a file: a command may need it of the same gigabytes again."""
     state = path.stat()
     return _checksum_of(path, (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
 

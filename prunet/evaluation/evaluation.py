@@ -22,7 +22,7 @@ from prunet.intervals import Array, bootstrap, mean_of
 from prunet.plan.size import size_of
 from prunet.recipe.recipe import Evaluation, read_prompts
 from prunet.recipe.values import Drawing
-from prunet.speed import clock as bench
+from prunet.speed.clock import time_denoisers
 from prunet.teacher.teacher import Teacher
 from prunet.training.sheets import grid
 
@@ -102,7 +102,7 @@ def evaluate(
             for name, net in (("teacher", models["teacher"]), ("student", models[last]))
         },
         "speed": processes.from_main(
-            lambda: bench.measure({"teacher": models["teacher"], "student": models[last]}, device=teacher.device)
+            lambda: time_denoisers({"teacher": models["teacher"], "student": models[last]}, device=teacher.device)
         ),
         "distance": distances,
     }

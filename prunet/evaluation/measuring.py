@@ -13,8 +13,8 @@ All of it is resumable, and shared out among the processes of `accelerate launch
 import importlib.metadata
 import math
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from prunet.sampling.made_for import made_for
 from prunet.sampling.samplers import SAMPLERS, set_sampler
 from prunet.sampling.shards import draw_shards
 from prunet.teacher.space import check_size
+from prunet.teacher.teacher import Teacher
 from prunet.words import short
 
 
@@ -70,14 +71,9 @@ def measure(
     run = Path(model) / "pipeline"
     check_place(folder, "measurement", "--output", [run if run.is_dir() else Path(model), *([real] if real else [])])
     where = state.device if state.num_processes > 1 else torch.device(device)
-    teacher = open_model(model, config=config, device=where, dtype=Runtime(precision=protocol.precision).dtype)
-    size = protocol.size or teacher.native_size
-    check_size(teacher, size, "size")
-    if protocol.sampler not in SAMPLERS:
-        raise UserError(f"protocol {protocol.name}: no sampler {protocol.sampler!r}: {', '.join(SAMPLERS)}")
+    teacher = _open(model, protocol, config, where)
     how = made_for(teacher)
-    used = Drawing.model_validate((how or protocol).model_dump(include=set(Drawing.model_fields)))
-    teacher.check_weights()
+    used = how or Drawing(**protocol.model_dump(include=set(Drawing.model_fields)))
     _check_count(protocol, len(prompts))
     reference = Reference.open(protocol, real, beside)
     networks = load_networks(protocol, dict(weights or {}), beside, where)
@@ -86,28 +82,15 @@ def measure(
         "prompts_sha256": prompts_hash(prompts),
         **protocol.model_dump(include={"seed", "precision", "jpeg"}),
         **used.model_dump(mode="json"),
-        **{"size": size, "count": len(prompts)},
+        **{"size": protocol.size or teacher.native_size, "count": len(prompts)},
     }
     _check_folder(folder / "pictures", drawing)
-    state.wait_for_everyone()
-    with hold(folder, "measurement") if state.is_main_process else nullcontext():
-        if state.is_main_process:
-            _check_disk(folder, len(prompts), size, protocol.jpeg)
-            write_json(folder / "pictures" / "spec.json", drawing)
-        state.wait_for_everyone()  # no picture without its spec
-
+    with _claim(folder, drawing, state):
         named = {
             name: folder / "features" / f"{name}-{tag(net.hash, preparation(protocol, name))}"
             for name, net in networks.items()
         }
-        theirs: Any = None
-        if reference is not None:  # before anything is drawn, since a picture among them may be broken
-            net = networks[protocol.features]
-            extracted = folder / "features" / f"real-{tag(named[protocol.features].name, reference.content)}"
-            extract(reference.shards(), net, protocol, extracted)
-            state.wait_for_everyone()
-            if state.is_main_process:
-                theirs = reference.features(net, protocol, extracted, folder / "real.safetensors")
+        theirs = _real_features(reference, networks, protocol, named, state)  # first: one of them may be broken
         paths = draw_shards(
             lambda: set_sampler(teacher.pipeline(), used.sampler),
             prompts,
@@ -115,7 +98,7 @@ def measure(
             seed=protocol.seed,
             steps=used.steps,
             guidance_scale=used.guidance_scale,
-            size=size,
+            size=drawing["size"],
             jpeg=protocol.jpeg,
             batch_size=batch_size,
         )
@@ -128,16 +111,11 @@ def measure(
             return {}
 
         found = {name: gather(shards, named[name]) for name in networks}
-        numbers = {name: asdict(value) for name, value in measured(protocol, found, theirs).items()}
-        if broken := [name for name, value in numbers.items() if not all(map(math.isfinite, value.values()))]:
-            raise UserError(f"{broken[0]} is not a number: too few pictures, or features that are not numbers")
+        numbers = _finite(measured(protocol, found, theirs))
         hashes = {name: net.hash for name, net in networks.items()}
         result = {
-            "model": {
-                "source": short(str(model)),
-                "fingerprint": drawing["model"],
-                **({"drawn": used.model_dump(mode="json")} if how else {}),
-            },
+            "model": {"source": short(str(model)), "fingerprint": drawing["model"]}
+            | ({"drawn": how.model_dump()} if how else {}),
             "protocol": _as_used(protocol, drawing, hashes, reference.content if reference else None),
             "measures": numbers,
             "versions": {name: importlib.metadata.version(name) for name in ("prunet", "torch", "diffusers")},
@@ -145,6 +123,55 @@ def measure(
         write_text(folder / "measures.md", markdown([result]))
         write_json(folder / "measures.json", result)
         return result
+
+
+def _open(model: str | Path, protocol: Protocol, config: str | None, device: torch.device) -> Teacher:
+    """Opens the pipeline at `model`, and refuses one that cannot draw what the protocol asks for."""
+    teacher = open_model(model, config=config, device=device, dtype=Runtime(precision=protocol.precision).dtype)
+    check_size(teacher, protocol.size or teacher.native_size, "size")
+    if protocol.sampler not in SAMPLERS:
+        raise UserError(f"protocol {protocol.name}: no sampler {protocol.sampler!r}: {', '.join(SAMPLERS)}")
+    teacher.check_weights()
+    return teacher
+
+
+@contextmanager
+def _claim(folder: Path, drawing: dict[str, Any], state: Any) -> Iterator[None]:
+    """Holds the folder, and writes down what will be drawn before any process draws a picture."""
+    state.wait_for_everyone()
+    with hold(folder, "measurement") if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            _check_disk(folder, drawing)
+            write_json(folder / "pictures" / "spec.json", drawing)
+        state.wait_for_everyone()
+        yield
+
+
+def _real_features(
+    reference: Reference | None, networks: Mapping[str, Any], protocol: Protocol, named: Mapping[str, Path], state: Any
+) -> Any:
+    """Extracts the features of the real pictures, if there are any; returns them in the main process, else None."""
+    if reference is None:
+        return None
+    net, drawn = networks[protocol.features], named[protocol.features]
+    folder = drawn.with_name(f"real-{tag(drawn.name, reference.content)}")
+    extract(reference.shards(), net, protocol, folder)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return None
+    return reference.features(net, protocol, folder, folder.parent.parent / "real.safetensors")
+
+
+def _finite(measures: Mapping[str, Measure]) -> dict[str, dict[str, float]]:
+    """Returns the measures as plain numbers.
+
+    Raises:
+        UserError: one is not finite.
+    """
+    numbers = {name: asdict(value) for name, value in measures.items()}
+    if broken := [name for name, value in numbers.items() if not all(map(math.isfinite, value.values()))]:
+        raise UserError(f"{broken[0]} is not a number: too few pictures, or features that are not numbers")
+    return numbers
 
 
 def _as_used(
@@ -181,10 +208,10 @@ def _check_folder(pictures: Path, drawing: dict[str, Any]) -> None:
         )
 
 
-def _check_disk(folder: Path, count: int, size: int, jpeg: int | None) -> None:
-    """Photographs take about 0.6 of their pixels as PNG, and a tenth of them as JPEG."""
-    drawn = sum(path.stat().st_size for path in folder.glob("pictures/*.tar"))
-    need = count * size * size * 3 * (0.1 if jpeg else 0.6) - drawn
+def _check_disk(folder: Path, drawing: Mapping[str, Any]) -> None:
+    """Refuses a full disk. Photographs take about 0.6 of their pixels' bytes as PNG, and a tenth as JPEG."""
+    drawn, count = sum(path.stat().st_size for path in folder.glob("pictures/*.tar")), drawing["count"]
+    need = count * drawing["size"] ** 2 * 3 * (0.1 if drawing["jpeg"] else 0.6) - drawn
     if shutil.disk_usage(check_writable(folder, "--output")).free < need:
         raise UserError(f"--output {folder}: {count:,} pictures need about {need / 1e6:,.1f} MB: give another disk")
 

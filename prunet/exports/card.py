@@ -12,14 +12,14 @@ from prunet.words import short
 
 
 def origin(teacher: Teacher) -> dict[str, Any]:
-    """What a model card says of where a student comes from; `base_model` only where the hub has it."""
+    """Returns what a model card says of where a student comes from; `base_model` is None unless the hub has it."""
     return {"teacher": teacher.hub_id or short(teacher.source), "base_model": teacher.hub_id}
 
 
 def model_card(facts: dict[str, Any]) -> str:
-    """The README of an exported pipeline, from plan, recipe, data, measures and licence.
+    """Renders the README of an exported pipeline from its plan, recipe, data, measures and licence.
 
-    What a user wrote means itself alone there: it ends no YAML, no code, no table and no heading.
+    A user's text is escaped: it cannot end the YAML, a code span, a table or a heading.
     """
     env = jinja2.Environment(
         loader=jinja2.PackageLoader("prunet.exports", "."),
@@ -32,8 +32,8 @@ def model_card(facts: dict[str, Any]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A string of YAML and of Python in one line, whatever is in it."""
-    # json.dumps leaves other line ends as they are, and would write an emoji as two halves.
+    """Quotes a text as a string of one line that both YAML and Python read, whatever is in it."""
+    # json.dumps leaves other line ends as they are, and with ensure_ascii writes an emoji as two halves.
     return re.sub(
         "[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]",
         lambda found: f"\\u{ord(found[0]):04x}",
@@ -42,7 +42,7 @@ def _quoted(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """A span of Markdown code: one line between more backticks than it holds."""
+    """Formats a text as a Markdown code span: one line between more backticks than it holds."""
     line = printable(" ".join(str(text).split()))
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     space = " " if line.startswith("`") or line.endswith("`") else ""
@@ -50,5 +50,5 @@ def _code(text: str) -> str:
 
 
 def _words(text: str) -> str:
-    """Text of Markdown in one line: marks and HTML as characters."""
+    """Formats a text as one line of Markdown, with marks and HTML escaped."""
     return re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", printable(" ".join(str(text).split())))

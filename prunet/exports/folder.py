@@ -1,4 +1,4 @@
-"""Stock pipelines: drawing with them, and writing a student as one."""
+"""Writes a student as a stock pipeline, and checks that diffusers opens it."""
 
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,16 @@ def export(
     drawing: Drawing | None = None,
     what: str = "pipeline",
 ) -> Path:
-    """Writes `student` with the teacher's other parts as a stock pipeline folder, and opens it again to be sure.
+    """Writes `student` with the teacher's other parts as a stock pipeline folder, and opens it again as a check.
 
     The other parts' weights are the teacher's, byte for byte. `fp16` adds the half-precision variant of the U-Net, the
-    VAE and the text encoders (`from_pretrained(..., variant="fp16")`). `drawing` says how the student has to be drawn,
-    if not as the teacher. `card` fills the model card (`card.md.j2`). The folder is sealed as a `what` of prunet's; one
-    that was there is replaced.
+    VAE and the text encoders (`from_pretrained(..., variant="fp16")`). `drawing`: how to draw with the student, if not
+    as with the teacher. `card` fills the model card (`card.md.j2`). `what` is the kind in the folder's seal. An
+    existing folder is replaced.
 
     Raises:
         UserError: no space, or no permission.
-        RuntimeError: what was written does not load to the same bits (nothing is left behind then).
+        RuntimeError: what was written does not load to the same bits; nothing is left behind.
     """
     folder = Path(folder)
     with new_folder(folder, what) as part:
@@ -67,9 +67,13 @@ def _write_fp16(folder: Path, teacher: Teacher) -> None:
 
 @quiet_libraries()
 def check_export(folder: Path, student: Net) -> None:
-    """Opens the folder with stock diffusers and compares the U-Net bit for bit: config, weights, one output."""
+    """Opens the folder with stock diffusers and compares the U-Net bit for bit: weights and one output.
+
+    Raises:
+        RuntimeError: they differ.
+    """
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
-    # Frozen, both of them: a matmul may take another path, and round otherwise, where a weight wants a gradient.
+    # Both are frozen: where a weight requires a gradient, a matmul may take another path and round differently.
     again, ours = (freeze(net.to("cpu")) for net in (pipe.unet, student))
     expected = ours.state_dict()
     got = again.state_dict()

@@ -13,12 +13,13 @@ from prunet.teacher.teacher import Teacher
 
 
 def export_single_file(pipeline: Path | str, path: Path | str, *, fp16: bool = False) -> Path:
-    """Writes a pipeline folder as one `.safetensors` in the original LDM layout, with its configs in `NAME.config`.
+    """Writes a pipeline folder as one `.safetensors` in the original LDM layout, with its configs in `NAME.config/`.
 
     The seal of the configs holds the checksum of the file.
 
     Raises:
         UserError: not a pipeline folder, or damaged; or `path` does not end in `.safetensors`.
+        RuntimeError: the U-Net does not load to the same bits; the file is deleted.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -32,7 +33,7 @@ def export_single_file(pipeline: Path | str, path: Path | str, *, fp16: bool = F
     with new_file(path) as file:
         marks.save_marked({**tensors, **marked}, metadata, file)
         written = file_checksum(file)
-        path.unlink(missing_ok=True)  # a kill must not leave the old one beside the new one's configs
+        path.unlink(missing_ok=True)  # a kill must not leave the old file beside the new configs
         with new_folder(path.with_suffix(".config"), "configs", written) as part:
             ignored = shutil.ignore_patterns("*.safetensors", "README.md", SEAL)
             shutil.copytree(pipeline, part, ignore=ignored, dirs_exist_ok=True)
@@ -44,16 +45,16 @@ def export_single_file(pipeline: Path | str, path: Path | str, *, fp16: bool = F
 
 
 def is_exported(path: Path) -> bool:
-    """Whether a single file is as `export_single_file` wrote it; the seal of its configs says so."""
+    """Returns whether a single file is as `export_single_file` wrote it, by the seal of its configs."""
     seal = read_seal(path.with_suffix(".config"))
     return seal is not None and seal.get("made_from") == known_checksum(path)
 
 
 def check_single_file(path: Path, fix: str) -> None:
-    """Refuses one that is not as it was written; `fix` says what to do. One of an older version is not checked.
+    """Refuses a single file that was changed; `fix` says what to do. Files of older versions are not checked.
 
     Raises:
-        UserError: it has other bytes.
+        UserError: it has other bytes than were written.
     """
     if "made_from" in (read_seal(path.with_suffix(".config")) or {}) and not is_exported(path):
         raise UserError(f"{path}: {CHANGED}: {fix}")

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from prunet.denoisers.architecture import Architecture, Form
-from prunet.denoisers.drawing import Drawing
+from prunet.denoisers.architecture import Architecture
+from prunet.denoisers.diagram import Diagram
+from prunet.denoisers.form import Form
 from prunet.denoisers.known import architecture_of
 from prunet.denoisers.pairs import Level, Pair
 from prunet.plan.plan import Plan
@@ -39,6 +40,16 @@ class Derived:
         """Student parameter -> teacher parameter."""
         return self.form.weight_map
 
+    @property
+    def teacher_skeleton(self) -> Any:
+        """The teacher's denoiser on the meta device."""
+        return self.architecture.skeleton(self.teacher_config)
+
+    @property
+    def student_skeleton(self) -> Any:
+        """The student on the meta device."""
+        return self.architecture.skeleton(self.student_config)
+
     @cached_property
     def teacher_size(self) -> Size:
         """Of the teacher, at its native size."""
@@ -63,9 +74,9 @@ class Derived:
         """The modules that distillation compares at `level`."""
         return self.architecture.pairs(self.teacher_config, self.form, level)
 
-    def drawing(self) -> Drawing:
+    def diagram(self) -> Diagram:
         """The teacher without what the plan removes."""
-        return self.architecture.drawing(self.teacher_config, [*self.removed, *self.form.implied])
+        return self.architecture.diagram(self.teacher_config, [*self.removed, *self.form.implied])
 
     def facts(self) -> dict[str, Any]:
         """Everything as plain JSON types (`prunet inspect --json`, `plan.json` in a run)."""
@@ -90,8 +101,8 @@ def derive(config: Mapping[str, Any], plan: Plan) -> Derived:
     """Student config, weight map, pairs and where the student will load, from the teacher's config alone.
 
     Raises:
-        UserError: a pattern matches nothing or a part that cannot go; the stages are uneven; a kept layer would meet
-            a skip connection of another width; diffusers has no form for the result.
+        UserError: a pattern matches nothing, or a part that cannot go; a U-Net's levels are uneven; a kept layer would
+            meet a skip connection of another width; diffusers has no form for the result.
     """
     teacher = json.loads(json.dumps(dict(config)))  # plain JSON types: a config is data
     architecture = architecture_of(teacher)
@@ -99,7 +110,7 @@ def derive(config: Mapping[str, Any], plan: Plan) -> Derived:
     return Derived(plan, teacher, removed, architecture.form(teacher, removed))
 
 
-def drawing_of(facts: Mapping[str, Any]) -> Drawing:
+def diagram_of(facts: Mapping[str, Any]) -> Diagram:
     """That of a saved plan (`Derived.facts`)."""
     config = facts["teacher_config"]
-    return architecture_of(config).drawing(config, [*facts["removed"], *facts["implied"]])
+    return architecture_of(config).diagram(config, [*facts["removed"], *facts["implied"]])

@@ -30,7 +30,7 @@ class Plan:
     """Patterns over diffusers' module names; what they match is removed from the teacher's denoiser.
 
     `*`, `?` and `[...]` stay within one dotted part of a name, `{a,b}` are choices:
-    `down_blocks.*.{resnets,attentions}.1` is the second resnet and attention of every down stage.
+    `down_blocks.*.{resnets,attentions}.1` is the second resnet and attention of every down block.
     """
 
     name: str

@@ -23,7 +23,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Size:
-    """What a denoiser weighs: parameters, and multiply-adds of one call at `latent_size` (batch 1, 77 tokens)."""
+    """What a denoiser weighs: parameters, and multiply-adds of one call at `latent_size` (batch 1, all text tokens)."""
 
     parameters: int
     macs: int  # without the matmuls inside attention, as the papers count
@@ -47,9 +47,10 @@ def size_of(config: Mapping[str, Any]) -> Size:
 
 
 def macs_by_kind(config: Mapping[str, Any], latent_size: tuple[int, int] | None = None) -> dict[str, int]:
-    """Multiply-adds of one call (batch 1, 77 tokens) by kind: `convolution`, `matmul` (linear layers), `attention`.
+    """Multiply-adds of one call by kind: `convolution`, `matmul` (linear layers), `attention`.
 
-    Half of the FLOPs that `torch.utils.flop_counter` counts on the meta device, at the native size by default.
+    Of batch 1 with all text tokens, at the native size by default: half of the FLOPs that `torch.utils.flop_counter`
+    counts on the meta device.
     """
     return dict(_macs_by_kind(architecture_of(config), config_text(config), latent_size))
 

@@ -124,6 +124,15 @@ class Stage(Part):
             raise ValueError(f"'jumps' {self.jumps} must divide 'path_steps' {self.path_steps}")
         return self
 
+    def settings(self, *without: str) -> dict[str, Any]:
+        """What decides its result, as plain JSON types, `without` some keys.
+
+        What has no meaning for its objective is left out, and so is the name of the first one: stages that were trained
+        before there were others are still the same.
+        """
+        idle = {*IDLE[self.objective], *(["objective"] if self.objective == "distillation" else [])}
+        return self.model_dump(mode="json", exclude=idle | set(without))
+
     @property
     def teacher_calls(self) -> int:
         """How often the teacher is called for a sample."""

@@ -12,7 +12,7 @@ from prunet.disk.files import read_json, write_text
 from prunet.errors import UserError
 from prunet.evaluation.protocol import differences
 from prunet.evaluation.results import read_evaluation
-from prunet.plan.derived import drawing_of
+from prunet.plan.derived import diagram_of
 from prunet.report.charts import draw_chart, inline, render
 from prunet.report.curves import level_chart, read_logs, segments, step_ticks
 from prunet.report.run import PICTURE_SIDE
@@ -82,7 +82,7 @@ def _open_run(folder: Path, name: str, kind: str) -> Compared:
         run = Compared(name, kind, folder, plan, evaluation, recipe_text, axis)
         _ = (
             _protocol(run),
-            drawing_of(plan),
+            diagram_of(plan),
             evaluation["sizes"],
             evaluation["speed"],
             run.teacher,
@@ -110,7 +110,7 @@ def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
         columns={"teacher": "teacher"} | {run.kind: run.name for run in runs},
         pictures=_pictures(runs, protocol["prompts"]),
         fields=["denoiser", "latent", "picture", *(["lpips"] if _same_lpips(runs) else [])],
-        nets=[drawing_of(run.plan) for run in runs],
+        nets=[diagram_of(run.plan) for run in runs],
         losses=_named(runs, _loss_chart(runs)),
         levels=_named(
             runs, level_chart({run.kind: run.distance["denoiser_by_level"] for run in runs}, protocol["levels"])

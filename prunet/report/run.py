@@ -10,7 +10,7 @@ from prunet.disk.files import read_json, write_text
 from prunet.evaluation.measuring import read_result
 from prunet.evaluation.protocol import describe, title_rows
 from prunet.evaluation.results import read_evaluation
-from prunet.plan.derived import drawing_of
+from prunet.plan.derived import diagram_of
 from prunet.report.charts import Row, inline, render, thin
 from prunet.report.curves import level_chart, loss_chart, pair_rows, read_logs
 from prunet.teacher.teacher import Teacher
@@ -44,7 +44,7 @@ def write_report(folder: Path | str) -> Path:
         evaluation=evaluation,
         columns=COLUMNS,
         pictures=_pictures(folder / "evaluation" / "pictures", evaluation),
-        net=drawing_of(plan),
+        net=diagram_of(plan),
         losses=loss_chart(axis),
         pairs=pair_rows(axis, stages),
         sheets=[_sheets(stage / "sheets") for stage in stages],

@@ -15,7 +15,7 @@ from prunet.data.paths import check_paths
 from prunet.data.sources import check_source
 from prunet.denoisers.pairs import term_factors
 from prunet.disk.files import check_writable, read_label
-from prunet.disk.ownership import check_place
+from prunet.disk.ownership import check_place, resolve
 from prunet.disk.reading import parse_yaml
 from prunet.errors import UserError
 from prunet.recipe.recipe import Recipe, read_prompts, recipe_yaml
@@ -75,7 +75,7 @@ def check_places(recipe: Recipe) -> None:
 
 def _check_apart(output: Path, cache: Path) -> None:
     """A run replaces its subfolders as a whole, so a cache lies in none of them but its own."""
-    run, place = output.resolve(), cache.resolve()
+    run, place = resolve(output, "output"), resolve(cache, "cache")
     if run in place.parents and not re.fullmatch(r"cache(-\d+)?", str(place.relative_to(run))):
         raise UserError(
             f"cache: {cache} lies in the output {output}: leave it out, for {output / 'cache'}, or give another"
@@ -182,6 +182,11 @@ def _say_what_is_odd(recipe: Recipe) -> None:
     if not recipe.plan.remove:
         say("[yellow]The plan removes nothing:[/] the student will be as large as the teacher")
     for number, stage in enumerate(recipe.stages, 1):
+        if stage.guidance_scale not in (None, drawn := recipe.evaluation.guidance_scale):
+            say(
+                f"[yellow]Stage {number} learns guidance {stage.guidance_scale:g},[/] and evaluation draws the teacher "
+                f"with {drawn:g}"
+            )
         if stage.warmup_steps >= stage.steps:
             say(
                 f"[yellow]Stage {number} never reaches its learning_rate:[/] warmup_steps {stage.warmup_steps} of "

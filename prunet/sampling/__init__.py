@@ -1,1 +1,1 @@
-"""Pictures drawn in shards: the same bytes whatever was stopped, and by however many processes."""
+"""From prompts and seeds to pictures, by stock pipelines: one by one, in shards, or with the whole path from noise."""

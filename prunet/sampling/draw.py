@@ -36,9 +36,10 @@ def draw(
     text: str | None = None,
     save_to: Sequence[Path] = (),
 ) -> list[Image.Image]:
-    """A picture for each prompt, from its own seed, so that no picture depends on the batch it was in.
+    """Draws a picture for each prompt from its own seed, so that no picture depends on its batch.
 
-    `text`: shows a progress bar under this name. `save_to`: a file for each picture, written as soon as it is drawn.
+    `text`: the name of a progress bar; None shows none. `save_to`: a file for each picture, written as soon as it is
+    drawn.
     """
     out: list[Image.Image] = []
     with progress(text or "", len(prompts) if text else None) as bar:
@@ -64,13 +65,13 @@ def draw_latents(
     guidance_scale: float = 7.5,
     size: int | None = None,
 ) -> Tensor:
-    """The latents (B, 4, h, w) of the pictures, scaled; one generator on the CPU a picture, whatever the device.
+    """Draws the scaled latents (B, 4, h, w) of the pictures, in fp32; each has its own generator, on the CPU.
 
     Raises:
         UserError: what the denoiser drew is not finite.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    # Under autocast, so that a student in fp32 may stand beside text encoders in half precision.
+    # Autocast lets a student in fp32 work with text encoders in half precision.
     device, dtype = pipe.vae.device, next(pipe.text_encoder.parameters()).dtype
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         result = pipe(
@@ -94,10 +95,10 @@ def draw_latents(
 
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor) -> list[Image.Image]:
-    """Pictures of scaled latents (B, 4, h, w), decoded in the VAE's own precision.
+    """Decodes scaled latents (B, 4, h, w) to pictures, in the VAE's own precision.
 
     Raises:
-        UserError: what the VAE made of them is not finite.
+        UserError: what the VAE decoded is not finite.
     """
     vae = pipe.vae
     pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
@@ -114,14 +115,14 @@ def open_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Teacher:
-    """The pipeline at `model`: folder, single file, hub id, or the student of a run.
+    """Opens the pipeline at `model`: a folder, single file, hub id, or run (its student).
 
     Raises:
         UserError: nothing to open there, or a run that has not exported its student yet.
     """
     if (Path(model) / "recipe.yaml").is_file():
         if not (Path(model) / "pipeline" / "model_index.json").is_file():
-            raise UserError(f"{model}: a run without its pipeline yet: finish it with `prunet run {model}`")
+            raise UserError(f"{model}: this run has no pipeline yet: finish it with `prunet run {model}`")
         model = Path(model) / "pipeline"
         verify(model, f"delete {model} and run {model.parent} again")
     return Teacher(model, config=config, device=device, dtype=dtype)
@@ -144,9 +145,9 @@ def generate(
 ) -> list[Image.Image]:
     """Draws `num_images` pictures of each prompt with the pipeline at `model` (folder, single file, hub id or run).
 
-    `steps`, `guidance_scale`, `sampler`: by default what the pipeline was made for, else 25, 7.5 (of a run that of its
-    recipe) and dpmsolver++. `save_to`: a file for each picture (.png, .jpg, .jpeg or .webp), written as soon as it is
-    drawn.
+    `steps`, `guidance_scale`, `sampler`: by default what the pipeline was made for, else 25, 7.5 (for a run, its
+    recipe's value) and dpmsolver++. `save_to`: a file for each picture (.png, .jpg, .jpeg or .webp), written as soon as
+    it is drawn.
     """
     if sampler is not None and sampler not in SAMPLERS:
         raise UserError(f"No sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
@@ -171,7 +172,7 @@ def generate(
 
 
 def _usual(model: Path) -> Drawing:
-    """How a pipeline is drawn that was made for nothing else; a run with the guidance of its recipe."""
+    """Returns how to draw with a pipeline that says nothing itself; a run's has the guidance of its recipe."""
     recipe = model / "recipe.yaml"
     return Drawing(guidance_scale=load_recipe(recipe).evaluation.guidance_scale) if recipe.is_file() else Drawing()
 
@@ -184,16 +185,16 @@ def _drawn_by(prompt: str) -> Image.Exif:
 
 
 def _described(prompt: str) -> str:
-    """In ASCII, which is all that this tag holds, and in the 64 kB that a JPEG has for it."""
+    """Returns the prompt in ASCII, all that this tag holds, cut to fit the 64 kB that a JPEG has for it."""
     return json.dumps(prompt)[:10_000]
 
 
 def is_drawn(path: Path, prompt: str | None = None) -> bool:
-    """Whether a file is a picture that `draw` wrote; of this prompt, if one is given."""
+    """Returns whether a file is a picture that `draw` wrote, of `prompt` if one is given."""
     try:
         with Image.open(path, formats=tuple(set(PICTURE_FORMATS.values()))) as picture:
             exif = picture.getexif()
-    except Exception:  # whatever Pillow meets in a stranger's file
+    except Exception:  # Pillow raises errors of many kinds for what is no picture
         return False
     ours = str(exif.get(ExifTags.Base.Software)).startswith("prunet ")
     return ours and (prompt is None or exif.get(ExifTags.Base.ImageDescription) == _described(prompt))

@@ -1,7 +1,7 @@
-"""How a pipeline has to be drawn, where it was made for that: few steps, no guidance.
+"""How to draw with a pipeline that was made for few steps without guidance.
 
-It lies in `model_index.json` under a name that stock diffusers passes over, and in the config of the scheduler, which
-stock diffusers draws with.
+`model_index.json` says so under a key that stock diffusers ignores; so does the config of the scheduler, with which
+stock diffusers draws.
 """
 
 import json
@@ -21,10 +21,10 @@ KEY = "_made_for"
 
 
 def made_for(pipeline: PipelineFiles) -> Drawing | None:
-    """What a pipeline says of itself; None: nothing, so it is drawn as its teacher is.
+    """Reads how to draw with a pipeline; None if it does not say, so that it draws as its teacher does.
 
     Raises:
-        UserError: not what prunet writes there.
+        UserError: the value is not one that prunet writes.
     """
     path = pipeline.configs() / "model_index.json"
     value = read_object(path, pipeline.source).get(KEY)
@@ -41,13 +41,13 @@ def made_for(pipeline: PipelineFiles) -> Drawing | None:
 
 
 def drawing_of(pipeline: PipelineFiles, default: Drawing, **asked: Any) -> Drawing:
-    """How to draw with a pipeline: as `asked`; where that is None as it was made for, else as by `default`."""
+    """Returns how to draw with a pipeline: as `asked`; where that is None as it was made for, else as `default`."""
     given = {name: value for name, value in asked.items() if value is not None}
     return (made_for(pipeline) or default).model_copy(update=given)
 
 
 def write_made_for(folder: Path, drawing: Drawing) -> None:
-    """Writes into a pipeline folder how it has to be drawn: its scheduler, and the key for prunet."""
+    """Writes into a pipeline folder how to draw with it: its scheduler, and the key for prunet."""
     path = folder / "model_index.json"
     index = read_object(path, str(folder))
     schedule = read_object(folder / "scheduler" / "scheduler_config.json", str(folder))

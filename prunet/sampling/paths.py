@@ -1,4 +1,4 @@
-"""The teacher's guided path from pure noise to the clean picture, with all that lies between."""
+"""The teacher's guided path from pure noise to the clean picture, with every step between."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from prunet.sampling.samplers import sampler_of
 from prunet.teacher.guidance import guided
 from prunet.teacher.teacher import Teacher
 
-#: The sampler of paths, and what of the teacher's scheduler is its noise schedule: how it spaces its steps is not.
+#: The sampler of paths, and the keys of the teacher's scheduler that make its noise schedule (not those for its steps).
 SAMPLER = "dpmsolver++"
 SCHEDULE = (
     "num_train_timesteps",
@@ -26,7 +26,7 @@ SCHEDULE = (
 
 
 def schedule_of(teacher: Teacher) -> dict[str, Any]:
-    """What decides a path beside its sampler's name: the config of its scheduler."""
+    """Returns the config of the scheduler, which with the sampler's name decides a path."""
     config = teacher.noise_scheduler.config
     return {**{name: config[name] for name in SCHEDULE if name in config}, "timestep_spacing": "trailing"}
 
@@ -35,10 +35,9 @@ def schedule_of(teacher: Teacher) -> dict[str, Any]:
 def draw_path(
     teacher: Teacher, noise: Tensor, condition: Condition, empty: Condition, *, steps: int, guidance_scale: float
 ) -> Tensor:
-    """Latents (B, steps + 1, C, h, w) in fp32 on the CPU, from `noise` (B, C, h, w) to the clean ones, by a stock
-    sampler whose times go from the last timestep to the first ("trailing").
+    """Draws latents (B, steps + 1, C, h, w) from `noise` (B, C, h, w) to the clean ones, in fp32 on the CPU.
 
-    `empty`: the condition of no prompt, as one row.
+    A stock sampler goes from the last timestep to the first ("trailing"). `empty`: the condition of no prompt, one row.
     """
     scheduler = sampler_of(SAMPLER, schedule_of(teacher))
     scheduler.set_timesteps(steps)
@@ -53,11 +52,11 @@ def draw_path(
 
 
 def check_jumps(teacher: Teacher, stage: Stage, where: str) -> None:
-    """Refuses jumps that the teacher's noise schedule has no times for. `where`: the stage in the recipe.
+    """Refuses jumps that do not fit the teacher's noise schedule. `where`: the stage in the recipe.
 
     Raises:
-        UserError: they do not divide its timesteps, or it has fewer than the path has steps; or nothing of the picture
-            is left at its last one, of which the noise says nothing.
+        UserError: the jumps do not divide the timesteps; there are fewer timesteps than jumps or steps of the path; or
+            the teacher predicts the noise, which says nothing about the picture at a last timestep of pure noise.
     """
     process = teacher.process
     for key, count in (("jumps", stage.jumps or 1), ("path_steps", stage.path_steps)):

@@ -6,7 +6,7 @@ from PIL import Image
 
 
 def encode(picture: Image.Image, jpeg: int | None) -> bytes:
-    """The picture as a JPEG of that quality, or as a PNG."""
+    """Encodes a picture as a JPEG of quality `jpeg`, or as a PNG if that is None."""
     data = io.BytesIO()
     if jpeg:
         picture.save(data, "JPEG", quality=jpeg)

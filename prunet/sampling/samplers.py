@@ -23,11 +23,9 @@ SAMPLERS = {
     "euler-a": EulerAncestralDiscreteScheduler,
     "unipc": UniPCMultistepScheduler,
 }
-
-
-# As Stable Diffusion ships them. Where another sampler's config does not say, diffusers' defaults would clip latents to
-# [-1, 1] (DDIM), and warm up over more steps than may be asked for (PNDM). The trailing one goes from pure noise to the
-# clean picture, however few its steps are (arXiv 2305.08891).
+# As Stable Diffusion ships them. Without these, diffusers' defaults would clip latents to [-1, 1] (DDIM), and
+# warm up over more steps than may be asked for (PNDM). The trailing sampler goes from pure noise to the clean picture,
+# however few its steps are (arXiv 2305.08891).
 SAMPLER_OPTIONS: dict[str, dict[str, Any]] = {
     "ddim": {"clip_sample": False},
     "ddim-trailing": {"clip_sample": False, "timestep_spacing": "trailing", "set_alpha_to_one": True},
@@ -36,24 +34,26 @@ SAMPLER_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def set_sampler(pipe: Any, name: str) -> Any:
-    """Puts the named sampler in place of the pipeline's own, with the same noise schedule.
+    """Replaces the sampler of `pipe` by the named one, with the same noise schedule; returns `pipe`.
 
     Raises:
         UserError: no sampler of that name.
     """
     if name not in SAMPLERS:
         raise UserError(f"No sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
-    pipe.scheduler = sampler_of(name, pipe.scheduler.config)
+    # Of the scheduler that it came with: that of a sampler before would leave its options to this one.
+    own = vars(pipe).setdefault("own_schedule", pipe.scheduler.config)
+    pipe.scheduler = sampler_of(name, own)
     return pipe
 
 
 def sampler_of(name: str, schedule: Any) -> Any:
-    """The scheduler of diffusers that a sampler's name stands for. `schedule`: the config of another one."""
+    """Makes the scheduler of diffusers for a sampler's name, from `schedule`, the config of another scheduler."""
     return SAMPLERS[name].from_config(schedule, **SAMPLER_OPTIONS.get(name, {}))
 
 
 def check_sampler(teacher: Teacher, name: str, steps: int, where: str) -> None:
-    """Refuses a sampler that there is not, or that the teacher's schedule cannot drive for `steps` steps.
+    """Refuses a sampler that does not exist, or that the teacher's schedule cannot drive for `steps` steps.
 
     `where`: the part of the recipe that asks for it.
     """
@@ -66,5 +66,5 @@ def check_sampler(teacher: Teacher, name: str, steps: int, where: str) -> None:
         sampler_of(name, config).set_timesteps(steps)
     except Exception as error:  # of any kind: diffusers takes the values as they are
         raise UserError(
-            f"{teacher.source}: its scheduler/scheduler_config.json drives no {name} for {steps} steps: {error}"
+            f"{teacher.source}: its scheduler/scheduler_config.json cannot drive {name} for {steps} steps: {error}"
         ) from error

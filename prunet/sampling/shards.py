@@ -1,8 +1,8 @@
-"""Many pictures: drawn in shards that do not depend on who draws them, by any number of processes, resumable.
+"""Many pictures, drawn in shards by any number of processes, and resumable.
 
 A shard is a WebDataset tar of `SHARD` pictures with their prompts (`000123.png`, `000123.txt`), written whole or not at
-all. Process r of n draws shards r, r + n, ... Each picture has a generator of its own, and the batches of a shard are
-always the same, so the files are, too, byte for byte.
+all. Each picture has its own generator, and the batches of a shard are always the same; so a shard has the same bytes
+whichever process draws it.
 """
 
 import io
@@ -35,10 +35,10 @@ def draw_shards(
     jpeg: int | None = None,
     batch_size: int = 4,
 ) -> list[Path]:
-    """Draws a picture of each prompt, the i-th from seed + i, into `folder`; shards that are there are left alone.
+    """Draws a picture of each prompt, the i-th from seed + i, into `folder`; shards that exist are kept.
 
     `open_pipe` is called when the first picture is drawn, so that a finished set costs nothing. `jpeg` is a quality;
-    PNG if None. Returns the paths of all shards, those of the other processes included.
+    None means PNG. Returns the paths of all shards, including those of the other processes.
     """
     paths = [folder / f"{at // SHARD:05d}.tar" for at in range(0, len(prompts), SHARD)]
     mine = [at for i, at in enumerate(range(0, len(prompts), SHARD)) if processes.is_mine(i)]
@@ -73,7 +73,7 @@ def _write_shard(
 
 
 def read_shard(path: Path) -> Iterator[tuple[Image.Image, str]]:
-    """The pictures of a shard that `draw_shards` wrote, with their prompts.
+    """Yields the pictures of a shard that `draw_shards` wrote, with their prompts.
 
     Raises:
         UserError: not such a file, or damaged.

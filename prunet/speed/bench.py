@@ -35,17 +35,18 @@ Key = tuple[str, str, int]  # model, part or mode, batch size
 
 @dataclass(frozen=True)
 class Row:
-    """One model at one batch size, its denoiser `eager` or `compiled`.
+    """One model at one batch size, with its denoiser `eager` or `compiled`.
 
-    `text_ms`: prompts of the batch, and the empty ones that guidance compares with; `denoiser_ms`: a call with
-    2 x `batch_size` latents, or with `batch_size` of a model that was made to draw without guidance; `vae_ms`: decoding
-    the batch. `seconds`: text, all steps, and VAE; `compile_s`: the compiled denoiser's first call. `peak_memory_mb`:
-    weights of all parts, and what the hungriest needs beside.
-
-    `speed_up`: of a denoiser call over the baseline's in the same mode, with its 95 % interval over the repeats;
-    `limit`: the multiply-adds of the baseline's call over those of the model's, attention's matmuls included; `share`:
-    of the limit that is reached. `kinds_ms`: the call by kind of operation, which add up to `denoiser_ms`; `over_ms`:
-    how much longer each takes than the baseline's divided by the limit, which add up to what the call takes beyond it.
+    - `text_ms`: encoding the prompts of the batch, and the empty ones that guidance needs.
+    - `denoiser_ms`: a call with 2 x `batch_size` latents, or with `batch_size` if the model draws without guidance.
+    - `vae_ms`: decoding the batch. `seconds`: text, all steps, and VAE.
+    - `peak_memory_mb`: the weights of all parts, and the most that a call of one part needs beside them (MiB).
+    - `compile_s`: the compiled denoiser's first call.
+    - `speed_up`: how many times faster a denoiser call is than the baseline's in the same mode, with its 95 %
+      `interval` over the repeats. `limit`: the baseline's multiply-adds over the model's, attention's matmuls included.
+      `share`: `speed_up / limit`.
+    - `kinds_ms`: the call by kind of operation; the kinds add up to `denoiser_ms`. `over_ms`: how much longer each kind
+      takes than the baseline's time for it divided by `limit`.
     """
 
     model: str
@@ -75,11 +76,11 @@ def open_pipelines(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """The pipelines at `models` (see `open_model`), and the first one with what each of `plans` leaves, by name.
+    """Opens the pipelines at `models` (see `open_model`), and the first one reduced by each of `plans`, by name.
 
     Raises:
-        UserError: one that cannot be opened, is given twice, or cannot draw pictures of `size` pixels; a plan that does
-            not fit the first. All of it before weights are loaded.
+        UserError: a model cannot be opened, is given twice, or cannot draw pictures of `size` pixels; or a plan does
+            not fit the first model. All of this is checked before weights are loaded.
     """
     names = names_of(models)
     teachers = [open_model(model, config=config, device=device, dtype=dtype) for model in models]
@@ -95,7 +96,7 @@ def open_pipelines(
 
 
 def drawings(models: Sequence[str], *, config: str | None = None, steps: int | None = None) -> dict[str, Drawing]:
-    """How each of `models` is drawn, by name: as it was made for, else in 25 guided steps; `steps` of all if given."""
+    """Returns how to draw with each model, by name: as it was made for, else in 25 guided steps; `steps` if given."""
     opened = (open_model(model, config=config) for model in models)
     return dict(zip(names_of(models), (drawing_of(model, Drawing(), steps=steps) for model in opened), strict=True))
 
@@ -111,15 +112,12 @@ def bench(
     repeats: int = 15,
     compiled: bool = False,
 ) -> dict[str, Any]:
-    """Times the parts of stock pipelines in turn, on the device and in the precision that they are in.
+    """Times the parts of stock pipelines in turn, each on its device and in its precision.
 
-    The first is the baseline of the others. `size` in pixels: of the baseline's training by default. `drawn`: how the
-    models are drawn; one that is not there as the first, and that in `steps` guided steps. `compiled`: times the
-    denoisers by `torch.compile`, too. Returns plain JSON types: facts of the run and of each model, and `rows` (`Row`),
-    the baseline's first.
-
-    Raises:
-        UserError: nothing on this machine can compile.
+    The first pipeline is the baseline of the others. `size` in pixels: by default the one that the baseline was trained
+    at. `drawn`: how to draw with each model; a model that it lacks draws as the baseline does, which draws by default
+    in `steps` guided steps. `compiled`: also times the denoisers under `torch.compile`. Returns plain JSON types: facts
+    of the run and of each model, and `rows` (`Row`), the baseline's first.
     """
     first = next(iter(pipelines.values()))
     device = first.device
@@ -133,7 +131,7 @@ def bench(
     calls: dict[Key, Call] = {}
     for (name, pipe), batch in product(pipelines.items(), batch_sizes):
         calls |= _calls(name, pipe, batch, rows[name], latent_sizes[name], device)
-    # One function of diffusers' is compiled for every model and batch size; more than 8 would fall back to eager.
+    # A function of diffusers is compiled for every model and batch size; more than 8 would fall back to eager.
     limit: Any = torch._dynamo.config.patch(recompile_limit=len(calls)) if compiled else nullcontext()
     with limit:
         compile_s = _compile(pipelines, batch_sizes, rows, latent_sizes, calls) if compiled else {}
@@ -164,10 +162,10 @@ def bench(
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compiles something small, so that a machine without a compiler says so before models are loaded.
+    """Compiles something small, so that a machine without a compiler is noticed before models are loaded.
 
     Raises:
-        UserError: it cannot.
+        UserError: nothing can be compiled for `device`.
     """
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
@@ -204,7 +202,7 @@ def _compile(
     latent_sizes: Mapping[str, tuple[int, int]],
     calls: dict[Key, Call],
 ) -> dict[Key, float]:
-    """Adds the compiled denoisers to `calls`; returns the seconds of their first ones."""
+    """Adds the compiled denoisers to `calls`; returns the seconds of each one's first call."""
     seconds: dict[Key, float] = {}
     for (name, pipe), batch in product(pipelines.items(), batch_sizes):
         say(f"Compiling {name}, batch {batch}")
@@ -260,6 +258,6 @@ def _rows(
 
 
 def _speed_up(slow: Sequence[float], fast: Sequence[float]) -> Measure:
-    """The ratio of two medians; calls that took turns are resampled together."""
+    """Returns the ratio of two medians, with an interval; calls that took turns are resampled together."""
     a, b = np.asarray(slow), np.asarray(fast)
     return bootstrap(len(a), lambda which: np.median(a[which], axis=-1) / np.median(b[which], axis=-1))

@@ -19,29 +19,29 @@ from prunet.denoisers.known import architecture_of
 Call = Callable[[], Any]
 K = TypeVar("K")
 
-#: After this many, three repeats of each are enough.
+#: After this many seconds, three repeats of each call are enough.
 MOST_SECONDS = 60
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One call of a denoiser: median latency, and the most memory in use (None where the system does not tell)."""
+    """One call of a denoiser: median latency, and peak memory in MiB (None if the system does not tell)."""
 
     latency_ms: float
     peak_memory_mb: float | None
 
 
 @torch.no_grad()
-def measure(
+def time_denoisers(
     denoisers: Mapping[str, nn.Module],
     *,
     batch_size: int = 2,
     repeats: int = 15,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Times the denoisers in turn, so that what disturbs the machine disturbs them all.
+    """Times the denoisers in turn, so that what disturbs the machine disturbs them all; returns plain JSON types.
 
-    `batch_size` 2 is one picture with guidance. Each runs at its own native size, in its own precision.
+    `batch_size` 2 is one picture with guidance. Each denoiser runs at its native size, in its own precision.
     """
     device = torch.device(device)
     calls = {name: denoiser_call(net, batch_size, device=device) for name, net in denoisers.items()}
@@ -67,9 +67,9 @@ def denoiser_call(
     latent_size: tuple[int, int] | None = None,
     device: torch.device,
 ) -> Call:
-    """One call of the denoiser, in its own precision, on random latents (B, C, h, w) of its native size by default.
+    """Returns a call of the denoiser in its own precision, on random latents (B, C, h, w), by default of native size.
 
-    Random, because a GPU that multiplies zeros draws less power and runs faster than it ever will on a picture.
+    They are random because a GPU that multiplies zeros uses less power and runs faster than it ever will on a picture.
     """
     dtype = next(net.parameters()).dtype
     config = config_of(net)
@@ -83,9 +83,9 @@ def denoiser_call(
 
 
 def times_in_turn(calls: Mapping[K, Call], repeats: int, device: torch.device) -> dict[K, list[float]]:
-    """Milliseconds of each call, `repeats` of them; all take turns, after one call each that warms up.
+    """Times each call `repeats` times, in milliseconds; the calls take turns, after one warm-up call each.
 
-    Stops once `MOST_SECONDS` are spent and there are three of each.
+    Stops once `MOST_SECONDS` have passed and each call has three times.
     """
     for call in calls.values():
         call()
@@ -100,7 +100,7 @@ def times_in_turn(calls: Mapping[K, Call], repeats: int, device: torch.device) -
 
 
 def seconds_of(call: Call, device: torch.device) -> float:
-    """Of one call, until the device has done it."""
+    """Times one call in seconds, until the device has finished it."""
     wait(device)
     start = time.perf_counter()
     call()
@@ -109,7 +109,7 @@ def seconds_of(call: Call, device: torch.device) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a GPU, or a CPU's number of threads."""
+    """Returns the name of a GPU, or a CPU's number of threads."""
     if device.type != "cpu":
         return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     threads = torch.get_num_threads()
@@ -117,7 +117,7 @@ def device_name(device: torch.device) -> str:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
+    """Waits until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -125,15 +125,15 @@ def wait(device: torch.device) -> None:
 
 
 def weights_mb(net: nn.Module) -> float:
-    """MiB of the parameters of `net`."""
+    """Returns the size of the parameters of `net` in MiB."""
     return sum(p.numel() * p.element_size() for p in net.parameters()) / 2**20
 
 
 def working_mb(call: Call, device: torch.device) -> float | None:
-    """What a call needs beside the weights at its worst moment; None where the system does not tell.
+    """Returns the most memory that a call needs beside the weights, in MiB; None if the system does not tell.
 
-    On a CPU it is by how much the process grows. What it had freed and kept goes back to the system first, where the C
-    library can (glibc); elsewhere the figure is too small by that.
+    On a CPU this is the growth of the process. Freed memory that the process still holds would hide some of it, so it
+    goes back to the system first if the C library can do that (glibc); elsewhere the figure is too small.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -154,7 +154,7 @@ def working_mb(call: Call, device: torch.device) -> float | None:
 
 
 def resident_kb(field: str) -> int | None:
-    """KiB of memory that this process has, by a field of Linux's /proc/self/status; None elsewhere."""
+    """Returns a field of Linux's /proc/self/status, this process's memory in KiB; None on other systems."""
     try:
         found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
     except OSError:
@@ -163,7 +163,7 @@ def resident_kb(field: str) -> int | None:
 
 
 def reset_peak() -> bool:
-    """Linux: forget the process's highest memory use so far."""
+    """Resets the process's highest memory use (`VmHWM`); returns whether the system can, as Linux does."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

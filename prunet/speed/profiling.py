@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from prunet.plan.size import KINDS, kind_of
 from prunet.speed.clock import Call, K, seconds_of
 
-#: Calls of each that are profiled.
+#: How many times each call is profiled.
 ROUNDS = 3
 #: `other`: sums, copies, casts, fused code; `between`: the device waits for Python and launches.
 PARTS = (*KINDS, "other", "between")
@@ -20,10 +20,10 @@ PARTS = (*KINDS, "other", "between")
 def times_by_kind(
     calls: Mapping[K, Call], latency_ms: Mapping[K, float], device: torch.device
 ) -> dict[K, dict[str, float]]:
-    """Milliseconds by kind (`PARTS`) of each call, which add up to its `latency_ms` when nobody watches.
+    """Splits the `latency_ms` of each call, timed without the profiler, by kind of operation (`PARTS`).
 
-    All take turns. Watched calls are slower, most of all those of many small operations, so that what counts is each
-    kind's share. Nothing (an empty mapping each) on devices that cannot be profiled.
+    The calls take turns. The profiler slows calls down, most of all those of many small operations, so only each kind's
+    share is taken from it. On a device that cannot be profiled each call gets an empty mapping.
     """
     if device.type not in ("cpu", "cuda"):
         return {key: {} for key in calls}
@@ -42,9 +42,9 @@ def _profile(call: Call, latency_ms: float, device: torch.device) -> dict[str, f
         watched_ms = 1000 * seconds_of(call, device)
     parts = dict.fromkeys(PARTS, 0.0)
     for event in found.key_averages():
-        # An operation's own line has its kernels' time, too; the kernels' lines would count it twice.
+        # An operation's own event includes the time of its kernels; the kernels' events would count it twice.
         if event.device_type == DeviceType.CPU:
             parts[kind_of(event.key)] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1000
-    # A GPU's kernels are as fast when they are watched, only the way to them is slower; on a CPU everything is.
+    # The profiler slows a CPU's operations, but not a GPU's kernels: there only their launches are slower.
     whole_ms = latency_ms if cuda else watched_ms
     return parts | {"between": max(0.0, whole_ms - sum(parts.values()))}

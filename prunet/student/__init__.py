@@ -1,1 +1,1 @@
-"""The smaller denoiser: in go a teacher and a plan, out comes a stock model with inherited weights."""
+"""The smaller denoiser: a teacher and a plan go in, a stock model with inherited weights comes out."""

@@ -12,16 +12,16 @@ from prunet.errors import UserError
 
 
 def save_unet(net: Net, folder: Path, what: str, made_from: str | None = None) -> None:
-    """A stock diffusers folder of one denoiser, whole or not there, sealed as a `what` of prunet's."""
+    """Writes a denoiser as a stock diffusers folder, whole or not at all; `what` is the kind in its seal."""
     with new_folder(folder, what, made_from) as part:
         write_unet(net, part)
 
 
 def load_unet(folder: Path, made_from: str | None = None) -> Net:
-    """A denoiser that `save_unet` wrote, in fp32.
+    """Loads a denoiser that `save_unet` wrote, in fp32.
 
     Raises:
-        UserError: not there, damaged, or `made_from` something else.
+        UserError: it is missing, damaged, or made from something else than `made_from`.
     """
     verify(folder, f"delete {folder} and run again", made_from)
     try:
@@ -31,9 +31,9 @@ def load_unet(folder: Path, made_from: str | None = None) -> Net:
 
 
 def write_unet(net: Net, folder: Path) -> None:
-    """A stock diffusers folder of one denoiser, in one file."""
+    """Writes a denoiser as a stock diffusers folder, with all weights in one file."""
     net.save_pretrained(folder, safe_serialization=True, max_shard_size="1TB")
-    # A config carries where its model was opened from, which means nothing elsewhere.
+    # diffusers writes where the model was opened from, which means nothing elsewhere.
     config = folder / "config.json"
     value = json.loads(config.read_text(encoding="utf-8"))
     value.pop("_name_or_path", None)

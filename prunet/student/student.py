@@ -15,7 +15,7 @@ from prunet.teacher.teacher import Teacher
 
 
 def build(teacher: Teacher, plan: Plan) -> Net:
-    """A stock model of what the plan leaves, in fp32, its weights copied from the teacher.
+    """Builds the stock model that the plan leaves, in fp32, with weights copied from the teacher.
 
     The teacher is not changed. An empty plan gives a copy that computes the same bits.
 
@@ -26,19 +26,19 @@ def build(teacher: Teacher, plan: Plan) -> Net:
 
 
 def inherit(source: nn.Module, derived: Derived) -> Net:
-    """The student of `derived` with weights copied from `source`, the teacher's denoiser."""
+    """Builds the student of `derived` with weights copied from `source`, the teacher's denoiser."""
     return _fill(derived, source.state_dict(), derived.weight_map)
 
 
 def random_student(derived: Derived, seed: int) -> Net:
-    """The student of `derived` with random weights: what inheriting is compared with."""
+    """Builds the student of `derived` with random weights, to compare inherited ones with."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return derived.architecture.make(derived.student_config).eval().requires_grad_(False)
 
 
 def _fill(derived: Derived, weights: Mapping[str, Tensor], origins: Mapping[str, str]) -> Net:
-    """Made empty and filled by assignment, so no time goes into random weights."""
+    """Makes the student empty and assigns its weights, so that no time goes into random ones."""
     student = derived.architecture.empty(derived.student_config)
     student.load_state_dict(
         {
@@ -51,7 +51,7 @@ def _fill(derived: Derived, weights: Mapping[str, Tensor], origins: Mapping[str,
 
 
 def compose(before: Derived, after: Derived) -> dict[str, str]:
-    """Parameter of `after`'s student -> parameter of `before`'s student, by way of the teacher's names.
+    """Maps each parameter of `after`'s student to one of `before`'s student, by way of the teacher's names.
 
     Raises:
         UserError: `after` keeps a part that `before` removed.
@@ -67,18 +67,18 @@ def compose(before: Derived, after: Derived) -> dict[str, str]:
 
 
 def check_steps(steps: Sequence[Derived]) -> None:
-    """Refuses plans of which a later one keeps what an earlier one removed."""
+    """Refuses plans if a later one keeps what an earlier one removed."""
     for before, after in itertools.pairwise(steps):
         compose(before, after)
 
 
 def cut(student: nn.Module, before: Derived, after: Derived) -> Net:
-    """The student of `after` with the weights of `student`, which is one of `before`: the next of several removals."""
+    """Builds the student of `after` from `student`, a student of `before`: the next of several removals."""
     return _fill(after, student.state_dict(), compose(before, after))
 
 
 def state_hash(module: nn.Module) -> str:
-    """A hash of every parameter and buffer, bit for bit, with names, shapes and dtypes."""
+    """Hashes every parameter and buffer, bit for bit, with names, shapes and dtypes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

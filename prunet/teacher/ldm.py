@@ -30,6 +30,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from prunet.denoisers.unet2d.ldm_names import RESNET, ldm_modules
 from prunet.errors import UserError
 from prunet.teacher import placing
 
@@ -190,39 +191,12 @@ _OPENCLIP = {
 }  # fmt: skip
 # Type of a module that the walks below visit -> names inside it; modules of other types have no LDM form.
 _UNET_INSIDE: dict[type, dict[str, str]] = {
-    ResnetBlock2D: {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
-                    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"},
-    Transformer2DModel: {}, nn.Conv2d: {}, nn.Linear: {}, nn.GroupNorm: {},
+    ResnetBlock2D: RESNET, Transformer2DModel: {}, nn.Conv2d: {}, nn.Linear: {}, nn.GroupNorm: {},
 }  # fmt: skip
 _VAE_INSIDE: dict[type, dict[str, str]] = {
     Attention: {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"},
     ResnetBlock2D: {"conv_shortcut": "nin_shortcut"}, nn.Conv2d: {}, nn.GroupNorm: {},
 }  # fmt: skip
-
-
-def _unet_modules(unet: Any) -> Iterator[tuple[str, str]]:
-    """Yields (module, LDM module). A layer is a resnet with its attention and upsampler, or a single downsampler."""
-    for ours, theirs in (("time_embedding", "time_embed"), ("add_embedding", "label_emb.0")):
-        if getattr(unet, ours, None) is not None:
-            yield f"{ours}.linear_1", f"{theirs}.0"
-            yield f"{ours}.linear_2", f"{theirs}.2"
-    yield from (("conv_in", "input_blocks.0.0"), ("conv_norm_out", "out.0"), ("conv_out", "out.2"))
-    for way, theirs, layer in (("down", "input_blocks", 1), ("up", "output_blocks", 0)):
-        for b, block in enumerate(unet.get_submodule(f"{way}_blocks")):
-            ours, attended = f"{way}_blocks.{b}", bool(getattr(block, "attentions", None))
-            for i in range(len(block.resnets)):
-                yield f"{ours}.resnets.{i}", f"{theirs}.{layer}.0"
-                if attended:
-                    yield f"{ours}.attentions.{i}", f"{theirs}.{layer}.1"
-                layer += 1
-            if way == "down" and block.downsamplers:
-                yield f"{ours}.downsamplers.0.conv", f"{theirs}.{layer}.0.op"
-                layer += 1
-            if way == "up" and block.upsamplers:  # part of the block's last layer
-                yield f"{ours}.upsamplers.0.conv", f"{theirs}.{layer - 1}.{1 + attended}.conv"
-    for kind, first in (("resnets", 0), ("attentions", 1)):  # they alternate
-        for i in range(len(getattr(unet.mid_block, kind, ()))):
-            yield f"mid_block.{kind}.{i}", f"middle_block.{2 * i + first}"
 
 
 def _vae_modules(vae: Any) -> Iterator[tuple[str, str]]:
@@ -249,7 +223,7 @@ def _vae_modules(vae: Any) -> Iterator[tuple[str, str]]:
 
 def _key_map(model: Any) -> dict[str, str]:
     """Parameter -> LDM name, from the pairs of modules that the walks yield; checks that every parameter has one."""
-    modules, prefix, inside = _unet_modules(model), UNET, _UNET_INSIDE
+    modules, prefix, inside = ldm_modules(model), UNET, _UNET_INSIDE
     if isinstance(model, AutoencoderKL):
         modules, prefix, inside = _vae_modules(model), VAE, _VAE_INSIDE
     key_map, known = {}, dict(model.named_modules())

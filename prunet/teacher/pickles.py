@@ -34,6 +34,7 @@ LARGEST_PICKLE = 256 << 20  # bytes, without the tensors; Stable Diffusion's has
 MOST_TUPLES = 60_000  # more, nested in each other, would overflow Python's stack; a tensor has three or four
 LARGEST_GROWTH = 4  # output bytes per input byte; tied tensors are written once for each of their names
 AGAIN = "fetch or copy it again"
+IP_ADAPTER = {"image_proj", "ip_adapter"}  # what such a file holds: two mappings, in safetensors joined by dots
 
 Places = Mapping[str, tuple[int, int]]  # record -> its start in the file and its length, in bytes
 
@@ -122,6 +123,8 @@ def _notes(path: Path, value: Any) -> tuple[dict[str, Note], list[str]]:
     """The tensors of a checkpoint by name, and the names of everything else in it."""
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds {_label(value)}, not tensors by name: save its state_dict alone")
+    if set(value) == IP_ADAPTER and all(isinstance(entry, dict) for entry in value.values()):
+        value = {f"{part}.{_label(name)}": entry for part, state in value.items() for name, entry in state.items()}
     inside = [key for key, entry in value.items() if isinstance(entry, dict) and _holds_tensors(entry)]
     state, outside = value, []
     if "state_dict" in inside or not _holds_tensors(value):

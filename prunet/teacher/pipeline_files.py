@@ -189,7 +189,8 @@ class PipelineFiles:
         index = read_object(path, self.source)
         known = {self.architecture.part: self.architecture.class_name, **CLASSES}
         for part in self.parts:
-            if (given := (index.get(part) or [None, None])[1]) != known[part]:
+            pair = index.get(part)
+            if (given := pair[1] if isinstance(pair, list) else None) != known[part]:
                 raise UserError(
                     f"{path}: {part}: {given}; prunet supports {known[part]}: fetch or copy it again, or correct it"
                 )

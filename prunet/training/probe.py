@@ -25,9 +25,10 @@ def probe(
     dtype: torch.dtype,
     gradient_checkpointing: bool,
     device: torch.device | str = "cpu",
-    teacher_calls: int = 1,
-) -> Iterator[tuple[Net, Net, Callable[[], Tensor]]]:
-    """Teacher in `dtype`, student in fp32, and a function: the loss () of one micro-batch, the student by autocast."""
+) -> Iterator[tuple[Net, Net, Callable[..., Tensor]]]:
+    """Teacher in `dtype`, student in fp32, and a function: the loss () of one micro-batch, the student by autocast. It
+    takes how often the teacher is called, once if it is not said.
+    """
     device, half = torch.device(device), dtype != torch.float32
     architecture = architecture_of(teacher_config)
     with device:
@@ -45,7 +46,7 @@ def probe(
         tap([teacher.get_submodule(pair.teacher) for pair in pairs]) as theirs,
     ):
 
-        def loss() -> Tensor:
+        def loss(teacher_calls: int = 1) -> Tensor:
             given = inputs(teacher_config, dtype)
             eps_t = given["sample"]
             with torch.no_grad():

@@ -6,12 +6,13 @@ from typing import Any, NoReturn
 import diffusers
 import torch
 
-from prunet.denoisers.architecture import Architecture, Config, Form, Net
+from prunet.denoisers.architecture import Architecture, Config, Net
 from prunet.denoisers.blocks.compatibility import loads_in, works_with
-from prunet.denoisers.blocks.drawing import draw_lists
+from prunet.denoisers.blocks.diagram import lists_diagram
 from prunet.denoisers.blocks.form import kept_blocks, weight_map
 from prunet.denoisers.blocks.inputs import Inputs, Shape
-from prunet.denoisers.drawing import Drawing
+from prunet.denoisers.diagram import Diagram
+from prunet.denoisers.form import Form
 from prunet.denoisers.pairs import Level, Pair
 from prunet.errors import UserError
 
@@ -110,8 +111,8 @@ class Blocks(Architecture):
     def works_with(self, teacher: Config, form: Form) -> dict[str, str]:
         return works_with(self.skeleton(teacher), form.module_map)
 
-    def drawing(self, config: Config, gone: Iterable[str]) -> Drawing:
-        return draw_lists(self.skeleton(config), self.counts(config), gone)
+    def diagram(self, config: Config, gone: Iterable[str]) -> Diagram:
+        return lists_diagram(self.skeleton(config), self.counts(config), gone)
 
     def native_latent_size(self, config: Config) -> tuple[int, int]:
         side = self.skeleton(config).config.get("sample_size")

@@ -8,25 +8,28 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from prunet.denoisers.architecture import Architecture, Config, Form, Net, check_shapes
+from prunet.denoisers.architecture import Architecture, Config, Net, check_shapes
 from prunet.denoisers.condition import Condition
-from prunet.denoisers.drawing import Drawing
+from prunet.denoisers.diagram import Diagram
+from prunet.denoisers.form import Form
 from prunet.denoisers.pairs import Level, Pair
 from prunet.denoisers.unet2d import attention, compatibility, form, inputs
-from prunet.denoisers.unet2d.drawing import draw_unet
+from prunet.denoisers.unet2d.adapters import UNetAdapters
+from prunet.denoisers.unet2d.diagram import unet_diagram
 from prunet.denoisers.unet2d.pairs import find_pairs
 from prunet.denoisers.unet2d.weights import check_form, weight_map
 
 
 class UNet2D(Architecture):
-    """`UNet2DConditionModel`: stages down, a mid stage, and stages up, with skip connections between them."""
+    """`UNet2DConditionModel`: levels down, a mid block, and levels up, with skip connections between them."""
 
     class_name = "UNet2DConditionModel"
     part = "unet"
     levels = ("block", "layer", "attention", "transformer")
     blocks = ("ResnetBlock2D", "BasicTransformerBlock")
     last_layer = "conv_out"
-    parts_help = "stages, mid_block, their resnets, attentions, transformer_blocks"
+    adapters = UNetAdapters()
+    parts_help = "levels, mid_block, their resnets, attentions, transformer_blocks"
 
     @override
     def make(self, config: Config) -> Net:
@@ -39,7 +42,7 @@ class UNet2D(Architecture):
     @override
     def outline(self, config: Config) -> str:
         last = len(config["down_block_types"]) - 1
-        return f"U-Net, whose stages are down_blocks.0 to .{last}, mid_block and up_blocks.0 to .{last}"
+        return f"U-Net, whose levels are down_blocks.0 to .{last}, mid_block and up_blocks.0 to .{last}"
 
     @override
     def form(self, config: Config, removed: Mapping[str, str]) -> Form:
@@ -64,8 +67,8 @@ class UNet2D(Architecture):
         return compatibility.works_with(self.skeleton(teacher), self.skeleton(form.config), form.module_map)
 
     @override
-    def drawing(self, config: Config, gone: Iterable[str]) -> Drawing:
-        return draw_unet(self.skeleton(config), gone)
+    def diagram(self, config: Config, gone: Iterable[str]) -> Diagram:
+        return unet_diagram(self.skeleton(config), gone)
 
     @override
     def native_latent_size(self, config: Config) -> tuple[int, int]:
@@ -73,7 +76,7 @@ class UNet2D(Architecture):
 
     @override
     def side_step(self, config: Config) -> int:
-        return int(2 ** (len(config["block_out_channels"]) - 1))  # each stage but the last halves it
+        return int(2 ** (len(config["block_out_channels"]) - 1))  # each level but the last halves it
 
     @override
     def example_inputs(self, config: Config, batch_size: int = 1, **given: Any) -> dict[str, Any]:

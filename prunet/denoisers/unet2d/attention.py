@@ -20,7 +20,7 @@ KEPT = 2**22
 def fast_attention(nets: Iterable[Net], device: torch.device, *, half: bool) -> Iterator[None]:
     """The stock attention of `nets` by way of `Chunked` while it lasts, if they run on a CPU in bf16.
 
-    PyTorch's fused kernel is slow there. For 4,096 tokens of 8 heads of 40 channels (the first stage of Stable
+    PyTorch's fused kernel is slow there. For 4,096 tokens of 8 heads of 40 channels (the first level of Stable
     Diffusion at 512 px) matmuls over many queries at a time take half the time, both ways, and keep as little.
     """
     before = [(net, net.attn_processors) for net in nets if device.type == "cpu" and half]

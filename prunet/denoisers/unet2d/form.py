@@ -14,26 +14,26 @@ from prunet.errors import UserError
 
 Config = dict[str, Any]
 
-#: The names that a plan may remove: stages, layers of a stage, transformer blocks of an attention, samplers.
+#: The names that a plan may remove: levels, layers of a level, transformer blocks of an attention, samplers.
 PART = re.compile(
     r"(down_blocks|up_blocks)\.\d+(\.(resnets|attentions)\.\d+(\.transformer_blocks\.\d+)?"
     r"|\.(downsamplers|upsamplers)(\.0)?)?"
     r"|mid_block(\.(resnets|attentions)\.\d+(\.transformer_blocks\.\d+)?)?"
 )
-PER_STAGE_FIELDS = ("cross_attention_dim", "attention_head_dim", "only_cross_attention")
+PER_LEVEL_FIELDS = ("cross_attention_dim", "attention_head_dim", "only_cross_attention")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One level of a stage that stays: the resnet `resnet` of the teacher and, if any, its attention's blocks."""
+    """One layer of a level that stays: the resnet `resnet` of the teacher and, if any, its attention's blocks."""
 
     resnet: int
     blocks: tuple[int, ...] | None  # the teacher's indices of the transformer blocks kept; None: no attention
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One down or up stage that stays, with its index in the teacher."""
+class UNetLevel:
+    """One down or up level that stays, with its index in the teacher."""
 
     index: int
     layers: tuple[Layer, ...]
@@ -55,7 +55,7 @@ def make_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
 
 
 def _layers(module: Any, name: str, removed: Mapping[str, str]) -> tuple[Layer, ...]:
-    """The layers of a down or up stage that stay, in order. Refuses what diffusers has no form for."""
+    """The layers of a down or up level that stay, in order. Refuses what diffusers has no form for."""
     attentions = getattr(module, "attentions", None)
     kept: list[Layer] = []
     for j in range(len(module.resnets)):
@@ -72,13 +72,13 @@ def _layers(module: Any, name: str, removed: Mapping[str, str]) -> tuple[Layer, 
             continue
         kept.append(Layer(j, blocks))
     if not kept:
-        raise UserError(f"The plan removes every resnet of {name}: remove the stage {name!r} itself instead")
+        raise UserError(f"The plan removes every resnet of {name}: remove the level {name!r} itself instead")
     with_attention = [layer for layer in kept if layer.blocks is not None]
     if with_attention and len(with_attention) < len(kept):
         j = next(layer.resnet for layer in kept if layer.blocks is None)
         raise UserError(
             f"Pattern {removed[f'{name}.attentions.{j}']!r} removes {name}.attentions.{j} but not its resnet, and "
-            f"diffusers has no form for a stage where some resnets have an attention: remove "
+            f"diffusers has no form for a level where some resnets have an attention: remove "
             f"{name}.{{resnets,attentions}}.{j} together, or all of {name}.attentions.*"
         )
     return tuple(kept)
@@ -99,12 +99,12 @@ def _lacks_mirror(i: int, side: str, other: str, net: Any, removed: Mapping[str,
     return f"{side}.{i}" in removed and f"{other}.{len(net.down_blocks) - 1 - i}" not in removed
 
 
-def kept_stages(net: Any, removed: Mapping[str, str]) -> tuple[list[Stage], list[Stage]]:
-    """Down and up stages that stay, checked against each other (a skip connection needs both its ends)."""
-    sides: dict[str, list[Stage]] = {}
+def kept_levels(net: Any, removed: Mapping[str, str]) -> tuple[list[UNetLevel], list[UNetLevel]]:
+    """Down and up levels that stay, checked against each other (a skip connection needs both its ends)."""
+    sides: dict[str, list[UNetLevel]] = {}
     for side in ("down_blocks", "up_blocks"):
         sides[side] = [
-            Stage(i, _layers(module, f"{side}.{i}", removed))
+            UNetLevel(i, _layers(module, f"{side}.{i}", removed))
             for i, module in enumerate(getattr(net, side))
             if f"{side}.{i}" not in removed
         ]
@@ -114,16 +114,16 @@ def kept_stages(net: Any, removed: Mapping[str, str]) -> tuple[list[Stage], list
         alone = next(f"{side}.{i}" for i in range(len(net.down_blocks)) if _lacks_mirror(i, side, other, net, removed))
         mirror = f"{other}.{len(net.down_blocks) - 1 - int(alone.split('.')[1])}"
         raise UserError(
-            f"Pattern {removed[alone]!r} removes the stage {alone} but not its mirror, which its skip connections lead "
+            f"Pattern {removed[alone]!r} removes the level {alone} but not its mirror, which its skip connections lead "
             f"to: remove {mirror} too"
         )
     if not down:
-        raise UserError("The plan removes every stage: keep at least down_blocks.0 and the last of up_blocks")
+        raise UserError("The plan removes every level: keep at least down_blocks.0 and the last of up_blocks")
     for d, u in zip(down, reversed(up), strict=True):
         if len(u.layers) != len(d.layers) + 1:
             where = f"up_blocks.{u.index}" if len(u.layers) > len(d.layers) + 1 else f"down_blocks.{d.index}"
             raise UserError(
-                f"Uneven stages: down_blocks.{d.index} keeps {len(d.layers)} resnets, so its mirror "
+                f"Uneven levels: down_blocks.{d.index} keeps {len(d.layers)} resnets, so its mirror "
                 f"up_blocks.{u.index} must keep {len(d.layers) + 1} (one skip each), not {len(u.layers)}: remove more "
                 f"from {where}"
             )
@@ -131,7 +131,7 @@ def kept_stages(net: Any, removed: Mapping[str, str]) -> tuple[list[Stage], list
 
 
 def _mid_type(net: Any, removed: Mapping[str, str]) -> tuple[str | None, list[int], tuple[int, ...]]:
-    """The mid stage that stays: its diffusers type, the teacher's resnets kept, the transformer blocks kept."""
+    """The mid level that stays: its diffusers type, the teacher's resnets kept, the transformer blocks kept."""
     mid = net.mid_block
     if mid is None or "mid_block" in removed:
         return None, [], ()
@@ -148,26 +148,28 @@ def _mid_type(net: Any, removed: Mapping[str, str]) -> tuple[str | None, list[in
         return "UNetMidBlock2D", resnets, ()
     part = next(name for name in removed if name.startswith("mid_block."))
     raise UserError(
-        f"Pattern {removed[part]!r} leaves a mid stage of {len(resnets)} resnets and {len(attentions)} attentions, for "
+        f"Pattern {removed[part]!r} leaves a mid level of {len(resnets)} resnets and {len(attentions)} attentions, for "
         "which diffusers has no form: remove mid_block, or nothing of it, or its attention and one of its resnets"
     )
 
 
-def _depths(stage: Stage, nested: bool) -> int | list[int]:
-    counts = [len(layer.blocks) for layer in stage.layers if layer.blocks is not None]
+def _depths(level: UNetLevel, nested: bool) -> int | list[int]:
+    counts = [len(layer.blocks) for layer in level.layers if layer.blocks is not None]
     if not counts:
         return 1
     return counts if nested or len(set(counts)) > 1 else counts[0]
 
 
-def _transformer_fields(config: Config, down: list[Stage], up: list[Stage], mid_blocks: tuple[int, ...]) -> Config:
+def _transformer_fields(
+    config: Config, down: list[UNetLevel], up: list[UNetLevel], mid_blocks: tuple[int, ...]
+) -> Config:
     """`transformer_layers_per_block` and its reverse, in the shortest form that diffusers reads rightly.
 
-    diffusers takes the mid stage's depth from the last down entry, and the up depths from the reversed list
+    diffusers takes the mid level's depth from the last down entry, and the up depths from the reversed list
     unless they are given.
     """
-    rows = [_depths(stage, nested=False) for stage in down]
-    up_rows = [_depths(stage, nested=False) for stage in up]
+    rows = [_depths(level, nested=False) for level in down]
+    up_rows = [_depths(level, nested=False) for level in up]
     if mid_blocks and not down[-1].has_attention:
         rows[-1] = len(mid_blocks)
     if mid_blocks and (rows[-1][0] if isinstance(rows[-1], list) else rows[-1]) != len(mid_blocks):
@@ -176,7 +178,7 @@ def _transformer_fields(config: Config, down: list[Stage], up: list[Stage], mid_
             f"down_blocks.{down[-1].index}; diffusers has one number for both: remove as many from each"
         )
     symmetric = not any(isinstance(row, list) for row in rows) and all(
-        a == b for a, b, stage in zip(rows, reversed(up_rows), reversed(up), strict=True) if stage.has_attention
+        a == b for a, b, level in zip(rows, reversed(up_rows), reversed(up), strict=True) if level.has_attention
     )
     if symmetric:
         plain = len(set(map(str, rows))) == 1
@@ -185,17 +187,17 @@ def _transformer_fields(config: Config, down: list[Stage], up: list[Stage], mid_
             "transformer_layers_per_block": rows[0] if plain and not keep_list else rows,
             "reverse_transformer_layers_per_block": None,
         }
-    lists = [_depths(stage, nested=stage.has_attention) for stage in down]
+    lists = [_depths(level, nested=level.has_attention) for level in down]
     if mid_blocks and not down[-1].has_attention:
         lists[-1] = len(mid_blocks)
     return {
         "transformer_layers_per_block": lists,
-        "reverse_transformer_layers_per_block": [_depths(stage, nested=stage.has_attention) for stage in up],
+        "reverse_transformer_layers_per_block": [_depths(level, nested=level.has_attention) for level in up],
     }
 
 
-def _stage_type(name: str, stage: Stage) -> str:
-    return name if stage.has_attention else name.replace("CrossAttn", "")
+def _level_type(name: str, level: UNetLevel) -> str:
+    return name if level.has_attention else name.replace("CrossAttn", "")
 
 
 def student_config(config: Mapping[str, Any], net: Any, removed: Mapping[str, str]) -> Config:
@@ -203,15 +205,15 @@ def student_config(config: Mapping[str, Any], net: Any, removed: Mapping[str, st
     full: Config = dict(config)
     if not removed:
         return full
-    down, up = kept_stages(net, removed)
+    down, up = kept_levels(net, removed)
     mid_type, _, mid_blocks = _mid_type(net, removed)
     out = dict(full)
-    out["down_block_types"] = [_stage_type(full["down_block_types"][s.index], s) for s in down]
-    out["up_block_types"] = [_stage_type(full["up_block_types"][s.index], s) for s in up]
+    out["down_block_types"] = [_level_type(full["down_block_types"][s.index], s) for s in down]
+    out["up_block_types"] = [_level_type(full["up_block_types"][s.index], s) for s in up]
     out["block_out_channels"] = [full["block_out_channels"][s.index] for s in down]
     layers = [len(s.layers) for s in down]
     out["layers_per_block"] = layers[0] if len(set(layers)) == 1 else layers
-    for field in PER_STAGE_FIELDS:
+    for field in PER_LEVEL_FIELDS:
         if isinstance(full.get(field), list | tuple):
             out[field] = [full[field][s.index] for s in down]
     out["mid_block_type"] = mid_type
@@ -222,13 +224,13 @@ def student_config(config: Mapping[str, Any], net: Any, removed: Mapping[str, st
 
 def module_map(net: Any, removed: Mapping[str, str]) -> dict[str, str]:
     """Student module -> teacher module, for the smallest prefixes that say it all (longest match wins)."""
-    down, up = kept_stages(net, removed)
+    down, up = kept_levels(net, removed)
     mapping: dict[str, str] = {}
-    for side, stages in (("down_blocks", down), ("up_blocks", up)):
-        for i, stage in enumerate(stages):
-            student, teacher = f"{side}.{i}", f"{side}.{stage.index}"
+    for side, levels in (("down_blocks", down), ("up_blocks", up)):
+        for i, level in enumerate(levels):
+            student, teacher = f"{side}.{i}", f"{side}.{level.index}"
             mapping[student] = teacher
-            for j, layer in enumerate(stage.layers):
+            for j, layer in enumerate(level.layers):
                 mapping[f"{student}.resnets.{j}"] = f"{teacher}.resnets.{layer.resnet}"
                 mapping[f"{student}.attentions.{j}"] = f"{teacher}.attentions.{layer.resnet}"
                 for b, block in enumerate(layer.blocks or ()):

@@ -1,11 +1,11 @@
 """Pairs: which module of the student is compared with which module of the teacher, at four levels of detail.
 
-`block`        the output of every down and up stage, never the mid stage (BK-SDM, arXiv 2305.15798, section 3.2)
-`layer`        every resnet and every Transformer2D of the down and up stages, and the mid stage (SSD-1B, arXiv
+`block`        the output of every down and up block, never the mid block (BK-SDM, arXiv 2305.15798, section 3.2)
+`layer`        every resnet and every Transformer2D of the down and up blocks, and the mid block (SSD-1B, arXiv
                2401.02677, section 3: 26 pairs on SDXL)
-`attention`    the self-attention of every transformer block; in a stage without one, its last resnet (KOALA, arXiv
-               2312.04005, section 3.2)
-`transformer`  every transformer block; in a stage without one, its last resnet
+`attention`    the self-attention of every transformer block; in a down or up block without one, its last resnet (KOALA,
+               arXiv 2312.04005, section 3.2)
+`transformer`  every transformer block; in a down or up block without one, its last resnet
 
 Pairs follow the weight map (a student's module is compared with the one that it comes from) but for one case, see
 `_block_pairs`.
@@ -14,7 +14,7 @@ Pairs follow the weight map (a student's module is compared with the one that it
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prunet.denoisers.architecture import teacher_name
+from prunet.denoisers.form import teacher_name
 from prunet.denoisers.pairs import Level, Pair
 
 
@@ -26,17 +26,17 @@ def find_pairs(teacher: Any, student: Any, mapping: Mapping[str, str], level: Le
     return [Pair(name, teacher_name(name, mapping)) for name in names(student)]
 
 
-def _stages(net: Any) -> Iterator[tuple[str, Any]]:
+def _levels(net: Any) -> Iterator[tuple[str, Any]]:
     for side in ("down_blocks", "up_blocks"):
-        for i, stage in enumerate(getattr(net, side)):
-            yield f"{side}.{i}", stage
+        for i, block in enumerate(getattr(net, side)):
+            yield f"{side}.{i}", block
 
 
 def _layers(net: Any) -> Iterator[str]:
-    for name, stage in _stages(net):
-        for j in range(len(stage.resnets)):
+    for name, block in _levels(net):
+        for j in range(len(block.resnets)):
             yield f"{name}.resnets.{j}"
-            if getattr(stage, "attentions", None) is not None:
+            if getattr(block, "attentions", None) is not None:
                 yield f"{name}.attentions.{j}"
     if net.mid_block is not None:
         yield "mid_block"
@@ -44,8 +44,8 @@ def _layers(net: Any) -> Iterator[str]:
 
 def _transformers(net: Any) -> Iterator[str]:
     mid = [("mid_block", net.mid_block)] if net.mid_block is not None else []
-    for name, stage in [*_stages(net), *mid]:
-        attentions = getattr(stage, "attentions", None) or []
+    for name, block in [*_levels(net), *mid]:
+        attentions = getattr(block, "attentions", None) or []
         found = [
             f"{name}.attentions.{j}.transformer_blocks.{b}"
             for j, attention in enumerate(attentions)
@@ -55,7 +55,7 @@ def _transformers(net: Any) -> Iterator[str]:
         if found:
             yield from found
         elif name != "mid_block":
-            yield f"{name}.resnets.{len(stage.resnets) - 1}"
+            yield f"{name}.resnets.{len(block.resnets) - 1}"
 
 
 def _attentions(net: Any) -> Iterator[str]:
@@ -64,11 +64,11 @@ def _attentions(net: Any) -> Iterator[str]:
 
 
 def _block_pairs(teacher: Any, student: Any, mapping: Mapping[str, str]) -> list[Pair]:
-    """A stage that lost its sampler ends at another resolution than the teacher's, so there the last attention's
+    """A block that lost its sampler ends at another resolution than the teacher's, so there the last attention's
     `proj_out` (or the last resnet) is compared: the teacher's *last*, which need not be the one inherited.
     """
     pairs = []
-    for name, block in _stages(student):
+    for name, block in _levels(student):
         sampler = "downsamplers" if name.startswith("down") else "upsamplers"
         origin = mapping.get(name, name)
         source = teacher.get_submodule(origin)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from prunet.denoisers.architecture import teacher_name
+from prunet.denoisers.form import teacher_name
 from prunet.denoisers.patterns import is_within
 from prunet.denoisers.unet2d.form import PART
 from prunet.errors import UserError
@@ -18,8 +18,8 @@ def weight_map(teacher: nn.Module, student: nn.Module, mapping: Mapping[str, str
         origin = teacher_name(name, mapping)
         if origin not in source:
             raise UserError(
-                f"The student needs {name}, and the teacher has no {origin} to give it: the plan removes a stage whose "
-                "place the next one cannot take; remove the stages at the deep end (down_blocks' last, up_blocks.0)"
+                f"The student needs {name}, and the teacher has no {origin} to give it: the plan removes a level whose "
+                "place the next one cannot take; remove the levels at the deep end (down_blocks' last, up_blocks.0)"
             )
         if source[origin].shape != tensor.shape:
             part = ".".join(origin.split(".")[:4])
@@ -37,7 +37,7 @@ def check_form(
 ) -> tuple[str, ...]:
     """Counts the blocks kept against the blocks built, since diffusers does not say what it did not build.
 
-    Returns the parts that go without having been named: the samplers towards stages that are gone.
+    Returns the parts that go without having been named: the samplers towards levels that are gone.
     """
     origin, modules = dict(teacher.named_modules()), dict(student.named_modules())
     parts = {n for n in origin if PART.fullmatch(n)}
@@ -48,7 +48,7 @@ def check_form(
     if back:
         raise UserError(
             f"diffusers has no form without {back[0]} (pattern {removed.get(back[0], back[0])!r}): it would build it "
-            "again; leave it in the plan's model, or remove its whole stage"
+            "again; leave it in the plan's model, or remove its whole level"
         )
     missing = sorted(parts - gone - built)
     implied = tuple(n for n in missing if n.split(".")[2:3] in (["downsamplers"], ["upsamplers"]))
@@ -61,6 +61,6 @@ def check_form(
         heads = getattr(module, "heads", None)
         if heads is not None and heads != origin[teacher_name(name, mapping)].heads:
             raise UserError(
-                f"{name} would have {heads} heads, the teacher's has another number: remove its stage instead"
+                f"{name} would have {heads} heads, the teacher's has another number: remove its level instead"
             )
     return tuple(n for n in implied if not n.endswith(".0"))

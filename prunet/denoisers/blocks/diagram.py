@@ -1,18 +1,18 @@
-"""Lists of blocks as a drawing: one below the other, each in lines of ten."""
+"""Lists of blocks as a diagram: one below the other, each in lines of ten."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prunet.denoisers.drawing import Drawing, Part, Row, Stage
+from prunet.denoisers.diagram import Diagram, Part, Row, Section
 
 #: Blocks a line, so that a block's number can be read from its place.
 LINE = 10
 
 
-def draw_lists(net: Any, counts: Mapping[str, int], gone: Iterable[str]) -> Drawing:
+def lists_diagram(net: Any, counts: Mapping[str, int], gone: Iterable[str]) -> Diagram:
     """The lists of the skeleton `net`, list -> its blocks, without the blocks `gone`."""
     away = set(gone)
-    return Drawing(tuple(_row(net.get_submodule(name), name, away) for name in counts))
+    return Diagram(tuple(_row(net.get_submodule(name), name, away) for name in counts))
 
 
 def _row(blocks: Any, name: str, gone: set[str]) -> Row:
@@ -20,4 +20,4 @@ def _row(blocks: Any, name: str, gone: set[str]) -> Row:
     parts = [Part("block", block, block in gone, size) for block, size in names.items()]
     kept = sum(part.parameters for part in parts if not part.gone)
     lines = tuple(tuple(parts[i : i + LINE]) for i in range(0, len(parts), LINE))
-    return Row(None, (Stage(name, False, lines, sum(names.values()), kept),))
+    return Row(None, (Section(name, False, lines, sum(names.values()), kept),))

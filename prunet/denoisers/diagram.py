@@ -1,4 +1,4 @@
-"""A denoiser as terminal and page draw it."""
+"""A denoiser as terminal and page show it."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Section:
     """Parts that follow each other, in layers of parts that belong together."""
 
     name: str
@@ -38,37 +38,37 @@ class Stage:
 
 @dataclass(frozen=True)
 class Row:
-    """Stages side by side: a down stage and its mirrored up stage, or one alone."""
+    """Stages side by side: a down section and its mirrored up section, or one alone."""
 
-    width: int | None  # channels, where the stages differ in them
-    stages: tuple[Stage, ...]
+    width: int | None  # channels, where the sections differ in them
+    sections: tuple[Section, ...]
 
     @property
     def is_mirrored(self) -> bool:
-        """Whether skip connections lead from one stage to the other."""
-        return len(self.stages) == 2
+        """Whether skip connections lead from one section to the other."""
+        return len(self.sections) == 2
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Diagram:
     """The rows from top to bottom."""
 
     rows: tuple[Row, ...]
 
     @property
-    def stages(self) -> list[Stage]:
-        """All stages, row by row."""
-        return [stage for row in self.rows for stage in row.stages]
+    def sections(self) -> list[Section]:
+        """All sections, row by row."""
+        return [section for row in self.rows for section in row.sections]
 
     @property
     def largest(self) -> int:
-        """Parameters of the largest stage."""
-        return max(stage.parameters for stage in self.stages)
+        """Parameters of the largest section."""
+        return max(section.parameters for section in self.sections)
 
     @property
     def tally(self) -> dict[str, tuple[int, int]]:
         """Kind -> how many of its parts stay and how many there are; transformer blocks if an attention has several."""
-        parts = [part for stage in self.stages for layer in stage.layers for part in layer]
+        parts = [part for section in self.sections for layer in section.layers for part in layer]
         counts: dict[str, list[bool]] = {}
         for part in parts:
             if "sampler" not in part.kind:
