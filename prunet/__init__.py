@@ -12,10 +12,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prunet.adapters.adapt import adapt
     from prunet.data.cache import Cache
     from prunet.data.encoding import cache
-    from prunet.denoisers.architecture import Form
     from prunet.denoisers.condition import Condition
+    from prunet.denoisers.form import Form
     from prunet.denoisers.pairs import Pair
     from prunet.errors import UserError
     from prunet.evaluation.evaluation import evaluate
@@ -57,10 +58,11 @@ _HOME = {
     "Protocol": "evaluation.protocol",
     "load_protocol": "evaluation.protocol",
     "export": "exports.folder",
+    "adapt": "adapters.adapt",
     "generate": "sampling.draw",
     "convert": "teacher.pickles",
     "Condition": "denoisers.condition",
-    "Form": "denoisers.architecture",
+    "Form": "denoisers.form",
     "Pair": "denoisers.pairs",
     "Data": "recipe.recipe",
     "Stage": "recipe.stage",

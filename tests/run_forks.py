@@ -16,7 +16,7 @@ from prunet.data import encoding as latents
 
 def main() -> None:
     torch.set_num_threads(1)
-    latents.SHARD = 2
+    latents.BLOCK = 2
     for line in sys.stdin:
         arguments, log = json.loads(line)
         if not (child := os.fork()):

@@ -6,6 +6,6 @@ from prunet.evaluation import extraction
 from prunet.sampling import shards
 
 if __name__ == "__main__":
-    latents.SHARD = 3
+    latents.BLOCK = 3
     shards.SHARD = extraction.SHARD = 30
     cli.main()

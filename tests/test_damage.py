@@ -230,7 +230,7 @@ def test_caches_and_runs_of_older_versions_are_read(folder) -> None:
     steps = read_json(folder / "steps.json")
     (folder / "steps.json").write_text(json.dumps({n: {"inputs": s["inputs"], "seconds": 1} for n, s in steps.items()}))
     for path in (folder / "cache").glob("*.safetensors"):
-        label = blocks.shard_label(path) if "shard" in path.name else {}
+        label = blocks.block_label(path) if "shard" in path.name else {}
         label.pop(CHECKSUM, None)
         save_file(load_file(path), path, metadata={"label": json.dumps(label)})
     blocks._opened.cache_clear()
@@ -258,8 +258,8 @@ def test_what_a_loader_of_samples_finds_is_one_line(monkeypatch) -> None:
 
 def test_a_block_is_verified_once(folder, monkeypatch) -> None:
     seen: list[str] = []
-    real = blocks.shard_checksum
-    monkeypatch.setattr(blocks, "shard_checksum", lambda path, *rest: seen.append(path.name) or real(path, *rest))
+    real = blocks.block_checksum
+    monkeypatch.setattr(blocks, "block_checksum", lambda path, *rest: seen.append(path.name) or real(path, *rest))
     for _ in range(2):
         opened_cache = Cache.open(folder / "cache")
         for i in (0, 3, 5):

@@ -48,7 +48,7 @@ def made(request, pictures, tmp_path_factory):
     folder = tmp_path_factory.mktemp("caches")
     latents = cache(teacher, Data(source=str(pictures)), folder / "latents", seed=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths_file, "SHARD", 4)
+        patch.setattr(paths_file, "BLOCK", 4)
         return teacher, latents, cache_paths(teacher, latents, TRAJECTORY, folder / "paths")
 
 
@@ -120,19 +120,19 @@ def test_killed_and_resumed_paths_are_the_same_bytes_and_others_are_refused(
 ) -> None:
     teacher = Teacher(sd)
     latents = cache(teacher, Data(source=str(pictures)), tmp_path / "latents", seed=1)
-    monkeypatch.setattr(paths_file, "SHARD", 4)
+    monkeypatch.setattr(paths_file, "BLOCK", 4)
     cache_paths(teacher, latents, TRAJECTORY, tmp_path / "whole")
-    write = paths_file.write_shard
+    write = paths_file.write_block
 
     def dies(path, *rest):
         if path.name == "shard-00001.safetensors":
             raise KeyboardInterrupt
         write(path, *rest)
 
-    monkeypatch.setattr(paths_file, "write_shard", dies)
+    monkeypatch.setattr(paths_file, "write_block", dies)
     with pytest.raises(KeyboardInterrupt):
         cache_paths(teacher, latents, TRAJECTORY, tmp_path / "parts")
-    monkeypatch.setattr(paths_file, "write_shard", write)
+    monkeypatch.setattr(paths_file, "write_block", write)
     cache_paths(teacher, latents, TRAJECTORY, tmp_path / "parts")
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "parts" / file.name).read_bytes()

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from conftest import make_pictures, make_pipeline
+from conftest import SMALL_UNETS, make_pictures, make_pipeline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from test_blocks import SMALL, make_folder
 
-from prunet import cli
+from prunet import cli, derive, load_plan
+from prunet.disk.files import write_json
 from prunet.runs import estimate
 
 LONGEST_S = 10
@@ -126,6 +129,10 @@ class Place:
         self.pictures = make_pictures(folder / "pictures", 3)
         (folder / "prompts.txt").write_text("a\nb\n")
         self.transformers = {name: make_folder(folder / name, name) for name in TRANSFORMERS}
+        self.student = folder / "student"
+        derived = derive(SMALL_UNETS["sd"], load_plan("bk-small"))
+        facts = {"plan": {"remove": list(derived.plan.remove)}, "teacher_config": derived.teacher_config}
+        write_json(self.student / "plan.json", facts | {"weight_map": derived.weight_map})
         self.configs = {name: json.loads((self.teacher / name).read_text()) for name in CONFIGS}
         self.recipe = copy.deepcopy(RECIPE)
         self.recipe["teacher"]["source"], self.recipe["data"]["source"] = str(self.teacher), str(self.pictures)
@@ -191,6 +198,12 @@ class Place:
         path = self.folder / f"list{name}"
         path.write_bytes(content)
         self.recipe_value(("evaluation", "prompts"), str(path))
+
+    def adapter(self, key: str, metadata: Any) -> None:
+        file, text = self.folder / "lora.safetensors", json.dumps(metadata)
+        layer = {"lora_unet_conv_in.lora_down.weight": torch.ones(4, 4, 3, 3), key: torch.ones(16, 4, 1, 1)}
+        save_file(layer, file, metadata={"lora_adapter_metadata": text, "format": "pt"})
+        check("adapt", file, "--to", self.student, "-o", self.folder / "new.safetensors")
 
     def header(self, at: int, piece: bytes, cut: int) -> None:
         file = self.teacher / "unet" / "diffusion_pytorch_model.safetensors"
@@ -265,6 +278,11 @@ patterns = st.lists(
     | st.sampled_from(["mid_block", "up_blocks.0", "down_blocks.*.attentions.1"]),
     max_size=4,
 )
+adapter_key = "lora_unet_conv_in.lora_up.weight"
+adapter_keys = st.text("loraunetcivpdw_.AB01", max_size=40) | st.sampled_from(
+    ["ip_adapter.1.to_k_ip.weight", "image_proj.x", "lora_te_x", f"unet.{adapter_key}", adapter_key]
+)
+peft_fields = [f"unet.{field}" for field in ("r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_dora")]
 pieces = st.sampled_from(PIECES) | st.text(max_size=6)
 mutations = st.one_of(
     st.tuples(st.just("recipe_value"), st.sampled_from(paths(RECIPE)), value),
@@ -276,6 +294,8 @@ mutations = st.one_of(
     st.builds(lambda at, new: ("transformer", *at, new), st.sampled_from(transformer_keys), value),
     st.tuples(st.just("protocol"), st.sampled_from(paths(PROTOCOL)), value),
     st.tuples(st.just("prompts"), st.sampled_from([".txt", ".csv", ".tsv", ""]), st.binary(max_size=60)),
+    st.tuples(st.just("adapter"), adapter_keys, value),
+    st.tuples(st.just("adapter"), st.just(adapter_key), st.dictionaries(st.sampled_from(peft_fields), value)),
     st.tuples(st.just("header"), st.integers(0, 300), st.binary(max_size=9), st.integers(0, 9)),
 )
 

@@ -24,7 +24,7 @@ def shards(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(latents, "SHARD", 4)
+    monkeypatch.setattr(latents, "BLOCK", 4)
 
 
 def test_holds_what_the_teachers_own_parts_say(sd, pictures, tmp_path) -> None:

@@ -131,7 +131,7 @@ def test_a_scheduler_that_does_not_say_means_epsilon_and_no_zero_snr(single) -> 
 def test_a_file_that_contradicts_itself_is_refused(single) -> None:
     file, config = single(tensors=["v_pred"], metadata={"modelspec.prediction_type": "epsilon"}, prediction_type=V)
     with pytest.raises(
-        UserError, match=r"two things of its prediction_type: v_prediction .*v_pred\) and epsilon \(models"
+        UserError, match=r"two things about its prediction_type: v_prediction .*v_pred\) and epsilon \(models"
     ):
         Teacher(file, config=config)
 

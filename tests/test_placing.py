@@ -347,9 +347,10 @@ def test_weights_too_large_for_a_precision(sd, tmp_path) -> None:
     [
         ({"../x": ["diffusers", "AutoencoderKL"]}, None, r"'\.\./x'"),
         ({"/tmp": ["diffusers", "AutoencoderKL"]}, None, "'/tmp'"),
-        ({"x": ["diffusers"]}, None, "x: not the library and class of a part"),
+        ({"x": ["diffusers"]}, None, "a name of letters, digits and _, a library and a class"),
         ({"_class_name": ["a", "b"]}, None, "_class_name: Input should be a valid string"),
-        ({"text_encoder": [None, None]}, None, "text_encoder: None; prunet knows CLIPTextModel"),
+        ({"text_encoder": [None, None]}, None, "text_encoder: None; prunet supports CLIPTextModel"),
+        ({"text_encoder": 1e-05}, None, "text_encoder: None; prunet supports CLIPTextModel"),
         ({"vae": ["diffusers", "AutoencoderTiny"]}, None, "vae: AutoencoderTiny"),
         ({"unet": ["diffusers", "UNet2DModel"]}, None, "unet: UNet2DModel"),
         ({"scheduler": ["diffusers", "NoScheduler"]}, None, "NoScheduler"),
@@ -380,7 +381,7 @@ def test_headers_are_looked_at_with_index_and_scheduler(sdxl, tmp_path) -> None:
     index = json.loads(path.read_text())
     first, second = index["text_encoder"], index["text_encoder_2"]
     path.write_text(json.dumps({**index, "text_encoder": second, "text_encoder_2": first}))
-    with pytest.raises(UserError, match="text_encoder: CLIPTextModelWithProjection; prunet knows CLIPTextModel"):
+    with pytest.raises(UserError, match="text_encoder: CLIPTextModelWithProjection; prunet supports CLIPTextModel"):
         Teacher(folder).check_weights(headers_only=True)
     path.write_text(json.dumps(index))
     scheduler = folder / "scheduler" / "scheduler_config.json"
@@ -394,7 +395,7 @@ def test_headers_are_looked_at_with_index_and_scheduler(sdxl, tmp_path) -> None:
 
 def test_a_revision_is_of_the_hub(sd, tmp_path) -> None:
     for source in (sd, "sd-v1"):
-        with pytest.raises(UserError, match=r"teacher\.revision 'main' is of a repository of the hub"):
+        with pytest.raises(UserError, match=r"teacher\.revision 'main' is for a repository of the hub"):
             Teacher(source, revision="main")
 
 

@@ -354,7 +354,7 @@ def test_killed_three_times_ends_in_the_same_files(tmp_path, pictures) -> None:
     code = (
         "import sys, torch; torch.set_num_threads(1)\n"
         "from prunet import load_recipe, run, Runtime\nfrom prunet.data import encoding as latents\n"
-        "latents.SHARD = 2\n"
+        "latents.BLOCK = 2\n"
         "run(load_recipe(sys.argv[1]), Runtime(device='cpu', precision='no', log_every=1))\n"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

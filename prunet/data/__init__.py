@@ -1,1 +1,1 @@
-"""Pictures with captions, or prompts: in go folders, shards and tables, out comes a cache of latents and conditions."""
+"""Pictures with captions, or prompts. In: folders, shards and tables. Out: a cache of latents and conditions."""

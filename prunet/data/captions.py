@@ -1,6 +1,7 @@
-"""Captions: of text files, of JSON, of the columns of a table, and of the lists in folders (`metadata.jsonl`, ...).
+"""Captions from text files, JSON, columns of tables, and lists in folders (`metadata.jsonl`, ...).
 
-What is no caption is dropped here; that a sample has none at all is for its reader to say. Text is read up to a bound.
+Values that are not captions are dropped here; the reader of a sample reports when none is left. The size of the text
+that is read is limited.
 """
 
 import csv
@@ -18,24 +19,25 @@ from prunet.recipe.prompts import LONGEST_PROMPT
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "description", "sentences")
 CAPTION_LISTS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_FILES = (".txt", ".caption")
-MAX_TEXT = 4 << 20  # bytes of a caption file, a sample's JSON or a line of a list: as objects JSON is 30 times larger
+MAX_TEXT = 4 << 20  # bytes of a caption file, a sample's JSON or a line of a list; parsed JSON takes 30 times as much
 
-Columns = tuple[str, str | None]  # of the picture, and of the caption where the user named one
+Columns = tuple[str, str | None]  # the picture's column, and the caption's if the user named one
 
 
 def caption_columns(named: str | None) -> tuple[str, ...]:
+    """The columns to look for captions in."""
     return CAPTION_COLUMNS if named is None else (named,)
 
 
 def captions_of(row: dict[str, Any], columns: Iterable[str]) -> tuple[str, ...]:
-    """Captions from the first column that holds any: one string, or a list of strings."""
+    """The captions of the first column that has any; a column holds one string or a list of strings."""
     values = (row.get(column) for column in columns)
     found = (clean_captions(value if isinstance(value, list | tuple) else [value]) for value in values)
     return next(filter(None, found), ())
 
 
 def caption_lines(data: bytes) -> tuple[str, ...]:
-    """The captions of a text file, one a line.
+    """The captions in the contents of a text file, one per line.
 
     Raises:
         ValueError: not UTF-8, or larger than `MAX_TEXT`.
@@ -44,23 +46,24 @@ def caption_lines(data: bytes) -> tuple[str, ...]:
 
 
 def caption_file(path: Path) -> tuple[str, ...]:
-    with open(path, "rb") as file:
+    """The captions in a text file, one per line; errors as of `caption_lines`."""
+    with path.open("rb") as file:
         return caption_lines(file.read(MAX_TEXT + 1))
 
 
 def clean_captions(values: Iterable[Any]) -> tuple[str, ...]:
-    """Stripped, without those that show nothing; of a text of megabytes its first words."""
+    """Strips captions, drops invisible ones, and shortens those above `LONGEST_PROMPT` characters."""
     texts = (value.encode("utf-8", "replace").decode().strip() for value in values if isinstance(value, str))
-    # It would be cut by its tokenizer, too, which takes seconds for it; spaces are no tokens.
+    # The tokenizer would also cut such a text, but takes seconds. Spaces are not tokens.
     texts = (text if len(text) <= LONGEST_PROMPT else " ".join(text.split())[:LONGEST_PROMPT] for text in texts)
     return tuple(text for text in texts if re.search(r"[^\s\0\u200b-\u200d\u2060\ufeff]", text))
 
 
 def json_object(data: bytes | str, where: str) -> dict[str, Any]:
-    """One JSON object.
+    """Parses one JSON object; `where` begins messages.
 
     Raises:
-        UserError: none, nested too deeply, or larger than `MAX_TEXT`.
+        UserError: not an object, nested too deeply, not UTF-8, or larger than `MAX_TEXT`.
     """
     try:
         text = data if isinstance(data, str) else _decoded(data)
@@ -81,7 +84,11 @@ def _decoded(data: bytes) -> str:
 
 
 def check_columns(where: str, columns: Sequence[str], named: str | None) -> tuple[str, ...]:
-    """The caption columns among `columns`; a `UserError` if there is none."""
+    """The caption columns among `columns`.
+
+    Raises:
+        UserError: there is none.
+    """
     wanted = caption_columns(named)
     if not (found := tuple(column for column in wanted if column in columns)):
         has = f"it has {', '.join(map(str, columns))}"
@@ -93,10 +100,10 @@ def check_columns(where: str, columns: Sequence[str], named: str | None) -> tupl
 
 
 def entries(path: Path, columns: Columns) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """("line 3", picture relative to the list, captions) of every row of a list; some rows may have no caption.
+    """Yields ("line 3", picture relative to the list, captions) for every row of a list; captions may be empty.
 
     Raises:
-        UserError: a mistake in the list, with file and line; no row with a caption column.
+        UserError: a mistake in the list, with file and line; or no row has a caption column.
     """
     wanted = caption_columns(columns[1])
     first = next(_rows(path), None)
@@ -106,8 +113,8 @@ def entries(path: Path, columns: Columns) -> Iterator[tuple[str, str, tuple[str,
         where = f"{path}, {line}"
         name = row.get("file_name") or row.get(f"{columns[0]}_file_name") or row.get(columns[0])
         if not isinstance(name, str) or not name.strip():
-            raise UserError(f"{where}: no file_name; every row names its picture in that column")
-        file = os.path.normpath(name.replace("\\", "/"))  # written on Windows, read anywhere
+            raise UserError(f"{where}: no file_name; name the row's picture in that column")
+        file = os.path.normpath(name.replace("\\", "/"))  # the list may come from Windows
         if file.startswith(("/", "../")) or file in ("..", ".") or re.match("[A-Za-z]:/", file):
             raise UserError(f"{where}: {name} is not inside the folder; name pictures relative to {path.name}")
         yield line, file.replace(os.sep, "/"), captions_of(row, wanted)
@@ -132,10 +139,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise UserError(f"{path}, line 1: two columns are called {twice}; rename one")
         for row in reader:
             if None in row:
-                fields = "more fields than the header has; quote captions that hold commas"
+                fields = "more fields than the header; quote captions that contain commas"
                 raise UserError(f"{path}, line {reader.line_num}: {fields}")
             yield f"line {reader.line_num}", row
-    except csv.Error as error:  # in the row after the last good one, though it may show at the end of the file
+    except csv.Error as error:  # the mistake is in the row after the last good one, even if csv meets it much later
         raise UserError(f"{path}, line {reader.line_num + 1}: {error}; fix the quotes there") from None
 
 
@@ -159,10 +166,10 @@ def _text_lines(path: Path) -> Iterator[str]:
     try:
         if not path.is_file():
             raise OSError("not a file")
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             for line, data in enumerate(iter(lambda: file.readline(MAX_TEXT + 1), b""), 1):
                 if len(data) > MAX_TEXT:
-                    raise UserError(f"{path}, line {line}: longer than {MAX_TEXT >> 20} MiB; one row a line")
+                    raise UserError(f"{path}, line {line}: longer than {MAX_TEXT >> 20} MiB; write one row per line")
                 yield data.decode("utf-8-sig" if line == 1 else "utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}, line {line}: cannot be read as UTF-8 text ({reason_of(error)})") from None

@@ -1,9 +1,9 @@
-"""What a source is made of: whether its files are here, and a fingerprint of their names and contents.
+"""The contents of a source: whether its files are here, and a fingerprint of their names and contents.
 
-The fingerprint decides whether a source is still the same, so every byte counts: shards are packed again, and pictures
-painted over, at the same size. It does not depend on where the files lie. All files are read for it, once: a cache
-keeps in `source.json` the state (size, times, number on the disk) of the files that it is made of, and while that is
-the same, they are not read again.
+The fingerprint decides whether a source is still the same. It covers every byte, because a shard can be packed again,
+or a picture painted over, at the same size. It does not depend on where the files are. All files are read for it, but
+only once: a cache keeps the state of its files (size, times, inode) in `source.json`, and while that state is the same,
+the files are not read again.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ from prunet.disk.files import read_label, write_json
 from prunet.errors import UserError
 
 KNOWN = "source.json"
-SLOW = 1 << 30  # bytes that take so long to read that it is shown
+SLOW = 1 << 30  # bytes from which on a progress bar is shown
 Files = list[tuple[str, Path]]
 _known: dict[str, str] = {}  # state of the files -> fingerprint
 
 
 def has_files(source: Source) -> bool:
-    """Whether files of a source can be found here."""
+    """Whether a source has files on this machine."""
     try:
         return bool(source_paths(source))
     except UserError:
@@ -36,9 +36,9 @@ def has_files(source: Source) -> bool:
 
 
 def source_fingerprint(source: Source, made: Path | None = None, image_column: str = "image") -> str:
-    """A hash of the names and contents of a source's files; of a dataset of the Hub, of its name alone.
+    """A hash of the names and contents of a source's files; for a dataset of the Hub, of its name alone.
 
-    `made`: the folder of a cache of it, if there is one: it knows files that have not changed.
+    `made`: the folder of a cache of this source, if there is one; it remembers files that have not changed.
     """
     if isinstance(source, str) and is_hub_id(source):
         return hub_fingerprint(source)
@@ -52,11 +52,12 @@ def source_fingerprint(source: Source, made: Path | None = None, image_column: s
 
 
 def hub_fingerprint(source: Source) -> str:
+    """The fingerprint of a dataset of the Hub."""
     return _hash([(source, 0)])
 
 
 def remember(source: Source, made: Path, fingerprint: str, image_column: str = "image") -> None:
-    """Writes into a cache the state of the files whose `fingerprint` it is made with."""
+    """Writes the state of a source's files into the cache `made`, if they still have `fingerprint`."""
     if has_files(source) and _known.get(state := _state(_files(source, image_column))) == fingerprint:
         write_json(made / KNOWN, {"state": state, "fingerprint": fingerprint})
 
@@ -67,17 +68,17 @@ def _remembered(made: Path, files: Files, state: str) -> str | None:
         return str(known["fingerprint"]) if known["state"] == state else None
     if not (made / "spec.json").is_file():
         return None
-    # Caches of versions that knew pictures and shards by their sizes stay valid.
+    # Older versions identified pictures and shards by their sizes; their caches stay valid.
     by_size = _hash([(name, _sha256(file) if _is_text(file) else file.stat().st_size) for name, file in files])
     return by_size if read_spec(made)["content"] == by_size else None
 
 
 def source_files(source: Source, image_column: str = "image") -> list[tuple[str, str]]:
-    """The local files of a source: their names, and the SHA-256 of what is in them, or why they cannot be read."""
+    """The local files of a source: (name, SHA-256 of the contents or why the file cannot be read)."""
     files = _files(source, image_column)
     is_slow = sum(file.stat().st_size for _, file in files) > SLOW
     found = []
-    with progress("Looking whether the data are the same" if is_slow else "", len(files)) as bar:
+    with progress("Checking whether the data changed" if is_slow else "", len(files)) as bar:
         for name, file in files:
             found.append((name, _sha256(file)))
             bar.advance()
@@ -85,7 +86,7 @@ def source_files(source: Source, image_column: str = "image") -> list[tuple[str,
 
 
 def _files(source: Source, image_column: str) -> Files:
-    """With the name of each: below its folder, or the file's own; those that rows of Parquet name are among them."""
+    """(name, file) of all files, with those that Parquet rows refer to; a name is relative to the source's folder."""
     found: Files = []
     for root in source_paths(source):
         below = (Path(under, name) for under, names in walk(root) for name in names) if root.is_dir() else ()
@@ -107,7 +108,7 @@ def _is_text(file: Path) -> bool:
 
 def _sha256(file: Path) -> str:
     try:
-        with open(file, "rb") as opened:
+        with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         return str(error.strerror)

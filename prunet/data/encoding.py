@@ -1,4 +1,4 @@
-"""Encoding: pictures and captions, or prompts, become a cache by the teacher's frozen parts, made once."""
+"""Encoding: the teacher's frozen parts turn pictures and captions, or prompts, into a cache."""
 
 import hashlib
 import itertools
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prunet import processes
 from prunet.console import progress, say
-from prunet.data.cache import FORMAT, SHARD, STORED, Cache, read_spec, shard_checksum, shard_label, shard_path
+from prunet.data.cache import BLOCK, FORMAT, STORED, Cache, block_checksum, block_label, block_path, read_spec
 from prunet.data.contents import has_files, hub_fingerprint, remember, source_fingerprint
 from prunet.data.listing import source_name
 from prunet.data.pictures import BrokenPicture, Picture, bucket_sizes, fit, nearest_size
@@ -35,7 +35,7 @@ ENCODE_BATCH = 16
 
 
 def cache_spec(teacher: Teacher, data: Data, seed: int, made: Path | None = None) -> dict[str, Any]:
-    """What decides the bytes of a cache. `made`: a finished one, of which the pictures may be gone."""
+    """Everything that decides the bytes of a cache. `made`: a finished cache; its pictures may be deleted."""
     parts = ["vae", *teacher.text_encoders] + (["unet"] if data.prompts is not None else [])
     if data.prompts is not None:
         content = _hash([read_prompts(data.prompts, data.limit), teacher.part_config("scheduler")])
@@ -56,7 +56,7 @@ def cache_spec(teacher: Teacher, data: Data, seed: int, made: Path | None = None
 
 
 def pictures_are_gone(data: Data, made: Path) -> bool:
-    """Whether the cache in `made` is a whole one of this source, whose pictures lay here and do no longer: they may."""
+    """Whether the cache in `made` is finished and its pictures were deleted from this machine, which is allowed."""
     if data.source is None or not (made / "cache.json").is_file() or has_files(data.source):
         return False
     of_the_hub = read_spec(made)["content"] == hub_fingerprint(data.source)
@@ -64,17 +64,17 @@ def pictures_are_gone(data: Data, made: Path) -> bool:
 
 
 def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234, like: Cache | None = None) -> Cache:
-    """Encodes pictures and captions (or lets the teacher draw prompts) into `folder`; resumes where it was stopped.
+    """Encodes pictures and captions, or lets the teacher draw prompts, into `folder`; resumes where it was stopped.
 
-    From `like`, another teacher's cache of the same pictures, it takes over what this one would compute again
-    (`Cache.kept`). Several processes share out the shards.
+    What is the same in `like`, another teacher's cache of the same pictures, is copied from there (`Cache.kept`).
+    Several processes divide the blocks among them.
 
     Raises:
-        UserError: nothing to read, not one usable picture, another cache in the folder, or no space left.
+        UserError: nothing to read, no usable picture, another cache in the folder, or no space left.
     """
     folder = Path(folder)
     processes.join(teacher.device)
-    spec = cache_spec(teacher, data, seed, like.folder if like else folder)  # of one recipe all know the data alike
+    spec = cache_spec(teacher, data, seed, like.folder if like else folder)  # `like` remembers the same files
     size = int(spec["data"]["size"])
     check_size(teacher, size)
     if (folder / "spec.json").is_file():
@@ -89,9 +89,9 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
     processes.from_main(lambda: check_place(folder, "cache", "cache"))
     with hold(folder, "cache") if processes.is_main() else nullcontext():
         processes.from_main(lambda: _begin(teacher, data, folder, spec))
-        write_shards = _draw_prompts if data.prompts is not None else _encode_pictures
-        shards = write_shards(teacher, data, folder, size, seed, lambda shard: like.kept(spec, shard) if like else {})
-        processes.from_main(lambda: _finish(teacher, data, folder, shards))
+        write_blocks = _draw_prompts if data.prompts is not None else _encode_pictures
+        blocks = write_blocks(teacher, data, folder, size, seed, lambda block: like.kept(spec, block) if like else {})
+        processes.from_main(lambda: _finish(teacher, data, folder, blocks))
     return Cache.open(folder)
 
 
@@ -100,17 +100,17 @@ def _begin(teacher: Teacher, data: Data, folder: Path, spec: dict[str, Any]) -> 
     if data.source is not None:
         remember(data.source, folder, spec["content"], data.image_column)
     empty = teacher.encode_prompts([""], unconditional=True)
-    write_shard(folder / "unconditional.safetensors", empty, {}, ["the empty prompt"], teacher)
+    write_block(folder / "unconditional.safetensors", empty, {}, ["the empty prompt"], teacher)
 
 
-def _finish(teacher: Teacher, data: Data, folder: Path, shards: int) -> None:
-    """Says which pictures were skipped and which captions cut, and finishes the cache."""
-    labels = [shard_label(shard_path(folder, shard)) for shard in range(shards)]
+def _finish(teacher: Teacher, data: Data, folder: Path, blocks: int) -> None:
+    """Finishes the cache, and reports skipped pictures and cut captions."""
+    labels = [block_label(block_path(folder, block)) for block in range(blocks)]
     counts = [label["count"] for label in labels]
     skipped = [(key, why) for label in labels for key, why in label["skipped"]]
     if not sum(counts):
         why = f" (first: {skipped[0][0]}: {skipped[0][1]})" if skipped else ""
-        raise UserError(f"{source_name(data.source or '')}: not one usable picture with a caption{why}")
+        raise UserError(f"{source_name(data.source or '')}: no usable picture with a caption{why}")
     if skipped:
         say(f"[yellow]{len(skipped)} pictures skipped[/], listed in {escape(str(folder / 'cache.json'))}:")
         for key, why in skipped[:5]:
@@ -120,12 +120,12 @@ def _finish(teacher: Teacher, data: Data, folder: Path, shards: int) -> None:
             f"[yellow]{cut:,} of {sum(counts):,} captions are cut:[/] they are longer than the text encoder reads "
             f"('cut' in {escape(str(folder / 'cache.json'))})"
         )
-    finish_cache(folder, shards, source=data.source, skipped=skipped, cut=cut)
+    finish_cache(folder, blocks, source=data.source, skipped=skipped, cut=cut)
 
 
-def finish_cache(folder: Path, shards: int, **facts: Any) -> None:
-    """Writes `cache.json`, by which the cache is whole, from the labels of all its shards and `facts`."""
-    labels = [shard_label(shard_path(folder, shard)) for shard in range(shards)]
+def finish_cache(folder: Path, blocks: int, **facts: Any) -> None:
+    """Writes `cache.json`, which marks the cache as whole, from the labels of all blocks and `facts`."""
+    labels = [block_label(block_path(folder, block)) for block in range(blocks)]
     counts = [label["count"] for label in labels]
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, shape in enumerate(shape for label in labels for shape in label.get("sizes", [])):
@@ -134,28 +134,28 @@ def finish_cache(folder: Path, shards: int, **facts: Any) -> None:
     write_json(folder / "cache.json", {"source": None, "skipped": [], "cut": 0, **facts, **about})
 
 
-#: What can be taken over for a shard from the cache of another teacher.
+#: Block -> the tensors to copy from another teacher's cache.
 Kept = Callable[[int], dict[str, Tensor]]
 
 
 def _encode_pictures(teacher: Teacher, data: Data, folder: Path, size: int, seed: int, kept: Kept) -> int:
-    """Writes this process's shards; returns the number of all of them."""
+    """Writes the blocks of this process; returns the number of blocks of all processes."""
     assert data.source is not None
     pictures = read_pictures(data.source, image_column=data.image_column, caption_column=data.caption_column)
     stream = itertools.islice(pictures, data.limit)
     with progress("Encoding pictures", data.limit) as bar:
-        for shard in itertools.count():
-            group = list(itertools.islice(stream, max(1, SHARD // data.views)))
+        for block in itertools.count():
+            group = list(itertools.islice(stream, max(1, BLOCK // data.views)))
             if not group:
-                return shard
-            path = shard_path(folder, shard)
-            if processes.is_mine(shard) and not path.is_file():
-                _encode_shard(teacher, data, path, group, size, seed, kept(shard))
+                return block
+            path = block_path(folder, block)
+            if processes.is_mine(block) and not path.is_file():
+                _encode_block(teacher, data, path, group, size, seed, kept(block))
             bar.advance(len(group))
     raise AssertionError("unreachable")
 
 
-def _encode_shard(
+def _encode_block(
     teacher: Teacher, data: Data, path: Path, group: list[Picture], size: int, seed: int, kept: dict[str, Tensor]
 ) -> None:
     fitted, captions, skipped, keys = [], [], [], []
@@ -180,7 +180,7 @@ def _encode_shard(
     tensors |= teacher.size_condition([(*f.original_size, *f.crop_top_left, *f.pixels.shape[1:]) for f in fitted])
     if data.buckets:
         label["sizes"] = [tensors[f"mean.{i}"].shape[1:] for i in range(len(fitted))]
-    write_shard(path, tensors, label, keys, teacher)
+    write_block(path, tensors, label, keys, teacher)
 
 
 def _slices(count: int) -> list[slice]:
@@ -188,7 +188,7 @@ def _slices(count: int) -> list[slice]:
 
 
 def _encode(teacher: Teacher, pixels: list[Tensor], buckets: bool) -> dict[str, Tensor]:
-    """`mean` and `std` (N, 4, h, w); with buckets `mean.I` and `std.I` (4, h, w), encoded together by size."""
+    """`mean` and `std` (N, 4, h, w); with buckets `mean.I` and `std.I` (4, h, w). Batches are of one size."""
     numbers = sorted(range(len(pixels)), key=lambda i: tuple(pixels[i].shape))
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for _, same in itertools.groupby(numbers, key=lambda i: tuple(pixels[i].shape)):
@@ -203,7 +203,7 @@ def _encode(teacher: Teacher, pixels: list[Tensor], buckets: bool) -> dict[str, 
 
 
 def _draw_prompts(teacher: Teacher, data: Data, folder: Path, size: int, seed: int, kept: Kept) -> int:
-    """The teacher draws the prompts itself; the latents are its own, so their standard deviation is 0."""
+    """As `_encode_pictures`, for latents that the teacher draws from prompts; their standard deviation is 0."""
     from prunet.sampling.samplers import set_sampler
 
     assert data.prompts is not None
@@ -211,11 +211,11 @@ def _draw_prompts(teacher: Teacher, data: Data, folder: Path, size: int, seed: i
     work = [(p, i, text) for p, text in enumerate(prompts) for i in range(data.images_per_prompt)]
     pipe: Any = None
     with progress("Drawing with the teacher", len(work)) as bar:
-        starts = range(0, len(work), SHARD)
-        for shard, start in enumerate(starts):
-            path = shard_path(folder, shard)
-            group = work[start : start + SHARD]
-            if processes.is_mine(shard) and not path.is_file():
+        starts = range(0, len(work), BLOCK)
+        for block, start in enumerate(starts):
+            path = block_path(folder, block)
+            group = work[start : start + BLOCK]
+            if processes.is_mine(block) and not path.is_file():
                 pipe = pipe or set_sampler(teacher.pipeline(), "dpmsolver++")
                 rows = []
                 for at in range(0, len(group), ENCODE_BATCH):
@@ -223,7 +223,7 @@ def _draw_prompts(teacher: Teacher, data: Data, folder: Path, size: int, seed: i
                     bar.advance(len(rows[-1]["mean"]))
                 texts = [text for _, _, text in group]
                 label = {"captions": texts, "skipped": [], "count": len(group)}
-                write_shard(path, _concat(rows), label, texts, teacher)
+                write_block(path, _concat(rows), label, texts, teacher)
             else:
                 bar.advance(len(group))
     return len(starts)
@@ -251,12 +251,15 @@ def _concat(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
 
-def write_shard(
+def write_block(
     path: Path, tensors: Mapping[str, Tensor], label: dict[str, Any], names: Sequence[str], teacher: Teacher
 ) -> None:
-    """Stores in half precision, except micro-conditioning: half cannot hold every size in pixels.
+    """Writes a block in half precision, except sizes in pixels (`EXACT`), which half precision would round.
 
-    `names`: what each row of the tensors was made of, a picture's key or a prompt.
+    `names`: the picture's key or the prompt of each row, for messages.
+
+    Raises:
+        UserError: a number is not finite, or no space is left.
     """
     stored = {n: t.to("cpu", t.dtype if n in EXACT else STORED).contiguous() for n, t in tensors.items()}
     for name, tensor in stored.items():
@@ -271,9 +274,9 @@ def write_shard(
     need = sum(t.numel() * t.element_size() for t in stored.values())
     if shutil.disk_usage(path.parent).free < need + 2**20:
         raise UserError(f"No space left while writing {path}; what was finished before is kept")
-    label = {**label, CHECKSUM: shard_checksum(path, stored, label)}
+    label = {**label, CHECKSUM: block_checksum(path, stored, label)}
     with new_file(path) as part:
-        # One entry, because safetensors writes several in any order, and equal caches should be equal bytes.
+        # One entry, because safetensors writes several in random order, and equal caches should be equal files.
         save_file(stored, part, metadata={"label": json.dumps(label)})
 
 

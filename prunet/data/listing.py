@@ -1,4 +1,4 @@
-"""What the name of a source stands for: ranges, patterns and folders with their links, each within a bound."""
+"""The files that the name of a source stands for: ranges, patterns, folders and links, each within a limit."""
 
 import glob
 import itertools
@@ -12,9 +12,9 @@ from pathlib import Path
 from prunet.data.pictures import as_text
 from prunet.errors import UserError
 
-MAX_FILES = 100_000  # that one name may stand for
-MAX_AGAIN = 1_000  # visits of a folder by another way than the first: links can lead round and multiply without end
-MAX_PATTERN = 1_000  # characters between two slashes of a pattern: matching takes their square
+MAX_FILES = 100_000  # files that one name may stand for
+MAX_AGAIN = 1_000  # repeated visits of folders: links in a circle make endlessly many paths
+MAX_PATTERN = 1_000  # characters between two slashes of a pattern: the time to match grows with their square
 
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -23,7 +23,7 @@ def source_paths(source: Source) -> list[Path]:
     """The files and folders that a source names.
 
     Raises:
-        UserError: an empty list, nothing there, or a range or pattern of more than `MAX_FILES`.
+        UserError: an empty list, nothing there, or a range or pattern of more than `MAX_FILES` files.
     """
     items = _items(source)
     if not items:
@@ -33,7 +33,7 @@ def source_paths(source: Source) -> list[Path]:
 
 
 def source_name(source: Source) -> str:
-    """A source as a message names it: a list by its first item."""
+    """A source as messages name it: a list by its first item."""
     first, *others = _items(source)
     return f"{first} and {len(others)} more" if others else str(first)
 
@@ -43,7 +43,7 @@ def _items(source: Source) -> list[str | os.PathLike[str]]:
 
 
 def _ranges(text: str) -> Iterator[str]:
-    """`a-{08..10}.tar` as a shell expands it."""
+    """Expands `a-{08..10}.tar` as a shell does."""
     if os.path.exists(text):
         return iter([text])
     texts = re.split(r"\{\d+\.\.\d+\}", text)
@@ -60,7 +60,7 @@ def _ranges(text: str) -> Iterator[str]:
 
 
 def _glob(text: str) -> list[Path]:
-    if os.path.exists(text):  # before anything else: it may have [brackets] in its name
+    if os.path.exists(text):  # first, because a file may have [brackets] in its name
         return [Path(text)]
     if not glob.has_magic(text):
         download = "; download it first" if "://" in text else ""
@@ -71,11 +71,11 @@ def _glob(text: str) -> list[Path]:
 
 
 def _matches(pattern: str) -> set[str]:
-    """As `glob.glob`, but part by part: of links that lead round that one would make names without end."""
+    """Matches part by part, because `glob.glob` makes endless names from links that lead in a circle."""
     names = {""}
     for part in Path(pattern).parts:
         if len(part) > MAX_PATTERN:
-            return set()  # nor is there a file of such a name
+            return set()  # no file has such a long name
         if part == "**":
             folders = (name for name in names if os.path.isdir(name or "."))
             found = (os.path.join(name, under) for name in folders for under, _ in walk(Path(name)))
@@ -94,12 +94,12 @@ def _short(text: str) -> str:
 
 
 def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """(folder below `root`, its file names) in sorted order, less hidden names; links are followed, but in no circle.
+    """Yields (folder below `root`, its file names) in sorted order, without hidden names.
 
-    Folders are "" or end in a slash.
+    Folders are "" or end in a slash. Links are followed, but not in a circle.
 
     Raises:
-        UserError: a folder that cannot be listed, or links that lead to the same folders more than `MAX_AGAIN` times.
+        UserError: a folder cannot be listed, or links lead to the same folders more than `MAX_AGAIN` times.
     """
     seen: set[tuple[int, int]] = set()
     again = 0
@@ -118,23 +118,22 @@ def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
         seen.add(this)
         if again > MAX_AGAIN:
             many = f"links in it lead to the same folders more than {MAX_AGAIN:,} times"
-            raise UserError(f"{_short(str(root))}: {many}; take out those that lead round")
+            raise UserError(f"{_short(str(root))}: {many}; remove those that lead in a circle")
         folders = [entry.name for entry in entries if _is_folder(entry)]
         yield under, sorted({entry.name for entry in entries}.difference(folders))
-        for name in reversed(folders):
-            todo.append((f"{under}{name}/", (*above, this)))
+        todo.extend((f"{under}{name}/", (*above, this)) for name in reversed(folders))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """A link to itself is none; `entry.is_dir()` would raise."""
+    # `entry.is_dir()` alone would raise for a link to itself.
     return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
-    """A name for each file: its own, or its path below the common folder where two have one name.
+    """A name for each file: its own, or its path below the common folder where two files have the same name.
 
     Raises:
-        UserError: a file that is named twice.
+        UserError: a file is given twice.
     """
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
@@ -142,5 +141,5 @@ def labels(paths: Sequence[Path]) -> list[str]:
         names = [path.absolute().relative_to(above).as_posix() for path in paths]
     most, times = Counter(names).most_common(1)[0]
     if times > 1:
-        raise UserError(f"{most}: named twice among the picture sources; name each file once")
+        raise UserError(f"{most}: given twice among the picture sources; give each file once")
     return [as_text(name) for name in names]

@@ -1,7 +1,7 @@
-"""Paths: a teacher's guided ways from noise to picture, in a cache (`prunet.data.cache`), for trajectory regression.
+"""Paths: the teacher's guided trajectories from noise to picture, in a cache, for trajectory regression.
 
-A sample is `path` (steps + 1, C, h, w), from pure noise to the clean latents, with its condition: a caption of the
-latents' cache, and sizes as a pipeline that draws gives them.
+A sample is `path` (steps + 1, C, h, w), from pure noise to the clean latents, with its condition: a caption from the
+cache of latents, and the sizes that a pipeline gives when it draws.
 """
 
 import itertools
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from prunet import processes
 from prunet.console import progress
-from prunet.data.cache import Cache, Sample, read_spec, shard_path
-from prunet.data.encoding import ENCODE_BATCH, finish_cache, write_shard
+from prunet.data.cache import Cache, Sample, block_path, read_spec
+from prunet.data.encoding import ENCODE_BATCH, finish_cache, write_block
 from prunet.denoisers.condition import Condition
 from prunet.disk.files import write_json
 from prunet.disk.ownership import check_place, hold
@@ -25,11 +25,11 @@ from prunet.recipe.stage import Stage
 from prunet.sampling.paths import SAMPLER, draw_path, schedule_of
 from prunet.teacher.teacher import Teacher
 
-SHARD = 64  # a path is many latents
+BLOCK = 64  # samples; fewer than in a cache of latents, because a path is many latents
 
 
 def paths_spec(teacher: Teacher, latents: dict[str, Any], stage: Stage) -> dict[str, Any]:
-    """What decides the bytes of a cache of paths: the spec of the latents' cache, the U-Net, and how it draws."""
+    """Everything that decides the bytes of a cache of paths: the latents' spec, the U-Net, and how it draws."""
     how = {"guidance_scale": stage.guidance_scale, "steps": stage.path_steps, "count": stage.paths}
     return {
         **latents,
@@ -39,8 +39,9 @@ def paths_spec(teacher: Teacher, latents: dict[str, Any], stage: Stage) -> dict[
 
 
 def cache_paths(teacher: Teacher, latents: Cache, stage: Stage, folder: Path | str) -> Cache:
-    """Draws the paths of a stage for the captions in `latents` into `folder`; resumes where it was stopped. Several
-    processes share out the shards.
+    """Draws the paths of a stage for the captions in `latents` into `folder`; resumes where it was stopped.
+
+    Several processes divide the blocks among them.
 
     Raises:
         UserError: other paths in the folder, what the teacher draws is not finite, or no space left.
@@ -55,16 +56,16 @@ def cache_paths(teacher: Teacher, latents: Cache, stage: Stage, folder: Path | s
     processes.from_main(lambda: check_place(folder, "cache", "cache"))
     with hold(folder, "cache") if processes.is_main() else nullcontext():
         processes.from_main(lambda: _begin(teacher, latents, folder, spec))
-        starts = range(0, stage.paths or len(latents), SHARD)
+        starts = range(0, stage.paths or len(latents), BLOCK)
         half = teacher.dtype != torch.float32
         with (
             teacher.architecture.fast_attention([teacher.unet], teacher.device, half=half),
             progress("Drawing the teacher's paths", stage.paths or len(latents)) as bar,
         ):
-            for shard, start in enumerate(starts):
-                numbers = range(start, min(start + SHARD, stage.paths or len(latents)))
-                if processes.is_mine(shard) and not shard_path(folder, shard).is_file():
-                    _draw_shard(teacher, latents, stage, shard_path(folder, shard), numbers)
+            for block, start in enumerate(starts):
+                numbers = range(start, min(start + BLOCK, stage.paths or len(latents)))
+                if processes.is_mine(block) and not block_path(folder, block).is_file():
+                    _draw_block(teacher, latents, stage, block_path(folder, block), numbers)
                 bar.advance(len(numbers))
         processes.from_main(lambda: finish_cache(folder, len(starts)))
     return Cache.open(folder)
@@ -74,7 +75,7 @@ def check_paths(folder: Path, spec: dict[str, Any]) -> None:
     """Refuses a folder with other paths than those of `spec`.
 
     Raises:
-        UserError: what differs.
+        UserError: which keys of the spec differ.
     """
     found = read_spec(folder)
     apart = sorted(key for key in spec if found.get(key) != spec[key])
@@ -88,10 +89,10 @@ def check_paths(folder: Path, spec: dict[str, Any]) -> None:
 
 def _begin(teacher: Teacher, latents: Cache, folder: Path, spec: dict[str, Any]) -> None:
     write_json(folder / "spec.json", spec)
-    write_shard(folder / "unconditional.safetensors", latents.unconditional, {}, ["the empty prompt"], teacher)
+    write_block(folder / "unconditional.safetensors", latents.unconditional, {}, ["the empty prompt"], teacher)
 
 
-def _draw_shard(teacher: Teacher, latents: Cache, stage: Stage, path: Path, numbers: range) -> None:
+def _draw_block(teacher: Teacher, latents: Cache, stage: Stage, path: Path, numbers: range) -> None:
     samples = {number: latents.sample(_caption_of(latents, number)) for number in numbers}
 
     def size(number: int) -> tuple[int, ...]:
@@ -112,11 +113,11 @@ def _draw_shard(teacher: Teacher, latents: Cache, stage: Stage, path: Path, numb
             label["sizes"] = [tuple(row.shape[-2:]) for row in rows]
         else:
             tensors[name] = torch.stack(rows)
-    write_shard(path, tensors, label, [f"path {number}" for number in numbers], teacher)
+    write_block(path, tensors, label, [f"path {number}" for number in numbers], teacher)
 
 
 def _caption_of(latents: Cache, number: int) -> int:
-    """The sample whose caption path `number` is of: each comes once in random order before one comes again."""
+    """The sample that gives path `number` its caption: all samples in random order, then all in another order, ..."""
     turn, place = divmod(number, len(latents))
     rng = torch.Generator().manual_seed(seed_of(latents.spec["seed"], "captions of paths", turn))
     return int(torch.randperm(len(latents), generator=rng)[place])
@@ -125,7 +126,7 @@ def _caption_of(latents: Cache, number: int) -> int:
 def _draw_batch(
     teacher: Teacher, latents: Cache, stage: Stage, numbers: list[int], samples: dict[int, Sample]
 ) -> list[dict[str, Tensor]]:
-    """`path` and condition of each of `numbers`, whose latents have one size; a generator each."""
+    """Draws the paths of `numbers`, with latents of one size and a random generator for each; adds the conditions."""
     shape = samples[numbers[0]].mean.shape
     rngs = [torch.Generator().manual_seed(seed_of(latents.spec["seed"], "path", number)) for number in numbers]
     noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs])

@@ -1,7 +1,7 @@
 """Pictures with captions: how one is opened, what makes it unusable, and how it is fitted to a size.
 
-A sample that cannot be used keeps its place and its key, and its `open` raises `BrokenPicture(key, why)`: one `except`
-skips, counts and names them all. If it lacks its caption or its picture, `captions` is empty too.
+An unusable sample keeps its place and its key, and its `open` raises `BrokenPicture(key, why)`, so that one `except`
+can skip, count and name all of them. `captions` is empty if the caption or the picture is missing.
 """
 
 import importlib
@@ -23,46 +23,52 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from typing_extensions import override
 
 from prunet.errors import UserError
 
-# Only these decoders: left to itself Pillow takes a "cat.jpg" that holds EPS to Ghostscript.
+# Only these decoders: otherwise Pillow would start Ghostscript for a "cat.jpg" that contains EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
 PICTURE_FILES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif"),
     *(".tif", ".tiff", ".avif", ".heic", ".heif"),
 )
-MAX_FILE_MIB = 256  # a larger member of a shard is not read into memory
+MAX_FILE_MIB = 256  # limit for a picture that is read into memory
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 TURNING_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0", b"Raw profile type APP1\0")
 
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs would go to the terminal
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # otherwise its logs go to the terminal
 
 
 class BrokenPicture(Exception):
-    """This sample cannot be used: skip it, count it, name it."""
+    """Raised for a sample that cannot be used: skip it, count it, name it."""
 
     def __init__(self, key: str, why: str) -> None:
         super().__init__(key, why)  # both, so that it can be pickled
         self.key, self.why = key, why
 
+    @override
     def __str__(self) -> str:
         return f"{self.key}: {self.why}"
 
 
 @dataclass(frozen=True)
 class Picture:
+    """One sample of a source, not opened yet."""
+
     key: str  # unique and stable: "train/cat.png", "shard-0001.tar/000123", "train.parquet/00000007"
-    captions: tuple[str, ...]  # stripped and non-empty; none at all where `open` will raise
+    captions: tuple[str, ...]  # stripped and non-empty; no captions where the sample is known to be unusable
     open: Callable[[], Image.Image]  # upright, RGB, transparency over white; raises BrokenPicture
 
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
+    """A picture that was resized and cropped, with what SDXL's micro-conditioning says about it."""
+
     pixels: torch.Tensor  # (3, height, width), float32 in [-1, 1]
     original_size: tuple[int, int]  # (height, width) before the resize
-    crop_top_left: tuple[int, int]  # (top, left) of the crop in the resized and then flipped picture
+    crop_top_left: tuple[int, int]  # (top, left) of the crop, after the resize and the flip
     flipped: bool
 
 
@@ -74,10 +80,13 @@ def fit(
     flip: bool = False,
     seed: int = 0,
 ) -> Fitted:
-    """Resize until the picture just covers `size` (a side, or (height, width)), maybe flip it, crop it.
+    """Resizes a picture until it just covers `size` (a side, or (height, width)), perhaps flips it, and crops it.
 
-    Bilinear with antialiasing and in the order of the scripts of BK-SDM and SDXL, with the rounding of
-    torchvision's Resize and CenterCrop. All chance comes from the seed; asking for flips moves no crop.
+    Resizes bilinearly with antialiasing. The order is that of the scripts of BK-SDM and SDXL, the rounding that of
+    torchvision's Resize and CenterCrop. All randomness comes from `seed`; `flip` does not change the crop.
+
+    Raises:
+        UserError: `size` or `crop` is not a valid value.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if crop not in ("center", "random") or min(height, width) < 1:
@@ -85,13 +94,13 @@ def fit(
     image = to_rgb(image)
     W, H = image.size
     resized_h, resized_w = (height, W * height // H) if H * width <= W * height else (H * width // W, width)
-    draw = random.Random(str(seed))  # of the text, because Random(-1) is Random(1)
-    flipped = draw.random() < 0.5 and flip
+    rng = random.Random(str(seed))  # a string, because Random(-1) equals Random(1)
+    flipped = rng.random() < 0.5 and flip
     spare_h, spare_w = resized_h - height, resized_w - width
     top, left = round(spare_h / 2), round(spare_w / 2)
     if crop == "random":
-        top, left = int(draw.random() * (spare_h + 1)), int(draw.random() * (spare_w + 1))
-    # Only the crop is computed: all of a 1 x 30000 strip, resized to cover 1024 pixels, would take 90 GB.
+        top, left = int(rng.random() * (spare_h + 1)), int(rng.random() * (spare_w + 1))
+    # Only the crop is computed: a whole strip of 1 x 30000, resized to cover 1024 pixels, would take 90 GB.
     x, sx, sy = (spare_w - left if flipped else left), W / resized_w, H / resized_h
     box = (x * sx, top * sy, min(W, (x + width) * sx), min(H, (top + height) * sy))
     image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
@@ -101,10 +110,10 @@ def fit(
 
 
 def bucket_sizes(size: int, step: int) -> list[tuple[int, int]]:
-    """(height, width) of at most `size` squared pixels, square to 4:1, in multiples of a sixteenth of `size`.
+    """Returns (height, width) of shapes from square to 4:1, with at most `size` squared pixels.
 
-    At 1024 these are the shapes in which SDXL was trained (arXiv 2307.01952, appendix I), but for a few between them.
-    `step`: what a side must be a multiple of.
+    Sides are multiples of `size` / 16 and of `step` pixels. At 1024 these are the shapes that SDXL was trained with
+    (arXiv 2307.01952, appendix I), except a few between them.
     """
     unit = -(-max(step, size // 16) // step) * step
     pairs = {(long, size * size // long // unit * unit) for long in range(size, 2 * size + 1, unit)}
@@ -112,13 +121,17 @@ def bucket_sizes(size: int, step: int) -> list[tuple[int, int]]:
 
 
 def nearest_size(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The size whose aspect ratio is nearest to the picture's."""
+    """The size with the aspect ratio nearest to the picture's."""
     width, height = image.size
     return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - math.log(height / width)))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: 16-bit grey divided by 257, transparency over white. Colour profiles are not applied."""
+    """Converts to 8-bit RGB: 16-bit grey is divided by 257, transparency is over white, colour profiles are ignored.
+
+    Raises:
+        ValueError: pixels in float or 32 bits, with an unknown range.
+    """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode[0] in "IF":
@@ -126,7 +139,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if isinstance(clear := image.info.get("transparency"), int):
             values = np.where(values == clear, 65535, values)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError("float or 32-bit pixels, whose range is unknown")
+            raise ValueError("float or 32-bit pixels of unknown range")
         image = Image.fromarray((values / 257).round().astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
@@ -134,14 +147,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-# -- samples: what every source makes of a key, captions and a file ------------------------------------------
+# -- samples: every source makes them from a key, captions and a file
 
 
 def make_picture(key: str, captions: tuple[str, ...], why: str, file: Path | bytes | str) -> Picture:
+    """A sample from a file, the bytes of a file, or a URL of the Hub; broken by reason `why` if it has no captions."""
     return Picture(key, captions, partial(_decode, key, file)) if captions else broken_picture(key, why)
 
 
 def broken_picture(key: str, why: str) -> Picture:
+    """A sample that cannot be used; its `open` raises."""
     return Picture(key, (), partial(_refuse, key, why))
 
 
@@ -150,16 +165,16 @@ def _refuse(key: str, why: str) -> Image.Image:
 
 
 def _decode(key: str, file: Path | bytes | str) -> Image.Image:
-    if isinstance(file, str):  # on the Hub; a lost connection is no broken picture and is raised as it is
+    if isinstance(file, str):  # on the Hub; a lost connection is raised as it is, because the picture is not broken
         with extra("fsspec").open(file, "rb") as remote:
             return _decode(key, remote.read())
     try:
         return _load(file)
     except UnidentifiedImageError:
         why = f"not a picture ({', '.join(_formats())})"
-    except Exception as error:  # decoders raise whatever they like
+    except Exception as error:  # decoders raise errors of any type
         why = reason_of(error)
-    file = b""  # or a list of these errors, with their tracebacks, would keep all the bytes
+    file = b""  # otherwise the traceback of each kept error keeps the bytes
     raise BrokenPicture(key, why)
 
 
@@ -170,7 +185,7 @@ def _load(file: Path | bytes) -> Image.Image:
     if isinstance(file, bytes) and len(file) > MAX_FILE_MIB << 20:
         raise ValueError(f"larger than {MAX_FILE_MIB} MiB")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what does not matter to the pixels: broken EXIF, sizes that may be bombs
+        warnings.simplefilter("ignore")  # about broken EXIF and large sizes, which do not matter to the pixels
         try:
             return _decoded(io.BytesIO(file) if isinstance(file, bytes) else file)
         except Image.DecompressionBombError as error:
@@ -185,13 +200,13 @@ def _load(file: Path | bytes) -> Image.Image:
 def _decoded(file: io.BytesIO | Path) -> Image.Image:
     with Image.open(file, formats=_formats()) as image:
         with _silent_stderr() if image.format == "TIFF" else nullcontext():
-            image.load()  # the first frame of several; beyond 179 million pixels Pillow refuses
+            image.load()  # the first frame of several; Pillow refuses more than 179 million pixels
         return to_rgb(_upright(image))
 
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """libtiff writes what it finds wrong to file 2, past Python; Pillow raises an error as well."""
+    """Hides what libtiff writes directly to file descriptor 2; Pillow raises an error as well."""
     try:
         saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     except OSError:  # closed already
@@ -207,12 +222,12 @@ def _silent_stderr() -> Iterator[None]:
 
 
 def _lean_pngs(file: Path | bytes) -> Iterator[bytes]:
-    """A PNG without its texts and profile: Pillow refuses large ones, and whole pixels with them.
+    """Yields a PNG without its texts and profile, because Pillow refuses the whole file if these are large.
 
-    First with those texts that may say how the picture is turned, then without.
+    The first result keeps the texts that may tell the picture's orientation, the second does not.
     """
     if isinstance(file, Path):
-        with open(file, "rb") as opened:
+        with file.open("rb") as opened:
             file = opened.read(MAX_FILE_MIB << 20) if opened.read(len(PNG)) == PNG and not opened.seek(0) else b""
     if not file.startswith(PNG):
         return
@@ -227,9 +242,13 @@ def _lean_pngs(file: Path | bytes) -> Iterator[bytes]:
 
 
 def existing_file(path: Path) -> Path:
-    """The file of that name, be it composed (as typed) or decomposed (as macOS writes it)."""
+    """The file of that name, in composed Unicode (as typed) or decomposed (as macOS writes it).
+
+    Raises:
+        ValueError: there is none.
+    """
     for form in (str(path), *(unicodedata.normalize(form, str(path)) for form in ("NFC", "NFD"))):
-        if os.path.isfile(form):  # not a folder called cat.png, nor a pipe that would be waited for
+        if os.path.isfile(form):  # not a folder called cat.png or a pipe, which would block
             return Path(form)
     raise ValueError("there is no such file")
 
@@ -248,15 +267,21 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def as_text(name: str) -> str:
-    """A file name as text that can be stored, even if it is not UTF-8."""
+    """A file name as text that can be stored, even if the name is not UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def reason_of(error: Exception) -> str:
+    """The message of an error as one line, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def extra(name: str, where: str = "") -> ModuleType:
+    """Imports a module of the extra `data`; `where` begins the message.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ImportError:

@@ -1,7 +1,7 @@
-"""Pictures in columns: of Parquet files, of datasets saved to disk, of datasets of the Hub.
+"""Pictures in columns of Parquet files, of datasets saved to disk, and of datasets of the Hub.
 
-`datasets` writes a picture as its bytes, or as a path alone. A row may name any path at all: what is followed is below
-the folder of the data, or on the Hub.
+`datasets` writes a picture as its bytes, or only as a path. Rows may contain any path; only paths below the folder of
+the data, or on the Hub, are followed.
 """
 
 import os
@@ -17,11 +17,16 @@ from prunet.errors import UserError
 
 
 def read_parquet(columns: Columns, path: Path, label: str) -> Iterator[Picture]:
+    """Reads the samples of a Parquet file; damage becomes a last, broken sample.
+
+    Raises:
+        UserError: a column is missing.
+    """
     parquet, arrow = extra("pyarrow.parquet"), extra("pyarrow")
     number = 0
     try:
         if not path.is_file():
-            raise OSError("not a file")  # a pipe would be waited for
+            raise OSError("not a file")  # reading a pipe would block
         with parquet.ParquetFile(path) as file:
             captions = _check_columns(str(path), file.schema_arrow.names, columns)
             for batch in file.iter_batches(batch_size=16, columns=[columns[0], *captions]):
@@ -33,13 +38,13 @@ def read_parquet(columns: Columns, path: Path, label: str) -> Iterator[Picture]:
 
 
 def picture_paths(path: Path, image_column: str) -> list[Path]:
-    """The pictures below the folder of a Parquet file that its rows name by their paths; none if it is damaged."""
+    """The picture files that rows of a Parquet file refer to, below its folder; none if the file is damaged."""
     parquet, arrow = extra("pyarrow.parquet"), extra("pyarrow")
     try:
         with parquet.ParquetFile(path) as file:
             kind = file.schema_arrow.field(image_column).type
             if arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind):
-                return []  # the pictures themselves, which are many to read
+                return []  # the pictures themselves
             column = f"{image_column}.path" if arrow.types.is_struct(kind) else image_column
             rows = [row for batch in file.iter_batches(columns=[column]) for row in batch.column(0).to_pylist()]
     except (OSError, ValueError, KeyError, arrow.ArrowException):
@@ -50,10 +55,10 @@ def picture_paths(path: Path, image_column: str) -> list[Path]:
 
 
 def saved_dataset(folder: Path) -> Path | None:
-    """The folder of a `datasets.Dataset` saved there, or of the split to read of a `DatasetDict`; None is neither.
+    """The folder of a saved `datasets.Dataset`, or that of the split to read of a saved `DatasetDict`, or None.
 
     Raises:
-        UserError: several splits, and no `train` among them.
+        UserError: several splits, and none is called `train`.
     """
     if _is_dataset(folder):
         return folder
@@ -71,12 +76,17 @@ def _is_dataset(folder: Path) -> bool:
 
 
 def read_saved(folder: Path, columns: Columns) -> Iterator[Picture]:
+    """Reads the samples of a saved `datasets.Dataset`; damage becomes a last, broken sample.
+
+    Raises:
+        UserError: not readable, or a column is missing or does not hold pictures.
+    """
     datasets = extra("datasets", f"{folder}: a saved dataset; ")
     try:
         rows = datasets.load_from_disk(str(folder)).with_format(None)
-        rows.data.validate(full=True)  # Arrow believes its files: wrong offsets would end the process
-    except Exception as error:  # of pyarrow, of JSON, of features that are not known
-        raise UserError(f"{folder}: no readable dataset; save it again ({reason_of(error)})") from None
+        rows.data.validate(full=True)  # Arrow trusts its files: wrong offsets would crash the process
+    except Exception as error:  # from pyarrow, from JSON, from unknown features
+        raise UserError(f"{folder}: not a readable dataset; save it again ({reason_of(error)})") from None
     captions = _check_columns(str(folder), rows.column_names, columns)
     rows = _undecoded(str(folder), rows, columns[0], captions)
     return _saved_rows(rows, as_text(folder.absolute().name), columns[0], captions, folder)
@@ -92,6 +102,11 @@ def _saved_rows(rows: Any, label: str, image_column: str, captions: tuple[str, .
 
 
 def read_hub(source: str, columns: Columns) -> Iterator[Picture]:
+    """Streams the samples of a dataset of the Hub, `owner/name[:split]`.
+
+    Raises:
+        UserError: not available, or a column is missing or does not hold pictures.
+    """
     datasets = extra("datasets", f"{source}: no such folder here; ")
     name, _, split = source.partition(":")
     split = split or "train"
@@ -100,7 +115,8 @@ def read_hub(source: str, columns: Columns) -> Iterator[Picture]:
         names = rows.column_names or list(next(iter(rows)))
     except Exception as error:  # no network, name, split, right to read it, ...
         why = f"{type(error).__name__}: {reason_of(error)}"
-        raise UserError(f"{source}: no such folder, nor can owner/name:split be read from the Hub ({why})") from None
+        what = "no such folder here, and the Hub cannot provide it; check owner/name:split and the network"
+        raise UserError(f"{source}: {what} ({why})") from None
     captions = _check_columns(source, names, columns)
     rows = _undecoded(source, rows, columns[0], captions)
     keys = map(f"{name}/{split}/{{:08d}}".format, count())
@@ -133,7 +149,7 @@ def _from_row(
         if re.search("(^|::)hf://", path):
             data = path
         elif folder is None or not (data := _below(folder, path)):
-            away = f"column {image_column} holds a path alone, which is not below the folder of the data"
+            away = f"column {image_column} has only a path, which is not below the folder of the data"
             return broken_picture(key, f"{away}: {as_text(path)}; save the dataset with the pictures in it")
     return make_picture(key, captions_of(row, captions), f"no caption in column {' or '.join(captions)}", data)
 

@@ -1,13 +1,14 @@
-"""WebDataset shards: tars in which neighbours with one name, up to its first dot, are a sample.
+"""WebDataset shards: tars in which neighbouring files with the same name, up to its first dot, are a sample.
 
-No sample is lost without a word: whatever a shard holds makes a picture, or a broken one that says why.
+No sample is lost silently: everything in a shard becomes a picture, or a broken picture that says why.
 """
 
-import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import override
 
 from prunet.data.captions import (
     CAPTION_FILES,
@@ -23,15 +24,16 @@ from prunet.errors import UserError
 
 SHARDS = (".tar", ".tar.gz", ".tgz")
 MAX_HEADER = 1 << 20  # bytes of a name or of a header's extras
-AFTER_END = 1 << 20  # bytes after the end mark in which to look for another tar; padding is some 10 KiB of zeros
+AFTER_END = 1 << 20  # bytes after the end mark that are searched for another tar; padding is about 10 KiB of zeros
 
 EXTRA_HEADERS = (b"x", b"g", b"X", tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 LINK = " (a link)"
 
-Files = dict[str, bytes | None]  # by ending, such as ".jpg" and ".txt"; None is not read
+Files = dict[str, bytes | None]  # ending, such as ".jpg" or ".txt" -> contents; None is not read
 
 
 def read_shard(columns: Columns, path: Path, label: str) -> Iterator[Picture]:
+    """Reads the samples of a shard; keys begin with `label`. Damage becomes a last, broken sample."""
     seen: set[str] = set()
     for samples, (name, files) in enumerate(_samples(path)):
         if isinstance(files, Exception):
@@ -45,13 +47,13 @@ def read_shard(columns: Columns, path: Path, label: str) -> Iterator[Picture]:
         elif not dotted:
             yield broken_picture(_new_key(f"{label}/{as_text(name)}", seen), _no_picture(files))
         for ending in dotted:
-            rule = f"for WebDataset a name ends at its first dot, so this is {ending} of {os.path.basename(name)!r}"
-            why = f"{rule}; to read it, take the other dots out of its name and its caption's"
+            rule = f"for WebDataset a name ends at its first dot, so this is {ending} of {name.rpartition('/')[2]!r}"
+            why = f"{rule}; to read it, remove the other dots from its name and its caption's"
             yield broken_picture(_new_key(f"{label}/{as_text(name + ending)}", seen), as_text(why))
 
 
 def _new_key(key: str, seen: set[str]) -> str:
-    """A name that comes again later in the shard is another sample."""
+    """Adds a number to a key that was used before: a name that returns later in a shard is another sample."""
     new, number = key, 1
     while new in seen:
         number += 1
@@ -61,7 +63,7 @@ def _new_key(key: str, seen: set[str]) -> str:
 
 
 def _is_dotted_picture(ending: str, files: Files, alone: bool) -> bool:
-    """Whether this is a sample of its own whose name has a dot: `.seg.png` of a sample with a picture is not."""
+    """Whether a file is a separate sample with a dot in its name; `.seg.png` of a sample with a picture is not."""
     stem, _, kind = ending[1:].rpartition(".")
     captioned = any(f".{stem}{text}" in files for text in (*CAPTION_FILES, ".json"))
     return stem != "" and f".{kind}" in PICTURE_FILES and (alone or captioned)
@@ -70,16 +72,16 @@ def _is_dotted_picture(ending: str, files: Files, alone: bool) -> bool:
 def _no_picture(files: Files) -> str:
     has = ", ".join(ending or "a file without an ending" for ending in list(files)[:5])
     why = f"no picture ({' '.join(PICTURE_FILES)}) in this sample; it has {as_text(has)}"
-    links = "; pack files in place of links (tar --dereference --hard-dereference)"
+    links = "; pack files instead of links (tar --dereference --hard-dereference)"
     return why + (links if any(ending.endswith(LINK) for ending in files) else "")
 
 
 def _captions(files: Files, column: str | None) -> tuple[tuple[str, ...], str]:
-    """(captions, why there are none); a named column is looked up in the .json alone."""
+    """(captions, why there are none); a column that the user named is looked up only in the .json."""
     why = f"no caption ({' '.join(CAPTION_FILES)} .json)" if column is None else f"no {column!r} in its .json"
     for ending in (*CAPTION_FILES, ".json") if column is None else (".json",):
         if ending + LINK in files:
-            why = f"no caption: its {ending} is a link; pack files in place of links"
+            why = f"no caption: its {ending} is a link; pack files instead of links"
         if (data := files.get(ending)) is None:
             continue
         try:
@@ -95,7 +97,7 @@ def _captions(files: Files, column: str | None) -> tuple[tuple[str, ...], str]:
 
 
 def _samples(path: Path) -> Iterator[tuple[str, Files | Exception]]:
-    """Neighbours of one name up to its first dot, as in WebDataset; last, if so, what broke the shard."""
+    """Yields (name, files) of each sample, and at the end the error if the shard is damaged."""
     current, damage = "", None
     files: Files = {}
     try:
@@ -104,7 +106,7 @@ def _samples(path: Path) -> Iterator[tuple[str, Files | Exception]]:
                 yield current, files
                 files = {}
             current, files[ending] = name, data
-    except Exception as error:  # tarfile, gzip and zlib have one each for a file that is cut off
+    except Exception as error:  # tarfile, gzip and zlib each raise their own for a truncated file
         damage = error
     if files:
         yield current, files
@@ -113,9 +115,9 @@ def _samples(path: Path) -> Iterator[tuple[str, Files | Exception]]:
 
 
 def _members(path: Path) -> Iterator[tuple[str, str, bytes | None]]:
-    """(name, ending, contents if they may be of use) of what is not a folder or hidden."""
+    """Yields (name, ending, contents if they may be useful) of all members, except folders and hidden files."""
     if not path.is_file():
-        raise OSError("not a file")  # a pipe would be waited for
+        raise OSError("not a file")  # reading a pipe would block
     with tarfile.open(path, "r:*", tarinfo=_Member) as tar:
         while (member := tar.next()) is not None:
             folder, slash, base = member.name.removeprefix("./").rpartition("/")
@@ -127,21 +129,22 @@ def _members(path: Path) -> Iterator[tuple[str, str, bytes | None]]:
                 file = tar.extractfile(member) if is_read else None
                 data = file.read(min(member.size, limit + 1)) if file else None
                 yield folder + slash + stem, ending if member.isreg() else ending + LINK, data
-            vars(tar)["members"].clear()  # it would keep the headers of all of them
+            vars(tar)["members"].clear()  # tarfile would keep the headers of all members
         if tar.fileobj is None:
             return
-        # tarfile passes over a missing end, over a broken header, and over a second tar after the end, in silence.
+        # tarfile silently ignores a missing end mark, a broken header, and a second tar after the end.
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(512) != bytes(512):
             raise tarfile.ReadError(f"no end mark at byte {tar.offset:,}")
         if tar.fileobj.read(AFTER_END).strip(b"\0"):
-            joined = "tars joined by cat, of which the first is read; unpack with tar --ignore-zeros and pack again"
+            joined = "tars joined by cat, only the first is read; unpack with tar --ignore-zeros and pack again"
             raise tarfile.ReadError(f"more after the end mark at byte {tar.offset:,}: {joined}")
 
 
 class _Member(tarfile.TarInfo):
-    """Refuses a long name or extra header that would be read into memory whatever its size."""
+    """A header that refuses long names and extra headers, which tarfile would read into memory at any size."""
 
+    @override
     @classmethod
     def frombuf(cls, *args: Any) -> "_Member":
         member: _Member = super().frombuf(*args)

@@ -1,9 +1,9 @@
-"""Where pictures come from: folders, tar shards, Parquet, saved datasets and the Hub, each as one deterministic stream.
+"""Sources of pictures: folders, tar shards, Parquet, saved datasets and the Hub, each as one deterministic stream.
 
-Whatever can be read past does not stop the stream; a shard that is cut off is a broken picture under its own name. A
-mistake in a list of captions (bad JSON, no such column, a path out of the folder) is a `UserError` with file and line,
-and `check_source` finds it before the expense. Of what was read only keys are remembered (those of a folder's
-metadata, or of one shard).
+Damage does not stop the stream if reading can continue; a truncated shard is a broken picture under the shard's name. A
+mistake in a list of captions (bad JSON, a missing column, a path outside the folder) is a `UserError` with file and
+line, and `check_source` finds it before anything expensive. Only keys stay in memory (those of a folder's metadata, or
+of one shard).
 """
 
 import os
@@ -29,23 +29,26 @@ from prunet.data.rows import read_hub, read_parquet, read_saved, saved_dataset
 from prunet.data.shards import SHARDS, read_shard
 from prunet.errors import UserError
 
-LOOK = 10_000  # samples in which `check_source` looks for a usable one; the first will do, mostly
+LOOK = 10_000  # samples among which `check_source` looks for a usable one
 
 
 def read_pictures(
     source: Source, *, image_column: str = "image", caption_column: str | None = None
 ) -> Iterator[Picture]:
-    """Every sample of the source, always in the same order. A source is
+    """Reads every sample of a source, always in the same order. A source is
 
-    - a folder with `metadata.jsonl`, `.csv` or `.parquet`, which has `file_name` and a caption column: the
-      pictures listed are read, consecutive rows of one picture are its captions;
+    - a folder with `metadata.jsonl`, `.csv` or `.parquet` that has the column `file_name` and a caption column: the
+      listed pictures are read, and consecutive rows of one picture are its captions;
     - a folder with `cat.txt` (or `cat.caption`) beside `cat.png`: each line is a caption;
     - WebDataset shards: `a.tar`, `dir/train-*.tar`, `train-{0000..0003}.tar` or a list of these;
-    - `.parquet` files, named in the same ways; a folder of `datasets`' `save_to_disk` (of several splits `train`, or
-      the folder of another); or `owner/name[:split]` of the Hub; these want `prunet[data]`.
+    - `.parquet` files, named in the same ways; a folder that `datasets` saved (`save_to_disk`; of several splits it
+      reads `train`; for another give its folder); or `owner/name[:split]` of the Hub. These need `prunet[data]`.
 
-    The columns are those of the metadata, of a shard's .json, of Parquet. Keys begin with the file's name, or
-    with its path below the common folder where two files have one name.
+    The columns are those of the metadata, of a shard's .json, or of Parquet. Keys begin with the file's name, or with
+    its path below the common folder where two files have the same name.
+
+    Raises:
+        UserError: no such source, a package is missing, or (while reading) a mistake in a list of captions.
     """
     columns = image_column, caption_column
     if isinstance(source, str) and is_hub_id(source):
@@ -66,7 +69,11 @@ def read_pictures(
 
 
 def check_source(source: Source, *, image_column: str = "image", caption_column: str | None = None) -> None:
-    """Fail if nothing can be read there. Decodes one picture and parses the whole of each metadata file."""
+    """Refuses a source with nothing to read. Decodes one picture, and parses all metadata files to their end.
+
+    Raises:
+        UserError: no usable picture, or a mistake in a list of captions.
+    """
     pictures = read_pictures(source, image_column=image_column, caption_column=caption_column)
     unusable, why = 0, "no pictures here"
     for picture in islice(pictures, LOOK):
@@ -86,7 +93,7 @@ def check_source(source: Source, *, image_column: str = "image", caption_column:
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a source is a dataset of the Hub, not files here."""
+    """Whether a source is the name of a dataset of the Hub."""
     is_file = text.lower().endswith((*SHARDS, *PICTURE_FILES, ".parquet", ".jsonl", ".csv", ".zip"))
     is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?", text) is not None
     return is_id and not is_file and not os.path.exists(text)
@@ -96,7 +103,7 @@ def is_hub_id(text: str) -> bool:
 
 
 def _lists(root: Path) -> dict[str, str]:
-    """The name of the caption list of each folder below `root` that has one."""
+    """Folder below `root` -> the name of its caption list, for folders that have one."""
     lists: dict[str, str] = {}
     for under, names in walk(root) if root.is_dir() else ():
         found = [name for name in CAPTION_LISTS if name in names]
@@ -108,11 +115,11 @@ def _lists(root: Path) -> dict[str, str]:
 
 
 def _read_folder(root: Path, lists: dict[str, str], columns: Columns) -> Iterator[Picture]:
-    """A caption list speaks for its folder and those below; elsewhere captions lie beside the pictures."""
+    """Reads a folder. A caption list covers its folder and those below; elsewhere captions are beside the pictures."""
     if columns[1] is not None and not lists:
-        named = f"no {' or '.join(CAPTION_LISTS)} to find column {columns[1]} in; leave it unnamed"
+        named = f"no {' or '.join(CAPTION_LISTS)} to find column {columns[1]} in; leave caption_column out"
         raise UserError(f"{root}: {named}")
-    listed = None  # the uppermost folder with a list, of those above
+    listed = None  # the highest folder above that has a list
     seen: set[str] = set()
     for under, names in walk(root):
         if listed is None or not under.startswith(listed):

@@ -4,7 +4,6 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,8 +15,10 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from prunet.console import quiet_libraries
+from prunet.denoisers.adapter_forms import AdapterForms
 from prunet.denoisers.condition import Condition
 from prunet.denoisers.diagram import Diagram
+from prunet.denoisers.form import Form
 from prunet.denoisers.pairs import Level, Pair
 from prunet.denoisers.patterns import removed_parts
 from prunet.denoisers.taps import tap
@@ -26,16 +27,6 @@ from prunet.errors import UserError
 #: A denoiser: a stock diffusers model with its config and its way to be saved.
 Net: TypeAlias = ModelMixin
 Config = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Form:
-    """The stock denoiser of what a plan leaves."""
-
-    config: dict[str, Any]
-    module_map: dict[str, str]  # student module -> teacher module, by the smallest prefixes; the longest one counts
-    weight_map: dict[str, str]  # student parameter -> teacher parameter
-    implied: tuple[str, ...]  # parts that go with those removed (the sampler that led to a removed level of a U-Net)
 
 
 class Architecture(ABC):
@@ -47,6 +38,7 @@ class Architecture(ABC):
     last_layer: str  # the module that gives the output
     parts_help: str  # what a plan may name, for messages
     only_form: bool = False  # whether prunet plans and builds its students, but cannot train or draw with it yet
+    adapters: AdapterForms | None = None  # how its adapters are made, if prunet can carry them over
 
     @property
     @abstractmethod
@@ -189,16 +181,6 @@ class Architecture(ABC):
         with tap([net.get_submodule(name) for name in names]) as features:
             self.call_skeleton(config)
             return {name: tuple(feature.shape[1:]) for name, feature in zip(names, features.take(), strict=True)}
-
-
-def teacher_name(name: str, mapping: Mapping[str, str]) -> str:
-    """The teacher's name of a student's module or parameter."""
-    parts = name.split(".")
-    for end in range(len(parts), 0, -1):
-        prefix = ".".join(parts[:end])
-        if prefix in mapping:
-            return ".".join([mapping[prefix], *parts[end:]])
-    return name
 
 
 def config_of(net: Net) -> dict[str, Any]:

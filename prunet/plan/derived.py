@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from prunet.denoisers.architecture import Architecture, Form
+from prunet.denoisers.architecture import Architecture
 from prunet.denoisers.diagram import Diagram
+from prunet.denoisers.form import Form
 from prunet.denoisers.known import architecture_of
 from prunet.denoisers.pairs import Level, Pair
 from prunet.plan.plan import Plan
@@ -38,6 +39,16 @@ class Derived:
     def weight_map(self) -> dict[str, str]:
         """Student parameter -> teacher parameter."""
         return self.form.weight_map
+
+    @property
+    def teacher_skeleton(self) -> Any:
+        """The teacher's denoiser on the meta device."""
+        return self.architecture.skeleton(self.teacher_config)
+
+    @property
+    def student_skeleton(self) -> Any:
+        """The student on the meta device."""
+        return self.architecture.skeleton(self.student_config)
 
     @cached_property
     def teacher_size(self) -> Size:

@@ -4,7 +4,14 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from prunet.denoisers.pairs import Level
 from prunet.plan.plan import Plan, load_plan, preset_names
@@ -74,9 +81,9 @@ PlanValue = Annotated[Any, BeforeValidator(_read_plan), PlainSerializer(_write_p
 
 
 Objective = Literal["distillation", "guidance", "trajectory"]
-#: What has no meaning for an objective.
+#: What has no meaning for an objective, and is not written down with it.
 IDLE: dict[str, tuple[str, ...]] = {
-    "distillation": ("guidance_scale", "jumps", "path_steps", "paths"),
+    "distillation": ("objective", "guidance_scale", "jumps", "path_steps", "paths"),
     "guidance": ("min_snr_gamma", "jumps", "path_steps", "paths"),
     "trajectory": ("min_snr_gamma", "losses", "caption_dropout"),
 }
@@ -123,6 +130,18 @@ class Stage(Part):
         if self.jumps and self.path_steps % self.jumps:
             raise ValueError(f"'jumps' {self.jumps} must divide 'path_steps' {self.path_steps}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _what_has_a_meaning(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key not in IDLE[self.objective]}
+
+    def settings(self, *without: str) -> dict[str, Any]:
+        """What decides its result, as plain JSON types, `without` some keys.
+
+        The first objective has no name here, so that stages trained before there were others are still the same.
+        """
+        unnamed = {"objective"} if self.objective == "distillation" else set()
+        return self.model_dump(mode="json", exclude=unnamed | set(without))
 
     @property
     def teacher_calls(self) -> int:

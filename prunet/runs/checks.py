@@ -182,6 +182,11 @@ def _say_what_is_odd(recipe: Recipe) -> None:
     if not recipe.plan.remove:
         say("[yellow]The plan removes nothing:[/] the student will be as large as the teacher")
     for number, stage in enumerate(recipe.stages, 1):
+        if stage.guidance_scale not in (None, drawn := recipe.evaluation.guidance_scale):
+            say(
+                f"[yellow]Stage {number} learns guidance {stage.guidance_scale:g},[/] and evaluation draws the teacher "
+                f"with {drawn:g}"
+            )
         if stage.warmup_steps >= stage.steps:
             say(
                 f"[yellow]Stage {number} never reaches its learning_rate:[/] warmup_steps {stage.warmup_steps} of "

@@ -29,7 +29,7 @@ def step_inputs(this: "Run") -> dict[str, str]:
     last = _hash(build, this.teacher.unet_config, dict(this.teacher.noise_scheduler.config))
     for number, stage in enumerate(recipe.stages, 1):
         settings = (
-            stage.model_dump(mode="json", exclude={"teacher"}),
+            stage.settings("teacher"),
             this.teachers[number - 1].fingerprint(["unet"]),
         )
         last = out[f"stage-{number}"] = _hash(last, this.cache_specs[number - 1][1], settings, recipe.seed)
@@ -47,10 +47,10 @@ def stage_label(this: "Run", number: int) -> dict[str, Any]:
     `inputs` is their hash; `settings` are the values that a message names if the hash differs.
     """
     recipe, teacher, spec = this.recipe, this.teachers[number - 1], this.cache_specs[number - 1][1]
-    settings = recipe.stages[number - 1].model_dump(mode="json", exclude={*PACE, "teacher"})
+    settings = recipe.stages[number - 1].settings("teacher", *PACE)
     before = this.inputs["build" if number == 1 else f"stage-{number - 1}"]
     inputs = _hash(before, (spec, teacher.fingerprint(["unet"])), settings, recipe.seed)
-    earlier = [stage.model_dump(mode="json", exclude={"teacher"}) for stage in recipe.stages[: number - 1]]
+    earlier = [stage.settings("teacher") for stage in recipe.stages[: number - 1]]
     stages = [{key: value for key, value in stage.items() if key != "plan"} for stage in (*earlier, settings)]
     return {
         "inputs": inputs,

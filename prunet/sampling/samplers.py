@@ -41,7 +41,9 @@ def set_sampler(pipe: Any, name: str) -> Any:
     """
     if name not in SAMPLERS:
         raise UserError(f"No sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
-    pipe.scheduler = sampler_of(name, pipe.scheduler.config)
+    # Of the scheduler that it came with: that of a sampler before would leave its options to this one.
+    own = vars(pipe).setdefault("own_schedule", pipe.scheduler.config)
+    pipe.scheduler = sampler_of(name, own)
     return pipe
 
 

@@ -1,1 +1,1 @@
-"""The original pipeline: where it lies, what its files say, its parts, and encoding with them."""
+"""The original pipeline: its files and configs, its parts, and encoding with them."""

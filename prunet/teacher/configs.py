@@ -1,10 +1,11 @@
-"""What the configs of a pipeline may hold: the one guard between a user's JSON and what takes its values as they are.
+"""Checks of a pipeline's configs: the only guard between a user's JSON and libraries that use its values unchecked.
 
-Checked are the fields that prunet reads itself and those that say how much is made (layers, widths, timesteps), in type
-and size; a key that is not here is diffusers' own business, which is tried on the meta device (`skeleton` in
-`prunet.denoisers.unet2d.form`) or when its scheduler is made.
+Type and size are checked for the fields that prunet reads itself, and for those that decide how much is built (layers,
+widths, timesteps). All other fields are left to diffusers; building the model on the meta device tries them (`skeleton`
+in `prunet.denoisers.unet2d.form`), or making the scheduler.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,18 +16,19 @@ from prunet.disk.reading import parse_json
 from prunet.errors import UserError
 from prunet.recipe.recipe import explain
 
-#: A number of channels, tokens, pixels; of layers in a row; of a list's items.
+#: A number of channels, tokens or pixels.
 Count = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
+#: A number of consecutive layers, or the size of a kernel.
 Few = Annotated[int, Field(strict=True, ge=1, le=100)]
-#: Transformer blocks of a stage; 0 is written for a stage without any.
+#: Transformer blocks of a level of the U-Net; 0 where it has none.
 Depth = Annotated[int, Field(strict=True, ge=0, le=100)]
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Some = Field(min_length=1, max_length=10)
 Depths = Annotated[list[Depth | Annotated[list[Depth], Some]], Some]
 Truth = Annotated[bool, Field(strict=True)]
-#: Transformer blocks, or layers, on one side of a U-Net; SDXL has 60 at most if every layer had as many.
+#: Limit for transformer blocks, or layers, on one side of a U-Net; SDXL would have 60 if all its layers were deepest.
 DEEPEST = 300
-#: Of a transformer: more than its widths, tokens and positions.
+#: Limit for the numbers in a transformer's config: widths, tokens, positions.
 LARGEST = 100_000
 
 
@@ -42,8 +44,12 @@ class _Index(_Fields):
     @model_validator(mode="after")
     def _parts(self) -> "_Index":
         for part, value in (self.model_extra or {}).items():
-            if isinstance(value, list) and not (len(value) == 2 and all(isinstance(v, str | None) for v in value)):
-                raise ValueError(f"{part}: not the library and class of a part")
+            is_pair = isinstance(value, list) and len(value) == 2 and all(isinstance(v, str | None) for v in value)
+            # A name becomes the name of a folder beside the file, and must not lead elsewhere.
+            if isinstance(value, list) and not (is_pair and re.fullmatch(r"\w+", part)):
+                raise ValueError(
+                    f"{part!r}: {value}: a part has a name of letters, digits and _, a library and a class"
+                )
         return self
 
 
@@ -64,7 +70,7 @@ class _UNet(_Fields):
     num_attention_heads: Count | Annotated[list[Count], Some] | None = None
     norm_num_groups: Count | None = 32
     time_embedding_dim: Count | None = None
-    time_cond_proj_dim: None = None  # of LCM: a U-Net that is told the guidance scale, which no step here does
+    time_cond_proj_dim: None = None  # LCM's U-Nets take the guidance scale as an input, which prunet does not give
     act_fn: str = "silu"
     class_embed_type: str | None = None
     encoder_hid_dim_type: str | None = None
@@ -87,7 +93,7 @@ class _UNet(_Fields):
     @model_validator(mode="after")
     def _whole(self) -> "_UNet":
         if self.out_channels != self.in_channels:
-            raise ValueError(f"out_channels {self.out_channels} are not the in_channels {self.in_channels}")
+            raise ValueError(f"out_channels {self.out_channels} must equal in_channels {self.in_channels}")
         blocks = [self.transformer_layers_per_block, self.reverse_transformer_layers_per_block or 1]
         deepest = len(self.down_block_types) * _largest(self.layers_per_block) * _largest(blocks)
         if deepest > DEEPEST:
@@ -99,7 +105,7 @@ class _UNet(_Fields):
 
 
 class _Transformer(_Fields):
-    """Of any class; how many blocks it may have says its architecture."""
+    """A transformer of any class; its `Architecture` checks the number of blocks."""
 
     name: str = Field(alias="_class_name")
     sample_size: Annotated[int, Field(strict=True, ge=1, le=1024)] | None = None
@@ -162,36 +168,41 @@ _CONFIGS: dict[str, type[_Fields]] = {
 
 
 def check_config(part: str, config: Mapping[str, Any], path: Path) -> None:
-    """Refuses a config with a field of another type than the part has, or of a size that no such part has.
+    """Refuses a config with a field of the wrong type, or of a size that no such part has.
 
     `part`: its name in the pipeline, or `model_index`. `path`: the file, for the message.
 
     Raises:
-        UserError: names the file, the field and what is wrong with it.
+        UserError: the file, the field and what is wrong with it.
     """
     try:
         _CONFIGS[part].model_validate(config)
     except ValidationError as error:
-        raise UserError(f"{path}: {explain(error)}: fetch or copy it again, or set that field right") from error
+        raise UserError(f"{path}: {explain(error)}: fetch or copy it again, or correct that field") from error
 
 
 def read_object(path: Path, message: str) -> dict[str, Any]:
-    if not path.is_file():  # a pipe would be waited for
+    """Reads a JSON object; `message` begins the text of errors.
+
+    Raises:
+        UserError: no such file, not JSON, or not an object.
+    """
+    if not path.is_file():  # reading a pipe would block
         raise UserError(f"{message}: no file {path}")
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{message}: {path} is not readable JSON ({error})") from error
     if not isinstance(value, dict):
-        raise UserError(f"{message}: {path} holds no JSON object")
+        raise UserError(f"{message}: {path} does not hold a JSON object")
     return value
 
 
 def check_condition(unet: Mapping[str, Any], encoders: Sequence[Mapping[str, Any]], source: str) -> None:
-    """Refuses text encoders whose embeddings are not as wide as the U-Net of the teacher at `source` takes them.
+    """Refuses text encoders with embeddings of another width than the U-Net takes; `source` begins the message.
 
     Raises:
-        UserError: names both widths.
+        UserError: both widths.
     """
     takes = unet["cross_attention_dim"]
     for width in takes if isinstance(takes, list) else [takes]:

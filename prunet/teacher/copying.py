@@ -1,4 +1,4 @@
-"""The parts that a student takes over from its teacher, copied into its pipeline."""
+"""Copies the parts that a student shares with its teacher into the student's pipeline."""
 
 import json
 import shutil
@@ -13,10 +13,11 @@ from prunet.teacher.weight_files import WEIGHTS, weight_names
 
 
 def save_parts(teacher: Teacher, folder: Path) -> None:
-    """Writes all of the pipeline but the U-Net into `folder`: the teacher's own weights, byte for byte.
+    """Writes the whole pipeline except the U-Net into `folder`; weights are copied byte for byte.
 
-    But text encoders get the names that every client reads (`prunet.teacher.text_names`), and of a single file
-    the VAE and the text encoders are written by diffusers, in the precision of this teacher.
+    There are two exceptions. Tensors of text encoders get the names that every program reads
+    (`prunet.teacher.text_names`). If the teacher is a single file, the libraries write the VAE and the text encoders,
+    in the precision of this teacher.
     """
     configs = teacher.configs()
     index = read_object(configs / "model_index.json", teacher.source)
@@ -49,10 +50,10 @@ def save_parts(teacher: Teacher, folder: Path) -> None:
 
 
 def _copy_config(teacher: Teacher, configs: Path, name: str, folder: Path) -> None:
-    """The config as it is, but for a text encoder stored in half precision.
+    """Copies a config; that of a text encoder gets `dtype` float32.
 
-    transformers would load that in half by default while diffusers loads the U-Net in full, and the stock
-    pipeline, opened without a dtype, would fail at its first matmul.
+    Without this, transformers loads a text encoder that was stored in half precision as it is, while diffusers loads
+    the U-Net in full precision. A stock pipeline opened without a dtype would then fail at its first matmul.
     """
     config = read_object(configs / name / "config.json", teacher.source)
     for key in ("dtype", "torch_dtype"):
@@ -62,7 +63,7 @@ def _copy_config(teacher: Teacher, configs: Path, name: str, folder: Path) -> No
 
 
 def _copy_other(teacher: Teacher, configs: Path, name: str, folder: Path) -> bool:
-    """Copies a part without weights that prunet loads (tokenizer, scheduler, safety checker); False: not there."""
+    """Copies a part that prunet does not load itself (tokenizer, scheduler, safety checker); False if it is missing."""
     files = _other_files(teacher, configs, name)
     for file in files:
         (folder / name).mkdir(exist_ok=True)
@@ -79,11 +80,12 @@ def _other_files(teacher: Teacher, configs: Path, name: str) -> list[Path]:
 
 
 def check_other_parts(teacher: Teacher) -> None:
-    """Refuses what stock diffusers could not load of the parts that are copied as they are (`_copy_other`): it
-    opens just those files with it. Else that would be found at the export, after all the training.
+    """Refuses parts, among those that are copied as they are (`_copy_other`), that stock diffusers cannot load.
+
+    Opens just these files with diffusers. Otherwise the mistake would appear at the export, after all the training.
 
     Raises:
-        UserError: such a part.
+        UserError: diffusers' message.
     """
     import diffusers
 
@@ -99,7 +101,7 @@ def check_other_parts(teacher: Teacher) -> None:
             for file in files:
                 (Path(made) / name / file.name).symlink_to(file.absolute())
             if not files:
-                say_once(f"{configs}: {name} is left out: no safetensors or JSON in its folder to copy")
+                say_once(f"{configs}: {name} is left out: its folder has no safetensors or JSON to copy")
                 index[name] = [None, None]
         if index.get("safety_checker", ["?"])[0] is None:
             index["requires_safety_checker"] = False
@@ -107,10 +109,10 @@ def check_other_parts(teacher: Teacher) -> None:
         diffusers.utils.logging.disable_progress_bar()
         try:
             diffusers.DiffusionPipeline.from_pretrained(made, local_files_only=True, unet=None, **dict.fromkeys(ours))
-        except Exception as error:  # of any kind: whatever the classes of the parts raise
+        except Exception as error:  # of any type: the classes of the parts decide
             lines = str(error).replace(made, str(configs)).splitlines() or [""]
             raise UserError(
-                f"{configs}: stock diffusers cannot open the parts that the student takes over "
+                f"{configs}: stock diffusers cannot open the parts that the student shares "
                 f"({type(error).__name__}: {lines[0][:300]}): fix that part, or delete its line in model_index.json"
             ) from error
         finally:

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (arXiv 2207.12598): what the teacher says of a prompt, away from what it says of none."""
+"""Classifier-free guidance (arXiv 2207.12598): the output for a prompt, moved away from the output for no prompt."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,13 +7,16 @@ from torch import Tensor
 
 from prunet.denoisers.condition import Condition
 
-#: `Architecture.call`
+#: `Architecture.call`.
 Caller = Callable[[Any, Tensor, Tensor, Condition], Tensor]
 
 
 def guided(
     call: Caller, net: Any, noisy: Tensor, timestep: Tensor, condition: Condition, empty: Condition, scale: float
 ) -> Tensor:
-    """u + scale (c - u) (B, C, h, w), of which c is called last; `empty`: the condition u of no prompt, as one row."""
+    """Returns u + scale (c - u), (B, C, h, w), with the outputs c for the prompt and u for none; c is computed last.
+
+    `empty`: the condition of no prompt, as one row.
+    """
     without = call(net, noisy, timestep, condition.without_prompt(empty))
     return without + scale * (call(net, noisy, timestep, condition) - without)

@@ -1,10 +1,10 @@
-"""The layouts that need no file: configs of denoisers, as published."""
+"""Known layouts: configs of published denoisers, which need no file from the user."""
 
 import json
 from importlib import resources
 from typing import Any
 
-#: Name -> the repository whose `config.json` it is, without the fields that prunet and diffusers do not read.
+#: Name -> the repository of its `config.json`; fields that neither prunet nor diffusers reads are removed.
 LAYOUTS = {
     "sd-v1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd-v2": "stabilityai/stable-diffusion-2-1-base",
@@ -20,7 +20,7 @@ LAYOUTS = {
 
 
 def layout_config(name: str) -> dict[str, Any]:
-    """The denoiser's config of a known layout: one of `LAYOUTS`."""
+    """The denoiser's config of a layout in `LAYOUTS`."""
     path = resources.files("prunet.teacher") / "layouts" / f"{name}.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return config

@@ -1,18 +1,19 @@
 """The original LDM layout: a whole pipeline as one `.safetensors` file, for any pruned U-Net.
 
-SD v1, SD v2 and SDXL "checkpoints", as ComfyUI and diffusers' `from_single_file` read them. No table per model:
-it is built on the meta device from its config, its modules are walked, and reading uses the same map.
+These are the "checkpoints" of SD v1, SD v2 and SDXL, as ComfyUI and diffusers' `from_single_file` read them. There is
+no table per model: the model is built on the meta device from its config, and walking its modules gives the map of
+names, which serves for writing and for reading.
 
-Who opens such a file, besides the `from_ldm_*` functions below, which open whatever `to_ldm` wrote:
+Programs that open such a file, besides the `from_ldm_*` functions below, which open everything that `to_ldm` writes:
 
-- diffusers 0.42, `from_single_file(file, config=folder_of_configs)`, bit-equal: SD v1, SD v2, SDXL, bk-base,
-  bk-small, bk-tiny, ssd-1b, vega, koala-1b, koala-700m. Not a plan whose stages keep different numbers of
-  layers: `convert_ldm_unet_checkpoint` computes `config["layers_per_block"] + 1` (TypeError). No student
-  without `config=`. The two text encoders of SDXL must differ in width: that is how it tells them apart.
-- ComfyUI (October 2025), width 320: SD v1, v2, any plan with an attention on the way down; SDXL by the depths
-  of its down blocks, `[0,0,2,2,10,10]`, `[0,0,2,2,4,4]`, `[0,0,1,1,2,2]`, `[0,2,5]`, `[0,2,6]`. It takes a
-  student of SD v2.1 (v-prediction) for epsilon, until its node ModelSamplingDiscrete says otherwise: `v_pred`
-  counts for SDXL only, and it looks at `output_blocks.11.1`, which a smaller student does not have.
+- diffusers 0.42, `from_single_file(file, config=folder_of_configs)`, bit-equal: SD v1, SD v2, SDXL, bk-base, bk-small,
+  bk-tiny, ssd-1b, vega, koala-1b, koala-700m. It does not open a plan that keeps different numbers of layers on the
+  levels of the U-Net: `convert_ldm_unet_checkpoint` computes `config["layers_per_block"] + 1` (TypeError). It opens no
+  student without `config=`. The two text encoders of SDXL must differ in width: diffusers tells them apart by it.
+- ComfyUI (October 2025), for U-Nets of width 320: SD v1, v2, any plan with an attention in a down block; SDXL by the
+  depths of its down blocks, `[0,0,2,2,10,10]`, `[0,0,2,2,4,4]`, `[0,0,1,1,2,2]`, `[0,2,5]`, `[0,2,6]`. It takes a
+  student of SD v2.1 (v-prediction) for epsilon, unless its node ModelSamplingDiscrete is set: it reads `v_pred` for
+  SDXL only, and otherwise looks at `output_blocks.11.1`, which a smaller student does not have.
 """
 
 import re
@@ -29,20 +30,21 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from prunet.denoisers.unet2d.ldm_names import RESNET, ldm_modules
 from prunet.errors import UserError
 from prunet.teacher import placing
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-TEXT = {  # (layout, index of the text encoder) -> prefix; after `model.` come OpenCLIP's names, else CLIP's
+TEXT = {  # (layout, index of the text encoder) -> prefix; OpenCLIP's names follow `model.`, CLIP's follow the others
     ("sd-v1", 0): "cond_stage_model.transformer.",
     ("sd-v2", 0): "cond_stage_model.model.",
     ("sdxl", 0): "conditioner.embedders.0.transformer.",
     ("sdxl", 1): "conditioner.embedders.1.model.",
 }
-SD_V2_LAYERS = 23  # OpenCLIP ViT-H has 24, but every reader of SD v2 takes the output of the 23rd
+SD_V2_LAYERS = 23  # OpenCLIP ViT-H has 24, but every program takes the output of the 23rd for SD v2
 INSTEAD = "export a diffusers folder instead"
 THIRDS = ("q_proj", "k_proj", "v_proj")
-#: Buffers of the noise schedule, which the scheduler makes again, and marks of what a model predicts.
+#: Buffers of the noise schedule, which the scheduler computes again, and marks (`prunet.teacher.marks`).
 OF_THE_SCHEDULE = re.compile(
     r"(betas|alphas_cumprod\w*|sqrt_\w+|log_one_minus_\w+|posterior_\w+|lvlb_weights|logvar|scale_factor|v_pred|ztsnr"
     r"|edm_vpred\..*|denoiser\..*)$"
@@ -57,10 +59,13 @@ def to_ldm(
     text_encoder_2: Any = None,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """All tensors of a pipeline under their LDM names, contiguous, as `safetensors.torch.save_file` wants them.
+    """Returns all tensors of a pipeline under their LDM names, contiguous, as `safetensors.torch.save_file` needs them.
 
-    A part that is None is left out. With `dtype=None` each tensor keeps its own, and shares memory with the
-    model if it can. The marks that say what it predicts are added by `prunet.teacher.marks`.
+    A part that is None is left out. With `dtype=None` each tensor keeps its dtype, and shares memory with the model
+    where possible. `prunet.teacher.marks` adds the marks that say what the model predicts.
+
+    Raises:
+        UserError: a part has no form in this layout.
     """
     layout = _layout_for(unet.config, text_encoder, text_encoder_2)
     parts = [(unet, unet_key_map(unet.config))] + ([(vae, vae_key_map(vae.config))] if vae is not None else [])
@@ -72,29 +77,29 @@ def to_ldm(
 
 
 def from_ldm_unet(path: str | Path, config: Mapping[str, Any]) -> UNet2DConditionModel:
-    """The U-Net of a single file, in the file's dtype; `config` is its diffusers config, which must fit."""
+    """Reads the U-Net of a single file, in the file's dtype; `config` is its diffusers config."""
     unet = placing.empty(UNet2DConditionModel, config)
     return placing.fill(unet, place(path, unet))
 
 
 def from_ldm_vae(path: str | Path, config: Mapping[str, Any]) -> AutoencoderKL:
-    """The VAE of a single file, in the file's dtype; `config` is its diffusers config."""
+    """Reads the VAE of a single file, in the file's dtype; `config` is its diffusers config."""
     vae = placing.empty(AutoencoderKL, config)
     return placing.fill(vae, place(path, vae))
 
 
 def from_ldm_text_encoder(path: str | Path, config: Any, index: int = 0) -> Any:
-    """Text encoder `index` (1: the second of SDXL) of a single file; `config` is its transformers config."""
+    """Reads text encoder `index` (1: the second of SDXL) of a single file; `config` is its transformers config."""
     cls = CLIPTextModelWithProjection if index else CLIPTextModel
     model = placing.empty(cls, config if isinstance(config, CLIPTextConfig) else CLIPTextConfig(**config))
     return placing.fill(model, place(path, model, index))
 
 
 def place(path: str | Path, model: Any, index: int = 0) -> placing.Placed:
-    """Where each tensor of an empty model lies in a single file, from its header alone; `index`: of a text encoder.
+    """Finds each tensor of an empty model in a single file, from its header alone; `index`: that of a text encoder.
 
     Raises:
-        UserError: the model and what the file has for it are not the same tensors.
+        UserError: the file has not exactly the model's tensors.
     """
     if isinstance(model, UNet2DConditionModel | AutoencoderKL):
         key_map, stem = _key_map(model), UNET if isinstance(model, UNet2DConditionModel) else VAE
@@ -103,22 +108,22 @@ def place(path: str | Path, model: Any, index: int = 0) -> placing.Placed:
         if (layout, index) not in TEXT:
             raise UserError(f"{path} ({layout}) has no text encoder {index}: pass another file or another index")
         key_map, stem = text_key_map(model.state_dict(), layout, index), TEXT[layout, index].rpartition(".")[0]
-        stem = stem.rpartition(".")[0] + "."  # above `transformer.` or `model.`: nothing beside it is left over
+        stem = stem.rpartition(".")[0] + "."  # without `transformer.` or `model.`, to notice tensors beside these
     found = placing.headers([Path(path)])
     return placing.place(model, found, key_map=key_map, unpack=_unpacked, stem=stem, fix=OTHER_CONFIG)
 
 
 def layout_of(path: str | Path) -> str | None:
-    """`sd-v1`, `sd-v2`, `sdxl` or None (something else), from the file's header alone: no weight is read.
+    """Returns `sd-v1`, `sd-v2`, `sdxl` or None (something else), from the file's header alone.
 
-    The names of the text encoder's tensors decide; in a file without one, the U-Net's context width.
+    The names of the text encoder's tensors decide; in a file without a text encoder, the U-Net's context width.
     """
     found = {placing.bare(key): header for key, header in placing.headers([Path(path)]).items()}
     cross = [key for key in found if key.startswith(UNET) and key.endswith(".attn2.to_k.weight")]
     width = found[cross[0]].shape[-1] if cross and found[cross[0]].shape else 0  # (C, width), the same in every block
     if UNET + "input_blocks.0.0.weight" not in found or any(".time_stack." in key for key in found):
         return None
-    if UNET + "label_emb.0.0.weight" in found:  # SDXL, but also its refiner (1280) and unCLIP (1024)
+    if UNET + "label_emb.0.0.weight" in found:  # SDXL (width 2048), its refiner (1280) and unCLIP (1024) have it
         return "sdxl" if width == 2048 or any(key.startswith(TEXT["sdxl", 1]) for key in found) else None
     for layout in ("sd-v1", "sd-v2"):
         if any(key.startswith(TEXT[layout, 0]) for key in found):
@@ -127,47 +132,47 @@ def layout_of(path: str | Path) -> str | None:
 
 
 def lacks(path: str | Path, layout: str) -> str | None:
-    """The beginning of the names of a part that a file of this layout should have and has not, if there is one."""
+    """The prefix of the first part that a file of this layout needs and does not have, or None."""
     found = {placing.bare(key) for key in placing.headers([Path(path)])}
     stems = [UNET, VAE, *(stem for (of, _), stem in TEXT.items() if of == layout)]
     return next((stem for stem in stems if not any(key.startswith(stem) for key in found)), None)
 
 
 def unused(path: str | Path) -> dict[str, int]:
-    """How many tensors of a file belong to no part of a pipeline, by the first word of their names."""
+    """Counts the tensors that belong to no part of a pipeline, by the first word of their names."""
     stems = (UNET, VAE, *(stem.split(".")[0] + "." for stem in TEXT.values()))
     keys = (placing.bare(key) for key in placing.headers([Path(path)]))
     return Counter(key.split(".")[0] for key in keys if not key.startswith(stems) and not OF_THE_SCHEDULE.match(key))
 
 
 def has_unet(path: str | Path, config: Mapping[str, Any]) -> bool:
-    """Whether the file's U-Net has just the tensors of `config` (names, and channels in), from the header alone."""
+    """Whether the file's U-Net has exactly the tensors of `config` (names, input channels), from the header alone."""
     found = {placing.bare(key): header for key, header in placing.headers([Path(path)]).items()}
     channels = found[UNET + "input_blocks.0.0.weight"].shape[1:2]
     keys = {key for key in found if key.startswith(UNET)}
     return keys == set(unet_key_map(config).values()) and channels == (config.get("in_channels", 4),)
 
 
-# Names: diffusers' parameter -> LDM's key
+# -- names: diffusers' parameter -> LDM's key
 
 
 def unet_key_map(config: Mapping[str, Any]) -> dict[str, str]:
-    """Name of each U-Net parameter -> its LDM name (`model.diffusion_model.` ...), one to one, any plan."""
+    """Name of each U-Net parameter -> its LDM name (`model.diffusion_model.` ...), one to one, for any plan."""
     return _key_map(placing.empty(UNet2DConditionModel, config))
 
 
 def vae_key_map(config: Mapping[str, Any]) -> dict[str, str]:
-    """Name of each VAE parameter -> its LDM name (`first_stage_model.` ...), one to one, any depth."""
+    """Name of each VAE parameter -> its LDM name (`first_stage_model.` ...), one to one, for any depth."""
     return _key_map(placing.empty(AutoencoderKL, config))
 
 
 def text_key_map(names: Iterable[str], layout: str, index: int) -> dict[str, str]:
-    """Name of each CLIP parameter -> its LDM name; in OpenCLIP's layout q, k and v share one."""
+    """Name of each CLIP parameter -> its LDM name; in OpenCLIP's layout q, k and v share one name."""
     key_map, prefix = {}, TEXT[layout, index]
     for name in names:
-        key = name.removeprefix("text_model.")  # CLIPTextModel of transformers 5 has lost this prefix
+        key = name.removeprefix("text_model.")  # absent in CLIPTextModel since transformers 5
         if not key.startswith(("embeddings.", "encoder.layers.", "final_layer_norm.", "text_projection.")):
-            raise UserError(f"{name} is no part of a CLIP text encoder, and LDM knows no other: {INSTEAD}")
+            raise UserError(f"{name} is no part of a CLIP text encoder, the only kind that LDM has: {INSTEAD}")
         if prefix.endswith(".model."):
             for ours, theirs in _OPENCLIP.items():
                 key = key.replace(ours, theirs)
@@ -184,11 +189,9 @@ _OPENCLIP = {
     "self_attn.k_proj.": "attn.in_proj_", "self_attn.v_proj.": "attn.in_proj_",
     "self_attn.out_proj": "attn.out_proj", "text_projection.weight": "text_projection",
 }  # fmt: skip
-# What is inside the modules that the walks below visit, by type; a module of another type has no LDM form.
+# Type of a module that the walks below visit -> names inside it; modules of other types have no LDM form.
 _UNET_INSIDE: dict[type, dict[str, str]] = {
-    ResnetBlock2D: {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
-                    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"},
-    Transformer2DModel: {}, nn.Conv2d: {}, nn.Linear: {}, nn.GroupNorm: {},
+    ResnetBlock2D: RESNET, Transformer2DModel: {}, nn.Conv2d: {}, nn.Linear: {}, nn.GroupNorm: {},
 }  # fmt: skip
 _VAE_INSIDE: dict[type, dict[str, str]] = {
     Attention: {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"},
@@ -196,33 +199,8 @@ _VAE_INSIDE: dict[type, dict[str, str]] = {
 }  # fmt: skip
 
 
-def _unet_modules(unet: Any) -> Iterator[tuple[str, str]]:
-    """(module, LDM module): a layer is a resnet with its attention and upsampler, or a downsampler alone."""
-    for ours, theirs in (("time_embedding", "time_embed"), ("add_embedding", "label_emb.0")):
-        if getattr(unet, ours, None) is not None:
-            yield f"{ours}.linear_1", f"{theirs}.0"
-            yield f"{ours}.linear_2", f"{theirs}.2"
-    yield from (("conv_in", "input_blocks.0.0"), ("conv_norm_out", "out.0"), ("conv_out", "out.2"))
-    for way, theirs, layer in (("down", "input_blocks", 1), ("up", "output_blocks", 0)):
-        for b, block in enumerate(unet.get_submodule(f"{way}_blocks")):
-            ours, attended = f"{way}_blocks.{b}", bool(getattr(block, "attentions", None))
-            for i in range(len(block.resnets)):
-                yield f"{ours}.resnets.{i}", f"{theirs}.{layer}.0"
-                if attended:
-                    yield f"{ours}.attentions.{i}", f"{theirs}.{layer}.1"
-                layer += 1
-            if way == "down" and block.downsamplers:
-                yield f"{ours}.downsamplers.0.conv", f"{theirs}.{layer}.0.op"
-                layer += 1
-            if way == "up" and block.upsamplers:  # within the stage's last layer
-                yield f"{ours}.upsamplers.0.conv", f"{theirs}.{layer - 1}.{1 + attended}.conv"
-    for kind, first in (("resnets", 0), ("attentions", 1)):  # they alternate, if there are any
-        for i in range(len(getattr(unet.mid_block, kind, ()))):
-            yield f"mid_block.{kind}.{i}", f"middle_block.{2 * i + first}"
-
-
 def _vae_modules(vae: Any) -> Iterator[tuple[str, str]]:
-    """(module, LDM module); LDM counts the decoder's levels from the picture, diffusers from the latents."""
+    """Yields (module, LDM module). LDM counts the decoder's blocks from the picture, diffusers from the latents."""
     for half, way in (("encoder", "down"), ("decoder", "up")):
         blocks = vae.get_submodule(f"{half}.{way}_blocks")
         for b, block in enumerate(blocks):
@@ -244,8 +222,8 @@ def _vae_modules(vae: Any) -> Iterator[tuple[str, str]]:
 
 
 def _key_map(model: Any) -> dict[str, str]:
-    """The walks' pairs of modules -> pairs of parameters, checked to cover the whole model one to one."""
-    modules, prefix, inside = _unet_modules(model), UNET, _UNET_INSIDE
+    """Parameter -> LDM name, from the pairs of modules that the walks yield; checks that every parameter has one."""
+    modules, prefix, inside = ldm_modules(model), UNET, _UNET_INSIDE
     if isinstance(model, AutoencoderKL):
         modules, prefix, inside = _vae_modules(model), VAE, _VAE_INSIDE
     key_map, known = {}, dict(model.named_modules())
@@ -262,14 +240,14 @@ def _key_map(model: Any) -> dict[str, str]:
     return key_map
 
 
-# Tensors: a model's state dict <-> the file's
+# -- tensors: a model's state dict <-> the file's
 
 
 def _pack(model: Any, key_map: Mapping[str, str]) -> dict[str, Tensor]:
-    """A model's tensors renamed and shaped as LDM has them; q, k and v, which share a key, become one."""
+    """A model's tensors with the names and shapes of LDM; q, k and v are joined where they share a key."""
     state, packed = model.state_dict(), {}
     if wrong := sorted(state.keys() ^ key_map.keys()):
-        raise UserError(f"{type(model).__name__} does not fit its config ({wrong[0]}): build it from that")
+        raise UserError(f"{type(model).__name__} does not fit its config ({wrong[0]}): build it from its config")
     for key, name in {key: name for name, key in key_map.items()}.items():  # each key once
         tensor = state[name]
         if ".in_proj_" in key:  # 3 x (C, C) -> (3C, C) and 3 x (C,) -> (3C,)
@@ -283,7 +261,7 @@ def _pack(model: Any, key_map: Mapping[str, str]) -> dict[str, Tensor]:
 
 
 def _unpacked(key: str, name: str, tensor: Tensor) -> Tensor:
-    """The inverse of `_pack`, for one tensor; one that cannot be of this kind is left as it is."""
+    """The inverse of `_pack` for one tensor; a tensor of an unexpected shape stays as it is."""
     if ".in_proj_" in key and tensor.ndim and tensor.shape[0] % 3 == 0:
         return tensor.chunk(3)[THIRDS.index(name.split(".")[-2])].clone()
     if ".mid.attn_" in key and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
@@ -294,9 +272,9 @@ def _unpacked(key: str, name: str, tensor: Tensor) -> Tensor:
 def _layout_for(config: Mapping[str, Any], text_encoder: Any, text_encoder_2: Any) -> str:
     sdxl = config["addition_embed_type"] == "text_time"
     if sdxl != (text_encoder_2 is not None) and (text_encoder, text_encoder_2) != (None, None):
-        raise UserError("to_ldm: an SDXL U-Net, and no other, has two text encoders: pass its own")
+        raise UserError("to_ldm: an SDXL U-Net has two text encoders, all others have one: pass its own")
     if sdxl or not config["use_linear_projection"]:
         return "sdxl" if sdxl else "sd-v1"
     if (layers := text_encoder.config.num_hidden_layers if text_encoder is not None else 0) > SD_V2_LAYERS:
-        raise UserError(f"to_ldm: text_encoder has {layers} layers, SD v2 uses {SD_V2_LAYERS}: cut the rest")
+        raise UserError(f"to_ldm: text_encoder has {layers} layers, SD v2 uses {SD_V2_LAYERS}: remove the others")
     return "sd-v2"

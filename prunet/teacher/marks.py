@@ -1,16 +1,16 @@
-"""Marks: what a single file says that it predicts, read from its header, and what prunet's own files say.
+"""Marks: what the header of a single file says about the model's prediction and noise, for reading and for writing.
 
-A single file has no scheduler. What its U-Net predicts, and for which noise, is in marks that trainers and programs
-leave beside the weights, and in the config that is given with it: where the two disagree, one of them is wrong, and
-every step of a distillation would be as well.
+A single file has no scheduler. Trainers and other programs leave marks beside the weights that say what the U-Net
+predicts, and for which noise. The config that a user gives with the file says so too. Where the two disagree, one of
+them is wrong, and then every step of a distillation would be wrong.
 
-Who reads which mark, besides prunet:
+Programs that use each mark, besides prunet:
 
-- the tensors `v_pred` and `ztsnr` (both empty): ComfyUI (of SDXL; `ztsnr` only beside `v_pred`), Forge, reForge;
-- `edm_mean` with `edm_std`, `edm_vpred.sigma_max`, for EDM's noise: ComfyUI; stable-diffusion.cpp the second, diffusers
-  the first;
-- `modelspec.*` in the metadata (https://github.com/Stability-AI/ModelSpec): written by sd-scripts (kohya) and ComfyUI,
-  the latter with a `predict_key` of its own; `ss_*` by sd-scripts and what is made of it.
+- the tensors `v_pred` and `ztsnr` (both empty): ComfyUI (for SDXL; `ztsnr` only beside `v_pred`), Forge, reForge;
+- `edm_mean` with `edm_std`, and `edm_vpred.sigma_max`, for EDM's noise: ComfyUI reads both, diffusers the first,
+  stable-diffusion.cpp the second;
+- `modelspec.*` in the metadata (https://github.com/Stability-AI/ModelSpec): written by sd-scripts (kohya), and by
+  ComfyUI, which adds `predict_key`; `ss_*`: written by sd-scripts and programs based on it.
 """
 
 import json
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from prunet.errors import UserError
 
-#: What a mark tells: two fields of a scheduler's config, and whether the noise is EDM's.
+#: The fields of a mark: two of a scheduler's config, and whether the noise is EDM's.
 PREDICTION, ZERO_SNR, NOISE = "prediction_type", "rescale_betas_zero_snr", "noise"
 EPSILON, V = "epsilon", "v_prediction"
 TENSORS = {
@@ -34,11 +34,11 @@ TENSORS = {
     "ztsnr": (ZERO_SNR, True),
     **dict.fromkeys(("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min"), (NOISE, "EDM")),
 }
-PREDICTIONS = {"eps": EPSILON, "v": V, "vpred": V, "v_pred": V, "v-prediction": V}  # and diffusers' own words
+PREDICTIONS = {"eps": EPSILON, "v": V, "vpred": V, "v_pred": V, "v-prediction": V}  # besides diffusers' own words
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 ARCHITECTURES = {"stable-diffusion-v2-768-v": V, "stable-diffusion-v2-512": EPSILON}
 VERSIONS = {"sd_v1": EPSILON, "sd_v2": EPSILON, "sd_v1_v": V, "sd_v2_v": V}
-MODELSPEC = {  # layout -> architecture, by what it predicts
+MODELSPEC = {  # layout -> prediction type -> architecture
     "sd-v1": {EPSILON: "stable-diffusion-v1", V: "stable-diffusion-v1"},
     "sd-v2": {EPSILON: "stable-diffusion-v2-512", V: "stable-diffusion-v2-768-v"},
     "sdxl": {EPSILON: "stable-diffusion-xl-v1-base", V: "stable-diffusion-xl-v1-base"},
@@ -48,7 +48,7 @@ LABELS = {"sd-v1": "SD v1", "sd-v2": "SD v2", "sdxl": "SDXL"}
 
 @dataclass(frozen=True)
 class Mark:
-    """One statement: `field` is `value`, says the tensor or metadata `where`."""
+    """One statement of a file: `field` is `value`, according to the tensor or metadata `where`."""
 
     field: str
     value: Any
@@ -56,7 +56,7 @@ class Mark:
 
 
 def read_marks(path: str | Path) -> list[Mark]:
-    """All that a `.safetensors` file says of its prediction and noise, from its header alone.
+    """Reads all marks of a `.safetensors` file, from its header alone.
 
     Raises:
         UserError: not a safetensors file.
@@ -84,12 +84,16 @@ def read_marks(path: str | Path) -> list[Mark]:
 
 
 def check_marks(path: str | Path, scheduler: Mapping[str, Any], whose: str, layout: str) -> list[Mark]:
-    """Compares a file's marks with the scheduler's config that it would be used with, which `whose` names.
+    """Compares a file's marks with a scheduler's config, and returns the marks.
 
-    Returns the marks. `layout` (`sd-v1`, `sd-v2`, `sdxl`) is for the advice.
+    Args:
+        path: the `.safetensors` file.
+        scheduler: the config that the file would be used with.
+        whose: the config's name in messages.
+        layout: `sd-v1`, `sd-v2` or `sdxl`, for the advice.
 
     Raises:
-        UserError: they disagree, or the marks with each other; or the noise is not that of Stable Diffusion.
+        UserError: marks and config disagree, or two marks do; or the noise is not that of Stable Diffusion.
     """
     marks = read_marks(path)
     said: dict[str, Mark] = {}
@@ -97,16 +101,16 @@ def check_marks(path: str | Path, scheduler: Mapping[str, Any], whose: str, layo
         first = said.setdefault(mark.field, mark)
         if first.value != mark.value:
             raise UserError(
-                f"{path} says two things of its {mark.field}: {first.value} ({first.where}) and {mark.value} "
-                f"({mark.where}); save it as a diffusers folder, whose scheduler alone says it, and give that"
+                f"{path} says two things about its {mark.field}: {first.value} ({first.where}) and {mark.value} "
+                f"({mark.where}); save it as a diffusers folder, where only the scheduler says it, and give that"
             )
     ours = {PREDICTION: scheduler.get(PREDICTION, EPSILON), ZERO_SNR: bool(scheduler.get(ZERO_SNR, False))}
     for field, mark in said.items():
         if field == NOISE:
             made_for = scheduler.get("_class_name", LABELS[layout])
             raise UserError(
-                f"{path}: trained for EDM's noise by {mark.where}, for {made_for} by {whose}; prunet knows the noise "
-                "of SD v1, v2 and SDXL alone: give a model that was trained with it"
+                f"{path}: trained for EDM's noise by {mark.where}, for {made_for} by {whose}; prunet supports only the "
+                "noise of SD v1, v2 and SDXL: give a model that was trained with it"
             )
         if mark.value != ours[field]:
             raise UserError(
@@ -126,13 +130,13 @@ def _advice(field: str, value: Any, layout: str) -> str:
 
 
 def mark(scheduler: Mapping[str, Any], layout: str, title: str, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata that say what a file of this scheduler predicts.
+    """Returns the tensors and the metadata that mark a file of a model.
 
     Args:
-        scheduler: its config.
+        scheduler: the config of the model's scheduler.
         layout: `sd-v1`, `sd-v2` or `sdxl`.
         title: the model's name.
-        size: side of its pictures, in pixels.
+        size: side of the model's pictures, in pixels.
     """
     prediction = scheduler.get(PREDICTION, EPSILON)
     said = {PREDICTION: prediction, ZERO_SNR: bool(scheduler.get(ZERO_SNR, False))}
@@ -150,7 +154,7 @@ def mark(scheduler: Mapping[str, Any], layout: str, title: str, size: int) -> tu
 
 
 def save_marked(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """A safetensors file whose metadata is in order: the library writes it in another one each time."""
+    """Writes a safetensors file with sorted metadata, so that equal contents are equal bytes; the library's vary."""
     save_file(dict(tensors), path, metadata=dict(metadata))
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")

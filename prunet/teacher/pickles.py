@@ -1,9 +1,8 @@
-"""The tensors of a pickled checkpoint (`.ckpt`, `.pt`, `.bin`), read without running what is in it.
+"""Reads the tensors of a pickled checkpoint (`.ckpt`, `.pt`, `.bin`) without running the code in it.
 
-A pickle is a program: it imports what it names and calls it. Here each name that it asks for becomes an inert
-stand-in, and those that make a tensor become notes of where its bytes lie. Nothing is imported, nothing is called.
-The bytes are then taken from the file, as PyTorch lays them out: a zip of stored records, or (before PyTorch 1.6) the
-pickle with the bytes behind it.
+A pickle is a program that imports names and calls them. Here each name becomes an inert stand-in, and the names that
+make a tensor become notes of where its bytes are. Nothing is imported, nothing is called. The bytes are then read from
+the file in PyTorch's layout: a zip of stored records, or (before PyTorch 1.6) the pickle followed by the bytes.
 """
 
 import collections
@@ -24,23 +23,25 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import override
 
 from prunet.disk.files import new_file
 from prunet.errors import UserError
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file of PyTorch before 1.6
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in a file of PyTorch before 1.6
 LARGEST_PICKLE = 256 << 20  # bytes, without the tensors; Stable Diffusion's has about 1 MB
-MOST_TUPLES = 60_000  # nested in each other, more would overflow Python's stack; a tensor has three or four
-LARGEST_GROWTH = 4  # tied tensors are written once for each of their names
+MOST_TUPLES = 60_000  # more, nested in each other, would overflow Python's stack; a tensor has three or four
+LARGEST_GROWTH = 4  # output bytes per input byte; tied tensors are written once for each of their names
 AGAIN = "fetch or copy it again"
+IP_ADAPTER = {"image_proj", "ip_adapter"}  # what such a file holds: two mappings, in safetensors joined by dots
 
-Places = Mapping[str, tuple[int, int]]  # record -> where it starts in the file and how long it is, in bytes
+Places = Mapping[str, tuple[int, int]]  # record -> its start in the file and its length, in bytes
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Where the numbers of one or more tensors lie: `numel` of them in the record `key`, from the `start`-th on."""
+    """The place of the numbers of one or more tensors: `numel` numbers of the record `key`, from number `start` on."""
 
     key: str
     dtype: torch.dtype
@@ -60,6 +61,7 @@ class Note:
 
     @property
     def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
         return math.prod(self.size) * self.dtype.itemsize
 
 
@@ -67,21 +69,21 @@ def convert(path: Path | str, output: Path | str | None = None) -> dict[str, Any
     """Writes the tensors of a pickled checkpoint as `.safetensors`; code in the pickle does not run.
 
     Args:
-        path: what `torch.save` wrote: tensors by name, or a mapping with those as its `state_dict`.
-        output: the new file; `path` with the ending `.safetensors` by default. It must not be there yet.
+        path: a file of `torch.save`: tensors by name, or a mapping that has these as its `state_dict`.
+        output: the new file, which must not exist; by default `path` with the ending `.safetensors`.
 
     Returns:
-        The `output`, the number of `tensors`, their `bytes`, and the names of what was `dropped`: all else.
+        The `output`, the number of `tensors`, their `bytes`, and the names of everything that was `dropped`.
 
     Raises:
-        UserError: no such file, no pickle of PyTorch's, damaged, or no tensors in it that safetensors can hold.
+        UserError: no such file, not a pickle of PyTorch, damaged, or without tensors that safetensors can hold.
     """
     path = Path(path)
     name = path.stem if path.suffix in PICKLES else path.name  # `model-v1.5` has no ending
     output = path.with_name(f"{name}.safetensors") if output is None else Path(output)
     if output.suffix != ".safetensors":
         raise UserError(f"--output {output}: name the new file something.safetensors")
-    if os.path.lexists(output):  # a link that leads nowhere is there, too
+    if os.path.lexists(output):  # also true for a broken link
         raise UserError(f"{output}: exists; delete it first, or give another --output")
     tensors, dropped = read_tensors(path)
     with new_file(output) as part:
@@ -91,14 +93,14 @@ def convert(path: Path | str, output: Path | str | None = None) -> dict[str, Any
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of a checkpoint, contiguous, each in memory of its own; and the names of what else it holds."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
+    """Reads the tensors of a checkpoint, contiguous, without shared memory; and the names of everything else in it."""
+    if path.exists() and not path.is_file():  # reading a pipe would block
         raise UserError(f"{path}: cannot be read (not a file): give the path of a checkpoint")
     try:
         with path.open("rb") as file:
             head = file.read(9)
         if head[8:] == b"{":
-            raise UserError(f"{path}: is no pickle but safetensors already: rename it to {path.stem}.safetensors")
+            raise UserError(f"{path}: is already safetensors, not a pickle: rename it to {path.stem}.safetensors")
         value, places = _read_zip(path) if head.startswith(b"PK\x03\x04") else _read_legacy(path)
     except (zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"{path}: cut off or damaged ({error}): {AGAIN}") from error
@@ -106,21 +108,23 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         raise UserError(f"{path}: cannot be read ({error.strerror}): give the path of a checkpoint") from error
     except UserError:
         raise
-    except Exception as error:  # a pickle can be wrong in any way; none of its code has run
+    except Exception as error:  # a pickle can be wrong in any way, and none of its code has run
         raise UserError(
             f"{path}: not a checkpoint that PyTorch wrote ({str(error) or type(error).__name__}): {AGAIN}"
         ) from error
     notes, dropped = _notes(path, value)
     if sum(note.nbytes for note in notes.values()) > LARGEST_GROWTH * path.stat().st_size:
-        raise UserError(f"{path}: its tensors would take over {LARGEST_GROWTH} times the file: it is no checkpoint")
+        raise UserError(f"{path}: its tensors would take over {LARGEST_GROWTH} times the file: it is not a checkpoint")
     file_bytes = np.memmap(path, np.uint8, "r")
     return {name: _tensor(path, name, note, file_bytes, places) for name, note in notes.items()}, dropped
 
 
 def _notes(path: Path, value: Any) -> tuple[dict[str, Note], list[str]]:
-    """The tensors that a checkpoint holds by name, and the names of the rest."""
+    """The tensors of a checkpoint by name, and the names of everything else in it."""
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds {_label(value)}, not tensors by name: save its state_dict alone")
+    if set(value) == IP_ADAPTER and all(isinstance(entry, dict) for entry in value.values()):
+        value = {f"{part}.{_label(name)}": entry for part, state in value.items() for name, entry in state.items()}
     inside = [key for key, entry in value.items() if isinstance(entry, dict) and _holds_tensors(entry)]
     state, outside = value, []
     if "state_dict" in inside or not _holds_tensors(value):
@@ -134,7 +138,7 @@ def _notes(path: Path, value: Any) -> tuple[dict[str, Note], list[str]]:
             raise UserError(f"{path}: {_label(name)} is a tensor of another kind ({entry.of}): save it as a dense one")
     notes = {name: entry for name, entry in state.items() if isinstance(name, str) and isinstance(entry, Note)}
     if odd := next((name for name in notes if name == "__metadata__" or not _is_text(name)), None):
-        raise UserError(f"{path}: safetensors has no room for a tensor of the name {odd!r}: save it under another")
+        raise UserError(f"{path}: safetensors cannot store a tensor called {odd!r}: save it under another name")
     if unsaved := [name for name, note in notes.items() if note.dtype.is_complex]:
         raise UserError(f"{path}: {unsaved[0]} has complex numbers, which no part of a Stable Diffusion has")
     return notes, sorted([*outside, *(_label(name) for name in state if name not in notes)])
@@ -149,19 +153,19 @@ def _is_text(name: str) -> bool:
 
 
 def _is_other_tensor(entry: Any) -> bool:
-    """What torch would have made something of, but no stand-in here does: sparse, negated, on no device."""
+    """Whether torch would make a tensor of it that no stand-in here can: sparse, negated, without a device."""
     return isinstance(entry, Inert) and entry.of.startswith(("torch._utils.", "torch.storage."))
 
 
 def _label(value: Any) -> str:
-    """A key as it is; of all else what it is."""
+    """A string as it is, the type of anything else."""
     if isinstance(value, str):
         return value
     return getattr(value, "of", "") or type(value).__name__
 
 
 def _tensor(path: Path, name: str, note: Note, file: Any, places: Places) -> Tensor:
-    """Reads a tensor; its place is what the pickle says, so it is checked against the file first."""
+    """Reads a tensor. The pickle says where it is, so its place is first checked against the file."""
     if 0 in note.size:
         return torch.empty(note.size, dtype=note.dtype)
     begin, length = places.get(note.storage.key, (0, 0))
@@ -170,7 +174,7 @@ def _tensor(path: Path, name: str, note: Note, file: Any, places: Places) -> Ten
     first = skipped + note.offset * itemsize
     last = first + itemsize * sum((n - 1) * step for n, step in zip(note.size, note.stride, strict=True))
     if end > length or last + itemsize > end:
-        raise UserError(f"{path}: {name} would lie outside of its record: {AGAIN}")
+        raise UserError(f"{path}: {name} would lie outside its record: {AGAIN}")
     numbers = torch.from_numpy(np.array(file[begin + first : begin + last + itemsize]))
     return numbers.view(note.dtype).as_strided(note.size, note.stride).contiguous()
 
@@ -183,7 +187,7 @@ def _read_zip(path: Path) -> tuple[Any, Places]:
         members = {info.filename: info for info in archive.infolist()}
         roots = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")]
         if len(roots) != 1 or f"{roots[0]}constants.pkl" in members:
-            raise UserError(f"{path}: a zip, but no checkpoint (no data.pkl in it, or a TorchScript program beside)")
+            raise UserError(f"{path}: a zip, but not a checkpoint (it has no data.pkl, or a TorchScript program)")
         packed = any(info.compress_type != zipfile.ZIP_STORED for info in members.values())
         if packed or sum(info.file_size for info in members.values()) > path.stat().st_size:
             raise UserError(f"{path}: its records are compressed, which PyTorch never does: {AGAIN}")
@@ -194,7 +198,7 @@ def _read_zip(path: Path) -> tuple[Any, Places]:
         places = {}
         for name, info in members.items():
             if name.startswith(f"{roots[0]}data/"):
-                file.seek(info.header_offset + 26)  # in its header: the lengths of the name and of the extra field
+                file.seek(info.header_offset + 26)  # the lengths of the name and of the extra field
                 places[name.removeprefix(f"{roots[0]}data/")] = (
                     info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))),
                     info.file_size,
@@ -223,43 +227,48 @@ def _read_legacy(path: Path) -> tuple[Any, Places]:
 
 def _check_byte_order(path: Path, little_endian: bool) -> None:
     if not little_endian:
-        raise UserError(f"{path}: written on a big-endian machine: save it again on another one")
+        raise UserError(f"{path}: written on a big-endian machine: save it again on a little-endian one")
 
 
 # -- the pickle, in which nothing runs
 
 
 def _unpickler(path: Path, file: Any) -> "_Unpickler":
-    """For the pickle at the place of `file`, which is looked through first: numbers in it ask for memory."""
+    """The unpickler for the pickle at the position of `file`.
+
+    Looks through the pickle first, because numbers in it can demand any amount of memory.
+    """
     begin, tuples = file.tell(), 0
     for opcode, argument, position in pickletools.genops(file):
         done, tuples = position - begin, tuples + opcode.name.startswith("TUPLE")
         memo = "PUT" in opcode.name and int(argument or 0) > done + 1
         if done > LARGEST_PICKLE or tuples > MOST_TUPLES or memo:
-            raise UserError(f"{path}: a pickle that asks for too much memory: it is no checkpoint")
-        if opcode.name.startswith("EXT"):  # a name by its number, which would be looked up elsewhere
-            raise UserError(f"{path}: a pickle with names by number ({opcode.name}): it is no checkpoint")
+            raise UserError(f"{path}: a pickle that demands too much memory: it is not a checkpoint")
+        if opcode.name.startswith("EXT"):  # a number for a name, which Python would look up elsewhere
+            raise UserError(f"{path}: a pickle with numbers for names ({opcode.name}): it is not a checkpoint")
     file.seek(begin)
     return _Unpickler(file)
 
 
 class _Unpickler(pickle.Unpickler):
-    """Python's own, for which every name is a stand-in and every storage a note."""
+    """Python's unpickler, with a stand-in for every name and a note for every storage."""
 
     def __init__(self, file: Any) -> None:
-        super().__init__(file, encoding="latin1")  # which reads any string of Python 2
-        self.itemsizes: dict[str, int] = {}  # of each record
+        super().__init__(file, encoding="latin1")  # reads any string of Python 2
+        self.itemsizes: dict[str, int] = {}  # record -> bytes per number
 
+    @override
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in STAND_INS:
             return STAND_INS[module, name]
-        known = vars(torch).get(name) if module in ("torch", "torch.cuda") else None  # looked up, not imported
+        known = vars(torch).get(name) if module in ("torch", "torch.cuda") else None  # imports nothing
         if isinstance(known, torch.dtype):
             return known
         if module in ("torch", "torch.cuda") and name.removesuffix("Storage") in STORAGES:
             return STORAGES[name.removesuffix("Storage")]
         return type("Inert", (Inert,), {"of": f"{module}.{name}"})
 
+    @override
     def persistent_load(self, pid: Any) -> Any:
         if len(pid) < 5 or pid[0] != "storage":
             return Inert
@@ -278,32 +287,34 @@ def _check_counts(*values: Any) -> None:
 
 
 class Inert:
-    """Stands for a class, a function or an object: takes what it is given and does nothing."""
+    """Stands for a class, a function or an object: accepts everything and does nothing."""
 
     of = ""
 
+    @override
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return object.__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns itself."""
         return self
 
     def _ignore(self, *args: Any) -> None: ...
 
-    # What a pickle calls on what it made, if it is a list, a mapping, a set, or has a state.
+    # The methods that a pickle calls on lists, mappings, sets and objects with a state.
     append = extend = add = __setitem__ = __setstate__ = _ignore
 
 
 class _Tensor(Inert):
-    """The functions that make a tensor of a storage; those of later versions also name a dtype."""
+    """Stands for the functions that make a tensor of a storage; those of later versions also give a dtype."""
 
     def __new__(cls, storage: Storage, offset: int, size: Any, stride: Any, *rest: Any) -> Any:
         if not isinstance(storage, Storage) or len(size) != len(stride):
             raise pickle.UnpicklingError("a tensor without a storage")
         if bits := [name for value in rest if type(value) is dict for name in value if value[name]]:
-            # The numbers are stored otherwise than they are read: negated or conjugated.
+            # The stored numbers are not the tensor's: it is negated or conjugated.
             return type("Inert", (Inert,), {"of": f"torch._utils.{_label(bits[0])}"})()
         dtype = next((value for value in rest if isinstance(value, torch.dtype)), storage.dtype)
         _check_counts(offset, *size, *stride)
@@ -311,18 +322,20 @@ class _Tensor(Inert):
 
 
 class _Parameter(Inert):
+    """Stands for the functions that make a parameter: the tensor alone."""
+
     def __new__(cls, tensor: Any, *rest: Any) -> Any:
         return tensor
 
 
 class _Subclass(Inert):
-    """A tensor of a subclass: the tensor alone."""
+    """Stands for the function that makes a tensor of a subclass: the tensor alone."""
 
     def __new__(cls, make: Any, kind: Any, arguments: Any, *rest: Any) -> Any:
         return make(*arguments) if make in STAND_INS.values() else Inert()
 
 
-STORAGES = {  # torch.FloatStorage and so on: in a pickle no more than names of dtypes
+STORAGES = {  # torch.FloatStorage and so on only name dtypes in a pickle
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
     "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
     "Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128,

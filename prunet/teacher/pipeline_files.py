@@ -1,7 +1,7 @@
-"""What is known of a pipeline from its files: where they lie, what they are, their configs and their fingerprint.
+"""The files of a pipeline: their places, configs and fingerprint, without loading a weight.
 
-What differs between SD v1, v2 and SDXL (one or two text encoders, micro-conditioning, epsilon or v-prediction, the
-scaling factor) is settled here and in `prunet.teacher.teacher`, and nowhere else. No weight is loaded.
+Only this file and `prunet.teacher.teacher` know what differs between SD v1, v2 and SDXL: one or two text encoders,
+micro-conditioning, epsilon or v-prediction, the scaling factor.
 """
 
 import hashlib
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from prunet.denoisers.architecture import Architecture
 from prunet.denoisers.known import architecture_of
 from prunet.errors import UserError
-from prunet.teacher import placing
+from prunet.teacher import placing, scheduler
 from prunet.teacher.configs import check_config, read_object
 from prunet.teacher.known import LAYOUTS, layout_config
 from prunet.teacher.weight_files import WEIGHTS, find_weights
 
-if TYPE_CHECKING:  # imported when used: a config can be read in a second, diffusers takes several
+if TYPE_CHECKING:  # imported when used: reading a config takes one second, importing diffusers several
     from diffusers import DDPMScheduler
 
 PIPELINES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
@@ -31,15 +31,17 @@ CLASSES = {
 
 
 class PipelineFiles:
-    """A Stable Diffusion pipeline as files: a diffusers folder, a single `.safetensors` file with its configs, a
-    repository of the hub, or the name of a known layout (a config without weights).
+    """A Stable Diffusion pipeline as files.
+
+    It is a diffusers folder, a single `.safetensors` file with its configs, a repository of the hub, or the name of a
+    known layout (a config without weights).
 
     Args:
-        source: its path, hub id, or layout.
+        source: path, hub id, or layout.
         config: for a single file: the folder or hub id with configs, tokenizers and scheduler. Without it, the folder
             `NAME.config` beside the file is used, else the hub.
-        revision: of a hub id.
-        only_form: it is opened for plans and students alone, which prunet makes of more denoisers than it trains.
+        revision: the revision of a hub id.
+        only_form: accept all denoisers that prunet can plan and build students of, not only those it can train.
 
     Raises:
         UserError: nothing to open there, or nothing that prunet can compress.
@@ -55,8 +57,8 @@ class PipelineFiles:
     ) -> None:
         self.source = str(source)
         self._revision = revision
-        self.file: Path | None = None  # the weights, if they are one file
-        self.hub: str | None = None  # the repository, if `_folder` is filled on demand
+        self.file: Path | None = None  # the weights, if they are a single file
+        self.hub: str | None = None  # the repository, if `_folder` is downloaded on demand
         self._folder: Path | None = None  # configs, tokenizers, scheduler; and the weights if not in `file`
         self._part = "unet"  # the denoiser's folder in `_folder`
         self._fingerprints: dict[str, str] = {}
@@ -72,7 +74,7 @@ class PipelineFiles:
             self._folder = path
             self._read_index()
         elif self.source in LAYOUTS:
-            self.kind = "sdxl" if self.source == "sdxl" else "sd"  # of others nothing but their form is asked
+            self.kind = "sdxl" if self.source == "sdxl" else "sd"  # unused for transformers
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", self.source) and path.suffix != ".safetensors":
             self.hub = self.source
             self._folder = self.download("*.json", "*/*.json", "tokenizer*/*")
@@ -84,20 +86,20 @@ class PipelineFiles:
             )
         if revision is not None and self.hub is None:
             raise UserError(
-                f"{self.source}: teacher.revision {revision!r} is of a repository of the hub, and this is none: leave "
+                f"{self.source}: teacher.revision {revision!r} is for a repository of the hub, and this is none: leave "
                 "it out, or give the hub id"
             )
         if self.architecture.only_form and not only_form:
             raise UserError(
-                f"{self.source}: its denoiser is a {self.architecture.class_name}, of which prunet plans and builds "
-                "students (prunet inspect, prunet build); it cannot train, draw, measure or export one yet"
+                f"{self.source}: its denoiser is a {self.architecture.class_name}; prunet can plan and build students "
+                "of it (prunet inspect, prunet build), but not train, draw, measure or export them"
             )
 
     def _open_file(self, path: Path, config: str | Path | None) -> None:
         if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
             raise UserError(
                 f"{path} is a pickle, which can run code when it is opened; `prunet convert {path}` writes its tensors "
-                f"as {path.with_suffix('.safetensors').name} without running any"
+                f"as {path.with_suffix('.safetensors').name} without running code"
             )
         if path.suffix != ".safetensors":
             raise UserError(f"{path}: not a .safetensors file or a diffusers folder")
@@ -123,8 +125,8 @@ class PipelineFiles:
         layout = ldm.layout_of(path)
         if layout is None:
             raise UserError(
-                f"{path}: not a checkpoint of SD v1, v2 or SDXL that prunet knows by its tensors; if it is a pruned "
-                "or small one, give its configs with teacher.config (a diffusers folder without weights)"
+                f"{path}: its tensors are not those of a whole SD v1, v2 or SDXL; if it is a pruned or small one, give "
+                "its configs with --config (in a recipe teacher.config), a diffusers folder without weights"
             )
         self.kind = "sdxl" if layout == "sdxl" else "sd"
         self._layout = layout
@@ -138,12 +140,12 @@ class PipelineFiles:
             raise UserError(f"{path} has no {missing}* in it, a part that {layout} needs: give the whole checkpoint")
         if not ldm.has_unet(path, layout_config(layout)):
             raise UserError(
-                f"{path}: a U-Net that is not the whole {layout}, pruned or with other inputs: give its configs with "
-                "--config or teacher.config (a diffusers folder without weights)"
+                f"{path}: its U-Net is not the whole {layout}, but pruned or with other inputs: give its configs with "
+                "--config (in a recipe teacher.config), a diffusers folder without weights"
             )
 
     def _check_marks(self, path: Path, config: str) -> None:
-        """Refuses a config whose scheduler says something else than the file that it was given with."""
+        """Refuses a config if its scheduler disagrees with the marks of the file."""
         from prunet.teacher import marks
 
         if marks.read_marks(path):
@@ -153,7 +155,6 @@ class PipelineFiles:
         assert self._folder is not None
         index = read_object(self._folder / "model_index.json", f"{self._folder} is not a diffusers pipeline folder")
         check_config("model_index", index, self._folder / "model_index.json")
-        _check_names(index, self._folder / "model_index.json")
         if index.get("transformer"):
             self._part = self.kind = "transformer"
             if self.architecture.part != self._part:
@@ -165,12 +166,12 @@ class PipelineFiles:
         self.kind = PIPELINES[name]
         unet, vae = self.part_config("unet"), self.part_config("vae")
         if vae.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-            raise UserError(f"{self._folder}: its VAE is a {vae['_class_name']}; prunet knows AutoencoderKL")
+            raise UserError(f"{self._folder}: its VAE is a {vae['_class_name']}; prunet supports AutoencoderKL")
         for key in ("latents_mean", "latents_std", "shift_factor"):
             if vae.get(key) is not None:
                 raise UserError(
                     f"{self._folder / 'vae' / 'config.json'}: its latents have {key}, Stable Diffusion's do not; "
-                    "prunet knows latents with a scaling_factor alone"
+                    "prunet supports latents with only a scaling_factor"
                 )
         if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
             raise UserError(
@@ -179,18 +180,23 @@ class PipelineFiles:
             )
 
     def check_index(self) -> None:
-        """Refuses a `model_index.json` that gives a part another class than prunet loads it as."""
+        """Refuses a `model_index.json` that gives a part another class than the one prunet loads.
+
+        Raises:
+            UserError: the part and both classes.
+        """
         path = self.configs() / "model_index.json"
         index = read_object(path, self.source)
         known = {self.architecture.part: self.architecture.class_name, **CLASSES}
         for part in self.parts:
-            if (given := (index.get(part) or [None, None])[1]) != known[part]:
+            pair = index.get(part)
+            if (given := pair[1] if isinstance(pair, list) else None) != known[part]:
                 raise UserError(
-                    f"{path}: {part}: {given}; prunet knows {known[part]}: fetch or copy it again, or set it right"
+                    f"{path}: {part}: {given}; prunet supports {known[part]}: fetch or copy it again, or correct it"
                 )
 
     def configs(self) -> Path:
-        """The folder with configs and tokenizers, fetched for a bare single file when first needed."""
+        """The folder with configs and tokenizers; downloaded when first needed if a single file came without one."""
         if self._folder is None:
             if self.file is None:
                 raise UserError(f"{self.source} is the name of a layout, without weights: give a checkpoint instead")
@@ -199,19 +205,24 @@ class PipelineFiles:
         return self._folder
 
     def download(self, *patterns: str) -> Path:
+        """Downloads the repository's files that match a pattern; returns its folder on this machine.
+
+        Raises:
+            UserError: not available.
+        """
         from huggingface_hub import snapshot_download
 
         assert self.hub is not None
         try:
             return Path(snapshot_download(self.hub, revision=self._revision, allow_patterns=list(patterns)))
-        except Exception as error:  # the hub client's, its HTTP library's, the disk's
+        except Exception as error:  # from the hub's client, its HTTP library or the disk
             raise UserError(
                 f"{self.hub}: neither a folder here nor available from the hub ({type(error).__name__}); check the "
                 "name, the network, and `hf auth login` if it is gated"
             ) from error
 
     def part_config(self, part: str) -> dict[str, Any]:
-        """The `config.json` (scheduler: `scheduler_config.json`) of a part."""
+        """Reads and checks the `config.json` (scheduler: `scheduler_config.json`) of a part."""
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
         config = read_object(self.configs() / part / name, f"{self.source} has no readable {part}/{name}")
         check_config(part, config, self.configs() / part / name)
@@ -219,6 +230,7 @@ class PipelineFiles:
 
     @cached_property
     def unet_config(self) -> dict[str, Any]:
+        """The denoiser's config, without fields that its class does not know."""
         if self._folder is None:
             return layout_config(self._layout if self.file else self.source)
         import diffusers
@@ -230,41 +242,29 @@ class PipelineFiles:
 
     @property
     def architecture(self) -> Architecture:
-        """That of its denoiser."""
+        """The architecture of the denoiser."""
         return architecture_of(self.unet_config)
 
     @property
     def layout(self) -> str:
-        """`sd-v1`, `sd-v2` or `sdxl`: whose original layout a single file of it has, pruned or not."""
+        """`sd-v1`, `sd-v2` or `sdxl`: the original layout of a single file of this pipeline, pruned or not."""
         if self.kind == "sdxl":
             return "sdxl"
         return "sd-v2" if self.unet_config.get("use_linear_projection") else "sd-v1"
 
     @cached_property
     def noise_scheduler(self) -> "DDPMScheduler":
-        """The forward process that the teacher was trained with; `config.prediction_type` says what it predicts."""
-        from diffusers import DDPMScheduler
-
-        config = self.part_config("scheduler")
-        name = scheduler_class(config).__name__
-        if name.startswith(("EDM", "FlowMatch")):  # DDPMScheduler would take the config, with another meaning
-            raise UserError(f"{self.source}: trained for {name}; prunet knows the noise schedule of SD v1, v2 and SDXL")
-        scheduler = from_config(DDPMScheduler, config)
-        if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-            raise UserError(f"{self.source}: prediction type {scheduler.config.prediction_type!r} is not supported")
-        kept = scheduler.alphas_cumprod
-        if not bool(((kept >= 0) & (kept <= 1)).all()):  # nor where it is no number
-            raise UserError(f"{self.source}: the betas of scheduler/scheduler_config.json are no noise schedule")
-        return scheduler
+        """The scheduler of the teacher's training; `config.prediction_type` says what the teacher predicts."""
+        return scheduler.noise_scheduler(self.part_config("scheduler"), self.source)
 
     @property
     def hub_id(self) -> str | None:
-        """The repository that its weights come from, if they do."""
+        """The repository of the weights, or None if they are not from the hub."""
         return self.hub if self.file is None else None
 
     @property
     def zeros_for_empty_prompt(self) -> bool:
-        """Whether guidance compares with zeros, not with the embeddings of the empty prompt (SDXL's base does)."""
+        """Whether guidance compares with zeros, as SDXL's base does, and not with embeddings of the empty prompt."""
         if self.kind != "sdxl":
             return False
         index = read_object(self.configs() / "model_index.json", self.source)
@@ -272,30 +272,32 @@ class PipelineFiles:
 
     @property
     def scaling_factor(self) -> float:
+        """The factor by which latents are multiplied before the denoiser gets them."""
         return float(self.part_config("vae").get("scaling_factor", 0.18215))
 
     @property
     def vae_scale(self) -> int:
-        """Pixels to a latent, along one side."""
+        """Pixels per latent, along one side."""
         return int(2 ** (len(self.part_config("vae")["block_out_channels"]) - 1))
 
     @property
     def native_size(self) -> int:
-        """Side of the pictures that the teacher was made for, in pixels."""
+        """Side of the pictures that the teacher was trained on, in pixels."""
         return self.architecture.native_latent_size(self.unet_config)[0] * self.vae_scale
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
+        """The names of the text encoders that prunet loads."""
         if self.architecture.only_form:
             return ()
         return ("text_encoder", "text_encoder_2") if self.kind == "sdxl" else ("text_encoder",)
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Those whose weights prunet uses, the denoiser first."""
+        """The parts with weights that prunet uses, the denoiser first."""
         return (self.architecture.part, *(() if self.architecture.only_form else ("vae", *self.text_encoders)))
 
-    # -- who it is, and its files
+    # -- files and fingerprint
 
     def _part_files(self, part: str) -> list[Path]:
         weights = [self.file] if self.file is not None else self.weight_files(part)
@@ -303,7 +305,11 @@ class PipelineFiles:
         return [*weights, self.configs() / part / "config.json", *vocabulary]
 
     def vocabulary_files(self, text_encoder: str) -> list[Path]:
-        """What a text encoder's tokenizer splits texts by; without it every text would become the same tokens."""
+        """The vocabulary files of a text encoder's tokenizer; without them every text would become the same tokens.
+
+        Raises:
+            UserError: a file is missing or empty.
+        """
         folder = self.configs() / text_encoder.replace("text_encoder", "tokenizer")
         whole = [folder / "tokenizer.json"], [folder / "vocab.json", folder / "merges.txt"]
         found = [path for files in whole if all(p.is_file() and p.stat().st_size for p in files) for path in files]
@@ -314,9 +320,9 @@ class PipelineFiles:
         return found
 
     def fingerprint(self, parts: Iterable[str] | None = None) -> str:
-        """A hash of the weights, configs and tokenizers of `parts` (all trained ones by default), from the files.
+        """A hash of the files of `parts` (by default all that prunet uses): weights, configs and tokenizers.
 
-        It does not depend on where they lie: their order is that of their names in the folder, a single file last.
+        It does not depend on where the files are: they are sorted by their names in the folder, a single file last.
         """
         parts = sorted(parts or self.parts)
         digest, folder = hashlib.sha256(), self.configs()
@@ -330,7 +336,7 @@ class PipelineFiles:
         return digest.hexdigest()[:16]
 
     def weight_files(self, part: str) -> list[Path]:
-        """The safetensors of a part: one file or its shards, else those of its variant; a pickle does not count."""
+        """The safetensors files of a part (`find_weights`), downloaded if needed."""
         folder, stem = self.configs() / part, WEIGHTS[part]
         if self.hub is not None and not (folder / f"{stem}.safetensors").is_file():
             self.download(f"{part}/{stem}.safetensors")
@@ -339,37 +345,5 @@ class PipelineFiles:
         return find_weights(folder, stem, self.source, part)
 
     def weights_here(self, part: str) -> bool:
+        """Whether a local folder has safetensors for a part."""
         return self.hub is None and self._folder is not None and any((self._folder / part).glob("*.safetensors*"))
-
-
-def _check_names(index: dict[str, Any], path: Path) -> None:
-    """A part is a folder beside `model_index.json`, and nowhere else."""
-    for part, value in index.items():
-        if not isinstance(value, list):
-            continue
-        is_pair = len(value) == 2 and all(item is None or isinstance(item, str) for item in value)
-        if not re.fullmatch(r"\w+", part) or not is_pair:
-            raise UserError(
-                f"{path}: {part!r}: {value}: a part has a name of letters, digits and _, a library and a class: fetch "
-                "or copy it again"
-            )
-
-
-def scheduler_class(config: dict[str, Any]) -> Any:
-    """The class of diffusers that a scheduler's config names."""
-    import diffusers
-
-    cls = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
-        raise UserError(
-            f"The teacher's scheduler {config.get('_class_name')!r} is not one of diffusers': set _class_name in its "
-            "scheduler/scheduler_config.json right"
-        )
-    return cls
-
-
-def from_config(cls: Any, config: dict[str, Any]) -> Any:
-    try:
-        return cls.from_config(config)
-    except Exception as error:  # of any kind: diffusers takes the numbers as they are
-        raise UserError(f"The teacher's scheduler/scheduler_config.json makes no {cls.__name__} ({error})") from error

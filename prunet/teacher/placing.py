@@ -1,8 +1,8 @@
-"""Every tensor of a teacher finds its place in the model that a config makes, or the teacher is refused.
+"""Matches the tensors in files with those of a model, one to one, or refuses the files.
 
-In: a model on the meta device, and the headers of the safetensors files that are to fill it, of a diffusers folder or a
-single file. Out: where each of its tensors lies, found without reading one; `fill` reads just those, so that nothing is
-left at random.
+In: a model on the meta device, and the headers of the safetensors files of a diffusers folder or of a single file. Out:
+the place of each tensor, found without reading any; `fill` then reads them, so that no weight of the model stays
+random.
 """
 
 import inspect
@@ -21,19 +21,19 @@ from torch import Tensor, nn
 
 from prunet.errors import UserError
 
-#: What torch.compile, DataParallel, FSDP, activation checkpointing and PEFT add to names.
+#: Parts of names that torch.compile, DataParallel, FSDP, activation checkpointing and PEFT add.
 WRAPPED = re.compile(
     r"^base_model\.model\.|(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\."
 )
-#: A VAE's attention before diffusers 0.18, which still opens it.
+#: Names in a VAE's attention before diffusers 0.18; later versions still read them.
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-#: `text_model.`, which a CLIP text encoder has or has not, by the version and the class that wrote it.
+#: `text_model.`: whether a CLIP text encoder's names have it depends on the version and the class that wrote it.
 TEXT_MODEL = re.compile(r"^(.*\.transformer\.|)(text_model\.)?(?=embeddings\.|encoder\.|final_layer_norm\.)")
-#: Constants, and what no picture needs: the model makes them itself, or no program reads them.
+#: Constants that the model makes itself, and tensors that no program needs to draw.
 HARMLESS = re.compile(
     r"(^|\.)(position_ids|logit_scale|attn_mask|text_projection|text_projection\.weight)$"
     r"|^(vision_model|visual_projection|first_stage_model\.(loss|model_ema)|cond_stage_model\.model\.visual)\."
-    r"|^cond_stage_model\.model\.transformer\.resblocks\.23\."  # SD v2 takes the output of the layer before
+    r"|^cond_stage_model\.model\.transformer\.resblocks\.23\."  # SD v2 uses the output of the layer before
 )
 SCALE = re.compile(
     r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale|weight_scale_inv|input_scale|comfy_quant)$"
@@ -42,7 +42,7 @@ FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
 class Header(NamedTuple):
-    """What a file says of a tensor before it is read; `dtype` in safetensors' words."""
+    """A tensor in a file that is not read yet; `dtype` in safetensors' words."""
 
     file: Path
     shape: tuple[int, ...]
@@ -51,47 +51,48 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True)
 class Placed:
-    """For each tensor of a model the file and the key under which it lies."""
+    """The places of all tensors of a model."""
 
     what: str  # the model's class
-    places: Mapping[str, tuple[Path, str]]
+    places: Mapping[str, tuple[Path, str]]  # name in the model -> file, and key in the file
     renamed: Mapping[str, str]  # keys that stock diffusers does not know -> the names that they stand for
-    unpack: Callable[[str, str, Tensor], Tensor]
+    unpack: Callable[[str, str, Tensor], Tensor]  # see `place`
 
 
 def as_it_is(key: str, name: str, tensor: Tensor) -> Tensor:
+    """The `unpack` of files that store tensors as the model has them."""
     return tensor
 
 
 def empty(cls: Any, config: Any, where: str = "The config") -> Any:
-    """A model on the meta device, of a diffusers class and its config or of a transformers class and its config object.
+    """Makes a model on the meta device, from a diffusers class and a mapping or a transformers class and its config.
 
-    Not by `from_config`, which ignores a None that replaces a default; as there, unknown keys are ignored.
+    `from_config` is not used, because it ignores a None that replaces a default. Unknown keys are ignored here, too.
 
     Raises:
-        UserError: the config makes no such model.
+        UserError: the config makes no such model; `where` begins the message.
     """
     try:
         if not isinstance(config, Mapping):
-            with init_empty_weights():  # unlike the meta device it leaves buffers real: position_ids is in no file
+            with init_empty_weights():  # keeps buffers real, unlike the meta device; files have no position_ids
                 return cls(config).eval()
         with torch.device("meta"):
             return cls(**known_fields(cls, config)).eval()
-    except Exception as error:  # of any kind: the libraries take the values as they are
+    except Exception as error:  # of any type: the libraries do not check the values
         raise UserError(f"{where} makes no {cls.__name__} ({type(error).__name__}: {error})") from error
 
 
 def known_fields(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a diffusers class takes from a config; configs of other versions have more, which diffusers ignores too."""
+    """The fields of a config that a diffusers class knows; diffusers also ignores the others, from other versions."""
     fields = inspect.signature(cls.__init__).parameters
     return {key: value for key, value in config.items() if key in fields}
 
 
 def open_file(path: str | Path) -> Any:
-    """A safetensors file, of which only the header is read.
+    """Opens a safetensors file and reads its header.
 
     Raises:
-        UserError: not there, or damaged.
+        UserError: no such file, or damaged.
     """
     if not Path(path).is_file():
         raise UserError(f"{path} cannot be opened (no such file): pass a .safetensors file")
@@ -99,15 +100,15 @@ def open_file(path: str | Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} cannot be opened: cut off, damaged or no .safetensors file ({error}): fetch or copy it again"
+            f"{path} cannot be opened: cut off, damaged or not a .safetensors file ({error}): fetch or copy it again"
         ) from error
 
 
 def headers(files: Iterable[Path]) -> dict[str, Header]:
-    """What lies in the files of one part, by key.
+    """The headers of all tensors in the files of one part, by key.
 
     Raises:
-        UserError: a file is damaged, or two shards hold the same tensor.
+        UserError: a file is damaged, or two files contain the same tensor.
     """
     found: dict[str, Header] = {}
     for path in files:
@@ -120,7 +121,7 @@ def headers(files: Iterable[Path]) -> dict[str, Header]:
 
 @lru_cache(maxsize=64)
 def _headers(path: Path, modified_ns: int) -> dict[str, Header]:
-    """Several parts of one file ask for it; `modified_ns` tells a file that was written again."""
+    """The headers of one file, cached for its several parts; `modified_ns` notices a file that was written again."""
     found: dict[str, Header] = {}
     with open_file(path) as file:
         for key in file.keys():  # noqa: SIM118
@@ -131,12 +132,12 @@ def _headers(path: Path, modified_ns: int) -> dict[str, Header]:
 
 @lru_cache(maxsize=2**15)
 def bare(key: str) -> str:
-    """A tensor's name without what wrappers add to it."""
+    """A tensor's name without the additions of `WRAPPED`."""
     return WRAPPED.sub("", key)
 
 
 def _meanings(key: str) -> Iterator[str]:
-    """The names that a key may stand for, the nearest first."""
+    """Yields the names that a key may stand for, the most similar first."""
     yield (name := bare(key))
     yield TEXT_MODEL.sub(lambda root: root[1] + ("" if root[2] else "text_model."), name)
     yield name.removesuffix(".weight")  # `text_projection.weight` where OpenCLIP has `text_projection`
@@ -154,12 +155,18 @@ def place(
     stem: str = "",
     fix: str = "fetch or copy it again, with its own config",
 ) -> Placed:
-    """Finds each tensor of `model`, by its own name or by that of `key_map`, among the keys that begin with `stem`.
+    """Finds each tensor of `model` among the keys of files.
 
-    `unpack(key, name, tensor)` shapes what a file has as the model has it; it is tried on shapes alone.
+    Args:
+        model: on the meta device.
+        found: the headers of the files.
+        key_map: name in the model -> key in the files; by default the same names.
+        unpack: `unpack(key, name, tensor)` turns a tensor of a file into the model's; tried on shapes here.
+        stem: only keys that begin with it belong to the model.
+        fix: the advice in messages.
 
     Raises:
-        UserError: a tensor is missing, or left over, or has another shape, or holds no plain floating-point numbers.
+        UserError: a tensor is missing, left over, of another shape, or not of plain floating-point numbers.
     """
     what, names = type(model).__name__, key_map or {name: name for name in model.state_dict()}
     ours = {key: header for key, header in found.items() if bare(key).startswith(stem)}
@@ -171,7 +178,7 @@ def place(
             f"{found[scale].file}: {scale} in it says that weights are stored scaled (fp8), which prunet does not "
             f"undo: give the {what} in half or full precision"
         )
-    keys = {name: name for name in names.values() if name in ours}  # the file's key by the name that it stands for
+    keys = {name: name for name in names.values() if name in ours}  # name -> the key that stands for it
     for key in sorted(ours.keys() - keys.keys()):
         if name := next((n for n in _meanings(key) if n in names.values() and n not in keys), None):
             keys[name] = key
@@ -204,7 +211,7 @@ def _check_fit(
 
 
 def fill(model: Any, placed: Placed) -> Any:
-    """The empty model with its tensors, in the files' dtypes; all of them, since `place` found all."""
+    """Reads all tensors of an empty model, in the files' dtypes, and returns the model."""
     with ExitStack() as stack:
         files = {path: stack.enter_context(open_file(path)) for path in {path for path, _ in placed.places.values()}}
         state = {
@@ -215,10 +222,10 @@ def fill(model: Any, placed: Placed) -> Any:
 
 
 def check_finite(placed: Placed) -> None:
-    """Reads all tensors once.
+    """Reads all tensors once and refuses NaN and infinity.
 
     Raises:
-        UserError: one of them has a NaN or an infinity in it, or cannot be read.
+        UserError: a tensor has one of them, or cannot be read.
     """
     for path in sorted({path for path, _ in placed.places.values()}):
         with open_file(path) as file:
@@ -231,9 +238,9 @@ def check_finite(placed: Placed) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are; in one pass without a copy, but for 8 bits, of which torch finds no extremes."""
+    """Whether all numbers are finite, in one pass and without a copy of more than 8-bit numbers."""
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
     if tensor.element_size() == 1:
-        tensor = tensor.half()
+        tensor = tensor.half()  # torch has no extremes of 8-bit numbers
     return bool(torch.stack(tensor.aminmax()).isfinite().all())

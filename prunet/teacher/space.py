@@ -1,4 +1,4 @@
-"""Sizes that a teacher can draw, and whether two teachers share latents and noise."""
+"""Sizes that a teacher can draw, and whether two teachers have the same latents and noise."""
 
 import json
 from typing import Any
@@ -8,19 +8,27 @@ from prunet.teacher.teacher import Teacher
 
 
 def check_size(teacher: Teacher, size: int, name: str = "data.size") -> None:
-    """Refuses a picture size (of the option `name`) that the U-Net's levels cannot halve."""
+    """Refuses a picture size (the value of `name`) that the levels of the U-Net cannot halve.
+
+    Raises:
+        UserError: the sizes that fit.
+    """
     step = side_step(teacher)
     if size % step:
-        raise UserError(f"{name}: {size} is not a multiple of {step}, which this model's levels need")
+        raise UserError(f"{name}: {size} is not a multiple of {step}, which the levels of this U-Net need")
 
 
 def side_step(teacher: Teacher) -> int:
-    """Pixels of which a side must be a multiple, so that the U-Net's levels can halve it."""
+    """The number of pixels that sides must be multiples of, so that each level of the U-Net can halve them."""
     return teacher.vae_scale * teacher.architecture.side_step(teacher.unet_config)
 
 
 def check_same_space(first: Teacher, other: Teacher) -> None:
-    """Refuses a second teacher of another layout, another latent space or another thing to predict."""
+    """Refuses a second teacher with another denoiser, latent space, noise schedule or prediction type.
+
+    Raises:
+        UserError: the first difference.
+    """
     sides: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("U-Net", _denoiser(first), _denoiser(other)),
         ("latent space", _latent_space(first), _latent_space(other)),
@@ -36,7 +44,7 @@ def check_same_space(first: Teacher, other: Teacher) -> None:
 
 
 def _denoiser(teacher: Teacher) -> dict[str, Any]:
-    """The U-Net's config, with the defaults where a version wrote none, and lists for tuples."""
+    """The U-Net's config as plain data, with defaults for fields that the version which wrote it did not have."""
     config = json.loads(json.dumps(dict(teacher.architecture.skeleton(teacher.unet_config).config)))
     return {key: value for key, value in config.items() if not key.startswith("_")}
 

@@ -1,4 +1,4 @@
-"""The teacher: a Stable Diffusion pipeline, its parts loaded one by one and frozen."""
+"""The teacher: a Stable Diffusion pipeline with frozen parts, loaded one by one."""
 
 from collections.abc import Sequence
 from functools import cache, cached_property
@@ -15,11 +15,12 @@ from prunet.denoisers.freeze import freeze
 from prunet.errors import UserError
 from prunet.recipe.prompts import check_prompts
 from prunet.teacher import placing
-from prunet.teacher.pipeline_files import CLASSES, PipelineFiles, from_config, scheduler_class
+from prunet.teacher.pipeline_files import CLASSES, PipelineFiles
 from prunet.teacher.process import DDPM
+from prunet.teacher.scheduler import from_config, scheduler_class
 from prunet.teacher.weight_files import WEIGHTS, variant_of
 
-if TYPE_CHECKING:  # imported when used: a config can be read in a second, diffusers takes several
+if TYPE_CHECKING:  # imported when used: reading a config takes one second, importing diffusers several
     from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 
 
@@ -27,8 +28,8 @@ class Teacher(PipelineFiles):
     """A frozen Stable Diffusion pipeline.
 
     Args:
-        source, config, revision, only_form: where it lies, and what for it is opened (see `PipelineFiles`).
-        device, dtype: where parts are put when they are loaded, and in which precision.
+        source, config, revision, only_form: see `PipelineFiles`.
+        device, dtype: device and precision of loaded parts.
 
     Raises:
         UserError: nothing to open there, or nothing that prunet can compress.
@@ -48,23 +49,26 @@ class Teacher(PipelineFiles):
         self.device, self.dtype = torch.device(device), dtype
 
     def check_weights(self, *, headers_only: bool = False) -> None:
-        """Refuses what cannot be used, before it is: tokenizers and weights that are not there, that do not fit their
-        configs tensor for tensor, or that hold numbers that are not finite.
+        """Refuses unusable files before anything is done with them.
 
-        Of a pipeline its index and its scheduler, too. `headers_only`: reads no weight and fetches nothing, and a
-        folder may have configs alone, to look at a plan.
+        Checks that the index, the scheduler, tokenizers and weights exist, that the weights fit their configs tensor
+        for tensor, and that all their numbers are finite. `headers_only`: reads no weights and downloads nothing; a
+        folder may have only configs, to look at a plan.
+
+        Raises:
+            UserError: the first mistake.
         """
         parts = self.parts
         here = self.file is not None or any(self.weights_here(part) for part in parts)
         if not headers_only:
-            self.configs()  # fetched where they are not here
+            self.configs()  # downloads them if needed
         if self._folder is not None and (here or self.hub) and not self.architecture.only_form:
             self.check_index()
             _ = self.noise_scheduler
         if headers_only:
             if not here:
                 return
-            parts = parts if self._folder is not None else parts[:1]  # the other configs are on the hub
+            parts = parts if self._folder is not None else parts[:1]  # the configs of the others are on the hub
         if self._folder is not None:
             for part in self.text_encoders:
                 self.vocabulary_files(part)
@@ -76,7 +80,7 @@ class Teacher(PipelineFiles):
                 placing.check_finite(placed)
 
     def _check_tokenizer(self, part: str) -> None:
-        """Refuses a tokenizer that makes more tokens, or other ones, than its text encoder `part` has places for."""
+        """Refuses a tokenizer that makes more tokens, or more kinds of tokens, than its text encoder `part` accepts."""
         folder, config = self.configs() / part.replace("text_encoder", "tokenizer"), self.part_config(part)
         tokenizer = open_tokenizer(folder)
         sides = (
@@ -86,15 +90,19 @@ class Teacher(PipelineFiles):
         for what, given, most in sides:
             if given > most:
                 raise UserError(
-                    f"{folder}: makes {given:,} {what}, its {part} has places for {most:,}: copy the tokenizer (with "
-                    "its tokenizer_config.json) from the same pipeline as the text encoder"
+                    f"{folder}: makes {given:,} {what}, its {part} accepts {most:,}: copy the tokenizer (with its "
+                    "tokenizer_config.json) from the same pipeline as the text encoder"
                 )
 
     def place(self, part: str, model: Any = None) -> placing.Placed:
-        """Where each tensor of a part lies: in the single file, or in those of its folder. `model`: an empty one."""
+        """Finds the tensors of a part in the teacher's files. `model`: the part without weights, if it exists already.
+
+        Raises:
+            UserError: the files have not exactly the part's tensors.
+        """
         from prunet.teacher import ldm
 
-        if model is None:  # the denoiser's is there already where a plan was looked at
+        if model is None:
             is_denoiser = part == self.architecture.part
             model = self.architecture.skeleton(self.unet_config) if is_denoiser else self._empty(part)
         if self.file is None:
@@ -102,19 +110,19 @@ class Teacher(PipelineFiles):
             placed = placing.place(model, placing.headers(files))
             _tell(placed)
             if variant := variant_of(files[0].name, WEIGHTS[part]):
-                say_once(f"{self.source}: the weights of the variant {variant} are read, for there are none without")
+                say_once(f"{self.source}: the weights of the variant {variant} are read, there are no others")
             return placed
         layout = ldm.layout_of(self.file)
         if layout is not None and (layout == "sdxl") != (self.kind == "sdxl"):
             raise UserError(
                 f"{self.file}: its tensors are of {layout}, its configs in {self.configs()} of a "
-                f"{self.kind.upper()} pipeline: give its own with --config or teacher.config"
+                f"{self.kind.upper()} pipeline: give its own with --config (in a recipe teacher.config)"
             )
         placed = ldm.place(self.file, model, self.text_encoders.index(part) if part.startswith("text") else 0)
         _tell(placed)
         if others := ldm.unused(self.file):
             counts = ", ".join(f"{name} ({count:,})" for name, count in sorted(others.items()))
-            say_once(f"{self.file}: tensors that are of no part of a pipeline are not used: {counts}")
+            say_once(f"{self.file}: tensors that belong to no part of a pipeline are not used: {counts}")
         return placed
 
     def _empty(self, part: str) -> Any:
@@ -128,10 +136,10 @@ class Teacher(PipelineFiles):
         import transformers
 
         cls = getattr(transformers, CLASSES[part])
-        self.part_config(part)  # refuses what transformers would take, and make without end
+        self.part_config(part)  # refuses sizes that transformers would try to build
         try:
             text_config = transformers.CLIPTextConfig.from_pretrained(self.configs() / part)
-        except Exception as error:  # of any kind: transformers takes the values as they are
+        except Exception as error:  # of any type: transformers does not check the values
             raise UserError(f"{where} makes no {cls.__name__} ({error})") from error
         return placing.empty(cls, text_config, where)
 
@@ -148,11 +156,12 @@ class Teacher(PipelineFiles):
 
     @cached_property
     def unet(self) -> "UNet2DConditionModel":
+        """The denoiser."""
         return self._load(self.architecture.part)
 
     @cached_property
     def vae(self) -> "AutoencoderKL":
-        """The autoencoder; in fp32 where its config says that half precision overflows (SDXL)."""
+        """The autoencoder; in fp32 if its config says that half precision overflows (SDXL)."""
         upcast = self.part_config("vae").get("force_upcast", False)
         vae = self._load("vae", torch.float32 if upcast else None)
         vae.enable_slicing()  # type: ignore[operator]  # one picture at a time: at 1024 px a batch would take many GB
@@ -173,13 +182,13 @@ class Teacher(PipelineFiles):
         return part
 
     def release(self, *parts: str) -> None:
-        """Forget loaded parts (`unet`, `vae`, `text`), so that their memory can be used for something else."""
+        """Forgets loaded parts (`unet`, `vae`, `text`) and so frees their memory."""
         for part in parts:
             self.__dict__.pop("_text_parts" if part == "text" else part, None)
 
     @quiet_libraries()
     def pipeline(self, **parts: Any) -> "DiffusionPipeline":
-        """A stock pipeline of the teacher's parts, with `parts` (such as `unet=student`) in place of its own."""
+        """Makes a stock pipeline of the teacher's parts; `parts` (such as `unet=student`) replace its own."""
         from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
         for name in ("unet", "vae"):
@@ -203,10 +212,9 @@ class Teacher(PipelineFiles):
     @quiet_libraries()
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], *, unconditional: bool = False) -> Condition:
-        """Embeddings of prompts, exactly as the stock pipeline makes them when it draws.
+        """Embeds prompts, exactly as the stock pipeline does when it draws.
 
-        `unconditional`: what guidance compares with instead (SDXL: zeros where its pipeline says so); the texts are
-        then only counted.
+        `unconditional`: returns, for as many prompts, what guidance compares with (`zeros_for_empty_prompt`).
         """
         pipe = self.pipeline(unet=None, vae=None)
         out = pipe.encode_prompt(
@@ -220,8 +228,9 @@ class Teacher(PipelineFiles):
         return Condition(prompt_embeds=out[pick], **pooled)
 
     def size_condition(self, sizes: Sequence[tuple[int, ...]]) -> Condition:
-        """What the denoiser is told of pictures' sizes, each (original height and width, crop top and left, target
-        height and width) in pixels: SDXL's `time_ids` (B, 6); of other teachers nothing.
+        """SDXL's `time_ids` (B, 6), or nothing for other teachers.
+
+        `sizes`: original height and width, crop top and left, target height and width of each picture, in pixels.
         """
         if self.kind != "sdxl":
             return Condition()
@@ -229,12 +238,12 @@ class Teacher(PipelineFiles):
 
     @cached_property
     def process(self) -> DDPM:
-        """The diffusion process that it was trained with."""
+        """The diffusion process of the teacher's training."""
         scheduler = self.noise_scheduler
         return DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
     def are_cut(self, prompts: Sequence[str]) -> list[bool]:
-        """Whether each prompt has more tokens than the text encoders read; `encode_prompts` drops the rest of it."""
+        """Whether each prompt has more tokens than the text encoders read; `encode_prompts` drops the other tokens."""
         if not prompts:
             return []
         tokenizers = [part for name, part in self._text_parts.items() if name.startswith("tokenizer")]
@@ -242,7 +251,11 @@ class Teacher(PipelineFiles):
         return [any(len(ids[i]) > limit for ids, limit in tokens) for i in range(len(prompts))]
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Refuses prompts that are no text, and says which are too long to be read whole."""
+        """Refuses prompts that are not text, and reports those that the text encoder will cut.
+
+        Raises:
+            UserError: the first prompt that is refused.
+        """
         prompts = list(dict.fromkeys(prompts))
         check_prompts(prompts, "prompt")
         for prompt, cut in zip(prompts, self.are_cut(prompts), strict=True):
@@ -254,17 +267,17 @@ class Teacher(PipelineFiles):
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (B, 4, h, w) of the latents of `pixels` (B, 3, H, W) in [-1, 1], scaled."""
+        """Mean and standard deviation (B, 4, h, w) of the scaled latents of `pixels` (B, 3, H, W) in [-1, 1]."""
         vae = self.vae
         dist = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist
         return dist.mean.float() * self.scaling_factor, dist.std.float() * self.scaling_factor
 
 
 def open_tokenizer(folder: Path) -> Any:
-    """The CLIP tokenizer in a folder.
+    """Opens the CLIP tokenizer in a folder.
 
     Raises:
-        UserError: none that can be read there, or one without words, which would make the same tokens of every text.
+        UserError: not readable, or without words, so that every text would become the same tokens.
     """
     from transformers import CLIPTokenizer
 
@@ -272,21 +285,21 @@ def open_tokenizer(folder: Path) -> Any:
         tokenizer = CLIPTokenizer.from_pretrained(folder)
         known = [tokenizer(word).input_ids for word in ("apple", "horse")]
     except Exception as error:
-        raise UserError(f"{folder}: no readable tokenizer: {error}") from error
+        raise UserError(f"{folder}: not a readable tokenizer ({error}): fetch or copy it again") from error
     if known[0] == known[1]:
-        raise UserError(f"{folder}: its tokenizer takes all words for one: fetch or copy it again")
+        raise UserError(f"{folder}: its tokenizer makes the same tokens of all words: fetch or copy it again")
     return tokenizer
 
 
 def after_overflow(dtype: torch.dtype) -> str:
-    """What to try where finite weights give what is not finite."""
+    """Advice for finite weights that give numbers which are not finite."""
     if dtype == torch.float32:
-        return "full precision does not hold it either, so the weights are damaged: fetch or copy them again"
+        return "full precision cannot hold them, so the weights are damaged: fetch or copy them again"
     return "try --precision no" + (", or bf16" if dtype == torch.float16 else "")
 
 
 def _tell(placed: placing.Placed) -> None:
-    """Says which names are read as others, where stock diffusers would not."""
+    """Reports names that are read as others, which stock diffusers would not do."""
     if placed.renamed:
         key, name = next(iter(placed.renamed.items()))
         path = next(path for path, other in placed.places.values() if other == key)
@@ -295,4 +308,5 @@ def _tell(placed: placing.Placed) -> None:
 
 @cache
 def say_once(text: str) -> None:
+    """Says a line when it comes for the first time in this process."""
     say(escape(text))

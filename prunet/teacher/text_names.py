@@ -1,7 +1,8 @@
-"""A text encoder's tensors under the names that every client reads: those with `text_model.` before them.
+"""A text encoder's tensors under the names that every program reads, which begin with `text_model.`.
 
-transformers 5 writes a `CLIPTextModel` without it, and reads both forms. transformers 4 knows only the names with it
-and fills all others with random numbers; ComfyUI and the scripts that convert folders look for them too.
+transformers 5 writes a `CLIPTextModel` without this prefix, and reads both forms. transformers 4 knows only the names
+with the prefix, and fills tensors that it does not find with random numbers. ComfyUI and scripts that convert folders
+also need the prefix.
 """
 
 import json
@@ -14,18 +15,18 @@ BARE = ("embeddings.", "encoder.", "final_layer_norm.")
 
 
 def classical(name: str) -> str:
-    """`encoder.layers.0...` -> `text_model.encoder.layers.0...`; every other name as it is."""
+    """`encoder.layers.0...` -> `text_model.encoder.layers.0...`; other names stay."""
     return PREFIX + name if name.startswith(BARE) else name
 
 
 def save_text_encoder(model: Any, folder: Path) -> None:
-    """A stock folder of a CLIP text encoder."""
+    """Writes a stock folder of a CLIP text encoder."""
     state = {classical(name): tensor for name, tensor in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=state, safe_serialization=True)
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copies a text encoder's weights, or the index of their shards: byte for byte, or under the names it lacks."""
+    """Copies a file of a text encoder's weights, or their index; byte for byte if the names have the prefix."""
     from safetensors import safe_open
     from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""Which safetensors of a pipeline's folder are the weights of a part: one file, its shards, or those of a variant."""
+"""Finds the weights of a part in a pipeline's folder: one safetensors file, several with an index, or a variant."""
 
 import re
 from pathlib import Path
@@ -16,17 +16,18 @@ WEIGHTS = {
 
 
 def find_weights(folder: Path, stem: str, source: str, part: str) -> list[Path]:
-    """One file or its shards, as stock diffusers would take them, else those of the only variant, or of fp16.
+    """Returns the files of the weights that stock diffusers would load, else those of the only variant, or of fp16.
+
+    `source` and `part` begin messages.
 
     Raises:
-        UserError: none, several variants, or a pickle that stock diffusers would take; `source` and `part` begin the
-            message.
+        UserError: none, several variants, or a pickle that stock diffusers would load instead.
     """
     file, index = weight_names(folder, stem)
     target = folder / f"{stem}.safetensors"
     if file != target:
         _check_pickles(folder, stem, file, target)
-    # Where both lie there, transformers reads the one file, diffusers the shards.
+    # Where both exist, transformers reads the single file, diffusers the files of the index.
     if index.is_file() and not (part.startswith("text_encoder") and file.is_file()):
         names = read_object(index, f"{source}: {part}").get("weight_map")
         names = set(names.values()) if isinstance(names, dict) else set()
@@ -43,20 +44,21 @@ def find_weights(folder: Path, stem: str, source: str, part: str) -> list[Path]:
 
 
 def _check_pickles(folder: Path, stem: str, variant: Path, target: Path) -> None:
-    """Refuses pickles beside the variant's safetensors: stock diffusers would take those, which may be others."""
+    """Refuses pickles beside a variant's safetensors: stock diffusers would load them, and they may be different."""
     names = re.compile(rf"({stem}|pytorch_model)(-\d+-of-\d+)?\.bin")
     if found := next((path for path in sorted(folder.glob("*.bin")) if names.fullmatch(path.name)), None):
         fix = f"`prunet convert {found} -o {target}`" if "-of-" not in found.name else "save it as safetensors"
         raise UserError(
-            f"{found} is a pickle, which stock diffusers would take; prunet opens none, and {variant.name} may hold "
-            f"other weights: {fix}, or delete the pickle to take the variant"
+            f"{found} is a pickle, which stock diffusers would load; prunet loads no pickles, and {variant.name} may "
+            f"hold other weights: {fix}, or delete the pickle to use the variant"
         )
 
 
 def weight_names(folder: Path, stem: str) -> tuple[Path, Path]:
-    """The weights' one file and the index of their shards, as stock diffusers would look for one or the other.
+    """Returns two paths: the weights as one file, and the index if they are several files. Stock readers look for both.
 
-    Without a variant (`fp16`, `non_ema`) where there is one of them, else of the only variant, or of fp16.
+    The names are those without a variant (`fp16`, `non_ema`) if such a file exists, else those of the only variant, or
+    of fp16.
 
     Raises:
         UserError: several variants to choose from.
@@ -75,8 +77,10 @@ def weight_names(folder: Path, stem: str) -> tuple[Path, Path]:
 
 
 def variant_of(name: str, stem: str) -> str | None:
-    """`fp16` of `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`, `model.safetensors.index.fp16.json`;
-    "" of a file that is none of the part's weights."""
+    """The variant in a file's name: None if it has none, "" if the file does not belong to the weights.
+
+    `fp16` in `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`, `model.safetensors.index.fp16.json`.
+    """
     if not (
         found := re.fullmatch(rf"{stem}(?:\.(\w+))?(-\d+-of-\d+)?\.safetensors(?:\.index(?:\.(\w+))?\.json)?", name)
     ):

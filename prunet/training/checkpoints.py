@@ -65,7 +65,7 @@ def save(now: State, folder: Path, step: int, stage: Stage, keep: int) -> None:
             save_file(average, part / "ema.safetensors")
         torch.save(moments, part / "optimizer.pt")
         scaler = now.scaler.state_dict() if now.scaler is not None else None
-        write_json(part / "state.json", {"step": step, "stage": stage.model_dump(mode="json"), "scaler": scaler})
+        write_json(part / "state.json", {"step": step, "stage": stage.settings(), "scaler": scaler})
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(aside(old), ignore_errors=True)
         os.replace(old, aside(old))  # or a kill would leave half of it under its name
@@ -105,7 +105,7 @@ def check_stage(folder: Path, stage: Stage) -> tuple[dict[str, Any], list[str]]:
         return {}, []
     fix = f"damaged is {saved[-1]}: {_before(saved)}"
     state = read_label(saved[-1] / "state.json", ("step", "stage", "scaler"), fix)
-    now = stage.model_dump(mode="json")
+    now = stage.settings()
     changed = sorted(k for k in now if state["stage"].get(k) != now[k])
     if set(changed) - PACE:
         key = next(k for k in changed if k not in PACE)
@@ -135,7 +135,7 @@ def resume(into: State, folder: Path, stage: Stage) -> int:
     before = _before(saved)
     verify(saved[-1], f"damaged is {saved[-1]}: {before}")
     state, changed = check_stage(folder, stage)
-    now = stage.model_dump(mode="json")
+    now = stage.settings()
     try:
         named = dict(into.student.named_parameters())
         weights = load_file(saved[-1] / "student.safetensors")

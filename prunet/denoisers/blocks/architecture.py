@@ -6,12 +6,13 @@ from typing import Any, NoReturn
 import diffusers
 import torch
 
-from prunet.denoisers.architecture import Architecture, Config, Form, Net
+from prunet.denoisers.architecture import Architecture, Config, Net
 from prunet.denoisers.blocks.compatibility import loads_in, works_with
 from prunet.denoisers.blocks.diagram import lists_diagram
 from prunet.denoisers.blocks.form import kept_blocks, weight_map
 from prunet.denoisers.blocks.inputs import Inputs, Shape
 from prunet.denoisers.diagram import Diagram
+from prunet.denoisers.form import Form
 from prunet.denoisers.pairs import Level, Pair
 from prunet.errors import UserError
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from prunet.denoisers.architecture import teacher_name
+from prunet.denoisers.form import teacher_name
 from prunet.denoisers.patterns import is_within
 from prunet.errors import UserError
 

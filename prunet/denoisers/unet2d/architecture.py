@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from prunet.denoisers.architecture import Architecture, Config, Form, Net, check_shapes
+from prunet.denoisers.architecture import Architecture, Config, Net, check_shapes
 from prunet.denoisers.condition import Condition
 from prunet.denoisers.diagram import Diagram
+from prunet.denoisers.form import Form
 from prunet.denoisers.pairs import Level, Pair
 from prunet.denoisers.unet2d import attention, compatibility, form, inputs
+from prunet.denoisers.unet2d.adapters import UNetAdapters
 from prunet.denoisers.unet2d.diagram import unet_diagram
 from prunet.denoisers.unet2d.pairs import find_pairs
 from prunet.denoisers.unet2d.weights import check_form, weight_map
@@ -26,6 +28,7 @@ class UNet2D(Architecture):
     levels = ("block", "layer", "attention", "transformer")
     blocks = ("ResnetBlock2D", "BasicTransformerBlock")
     last_layer = "conv_out"
+    adapters = UNetAdapters()
     parts_help = "levels, mid_block, their resnets, attentions, transformer_blocks"
 
     @override

@@ -6,7 +6,10 @@ All of it follows from the plan. Each answer is "yes" or begins with "no:" and s
 from collections.abc import Mapping
 from typing import Any
 
-from prunet.denoisers.architecture import teacher_name
+from prunet.denoisers.form import teacher_name
+from prunet.denoisers.unet2d.controlnet import residual_names, residuals, without_form
+
+ADAPT = "`prunet adapt FILE --to RUN`"
 
 # ComfyUI recognises an SDXL-shaped checkpoint by the transformer depth of each down resnet (its
 # `supported_models.py`: SDXL, SSD1B, Segmind_Vega, KOALA_1B, KOALA_700M); SD v1 and v2 by their widths alone.
@@ -57,17 +60,14 @@ def works_with(whole: Any, net: Any, mapping: Mapping[str, str]) -> dict[str, st
     """
     mid_attention = bool(getattr(net.mid_block, "attentions", None))
     same_layers = [len(b.resnets) for b in net.down_blocks] == [len(b.resnets) for b in whole.down_blocks]
-    controlled = "yes"
-    if net.mid_block is None:
-        controlled = "no: diffusers has no ControlNet without a mid block"
-    elif isinstance(net.config["layers_per_block"], list | tuple):
-        controlled = "no: diffusers has no ControlNet whose levels have different numbers of layers"
+    places, formless = residuals(whole, net, mapping), without_form(net)
+    fits = places.mid and places.down == tuple(range(len(residual_names(whole))))
     return {
         "the teacher's LoRA": _lora(whole, net, mapping),
         "the teacher's ControlNet": "yes"
-        if _residuals(net) == _residuals(whole)
-        else "no: it adds to layers that are gone (a size error); train one of the student's form",
-        "a ControlNet of its own": controlled,
+        if fits
+        else f"no: it adds to layers that are gone (a size error); {ADAPT} gives a folder that does",
+        "a ControlNet of its own": f"no: {formless}" if formless else "yes",
         "the teacher's IP-Adapter": _ip_adapter(whole, net, mapping),
         "the teacher's AnimateDiff": "yes"
         if same_layers and mid_attention
@@ -89,15 +89,6 @@ def _depths(blocks: Any) -> list[int]:
     ]
 
 
-def _residuals(net: Any) -> list[tuple[int, int]]:
-    """Width and level of each feature of the way down, to which a ControlNet adds."""
-    out = [(net.conv_in.out_channels, 0)]
-    for level, block in enumerate(net.down_blocks):
-        out += [(resnet.out_channels, level) for resnet in block.resnets]
-        out += [(sampler.out_channels, level + 1) for sampler in block.downsamplers or ()]
-    return out
-
-
 def _lora(whole: Any, net: Any, mapping: Mapping[str, str]) -> str:
     """A LoRA goes by names: a student's layer that has the name of another one of the teacher gets that one's delta."""
     there = {name for name, _ in whole.named_modules()}
@@ -106,8 +97,8 @@ def _lora(whole: Any, net: Any, mapping: Mapping[str, str]) -> str:
     if not wrong:
         return "yes"
     return (
-        f"no: {len(wrong)} of {len(layers)} attention layers would get another layer's delta, without an error; carry "
-        "it over: rename its layers by the plan's weight map, and drop those that are gone"
+        f"no: {len(wrong)} of {len(layers)} attention layers would get another layer's delta, without an error; "
+        f"{ADAPT} carries it over"
     )
 
 
@@ -118,5 +109,6 @@ def _ip_adapter(whole: Any, net: Any, mapping: Mapping[str, str]) -> str:
     if not moved:
         return "yes"
     return (
-        f"no: it goes by the order of the cross-attentions; {moved} of {len(ours)} would get another one's, or an error"
+        f"no: it goes by the order of the cross-attentions; {moved} of {len(ours)} get another one's or an error; "
+        f"{ADAPT} carries it over"
     )

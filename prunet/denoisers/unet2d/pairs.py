@@ -14,7 +14,7 @@ Pairs follow the weight map (a student's module is compared with the one that it
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prunet.denoisers.architecture import teacher_name
+from prunet.denoisers.form import teacher_name
 from prunet.denoisers.pairs import Level, Pair
 
 

@@ -1,0 +1,116 @@
+"""One function for all kinds of adapters: what the file is, whom it is for, where the new one goes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from prunet.adapters import controlnet, ip_adapter, lora
+from prunet.adapters.carried import Carried
+from prunet.disk.files import check_writable, new_file, read_label
+from prunet.disk.ownership import check_file, check_place
+from prunet.errors import UserError
+from prunet.plan.derived import Derived, derive
+from prunet.plan.plan import parse_plan
+from prunet.teacher import placing
+from prunet.teacher.configs import check_config
+from prunet.teacher.pickles import PICKLES
+from prunet.words import short
+
+#: In the metadata of a file that was carried over: to which run.
+MARK = "prunet.adapted"
+#: The name of a LoRA in a folder, where diffusers looks for it.
+LORA_FILE = "pytorch_lora_weights.safetensors"
+KINDS = "a LoRA or an IP-Adapter (a .safetensors file), or a ControlNet (its diffusers folder)"
+
+
+def adapt(file: Path | str, to: Path | str, output: Path | str | None = None) -> dict[str, Any]:
+    """Carries a LoRA, an IP-Adapter or a ControlNet of the teacher over to a student, by the plan of its run.
+
+    Args:
+        file: a LoRA's or IP-Adapter's `.safetensors`, or the diffusers folder of a ControlNet.
+        to: the run folder, or another one with the run's `plan.json`.
+        output: the new file or folder; by default beside `file`, with the run's name at its end.
+
+    Returns:
+        `output`, `kind`, and of a LoRA or IP-Adapter the teacher's layers that were `kept` and `dropped`; of a
+        ControlNet its `form` (`cut` or `whole`) and the `residuals` that are taken.
+
+    Raises:
+        UserError: no adapter, of a form that cannot be carried over, or made for another model.
+    """
+    source, student = Path(file), Path(to)
+    derived = _open_student(student)
+    mark = {"run": short(str(student.resolve())), "plan": derived.plan.name, "from": source.name}
+    if source.is_dir() and (source / LORA_FILE).is_file():
+        source = source / LORA_FILE
+    ending = "" if source.is_dir() else ".safetensors"
+    stem = source.name.removesuffix(ending)
+    target = Path(output) if output else source.with_name(f"{stem}-{mark['run']}{ending}")
+    if source.is_dir():
+        check_place(target, "adapter", "--output", [source])
+        control = controlnet.open_controlnet(source, derived)
+        facts = controlnet.write_controlnet(control, derived, target, mark)
+        fits = derived.works_with["the teacher's ControlNet"] == "yes"
+        return {"output": str(target), "kind": "ControlNet", **facts, "fits_unchanged": fits}
+    carried = _carry(source, derived)
+    if target.suffix != ".safetensors":
+        raise UserError(f"--output {target}: name the new file something.safetensors")
+    check_file(target, "--output", is_adapted, [source])
+    check_writable(target.parent, "--output")
+    _write(source, carried, target, mark)
+    return {"output": str(target), "kind": carried.what, **mark, "kept": carried.kept, "dropped": carried.dropped}
+
+
+def is_adapted(path: Path) -> bool:
+    """Whether `adapt` wrote a file."""
+    return MARK in _metadata(path)
+
+
+def _open_student(folder: Path) -> Derived:
+    path = folder / "plan.json"
+    if not path.is_file():
+        raise UserError(
+            f"--to {folder}: no plan.json there, which says what was removed; give the run folder of the student (that "
+            "in which `prunet run` made it)"
+        )
+    facts = read_label(path, ("plan", "teacher_config", "weight_map"))
+    check_config("unet", facts["teacher_config"], path)
+    derived = derive(facts["teacher_config"], parse_plan(facts["plan"], str(path)))
+    if derived.weight_map != facts["weight_map"]:
+        raise UserError(f"{path}: of another version of prunet: `prunet run {folder}` writes it again")
+    return derived
+
+
+def _carry(path: Path, derived: Derived) -> Carried:
+    if path.suffix in PICKLES:
+        raise UserError(f"{path}: a pickle, which can hold code; `prunet convert {path}` writes its tensors without it")
+    if not path.is_file():
+        raise UserError(f"{path}: nothing there; give {KINDS}")
+    found, said = placing.headers([path]), _metadata(path)
+    if MARK in said:
+        raise UserError(f"{path}: was carried over to a student already ({said[MARK]}); give the teacher's own")
+    try:
+        if ip_adapter.is_ip_adapter(list(found)):
+            return ip_adapter.carry_ip_adapter(found, said, derived)
+        if lora.is_lora(list(found), derived.architecture.part):
+            return lora.carry_lora(found, said, derived)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    first = next(iter(sorted(found)), "nothing")
+    raise UserError(f"{path}: no adapter by the names of its tensors (the first is {first}); give {KINDS}")
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with placing.open_file(path) as file:
+        return dict(file.metadata() or {})
+
+
+def _write(source: Path, carried: Carried, target: Path, mark: dict[str, str]) -> None:
+    with placing.open_file(source) as file:
+        tensors = {new: file.get_tensor(key) for key, new in carried.names.items()}
+    if bad := next((name for name, tensor in tensors.items() if not placing.is_finite(tensor)), None):
+        raise UserError(f"{source}: {bad} has NaN or infinity in it: fetch or copy it again, or give another")
+    with new_file(target) as part:
+        save_file(tensors, part, metadata={**carried.metadata, MARK: json.dumps(mark)})

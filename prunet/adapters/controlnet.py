@@ -1,0 +1,60 @@
+"""A ControlNet of the teacher for the student: cut by the plan, or whole, with the residuals that have a place.
+
+Cut, it is a stock model of the student's form. Where diffusers has none (without a mid block), the whole one is copied,
+with the file that loads it, and `adapted.json`, which says what of it is taken.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prunet.adapters.carried import forms_of
+from prunet.disk.files import new_folder, write_json
+from prunet.errors import UserError
+from prunet.plan.derived import Derived
+from prunet.student.folder import write_unet
+from prunet.teacher import placing
+from prunet.teacher.configs import check_config, read_object
+from prunet.teacher.weight_files import find_weights
+
+CONFIG, MARK = "config.json", "adapted.json"
+STEM = "diffusion_pytorch_model"
+
+
+def open_controlnet(folder: Path, derived: Derived) -> Any:
+    """The ControlNet in a stock folder, in the precision of its file.
+
+    Raises:
+        UserError: none there, damaged, or made for another model than the teacher.
+    """
+    config = read_object(folder / CONFIG, str(folder))
+    wanted = forms_of(derived).controlnet
+    if (name := config.get("_class_name")) != wanted:
+        raise UserError(f"{folder}: holds a {name}; of folders prunet carries over those of a {wanted}")
+    check_config("unet", {**derived.teacher_config, **config}, folder / CONFIG)
+    try:
+        control = forms_of(derived).empty_controlnet(config, derived.teacher_skeleton)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+    files = find_weights(folder, STEM, str(folder.parent), folder.name)
+    placed = placing.place(control, placing.headers(files))
+    placing.check_finite(placed)
+    return placing.fill(control, placed)
+
+
+def write_controlnet(control: Any, derived: Derived, output: Path, mark: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes it for the student as a folder; what is said of it in `MARK` is returned."""
+    nets = derived.teacher_skeleton, derived.student_skeleton, derived.form
+    small = forms_of(derived).cut_controlnet(control, *nets)
+    places = forms_of(derived).residuals(*nets)
+    facts = {**mark, "form": "whole" if small is None else "cut"}
+    if small is None:
+        facts |= {"residuals": list(places.down), "mid_residual": places.mid}
+    with new_folder(output, "adapter") as part:
+        write_unet(small or control, part)
+        write_json(part / MARK, facts)
+        if small is None:
+            loader = forms_of(derived).controlnet_loader
+            shutil.copyfile(loader, part / loader.name)
+    return facts

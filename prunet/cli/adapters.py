@@ -1,0 +1,51 @@
+"""Verbs about what people have for the teacher."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prunet.cli.options import Json, app, say
+
+#: Dropped layers that are named; of the rest the number.
+NAMED = 3
+
+
+@app.command()
+def adapt(
+    file: Annotated[Path, typer.Argument(help="LoRA or IP-Adapter (.safetensors), or a ControlNet's folder.")],
+    to: Annotated[Path, typer.Option("--to", help="The student's run folder.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The new file or folder; FILE-RUN beside FILE by default.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Carry a LoRA, an IP-Adapter or a ControlNet of the teacher over to a student.
+
+    As it is, it would change other layers than it was made for, mostly without an error.
+
+    Example: prunet adapt style.safetensors --to runs/demo
+    """
+    from prunet.adapters.adapt import adapt as carry_over
+
+    facts = carry_over(file, to, output)
+    whom = f"{facts['output']}: the {facts['kind']} for {facts['run']} ({facts['plan']})"
+    text = _controlnet_text(facts) if facts["kind"] == "ControlNet" else _layers_text(facts)
+    say(as_json, facts, whom + text)
+
+
+def _layers_text(facts: dict[str, list[str]]) -> str:
+    kept, dropped = facts["kept"], facts["dropped"]
+    text = f", {len(kept):,} of {len(kept) + len(dropped):,} layers"
+    if dropped:
+        more = f" and {len(dropped) - NAMED:,} more" if len(dropped) > NAMED else ""
+        text += f"\ndropped, for their blocks are gone: {', '.join(dropped[:NAMED])}{more}"
+    return text
+
+
+def _controlnet_text(facts: dict[str, list[int]]) -> str:
+    if "residuals" in facts:
+        count = len(facts["residuals"])
+        return f", whole, of which {count} residuals are taken: load it with student_controlnet.py, which lies there"
+    hint = "; the teacher's own fits this student as well" if facts["fits_unchanged"] else ""
+    return f", cut to the student's form and not trained since{hint}"
