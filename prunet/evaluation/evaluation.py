@@ -194,7 +194,7 @@ def _write(
     with new_file(folder / "sheet.png") as part:
         grid(rows, labels, prompts[:SHEET_COLUMNS]).save(part, format="PNG")
     write_text(folder / "evaluation.md", markdown(result))
-    result = result | {"pictures": sums}
+    result = result | {"pictures": sums | {"sheet.png": file_checksum(folder / "sheet.png")}}
     write_json(folder / "evaluation.json", result)
     shutil.rmtree(folder / "drawn", ignore_errors=True)
     return result

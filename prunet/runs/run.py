@@ -168,7 +168,8 @@ class Run:
                 if step in todo or processes.from_main(partial(self.is_done, step)):
                     self.do(step)
                 else:
-                    say(f"[green]✓[/] {step} [dim]is not needed any more: what it left is gone[/]")
+                    remains = processes.from_main(partial(steps.remains, self, step))
+                    say(f"[green]✓[/] {step} [dim]is not needed{remains}[/]")
 
     def do(self, step: str) -> None:
         """Does one step unless it is done, and prints its name. All processes call this, and return when it is done.

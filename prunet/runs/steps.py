@@ -26,6 +26,8 @@ STEPS_FIX = "delete it and run again; stages resume from their checkpoints"
 #: Steps with results that a user asks for; the others are done if one of these reads them.
 RESULTS = ("plan", "evaluate", "export", "report")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+#: Files of a step that nothing seals: their checksums stand in `steps.json`.
+WATCHED = {"log": "{step}/log.jsonl", "pairs": "{step}/pairs.json", "page": "report.html"}
 
 
 def step_names(stages: int, until: str) -> list[str]:
@@ -122,8 +124,18 @@ def lost(this: "Run", step: str) -> list[Path]:
         files = [folder / "cache.json" for folder, _ in [*this.cache_specs, *this.path_specs.values()]]
     if step == "export" and this.recipe.export.single_file:
         files += [this.folder / "student.safetensors", this.folder / "student.config" / "model_index.json"]
+    if step == "evaluate" and files[0].is_file():
+        evaluation = read_label(files[0], ("distance",), f"delete {files[0].parent} and run it again")
+        files += [files[0].parent / name for name in evaluation.get("pictures", {})]
     files += [file for folder in _sealed(this, step) for file in sealed_files(folder)]
     return [file for file in files if not is_whole(file)]
+
+
+def remains(this: "Run", step: str) -> str:
+    """Says what is left of a step that nothing to be done reads; nothing if it was never done."""
+    if step not in read_done(this.folder) or not (gone := lost(this, step)):
+        return ""
+    return escape(f" any more: {gone[0]} is {'cut off' if gone[0].exists() else 'gone'}")
 
 
 def verify_done(this: "Run", step: str) -> None:
@@ -144,6 +156,15 @@ def verify_done(this: "Run", step: str) -> None:
         check_single_file(this.folder / "student.safetensors", fix)
     if step == "evaluate":
         read_evaluation(this.folder / "evaluation", read_done(this.folder))
+    done = read_done(this.folder)[step]
+    for key, name in WATCHED.items():
+        path = this.folder / name.format(step=step)
+        if key not in done:
+            continue
+        if not path.is_file():
+            say(f"  [yellow]{escape(str(path))} is gone:[/] the report lacks what it held")
+        elif file_checksum(path) != done[key]:
+            raise UserError(f"{path}: damaged or changed since it was written: delete it, and give the command again")
 
 
 def check_replaceable(this: "Run", step: str) -> None:
@@ -203,9 +224,10 @@ def begin(this: "Run", step: str) -> None:
 
 def finish(this: "Run", step: str, seconds: float) -> None:
     """Writes down that the step is done from its inputs."""
-    log = this.folder / step / "log.jsonl"
-    logged = {"log": file_checksum(log)} if log.is_file() else {}
-    done = {**read_done(this.folder), step: {"inputs": this.inputs[step], "seconds": seconds} | logged}
+    files = {key: this.folder / name.format(step=step) for key, name in WATCHED.items()}
+    files = {key: path for key, path in files.items() if path.is_file() and (key == "page") == (step == "report")}
+    sums = {key: file_checksum(path) for key, path in files.items()}
+    done = {**read_done(this.folder), step: {"inputs": this.inputs[step], "seconds": seconds, **sums}}
     write_json(this.folder / "steps.json", done)
 
 
