@@ -481,7 +481,7 @@ def test_the_command(finished, tmp_path, capsys, monkeypatch) -> None:
     kept, dropped = len(facts["kept"]), facts["dropped"]
     first, second = capsys.readouterr().out.splitlines()
     assert first.endswith(f"the LoRA for run (bk-small), {kept} of {kept + len(dropped)} layers")
-    assert second == f"dropped, for their blocks are gone: {', '.join(dropped[:3])} and {len(dropped) - 3} more"
+    assert second == f"dropped, because their blocks are removed: {', '.join(dropped[:3])} and {len(dropped) - 3} more"
     monkeypatch.setattr("sys.argv", ["prunet", "adapt", facts["output"], "--to", str(finished)])
     with pytest.raises(SystemExit, match="2"):
         cli.main()

@@ -116,7 +116,7 @@ def test_verbs_in_a_row(capsys, sd, pictures, tmp_path) -> None:
     assert cost["distil_hours"] == pytest.approx(cost["seconds_per_image"] * 4 / 3600)
     assert set(cost["steps"].values()) == {"to do"} and not (tmp_path / "run").exists()
     code, out, _ = call(capsys, "estimate", path, "--set", "data.limit=2", "--set", "data.size=32", *flags[:-1])
-    assert "2, each seen 2.0 times; 32 px, not the 16 px that the teacher was made for" in " ".join(out.split())
+    assert "2, each seen 2.0 times; 32 px, not the 16 px that the teacher was trained on" in " ".join(out.split())
     for verb in ("cache", "distil", "evaluate", "run"):
         code, out, _ = call(capsys, verb, path, *flags)
         assert code == 0, verb

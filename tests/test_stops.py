@@ -108,7 +108,7 @@ def kill_often(kills: int, forks: Forks, whole: tuple[Path, float], sd: Path, pi
                 break
             assert code in (-number, 128 + number), (number, code, text)
             if code > 0:
-                assert text.endswith("Stopped; what is written is kept, and the same command resumes from there.\n")
+                assert text.endswith("Stopped; written files are kept, and the same command resumes from there.\n")
             codes[signal.Signals(number).name, code] = codes.get((signal.Signals(number).name, code), 0) + 1
             done += 1
         assert code == 0, text
@@ -321,7 +321,7 @@ def test_a_signal_ends_a_command_with_its_code_and_a_word(number, forks, sd, pic
     code, text = forks.wait(), (tmp_path / "log").read_text()
     timer.join()
     assert code == 128 + number, text
-    assert text.endswith("Stopped; what is written is kept, and the same command resumes from there.\n")
+    assert text.endswith("Stopped; written files are kept, and the same command resumes from there.\n")
 
 
 @pytest.mark.processes

@@ -16,13 +16,13 @@ from prunet.cli import adapters, models, recipes, results  # noqa: F401  (their 
 from prunet.cli.options import app
 from prunet.errors import UserError, one_line
 
-# Where typer keeps its click differs between versions; its own BadParameter knows.
+# Click's class, from a subclass of it, because typer has click in different places in different versions.
 UsageError: Any = typer.BadParameter.__mro__[1]
-#: Exit code of a command that was stopped by Ctrl-C; typer gives it instead of the exception.
+#: Exit code of a command that was stopped by Ctrl-C; typer returns it instead of raising.
 INTERRUPTED = 128 + signal.SIGINT
-#: What stops a command: Ctrl-C; a batch system or a service manager; a terminal that is closed.
+#: Signals that stop a command: from Ctrl-C; from a batch system or a service manager; from a closed terminal.
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-#: What several processes may do together.
+#: Verbs that several processes may run together.
 SHARED = ("run", "cache", "distil", "evaluate", "measure")
 
 
@@ -41,22 +41,22 @@ def _root(
 
 
 def main() -> None:
-    """Runs the command line; a `UserError` is one line on stderr and exit code 2."""
+    """Runs the command line; a `UserError` becomes one line on stderr and exit code 2."""
     _quiet()
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a sign shows its number
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows its number
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     _listen()
     try:
         code = _call()
-    except BaseException:  # a library may have made something else of the KeyboardInterrupt
+    except BaseException:  # a library may have replaced the KeyboardInterrupt
         if not _stopped_by:
             raise
         code = INTERRUPTED
     if code == INTERRUPTED:
         if processes.is_main():
             with suppress(OSError):  # the terminal may be gone
-                print("Stopped; what is written is kept, and the same command resumes from there.", file=sys.stderr)
+                print("Stopped; written files are kept, and the same command resumes from there.", file=sys.stderr)
         code = 128 + (_stopped_by or [signal.SIGINT])[-1]
     sys.exit(code)
 
@@ -83,28 +83,28 @@ def _call() -> int:
     except (MemoryError, RuntimeError) as error:
         if _is_out_of_memory(error):
             _fail(
-                "Out of memory: do less at once (--micro-batch, --batch-size), take smaller pictures (data.size, "
+                "Out of memory: do less at once (--micro-batch, --batch-size), use smaller pictures (data.size, "
                 "--size), or distil with --gradient-checkpointing"
             )
         if processes.count() == 1 or not re.search("connection (closed|reset)|nccl|gloo", str(error), re.IGNORECASE):
             raise
-        _fail("another process has ended, and says why")
+        _fail("another process has ended; see its message")
 
 
 def _at_home(argument: str) -> str:
-    """A path below `~`, which not every shell expands behind `=`, and what is no shell does not at all."""
+    """Expands `~/`, which some shells do not expand after `=`, and other programs not at all."""
     option, sign, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     return option + sign + (os.path.expanduser(value) if value.startswith("~/") else value)
 
 
-_stopped_by: list[int] = []  # the signals that came
+_stopped_by: list[int] = []  # received signals
 
 
 def _listen() -> None:
-    """Has all signals that end a command raise KeyboardInterrupt, as Ctrl-C does."""
+    """Makes all signals that stop a command raise KeyboardInterrupt, as Ctrl-C does."""
     _stopped_by.clear()
     for number in STOPS:
-        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # nohup asks to be spared
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # nohup ignores SIGHUP
             signal.signal(number, _stop)
 
 
@@ -127,7 +127,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _quiet() -> None:
-    """Libraries warn about things that are prunet's business, not the user's."""
+    """Hides warnings of libraries about things that prunet takes care of."""
     import warnings
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,4 +1,4 @@
-"""Verbs about what people have for the teacher."""
+"""The verb for adapters of the teacher: LoRA, IP-Adapter, ControlNet."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 from prunet.cli.options import Json, app, say
 
-#: Dropped layers that are named; of the rest the number.
+#: Dropped layers that the text names; it counts the others.
 NAMED = 3
 
 
@@ -20,9 +20,9 @@ def adapt(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Carry a LoRA, an IP-Adapter or a ControlNet of the teacher over to a student.
+    """Convert a LoRA, an IP-Adapter or a ControlNet of the teacher for a student.
 
-    As it is, it would change other layers than it was made for, mostly without an error.
+    Without conversion it would change the wrong layers of the student, usually without an error.
 
     Example: prunet adapt style.safetensors --to runs/demo
     """
@@ -39,13 +39,13 @@ def _layers_text(facts: dict[str, list[str]]) -> str:
     text = f", {len(kept):,} of {len(kept) + len(dropped):,} layers"
     if dropped:
         more = f" and {len(dropped) - NAMED:,} more" if len(dropped) > NAMED else ""
-        text += f"\ndropped, for their blocks are gone: {', '.join(dropped[:NAMED])}{more}"
+        text += f"\ndropped, because their blocks are removed: {', '.join(dropped[:NAMED])}{more}"
     return text
 
 
 def _controlnet_text(facts: dict[str, list[int]]) -> str:
     if "residuals" in facts:
         count = len(facts["residuals"])
-        return f", whole, of which {count} residuals are taken: load it with student_controlnet.py, which lies there"
-    hint = "; the teacher's own fits this student as well" if facts["fits_unchanged"] else ""
+        return f", whole; the student uses {count} of its residuals: load it with student_controlnet.py in that folder"
+    hint = "; the original also fits this student" if facts["fits_unchanged"] else ""
     return f", cut to the student's form and not trained since{hint}"

@@ -1,4 +1,4 @@
-"""Verbs about models: look at a plan, build a student, export it, draw with it."""
+"""Verbs for models: inspect a plan, build a student, export it, draw with it."""
 
 import json
 import math
@@ -26,12 +26,12 @@ from prunet.errors import UserError
 def inspect(
     teacher: TeacherArgument, plan: PlanOption = "none", config: ConfigOption = None, as_json: Json = False
 ) -> None:
-    """Show what a plan does to a model, from its config alone: no weight is read.
+    """Show what a plan does to a model, without reading weights.
 
-    Example: prunet inspect sdxl --plan ssd-1b. Given a recipe (.yaml) or a run folder, it shows the recipe's plan on
-    its teacher, and the way there if the stages remove step by step.
+    Example: prunet inspect sdxl --plan ssd-1b. For a recipe (.yaml) or a run folder it shows the recipe's plan on its
+    teacher, and what each stage removes.
     """
-    from prunet.cli.drawing import draw_plan
+    from prunet.cli.views import plan_view
     from prunet.plan.derived import derive
     from prunet.plan.plan import Plan, load_plan
     from prunet.teacher.teacher import Teacher
@@ -39,20 +39,21 @@ def inspect(
     if teacher.endswith((".yaml", ".yml")) or (Path(teacher) / "recipe.yaml").is_file():
         if plan != "none" or config is not None:
             raise UserError(f"{teacher}: a recipe names its own plan and teacher.config: leave --plan and --config out")
-        return _inspect_recipe(Path(teacher), as_json)
+        _inspect_recipe(Path(teacher), as_json)
+        return
     chosen = Plan("none") if plan == "none" else load_plan(plan)
     opened = Teacher(teacher, config=config, only_form=True)
     derived = derive(opened.unet_config, chosen)
     opened.check_weights(headers_only=True)
     title = teacher if plan == "none" else f"{teacher} by {chosen.name}"
-    say(as_json, derived.facts() if as_json else {}, None if as_json else draw_plan(derived, title))
+    say(as_json, derived.facts() if as_json else {}, None if as_json else plan_view(derived, title))
 
 
 def _inspect_recipe(path: Path, as_json: bool) -> None:
     from rich.console import Group
     from rich.text import Text
 
-    from prunet.cli.drawing import draw_plan, draw_stairs
+    from prunet.cli.views import plan_view, stairs_view
     from prunet.plan.derived import derive
     from prunet.student.student import check_steps
     from prunet.teacher.teacher import Teacher
@@ -67,7 +68,7 @@ def _inspect_recipe(path: Path, as_json: bool) -> None:
     notes = [f"{stage.steps:,} x {stage.batch_size}" for stage in recipe.stages]
     title = f"{source.source} by {recipe.plan.name}"
     facts = derived.facts() | {"stages": [step.facts() for step in steps]} if as_json else {}
-    say(as_json, facts, None if as_json else Group(draw_plan(derived, title), Text(), draw_stairs(steps, notes)))
+    say(as_json, facts, None if as_json else Group(plan_view(derived, title), Text(), stairs_view(steps, notes)))
 
 
 @app.command()
@@ -96,7 +97,7 @@ def build(
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
-    """Make a student: what the plan leaves, with the teacher's weights, not yet distilled.
+    """Make a student of a plan with the teacher's weights, not yet distilled.
 
     Writes a stock diffusers folder of the denoiser (load it with its class: UNet2DConditionModel.from_pretrained).
     """
@@ -122,9 +123,9 @@ def build(
 
 @app.command()
 def export(
-    run_folder: Annotated[Path, typer.Argument(help="A run folder whose distillation is finished.")],
+    run_folder: Annotated[Path, typer.Argument(help="The run folder of an evaluated student.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="RUN/pipeline, or RUN/student.safetensors.")
+        Path | None, typer.Option("--output", "-o", help="RUN/pipeline or RUN/student.safetensors by default.")
     ] = None,
     single_file: Annotated[bool, typer.Option("--single-file", help="The original LDM layout as one file.")] = False,
     fp16: Annotated[
@@ -207,11 +208,11 @@ def generate(
     ),
     num_images: Annotated[int, typer.Option("-n", "--num-images", min=1)] = 1,
     steps: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Sampling steps: 25, or those that the model was made for.")
+        int | None, typer.Option(min=1, max=1000, help="Sampling steps: 25, or as many as the model was made for.")
     ] = None,
     guidance_scale: Annotated[
         float | None,
-        typer.Option("--guidance-scale", "-g", min=0, help="7.5, or as it was made for; of a run that of its recipe."),
+        typer.Option("--guidance-scale", "-g", min=0, help="7.5, or what the model was made for."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
     size: Annotated[int | None, typer.Option(min=8, max=4096, help="Pixels; the model's own by default.")] = None,
@@ -235,7 +236,7 @@ def generate(
     if one_file and num_images > 1:
         raise UserError(f"--output {output}: {num_images} pictures need a folder, not one file")
     if not one_file and output.is_file():
-        raise UserError(f"--output {output}: is a file that is no picture; give a folder or something.png")
+        raise UserError(f"--output {output}: is a file, but not a picture; give a folder or something.png")
     if not one_file:
         check_place(output, "pictures", "--output", [Path(model)])
     check_writable(output.parent if one_file else output, "--output")
@@ -245,7 +246,7 @@ def generate(
     for path in paths:
         check_file(path, "--output", is_drawn)
         if not one_file and path.exists() and not is_drawn(path, prompt):
-            raise UserError(f"--output {path}: is of another prompt: give another folder, or another --seed")
+            raise UserError(f"--output {path}: shows another prompt: give another folder, or another --seed")
     with nullcontext() if one_file else hold(output, "pictures"):
         draw_pictures(
             model,

@@ -1,4 +1,4 @@
-"""What verbs share: their options, how they open a recipe, what they print."""
+"""Shared by the verbs: options, opening a recipe, printing results."""
 
 import functools
 import importlib.util
@@ -39,13 +39,13 @@ SetOption = Annotated[
 
 #: Fields of `Runtime` as options: type and default.
 RUNTIME: dict[str, tuple[Any, Any]] = {
-    "device": (Annotated[str | None, typer.Option(help="cuda, cpu, mps; the best there is by default.")], None),
+    "device": (Annotated[str | None, typer.Option(help="cuda, cpu or mps; by default the best available.")], None),
     "precision": (
         Annotated[str, typer.Option(help="no (fp32), bf16, fp16, or auto: bf16 where the hardware has it.")],
         "auto",
     ),
     "micro_batch": (
-        Annotated[int | None, typer.Option(min=1, help="Samples at once on a device; what fits by default.")],
+        Annotated[int | None, typer.Option(min=1, help="Samples at once on a device; by default as many as fit.")],
         None,
     ),
     "gradient_checkpointing": (
@@ -59,24 +59,24 @@ RUNTIME: dict[str, tuple[Any, Any]] = {
         False,
     ),
     "use_8bit_adam": (
-        Annotated[bool, typer.Option("--use-8bit-adam", help="The optimizer's state in 8 bits (GPU, bitsandbytes).")],
+        Annotated[bool, typer.Option("--use-8bit-adam", help="Optimizer's state in 8 bits (GPU, bitsandbytes).")],
         False,
     ),
     "teacher_8bit": (
-        Annotated[bool, typer.Option("--teacher-8bit", help="The teacher's linear layers in 8 bits (torchao).")],
+        Annotated[bool, typer.Option("--teacher-8bit", help="Teacher's linear layers in 8 bits (torchao).")],
         False,
     ),
     "teacher_fp8": (
         Annotated[
             bool,
-            typer.Option("--teacher-fp8", help="The teacher's linear layers multiply in fp8 (Hopper GPUs, torchao)."),
+            typer.Option("--teacher-fp8", help="Teacher's linear layers multiply in fp8 (Hopper GPUs, torchao)."),
         ],
         False,
     ),
     "fsdp": (
         Annotated[
             bool,
-            typer.Option("--fsdp", help="Share the student out among the processes (FSDP2), not a copy in each."),
+            typer.Option("--fsdp", help="Divide the student among the processes (FSDP2), without a copy in each."),
         ],
         False,
     ),
@@ -87,14 +87,14 @@ RUNTIME: dict[str, tuple[Any, Any]] = {
     "compile_blocks": (
         Annotated[
             bool,
-            typer.Option("--compile-blocks", help="torch.compile the transformer blocks alone, in seconds."),
+            typer.Option("--compile-blocks", help="torch.compile only the transformer blocks, in seconds."),
         ],
         False,
     ),
     "channels_last": (
         Annotated[
             bool,
-            typer.Option("--channels-last", help="Store convolutions as GPUs compute them; a little faster on most."),
+            typer.Option("--channels-last", help="Store convolutions in the GPU's own order; on most a little faster."),
         ],
         False,
     ),
@@ -103,15 +103,16 @@ RUNTIME: dict[str, tuple[Any, Any]] = {
         None,
     ),
 }
-#: What changes how fast a distillation is, not how much memory it needs; and what needs several processes.
+#: Options that change the speed of a distillation but not its memory, or that need several processes.
 FAST = ("fsdp", "compile", "compile_blocks", "channels_last", "tracker")
-#: Those of a distillation, and those of them that an estimate can count.
+#: Options of a distillation.
 LOOP = tuple(RUNTIME)
+#: Options that an estimate can take into account.
 COUNTED = tuple(name for name in LOOP if name not in FAST)
 
 
 def with_runtime(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a verb these options of `RUNTIME`; it gets them as one checked `Runtime`, its argument `runtime`."""
+    """Gives a verb these options of `RUNTIME`; it receives them as a checked `Runtime`, its argument `runtime`."""
 
     def wrap(verb: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(verb)
@@ -124,7 +125,7 @@ def with_runtime(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
             inspect.Parameter(name, kind, default=default, annotation=annotation)
             for name, (annotation, default) in ((name, RUNTIME[name]) for name in names)
         ]
-        last = own.pop()  # --json, which comes last in every verb's help
+        last = own.pop()  # --json, the last option in every verb's help
         shown = [*own, *ours, last.replace(kind=kind)]
         call.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
         call.__annotations__ = {p.name: p.annotation for p in shown}
@@ -134,31 +135,23 @@ def with_runtime(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
 
 
 def make_runtime(device: str | None = None, precision: str = "auto", tracker: str | None = None, **options: Any) -> Any:
-    """`options`: fields of `Runtime`, checked."""
+    """Makes a `Runtime` from options (its fields) after checking them.
+
+    Raises:
+        UserError: not available here, or options that exclude each other.
+    """
     from prunet.evaluation.networks import declare_torchvision_ops
 
     declare_torchvision_ops()
-    import torch
-
     from prunet.runtime import Runtime
     from prunet.training.gpu import has_fp8
 
     if precision not in ("auto", "no", "bf16", "fp16"):
         raise UserError(f"--precision {precision}: choose auto, no, bf16 or fp16")
     if device is not None:
-        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-            raise UserError(f"--device {device}: give cpu, cuda, cuda:N or mps")
-        try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            first = str(error).splitlines()[0][:120]
-            raise UserError(f"--device {device}: not available here ({first}); try cpu") from error
+        _check_device(device)
     if tracker is not None:
-        from accelerate.tracking import get_available_trackers
-
-        available = [str(t.value if hasattr(t, "value") else t) for t in get_available_trackers()]
-        if tracker not in available:
-            raise UserError(f"--tracker {tracker}: not installed; available: {', '.join(available) or 'none'}")
+        _check_tracker(tracker)
     chosen: Any = precision
     runtime = Runtime(device=device, precision=chosen, tracker=tracker, **options)
     for flag, on, package in (
@@ -190,8 +183,32 @@ def make_runtime(device: str | None = None, precision: str = "auto", tracker: st
     return runtime
 
 
+def _check_device(device: str) -> None:
+    import torch
+
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: give cpu, cuda, cuda:N or mps")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0][:120]
+        raise UserError(f"--device {device}: not available here ({first}); try cpu") from error
+
+
+def _check_tracker(tracker: str) -> None:
+    from accelerate.tracking import get_available_trackers
+
+    available = [str(t.value if hasattr(t, "value") else t) for t in get_available_trackers()]
+    if tracker not in available:
+        raise UserError(f"--tracker {tracker}: not installed; available: {', '.join(available) or 'none'}")
+
+
 def named_files(given: list[str] | None, examples: str) -> dict[str, Path]:
-    """NAME=PATH, several of them, as a mapping."""
+    """Parses texts like NAME=PATH.
+
+    Raises:
+        UserError: not of this form; the message shows `examples`.
+    """
     files = {}
     for text in given or []:
         name, sign, path = text.partition("=")
@@ -202,7 +219,7 @@ def named_files(given: list[str] | None, examples: str) -> dict[str, Path]:
 
 
 def open_recipe(path: Path, overrides: list[str] | None) -> Any:
-    """Of a run folder its recipe, with the folder itself as output: it may have been moved or copied."""
+    """Reads a recipe, or that of a run folder; its output is then this folder, which may have been moved or copied."""
     from prunet.recipe.recipe import load_recipe
 
     if path.is_dir():
@@ -211,6 +228,7 @@ def open_recipe(path: Path, overrides: list[str] | None) -> Any:
 
 
 def say(as_json: bool, facts: dict[str, Any], text: Any = None) -> None:
+    """Prints a verb's result in the main process: `facts` as JSON, or else `text` (a string or something of rich)."""
     if not processes.is_main():
         return
     if as_json:

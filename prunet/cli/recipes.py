@@ -1,4 +1,4 @@
-"""Verbs that do a recipe: all of it, up to some step, or in several ways."""
+"""Verbs that run a recipe: all of it, up to some step, or in several variants."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,9 +52,9 @@ def run(
     overrides: SetOption = None,
     as_json: Json = False,
 ) -> None:
-    """Do a recipe: plan, build, cache, distil, evaluate, export, report.
+    """Run a recipe: plan, build, cache, distil, evaluate, export, report.
 
-    What is finished and valid is skipped, so the same command also resumes a run that was stopped.
+    Finished steps are skipped, so the same command resumes a run that was stopped.
     """
     _run_until("report", recipe, overrides, runtime, as_json)
 
@@ -67,18 +67,18 @@ def estimate(
     overrides: SetOption = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what a recipe would do and cost: steps, peak memory by part, hours on this device.
+    """Estimate what a recipe does and costs: steps, peak memory by part, hours on this device.
 
     Memory comes from shapes, hours from a few steps of the real loop with random weights. Nothing is written.
     """
-    from prunet.cli.drawing import draw_estimate
+    from prunet.cli.views import estimate_view
     from prunet.runs.estimate import estimate as cost_of
     from prunet.runs.run import Run
 
     this = Run(open_recipe(recipe, overrides), runtime)
     this.check()
     cost = cost_of(this)
-    say(as_json, cost, draw_estimate(this, cost))
+    say(as_json, cost, estimate_view(this, cost))
 
 
 @app.command()
@@ -89,7 +89,7 @@ def cache(
     overrides: SetOption = None,
     as_json: Json = False,
 ) -> None:
-    """Do a recipe up to its cache: encode pictures and captions, or let the teacher draw the prompts."""
+    """Run a recipe up to its cache: encode pictures and captions, or let the teacher draw the prompts."""
     _run_until("cache", recipe, overrides, runtime, as_json)
 
 
@@ -101,7 +101,7 @@ def distil(
     overrides: SetOption = None,
     as_json: Json = False,
 ) -> None:
-    """Do a recipe up to the distilled student; resumes from the last checkpoint."""
+    """Run a recipe up to the distilled student; resumes from the last checkpoint."""
     _run_until("distil", recipe, overrides, runtime, as_json)
 
 
@@ -111,12 +111,12 @@ def evaluate(
     runtime: Any,
     recipe: RecipeArgument,
     overrides: SetOption = None,
-    weights: Annotated[list[str] | None, typer.Option(help="vgg=FILE and lpips=FILE: measure LPIPS, too.")] = None,
+    weights: Annotated[list[str] | None, typer.Option(help="vgg=FILE and lpips=FILE: also measure LPIPS.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Do a recipe up to its evaluation: sizes, speeds, and distance from the teacher before and after.
+    """Run a recipe up to its evaluation: sizes, speeds, and distance from the teacher before and after.
 
-    LPIPS, too, given its weights; of a finished run it is added: prunet evaluate RUN --weights vgg=FILE
+    With its weights given, LPIPS is measured too, and added to a finished run: prunet evaluate RUN --weights vgg=FILE
     --weights lpips=FILE
     """
     from prunet.evaluation.evaluation import markdown
@@ -144,12 +144,12 @@ def ablate(
     runtime: Any,
     ablation: Annotated[Path, typer.Argument(help="A YAML file: recipe, seeds and arms (see benchmarks/).")],
     overrides: SetOption = None,
-    workers: Annotated[int, typer.Option(min=1, help="Runs at once: one a GPU, or sharing the CPU's cores.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at once: one per GPU, or sharing the CPU's cores.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Do one recipe in several ways, with several seeds each, and make one table with intervals.
+    """Run a recipe in several variants with several seeds each, and write one table with intervals.
 
-    What is finished is skipped, so the same command resumes where it was stopped.
+    Finished runs are skipped, so the same command resumes where it was stopped.
     """
     from prunet.runs.ablation import ablate as do_all
     from prunet.runs.ablation import load_ablation, markdown

@@ -1,4 +1,4 @@
-"""Verbs about results: quality by a protocol, speed, and several of either side by side."""
+"""Verbs for results: quality by a protocol, speed, and comparisons."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +11,7 @@ from prunet.errors import UserError
 
 @app.command()
 def protocols(as_json: Json = False) -> None:
-    """List the protocols that come with prunet: what is drawn, and what is measured."""
+    """List the protocols that come with prunet: what they draw, and what they measure."""
     from rich.console import Group
     from rich.table import Table
 
@@ -21,7 +21,7 @@ def protocols(as_json: Json = False) -> None:
     table = Table("protocol", "what it draws", "what it measures", box=None)
     for name, value in found.items():
         table.add_row(f"[bold]{name}[/]", value.description, ", ".join(value.metrics))
-    note = "\nOf your own, or for the shipped emoji: a YAML file, such as emoji/protocols/emoji-train.yaml"
+    note = "\nFor your own, or for the shipped emoji, give a YAML file, such as emoji/protocols/emoji-train.yaml"
     say(as_json, {name: value.model_dump(mode="json") for name, value in found.items()}, Group(table, note))
 
 
@@ -33,7 +33,7 @@ def measure(
     protocol: Annotated[str, typer.Option(help="A protocol's name (see `prunet protocols`) or a YAML file.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for pictures and numbers; of a run: RUN/measured/PROTOCOL."),
+        typer.Option("--output", "-o", help="Folder for pictures and numbers; for a run: RUN/measured/PROTOCOL."),
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="The protocol's prompts: .txt, .csv or .tsv.")] = None,
     real: Annotated[
@@ -41,7 +41,7 @@ def measure(
     ] = None,
     weights: Annotated[list[str] | None, typer.Option(help="The metrics' networks: inception=FILE, clip=PATH.")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=2, help="Only the first N prompts, to try it (KID in smaller subsets).")
+        int | None, typer.Option(min=2, help="Only the first N prompts, for a trial (KID in smaller subsets).")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 4,
     config: ConfigOption = None,
@@ -49,8 +49,8 @@ def measure(
 ) -> None:
     """Draw a protocol's prompts and measure the pictures: FID, KID, CLIP score and others, with intervals.
 
-    Resumable. Several processes share the work: accelerate launch -m prunet measure MODEL --protocol NAME -o FOLDER.
-    What is measured of a run goes into its report, too.
+    The same command resumes. Several processes share the work: accelerate launch -m prunet measure MODEL --protocol
+    NAME -o FOLDER. The numbers of a run also go into its report.
 
     Example: prunet measure runs/demo --protocol emoji/protocols/emoji-train.yaml
     """
@@ -64,7 +64,7 @@ def measure(
         chosen = chosen.model_copy(update={"kid_subset_size": max(10, min(chosen.kid_subset_size, len(texts)))})
     is_run = (Path(model) / "recipe.yaml").is_file()
     if output is None and not is_run:
-        raise UserError(f"{model}: is no run folder: say where the pictures and numbers go with --output FOLDER")
+        raise UserError(f"{model}: not a run folder: give a folder for pictures and numbers with --output FOLDER")
     files = named_files(weights, "inception=FILE or clip=PATH")
     result = measure_it(
         model,
@@ -96,9 +96,9 @@ def compare(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Put several runs side by side on one page, or the numbers of several measured models into one table.
+    """Show several runs side by side on one page, or the numbers of several measured models in one table.
 
-    Refused if they were not measured alike, with what differs.
+    Refuses runs or numbers that were not measured in the same way, and says what differs.
     """
     from prunet.disk.ownership import check_file
     from prunet.evaluation.measuring import compare as side_by_side
@@ -112,7 +112,8 @@ def compare(
         if output is not None:
             raise UserError(f"--output {output}: pages are for run folders; measured models are one table, printed")
         results = side_by_side(folders)
-        return say(as_json, {"results": results}, Markdown(markdown(results)))
+        say(as_json, {"results": results}, Markdown(markdown(results)))
+        return
     output = output or Path("comparison.html")
     if output.suffix != ".html" or output.is_dir():
         raise UserError(f"--output {output}: name the page something.html")
@@ -131,7 +132,7 @@ def bench(
     ],
     plans: Annotated[
         list[str] | None,
-        typer.Option("--plan", "-p", help="Also what this plan leaves of the baseline, not trained; several times."),
+        typer.Option("--plan", "-p", help="Also time what this plan leaves of the baseline; several times."),
     ] = None,
     size: Annotated[int | None, typer.Option(min=8, max=4096, help="Pixels; the baseline's own by default.")] = None,
     batch_sizes: Annotated[
@@ -139,13 +140,13 @@ def bench(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, max=1000, help="Sampling steps of a picture: 25, or those that a model was made for."),
+        typer.Option(min=1, max=1000, help="Sampling steps of a picture: 25, or as many as a model was made for."),
     ] = None,
     repeats: Annotated[
-        int, typer.Option(min=3, help="Calls of each; the median counts. After a minute it stops early, never below 3.")
+        int, typer.Option(min=3, help="Calls of each, of which the median counts; after a minute fewer, at least 3.")
     ] = 15,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Time the denoisers by torch.compile, too (minutes each on a CPU).")
+        bool, typer.Option("--compile", help="Also time the denoisers with torch.compile (minutes each on a CPU).")
     ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for bench.md, bench.svg (the chart) and bench.json.")
@@ -155,13 +156,13 @@ def bench(
 ) -> None:
     """Time a teacher and its students side by side: text, denoiser, VAE, pictures a second, peak memory.
 
-    All calls take turns, so that what disturbs the machine disturbs them all. A student's speed-up is shown beside what
-    its multiply-adds (MACs) allow: twice as fast for half the MACs. Where it reaches less than 90 % of that, the table
-    tells which operations take the rest.
+    All calls take turns, so that a disturbance of the machine affects all of them. A student's speed-up is beside what
+    its multiply-adds (MACs) allow: twice as fast for half the MACs. Where it is less than 90 % of that, the table shows
+    which operations take the rest of the time.
 
     Example: prunet bench my-model runs/mine --batch-size 1 --batch-size 4 -o runs/bench
 
-    Before anything is trained: prunet bench my-model --plan bk-small --plan bk-tiny
+    Before training: prunet bench my-model --plan bk-small --plan bk-tiny
     """
     from rich.markdown import Markdown
 

@@ -1,1 +1,1 @@
-"""One YAML page as values: teacher, plan, data, stages, evaluation."""
+"""The recipe, one YAML page, as values: teacher, plan, data, stages, evaluation."""

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from prunet.errors import UserError
 
-#: Characters of a prompt or caption. Text encoders read 77 tokens, none of which has as many as a hundred.
+#: Characters of a prompt or caption. Text encoders read 77 tokens of fewer than 100 characters each.
 LONGEST_PROMPT = 10_000
 PROMPT_COLUMNS = ("text", "caption", "prompt", "prompts", "captions")
 
 
 def read_prompt_file(path: Path) -> list[str]:
-    """A text file with one prompt a line (without empty lines and `#` comments), or .csv or .tsv with a column of them.
+    """Reads a text file with one prompt per line (except empty lines and `#` comments), or a column of a .csv or .tsv.
 
     Raises:
-        UserError: not there, not UTF-8, empty, no such column, or a row without a prompt.
+        UserError: no such file, not UTF-8, empty, no such column, or a row without a prompt.
     """
     if not path.is_file():
         raise UserError(f"No prompt file at {path}: give a text file with one prompt a line, or a .csv or .tsv")
@@ -26,11 +26,11 @@ def read_prompt_file(path: Path) -> list[str]:
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: not readable as UTF-8 text: {error}") from error
     if "\0" in text:
-        raise UserError(f"{path}: holds a zero byte: not a text file")
+        raise UserError(f"{path}: holds a zero byte, so it is not a text file: give another")
     kind = path.suffix.lower()
     if kind in (".csv", ".tsv"):
         return _column(path, text, tabs=kind == ".tsv")
-    # Lines end as in any editor; str.splitlines would also cut at characters that a prompt may hold.
+    # Not str.splitlines, which also splits at characters that a prompt may contain.
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not prompts:
@@ -40,7 +40,11 @@ def read_prompt_file(path: Path) -> list[str]:
 
 
 def check_prompts(prompts: Sequence[str], where: str) -> None:
-    """Refuses prompts that are too long, or no text; `where` begins the message."""
+    """Refuses prompts that are too long or not text; `where` begins the message.
+
+    Raises:
+        UserError: the first such prompt.
+    """
     for prompt in prompts:
         if len(prompt) > LONGEST_PROMPT:
             raise UserError(
@@ -71,4 +75,5 @@ def _column(path: Path, text: str, *, tabs: bool) -> list[str]:
 
 
 def prompts_hash(prompts: Sequence[str]) -> str:
+    """A SHA-256 of prompts in their order."""
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""The recipe: one YAML page that says teacher, plan, data, stages and evaluation.
+"""The recipe: one YAML page with teacher, plan, data, stages and evaluation.
 
-Device, precision, micro-batch and the number of processes are not part of it: results do not depend on where a
-recipe ran. They belong to the command line.
+Device, precision, micro-batch and the number of processes are not part of it, because results do not depend on them.
+They are options of the command line.
 """
 
 import copy
@@ -23,7 +23,7 @@ from prunet.recipe.prompts import check_prompts, read_prompt_file
 from prunet.recipe.stage import Losses, PlanValue, Stage, TeacherSource, TeacherValue
 from prunet.recipe.values import Copies, Drawing, DrawingSteps, Integer, Part, PathText, Seed, Size, Steps, Weight
 
-#: What has a meaning for pictures only, and for prompts only.
+#: Keys of `Data` that are for pictures only, and for prompts only.
 OF_PICTURES = ("crop", "flip", "buckets", "views", "image_column", "caption_column")
 OF_PROMPTS = ("steps", "guidance_scale", "images_per_prompt")
 
@@ -35,17 +35,17 @@ def _not_empty(value: str | list[str] | None) -> str | list[str] | None:
 
 
 class Data(Part):
-    """Pictures with captions (`source`), or `prompts` from which the teacher makes the latents itself."""
+    """Training data: pictures with captions (`source`), or `prompts` that the teacher draws itself."""
 
     source: PathText | list[PathText] | None = Field(
         default=None, description="folder, saved dataset, tar shards, parquet or datasets id"
     )
-    prompts: PathText | list[str] | None = Field(default=None, description="prompts, or a text file with one a line")
+    prompts: PathText | list[str] | None = Field(default=None, description="prompts, or a text file with one per line")
     size: Size | None = Field(None, description="pixels; the teacher's own if not given")
     crop: Literal["center", "random"] = "center"
     flip: bool = Field(default=False, description="mirror half of the pictures")
     buckets: bool = Field(default=False, description="crop each picture to the nearest of several shapes of one area")
-    views: Copies = Field(default=1, description="crops, flips and captions drawn from each picture")
+    views: Copies = Field(default=1, description="samples of each picture, with other crops, flips and captions")
     limit: Steps | None = Field(default=None, description="use only the first N pictures or prompts")
     image_column: str = "image"
     caption_column: str | None = None
@@ -60,7 +60,7 @@ class Data(Part):
         if (self.source is None) == (self.prompts is None):
             raise ValueError("give either 'source' (pictures with captions) or 'prompts'")
         kind, names = ("pictures", OF_PROMPTS) if self.source is not None else ("prompts", OF_PICTURES)
-        # Not whatever is set: the recipe.yaml of a run folder sets everything, its defaults too.
+        # Defaults are no mistake: the recipe.yaml of a run folder contains all values.
         if idle := [name for name in names if getattr(self, name) != type(self).model_fields[name].default]:
             raise ValueError(f"{idle[0]!r} has no meaning where the data are {kind}: leave it out")
         if self.size is not None and self.size % 8:
@@ -69,37 +69,37 @@ class Data(Part):
 
 
 class Sheet(Part):
-    """The picture sheet drawn while training: teacher and student at fixed prompts and fixed noise."""
+    """The sheet of pictures drawn while training: teacher and student, with fixed prompts and fixed noise."""
 
     prompts: list[str] | None = Field(default=None, description="the first evaluation prompts if not given")
     every: Annotated[Integer, Field(ge=0)] = Field(default=1000, description="steps; 0: never")
 
 
 class Evaluation(Drawing):
-    """How the teacher is drawn, and the student unless it was made to be drawn otherwise (`Stage.made_for`)."""
+    """How pictures of the teacher are drawn, and those of the student unless its last stage decides (`made_for`)."""
 
-    prompts: PathText | list[str] = Field(description="held-out prompts, or a text file with one a line")
+    prompts: PathText | list[str] = Field(description="held-out prompts, or a text file with one per line")
     limit: Steps | None = None
-    seed: Seed = Field(default=1234, description="of the noise that pictures are drawn from, whatever the run's seed")
+    seed: Seed = Field(default=1234, description="seed of the pictures' noise; independent of the run's seed")
 
     _some_prompts = field_validator("prompts")(_not_empty)
 
 
 class Export(Part):
-    """What is written beside the stock pipeline folder."""
+    """The files that are written beside the stock pipeline folder."""
 
-    fp16: bool = Field(default=False, description="the folder gets the fp16 variant as well; the single file is fp16")
+    fp16: bool = Field(default=False, description="also write the fp16 variant into the folder; single file in fp16")
     single_file: bool = Field(default=False, description="also write the original LDM layout as one file")
-    license: str | None = Field(default=None, description="the student's licence: the teacher's, as a rule")
+    license: str | None = Field(default=None, description="the student's licence; usually the teacher's")
 
 
 class Recipe(Part):
-    """All that decides a student: one YAML page (docs/recipes.md)."""
+    """Everything that decides a student: one YAML page (docs/recipes.md)."""
 
     teacher: TeacherValue
     plan: PlanValue
     initialisation: Literal["inherited", "random"] = Field(
-        default="inherited", description="what the student begins with: the teacher's weights, or none (for comparison)"
+        default="inherited", description="the student's first weights: the teacher's, or random (for comparison)"
     )
     data: Data
     stages: Annotated[list[Stage], Field(min_length=1, max_length=100)]
@@ -108,7 +108,7 @@ class Recipe(Part):
     export: Export = Export()
     output: PathText = Field(description="the run folder")
     cache: PathText | None = Field(
-        default=None, description="where the latents go, to share them between runs; in the run folder"
+        default=None, description="folder of the latents, to share them between runs; in the run folder if not given"
     )
     seed: Seed = 1234
     checkpoint_every: Steps = 1000
@@ -122,16 +122,16 @@ class Recipe(Part):
 
     @property
     def made_for(self) -> Drawing | None:
-        """How the student of the last stage has to be drawn; None: as the teacher."""
+        """How the student of the last stage draws; None: as the teacher."""
         return self.stages[-1].made_for(self.evaluation)
 
     @property
     def stage_plans(self) -> list[Plan]:
-        """What is removed in each stage."""
+        """The plan of each stage."""
         return [stage.plan or self.plan for stage in self.stages]
 
     def fingerprint(self, *parts: str, extra: Any = None) -> str:
-        """A hash of the named parts of the recipe, and of something else that is plain data."""
+        """A hash of the named parts of the recipe, and of `extra` plain data."""
         chosen = {p: self.plan.fingerprint if p == "plan" else _plain(getattr(self, p)) for p in parts}
         chosen |= {"": extra} if extra else {}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
@@ -144,10 +144,12 @@ def _plain(value: Any) -> Any:
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = (), values: Mapping[str, Any] | None = None) -> Recipe:
-    """Reads a YAML recipe; `overrides` are `key.sub=value` strings (`stages.0.steps=100`), values parsed as YAML.
-    `values` are the same with values that are parsed already, and go before them.
+    """Reads a YAML recipe. Relative paths in it begin at the current folder.
 
-    Relative paths in a recipe are meant from the folder in which the command is given.
+    Args:
+        path: the recipe's file.
+        overrides: `key.sub=value` strings (`stages.0.steps=100`) with values in YAML.
+        values: keys and parsed values, which replace the recipe's before `overrides` do.
 
     Raises:
         UserError: not readable, an unknown key (with the nearest known one), or a value that does not fit.
@@ -171,12 +173,12 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), values: Mapping
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """The recipe with all its values, as `load_recipe` reads it."""
+    """The recipe with all its values as YAML, which `load_recipe` reads."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def _parse_override(text: str) -> tuple[str, Any, str]:
-    """Key, value, and how to name it in a complaint."""
+    """(key, value, its name in messages) of a `--set`."""
     key, sign, raw = text.partition("=")
     if not sign or not key.strip():
         raise UserError(f"--set {text!r}: write key=value, such as stages.0.steps=100")
@@ -186,7 +188,7 @@ def _parse_override(text: str) -> tuple[str, Any, str]:
 def _override(value: Any, key: str, new: Any, name: str) -> None:
     *parents, last = key.strip().split(".")
     if len(parents) > DEEPEST:
-        raise UserError(f"{name}: no key is so deep")
+        raise UserError(f"{name}: no key has more than {DEEPEST} parts")
     for parent in parents:
         if isinstance(value, list) and parent in _places(value):
             value = value[int(parent)]
@@ -195,13 +197,13 @@ def _override(value: Any, key: str, new: Any, name: str) -> None:
                 value[parent] = {"source": value[parent]}
             value = value.setdefault(parent, {})
         else:
-            raise UserError(f"{name}: no {parent!r} to go into")
+            raise UserError(f"{name}: the recipe has no such key: {parent!r} is not in a mapping or list")
     if isinstance(value, list) and last in _places(value):
         value[int(last)] = new
     elif isinstance(value, dict):
         value[last] = new
     else:
-        raise UserError(f"{name}: no {last!r} to set")
+        raise UserError(f"{name}: the recipe has no such key: {last!r} is not in a mapping or list")
 
 
 def _places(value: list[Any]) -> list[str]:
@@ -220,9 +222,9 @@ _PARTS: dict[str, type[Part]] = {
 
 
 def explain(error: ValidationError, whole: type[Part] = Recipe) -> str:
-    """The first complaint of pydantic as one line that names the key and, for an unknown one, the nearest."""
+    """The first error of pydantic as one line, with the key and, if that is unknown, the nearest known one."""
     first = error.errors()[0]
-    # Of a value that may be of several types, pydantic names the one that it tried first, in words of its own.
+    # If a value may have several types, pydantic adds the one that it tried, in its own words.
     where = ".".join(str(name) for name in first["loc"] if not re.search(r"[-\[(]", str(name)))
     if first["type"] == "extra_forbidden":
         parents = [str(p) for p in first["loc"][:-1] if not isinstance(p, int)]
@@ -238,7 +240,7 @@ def explain(error: ValidationError, whole: type[Part] = Recipe) -> str:
 
 
 def read_prompts(value: str | list[str], limit: int | None = None) -> list[str]:
-    """The prompts of a list, or of a file (see `prunet.recipe.prompts`)."""
+    """The first `limit` prompts of a list or file (`prunet.recipe.prompts`)."""
     if isinstance(value, str):
         return read_prompt_file(Path(value))[:limit]
     check_prompts(value[:limit], "prompts")

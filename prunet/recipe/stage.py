@@ -1,4 +1,4 @@
-"""A stage of a recipe: a piece of training, with its objective, plan, teacher and pace."""
+"""A stage of a recipe: a piece of training with its objective, plan, teacher and hyperparameters."""
 
 import os
 from collections.abc import Mapping
@@ -30,13 +30,13 @@ from prunet.recipe.values import (
 
 
 class TeacherSource(Part):
-    """Where a teacher lies."""
+    """The place of a teacher."""
 
     source: PathText = Field(description="diffusers folder, .safetensors file or hub id")
     config: PathText | None = Field(
         default=None, description="for a single file: folder or hub id with configs and tokenizers"
     )
-    revision: str | None = Field(default=None, description="of a hub id")
+    revision: str | None = Field(default=None, description="revision of a hub id")
 
 
 def _read_teacher(value: Any) -> Any:
@@ -48,7 +48,7 @@ TeacherValue = Annotated[TeacherSource, BeforeValidator(_read_teacher)]
 
 
 class Losses(Part):
-    """Weights of the three terms (arXiv 2305.15798, equation 4), and what the feature term is made of."""
+    """Weights of the three loss terms (arXiv 2305.15798, equation 4), and the details of the feature term."""
 
     task: Weight = 1.0
     output: Weight = 1.0
@@ -56,7 +56,7 @@ class Losses(Part):
     level: Level = Field(default="block", description="which modules are compared: see docs/recipes.md")
     normalize: bool = Field(default=False, description="divide each feature term by the teacher's mean square")
     weights: dict[str, Weight] = Field(
-        default={}, max_length=1000, description="pattern over the teacher's names: factor of its terms"
+        default={}, max_length=1000, description="pattern for the teacher's modules: factor of their terms"
     )
 
     @model_validator(mode="after")
@@ -68,7 +68,7 @@ class Losses(Part):
 
 def _read_plan(value: Any) -> Plan:
     if not isinstance(value, Plan | str | list | Mapping):
-        raise ValueError(f"a preset's name ({', '.join(preset_names())}), a file, or a list of patterns")
+        raise ValueError(f"give a preset's name ({', '.join(preset_names())}), a file, or a list of patterns")
     return load_plan(os.path.expanduser(value) if isinstance(value, str) else value)
 
 
@@ -76,34 +76,34 @@ def _write_plan(plan: Plan) -> dict[str, Any]:
     return {"name": plan.name, "remove": list(plan.remove)}
 
 
-#: A plan in a recipe, read from a preset's name, a file or patterns, and written as name and patterns.
+#: A plan in a recipe. Input: a preset's name, a file or patterns; output: name and patterns.
 PlanValue = Annotated[Any, BeforeValidator(_read_plan), PlainSerializer(_write_plan)]
 
 
 Objective = Literal["distillation", "guidance", "trajectory"]
-#: What has no meaning for an objective, and is not written down with it.
+#: Objective -> keys that have no meaning for it, and are not written down with it.
 IDLE: dict[str, tuple[str, ...]] = {
     "distillation": ("objective", "guidance_scale", "jumps", "path_steps", "paths"),
     "guidance": ("min_snr_gamma", "jumps", "path_steps", "paths"),
     "trajectory": ("min_snr_gamma", "losses", "caption_dropout"),
 }
-#: How often the teacher is called at each step.
+#: Objective -> calls of the teacher per sample.
 TEACHER_CALLS = {"distillation": 1, "guidance": 2, "trajectory": 0}
 
 
 class Stage(Part):
-    """A piece of training. The defaults are BK-SDM's, but for warm-up and caption dropout, which its scripts lack."""
+    """A piece of training. Defaults are BK-SDM's, except warm-up and caption dropout, which its scripts do not have."""
 
     steps: Steps
     objective: Objective = Field(
         default="distillation", description="what is minimised: see docs/few-steps.md for the other two"
     )
-    guidance_scale: Weight | None = Field(default=None, description="of the teacher, to draw without guidance")
-    jumps: Steps | None = Field(default=None, description="trajectory only: steps in which the student is to draw")
-    path_steps: DrawingSteps = Field(default=12, description="trajectory only: the teacher's, from noise to picture")
-    paths: Steps | None = Field(default=None, description="trajectory only: how many; one a sample if not given")
+    guidance_scale: Weight | None = Field(default=None, description="the teacher's; the student learns to need none")
+    jumps: Steps | None = Field(default=None, description="trajectory only: steps of the student to draw a picture")
+    path_steps: DrawingSteps = Field(default=12, description="trajectory only: steps of the teacher to draw a picture")
+    paths: Steps | None = Field(default=None, description="trajectory only: number of paths; one per sample by default")
     plan: PlanValue | None = Field(
-        default=None, description="a step on the way to the recipe's plan, which is the default"
+        default=None, description="an earlier plan that removes less; the recipe's plan if not given"
     )
     batch_size: Annotated[Integer, Field(ge=1, le=1_000_000)] = 256
     learning_rate: Positive = 5e-5
@@ -115,7 +115,7 @@ class Stage(Part):
     teacher: TeacherValue | None = Field(default=None, description="another teacher for this stage, of the same layout")
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(default=0.9999, description="null: no EMA")
     caption_dropout: Fraction = Field(default=0.1, description="share of samples that see the empty prompt")
-    min_snr_gamma: Positive | None = Field(default=None, description="weighs the task loss only")
+    min_snr_gamma: Positive | None = Field(default=None, description="weights the task loss only")
 
     @model_validator(mode="after")
     def _fits_objective(self) -> "Stage":
@@ -136,20 +136,20 @@ class Stage(Part):
         return {key: value for key, value in write(self).items() if key not in IDLE[self.objective]}
 
     def settings(self, *without: str) -> dict[str, Any]:
-        """What decides its result, as plain JSON types, `without` some keys.
+        """The keys that decide the stage's result, `without` some, as plain JSON types.
 
-        The first objective has no name here, so that stages trained before there were others are still the same.
+        Keys without a meaning for the objective are left out, and so is `objective: distillation`, so that stages
+        trained before there were other objectives stay the same.
         """
-        unnamed = {"objective"} if self.objective == "distillation" else set()
-        return self.model_dump(mode="json", exclude=unnamed | set(without))
+        return self.model_dump(mode="json", exclude=set(without))
 
     @property
     def teacher_calls(self) -> int:
-        """How often the teacher is called for a sample."""
+        """Calls of the teacher per sample."""
         return TEACHER_CALLS[self.objective]
 
     def made_for(self, evaluation: Drawing) -> Drawing | None:
-        """How its student has to be drawn; None: as the teacher. `evaluation`: how the recipe draws the teacher."""
+        """How the stage's student draws; None: as the teacher. `evaluation`: how the recipe's teacher draws."""
         if self.jumps:
             return Drawing(steps=self.jumps, guidance_scale=1, sampler="ddim-trailing")
         if self.objective == "guidance":

@@ -1,4 +1,4 @@
-"""What the values of a page are made of: numbers within bounds, parts that refuse unknown keys."""
+"""Types of values in a recipe: numbers within bounds, and parts that refuse unknown keys."""
 
 import os
 from typing import Annotated, Any
@@ -7,19 +7,19 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 
 def _no_truth(value: Any) -> Any:
-    if isinstance(value, bool):  # which Python takes for 1 and 0
+    if isinstance(value, bool):  # Python would accept it as 1 or 0
         raise ValueError(f"give a number, not {str(value).lower()}")
     return value
 
 
-#: A path in a recipe, or what stands in its place (a hub's id): `~` is the user's home folder.
+#: A path in a recipe, or a hub id; `~` is the user's home folder.
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 Integer = Annotated[int, BeforeValidator(_no_truth)]
 Number = Annotated[float, BeforeValidator(_no_truth)]
 Steps = Annotated[Integer, Field(ge=1, le=1_000_000_000)]
-#: Of a sampler: no schedule of Stable Diffusion has more.
+#: Steps of a sampler; Stable Diffusion's noise schedules have no more.
 DrawingSteps = Annotated[Integer, Field(ge=1, le=1000)]
-#: What is made of each picture or prompt.
+#: Samples made of each picture or prompt.
 Copies = Annotated[Integer, Field(ge=1, le=1000)]
 Size = Annotated[Integer, Field(ge=8, le=4096)]
 Seed = Annotated[Integer, Field(ge=0, le=2**62)]
@@ -29,7 +29,7 @@ Fraction = Annotated[Number, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 class Part(BaseModel):
-    """A part of a recipe: unknown keys are refused, values do not change."""
+    """A part of a recipe; it refuses unknown keys and is immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -43,7 +43,7 @@ class Drawing(Part):
 
     @property
     def rows(self) -> int:
-        """What goes through the denoiser at a step of one picture: guidance compares with the empty prompt."""
+        """Inputs of the denoiser per step and picture; with guidance 2, because it compares with the empty prompt."""
         return 2 if self.guidance_scale > 1 else 1
 
     def __str__(self) -> str:

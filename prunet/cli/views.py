@@ -1,4 +1,4 @@
-"""The denoiser drawn in the terminal: what goes and what stays."""
+"""Plans and estimates as text for the terminal: which parts of the denoiser stay, and what a run costs."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,8 +19,8 @@ STAYS, GOES = "bold green", "red strike"
 SIGNS = {"resnet": ("R", "r"), "attention": ("A", "a"), "downsampler": ("↓", "·"), "upsampler": ("↑", "·")}
 
 
-def draw_plan(derived: Derived, title: str) -> RenderableType:
-    """What the plan does to the teacher: the denoiser, the sizes, and where the student will load."""
+def plan_view(derived: Derived, title: str) -> RenderableType:
+    """A plan's effect on the teacher: the denoiser's diagram, sizes, and programs that load the student."""
     diagram = derived.diagram()
     return Group(
         Rule(Text(title, style="bold"), align="left"),
@@ -32,8 +32,8 @@ def draw_plan(derived: Derived, title: str) -> RenderableType:
     )
 
 
-def draw_stairs(steps: Sequence[Derived], notes: Sequence[str]) -> RenderableType:
-    """A progressive recipe: parameters and MACs after each stage's removal, and what goes there."""
+def stairs_view(steps: Sequence[Derived], notes: Sequence[str]) -> RenderableType:
+    """The stages of a recipe: parameters and MACs after each stage's removal, and the parts that it removes."""
     table = Table(box=None, padding=(0, 2), title="[bold]Stages[/]", title_justify="left")
     for column in ("", "plan", "parameters", "MACs (G)", ""):
         table.add_column(column, justify="right" if column in ("parameters", "MACs (G)") else "left", no_wrap=True)
@@ -65,15 +65,15 @@ KINDS = ("resnets", "attentions", "transformer_blocks", "downsamplers", "upsampl
 
 
 def summary(parts: Iterable[str]) -> str:
-    """`down_blocks.2: 2 attentions, 12 transformer blocks; mid_block`: the parts counted by stage and kind."""
+    """Counts parts by section and kind: `down_blocks.2: 2 attentions, 12 transformer blocks; mid_block`."""
     counts: dict[str, dict[str, int]] = {}
     for part in sorted(parts):
         names = part.split(".")
-        stage = names[0] if names[0] == "mid_block" else ".".join(names[:2])
+        section = names[0] if names[0] == "mid_block" else ".".join(names[:2])
         kind = next((name for name in reversed(names) if name in KINDS), "")
-        counts.setdefault(stage, {}).setdefault(kind, 0)
-        counts[stage][kind] += 1
-    return "; ".join(stage if "" in found else f"{stage}: {_counted(found)}" for stage, found in counts.items())
+        counts.setdefault(section, {}).setdefault(kind, 0)
+        counts[section][kind] += 1
+    return "; ".join(section if "" in found else f"{section}: {_counted(found)}" for section, found in counts.items())
 
 
 def _counted(found: Mapping[str, int]) -> str:
@@ -89,27 +89,27 @@ def _legend(diagram: Diagram) -> str:
 
 
 def _denoiser(diagram: Diagram) -> Table:
-    """Mirrored levels side by side, those without a mirror one below the other."""
+    """The sections of the denoiser: mirrored ones side by side, others below each other."""
     table = Table.grid(padding=(0, 1))
     for _ in range(5):
         table.add_column(no_wrap=True)
     for row in diagram.rows:
         cells: list[Text] = []
-        for stage in row.sections:
-            note = str(row.width) if row.width else "{} of {}\n{}".format(*stage.stays, many(stage.kept))
-            cells += [_name(stage), *([] if cells else [Text(note, style="dim")]), _stage(stage)]
+        for section in row.sections:
+            note = str(row.width) if row.width else "{} of {}\n{}".format(*section.stays, many(section.kept))
+            cells += [_name(section), *([] if cells else [Text(note, style="dim")]), _section(section)]
         table.add_row(*cells)
     return table
 
 
-def _name(stage: Section) -> Text:
-    return Text(f"({stage.name})", style=GOES) if stage.gone else Text(stage.name, style="bold")
+def _name(section: Section) -> Text:
+    return Text(f"({section.name})", style=GOES) if section.gone else Text(section.name, style="bold")
 
 
-def _stage(stage: Section) -> Text:
-    """Its layers in order; what goes is also in other signs, for eyes and terminals without colour."""
-    lines = [Text(" ").join(map(_mark, layer)) for layer in stage.layers]
-    return Text("\n" if stage.is_list else " ").join(lines)
+def _section(section: Section) -> Text:
+    """The layers of a section in order. Removed parts also have other signs, for readers who see no colours."""
+    lines = [Text(" ").join(map(_mark, layer)) for layer in section.layers]
+    return Text("\n" if section.is_list else " ").join(lines)
 
 
 def _mark(part: Part) -> Text:
@@ -153,8 +153,8 @@ def _programs(derived: Derived) -> Table:
     return table
 
 
-def draw_estimate(this: Any, cost: dict[str, Any]) -> RenderableType:
-    """What a run would do and cost (`prunet estimate`)."""
+def estimate_view(this: Any, cost: dict[str, Any]) -> RenderableType:
+    """The steps and costs of a run (`prunet estimate`)."""
     steps = Table(box=None, padding=(0, 2), title="[bold]Steps[/]", title_justify="left")
     for name, state in cost["steps"].items():
         steps.add_row(
@@ -172,17 +172,17 @@ def draw_estimate(this: Any, cost: dict[str, Any]) -> RenderableType:
         f"about [bold]{time_text}[/]"
     )
     title = f"{this.teacher.source} by {this.recipe.plan.name}"
-    return Group(draw_plan(this.derived, title), steps, memory, lines, _data(cost))
+    return Group(plan_view(this.derived, title), steps, memory, lines, _data(cost))
 
 
 def _data(cost: dict[str, Any]) -> Text:
-    """How often each sample is seen, and at what size."""
+    """How often training sees each sample, and at what size."""
     size, native, samples = cost["size"], cost["native_size"], cost["samples"]
-    seen = "not counted before they are read"
+    seen = "counted when they are read"
     if samples:
         most, more = ("at most ", " or more") if cost["or_more"] else ("", "")
         seen = f"{samples:,}{more}, each seen {most}{cost['images'] / samples:,.1f} times"
     text = Text.from_markup(f"[bold]Samples[/]  {seen}; {size} px")
     if size != native:
-        text.append(f", not the {native} px that the teacher was made for (data.size)", style="yellow")
+        text.append(f", not the {native} px that the teacher was trained on (data.size)", style="yellow")
     return text
