@@ -94,7 +94,7 @@ def kohya(state) -> dict[str, Tensor]:
 
 
 def sgm(state, layers: int) -> dict[str, Tensor]:
-    """kohya's names of SDXL, by its own rule: input_blocks and output_blocks counted through all stages."""
+    """kohya's names of SDXL, by its own rule: input_blocks and output_blocks counted through all levels."""
     out = {}
     for key, value in kohya(state).items():
         if found := re.match(r"lora_unet_(down|up)_blocks_(\d+)_attentions_(\d+)_(.*)", key):
@@ -327,7 +327,7 @@ def test_a_controlnet_gives_what_the_teachers_gives_without_the_removed_blocks(p
     assert len(down) == len(TAKEN[plan]) and len({float(residual.mean()) for residual in theirs}) == len(theirs)
     for residual, place in zip(down, TAKEN[plan], strict=True):
         assert (residual - theirs[place]).abs().max() < 1e-5  # but for rounding
-    has_mid = plan != "bk-tiny"  # its last stage is another than the teacher's, where diffusers would add the residual
+    has_mid = plan != "bk-tiny"  # its last level is another than the teacher's, where diffusers would add the residual
     assert (mid - their_mid).abs().max() < 1e-5 if has_mid else not mid.any()
     student = make_unet(derived.student_config)
     steered = student(**inputs, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
