@@ -1,5 +1,6 @@
 """What is said while work goes on: on stderr, as it is meant, and now and then where no bar can be drawn."""
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -81,5 +82,7 @@ generate({str(tmp_path / "out")!r}, "a cat", steps=1)
 import transformers
 assert transformers.logging.get_verbosity() == transformers.logging.WARNING, "as it was"
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # Without what the command line has set for itself in this process.
+    env = {name: value for name, value in os.environ.items() if not name.endswith("_VERBOSITY") and "TQDM" not in name}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert done.stderr + done.stdout == ""

@@ -38,7 +38,7 @@ def timed(monkeypatch) -> dict[str, Any]:
     """How much an image takes by what is compared and how many at once; and which were asked for."""
     found: dict[str, Any] = {"asked": [], "seconds": lambda plan, count: 0.1}
 
-    def seconds_per_image(derived, pairs, latent_size, batch_size, runtime) -> float:
+    def seconds_per_image(derived, pairs, latent_size, batch_size, *_) -> float:
         found["asked"].append((derived.plan.name, bool(pairs), batch_size))
         return found["seconds"](derived.plan.name, batch_size)
 

@@ -8,7 +8,8 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from prunet.denoisers.taps import tap
-from prunet.training.losses import add_noise, feature_losses, min_snr_weight, mse, training_target
+from prunet.teacher.process import add_noise, min_snr_weight, training_target
+from prunet.training.losses import feature_losses, mse
 
 
 def test_mse_by_hand() -> None:
