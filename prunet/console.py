@@ -101,15 +101,17 @@ def quiet_libraries() -> Iterator[None]:
 
     both = (of_diffusers, of_transformers)
     before = [(logging, logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in both]
-    for logging in both:
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        # The hub's bars may be fixed by an environment variable, which it would warn of.
+        warnings.filterwarnings("ignore", "Cannot (dis|en)able progress bars", UserWarning)
+        for logging in both:
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+        try:
             yield
-    finally:
-        for logging, verbosity, bars in before:
-            logging.set_verbosity(verbosity)
-            if bars:
-                logging.enable_progress_bar()
+        finally:
+            for logging, verbosity, bars in before:
+                logging.set_verbosity(verbosity)
+                if bars:
+                    logging.enable_progress_bar()

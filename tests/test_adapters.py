@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL_UNETS
-from diffusers import ControlNetModel, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
@@ -94,7 +99,7 @@ def kohya(state) -> dict[str, Tensor]:
 
 
 def sgm(state, layers: int) -> dict[str, Tensor]:
-    """kohya's names of SDXL, by its own rule: input_blocks and output_blocks counted through all stages."""
+    """kohya's names of SDXL, by its own rule: input_blocks and output_blocks counted through all levels."""
     out = {}
     for key, value in kohya(state).items():
         if found := re.match(r"lora_unet_(down|up)_blocks_(\d+)_attentions_(\d+)_(.*)", key):
@@ -327,21 +332,26 @@ def test_a_controlnet_gives_what_the_teachers_gives_without_the_removed_blocks(p
     assert len(down) == len(TAKEN[plan]) and len({float(residual.mean()) for residual in theirs}) == len(theirs)
     for residual, place in zip(down, TAKEN[plan], strict=True):
         assert (residual - theirs[place]).abs().max() < 1e-5  # but for rounding
-    has_mid = plan != "bk-tiny"  # its last stage is another than the teacher's, where diffusers would add the residual
+    has_mid = plan != "bk-tiny"  # its last level is another than the teacher's, where diffusers would add the residual
     assert (mid - their_mid).abs().max() < 1e-5 if has_mid else not mid.any()
     student = make_unet(derived.student_config)
     steered = student(**inputs, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
     assert steered.isfinite().all() and not torch.equal(steered, student(**inputs).sample)
 
 
-def test_the_loader_beside_a_whole_controlnet_needs_no_prunet(tmp_path, run) -> None:
+def test_the_loader_beside_a_whole_controlnet_needs_no_prunet(sd, tmp_path, run) -> None:
     controlnet("sd").save_pretrained(tmp_path / "control")
     adapt(tmp_path / "control", run("bk-tiny"), tmp_path / "new")
     text = (tmp_path / "new" / "student_controlnet.py").read_text()
     assert "prunet" not in text
     scope: dict = {"__name__": "student_controlnet"}
     exec(text, scope)
-    assert scope["StudentControlNet"].from_pretrained(tmp_path / "new").residuals == TAKEN["bk-tiny"]
+    control = scope["StudentControlNet"].from_pretrained(tmp_path / "new")
+    student = make_unet(derived_of("bk-tiny").student_config)
+    pipe = StableDiffusionControlNetPipeline.from_pretrained(sd, unet=student, controlnet=control)
+    options = {"image": picture(), "num_inference_steps": 1, "height": 16, "width": 16, "output_type": "np"}
+    for guess in (False, True):  # which doubles the residuals
+        assert pipe("a", guess_mode=guess, **options).images.shape == (1, 16, 16, 3)
 
 
 # -- what is refused
@@ -388,6 +398,7 @@ REFUSED = {
     "a pickle": (lambda path: torn(path.with_suffix(".bin")), "`prunet convert"),
     "no safetensors": (torn, "cut off, damaged"),
     "no adapter": (saved(a__weight=torch.ones(2)), r"no adapter by the names of its tensors \(the first is a.weight\)"),
+    "a whole model": (saved(conv_in__weight=torch.ones(2), conv_in__bias=torch.ones(2)), "no adapter by the names"),
     "of SDXL": (other_model, "for the student's teacher"),
     "DoRA": (lambda path: lora_with(path, dora_scale=torch.ones(32)), "is of DoRA"),
     "LoKr": (lambda path: lora_with(path, lokr_w1=torch.ones(2)), "is of LoKr"),

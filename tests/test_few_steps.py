@@ -308,7 +308,7 @@ def test_evaluation_draws_the_teacher_by_the_recipe_and_the_student_by_what_it_w
     assert (result["protocol"]["steps"], result["protocol"]["sampler"]) == (4, "dpmsolver++")
     text = (finished_fast / "evaluation" / "evaluation.md").read_text()
     assert "| samples through the U-Net for a picture | 8 | 2 | 25 % |" in text
-    assert "The student is drawn as it was made for: ddim-trailing, 2 steps, no guidance." in text
+    assert "The student draws as it was made for: ddim-trailing, 2 steps, no guidance." in text
 
 
 # -- refusals

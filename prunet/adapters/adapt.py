@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from prunet.adapters import controlnet, ip_adapter, lora
 from prunet.adapters.carried import Carried
+from prunet.denoisers.known import architecture_of
 from prunet.disk.files import check_writable, new_file, read_label
 from prunet.disk.ownership import check_file, check_place
 from prunet.errors import UserError
@@ -76,8 +77,9 @@ def _open_student(folder: Path) -> Derived:
             "in which `prunet run` made it)"
         )
     facts = read_label(path, ("plan", "teacher_config", "weight_map"))
-    check_config("unet", facts["teacher_config"], path)
-    derived = derive(facts["teacher_config"], parse_plan(facts["plan"], str(path)))
+    config = facts["teacher_config"]
+    check_config(architecture_of(config).part, config, path)
+    derived = derive(config, parse_plan(facts["plan"], str(path)))
     if derived.weight_map != facts["weight_map"]:
         raise UserError(f"{path}: of another version of prunet: `prunet run {folder}` writes it again")
     return derived

@@ -32,7 +32,7 @@ def open_controlnet(folder: Path, derived: Derived) -> Any:
     wanted = forms_of(derived).controlnet
     if (name := config.get("_class_name")) != wanted:
         raise UserError(f"{folder}: holds a {name}; of folders prunet carries over those of a {wanted}")
-    check_config("unet", {**derived.teacher_config, **config}, folder / CONFIG)
+    check_config(derived.architecture.part, {**derived.teacher_config, **config}, folder / CONFIG)
     try:
         control = forms_of(derived).empty_controlnet(config, derived.teacher_skeleton)
     except UserError as error:

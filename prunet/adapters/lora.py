@@ -22,7 +22,7 @@ OTHER_FORMS = {
     r"\.oft_|\.boft_": "OFT",
     r"\.lora_mid\.": "LoCon in Tucker's form",
     r"\.diff(_b)?$": "a difference of whole weights",
-    r"bias": "a LoRA with biases",
+    r"\.lora_\w+(\.\w+)?\.bias$": "a LoRA with biases",
 }
 #: Hashes of what the file was, in kohya's metadata and in that of the model specification.
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")

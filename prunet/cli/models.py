@@ -192,7 +192,7 @@ def convert(
     from prunet.teacher.pickles import convert as convert_pickle
 
     facts = convert_pickle(checkpoint, output)
-    dropped = f"\nnot tensors, left out: {', '.join(facts['dropped'])}" if facts["dropped"] else ""
+    dropped = f"\nleft out: {', '.join(facts['dropped'])}" if facts["dropped"] else ""
     text = f"{facts['output']}: {facts['tensors']:,} tensors, {facts['bytes'] / 1e6:,.1f} MB{dropped}"
     say(as_json, facts, text)
 

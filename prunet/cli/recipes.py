@@ -27,7 +27,10 @@ def _run_until(until: str, path: Path, overrides: list[str] | None, runtime: Any
     this = Run(open_recipe(path, overrides), runtime)
     this.check(until)
     this.finish(until)
-    facts = {"output": str(this.folder), "steps": dict.fromkeys(this.step_names(until), "done")}
+    facts = {
+        "output": str(this.folder),
+        "steps": {n: "done" if this.is_done(n) else "not needed" for n in this.step_names(until)},
+    }
     if until == "report":
         facts["evaluation"] = read_evaluation(this.folder / "evaluation")["distance"]
         facts["report"] = str(this.folder / "report.html")

@@ -177,10 +177,7 @@ class Architecture(ABC):
 
     def output_shapes(self, config: Config, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
         """Module -> shape of its output without the batch, of one call at the native size."""
-        net = self.skeleton(config)
-        with tap([net.get_submodule(name) for name in names]) as features:
-            self.call_skeleton(config)
-            return {name: tuple(feature.shape[1:]) for name, feature in zip(names, features.take(), strict=True)}
+        return dict(_output_shapes(self, config_text(config), tuple(names)))
 
 
 def config_of(net: Net) -> dict[str, Any]:
@@ -192,6 +189,15 @@ def config_of(net: Net) -> dict[str, Any]:
 def config_text(config: Config) -> str:
     """A config as a key for a cache."""
     return json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True)
+
+
+@lru_cache(maxsize=64)
+def _output_shapes(architecture: Architecture, text: str, names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    config = json.loads(text)
+    net = architecture.skeleton(config)
+    with tap([net.get_submodule(name) for name in names]) as features:
+        architecture.call_skeleton(config)
+        return {name: tuple(feature.shape[1:]) for name, feature in zip(names, features.take(), strict=True)}
 
 
 @lru_cache(maxsize=32)

@@ -1,6 +1,4 @@
-"""What an evaluation draws, by model and batch; each batch is kept on disk until all is measured, so that a stop costs
-no more than one.
-"""
+"""Draws the pictures of an evaluation in batches and keeps each on disk until the end: a stop costs one at most."""
 
 import hashlib
 import json
@@ -26,13 +24,14 @@ from prunet.sampling.samplers import set_sampler
 from prunet.student.student import state_hash
 from prunet.teacher.teacher import Teacher
 
-#: Prompts at once, always the same ones.
+#: Prompts drawn at once; a batch always holds the same ones.
 BATCH = 4
 
 Drawn = tuple[Tensor, list[Image.Image]]
 
 
 def batches(count: int) -> list[slice]:
+    """Returns the batches of `count` prompts, as slices."""
     return [slice(start, start + BATCH) for start in range(0, count, BATCH)]
 
 
@@ -47,10 +46,10 @@ def draw_all(
     seed: int,
     bar: Bar,
 ) -> Drawn:
-    """The latents (B, 4, h, w) and pictures of all prompts, the i-th from seed + i, by `net` in the teacher's pipeline.
+    """Draws all prompts, the i-th from seed + i, by `net` in the teacher's pipeline: latents (B, 4, h, w) and pictures.
 
-    Batches that an earlier call drew from the same inputs are read from `folder`, the others written there. Several
-    processes share them out; each gets all.
+    Batches that an earlier call drew from the same inputs are read from `folder`; the others are written there. Several
+    processes share out the batches, and each returns all of them.
     """
     settings: dict[str, Any] = {"size": size, "steps": how.steps, "guidance_scale": how.guidance_scale}
     made_by = [teacher.fingerprint(), state_hash(net), str(teacher.dtype), how.sampler, settings]
@@ -81,13 +80,13 @@ def _write(path: Path, made_from: str, drawn: Drawn) -> None:
 
 
 def _read(path: Path, made_from: str) -> Drawn | None:
-    """A batch that was drawn from these inputs; None where there is none, or it is damaged."""
+    """Reads a batch that was drawn from these inputs; None if there is none, or it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             label, tensors = file.metadata(), {name: file.get_tensor(name) for name in ("latents", "pixels")}
         if (label["made_from"], label[CHECKSUM]) != (made_from, _checksum(tensors)):
             return None
-    except Exception:  # of any kind: what safetensors meets in what is left of a file
+    except Exception:  # safetensors raises errors of many kinds for a damaged file
         return None
     return tensors["latents"], [Image.fromarray(pixels.numpy()) for pixels in tensors["pixels"]]
 

@@ -1,4 +1,4 @@
-"""How near the student is to the teacher, and how much smaller and faster."""
+"""Compares students with their teacher: how near they are, and how much smaller and faster."""
 
 import shutil
 from collections.abc import Iterable, Mapping
@@ -26,18 +26,20 @@ from prunet.speed.clock import time_denoisers
 from prunet.teacher.teacher import Teacher
 from prunet.training.sheets import grid
 
-#: Where in the noise schedule the denoisers are compared, as shares of its length.
+#: Noise levels at which the denoisers are compared, as shares of the noise schedule.
 LEVELS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 SHEET_COLUMNS = 8
 
 
 @dataclass(frozen=True)
 class Distance:
-    """From the teacher at equal prompts and seeds; lower is nearer.
+    """The distance from the teacher at equal prompts and seeds; lower is nearer.
 
-    `denoiser`: squared error of the output over the teacher's mean square, mean over noise levels; `denoiser_by_level`
-    the same at each of `LEVELS`; `latent`: mean squared error of the final latents; `picture`: root mean squared error
-    of the pictures, 0 to 1; `picture_by_prompt` the same for each. `intervals`: 95 % of the first three, over prompts.
+    - `denoiser`: squared error of the output over the teacher's mean square, mean over noise levels;
+      `denoiser_by_level`: the same at each of `LEVELS`.
+    - `latent`: mean squared error of the final latents.
+    - `picture`: root mean squared error of the pictures, 0 to 1; `picture_by_prompt`: the same for each.
+    - `intervals`: 95 % intervals of `denoiser`, `latent` and `picture`, over the prompts.
     """
 
     denoiser: float
@@ -59,13 +61,13 @@ def evaluate(
     drawing: Drawing | None = None,
     protocol: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Draws held-out prompts with the teacher and each student (`before` and `after`, say) and compares.
+    """Draws held-out prompts with the teacher and each student (`before` and `after`, say), and compares them.
 
-    `spec` says how the teacher is drawn, and the students unless `drawing` does.
+    `spec` says how to draw with the teacher, and with the students unless `drawing` says so.
 
-    Writes into `folder`: `pictures/NAME/0000.png`, `sheet.png`, `evaluation.json` and `evaluation.md`, and returns
-    what the JSON holds. Speed is that of the last student, in the teacher's precision. Several processes share out the
-    drawing. What is drawn lies in `drawn/` until all is written: given again after a stop, it is not drawn again.
+    Writes `pictures/NAME/0000.png`, `sheet.png`, `evaluation.json` and `evaluation.md` into `folder`, and returns what
+    the JSON holds. Size and speed are the last student's, in the teacher's precision. Several processes share out the
+    drawing. Finished batches lie in `drawn/` until all is written, so that a stopped evaluation resumes.
     """
     folder = Path(folder)
     processes.join(teacher.device)
@@ -137,10 +139,10 @@ def _distance(
 
 @torch.no_grad()
 def denoiser_errors(teacher: Teacher, net: Net, prompts: list[str], latents: Tensor, seed: int) -> tuple[Array, Array]:
-    """Squared error of the denoiser's output, and the teacher's squared output, by prompt and level (B, len(LEVELS)).
+    """Returns the squared error of the denoiser's output, and the teacher's squared output, each (B, len(LEVELS)).
 
-    On the teacher's own latents (B, 4, h, w). The noise comes from the seed alone, so every student of a teacher meets
-    the same inputs.
+    The inputs are the teacher's own latents (B, 4, h, w), and noise that comes from the seed alone, so every student of
+    a teacher gets the same inputs.
     """
     process, call = teacher.process, teacher.architecture.call
     side = latents.shape[-1] * teacher.vae_scale
@@ -171,7 +173,7 @@ def denoiser_errors(teacher: Teacher, net: Net, prompts: list[str], latents: Ten
 
 
 def picture_rmse(a: Image.Image, b: Image.Image) -> float:
-    """Root mean squared error of two pictures of one size, in units of full brightness."""
+    """Returns the root mean squared error of two pictures of one size, 0 to 1 (full brightness)."""
     x, y = (np.asarray(p.convert("RGB"), dtype=np.float64) / 255 for p in (a, b))
     return float(np.sqrt(((x - y) ** 2).mean()))
 
@@ -192,14 +194,14 @@ def _write(
     with new_file(folder / "sheet.png") as part:
         grid(rows, labels, prompts[:SHEET_COLUMNS]).save(part, format="PNG")
     write_text(folder / "evaluation.md", markdown(result))
-    result = result | {"pictures": sums}
+    result = result | {"pictures": sums | {"sheet.png": file_checksum(folder / "sheet.png")}}
     write_json(folder / "evaluation.json", result)
     shutil.rmtree(folder / "drawn", ignore_errors=True)
     return result
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The evaluation as one Markdown table a subject."""
+    """Formats the evaluation in Markdown: one table of size and speed, one of distances."""
     sizes, speed = result["sizes"], result["speed"]
     speeds = speed["speeds"]
 
@@ -238,7 +240,7 @@ def markdown(result: dict[str, Any]) -> str:
         ("pictures, LPIPS (VGG16)", "lpips"),
     ):
         if any(key not in d for d in distance.values()):
-            continue  # LPIPS, where it was not asked for
+            continue  # LPIPS is optional
         cells = (
             f"{d[key]:.4f} [{d['intervals'][key][0]:.4f}, {d['intervals'][key][1]:.4f}]" for d in distance.values()
         )
@@ -247,7 +249,7 @@ def markdown(result: dict[str, Any]) -> str:
     if "drawn" in result:
         lines += [
             "",
-            f"The student is drawn as it was made for: {students}. Its denoiser is not meant to say what the teacher's "
-            "says in one call without guidance, so compare pictures.",
+            f"The student draws as it was made for: {students}. Its denoiser is not meant to give the output of a call "
+            "of the teacher's without guidance, so compare pictures.",
         ]
     return "\n".join(lines) + "\n"

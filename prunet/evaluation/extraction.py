@@ -1,6 +1,6 @@
-"""Features of sets of pictures: of those drawn and of the real ones, one file a shard, and never stale.
+"""Extracts embeddings of pictures, drawn or real, into one file for each shard of them; the files say `features`.
 
-The folder of features is named after the network and how the pictures were prepared: other features, other files.
+The name of their folder holds hashes of the network and of how the pictures were prepared, so they are never stale.
 """
 
 import hashlib
@@ -28,29 +28,35 @@ from prunet.evaluation.protocol import NEED_REAL, Protocol
 from prunet.intervals import Array
 from prunet.sampling.shards import SHARD, read_shard
 
-FEWEST = 10  # pictures that say anything about a distribution
-WIDTH = 2048  # of Inception's features
+FEWEST = 10  # with fewer pictures no number says anything about a distribution
+WIDTH = 2048  # numbers in an Inception feature
 
 
 def preparation(protocol: Protocol, network: str) -> str:
-    """What is done to a picture before the network sees it."""
+    """Describes what is done to a picture before the network sees it."""
     resized = (protocol.resize, protocol.resample, protocol.jpeg) if protocol.resize else ()
     how = f"{protocol.preprocessing} for pool, torch-fidelity for logits"
     return json.dumps([*resized, *([how] if network == "inception" else [])])
 
 
 def tag(*values: str) -> str:
+    """Returns a hash of texts, for the name of a folder."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Pictures that are looked at together: a tar of ours with its prompts, or files of real ones."""
+    """Pictures that are processed together: a tar of drawn ones with their prompts, or files of real ones."""
 
     source: Path | tuple[Path, ...]
     count: int
 
     def read(self) -> list[tuple[Image.Image, str]]:
+        """Reads the pictures and their prompts; those of real pictures are empty.
+
+        Raises:
+            UserError: a picture is broken, or the shard has another number of them.
+        """
         if not isinstance(self.source, Path):
             return [(_open(path), "") for path in self.source]
         samples = list(read_shard(self.source))
@@ -60,6 +66,7 @@ class Shard:
 
 
 def drawn_shards(paths: Sequence[Path], count: int) -> list[Shard]:
+    """Returns the shards at `paths`, which hold `count` drawn pictures together."""
     return [Shard(path, min(SHARD, count - SHARD * i)) for i, path in enumerate(paths)]
 
 
@@ -71,7 +78,7 @@ def _open(path: Path) -> Image.Image:
 
 
 def extract(shards: Sequence[Shard], net: Any, protocol: Protocol, folder: Path) -> None:
-    """Features of each shard into a file of its own; whole ones are left alone. Several processes share them out."""
+    """Extracts the features of each shard into its own file; whole files are kept. Processes share out the shards."""
     mine = [(i, shard) for i, shard in enumerate(shards) if processes.is_mine(i)]
     with progress(f"Features: {folder.name}", len(mine)) as bar:
         for i, shard in mine:
@@ -90,7 +97,7 @@ def extract(shards: Sequence[Shard], net: Any, protocol: Protocol, folder: Path)
 
 
 def _read(path: Path, count: int) -> Features | None:
-    """The features in a file, or None if it is not whole."""
+    """Reads the features in a file; None if it is not whole."""
     try:
         found = load_file(path)
     except (OSError, SafetensorError):
@@ -99,10 +106,10 @@ def _read(path: Path, count: int) -> Features | None:
 
 
 def gather(shards: Sequence[Shard], folder: Path) -> dict[str, Array]:
-    """The features of all shards, in order.
+    """Returns the features of all shards by name, in order.
 
     Raises:
-        UserError: a file that is not whole any more.
+        UserError: a file is not whole.
     """
     parts = []
     for i, shard in enumerate(shards):
@@ -115,7 +122,10 @@ def gather(shards: Sequence[Shard], folder: Path) -> dict[str, Array]:
 
 @dataclass(frozen=True)
 class Reference:
-    """The real pictures: a folder of them (`files`), features that prunet saved, or moments that pytorch-fid saved."""
+    """The real pictures: a folder (`files`), features that prunet saved, or moments that pytorch-fid saved.
+
+    `content`: a hash of them.
+    """
 
     path: Path
     content: str
@@ -123,10 +133,10 @@ class Reference:
 
     @classmethod
     def open(cls, protocol: Protocol, real: Path | None, beside: Path | None) -> "Reference | None":
-        """None where the protocol needs none.
+        """Opens the pictures at `real`, by default the protocol's own file in `beside`; None if it needs none.
 
         Raises:
-            UserError: it needs some and there are none, or not the right ones.
+            UserError: the protocol needs real pictures, and they are missing or not the right ones.
         """
         if protocol.real is None or not NEED_REAL & set(protocol.metrics):
             return None
@@ -157,14 +167,15 @@ class Reference:
         return cls(path, content, files)
 
     def shards(self) -> list[Shard]:
+        """Returns the files in shards of `SHARD` pictures."""
         parts = [self.files[at : at + SHARD] for at in range(0, len(self.files), SHARD)]
         return [Shard(part, len(part)) for part in parts]
 
     def features(self, net: Any, protocol: Protocol, extracted: Path, save_to: Path) -> Array | Moments:
-        """Features (N, D), or moments. Those of pictures are in `extracted`, and are saved to be given again.
+        """Returns features (N, D), or moments. Those of files are read from `extracted`, and saved to `save_to`.
 
         Raises:
-            UserError: features by another network or of pictures prepared otherwise, or not usable.
+            UserError: the features are from another network or another preparation of pictures, or not usable.
         """
         if self.path.suffix == ".npz":
             return Moments.load(self.path)
@@ -192,7 +203,7 @@ class Reference:
 
 
 def save_features(features: torch.Tensor, path: Path, label: dict[str, str]) -> None:
-    """One entry of metadata: safetensors writes several in any order."""
+    """Saves features (N, D) with a label, as one entry of metadata: safetensors writes several in any order."""
     with new_file(path) as part:
         save_file({"features": features.contiguous()}, part, metadata={"prunet": json.dumps(label, sort_keys=True)})
 

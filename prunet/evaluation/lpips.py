@@ -1,7 +1,7 @@
 """LPIPS, the perceptual distance of two pictures (https://arxiv.org/abs/1801.03924), by torch-fidelity's network.
 
-A run's evaluation leaves the pictures of teacher and students at equal prompts and seeds; LPIPS is computed from those,
-where the weights of its network are, and added to what is measured already.
+A run's evaluation leaves pictures of teacher and students at equal prompts and seeds. LPIPS is computed from these, if
+the user has the weights of its network, and added to the evaluation.
 """
 
 import math
@@ -35,7 +35,7 @@ SOURCES = {
 
 @dataclass
 class Lpips:
-    """The distance of each of some pictures to another; `hash` is that of the weights."""
+    """LPIPS's network, called with two lists of pictures; `hash` is that of its weights."""
 
     net: nn.Module
     hash: str
@@ -43,7 +43,7 @@ class Lpips:
 
     @classmethod
     def load(cls, weights: Mapping[str, Path], device: str | torch.device = "cpu") -> "Lpips":
-        """`weights`: files of `vgg` and `lpips`, .pth (opened without unpickling code) or .safetensors.
+        """Loads the network. `weights`: files of `vgg` and `lpips`, .pth (opened without unpickling) or .safetensors.
 
         Raises:
             UserError: torch-fidelity is not installed, or a file is missing or does not hold these weights.
@@ -55,7 +55,7 @@ class Lpips:
                 raise UserError(f"LPIPS needs the weights of {name}, too: give --weights {name}=FILE. It is {source}")
         states = {name: read_weights(name, weights[name], source) for name, source in SOURCES.items()}
         module = torch_fidelity("sample_similarity_lpips")
-        # torch-fidelity would fetch both and unpickle them: it gets what was read here.
+        # torch-fidelity would download both and unpickle them; it gets what was read here instead.
         with (
             instead(module, "torchvision_load_pretrained_vgg16", lambda: _vgg(states["vgg"], weights["vgg"])),
             instead(module, "load_state_dict_from_url", lambda *args, **options: states["lpips"]),
@@ -69,16 +69,17 @@ class Lpips:
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image], others: Sequence[Image.Image]) -> list[float]:
+        """Returns the distance of each of `pictures` to the one at its place in `others`."""
         distances: Tensor = self.net(*(pixels_of(p).to(self.device) for p in (pictures, others)))
         return list(map(float, distances))
 
 
 def _vgg(state: Any, path: Path) -> nn.Module:
-    """torchvision's VGG16, of which LPIPS wants the convolutions."""
+    """Builds torchvision's VGG16 with the weights of its convolutions, all that LPIPS uses."""
     from torchvision.models import vgg16
 
     try:
-        with torch.device("meta"):  # no time for weights that are replaced
+        with torch.device("meta"):  # saves the time of making weights that are replaced
             net: Any = vgg16()
         convolutions = {name: value for name, value in state.items() if name.startswith("features.")}
         net.features.load_state_dict(
@@ -91,10 +92,10 @@ def _vgg(state: Any, path: Path) -> nn.Module:
 
 
 def add_lpips(folder: Path | str, lpips: Lpips) -> dict[str, Any]:
-    """Adds LPIPS to the evaluation in `folder`, from the pictures that it left there; returns what the JSON holds.
+    """Adds LPIPS to the evaluation in `folder`, from its pictures; returns what its JSON then holds.
 
     Raises:
-        UserError: no evaluation there, or not whole; weights that are not numbers.
+        UserError: there is no whole evaluation, or a distance is not a number.
     """
     folder = Path(folder)
     result = read_evaluation(folder)

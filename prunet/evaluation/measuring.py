@@ -1,13 +1,13 @@
-"""A model measured by a protocol: prompts -> pictures -> features -> numbers with intervals.
+"""Measures a model by a protocol: prompts -> pictures -> features -> numbers with intervals.
 
-The folder that comes of it::
+The folder of a measurement::
 
-    pictures/00000.tar ...     what was drawn, with prompts; spec.json: from what
+    pictures/00000.tar ...     pictures with their prompts; spec.json: what they were drawn from
     features/NET-HASH/00000... features of each shard
-    real.safetensors           those of the real pictures, to be given again
+    real.safetensors           features of the real pictures, for the next `--real`
     measures.json  measures.md
 
-All of it is resumable, and shared out among the processes of `accelerate launch`.
+A stopped measurement resumes, and the processes of `accelerate launch` share it out.
 """
 
 import importlib.metadata
@@ -59,13 +59,13 @@ def measure(
 ) -> dict[str, Any]:
     """Draws the prompts with the pipeline at `model` and measures the pictures; returns what `measures.json` holds.
 
-    A pipeline that says how it has to be drawn is drawn so, whatever the protocol says: the result tells both.
+    A pipeline may say how to draw with it (`made_for`); that overrides the protocol, and the result tells both.
 
-    `beside`: the folder of the protocol's own files; `real`: a folder of pictures, features that an earlier measuring
-    saved, or pytorch-fid's .npz (FID only); `weights`: files of `inception` and `clip`.
+    `beside`: the folder of the protocol's own files. `real`: a folder of pictures, features that an earlier measurement
+    saved, or pytorch-fid's .npz (FID only). `weights`: files of `inception` and `clip`.
 
     Raises:
-        UserError: something is missing or does not fit, before anything is drawn; the folder holds other pictures.
+        UserError: something is missing or does not fit, or the folder holds other pictures; before anything is drawn.
     """
     folder, state = Path(folder), processes.join(torch.device(device))
     run = Path(model) / "pipeline"
@@ -177,7 +177,7 @@ def _finite(measures: Mapping[str, Measure]) -> dict[str, dict[str, float]]:
 def _as_used(
     protocol: Protocol, drawing: Mapping[str, Any], networks: Mapping[str, str], real: str | None
 ) -> dict[str, Any]:
-    """The protocol with all that it left open. What lies where does not matter, what it holds does."""
+    """Returns the protocol with the values that it left open. Contents count, paths and sources do not."""
     left_out = {"prompts": {"file", "source"}, "real": {"file", "source"}, "clip": {"file", "source"}}
     used = protocol.model_dump(mode="json", exclude=left_out)
     used |= {key: drawing[key] for key in ("size", "count", "prompts_sha256")}
@@ -193,7 +193,7 @@ def _check_count(protocol: Protocol, count: int) -> None:
 
 
 def _check_folder(pictures: Path, drawing: dict[str, Any]) -> None:
-    """Pictures that were drawn otherwise are neither used nor deleted."""
+    """Refuses a folder of pictures that were drawn from something else."""
     spec = pictures / "spec.json"
     if not spec.is_file():
         if pictures.is_dir() and any(pictures.glob("*.tar")):
@@ -219,10 +219,10 @@ def _check_disk(folder: Path, drawing: Mapping[str, Any]) -> None:
 def load_networks(
     protocol: Protocol, weights: dict[str, Path], beside: Path | None, device: torch.device | str
 ) -> dict[str, Any]:
-    """The networks that the protocol's metrics need, by name.
+    """Loads the networks that the protocol's metrics need, by name.
 
     Raises:
-        UserError: weights that are missing, unknown or of another network.
+        UserError: weights are missing, unknown or of another network.
     """
     wanted = set(protocol.metrics)
     needed = {protocol.features} if wanted & NEED_REAL else set()
@@ -247,7 +247,7 @@ def load_networks(
 
 
 def _points(protocol: Protocol, features: Array) -> Array:
-    """Only the direction of CLIP's embeddings says what is in a picture; KID's kernel then is (cosine + 1)^3."""
+    """Scales CLIP's embeddings to one length, as only their direction counts; KID's kernel is then (cosine + 1)^3."""
     if protocol.features == "inception":
         return features
     points: Array = features / np.linalg.norm(features, axis=1, keepdims=True) * np.sqrt(features.shape[1])
@@ -255,7 +255,7 @@ def _points(protocol: Protocol, features: Array) -> Array:
 
 
 def measured(protocol: Protocol, found: Mapping[str, Mapping[str, Array]], real: Any) -> dict[str, Measure]:
-    """The protocol's metrics from features by network; `real` as `Reference.features` gives it."""
+    """Computes the protocol's metrics from features by network; `real` as `Reference.features` returns it."""
     out, key = {}, "pool" if protocol.features == "inception" else "image"
     ours = _points(protocol, found[protocol.features][key]) if NEED_REAL & set(protocol.metrics) else np.zeros((0, 0))
     if isinstance(real, np.ndarray):
@@ -278,10 +278,10 @@ def measured(protocol: Protocol, found: Mapping[str, Mapping[str, Array]], real:
 
 
 def compare(folders: Sequence[Path | str]) -> list[dict[str, Any]]:
-    """The results in several folders, which must be of one protocol.
+    """Reads the results in several folders, which must be of one protocol.
 
     Raises:
-        UserError: a folder without a result, or two protocols (says in what they differ).
+        UserError: a folder has no result, or two protocols differ (the message names the values).
     """
     results = [read_result(Path(folder)) for folder in folders]
     if len({Path(folder).resolve() for folder in folders}) < len(results):
@@ -293,17 +293,17 @@ def compare(folders: Sequence[Path | str]) -> list[dict[str, Any]]:
             more = f" (and in {', '.join(apart[1:])})" if apart[1:] else ""
             raise UserError(
                 f"{folder}: measured by another protocol than {folders[0]}: {key} is "
-                f"{_brief(result['protocol'].get(key))}, not {_brief(first.get(key))}{more}; such numbers say nothing "
-                "about each other"
+                f"{_brief(result['protocol'].get(key))}, not {_brief(first.get(key))}{more}; such numbers cannot "
+                "be compared"
             )
     return results
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """What `measure` wrote into a folder.
+    """Reads what `measure` wrote into a folder.
 
     Raises:
-        UserError: nothing there, or not whole.
+        UserError: nothing is there, or it is not whole.
     """
     path = folder / "measures.json"
     if not path.is_file():
@@ -325,7 +325,7 @@ def _brief(value: Any) -> str:
 
 
 def markdown(results: Sequence[Mapping[str, Any]]) -> str:
-    """Results by one protocol as a table, one row a model."""
+    """Formats results by one protocol as a Markdown table, one row for each model."""
     protocol, columns = results[0]["protocol"], title_rows(results[0])
     lines = ["| | " + " | ".join(f"{title} ({better} is better)" for title, better, _ in columns) + " |"]
     lines.append("|---|" + "---:|" * len(columns))

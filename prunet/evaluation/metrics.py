@@ -1,7 +1,7 @@
-"""Measures of sets of pictures, from their features; each with an interval that says how far to trust it.
+"""Measures of sets of pictures from their features, each with an interval that says how far to trust it.
 
-Checked against torch-fidelity's own command to 1e-4 (tests/test_metrics.py). Of features the mean and covariance are
-enough for FID; the other measures need the features themselves.
+They agree with torch-fidelity's own command to 1e-4 (tests/test_metrics.py). FID needs only the mean and covariance of
+features; the other measures need the features themselves.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from prunet.intervals import Array, Measure, jackknife, parts_of
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean (D,) and covariance (D, D) of `count` features (0: not known)."""
+    """Mean (D,) and covariance (D, D) of `count` features (0: unknown)."""
 
     mean: Array
     covariance: Array
@@ -24,11 +24,12 @@ class Moments:
 
     @classmethod
     def of(cls, features: Array) -> "Moments":
+        """Computes the moments of features (N, D)."""
         features = features.astype(np.float64)
         return cls(features.mean(axis=0), np.cov(features, rowvar=False), len(features))
 
     def merge(self, other: "Moments") -> "Moments":
-        """Of both sets together, as `of` would find them (https://doi.org/10.1080/00031305.1983.10483115)."""
+        """Returns the moments of both sets together, equal to `of` (https://doi.org/10.1080/00031305.1983.10483115)."""
         count, apart = self.count + other.count, other.mean - self.mean
         scatter = self.covariance * (self.count - 1) + other.covariance * (other.count - 1)
         scatter += np.outer(apart, apart) * self.count * other.count / count
@@ -36,7 +37,7 @@ class Moments:
 
     @classmethod
     def load(cls, path: Path) -> "Moments":
-        """pytorch-fid's file: an .npz with `mu` and `sigma`.
+        """Loads pytorch-fid's file, an .npz with `mu` and `sigma`.
 
         Raises:
             UserError: not such a file.
@@ -52,10 +53,10 @@ class Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """Between two Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (https://arxiv.org/abs/1706.08500)."""
+    """FID of two Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (https://arxiv.org/abs/1706.08500)."""
     values, vectors = np.linalg.eigh(b.covariance)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    # C1 C2 has the eigenvalues of the symmetric C2^(1/2) C1 C2^(1/2), which are found faster and never negative.
+    # C1 C2 has the eigenvalues of the symmetric C2^(1/2) C1 C2^(1/2), which are faster to compute and not negative.
     cross = np.sqrt(np.linalg.eigvalsh(root @ a.covariance @ root).clip(min=0)).sum()
     return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
 
@@ -79,7 +80,7 @@ def inception_score(logits: Array, splits: int = 10, seed: int = 2020) -> float:
 def kernel_distance(a: Array, b: Array, subset_size: int = 1000, subsets: int = 100, seed: int = 2020) -> float:
     """KID: unbiased squared MMD with the kernel (x.y / D + 1)^3, the mean over subsets (https://arxiv.org/abs/1801.01401).
 
-    `a` and `b` (N, D); subsets are drawn as torch-fidelity draws them.
+    `a` and `b` (N, D); subsets are chosen as torch-fidelity chooses them.
     """
     rng, found = np.random.RandomState(seed), []
     a, b = a.astype(np.float64), b.astype(np.float64)
@@ -91,16 +92,16 @@ def kernel_distance(a: Array, b: Array, subset_size: int = 1000, subsets: int = 
 
 
 def squared_mmd(x: Array, y: Array) -> float:
-    """Unbiased, over all pairs of `x` and `y` (N, D), with KID's kernel."""
+    """Unbiased squared MMD over all pairs of `x` and `y` (N, D), with KID's kernel."""
     xx, yy, xy = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
     within = ((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (xx, yy))
     return float(sum(within) - 2 * xy.mean())
 
 
 def covered(points: Array, manifold: Array, neighbours: int = 3, rows: int = 2000) -> Array:
-    """(N,) 1.0 where a point lies nearer to one of `manifold` than that one's k-th nearest neighbour does.
+    """(N,) 1.0 if a point is at least as near to a point of `manifold` as that one's k-th nearest neighbour there.
 
-    The mean for pictures among real ones is precision, for real ones among pictures recall
+    The mean for drawn pictures among real ones is precision, and for real ones among drawn ones recall
     (https://arxiv.org/abs/1904.06991).
     """
     radii = np.concatenate(
@@ -120,13 +121,13 @@ def _distances(a: Array, b: Array) -> Array:
 
 
 def cosines(images: Array, texts: Array) -> Array:
-    """(N,) of each picture's embedding with its own prompt's; CLIP score is their mean (https://arxiv.org/abs/2104.08718)."""
+    """(N,) cosines of pictures and their prompts; CLIP score is the mean (https://arxiv.org/abs/2104.08718)."""
     out: Array = (_unit(images) * _unit(texts)).sum(axis=1)
     return out
 
 
 def retrieved(images: Array, texts: Array) -> Array:
-    """(N,) 1.0 where the nearest of all prompts is the picture's own (equal prompts count as one)."""
+    """(N,) 1.0 if the nearest of all prompts is the picture's own (equal prompts count as one)."""
     unique, own = np.unique(texts.round(5), axis=0, return_inverse=True)
     nearest = (_unit(images) @ _unit(unique).T).argmax(axis=1)
     return np.asarray(nearest == own.reshape(-1), dtype=np.float64)
@@ -141,15 +142,17 @@ def _unit(values: Array) -> Array:
 
 
 def fid(ours: Array, real: Moments) -> Measure:
+    """FID of features (N, D) against the real ones' moments."""
     value = frechet_distance(Moments.of(ours), real)
     return jackknife(value, len(ours), lambda kept: frechet_distance(Moments.of(ours[kept]), real))
 
 
 def inception(logits: Array) -> Measure:
+    """Inception score of `logits` (N, classes)."""
     return jackknife(inception_score(logits), len(logits), lambda kept: inception_score(logits[kept], splits=1))
 
 
 def kid(ours: Array, real: Array, subset_size: int = 1000) -> Measure:
-    """The interval comes from all pairs of features, since chance subsets would add to it."""
+    """KID of features (N, D) against real ones; its interval is over all pairs, since random subsets would widen it."""
     value = kernel_distance(ours, real, subset_size)
     return jackknife(value, len(ours), lambda kept: squared_mmd(ours[kept].astype(np.float64), real.astype(np.float64)))

@@ -1,7 +1,7 @@
 """Networks that turn pictures into features: Inception v3 by torch-fidelity, CLIP by transformers or open_clip.
 
-Each is a function of pictures and their prompts (None for real pictures) that gives named features, and has a `hash` of
-its weights, which goes into every result.
+Each is called with pictures and their prompts (None for real pictures), returns named features, and has a `hash` of its
+weights, which goes into every result.
 """
 
 import hashlib
@@ -36,10 +36,10 @@ INCEPTION_SOURCE = (
 
 @dataclass
 class Inception:
-    """`pool` (N, 2048) for FID, KID, precision and recall, and `logits` (N, 1008) for the Inception score.
+    """Inception v3: `pool` (N, 2048) for FID, KID, precision and recall; `logits` (N, 1008) for the Inception score.
 
-    `preprocessing` is how pictures become 299 px for `pool`: as in TensorFlow 1 (torch-fidelity) or as pytorch-fid does
-    it. For `logits` it is torch-fidelity's way always, since the Inception score is that tool's.
+    `preprocessing`: how pictures are resized to 299 px for `pool`, as in TensorFlow 1 (torch-fidelity) or as in
+    pytorch-fid. For `logits` they are always resized as in torch-fidelity, since the Inception score is that tool's.
     """
 
     net: nn.Module
@@ -51,14 +51,14 @@ class Inception:
     def load(
         cls, weights: Path, preprocessing: Any = "torch-fidelity", device: str | torch.device = "cpu"
     ) -> "Inception":
-        """Weights as .pth (opened without unpickling code) or .safetensors.
+        """Loads weights from a .pth (opened without unpickling code) or .safetensors.
 
         Raises:
             UserError: torch-fidelity is not installed, or the file does not hold these weights.
         """
         extractor = torch_fidelity("feature_extractor_inceptionv3")
         state = read_weights("inception", weights, INCEPTION_SOURCE)
-        # torch-fidelity unpickles the file it is given: it gets one that was written here.
+        # torch-fidelity unpickles the file that it gets, so it gets one that was written here.
         with tempfile.TemporaryDirectory() as folder:
             torch.save(state, Path(folder) / "weights.pth")
             try:
@@ -75,6 +75,7 @@ class Inception:
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str] | None = None) -> Features:
+        """Returns `pool` and `logits` of pictures; prompts are not used."""
         if len({picture.size for picture in pictures}) > 1:
             parts = [self([picture]) for picture in pictures]
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -89,7 +90,7 @@ class Inception:
 
 @contextmanager
 def instead(module: Any, name: str, value: Any) -> Iterator[None]:
-    """While it lasts `module` finds `value` under `name`: torch-fidelity takes neither weights nor a resizing."""
+    """Replaces `name` in `module` by `value` for a while: torch-fidelity has no option for weights or resizing."""
     before = getattr(module, name)
     setattr(module, name, value)
     try:
@@ -99,13 +100,13 @@ def instead(module: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _resize_like_pytorch_fid(pixels: Tensor, size: tuple[int, int], **_: Any) -> Tensor:
-    """(B, 3, 299, 299) such that (x - 128) / 128, which follows, is pytorch-fid's 2 x / 255 - 1."""
+    """Resizes to (B, 3, 299, 299), scaled such that (x - 128) / 128, which follows, is pytorch-fid's 2 x / 255 - 1."""
     return F.interpolate(pixels, size=size, mode="bilinear", align_corners=False) * (256 / 255)
 
 
 @dataclass
 class Clip:
-    """`image` (N, D) and, of prompts, `text` (N, D), as the model projects them, not normalised."""
+    """CLIP: embeddings `image` (N, D) of pictures and `text` (N, D) of prompts, not normalised."""
 
     images: Any
     texts: Any
@@ -113,10 +114,10 @@ class Clip:
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> "Clip":
-        """A transformers CLIPModel folder with its tokenizer and preprocessor.
+        """Loads a transformers folder of a CLIPModel with its tokenizer and preprocessor.
 
         Raises:
-            UserError: not such a folder.
+            UserError: not such a folder, or weights that are missing or not finite.
         """
         from transformers import CLIPModel
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -129,7 +130,7 @@ class Clip:
             processor = CLIPImageProcessorPil.from_pretrained(folder)
         except Exception as error:
             raise UserError(f"{folder}: not a CLIP model of transformers ({_first_line(error)})") from error
-        if made_up := sorted(told["missing_keys"]):  # transformers would go on with random weights
+        if made_up := sorted(told["missing_keys"]):  # transformers would use random weights
             raise UserError(f"{weights} has no {made_up[0]}, which a CLIPModel needs: fetch or copy it again")
         if bad := next((name for name, tensor in net.state_dict().items() if not is_finite(tensor)), None):
             raise UserError(f"{weights}: {bad} has NaN or infinity in it: fetch or copy it again")
@@ -148,7 +149,7 @@ class Clip:
 
     @classmethod
     def load_open_clip(cls, name: str, weights: Path, device: str | torch.device = "cpu") -> "Clip":
-        """An open_clip model by name, with its weights from a file.
+        """Loads an open_clip model by name, with weights from a file.
 
         Raises:
             UserError: open_clip is not installed, or the file does not fit.
@@ -172,12 +173,13 @@ class Clip:
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str] | None = None) -> Features:
+        """Returns `image` of pictures and, if there are prompts, their `text`."""
         found = {"image": self.images(pictures).float().cpu()}
         return found if prompts is None else found | {"text": self.texts(prompts).float().cpu()}
 
 
 def torch_fidelity(module: str) -> Any:
-    """A module of torch-fidelity.
+    """Imports a module of torch-fidelity.
 
     Raises:
         UserError: not installed.
@@ -189,13 +191,14 @@ def torch_fidelity(module: str) -> Any:
         raise UserError("Inception and LPIPS need torch-fidelity: pip install -e '.[eval]'") from error
 
 
-_ops: Any = None  # lives as long as its declarations are wanted
+_ops: Any = None  # the declarations last as long as this object
 
 
 def declare_torchvision_ops() -> None:
-    """torchvision's compiled operators do not load beside a CPU wheel of torch, and its import fails where it describes
-    them. None of them is called here, only its transforms; that they are declared is enough. To be called before
-    anything imports diffusers or transformers, which look for torchvision.
+    """Declares torchvision's compiled operators if they do not load, so that torchvision can be imported.
+
+    They do not load with a CPU wheel of torch, and torchvision's import fails where it refers to them. prunet uses only
+    its transforms, so declaring them is enough. Call this before diffusers or transformers, which import torchvision.
     """
     global _ops
     if importlib.util.find_spec("torchvision") is None:
@@ -210,10 +213,10 @@ def declare_torchvision_ops() -> None:
 
 
 def read_weights(name: str, path: Path, source: str) -> dict[str, Tensor]:
-    """The tensors in a .pth, opened without unpickling code, or .safetensors; `source`: where the right one is from.
+    """Reads the tensors in a .pth (opened without unpickling code) or .safetensors; messages name `source`.
 
     Raises:
-        UserError: not there, or not readable.
+        UserError: missing, or not readable.
     """
     if not path.is_file():
         raise UserError(f"--weights {name}={path}: no such file: take {source}")
@@ -228,16 +231,17 @@ def read_weights(name: str, path: Path, source: str) -> dict[str, Tensor]:
 
 
 def pixels_of(pictures: Sequence[Image.Image]) -> Tensor:
-    """(B, 3, H, W) of pictures of one size, 0 to 255."""
+    """Returns the pixels (B, 3, H, W) of pictures of one size, 0 to 255."""
     return torch.stack([torch.from_numpy(np.array(p.convert("RGB"))).permute(2, 0, 1) for p in pictures])
 
 
 def _tensor(output: Any) -> Tensor:
-    """transformers 5 gives an output object here, earlier ones the tensor."""
+    """Returns the tensor of an output: transformers 5 wraps it in an object."""
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
 def file_hash(path: Path) -> str:
+    """Returns the first 16 digits of a file's SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
@@ -247,7 +251,7 @@ def _first_line(error: Exception) -> str:
 
 
 def prepared(picture: Image.Image, side: int | None, resample: str, jpeg: int | None) -> Image.Image:
-    """As it is measured: resized to a square without cropping, and stored as JPEG once more where the protocol does."""
+    """Returns a picture as it is measured: resized to a square without cropping, then stored as JPEG if asked."""
     if side is None:
         return picture
     picture = picture.convert("RGB").resize((side, side), Image.Resampling[resample.upper()])

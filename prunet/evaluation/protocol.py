@@ -1,6 +1,7 @@
-"""A measuring protocol: everything that a number depends on besides the model. Those of two are not compared.
+"""A protocol of measuring: everything that a number depends on besides the model.
 
-Shipped ones are the YAML files in `prunet/evaluation/protocols/`; a file of the user's own works the same.
+Numbers by different protocols are not compared. prunet's protocols are the YAML files in
+`prunet/evaluation/protocols/`; users can write their own.
 """
 
 from collections.abc import Mapping
@@ -16,9 +17,9 @@ from prunet.recipe.recipe import explain
 from prunet.recipe.values import Drawing, Integer, Part, Seed, Size, Steps
 
 FOLDER = Path(__file__).parent / "protocols"
-#: They compare with pictures that are not generated.
+#: Metrics that compare with real pictures.
 NEED_REAL = {"fid", "kid", "precision", "recall"}
-#: Their names in tables, and which way is better. CLIP score is called after its model, if that is not CLIP.
+#: Titles of metrics in tables, and which way is better. `title_rows` names CLIP score after a model that is not CLIP.
 TITLES = {
     "fid": ("FID", "lower"),
     "is": ("Inception score", "higher"),
@@ -33,11 +34,11 @@ TITLES = {
 class Given(Part):
     """Prompts or pictures that the user supplies, or that lie beside the protocol (`file`)."""
 
-    source: str = Field(description="where they are from, for whoever has to get them")
+    source: str = Field(description="where to get them; messages say this")
     file: str | None = Field(default=None, description="beside the protocol's own file, if they come with it")
     count: Steps | None = None
-    of: Steps | None = Field(default=None, description="how many the file has, of which the first `count` are taken")
-    sha256: str | None = Field(default=None, description="of the prompts one a line, or of the statistics")
+    of: Steps | None = Field(default=None, description="how many the file has; the first `count` are used")
+    sha256: str | None = Field(default=None, description="hash of the prompts, one on each line, or of the statistics")
 
 
 class Clip(Part):
@@ -50,7 +51,7 @@ class Clip(Part):
 
 
 class Protocol(Drawing):
-    """What is drawn, how, and what it is compared with. `precision` is that of drawing."""
+    """What is drawn, how, and what it is compared with. `precision`: of the model while it draws."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     version: Steps = 1
@@ -73,7 +74,7 @@ class Protocol(Drawing):
     kid_subset_size: Annotated[Integer, Field(ge=10)] = 1000
     clip: Clip | None = None
     real: Given | None = None
-    note: str = Field(default="", description="where it departs from what it follows")
+    note: str = Field(default="", description="how it differs from the published protocol that it follows")
 
     @model_validator(mode="after")
     def _whole(self) -> "Protocol":
@@ -87,14 +88,15 @@ class Protocol(Drawing):
 
 
 def protocol_names() -> list[str]:
+    """Returns the names of prunet's protocols."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def load_protocol(name: str | Path) -> tuple[Protocol, Path]:
-    """A shipped protocol by name, or one in a YAML file; and the folder that its own files lie in.
+    """Loads one of prunet's protocols by name, or one in a YAML file; also returns the folder of its own files.
 
     Raises:
-        UserError: no such protocol, or one that does not fit, with the key.
+        UserError: there is no such protocol, or a value does not fit (the message names its key).
     """
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
@@ -106,10 +108,10 @@ def load_protocol(name: str | Path) -> tuple[Protocol, Path]:
 
 
 def protocol_prompts(protocol: Protocol, folder: Path, given: Path | None, limit: int | None = None) -> list[str]:
-    """The prompts of a protocol, checked by count and hash.
+    """Reads the prompts of a protocol, and checks their count and hash.
 
     Raises:
-        UserError: they do not come with it and none were given (says where they are from), or others were given.
+        UserError: none were given and prunet has none (the message says where to get them), or others were given.
     """
     wanted = protocol.prompts
     path = given or (folder / wanted.file if wanted.file else None)
@@ -130,13 +132,13 @@ def protocol_prompts(protocol: Protocol, folder: Path, given: Path | None, limit
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """The keys in which two protocols, as results store them, differ; what only describes is left out."""
+    """Lists the keys in which two protocols, as results store them, differ; description and note do not count."""
     keys = sorted((a.keys() | b.keys()) - {"description", "note"})
     return [key for key in keys if a.get(key) != b.get(key)]
 
 
 def title_rows(result: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, float]]]:
-    """Title, which way is better, and the numbers, of each measure in a result."""
+    """Returns title, which way is better, and the numbers of each measure in a result."""
     rows, clip = [], (result["protocol"].get("clip") or {})
     for name, found in result["measures"].items():
         title, better = TITLES[name]
@@ -147,13 +149,13 @@ def title_rows(result: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, f
 
 
 def subject(result: Mapping[str, Any]) -> str:
-    """The model of a result, and how it was drawn if not as the protocol says."""
+    """Names the model of a result, and how it drew if not as the protocol says."""
     model = result["model"]
     return f"{model['source']} ({Drawing(**model['drawn'])})" if "drawn" in model else str(model["source"])
 
 
 def describe(protocol: Mapping[str, Any]) -> str:
-    """A protocol, as a result stores it, in one line."""
+    """Describes a protocol, as a result stores it, in one line."""
     resized = f" resized to {protocol['resize']}" if protocol["resize"] else ""
     return (
         f"Protocol {protocol['name']} version {protocol['version']}: {protocol['count']:,} pictures, "

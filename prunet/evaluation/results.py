@@ -1,4 +1,4 @@
-"""What an evaluation left, read again."""
+"""Reads the results of an evaluation."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +10,10 @@ from prunet.errors import UserError
 
 
 def read_evaluation(folder: Path, steps: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What `evaluate` left in a folder, which of a run is `evaluation`. `steps`: what `steps.json` of the run holds.
+    """Reads what `evaluate` wrote into a folder. `steps`: the value of the run's `steps.json`, to check the student by.
 
     Raises:
-        UserError: not there, not readable, not as it was written, of another student, or older than the intervals.
+        UserError: missing, not readable, changed, of another student, or of a version without intervals.
     """
     again = f"delete {folder} and run it again"
     evaluation = read_label(folder / "evaluation.json", ("distance", "protocol", "sizes"), again)

@@ -4,7 +4,14 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from prunet.denoisers.pairs import Level
 from prunet.plan.plan import Plan, load_plan, preset_names
@@ -74,9 +81,9 @@ PlanValue = Annotated[Any, BeforeValidator(_read_plan), PlainSerializer(_write_p
 
 
 Objective = Literal["distillation", "guidance", "trajectory"]
-#: Objective -> keys that have no meaning for it.
+#: Objective -> keys that have no meaning for it, and are not written down with it.
 IDLE: dict[str, tuple[str, ...]] = {
-    "distillation": ("guidance_scale", "jumps", "path_steps", "paths"),
+    "distillation": ("objective", "guidance_scale", "jumps", "path_steps", "paths"),
     "guidance": ("min_snr_gamma", "jumps", "path_steps", "paths"),
     "trajectory": ("min_snr_gamma", "losses", "caption_dropout"),
 }
@@ -124,14 +131,17 @@ class Stage(Part):
             raise ValueError(f"'jumps' {self.jumps} must divide 'path_steps' {self.path_steps}")
         return self
 
+    @model_serializer(mode="wrap")
+    def _what_has_a_meaning(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in write(self).items() if key not in IDLE[self.objective]}
+
     def settings(self, *without: str) -> dict[str, Any]:
         """The keys that decide the stage's result, `without` some, as plain JSON types.
 
         Keys without a meaning for the objective are left out, and so is `objective: distillation`, so that stages
         trained before there were other objectives stay the same.
         """
-        idle = {*IDLE[self.objective], *(["objective"] if self.objective == "distillation" else [])}
-        return self.model_dump(mode="json", exclude=idle | set(without))
+        return self.model_dump(mode="json", exclude=set(without))
 
     @property
     def teacher_calls(self) -> int:

@@ -1,1 +1,1 @@
-"""Pages, charts and tables: in go the files of a run, out comes what people look at."""
+"""Pages, charts and tables for people, made from the files of a run."""

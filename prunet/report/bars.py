@@ -1,4 +1,4 @@
-"""Horizontal bars, in panels one under the other, as an SVG that needs nothing else."""
+"""Charts of horizontal bars in panels, as an SVG that needs no other file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from prunet.report.charts import render
 
 WIDTH, MARGIN, GAP = 960, 32, 28  # pixels; GAP between two panels side by side
 ROW, BAR = 26, 16  # heights of a row and of the bar in it
-LETTER, BOLD = 7.0, 7.9  # widths of a letter at 13 px, a little generous
+LETTER, BOLD = 7.0, 7.9  # widths of a letter at 13 px, rounded up
 
 
 @dataclass(frozen=True)
 class Bar:
-    """`segments`: kind (its colour) and length; `note`: small print behind the label; `text`: behind the bar.
+    """A bar. `segments`: kind (its colour) and length; `note`: small print after the label; `text`: after the bar.
 
-    `mark` is a line across the bar, `whisker` an interval, `track` the length of a pale bar behind it.
+    `mark`: a line across the bar; `whisker`: an interval; `track`: the length of a pale bar behind it.
     """
 
     label: str
@@ -28,6 +28,7 @@ class Bar:
 
     @property
     def reach(self) -> float:
+        """The largest value that the bar shows."""
         ends = [sum(length for _, length in self.segments), self.mark, self.track, *(self.whisker or ())]
         return float(max(end for end in ends if end is not None))
 
@@ -43,7 +44,7 @@ class Panel:
 
 
 def draw_bars(title: str, soft: str, rows: Sequence[Sequence[Panel]]) -> str:
-    """The SVG's text: panels of one row stand side by side."""
+    """Renders the SVG; panels of one row stand side by side."""
     top, placed = 104.0, []
     for row in rows:
         width = (WIDTH - 2 * MARGIN - GAP * (len(row) - 1)) / len(row)
@@ -54,7 +55,7 @@ def draw_bars(title: str, soft: str, rows: Sequence[Sequence[Panel]]) -> str:
 
 
 def _place(panel: Panel, left: float, top: float, width: float) -> dict[str, Any]:
-    """All numbers that the template writes."""
+    """Computes all numbers that the template writes."""
     label = min(0.45 * width, max(LETTER * len(f"{bar.label} {bar.note}") for bar in panel.bars) + 20)
     text = max(BOLD * len(bar.text) for bar in panel.bars) + 14
     first, reach = left + label, max(bar.reach for bar in panel.bars)

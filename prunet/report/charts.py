@@ -1,4 +1,4 @@
-"""What pages are made of: pictures as data, charts as lines in a square of 1000."""
+"""The parts of pages: templates, pictures as data, charts as lines in a square of 1000."""
 
 import base64
 import io
@@ -21,7 +21,7 @@ MOST_POINTS = 500  # of a line
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from one of prunet's templates; a name that it lacks is an error."""
+    """Renders one of prunet's templates; a missing value is an error."""
     loader, undefined = jinja2.PackageLoader("prunet.report", "."), jinja2.StrictUndefined
     env = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=undefined)
     env.filters |= {"number": number, "many": many, "percent": percent, "duration": duration}
@@ -29,7 +29,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def is_page(path: Path, kind: str = "") -> bool:
-    """Whether a file is a page that `render` made; of this kind (`report`, `comparison`), if one is given."""
+    """Returns whether a file is a page that `render` made, of `kind` (`report`, `comparison`) if one is given."""
     with path.open("rb") as file:
         found = re.search(rb'name="generator" content="prunet ([^"]*)"', file.read(4096))
     return found is not None and found[1].decode(errors="replace").endswith(kind)
@@ -39,13 +39,13 @@ def is_page(path: Path, kind: str = "") -> bool:
 
 
 def inline(path: Path, side: int) -> dict[str, Any] | None:
-    """A picture as a data URI, no larger than it is shown: PNG when tiny, else WebP; None when it is not there."""
+    """Returns a picture as a data URI with sides of at most `side` (PNG if tiny, else WebP); None if it is missing."""
     if not path.is_file():
         return None
     try:
         with Image.open(path, formats=("PNG",)) as file:
             picture = file.convert("RGB")
-    except Exception as error:  # Pillow has many for what is no picture any more
+    except Exception as error:  # Pillow raises errors of many kinds for a damaged picture
         raise UserError(f"{path}: damaged ({error}): delete its folder and evaluate again") from error
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     kind = "png" if max(picture.size) <= 64 else "webp"
@@ -61,7 +61,10 @@ def inline(path: Path, side: int) -> dict[str, Any] | None:
 def draw_chart(
     lines: Mapping[str, list[list[Point]]], right: float, tips: list[tuple[float, str]], *, smooth: bool = False
 ) -> dict[str, Any] | None:
-    """Lines over 0 to `right`, y logarithmic, in a square of 1000 that the page stretches; `raw`: not smoothed."""
+    """Plots lines over 0 to `right`, y logarithmic, in a square of 1000 that the page stretches; None without points.
+
+    `smooth`: adds smoothed lines and keeps the others as `raw`. `tips`: texts to show by x.
+    """
     lines = {name: kept for name, segments in lines.items() if (kept := [s for s in segments if s])}
     values = [y for segments in lines.values() for segment in segments for _, y in segment]
     if not values or not right:
@@ -87,7 +90,7 @@ def draw_chart(
 
 
 def _smooth(points: list[Point]) -> list[Point]:
-    """A moving geometric mean, centred; it begins at the first value itself, so that a steep start stays steep."""
+    """Returns a centred moving geometric mean; it begins at the first value, so that a steep start stays steep."""
     sums = [0.0, *accumulate(math.log(y) for _, y in points)]
     out = []
     for i, (x, _) in enumerate(points):
@@ -107,6 +110,6 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def thin(values: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` of the values, evenly chosen, with both ends."""
+    """Returns at most `most` of the values, evenly spaced, with both ends."""
     count = len(values)
     return list(values) if count <= most else [values[round(i * (count - 1) / (most - 1))] for i in range(most)]

@@ -1,4 +1,4 @@
-"""Several runs side by side: one page, refused if they were not measured alike."""
+"""One page with several runs side by side, refused unless their evaluations have one protocol."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from prunet.report.curves import level_chart, read_logs, segments, step_ticks
 from prunet.report.run import PICTURE_SIDE
 from prunet.words import names_of, short
 
-MOST_RUNS = 8  # that a page has colours and columns for
+MOST_RUNS = 8  # a page has colours and columns for no more
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A finished run: its name on the page, its folder, and what lies in it."""
+    """A finished run: its name on the page, its folder, and the contents of that."""
 
     name: str
     kind: str  # its colour
@@ -35,18 +35,20 @@ class Compared:
 
     @property
     def distance(self) -> dict[str, Any]:
+        """The distances of the distilled student."""
         return dict(self.evaluation["distance"]["after"])
 
     @property
     def teacher(self) -> str:
+        """The teacher's name."""
         return short(yaml.safe_load(self.recipe_text)["teacher"]["source"])
 
 
 def open_runs(folders: Sequence[Path | str]) -> list[Compared]:
-    """The runs in `folders`, whose evaluations must be of one protocol.
+    """Opens the runs in `folders`; their evaluations must have one protocol.
 
     Raises:
-        UserError: not two to eight, one that is not evaluated, or two protocols (says in what they differ).
+        UserError: not two to eight runs, a run is not evaluated, or protocols differ (the message names the keys).
     """
     paths = [Path(folder) for folder in folders]
     if not 2 <= len(paths) <= MOST_RUNS:
@@ -57,17 +59,17 @@ def open_runs(folders: Sequence[Path | str]) -> list[Compared]:
     for run in runs[1:]:
         if apart := differences(first, _protocol(run)):
             raise UserError(
-                f"{run.folder}: evaluated otherwise than {runs[0].folder}: they differ in {', '.join(apart)}; such "
-                "numbers say nothing about each other"
+                f"{run.folder}: evaluated differently from {runs[0].folder}: they differ in {', '.join(apart)}; such "
+                "numbers cannot be compared"
             )
     return runs
 
 
 def _open_run(folder: Path, name: str, kind: str) -> Compared:
-    """A run whose evaluation is of the student that it has now.
+    """Opens a run, and checks that its evaluation is of its present student.
 
     Raises:
-        UserError: it is not, or something in the folder is damaged.
+        UserError: the evaluation is missing or of another student, or a file is damaged.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: give runs that `prunet run` or `prunet measure` left")
@@ -98,7 +100,7 @@ def _protocol(run: Compared) -> dict[str, Any]:
 
 
 def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
-    """Writes one page of all runs to `path`; it needs no other file and no network."""
+    """Writes one page about all runs to `path`; it needs no other file and no network."""
     runs, path = open_runs(folders), Path(path)
     protocol = runs[0].evaluation["protocol"]
     page = render(
@@ -121,13 +123,13 @@ def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
 
 
 def _same_lpips(runs: list[Compared]) -> bool:
-    """Whether every run has LPIPS, by the same weights; it is left out otherwise."""
+    """Returns whether every run has LPIPS by the same weights; if not, the page leaves it out."""
     made_by = {run.evaluation.get("lpips") for run in runs}
     return len(made_by) == 1 and None not in made_by
 
 
 def _pictures(runs: list[Compared], prompts: list[str]) -> list[dict[str, Any]]:
-    """Each prompt with what the teacher and the students drew of it; `error` is the mean of theirs."""
+    """Returns each prompt with the pictures of teacher and students; `error` is the mean of the students' errors."""
     rows = []
     for i, prompt in enumerate(prompts):
         cells = {run.kind: run.folder / "evaluation" / "pictures" / "after" / f"{i:04d}.png" for run in runs}
@@ -139,7 +141,7 @@ def _pictures(runs: list[Compared], prompts: list[str]) -> list[dict[str, Any]]:
 
 
 def _loss_chart(runs: list[Compared]) -> dict[str, Any] | None:
-    """The output loss of each run over its steps: the one term that is the same whatever else a run minimised."""
+    """Plots the output loss of each run by step: the one term that is the same whatever else a run minimised."""
     ways = {run.kind: segments(run.axis, "output") for run in runs}
     right = max((x for way in ways.values() for segment in way for x, _ in segment), default=0)
     chart = draw_chart(ways, right, [], smooth=True)

@@ -1,4 +1,4 @@
-"""The curves of a run: its logs, side by side over all stages."""
+"""The curves of a run, from the logs of all its stages."""
 
 import math
 from collections.abc import Mapping
@@ -13,23 +13,25 @@ from prunet.report.charts import Point, Row, draw_chart, thin
 from prunet.training.log import read_log
 from prunet.words import number
 
-Axis = list[list[tuple[float, Row]]]  # by stage: rows of its log, each with its place among the steps of all
+Axis = list[list[tuple[float, Row]]]  # for each stage the rows of its log, each with its step counted over all stages
 SERIES = {"loss": "total", "task": "task", "output": "output", "feature": "feature"}
-MOST_TIPS = 80  # of a chart
+MOST_TIPS = 80  # in a chart
 
 
 def read_logs(stages: list[Path], steps: Mapping[str, Any]) -> Axis:
-    """The logs of all stages on one axis: a stage begins where the last one ended.
+    """Reads the logs of all stages onto one axis: a stage begins where the last one ended.
+
+    `steps`: the value of the run's `steps.json`.
 
     Raises:
-        UserError: a log is not the one with which the stage ended, by `steps`, or a row of it is damaged.
+        UserError: a log was changed after its stage ended, or a row of it is damaged.
     """
     for stage in stages:
         log, expected = stage / "log.jsonl", steps.get(stage.name, {}).get("log")
         if expected and log.is_file() and file_checksum(log) != expected:
             raise UserError(
                 f"{log}: damaged or changed (its checksum is another than when the stage ended): delete it (the charts "
-                f"then lack its rows), or {stage} to train it again"
+                f"will lack its rows), or delete {stage} to train it again"
             )
     logs = [read_log(log) if (log := stage / "log.jsonl").is_file() else [] for stage in stages]
     for stage, rows in zip(stages, logs, strict=True):
@@ -40,12 +42,12 @@ def read_logs(stages: list[Path], steps: Mapping[str, Any]) -> Axis:
 
 
 def segments(axis: Axis, key: str) -> list[list[Point]]:
-    """One line a stage, without what a logarithmic scale has no place for (0: a loss that is not used)."""
+    """Returns one line for each stage, without values that a logarithmic scale cannot show (0: an unused loss)."""
     return [[(x, row[key]) for x, row in stage if 0 < row.get(key, 0) < math.inf] for stage in axis]
 
 
 def loss_chart(axis: Axis) -> dict[str, Any] | None:
-    """The losses over the steps of all stages."""
+    """Plots the losses over the steps of all stages."""
     rows = [row for stage in axis for row in stage]
     tips = [
         (x, f"step {x:,}: " + ", ".join(f"{label} {number(row[key])}" for key, label in SERIES.items() if key in row))
@@ -59,14 +61,14 @@ def loss_chart(axis: Axis) -> dict[str, Any] | None:
 
 
 def step_ticks(right: float) -> list[tuple[float, str]]:
-    """About five round numbers of steps, with their places in percent."""
+    """Returns about five round numbers of steps, with their places in percent."""
     size = 10 ** math.floor(math.log10(right / 5))
     every = max(1, next(m * size for m in (1, 2, 5, 10) if m * size >= right / 5))
     return [(100 * x * every / right, f"{x * every:,.0f}") for x in range(int(right / every) + 1)]
 
 
 def level_chart(by_level: Mapping[str, list[float]], levels: list[float]) -> dict[str, Any] | None:
-    """The denoiser's distance over the noise schedule, a line each."""
+    """Plots the denoiser's distance over the noise schedule, one line for each name."""
     lines = {name: [[(100 * x, y) for x, y in zip(levels, ys, strict=False) if y > 0]] for name, ys in by_level.items()}
     tips = [
         (100 * x, f"noise level {x:.0%}: " + ", ".join(f"{name} {number(ys[i])}" for name, ys in by_level.items()))
@@ -77,9 +79,9 @@ def level_chart(by_level: Mapping[str, list[float]], levels: list[float]) -> dic
 
 
 def pair_rows(axis: Axis, stages: list[Path]) -> list[dict[str, Any]]:
-    """The feature loss of each pair of any stage: first and last value, and its way between them."""
+    """Returns the feature loss of each pair of any stage: the first and last value, and its chart."""
     rows, found = [], [read_json(stage / "pairs.json") for stage in stages if (stage / "pairs.json").is_file()]
-    found = [pairs["pairs"] if isinstance(pairs, dict) else pairs for pairs in found]  # a list, before checksums
+    found = [pairs["pairs"] if isinstance(pairs, dict) else pairs for pairs in found]  # a list in older runs
     for pair in {pair["teacher"]: pair for pairs in found for pair in pairs}.values():
         ways = segments(axis, f"feature/{pair['teacher']}")
         chart = draw_chart({"feature": ways}, max((x for s in ways for x, _ in s), default=0), [], smooth=True)

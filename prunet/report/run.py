@@ -1,4 +1,4 @@
-"""The report of a run: one page that holds all it shows, made from the run folder alone."""
+"""The report of a run: one page that needs no other file, made from the run folder alone."""
 
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,15 @@ from prunet.report.curves import level_chart, loss_chart, pair_rows, read_logs
 from prunet.teacher.teacher import Teacher
 from prunet.words import short
 
-COLUMNS = {"teacher": "teacher", "before": "student before", "after": "student after"}  # distillation
-PICTURE_SIDE, SHEET_SIDE, MOST_SHEETS = 384, 1200, 6  # longest sides in pixels; sheets of a stage
+COLUMNS = {"teacher": "teacher", "before": "student before", "after": "student after"}  # before, after distillation
+PICTURE_SIDE, SHEET_SIDE, MOST_SHEETS = 384, 1200, 6  # longest sides in pixels; sheets per stage
 
 
 def write_report(folder: Path | str) -> Path:
-    """Writes `report.html` into a run folder from what lies there; the page needs no other file and no network.
+    """Writes `report.html` into a run folder from its files; the page needs no other file and no network.
 
     Raises:
-        UserError: the run is not that far: no plan or no evaluation there, or not readable.
+        UserError: the plan or the evaluation is missing (the run is not that far) or not readable.
     """
     folder = Path(folder)
     plan = read_json(folder / "plan.json")
@@ -62,7 +62,7 @@ def write_report(folder: Path | str) -> Path:
 
 
 def _measured(folder: Path) -> list[dict[str, Any]]:
-    """What `prunet measure` found by each protocol of the student that is there now."""
+    """Reads what `prunet measure` found about the run's present student, by each protocol."""
     paths = sorted((folder / "measured").glob("*/measures.json"))
     if not paths or not (folder / "pipeline" / "model_index.json").is_file():
         return []
@@ -75,7 +75,7 @@ def _measured(folder: Path) -> list[dict[str, Any]]:
 
 
 def _pictures(folder: Path, evaluation: Row) -> list[dict[str, Any]]:
-    """Each prompt with what teacher and student (before, after) drew of it, and how far they are apart."""
+    """Returns each prompt with the pictures of teacher and student (before, after) and their distances."""
     return [
         {
             "prompt": prompt,
@@ -88,7 +88,7 @@ def _pictures(folder: Path, evaluation: Row) -> list[dict[str, Any]]:
 
 
 def _sheets(folder: Path) -> list[dict[str, Any]]:
-    """Some of the sheets drawn while training, the first and the last among them."""
+    """Returns some of the sheets drawn while training, with the first and the last."""
     drawn = [p for p in folder.glob("step-*.png") if p.is_file() and p.stem.removeprefix("step-").isdigit()]
     chosen = thin(sorted(drawn), MOST_SHEETS)
     return [{"step": int(p.stem.removeprefix("step-")), **(inline(p, SHEET_SIDE) or {})} for p in chosen]

@@ -1,4 +1,4 @@
-"""What `prunet.inference.bench` found, as a table and as a chart."""
+"""The result of `prunet.speed.bench` as a table and as a chart."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from prunet.disk.files import write_json, write_text
 from prunet.report.bars import Bar, Panel, draw_bars
 from prunet.words import many, number
 
-#: Share of the limit below which the report says which operations take the rest.
+#: Below this share of the limit the report says which operations take the rest of the time.
 ENOUGH = 0.9
 KIND_NAMES = {
     "convolution": "convolutions",
@@ -33,7 +33,7 @@ def write_speeds(result: Mapping[str, Any], folder: Path) -> None:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Latency by part, speed-up beside its limit, and what takes the time of those that do not reach it."""
+    """Formats latency by part, speed-up beside its limit, and what takes the time of models that do not reach it."""
     rows = result["rows"]
     lines = [
         "| model | mode | batch | text (ms) | denoiser (ms) | VAE (ms) | all (s) | pictures/s | memory (MB) |",
@@ -63,6 +63,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def conditions(result: Mapping[str, Any]) -> str:
+    """Names device, precision, size of pictures and number of repeats."""
     precisions = sorted({model["precision"] for model in result["models"].values()})
     return (
         f"{result['device']}, {' and '.join(precisions)}, {result['size']} px; medians of "
@@ -85,7 +86,7 @@ def _against_limit(rows: Sequence[Row]) -> list[str]:
 
 
 def _explain(row: Row, result: Mapping[str, Any]) -> list[str]:
-    """Where the time is that a student takes beyond its limit: in one sentence, and by kind of operation."""
+    """Explains the time that a student takes beyond its limit: in one sentence, and by kind of operation."""
     head = f"**{_name(row, result)} reaches {100 * row['share']:.0f} % of what its MACs allow**"
     if not row["kinds_ms"]:
         return [f"{head}; operations cannot be told apart on this device."]
@@ -121,13 +122,13 @@ def _others(result: Mapping[str, Any]) -> list[Row]:
 
 
 def _baseline(row: Row, result: Mapping[str, Any]) -> Row:
-    """The baseline's row at the same batch size and in the same mode."""
+    """Returns the baseline's row at the same batch size and in the same mode."""
     same = (r for r in result["rows"] if (r["mode"], r["batch_size"]) == (row["mode"], row["batch_size"]))
     return next(same)
 
 
 def _note(row: Row, result: Mapping[str, Any]) -> str:
-    """What tells a model's rows apart, if it has several."""
+    """Names what tells a model's rows apart, if it has several."""
     parts = [row["mode"]] if any(r["mode"] == "compiled" for r in result["rows"]) else []
     parts += [f"batch {row['batch_size']}"] if len({r["batch_size"] for r in result["rows"]}) > 1 else []
     return ", ".join(parts)
@@ -142,7 +143,7 @@ def _name(row: Row, result: Mapping[str, Any]) -> str:
 
 
 def chart(result: Mapping[str, Any]) -> str:
-    """An SVG: speed-ups in their limits, a picture by part, a call by kind of operation, throughput, memory."""
+    """Returns an SVG: speed-ups in their limits, a picture by part, a call by kind of operation, throughput, memory."""
     rows, others = result["rows"], _others(result)
     first = [row for row in rows if row["batch_size"] == rows[0]["batch_size"]]
     panels = [[_speed_ups(others, result)]] if others else []
@@ -153,7 +154,7 @@ def chart(result: Mapping[str, Any]) -> str:
     if all(row["peak_memory_mb"] for row in rows):
         last.append(_lengths("Peak memory", "MB", "memory", "peak_memory_mb", rows, result))
     title = "How fast they draw" if others else f"How fast {rows[0]['model']} draws"
-    beside = max(len(_name(row, result)) for row in rows) <= 26  # no longer than half of the width has room for
+    beside = max(len(_name(row, result)) for row in rows) <= 26  # longer names do not fit into half of the width
     return draw_bars(title, conditions(result), [*panels, *([last] if beside else [[panel] for panel in last])])
 
 
@@ -206,7 +207,7 @@ def _kinds(rows: Sequence[Row], result: Mapping[str, Any]) -> Panel:
 
 
 def _macs(row: Row, result: Mapping[str, Any]) -> int:
-    """Of a call: guidance doubles the batch."""
+    """Returns the multiply-adds of a call; guidance doubles the batch."""
     model = result["models"][row["model"]]
     return int(model["rows"] * row["batch_size"] * sum(model["macs"].values()))
 
@@ -216,7 +217,7 @@ def _steps(row: Row, result: Mapping[str, Any]) -> int:
 
 
 def _how(result: Mapping[str, Any]) -> str:
-    """`25 steps with guidance`, and which models take others."""
+    """Says how the models draw: `25 steps with guidance`, and which models draw in another way."""
     ways: dict[str, list[str]] = {}
     for name, model in result["models"].items():
         steps, guidance = model["steps"], "with" if model["rows"] > 1 else "without"

@@ -1,1 +1,1 @@
-"""A recipe from plan to report, step by step, resumed where it was stopped; in several ways; and what it would cost."""
+"""Runs a recipe from plan to report, in resumable steps; compares variants of it; estimates what it would cost."""

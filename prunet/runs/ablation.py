@@ -27,21 +27,21 @@ from prunet.runs.checks import read_paths
 from prunet.runs.run import Run
 from prunet.runtime import Runtime
 
-#: What the table shows of each student: (which, key) in evaluation.json, and the title.
+#: Columns of the table: (student, key) in evaluation.json -> title.
 MEASURES = {
     ("before", "denoiser"): "denoiser error before",
     ("after", "denoiser"): "denoiser error",
     ("after", "latent"): "latents, MSE",
     ("after", "picture"): "pictures, RMSE",
 }
-#: Arms times seeds; each is a recipe that is read and checked before the first one starts.
+#: Most arms times seeds: each is a recipe that is read and checked before the first run starts.
 MOST_RUNS = 500
 #: Values of a recipe that the ablation gives to each run.
 OWN = {"seed", "output", "cache"}
 
 
 class Ablation(Part):
-    """What is compared. `arms`: name -> values of the recipe that differ (`stages.0.losses.feature: 0`)."""
+    """What an ablation compares. `arms`: name -> values of the recipe that differ (`stages.0.losses.feature: 0`)."""
 
     title: str = "Ablation"
     recipe: PathText = Field(description="the recipe that all arms share")
@@ -52,12 +52,12 @@ class Ablation(Part):
 
 
 def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Ablation, dict[tuple[str, int], Recipe]]:
-    """The ablation in a YAML file, and the recipe of each (arm, seed), all checked.
+    """Loads the ablation in a YAML file, and the recipe of each (arm, seed), and checks them all.
 
-    `overrides` (`key=value`) are for the recipe of every arm.
+    `overrides` (`key=value`) change the recipe of every arm.
 
     Raises:
-        UserError: not readable, or a recipe that does not fit, with the name of its arm.
+        UserError: the file is not readable, or a recipe does not fit (the message names its arm).
     """
     path = Path(path)
     try:
@@ -100,17 +100,18 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Abla
 
 
 def _measured(recipe: Recipe) -> dict[str, Any]:
-    """What decides how a student is measured: by which teacher's pictures, of what size, how drawn."""
+    """Returns what decides how a student is evaluated: the teacher, the size of pictures, how they are drawn."""
     last = recipe.stages[-1].teacher or recipe.teacher
     return {"teacher": last, "evaluation": recipe.evaluation, "data.size": recipe.data.size}
 
 
 def folder_name(arm: str) -> str:
+    """Returns the name of an arm's folder: lower-case letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", arm.lower()).strip("-")
 
 
 def _share_cache(recipe: Recipe, folder: Path) -> Recipe:
-    """Arms with the same data and seed train on one cache."""
+    """Gives recipes with the same teachers, data and seed one cache in `folder`."""
     teachers = [stage.teacher.model_dump() for stage in recipe.stages if stage.teacher]
     name = recipe.fingerprint("teacher", "data", "seed", extra=teachers)
     return recipe.model_copy(update={"cache": str(folder / name)})
@@ -123,13 +124,13 @@ def ablate(
     *,
     workers: int = 1,
 ) -> dict[str, Any]:
-    """Does every recipe up to its evaluation, `workers` at a time, and writes `ablation.json` and `ablation.md`.
+    """Runs every recipe up to its evaluation, `workers` at a time, and writes `ablation.json` and `ablation.md`.
 
-    What is finished is not done again, so the same call resumes where it was stopped. With several GPUs each worker
-    has one of them; on a CPU they share its cores.
+    Finished runs are not done again, so the same call resumes after a stop. With several GPUs the workers take them in
+    turn; on a CPU they share its cores.
 
     Raises:
-        UserError: a recipe that does not fit, before the first run begins.
+        UserError: a recipe does not fit, before the first run begins.
     """
     output = Path(ablation.output)
     check_place(output, "ablation", "output", {path for recipe in recipes.values() for path in read_paths(recipe)})
@@ -142,7 +143,7 @@ def ablate(
         except UserError as error:
             raise UserError(f"arm {key[0]!r}: {error}") from error
     with hold(output, "ablation"):
-        for run in runs.values():  # first of all, since several arms wait for the same one
+        for run in runs.values():  # caches first, since several arms share one
             for step in run.todo("evaluate"):
                 if step in run.step_names("cache"):
                     run.do(step)
@@ -161,7 +162,7 @@ def ablate(
 def _each_done(todo: Mapping[tuple[str, int], Run], workers: int) -> Any:
     if workers == 1:
         for key, run in todo.items():
-            _do(run.recipe, run.runtime, like=run)  # checked again: the disk may be full by now
+            _do(run.recipe, run.runtime, like=run)  # it checks again: the disk may be full by now
             yield key
         return
     context, others = get_context("spawn"), active_children()
@@ -173,9 +174,9 @@ def _each_done(todo: Mapping[tuple[str, int], Run], workers: int) -> Any:
                 yield work[done]
         except BrokenProcessPool as error:
             raise UserError(
-                "A worker was killed (out of memory, perhaps): lower --workers; the same command resumes from here"
+                "A worker was killed (perhaps out of memory): lower --workers; the same command resumes from here"
             ) from error
-        except BaseException:  # or all that is queued would be done first; what is under way resumes from checkpoints
+        except BaseException:  # else the pool would first do all that is queued; runs resume from checkpoints
             for worker in set(active_children()).difference(others):
                 worker.terminate()
             raise
@@ -201,7 +202,7 @@ def _start_worker(counter: Any, workers: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would go on writing where the same command, given again, writes, too."""
+    """Ends a worker when its parent is killed: it would keep writing where the same command, given again, writes."""
     parent = parent_process()
     if parent is not None:
         wait([parent.sentinel])
@@ -219,7 +220,7 @@ def _do_in_worker(recipe: Recipe, runtime: Runtime) -> None:
 
 
 def collect(ablation: Ablation, runs: Mapping[tuple[str, int], Run]) -> dict[str, Any]:
-    """What is measured so far, written to `ablation.json` and `ablation.md` in the output folder."""
+    """Collects the finished evaluations, and writes them to `ablation.json` and `ablation.md` in the output folder."""
     arms = {}
     for arm in ablation.arms:
         done = {seed: runs[arm, seed] for seed in ablation.seeds if runs[arm, seed].is_done("evaluate")}
@@ -242,7 +243,7 @@ def collect(ablation: Ablation, runs: Mapping[tuple[str, int], Run]) -> dict[str
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """One row an arm; lower is nearer to the teacher, the best of each column in bold."""
+    """Formats the result in Markdown: one row for each arm, with the best (lowest) of each column in bold."""
     lines = [f"# {result['title']}", "", "| | parameters (M) | seeds | " + " | ".join(MEASURES.values()) + " |"]
     lines.append("|---|---:|---:|" + "---:|" * len(MEASURES))
     arms = result["arms"]

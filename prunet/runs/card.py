@@ -1,4 +1,4 @@
-"""What the model card of a run's student tells."""
+"""The facts in the model card of a run's student."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 def card_facts(this: "Run") -> dict[str, Any]:
-    """What `prunet.exports.card.model_card` is filled with.
+    """Returns the facts that `prunet.exports.card.model_card` renders.
 
     Raises:
-        UserError: not evaluated, or of another student.
+        UserError: the student was not evaluated, or another one was.
     """
     result = read_evaluation(this.folder / "evaluation", read_done(this.folder))
     prompts = result["protocol"]["prompts"]
     measures = {name: result["distance"][name] for name in ("before", "after")}
-    cache = this.cache_folder / "cache.json"  # which may be deleted when all is done, as the samples may
+    cache = this.cache_folder / "cache.json"  # users may delete the cache and the data after training
     source = this.recipe.data.source or []
     pictures = ", ".join(map(short, [source] if isinstance(source, str) else source))
     return {

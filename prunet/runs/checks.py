@@ -1,4 +1,4 @@
-"""All that can be wrong with a run is found here, before anything is loaded or computed."""
+"""Checks everything that can be wrong with a run, before anything is loaded or computed."""
 
 import re
 import shutil
@@ -39,13 +39,13 @@ LABEL_FIX = "delete it, if the checkpoints beside it are of this recipe, and giv
 
 
 def check_run(this: "Run", until: str) -> None:
-    """Refuses what would stop the steps up to and with `until` later on, and says what is odd.
+    """Refuses what would stop a step up to and including `until` later, and warns of what is odd.
 
     Raises:
-        UserError: anything in the recipe, its models, data or folders that does not fit.
+        UserError: the recipe, its models, data or folders do not fit.
     """
     check_places(this.recipe)
-    parse_yaml(recipe_yaml(this.recipe), "The recipe with all its values")  # the run folder's, which is read again
+    parse_yaml(recipe_yaml(this.recipe), "The recipe with all its values")  # it is written, and read again
     _check_models(this)
     _check_data(this)
     todo = this.todo(until)
@@ -56,7 +56,7 @@ def check_run(this: "Run", until: str) -> None:
         this.micro_batch(number)
         term_factors(this.pairs(number), stage.losses.weights)
     _check_folder(this)
-    for step in todo:  # refused here, before what is done is begun again
+    for step in todo:  # here, before a finished step begins again
         check_replaceable(this, step)
         if step.startswith("stage-"):
             check_stage(this.folder / step, this.recipe.stages[int(step.removeprefix("stage-")) - 1])
@@ -66,7 +66,7 @@ def check_run(this: "Run", until: str) -> None:
 
 
 def check_places(recipe: Recipe) -> None:
-    """Refuses an output or a cache folder that is not prunet's own, or that has to do with what is read."""
+    """Refuses an output or cache folder that is not prunet's own, or that is, lies in or holds what the run reads."""
     check_place(Path(recipe.output), "run", "output", read_paths(recipe))
     if recipe.cache:
         _check_apart(Path(recipe.output), Path(recipe.cache))
@@ -74,11 +74,11 @@ def check_places(recipe: Recipe) -> None:
 
 
 def _check_apart(output: Path, cache: Path) -> None:
-    """A run replaces its subfolders as a whole, so a cache lies in none of them but its own."""
+    """Refuses a cache in another subfolder of the run than its own, since a run replaces subfolders as a whole."""
     run, place = resolve(output, "output"), resolve(cache, "cache")
     if run in place.parents and not re.fullmatch(r"cache(-\d+)?", str(place.relative_to(run))):
         raise UserError(
-            f"cache: {cache} lies in the output {output}: leave it out, for {output / 'cache'}, or give another"
+            f"cache: {cache} lies in the output {output}: leave it out to use {output / 'cache'}, or give another"
         )
     if place == run or place in run.parents:
         raise UserError(
@@ -87,7 +87,7 @@ def _check_apart(output: Path, cache: Path) -> None:
 
 
 def read_paths(recipe: Recipe) -> list[Path]:
-    """Where a recipe's teachers and data lie on this machine, if they do: nothing may be written there."""
+    """Returns the paths of a recipe's teachers and data that lie on this machine; nothing may be written there."""
     teachers = [recipe.teacher, *(stage.teacher for stage in recipe.stages if stage.teacher)]
     data = recipe.data.source or []
     sources = [*(s for t in teachers for s in (t.source, t.config) if s), *([data] if isinstance(data, str) else data)]
@@ -108,7 +108,7 @@ def _check_models(this: "Run") -> None:
     check_sampler(this.teachers[-1], evaluation.sampler, evaluation.steps, "evaluation")
     own = made_for(this.teachers[-1])
     if own and any(getattr(evaluation, key) != value for key, value in own):
-        say(f"[yellow]{escape(this.teachers[-1].source)} was made for {own},[/] and evaluation draws it otherwise")
+        say(f"[yellow]{escape(this.teachers[-1].source)} was made for {own},[/] but evaluation draws in another way")
     for number, stage in enumerate(this.recipe.stages):
         if stage.jumps:
             check_jumps(this.teachers[number], stage, f"stages.{number}")
@@ -124,7 +124,7 @@ def _check_data(this: "Run") -> None:
 
 
 def _check_folder(this: "Run") -> None:
-    """Refuses a folder with the cache or the checkpoints of another run, before anything in it is replaced."""
+    """Refuses a folder that holds the cache or the checkpoints of another run, before anything in it is replaced."""
     has_recipe = (this.folder / "recipe.yaml").is_file()
     back = "set it back" + (f" (`prunet run {this.folder}` resumes with the run's own recipe)" if has_recipe else "")
     for folder, spec in this.cache_specs:
@@ -166,7 +166,7 @@ def _check_disk(this: "Run", todo: Sequence[str]) -> None:
 
 
 def checkpoint_bytes(this: "Run", todo: Sequence[str]) -> int:
-    """What the checkpoints of the stages in `todo` will take: those kept, and one more while it is being written."""
+    """Returns the bytes that new checkpoints of the stages in `todo` need: those kept, and one being written."""
     need, largest = 0, 0
     for number, (stage, derived) in enumerate(zip(this.recipe.stages, this.steps_down, strict=True), 1):
         if f"stage-{number}" not in todo:

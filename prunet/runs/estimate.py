@@ -1,4 +1,4 @@
-"""What a recipe would cost: memory by part from shapes, hours from a few real steps with random weights."""
+"""Estimates what a recipe would cost: memory from shapes, hours from a few real steps with random weights."""
 
 import time
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ from prunet.training.memory import step_memory
 from prunet.training.probe import probe
 
 STEPS = 2
-FEW = 4  # samples that are timed at once first
-COUNTED = 10_000  # pictures; those of a shard have to be read to be counted
-QUICK_S = 5.0  # a micro-batch that takes no longer is timed as it is: an image of it takes less time
+FEW = 4  # samples of the first, small micro-batch that is timed
+COUNTED = 10_000  # most pictures that are counted: those of a shard have to be read for it
+QUICK_S = 5.0  # a whole micro-batch is timed if it takes no longer: its images take less time each
 
 
 def estimate(this: Run) -> dict[str, Any]:
-    """Peak memory by part, of the stage that needs most, and the hours of all stages on this device."""
+    """Returns the peak memory by part (of the stage that needs most) and the hours of all stages, on this device."""
     runtime, stages = this.runtime, this.recipe.stages
     found = [memory(this, number) for number in range(1, len(stages) + 1)]
     speeds: dict[tuple[Any, ...], tuple[float, int]] = {}
@@ -64,7 +64,7 @@ def estimate(this: Run) -> dict[str, Any]:
 
 
 def count_samples(this: Run) -> tuple[int | None, bool]:
-    """What the cache has or will have; and whether that is only as far as was counted. None: not known before."""
+    """Returns the samples that the cache has or will have, None if unknown; and whether there may be more than that."""
     made, data = this.cache_folder / "cache.json", this.recipe.data
     if made.is_file():
         return int(read_label(made, ("samples",))["samples"]), False
@@ -79,15 +79,15 @@ def count_samples(this: Run) -> tuple[int | None, bool]:
 
 
 def compared(this: Run, number: int) -> tuple[Pair, ...]:
-    """The features that stage `number` looks at: none where they weigh nothing."""
+    """Returns the pairs of features that stage `number` compares; none if the feature loss has no weight."""
     return this.pairs(number) if this.recipe.stages[number - 1].losses.feature else ()
 
 
 def memory(this: Run, number: int) -> dict[str, int]:
-    """Bytes of a stage by part; `activations` are all that a step needs beside the other parts at its worst moment.
+    """Returns the bytes of a stage by part; `activations` are the most that a step needs beside the other parts.
 
-    `heap`: on a CPU the holes between what a step makes and frees again, and the kernels' own buffers. No shape tells
-    them; half of what a step makes is what two runs had (benchmarks/2026-11-21-full-size.md).
+    `heap`: on a CPU, the holes between what a step allocates and frees, and the kernels' own buffers. No shape tells
+    it; in two runs it was half of what a step allocates (benchmarks/2026-11-21-full-size.md).
     """
     derived, micro, stage = this.steps_down[number - 1], this.micro_batch(number), this.recipe.stages[number - 1]
     configs = derived.teacher_config, derived.student_config
@@ -112,7 +112,7 @@ def seconds_per_image(
     runtime: Runtime,
     teacher_calls: int = 1,
 ) -> float:
-    """Seconds for one image of a distillation step (teacher, student forward and backward, optimizer)."""
+    """Times a few distillation steps (teacher, student forward and backward, optimizer); returns seconds per image."""
     device, half = runtime.torch_device, runtime.mixed_precision != "no"
     configs = (derived.teacher_config, derived.student_config)
     setting: dict[str, Any] = {"latent_size": latent_size, "micro_batch": batch_size, "dtype": runtime.dtype}

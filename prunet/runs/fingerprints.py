@@ -1,4 +1,4 @@
-"""What each step of a run depends on, as hashes: each step's inputs hold those of the steps that it reads."""
+"""Hashes of what each step of a run depends on; they include the hashes of the steps that it reads."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def step_inputs(this: "Run") -> dict[str, str]:
-    """Step -> hash of all that its result depends on."""
+    """Returns step -> hash of everything that its result depends on."""
     recipe = this.recipe
     begins = [] if recipe.initialisation == "inherited" else [recipe.initialisation, recipe.seed]
     build = _hash(this.teacher.fingerprint(["unet"]), recipe.plan.fingerprint, *begins)
@@ -25,7 +25,7 @@ def step_inputs(this: "Run") -> dict[str, str]:
         "build": build,
         "cache": _hash([spec for _, spec in [*this.cache_specs, *this.path_specs.values()]]),
     }
-    # How the teacher is trained on and called: prediction type, noise schedule, its U-Net's config.
+    # These decide how the teacher is called and what stages minimise: prediction type, noise schedule, U-Net's config.
     last = _hash(build, this.teacher.unet_config, dict(this.teacher.noise_scheduler.config))
     for number, stage in enumerate(recipe.stages, 1):
         settings = (
@@ -42,9 +42,9 @@ def step_inputs(this: "Run") -> dict[str, str]:
 
 
 def stage_label(this: "Run", number: int) -> dict[str, Any]:
-    """What the checkpoints of a stage come from: student, cache, seed, and all of its settings but the pace.
+    """Returns what a stage's checkpoints depend on: student, cache, seed, and its settings except the pace.
 
-    `inputs` is the hash of these; `settings` what a message names where another hash is found.
+    `inputs` is their hash; `settings` are the values that a message names if the hash differs.
     """
     recipe, teacher, spec = this.recipe, this.teachers[number - 1], this.cache_specs[number - 1][1]
     settings = recipe.stages[number - 1].settings("teacher", *PACE)
@@ -72,13 +72,13 @@ def _named(name: str, fingerprint: str) -> str:
 
 
 def spec_settings(spec: dict[str, Any]) -> dict[str, Any]:
-    """A cache's spec as a message names its parts."""
+    """Returns a cache's spec with the names that messages use."""
     names = {"data": "data", "seed": "seed", "content": "files or prompts of the data", "parts": "teacher"}
     return {name: spec[key] for key, name in names.items()} | {key: spec[key] for key in spec if key not in names}
 
 
 def stage_caches(this: "Run") -> list[tuple[Path, dict[str, Any]]]:
-    """Folder and spec of the cache of each stage; teachers that encode alike share one."""
+    """Returns folder and spec of the cache of each stage; teachers that encode alike share one."""
     found: list[tuple[Path, dict[str, Any]]] = []
     for number, teacher in enumerate(this.teachers, 1):
         spec = cache_spec(teacher, this.recipe.data, this.recipe.seed, this.cache_folder)
@@ -88,7 +88,7 @@ def stage_caches(this: "Run") -> list[tuple[Path, dict[str, Any]]]:
 
 
 def stage_paths(this: "Run") -> dict[int, tuple[Path, dict[str, Any]]]:
-    """Number of each stage of trajectory regression -> folder and spec of its paths; equal ones are shared."""
+    """Returns stage number -> folder and spec of its paths, for stages of trajectory regression; equal ones share."""
     found: dict[int, tuple[Path, dict[str, Any]]] = {}
     for number, stage in enumerate(this.recipe.stages, 1):
         if stage.objective == "trajectory":

@@ -1,12 +1,12 @@
-"""A recipe from plan to report, step by step; what is finished and valid is not done again.
+"""Runs a recipe from plan to report, step by step; a finished step is not done again.
 
 A run folder::
 
-    recipe.yaml  plan.json  steps.json   what was asked, what follows from it, which steps are done from which inputs
+    recipe.yaml  plan.json  steps.json   the recipe, what follows from it, and the finished steps with their inputs
     student/                             the U-Net before distillation
-    cache/ cache-2/ ...                  latents and prompt embeddings (unless the recipe puts them elsewhere); a second
-                                         one where a stage's teacher encodes otherwise
-    cache-paths/ ...                     the teacher's paths, where a stage learns from them
+    cache/ cache-2/ ...                  latents and prompt embeddings (unless the recipe puts them elsewhere); more
+                                         than one if the stages' teachers encode differently
+    cache-paths/ ...                     the teacher's paths, if a stage learns from them
     stage-1/ ...                         checkpoints/, log.jsonl, pairs.json, sheets/, and unet/ when the stage is done
     evaluation/                          evaluation.json, evaluation.md, sheet.png, pictures/
     pipeline/                            the student as a stock pipeline (and student.safetensors if asked)
@@ -52,11 +52,11 @@ from prunet.training.sheets import Sheets
 
 
 class Run:
-    """A recipe on this machine: its teachers, opened; what follows from its plan; its folder, and which steps are done.
+    """A recipe on this machine: its opened teachers, what follows from its plan, its folder and finished steps.
 
-    To open one checks nothing but that its teachers are there and its plan fits: see `check`.
+    Opening a run checks only that its teachers exist and its plan fits; `check` checks the rest.
 
-    `like`: another run on the same machine, with which this one shares the teachers that both have.
+    `like`: another run on this machine; both share the teachers that they have in common.
     """
 
     def __init__(self, recipe: Recipe, runtime: Runtime | None = None, *, like: "Run | None" = None) -> None:
@@ -67,17 +67,17 @@ class Run:
         for source in sources:
             if (key := source.model_dump_json()) not in self._opened:
                 self._opened[key] = self._open(source)
-        #: The recipe's teacher, whose weights the student inherits; and the one of each stage.
+        #: The recipe's teacher, from which the student inherits its weights; and the teacher of each stage.
         self.teacher, *self.teachers = (self._opened[source.model_dump_json()] for source in sources)
         self.derived: Derived = derive(self.teacher.unet_config, recipe.plan)
         self.steps_down = [derive(self.teacher.unet_config, plan) for plan in recipe.stage_plans]
         self.size = recipe.data.size or self.teacher.native_size
 
     def check(self, until: str = "report") -> None:
-        """Finds all that can be wrong with the steps up to and with `until`, before anything is loaded or computed.
+        """Checks everything that the steps up to and including `until` need, before anything is loaded or computed.
 
         Raises:
-            UserError: anything in the recipe, its models, data or folders that does not fit.
+            UserError: the recipe, its models, data or folders do not fit.
         """
         check_run(self, until)
 
@@ -92,17 +92,18 @@ class Run:
 
     @property
     def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents."""
         side = self.size // self.teacher.vae_scale
         return side, side
 
     def micro_batch(self, number: int) -> int:
-        """Samples at once on each device in stage `number`."""
+        """Returns how many samples each device takes at once in stage `number`."""
         configs = (self.derived.teacher_config, self.steps_down[number - 1].student_config)
         stage = self.recipe.stages[number - 1]
         return micro_batch_of(stage, self.runtime, *configs, self.latent_size, processes.count())
 
     def pairs(self, number: int) -> tuple[Pair, ...]:
-        """What stage `number` compares; nothing where no teacher is called."""
+        """Returns the pairs of features that stage `number` compares; none if it calls no teacher."""
         if not self.recipe.stages[number - 1].teacher_calls:
             return ()
         return self.steps_down[number - 1].pairs(self.recipe.stages[number - 1].losses.level)
@@ -111,7 +112,7 @@ class Run:
 
     @cached_property
     def inputs(self) -> dict[str, str]:
-        """Step -> hash of all that its result depends on."""
+        """Step -> hash of everything that its result depends on."""
         return fingerprints.step_inputs(self)
 
     @cached_property
@@ -125,40 +126,41 @@ class Run:
         return fingerprints.stage_paths(self)
 
     def step_names(self, until: str = "report") -> list[str]:
-        """The steps in order, `distil` being one for each stage, up to and with `until`."""
+        """Returns the steps in order up to and including `until`; `distil` is one for each stage."""
         return steps.step_names(len(self.recipe.stages), until)
 
     def result_of(self, step: str) -> Path:
-        """The file that is there when the step is done."""
+        """Returns the file that exists when the step is done."""
         return steps.result_of(self, step)
 
     def is_done(self, step: str) -> bool:
-        """Whether `step` was finished from these inputs and its result is still there."""
+        """Returns whether `step` was finished from these inputs and its result still exists."""
         return steps.is_done(self, step)
 
     def todo(self, until: str = "report") -> list[str]:
-        """The steps to do up to and with `until`; a result that nothing to be done reads may be gone."""
+        """Returns the steps to do up to and including `until`; results that none of them reads may be deleted."""
         return steps.todo(self, until)
 
     @property
     def cache_folder(self) -> Path:
+        """The folder of the first stage's cache."""
         return Path(self.recipe.cache) if self.recipe.cache else self.folder / "cache"
 
     # -- the steps
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """While no other command may write into the run folder; the processes of one launch share it.
+        """Keeps other commands from writing into the run folder; the processes of one launch share it.
 
         Raises:
-            UserError: another one works there, and which.
+            UserError: another command works there; the message names it.
         """
         processes.join(self.runtime.torch_device)
         with hold(self.folder, "run") if processes.is_main() else nullcontext():
             yield
 
     def finish(self, until: str = "report") -> None:
-        """Does what is to be done of the steps up to and with `until`."""
+        """Does the steps up to and including `until` that are to be done."""
         processes.join(self.runtime.torch_device)
         with self.at_work() if processes.from_main(lambda: self.todo(until)) else nullcontext():
             for step in self.step_names(until):
@@ -166,13 +168,14 @@ class Run:
                 if step in todo or processes.from_main(partial(self.is_done, step)):
                     self.do(step)
                 else:
-                    say(f"[green]✓[/] {step} [dim]is not needed any more: what it left is gone[/]")
+                    remains = processes.from_main(partial(steps.remains, self, step))
+                    say(f"[green]✓[/] {step} [dim]is not needed{remains}[/]")
 
     def do(self, step: str) -> None:
-        """Does one step, unless it is done, and says which. All processes come here, and leave when it is done.
+        """Does one step unless it is done, and prints its name. All processes call this, and return when it is done.
 
         Raises:
-            UserError: what it left was changed, or lies where a user's own files are.
+            UserError: its result was changed, or would replace a user's own files.
         """
         processes.join(self.runtime.torch_device)
         if processes.from_main(lambda: self.is_done(step)):
@@ -266,10 +269,10 @@ class Run:
         if processes.is_main():
             save_unet(trained, folder / "unet", "stage", self.inputs[f"stage-{number}"])
         if self.runtime.teacher_8bit or self.runtime.teacher_fp8:
-            teacher.release("unet")  # what is measured and exported is the teacher as it is stored
+            teacher.release("unet")  # evaluation and export use the teacher as it is stored
 
     def _student_at_start(self, number: int) -> Net:
-        """What stage `number` trains: the student of the stage before it, cut further if the plan goes on."""
+        """Returns what stage `number` trains: the student of the stage before it, cut further if its plan says so."""
         after = self.steps_down[number - 1]
         if number == 1:
             whole = after.removed.keys() == self.derived.removed.keys()
@@ -278,16 +281,16 @@ class Run:
         return trained if before.removed.keys() == after.removed.keys() else cut(trained, before, after)
 
     def _stored_teacher(self, other: TeacherSource | None = None) -> Teacher:
-        """In fp32 on the CPU, whatever the run's precision: students start from the weights as they are stored."""
+        """Opens a teacher in fp32 on the CPU, whatever the run's precision: students start from the stored weights."""
         source = other or self.recipe.teacher
         return Teacher(source.source, config=source.config, revision=source.revision)
 
     def _unet_of(self, step: str) -> Net:
-        """What `build` or a stage left, if it still is that."""
+        """Loads the U-Net that `build` or a stage wrote, and checks that it is from these inputs."""
         return load_unet(self.result_of(step).parent, self.inputs[step])
 
     def last_unet(self) -> Net:
-        """The distilled U-Net."""
+        """Loads the distilled U-Net."""
         return self._unet_of(f"stage-{len(self.recipe.stages)}")
 
     def _evaluate(self) -> None:
@@ -322,7 +325,7 @@ class Run:
             export_single_file(self.folder / "pipeline", self.folder / "student.safetensors", fp16=options.fp16)
 
     def exported_teacher(self) -> Teacher:
-        """The last stage's, as it is stored: the student's pipeline has its other parts."""
+        """Opens the last stage's teacher as it is stored: the student's pipeline gets its other parts."""
         return self._stored_teacher(self.recipe.stages[-1].teacher)
 
     def _report(self) -> None:
@@ -332,12 +335,12 @@ class Run:
 
 
 def run(recipe: Recipe, runtime: Runtime | None = None, *, until: str = "report") -> Path:
-    """Does the recipe up to and with step `until`, skipping what is finished and valid; returns the run folder.
+    """Runs the recipe up to and including step `until`, without the finished steps; returns the run folder.
 
-    Given again after a stop, it resumes where it was.
+    The same call resumes a run that was stopped.
 
     Raises:
-        UserError: anything in the recipe that does not fit, before the first step begins.
+        UserError: something in the recipe does not fit, before the first step begins.
     """
     this = Run(recipe, runtime)
     this.check(until)

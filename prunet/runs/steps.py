@@ -1,4 +1,4 @@
-"""The steps of a run: what each leaves and reads, which are done (`steps.json`) and which are to be done."""
+"""The steps of a run: what each writes and reads, which are done (`steps.json`) and which are to be done."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,18 +23,21 @@ if TYPE_CHECKING:
 #: In order; `distil` is one step for each stage.
 STEPS = ("plan", "build", "cache", "distil", "evaluate", "export", "report")
 STEPS_FIX = "delete it and run again; stages resume from their checkpoints"
-#: What a user asks for; the other steps are done where one of these reads them.
+#: Steps with results that a user asks for; the others are done if one of these reads them.
 RESULTS = ("plan", "evaluate", "export", "report")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+#: Files of a step that nothing seals: their checksums stand in `steps.json`.
+WATCHED = {"log": "{step}/log.jsonl", "pairs": "{step}/pairs.json", "page": "report.html"}
 
 
 def step_names(stages: int, until: str) -> list[str]:
+    """Returns the steps of a run with `stages` stages, in order, up to and including `until`."""
     names = [f"stage-{number}" for number in range(1, stages + 1)]
     return [n for step in STEPS[: STEPS.index(until) + 1] for n in (names if step == "distil" else [step])]
 
 
 def result_of(this: "Run", step: str) -> Path:
-    """The file that is there when the step is done."""
+    """Returns the file that exists when the step is done."""
     if step.startswith("stage-"):
         return this.folder / step / "unet" / WEIGHTS
     return {
@@ -48,10 +51,10 @@ def result_of(this: "Run", step: str) -> Path:
 
 
 def read_done(folder: Path) -> dict[str, Any]:
-    """Step -> its `inputs` and `seconds`, and of a stage the checksum of its `log`, as the run folder says.
+    """Reads which steps are done: step -> `inputs` and `seconds`; for a stage also `log`, its log's checksum.
 
     Raises:
-        UserError: damaged.
+        UserError: `steps.json` is damaged.
     """
     path = folder / "steps.json"
     done = read_json(path, STEPS_FIX) if path.is_file() else {}
@@ -61,13 +64,13 @@ def read_done(folder: Path) -> dict[str, Any]:
 
 
 def is_done(this: "Run", step: str) -> bool:
-    """Whether `step` was finished from these inputs and its result is still there; `verify_done` compares checksums."""
+    """Returns whether `step` was finished from these inputs and its result exists; `verify_done` compares checksums."""
     done = read_done(this.folder).get(step)
-    if done is None:  # before the inputs, which are hashes of large files
+    if done is None:  # checked before the inputs, which are hashes of large files
         return False
     if done.get("inputs") != this.inputs[step]:
         return False
-    if step == "plan":  # derived in no time, so another one's is noticed and written again
+    if step == "plan":  # deriving is fast, so the file is compared, and written again if it differs
         path = this.result_of(step)
         found = read_label(path, ("plan", "removed")) if path.is_file() else {}
         return found.get("removed") == sorted(this.derived.removed)
@@ -75,8 +78,10 @@ def is_done(this: "Run", step: str) -> bool:
 
 
 def todo(this: "Run", until: str) -> list[str]:
-    """The steps to do up to and with `until`: those that are not done and whose result is asked for, or read by one
-    that is to be done. So what a finished step has read may be deleted.
+    """Returns the steps to do up to and including `until`.
+
+    A step is to be done if it is not done, and the user asks for its result or a step to be done reads it. So results
+    that only finished steps read may be deleted.
     """
     names = this.step_names(until)
     wanted, found = {names[-1], *RESULTS}, []
@@ -88,7 +93,7 @@ def todo(this: "Run", until: str) -> list[str]:
 
 
 def _read_by(this: "Run", step: str) -> set[str]:
-    """The steps whose results `step` reads."""
+    """Returns the steps that have the results that `step` reads."""
     if step.startswith("stage-"):
         number = int(step.removeprefix("stage-"))
         return {"cache", f"stage-{number - 1}" if number > 1 else "build"}
@@ -97,11 +102,11 @@ def _read_by(this: "Run", step: str) -> set[str]:
     return reads.get(step, set())
 
 
-# -- what lies there
+# -- results on disk
 
 
 def _sealed(this: "Run", step: str) -> dict[Path, str]:
-    """The folders that the step writes as a whole, and the kind that their seals name."""
+    """Returns the folders that the step writes as a whole -> the kind in their seals."""
     if step.startswith("stage-"):
         return {this.folder / step / "unet": "stage"}
     if step == "build":
@@ -113,21 +118,31 @@ def _sealed(this: "Run", step: str) -> dict[Path, str]:
 
 
 def lost(this: "Run", step: str) -> list[Path]:
-    """The files of a finished step that are missing or cut off."""
+    """Returns the files of a finished step that are missing or cut off."""
     files = [this.result_of(step)]
     if step == "cache":
         files = [folder / "cache.json" for folder, _ in [*this.cache_specs, *this.path_specs.values()]]
     if step == "export" and this.recipe.export.single_file:
         files += [this.folder / "student.safetensors", this.folder / "student.config" / "model_index.json"]
+    if step == "evaluate" and files[0].is_file():
+        evaluation = read_label(files[0], ("distance",), f"delete {files[0].parent} and run it again")
+        files += [files[0].parent / name for name in evaluation.get("pictures", {})]
     files += [file for folder in _sealed(this, step) for file in sealed_files(folder)]
     return [file for file in files if not is_whole(file)]
+
+
+def remains(this: "Run", step: str) -> str:
+    """Says what is left of a step that nothing to be done reads; nothing if it was never done."""
+    if step not in read_done(this.folder) or not (gone := lost(this, step)):
+        return ""
+    return escape(f" any more: {gone[0]} is {'cut off' if gone[0].exists() else 'gone'}")
 
 
 def verify_done(this: "Run", step: str) -> None:
     """Compares the result of a finished step with the checksums that were written with it.
 
     Raises:
-        UserError: something has other bytes; what to delete, and whether that costs training.
+        UserError: a file was changed; the message says what to delete, and whether that costs training.
     """
     fix = "delete it, and the same command makes it again"
     if step.startswith("stage-"):
@@ -141,13 +156,22 @@ def verify_done(this: "Run", step: str) -> None:
         check_single_file(this.folder / "student.safetensors", fix)
     if step == "evaluate":
         read_evaluation(this.folder / "evaluation", read_done(this.folder))
+    done = read_done(this.folder)[step]
+    for key, name in WATCHED.items():
+        path = this.folder / name.format(step=step)
+        if key not in done:
+            continue
+        if not path.is_file():
+            say(f"  [yellow]{escape(str(path))} is gone:[/] the report lacks what it held")
+        elif file_checksum(path) != done[key]:
+            raise UserError(f"{path}: damaged or changed since it was written: delete it, and give the command again")
 
 
 def check_replaceable(this: "Run", step: str) -> None:
-    """Refuses a step that would replace what is not as prunet wrote it: a user's files, or changed ones.
+    """Refuses a step that would replace a user's files, or files that were changed since prunet wrote them.
 
     Raises:
-        UserError: what lies there.
+        UserError: says what is there.
     """
     for folder, what in _sealed(this, step).items():
         check_place(folder, what, step)
@@ -158,7 +182,7 @@ def check_replaceable(this: "Run", step: str) -> None:
 
 
 def _ends_in_checkpoint(this: "Run", step: str) -> bool:
-    """Whether the stage can be finished again from its checkpoint, without training."""
+    """Returns whether the stage can be finished again from its last checkpoint, without training."""
     stage = this.recipe.stages[int(step.removeprefix("stage-")) - 1]
     try:
         state, _ = check_stage(this.folder / step, stage)
@@ -168,7 +192,7 @@ def _ends_in_checkpoint(this: "Run", step: str) -> bool:
 
 
 def resumes_from(this: "Run", number: int) -> str:
-    """From which step a stage that is stopped now will resume."""
+    """Says from which training step a stage that is stopped now will resume."""
     saved = checkpoints(this.folder / f"stage-{number}")
     steps = this.recipe.stages[number - 1].steps
     if not saved:
@@ -178,12 +202,13 @@ def resumes_from(this: "Run", number: int) -> str:
     )
 
 
-# -- what is written down
+# -- writing down what is done
 
 
 def begin(this: "Run", step: str) -> None:
-    """A step that begins again is not done, nor is what comes after it, however far it gets this time; but where
-    files were lost and the same ones will be made again, nothing else changes.
+    """Writes down that a step begins: it and the steps after it are not done any more, however far it gets.
+
+    If only files were lost and the same ones will be made again, the other steps stay done.
     """
     names, done = this.step_names(), read_done(this.folder)
     again = done.get(step, {}).get("inputs") == this.inputs[step]
@@ -199,14 +224,15 @@ def begin(this: "Run", step: str) -> None:
 
 def finish(this: "Run", step: str, seconds: float) -> None:
     """Writes down that the step is done from its inputs."""
-    log = this.folder / step / "log.jsonl"
-    logged = {"log": file_checksum(log)} if log.is_file() else {}
-    done = {**read_done(this.folder), step: {"inputs": this.inputs[step], "seconds": seconds} | logged}
+    files = {key: this.folder / name.format(step=step) for key, name in WATCHED.items()}
+    files = {key: path for key, path in files.items() if path.is_file() and (key == "page") == (step == "report")}
+    sums = {key: file_checksum(path) for key, path in files.items()}
+    done = {**read_done(this.folder), step: {"inputs": this.inputs[step], "seconds": seconds, **sums}}
     write_json(this.folder / "steps.json", done)
 
 
 def logged_seconds(this: "Run", step: str) -> float:
-    """What all steps of a stage took, those before it was stopped included."""
+    """Returns the seconds of all training steps of a stage by its log, those before a stop included."""
     log = this.folder / step / "log.jsonl"
     if not log.is_file():
         return 0.0
@@ -214,7 +240,7 @@ def logged_seconds(this: "Run", step: str) -> float:
     rows = read_log(log)
     before = [0, *(row["step"] for row in rows)]
     seconds = (
-        (row["step"] - b) * batch_size / max(row["images_per_s"], 1e-4)  # as many digits as the log has
+        (row["step"] - b) * batch_size / max(row["images_per_s"], 1e-4)  # the log has four decimal places
         for row, b in zip(rows, before, strict=False)
     )
     return float(sum(seconds))

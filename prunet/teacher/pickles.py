@@ -133,6 +133,10 @@ def _notes(path: Path, value: Any) -> tuple[dict[str, Note], list[str]]:
             names = ", ".join(_label(key) for key in value)[:200] or "nothing"
             raise UserError(f"{path}: no state_dict among what it holds ({names}): save only its state_dict")
         state, outside = value[chosen[0]], [_label(key) for key in value if key != chosen[0]]
+    elif inside:
+        raise UserError(
+            f"{path}: holds tensors, and in {_label(inside[0])} more of them: save the state_dict of one model alone"
+        )
     for name, entry in state.items():
         if _is_other_tensor(entry):
             raise UserError(f"{path}: {_label(name)} is a tensor of another kind ({entry.of}): save it as a dense one")
