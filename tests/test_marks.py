@@ -47,7 +47,7 @@ METADATA = [  # as trainers and programs write them
 
 @pytest.fixture(scope="module")
 def single(sd, sdxl, tmp_path_factory):
-    """Makes a single file of a teacher with these marks, and a config folder whose scheduler says something."""
+    """Makes a single file of a teacher with these marks, and a config folder with a scheduler says something."""
     folder = tmp_path_factory.mktemp("marks")
     teachers = {kind: Teacher(source) for kind, source in (("sd", sd), ("sdxl", sdxl))}
     weights = {
@@ -106,7 +106,7 @@ def test_a_config_must_say_the_same(single, kind, tensors, metadata, field, valu
             assert word in str(error.value)
         assert "\n" not in str(error.value)
         if field != NOISE:
-            assert f"{'an SDXL' if kind == 'sdxl' else 'an SD v1'} whose scheduler" in str(error.value)
+            assert f"{'an SDXL' if kind == 'sdxl' else 'an SD v1'} with a scheduler" in str(error.value)
             assert "stable-diffusion-2" not in str(error.value)
 
 
@@ -168,7 +168,7 @@ def test_a_bare_file_is_compared_with_the_configs_that_it_would_get(bare) -> Non
         Teacher(bare("sd-v2"))
     assert Teacher(bare("sd-v2", metadata=epsilon)).kind == "sd"
     for layout, label in (("sd-v1", "SD v1"), ("sd-v2", "SD v2"), ("sdxl", "SDXL")):
-        with pytest.raises(UserError, match=f"give with --config .* an {label} whose scheduler") as error:
+        with pytest.raises(UserError, match=f"give with --config .* an {label} with a scheduler") as error:
             Teacher(bare(layout, metadata=v))
         assert ("stabilityai/stable-diffusion-2-1" in str(error.value)) == (layout == "sd-v2")
     with pytest.raises(UserError, match=r"rescale_betas_zero_snr: true"):

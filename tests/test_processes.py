@@ -102,7 +102,10 @@ def test_alone_then_sharded_then_alone_equals_one(alone: Path, teacher: Path, pi
     ("arguments", "message"),
     [
         (["plans"], "plans: works in one process"),
-        (["run", "recipe.yaml", "--device", "cpu", "--precision", "fp16", "--fsdp"], "--fsdp: with --precision bf16"),
+        (
+            ["run", "recipe.yaml", "--device", "cpu", "--precision", "fp16", "--fsdp"],
+            "--fsdp: works only with --precision bf16",
+        ),
     ],
 )
 def test_what_several_processes_cannot_do_is_said(arguments, message, capsys, monkeypatch) -> None:

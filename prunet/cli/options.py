@@ -166,13 +166,13 @@ def make_runtime(device: str | None = None, precision: str = "auto", tracker: st
     if runtime.teacher_fp8 and not has_fp8(runtime.torch_device):
         raise UserError("--teacher-fp8: for CUDA devices of compute capability 9.0 on (Hopper); try --teacher-8bit")
     if runtime.teacher_fp8 and (runtime.teacher_8bit or runtime.mixed_precision != "bf16"):
-        raise UserError("--teacher-fp8: with --precision bf16, and without --teacher-8bit")
+        raise UserError("--teacher-fp8: works only with --precision bf16, and without --teacher-8bit")
     if runtime.compile and runtime.compile_blocks:
         raise UserError("--compile compiles the blocks as well: leave out --compile-blocks, or --compile")
     if runtime.fsdp and processes.count() == 1:
         raise UserError("--fsdp: shares the student out among several processes: start them with accelerate launch")
     if runtime.fsdp and (runtime.mixed_precision == "fp16" or runtime.use_8bit_adam):
-        raise UserError("--fsdp: with --precision bf16 or no, and without --use-8bit-adam")
+        raise UserError("--fsdp: works only with --precision bf16 or no, and without --use-8bit-adam")
     if runtime.compile or runtime.compile_blocks:
         from prunet.speed.bench import check_compiler
 

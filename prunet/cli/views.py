@@ -167,7 +167,7 @@ def estimate_view(this: Any, cost: dict[str, Any]) -> RenderableType:
     time_text = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
     speed = number(1 / cost["seconds_per_image"])
     lines = Text.from_markup(
-        f"[bold]Distillation[/]  {cost['images']:,} images, {speed} images/s measured on "
+        f"[bold]Distillation[/]  {cost['images']:,} images, {speed} images/s timed on "
         f"{this.runtime.torch_device} ({this.runtime.mixed_precision}, micro-batch {cost['timed_micro_batch']}): "
         f"about [bold]{time_text}[/]"
     )

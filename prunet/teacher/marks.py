@@ -83,13 +83,13 @@ def read_marks(path: str | Path) -> list[Mark]:
     return marks
 
 
-def check_marks(path: str | Path, scheduler: Mapping[str, Any], whose: str, layout: str) -> list[Mark]:
+def check_marks(path: str | Path, scheduler: Mapping[str, Any], owner: str, layout: str) -> list[Mark]:
     """Compares a file's marks with a scheduler's config, and returns the marks.
 
     Args:
         path: the `.safetensors` file.
         scheduler: the config that the file would be used with.
-        whose: the config's name in messages.
+        owner: the config's name in messages.
         layout: `sd-v1`, `sd-v2` or `sdxl`, for the advice.
 
     Raises:
@@ -109,12 +109,12 @@ def check_marks(path: str | Path, scheduler: Mapping[str, Any], whose: str, layo
         if field == NOISE:
             made_for = scheduler.get("_class_name", LABELS[layout])
             raise UserError(
-                f"{path}: trained for EDM's noise by {mark.where}, for {made_for} by {whose}; prunet supports only the "
+                f"{path}: trained for EDM's noise by {mark.where}, for {made_for} by {owner}; prunet supports only the "
                 "noise of SD v1, v2 and SDXL: give a model that was trained with it"
             )
         if mark.value != ours[field]:
             raise UserError(
-                f"{path}: {field} is {mark.value} by {mark.where}, and {ours[field]} by {whose}; "
+                f"{path}: {field} is {mark.value} by {mark.where}, and {ours[field]} by {owner}; "
                 f"{_advice(field, mark.value, layout)}"
             )
     return marks
@@ -124,8 +124,8 @@ def _advice(field: str, value: Any, layout: str) -> str:
     known = {EPSILON: "stabilityai/stable-diffusion-2-1-base", V: "stabilityai/stable-diffusion-2-1"}
     such_as = f", such as {known[value]}" if layout == "sd-v2" and field == PREDICTION and value in known else ""
     return (
-        f"give with --config (in a recipe teacher.config) the folder or hub id of an {LABELS[layout]} whose "
-        f"scheduler/scheduler_config.json says {field}: {json.dumps(value)}{such_as}"
+        f"give with --config (in a recipe teacher.config) the folder or hub id of an {LABELS[layout]} with "
+        f"a scheduler/scheduler_config.json that says {field}: {json.dumps(value)}{such_as}"
     )
 
 

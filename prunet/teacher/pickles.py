@@ -122,7 +122,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 def _notes(path: Path, value: Any) -> tuple[dict[str, Note], list[str]]:
     """The tensors of a checkpoint by name, and the names of everything else in it."""
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds {_label(value)}, not tensors by name: save its state_dict alone")
+        raise UserError(f"{path}: holds {_label(value)}, not tensors by name: save only its state_dict")
     if set(value) == IP_ADAPTER and all(isinstance(entry, dict) for entry in value.values()):
         value = {f"{part}.{_label(name)}": entry for part, state in value.items() for name, entry in state.items()}
     inside = [key for key, entry in value.items() if isinstance(entry, dict) and _holds_tensors(entry)]
@@ -131,7 +131,7 @@ def _notes(path: Path, value: Any) -> tuple[dict[str, Note], list[str]]:
         chosen = ["state_dict"] if "state_dict" in inside else inside
         if len(chosen) != 1:
             names = ", ".join(_label(key) for key in value)[:200] or "nothing"
-            raise UserError(f"{path}: no state_dict among what it holds ({names}): save its state_dict alone")
+            raise UserError(f"{path}: no state_dict among what it holds ({names}): save only its state_dict")
         state, outside = value[chosen[0]], [_label(key) for key in value if key != chosen[0]]
     elif inside:
         raise UserError(
@@ -178,7 +178,7 @@ def _tensor(path: Path, name: str, note: Note, file: Any, places: Places) -> Ten
     first = skipped + note.offset * itemsize
     last = first + itemsize * sum((n - 1) * step for n, step in zip(note.size, note.stride, strict=True))
     if end > length or last + itemsize > end:
-        raise UserError(f"{path}: {name} would lie outside its record: {AGAIN}")
+        raise UserError(f"{path}: {name} would be outside its record: {AGAIN}")
     numbers = torch.from_numpy(np.array(file[begin + first : begin + last + itemsize]))
     return numbers.view(note.dtype).as_strided(note.size, note.stride).contiguous()
 
@@ -287,7 +287,7 @@ class _Unpickler(pickle.Unpickler):
 
 def _check_counts(*values: Any) -> None:
     if any(type(value) is not int or not 0 <= value < 1 << 62 for value in values):
-        raise pickle.UnpicklingError("a tensor whose size is no number")
+        raise pickle.UnpicklingError("a tensor with a size that is not a number")
 
 
 class Inert:

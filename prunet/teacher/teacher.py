@@ -303,7 +303,7 @@ def _tell(placed: placing.Placed) -> None:
     if placed.renamed:
         key, name = next(iter(placed.renamed.items()))
         path = next(path for path, other in placed.places.values() if other == key)
-        say_once(f"{path}: {key} is read as {name}, and {len(placed.renamed) - 1:,} more names likewise")
+        say_once(f"{path}: {key} is read as {name}, and {len(placed.renamed) - 1:,} more names in the same way")
 
 
 @cache
