@@ -4,7 +4,7 @@ import re
 
 #: Characters that a terminal obeys instead of showing, that reverse the direction of a line, or that no encoding has.
 _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-#: Characters that a terminal obeys instead of showing, that reverse a line's direction, or that no encoding has.
+#: Characters of the longest message. Of a longer one the middle is left out, not what is wrong or how to fix it.
 LONGEST = 800
 
 

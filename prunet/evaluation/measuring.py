@@ -90,7 +90,7 @@ def measure(
             name: folder / "features" / f"{name}-{tag(net.hash, preparation(protocol, name))}"
             for name, net in networks.items()
         }
-        theirs = _real_features(reference, networks, protocol, named, state)  # first: one of them may be broken
+        theirs = _real_features(reference, networks, protocol, named, state)  # before drawing: one may be broken
         paths = draw_shards(
             lambda: set_sampler(teacher.pipeline(), used.sampler),
             prompts,

@@ -33,7 +33,7 @@ def model_card(facts: dict[str, Any]) -> str:
 
 def _quoted(text: str) -> str:
     """Quotes a text as a string of one line that both YAML and Python read, whatever is in it."""
-    # json.dumps leaves other line ends as they are, and with ensure_ascii writes an emoji as two halves.
+    # json.dumps leaves other line ends as they are, and with ensure_ascii would write an emoji as two halves.
     return re.sub(
         "[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]",
         lambda found: f"\\u{ord(found[0]):04x}",

@@ -45,7 +45,7 @@ def check_run(this: "Run", until: str) -> None:
         UserError: the recipe, its models, data or folders do not fit.
     """
     check_places(this.recipe)
-    parse_yaml(recipe_yaml(this.recipe), "The recipe with all its values")  # it is written, and read again
+    parse_yaml(recipe_yaml(this.recipe), "The recipe with all its values")  # the run writes this, and reads it again
     _check_models(this)
     _check_data(this)
     todo = this.todo(until)
@@ -184,8 +184,8 @@ def _say_what_is_odd(recipe: Recipe) -> None:
     for number, stage in enumerate(recipe.stages, 1):
         if stage.guidance_scale not in (None, drawn := recipe.evaluation.guidance_scale):
             say(
-                f"[yellow]Stage {number} learns guidance {stage.guidance_scale:g},[/] and evaluation draws the teacher "
-                f"with {drawn:g}"
+                f"[yellow]Stage {number} learns guidance {stage.guidance_scale:g},[/] but evaluation draws with the "
+                f"teacher at {drawn:g}"
             )
         if stage.warmup_steps >= stage.steps:
             say(

@@ -41,7 +41,7 @@ def set_sampler(pipe: Any, name: str) -> Any:
     """
     if name not in SAMPLERS:
         raise UserError(f"No sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
-    # Of the scheduler that it came with: that of a sampler before would leave its options to this one.
+    # The schedule that the pipeline came with: an earlier sampler's config would pass its options on to this one.
     own = vars(pipe).setdefault("own_schedule", pipe.scheduler.config)
     pipe.scheduler = sampler_of(name, own)
     return pipe
