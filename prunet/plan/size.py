@@ -49,7 +49,7 @@ def size_of(config: Mapping[str, Any]) -> Size:
 def macs_by_kind(config: Mapping[str, Any], latent_size: tuple[int, int] | None = None) -> dict[str, int]:
     """Multiply-adds of one call by kind: `convolution`, `matmul` (linear layers), `attention`.
 
-    Half of the FLOPs that `torch.utils.flop_counter` counts on the meta device, for batch 1 with all text tokens, at the
+    Half of the FLOPs that `torch.utils.flop_counter` counts on the meta device, of batch 1 with all text tokens, at the
     native size by default.
     """
     return dict(_macs_by_kind(architecture_of(config), config_text(config), latent_size))
