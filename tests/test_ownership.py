@@ -240,7 +240,7 @@ def test_pictures_of_another_prompt_are_not_replaced(files, capsys) -> None:
         assert call(capsys, *draw, prompt)[0] == code
     (files / "drawn" / "000001.png").write_text("mine")
     before = tree(files / "drawn")
-    for arguments, words in ((("a dog",), "of another prompt"), (("a cät", "-n", 2), "prunet did not make it")):
+    for arguments, words in ((("a dog",), "shows another prompt"), (("a cät", "-n", 2), "prunet did not make it")):
         code, _, err = call(capsys, *draw, *arguments)
         assert code == 2 and words in err and err.count("\n") == 1
     assert tree(files / "drawn") == before
