@@ -197,13 +197,13 @@ def _override(value: Any, key: str, new: Any, name: str) -> None:
                 value[parent] = {"source": value[parent]}
             value = value.setdefault(parent, {})
         else:
-            raise UserError(f"{name}: the recipe has no such key: {parent!r} is not in a mapping or list")
+            raise UserError(f"{name}: the recipe has no {parent!r} at that place")
     if isinstance(value, list) and last in _places(value):
         value[int(last)] = new
     elif isinstance(value, dict):
         value[last] = new
     else:
-        raise UserError(f"{name}: the recipe has no such key: {last!r} is not in a mapping or list")
+        raise UserError(f"{name}: the recipe has no {last!r} at that place")
 
 
 def _places(value: list[Any]) -> list[str]:
