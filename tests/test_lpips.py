@@ -83,7 +83,7 @@ def python(*args: object) -> subprocess.CompletedProcess:
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from prunet.evaluation.networks import declare_torchvision_ops
+from prunet.torchvision_ops import declare_torchvision_ops
 declare_torchvision_ops()
 from PIL import Image
 from prunet.errors import UserError

@@ -140,7 +140,7 @@ def make_runtime(device: str | None = None, precision: str = "auto", tracker: st
     Raises:
         UserError: not available here, or options that exclude each other.
     """
-    from prunet.evaluation.networks import declare_torchvision_ops
+    from prunet.torchvision_ops import declare_torchvision_ops
 
     declare_torchvision_ops()
     from prunet.runtime import Runtime

@@ -183,7 +183,9 @@ class Architecture(ABC):
 def config_of(net: Net) -> dict[str, Any]:
     """The config of a model, which may be compiled, with the name of its class."""
     bare = getattr(net, "_orig_mod", net)
-    return {**bare.config, "_class_name": type(bare).__name__}
+    # FSDP gives a model a class of its own, made of diffusers'.
+    stock = next(cls for cls in type(bare).__mro__ if cls.__module__.startswith("diffusers."))
+    return {**bare.config, "_class_name": stock.__name__}
 
 
 def config_text(config: Config) -> str:

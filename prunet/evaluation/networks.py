@@ -26,6 +26,7 @@ from prunet.errors import UserError
 from prunet.sampling.pictures import encode
 from prunet.teacher.placing import is_finite
 from prunet.teacher.teacher import open_tokenizer
+from prunet.torchvision_ops import declare_torchvision_ops
 
 Features = dict[str, Tensor]
 INCEPTION_SOURCE = (
@@ -189,27 +190,6 @@ def torch_fidelity(module: str) -> Any:
         return importlib.import_module(f"torch_fidelity.{module}")
     except ImportError as error:
         raise UserError("Inception and LPIPS need torch-fidelity: pip install -e '.[eval]'") from error
-
-
-_ops: Any = None  # the declarations last as long as this object
-
-
-def declare_torchvision_ops() -> None:
-    """Declares torchvision's compiled operators if they do not load, so that torchvision can be imported.
-
-    They do not load with a CPU wheel of torch, and torchvision's import fails where it refers to them. prunet uses only
-    its transforms, so declaring them is enough. Call this before diffusers or transformers, which import torchvision.
-    """
-    global _ops
-    if importlib.util.find_spec("torchvision") is None:
-        return
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        _ops = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            _ops.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        importlib.import_module("torchvision")
 
 
 def read_weights(name: str, path: Path, source: str) -> dict[str, Tensor]:

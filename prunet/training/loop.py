@@ -128,13 +128,13 @@ def train(
             if sheets and step == start == 0:
                 with session.drawing(average=False) as net:
                     sheets.draw(0, net)
+            learning_rate = learning_rate_at(stage, step)
             for micro in range(accumulate):
                 batch = {key: value.to(device, non_blocking=True) for key, value in next(micro_batches).items()}
                 with session.micro_step(last=micro == accumulate - 1):
                     loss, terms = objective(session.model, batch)
                     session.backward(loss / accumulate)
                 sums[: len(terms)] += terms.detach() / accumulate
-            learning_rate = learning_rate_at(stage, step)
             sums[-1] += session.step(learning_rate)
             since, done = since + 1, step + 1
             bar.advance()

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel
 
 from prunet.denoisers.adapter_forms import Residuals
 from prunet.denoisers.form import teacher_name
@@ -74,6 +73,8 @@ def empty_controlnet(config: Mapping[str, Any], whole: Any) -> Any:
 
 def _make(config: Mapping[str, Any]) -> Any:
     """On the meta device, from the fields: see `form.make_unet`."""
+    from diffusers import ControlNetModel  # imported when used: most commands need none
+
     with torch.device("meta"):
         return ControlNetModel(**{key: value for key, value in config.items() if not key.startswith("_")})
 
