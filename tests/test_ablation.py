@@ -153,7 +153,7 @@ def test_interval_is_student_t() -> None:
     ("change", "message"),
     [
         ({"arms": {"a": {"stages.0.stepz": 1}}}, "arm 'a'.*unknown key 'stages.0.stepz'; did you mean 'steps'"),
-        ({"arms": {"a": {"stages.3.steps": 1}}}, "arm 'a'.*'stages.3.steps': the recipe has no such key"),
+        ({"arms": {"a": {"stages.3.steps": 1}}}, "arm 'a'.*'stages.3.steps': the recipe has no '3' at that place"),
         ({"arms": {"a": {}, "A ": {}}}, "would share one folder"),
         ({"arms": {"a": {}, "b": {"evaluation.steps": 3}}}, "arms 'a' and 'b' differ in evaluation"),
         ({"armz": {}}, "unknown key 'armz'; did you mean 'arms'"),
