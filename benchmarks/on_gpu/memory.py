@@ -11,7 +11,7 @@ from on_gpu.results import Result, Setting, failed
 from prunet import Run, Runtime, distil
 from prunet.recipe.recipe import Recipe
 from prunet.runs.estimate import memory
-from prunet.training import loop as training
+from prunet.training import session as training
 
 #: Plan, batch, micro-batch, level, and options of the runtime.
 SETTINGS: tuple[tuple[str, int, int, str, dict[str, Any]], ...] = (

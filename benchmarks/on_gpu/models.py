@@ -20,7 +20,7 @@ from prunet.data.cache import Cache
 from prunet.data.encoding import cache
 from prunet.denoisers.unet2d.form import make_unet
 from prunet.recipe.recipe import Data, Losses, Stage
-from prunet.training import loop as training
+from prunet.training import session as training
 
 #: Layout -> plan, level of the feature losses, the test's small model of that layout.
 JOBS = {"sd-v1": ("bk-small", "block", "sd"), "sdxl": ("vega", "layer", "sdxl")}
