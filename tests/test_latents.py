@@ -146,7 +146,7 @@ def test_damaged_shard_is_one_clear_line(sd, pictures, tmp_path) -> None:
         Cache.open(tmp_path / "c")
 
 
-def test_what_is_said_of_a_damaged_cache_mends_it(sd, pictures, tmp_path) -> None:
+def test_what_is_said_of_a_damaged_cache_fixes_it(sd, pictures, tmp_path) -> None:
     folder, data = tmp_path / "c", Data(source=str(pictures))
     whole = cache(Teacher(sd), data, folder).unconditional["prompt_embeds"]
     empty = folder / "unconditional.safetensors"
@@ -160,18 +160,18 @@ def test_what_is_said_of_a_damaged_cache_mends_it(sd, pictures, tmp_path) -> Non
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "5", '{"format": 2}', None])
-def test_damaged_labels_say_how_to_mend_them(sd, pictures, tmp_path, text) -> None:
+def test_damaged_labels_say_how_to_fix_them(sd, pictures, tmp_path, text) -> None:
     folder, data = tmp_path / "c", Data(source=str(pictures))
     cache(Teacher(sd), data, folder)
     spec, index = folder / "spec.json", folder / "cache.json"
     whole = spec.read_text()
     spec.write_text(text) if text else spec.unlink()
-    mend = f"{spec}: .*: delete {folder}, or give another cache with 'cache:'"
-    with pytest.raises(UserError, match=mend) as error:
+    fix = f"{spec}: .*: delete {folder}, or give another cache with 'cache:'"
+    with pytest.raises(UserError, match=fix) as error:
         Cache.open(folder)
     assert "\n" not in str(error.value)
     if text:
-        with pytest.raises(UserError, match=mend):
+        with pytest.raises(UserError, match=fix):
             cache(Teacher(sd), data, folder)
     spec.write_text(whole)
     index.write_text(text or "")

@@ -233,11 +233,11 @@ def test_pictures_of_nobody_are_not_used(sd: Path, protocol: Path, whole: Path, 
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"seed": 0}'])
-def test_a_damaged_spec_says_how_to_mend_it(sd: Path, protocol: Path, whole: Path, tmp_path: Path, text: str) -> None:
+def test_a_damaged_spec_says_how_to_fix_it(sd: Path, protocol: Path, whole: Path, tmp_path: Path, text: str) -> None:
     pictures = copy_of(whole, tmp_path) / "pictures"
     (pictures / "spec.json").write_text(text)
-    mend = rf"{pictures}/spec\.json: .*: delete {pictures} to draw again, or give another --output"
-    with pytest.raises(UserError, match=mend) as error:
+    fix = rf"{pictures}/spec\.json: .*: delete {pictures} to draw again, or give another --output"
+    with pytest.raises(UserError, match=fix) as error:
         run(sd, protocol, pictures.parent)
     assert "\n" not in str(error.value)
 

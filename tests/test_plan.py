@@ -192,7 +192,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_plan_is_refused_with_the_pattern_and_the_mend(case: str) -> None:
+def test_wrong_plan_is_refused_with_the_pattern_and_the_fix(case: str) -> None:
     patterns, words = WRONG[case]
     with pytest.raises(UserError, match=words) as error:
         derive(layout_config("sd-v1"), load_plan(patterns))

@@ -82,8 +82,8 @@ def fit(
 ) -> Fitted:
     """Resizes a picture until it just covers `size` (a side, or (height, width)), perhaps flips it, and crops it.
 
-    Resizes bilinearly with antialiasing. The order is that of the scripts of BK-SDM and SDXL, the rounding that of
-    torchvision's Resize and CenterCrop. All randomness comes from `seed`; `flip` does not change the crop.
+    Resizes bilinearly with antialiasing, in the order of the scripts of BK-SDM and SDXL, and rounds sizes as
+    torchvision's Resize and CenterCrop do. All randomness comes from `seed`; `flip` does not change the crop.
 
     Raises:
         UserError: `size` or `crop` is not a valid value.

@@ -35,7 +35,7 @@ SOURCES = {
 
 @dataclass
 class Lpips:
-    """LPIPS's network, called with two lists of pictures; `hash` is that of its weights."""
+    """The network of LPIPS, called with two lists of pictures. `hash` identifies its weights."""
 
     net: nn.Module
     hash: str
