@@ -20,6 +20,7 @@ from prunet.sampling.made_for import drawing_of
 from prunet.sampling.samplers import SAMPLERS, set_sampler
 from prunet.teacher.space import check_size
 from prunet.teacher.teacher import Teacher, after_overflow
+from prunet.words import command
 
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -122,7 +123,7 @@ def open_model(
     """
     if (Path(model) / "recipe.yaml").is_file():
         if not (Path(model) / "pipeline" / "model_index.json").is_file():
-            raise UserError(f"{model}: this run has no pipeline yet: finish it with `prunet run {model}`")
+            raise UserError(f"{model}: this run has no pipeline yet: finish it with {command('run', model)}")
         model = Path(model) / "pipeline"
         verify(model, f"delete {model} and run {model.parent} again")
     return Teacher(model, config=config, device=device, dtype=dtype)
