@@ -133,8 +133,8 @@ def ablate(
 ) -> dict[str, Any]:
     """Runs every recipe up to its evaluation, `workers` at a time, and writes `ablation.json` and `ablation.md`.
 
-    Finished runs are not done again, so the same call resumes after a stop. A stage that several arms begin with is done
-    once. With several GPUs the workers take them in turn; on a CPU they share its cores.
+    Finished runs are not done again, so the same call resumes after a stop. A stage that several arms begin with is
+    done once. With several GPUs the workers take them in turn; on a CPU they share its cores.
 
     Raises:
         UserError: a recipe does not fit, before the first run begins.
