@@ -17,10 +17,11 @@ from pydantic import Field, Strict, ValidationError
 from rich.markup import escape
 
 from prunet.console import console, progress, say
-from prunet.disk.files import read_json, write_json, write_text
+from prunet.disk.files import write_json, write_text
 from prunet.disk.ownership import check_place, hold
 from prunet.disk.reading import load_mapping
 from prunet.errors import UserError
+from prunet.evaluation.results import EvaluationResult
 from prunet.intervals import summary
 from prunet.recipe.recipe import Recipe, explain, load_recipe
 from prunet.recipe.values import Part, PathText, Seed
@@ -243,17 +244,17 @@ def collect(ablation: Ablation, runs: Mapping[tuple[str, int], Run]) -> dict[str
     arms = {}
     for arm in ablation.arms:
         done = {seed: runs[arm, seed] for seed in ablation.seeds if runs[arm, seed].is_done("evaluate")}
-        results = {seed: read_json(run.result_of("evaluate")) for seed, run in done.items()}
+        results = {seed: EvaluationResult.load(run.result_of("evaluate")) for seed, run in done.items()}
         arms[arm] = {
             "seeds": list(results),
-            "parameters": next((r["sizes"]["student"]["parameters"] for r in results.values()), None),
+            "parameters": next((r.sizes["student"].parameters for r in results.values()), None),
             "measures": {
-                f"{which}/{key}": summary([r["distance"][which][key] for r in results.values()])
+                f"{which}/{key}": summary([getattr(r.distance[which], key) for r in results.values()])
                 for which, key in MEASURES
             },
         }
     first = next((r for r in runs.values() if r.is_done("evaluate")), None)
-    protocol = read_json(first.result_of("evaluate"))["protocol"] if first else {}
+    protocol = EvaluationResult.load(first.result_of("evaluate")).protocol.facts() if first else {}
     shown = {k: v for k, v in protocol.items() if k not in ("seed", "student", "prompts")}
     result = {"title": ablation.title, "arms": arms, "protocol": shown | {"prompts": protocol.get("prompts", [])}}
     write_json(Path(ablation.output) / "ablation.json", result)

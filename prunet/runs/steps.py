@@ -12,7 +12,7 @@ from prunet.disk.files import aside, clear_errors, read_json, read_label, write_
 from prunet.disk.ownership import check_file, check_place
 from prunet.disk.seals import file_checksum, is_whole, sealed_files, verify
 from prunet.errors import UserError
-from prunet.evaluation.results import read_evaluation
+from prunet.evaluation.results import EvaluationResult, read_evaluation
 from prunet.exports.single_file import check_single_file, is_exported
 from prunet.recipe.recipe import recipe_yaml
 from prunet.report.charts import is_page
@@ -127,8 +127,8 @@ def lost(this: "Run", step: str) -> list[Path]:
     if step == "export" and this.recipe.export.single_file:
         files += [this.folder / "student.safetensors", this.folder / "student.config" / "model_index.json"]
     if step == "evaluate" and files[0].is_file():
-        evaluation = read_label(files[0], ("distance",), f"delete {files[0].parent} and run it again")
-        files += [files[0].parent / name for name in evaluation.get("pictures", {})]
+        evaluation = EvaluationResult.load(files[0], f"delete {files[0].parent} and run it again")
+        files += [files[0].parent / name for name in evaluation.pictures]
     files += [file for folder in _sealed(this, step) for file in sealed_files(folder)]
     return [file for file in files if not is_whole(file)]
 
