@@ -317,8 +317,10 @@ def test_a_protocol_measures_it_as_it_was_made_for_and_says_so(finished_fast, sd
         results.append(measuring.measure(model, protocol, ["a", "b"], tmp_path / name))
         spec = json.loads((tmp_path / name / "pictures" / "spec.json").read_text())
         assert (spec["steps"], spec["guidance_scale"]) == ((4, 3) if name == "teacher" else (2, 1))
-    table = markdown(measuring.compare([tmp_path / "teacher", tmp_path / "student"]))
+    measuring.measure(finished_fast, protocol, ["a", "b"], tmp_path / "asked", asked={"steps": 1, "sampler": None})
+    table = markdown(measuring.compare([tmp_path / name for name in ("teacher", "student", "asked")]))
     assert "| run (ddim-trailing, 2 steps, no guidance) | 0.5" in table
+    assert "| run (ddim-trailing, 1 step, no guidance) | 0.5" in table
     assert "| sd | 0.5" in table
 
 
