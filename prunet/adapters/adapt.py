@@ -17,7 +17,7 @@ from prunet.plan.plan import parse_plan
 from prunet.teacher import placing
 from prunet.teacher.configs import check_config
 from prunet.teacher.pickles import PICKLES
-from prunet.words import short
+from prunet.words import command, short
 
 #: In the metadata of a file that was carried over: to which run.
 MARK = "prunet.adapted"
@@ -58,7 +58,7 @@ def adapt(file: Path | str, to: Path | str, output: Path | str | None = None) ->
     carried = _carry(source, derived)
     if target.suffix != ".safetensors":
         raise UserError(f"--output {target}: name the new file something.safetensors")
-    check_file(target, "--output", is_adapted, [source])
+    check_file(target, "carried adapter", "--output", is_adapted, [source])
     check_writable(target.parent, "--output")
     _write(source, carried, target, mark)
     return {"output": str(target), "kind": carried.what, **mark, "kept": carried.kept, "dropped": carried.dropped}
@@ -81,13 +81,15 @@ def _open_student(folder: Path) -> Derived:
     check_config(architecture_of(config).part, config, path)
     derived = derive(config, parse_plan(facts["plan"], str(path)))
     if derived.weight_map != facts["weight_map"]:
-        raise UserError(f"{path}: of another version of prunet: `prunet run {folder}` writes it again")
+        raise UserError(f"{path}: of another version of prunet: {command('run', folder)} writes it again")
     return derived
 
 
 def _carry(path: Path, derived: Derived) -> Carried:
     if path.suffix in PICKLES:
-        raise UserError(f"{path}: a pickle, which can hold code; `prunet convert {path}` writes its tensors without it")
+        raise UserError(
+            f"{path}: a pickle, which can hold code; {command('convert', path)} writes its tensors without it"
+        )
     if not path.is_file():
         raise UserError(f"{path}: nothing there; give {KINDS}")
     found, said = placing.headers([path]), _metadata(path)

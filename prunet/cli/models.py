@@ -141,6 +141,7 @@ def export(
     from prunet.runs.checks import read_paths
     from prunet.runs.run import Run
     from prunet.teacher.copying import check_other_parts
+    from prunet.words import command
 
     if not (run_folder / "recipe.yaml").is_file():
         raise UserError(f"{run_folder}: not a run folder (no recipe.yaml); `prunet run RECIPE` makes one")
@@ -152,13 +153,13 @@ def export(
     recipe = open_recipe(run_folder, [f"output={json.dumps(str(run_folder))}"])
     read = read_paths(recipe)
     if single_file:
-        check_file(target, "--output", is_exported, read)
+        check_file(target, "single file", "--output", is_exported, read)
         check_place(target.with_suffix(".config"), "configs", "--output", read)  # its configs go there
     else:
         check_place(target, what := "pipeline" if elsewhere else "export", "--output", read)
     this = Run(recipe)
     if not this.result_of("evaluate").is_file():
-        raise UserError(f"{run_folder}: not evaluated yet; finish it with `prunet run {run_folder}`")
+        raise UserError(f"{run_folder}: not evaluated yet; finish it with {command('run', run_folder)}")
     check_other_parts(this.teachers[-1])
     if single_file:
         if not this.is_done("export"):
@@ -253,7 +254,7 @@ def generate(
         raise UserError(f"--guidance-scale {guidance_scale}: give a number, such as 7.5")
     paths = [output] if one_file else [output / f"{seed + i:06d}.png" for i in range(num_images)]
     for path in paths:
-        check_file(path, "--output", is_drawn, [read for read in (image, mask) if read])
+        check_file(path, "picture", "--output", is_drawn, [read for read in (image, mask) if read])
         if not one_file and path.exists() and not is_drawn(path, prompt):
             raise UserError(f"--output {path}: shows another prompt: give another folder, or another --seed")
     start = {name: read_picture(path, f"--{name}") for name, path in (("image", image), ("mask", mask)) if path}

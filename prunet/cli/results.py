@@ -126,7 +126,7 @@ def compare(
     output = output or Path("comparison.html")
     if output.suffix != ".html" or output.is_dir():
         raise UserError(f"--output {output}: name the page something.html")
-    check_file(output, "--output", lambda path: is_page(path, "comparison"))
+    check_file(output, "comparison", "--output", lambda path: is_page(path, "comparison"))
     page = write_comparison(folders, output)
     say(as_json, {"page": str(page)}, f"Page: {page}")
 

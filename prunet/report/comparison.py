@@ -16,7 +16,7 @@ from prunet.plan.derived import diagram_of
 from prunet.report.charts import draw_chart, inline, render
 from prunet.report.curves import level_chart, read_logs, segments, step_ticks
 from prunet.report.run import PICTURE_SIDE
-from prunet.words import names_of, short
+from prunet.words import command, names_of, short
 
 MOST_RUNS = 8  # a page has colours and columns for no more
 
@@ -76,7 +76,7 @@ def _open_run(folder: Path, name: str, kind: str) -> Compared:
     try:
         steps = read_json(folder / "steps.json") if (folder / "steps.json").is_file() else {}
         if "evaluate" not in steps:
-            raise UserError(f"{folder}: not evaluated, or trained since: finish it with `prunet run {folder}`")
+            raise UserError(f"{folder}: not evaluated, or trained since: finish it with {command('run', folder)}")
         plan, evaluation = read_json(folder / "plan.json"), read_evaluation(folder / "evaluation", steps)
         recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
         stages = yaml.safe_load(recipe_text)["stages"]

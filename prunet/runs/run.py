@@ -287,7 +287,7 @@ class Run:
 
     def _unet_of(self, step: str) -> Net:
         """Loads the U-Net that `build` or a stage wrote, and checks that it is from these inputs."""
-        return load_unet(self.result_of(step).parent, self.inputs[step])
+        return load_unet(steps.folder_of(self, step), self.inputs[step])
 
     def last_unet(self) -> Net:
         """Loads the distilled U-Net."""

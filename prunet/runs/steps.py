@@ -18,6 +18,7 @@ from prunet.recipe.recipe import recipe_yaml
 from prunet.report.charts import is_page
 from prunet.training.checkpoints import check_stage, checkpoints
 from prunet.training.log import read_log
+from prunet.words import command
 
 if TYPE_CHECKING:
     from prunet.runs.run import Run
@@ -50,6 +51,18 @@ def result_of(this: "Run", step: str) -> Path:
         "export": this.folder / "pipeline" / "unet" / WEIGHTS,
         "report": this.folder / "report.html",
     }[step]
+
+
+def folder_of(this: "Run", step: str) -> Path:
+    """Returns the folder of the denoiser that a finished step wrote.
+
+    Raises:
+        UserError: it was deleted since; a finished run does not need it any more, but other commands do.
+    """
+    folder = this.result_of(step).parent
+    if not folder.exists():
+        raise UserError(f"{folder}: deleted since the run: {command('distil', this.folder)} makes it again")
+    return folder
 
 
 def read_done(folder: Path) -> dict[str, Any]:
@@ -178,9 +191,9 @@ def check_replaceable(this: "Run", step: str) -> None:
     for folder, what in _sealed(this, step).items():
         check_place(folder, what, step)
     if step == "export" and this.recipe.export.single_file:
-        check_file(this.folder / "student.safetensors", step, is_exported)
+        check_file(this.folder / "student.safetensors", "single file", step, is_exported)
     if step == "report":
-        check_file(this.result_of(step), step, is_page)
+        check_file(this.result_of(step), "report", step, is_page)
 
 
 def _ends_in_checkpoint(this: "Run", step: str) -> bool:
