@@ -4,11 +4,13 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import make_pipeline
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
+from PIL import Image
 
 from prunet import Runtime, Teacher, UserError, build, derive, distil, export, generate, load_plan, load_recipe, run
 from prunet.data import paths as paths_file
@@ -278,6 +280,24 @@ def test_nobody_draws_it_wrongly_by_default(finished_fast, sd) -> None:
     assert "num_inference_steps=2, guidance_scale=1" in card
     assert "`sgm_uniform`, 2 steps, cfg 1" in card
     assert "trajectory, 2 jumps, guidance 3" in card
+
+
+def test_from_a_picture_it_begins_at_one_of_its_own_timesteps(finished_fast, capsys) -> None:
+    """Of its two steps, one; a share that leaves none is refused, and one that is rounded is told."""
+    seen, noisy = [], UNet2DConditionModel.forward
+
+    def look(self: Any, sample: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append((int(timestep), len(sample)))
+        return noisy(self, sample, timestep, *args, **kwargs)
+
+    picture = Image.new("RGB", (16, 16), "red")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UNet2DConditionModel, "forward", look)
+        generate(finished_fast, "a cat", image=picture, strength=0.7)
+    assert seen == [(499, 1)]  # the second of its two jumps, without guidance
+    assert "strength 0.7 of 2 steps: 1 is drawn, as with 0.5" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"strength 0.4: of 2 steps that is not one: give 0.5 or more"):
+        generate(finished_fast, "a cat", image=picture, strength=0.4)
 
 
 def test_a_protocol_measures_it_as_it_was_made_for_and_says_so(finished_fast, sd, tmp_path, monkeypatch) -> None:

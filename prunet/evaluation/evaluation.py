@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunet import processes
 from prunet.console import progress
@@ -54,7 +54,7 @@ def evaluate(
     processes.join(teacher.device)
     prompts = read_prompts(spec.prompts, spec.limit)
     models: dict[str, Any] = {"teacher": teacher.unet}
-    models |= {name: net.to(teacher.device, teacher.dtype).eval() for name, net in students.items()}
+    models |= {n: nn.Module.to(net, teacher.device, teacher.dtype).eval() for n, net in students.items()}
     latents: dict[str, Tensor] = {}
     pictures: dict[str, list[Image.Image]] = {}
     with progress("Evaluating", len(prompts) * len(models)) as bar:
