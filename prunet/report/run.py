@@ -8,8 +8,7 @@ import yaml
 from prunet import __version__
 from prunet.disk.files import write_text
 from prunet.disk.steps import read_steps
-from prunet.evaluation.measuring import read_result
-from prunet.evaluation.protocol import describe, title_rows
+from prunet.evaluation.measures import Measures, read_measures
 from prunet.evaluation.results import EvaluationResult, read_evaluation
 from prunet.plan.result import PlanResult
 from prunet.report.charts import inline, render, thin
@@ -53,7 +52,6 @@ def write_report(folder: Path | str) -> Path:
             evaluation.protocol.levels,
         ),
         measured=_measured(folder),
-        describe=describe,
         times={name: step.seconds for name, step in steps.items()},
     )
     path = folder / "report.html"
@@ -61,14 +59,14 @@ def write_report(folder: Path | str) -> Path:
     return path
 
 
-def _measured(folder: Path) -> list[dict[str, Any]]:
+def _measured(folder: Path) -> list[Measures]:
     """Reads what `prunet measure` found about the run's present student, by each protocol."""
     paths = sorted((folder / "measured").glob("*/measures.json"))
     if not paths or not (folder / "pipeline" / "model_index.json").is_file():
         return []
     now = Teacher(folder / "pipeline").fingerprint()
-    found = [read_result(path.parent) for path in paths]
-    return [result | {"rows": title_rows(result)} for result in found if result["model"]["fingerprint"] == now]
+    found = [read_measures(path.parent) for path in paths]
+    return [result for result in found if result.model.fingerprint == now]
 
 
 # -- pictures
