@@ -46,7 +46,7 @@ def inspect(
     derived = derive(opened.unet_config, chosen)
     opened.check_weights(headers_only=True)
     title = teacher if plan == "none" else f"{teacher} by {chosen.name}"
-    say(as_json, derived.facts() if as_json else {}, None if as_json else plan_view(derived, title))
+    say(as_json, derived.result().facts() if as_json else {}, None if as_json else plan_view(derived, title))
 
 
 def _inspect_recipe(path: Path, as_json: bool) -> None:
@@ -67,7 +67,7 @@ def _inspect_recipe(path: Path, as_json: bool) -> None:
     check_steps(steps)
     notes = [f"{stage.steps:,} x {stage.batch_size}" for stage in recipe.stages]
     title = f"{source.source} by {recipe.plan.name}"
-    facts = derived.facts() | {"stages": [step.facts() for step in steps]} if as_json else {}
+    facts = derived.result().facts() | {"stages": [step.result().facts() for step in steps]} if as_json else {}
     say(as_json, facts, None if as_json else Group(plan_view(derived, title), Text(), stairs_view(steps, notes)))
 
 
