@@ -43,6 +43,7 @@ def write_report(folder: Path | str) -> Path:
         evaluation=evaluation,
         columns=COLUMNS,
         pictures=_pictures(folder / "evaluation" / "pictures", evaluation),
+        changed=_changed(folder / "evaluation", evaluation),
         net=plan.diagram(),
         losses=loss_chart(axis),
         pairs=pair_rows(axis, stages),
@@ -82,6 +83,24 @@ def _pictures(folder: Path, evaluation: EvaluationResult) -> list[dict[str, Any]
             "error": evaluation.distance["after"].picture_by_prompt[i],
         }
         for i, prompt in enumerate(evaluation.protocol.prompts)
+    ]
+
+
+def _changed(folder: Path, evaluation: EvaluationResult) -> list[dict[str, Any]]:
+    """Returns what was drawn from pictures: each start, with the pictures of teacher and student, and their errors."""
+    found = evaluation.image_to_image
+    if found is None:
+        return []
+    before = evaluation.protocol.prompts
+    return [
+        {
+            "prompt": f"{prompt} \N{LEFTWARDS ARROW} {before[i]}",
+            "cells": {"start": inline(folder / "pictures" / "teacher" / f"{i:04d}.png", PICTURE_SIDE)}
+            | {name: inline(folder / "image-to-image" / name / f"{i:04d}.png", PICTURE_SIDE) for name in COLUMNS},
+            "errors": {name: distance.by_picture[i] for name, distance in found.distance.items()},
+            "error": found.distance["after"].by_picture[i],
+        }
+        for i, prompt in enumerate(found.prompts)
     ]
 
 
