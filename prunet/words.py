@@ -45,6 +45,11 @@ def command(*words: object) -> str:
     return f"`{shlex.join(['prunet', *map(str, words)])}`"
 
 
+def without_home(text: str) -> str:
+    """Writes the user's home folder as `~`, since its name is private; a recipe reads it so."""
+    return text.replace(f"{Path.home()}/", "~/")
+
+
 def names_of(sources: Sequence[Path | str]) -> list[str]:
     """Returns the shortest ends of paths that tell them apart.
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from prunet import Plan, Teacher, build, evaluate, load_plan
+from prunet import Plan, Teacher, build, evaluate, generate, load_plan
 from prunet.disk.files import read_json
 from prunet.evaluation import drawing
-from prunet.evaluation.evaluation import LEVELS, denoiser_errors, picture_rmse
+from prunet.evaluation.drawing import picture_rmse
+from prunet.evaluation.evaluation import LEVELS, denoiser_errors
+from prunet.evaluation.results import EvaluationResult, markdown
 from prunet.recipe.recipe import Evaluation, Stage
 from prunet.runtime import Runtime
 from prunet.speed.clock import time_denoisers
@@ -19,18 +21,45 @@ from prunet.training.fit import training_memory
 SPEC = Evaluation(prompts=["a cat", "a dog", "a house"], steps=2, guidance_scale=3.0)
 
 
-def test_the_teacher_itself_is_at_no_distance(sd, tmp_path) -> None:
+def test_the_teacher_itself_is_at_no_distance(sd, tmp_path, caplog) -> None:
     teacher = Teacher(sd)
     same, cut = build(teacher, Plan("none")), build(teacher, load_plan("bk-small"))
     result = evaluate(teacher, {"same": same, "cut": cut}, SPEC, tmp_path, size=16, seed=3)
-    assert result["distance"]["same"]["denoiser"] == 0
-    assert result["distance"]["same"]["picture_by_prompt"] == [0, 0, 0]
-    assert result["distance"]["cut"]["denoiser"] > 0.01
-    assert result["distance"]["cut"]["latent"] > 0
-    for key, (low, high) in result["distance"]["cut"]["intervals"].items():
-        assert low < result["distance"]["cut"][key] < high
-    assert read_json(tmp_path / "evaluation.json") == json.loads(json.dumps(result))
+    assert not caplog.records  # such as diffusers' warning of a cast
+    assert result.distance["same"].denoiser == 0
+    assert result.distance["same"].picture_by_prompt == [0, 0, 0]
+    assert result.distance["cut"].denoiser > 0.01
+    assert result.distance["cut"].latent > 0
+    for key, (low, high) in result.distance["cut"].intervals.items():
+        assert low < getattr(result.distance["cut"], key) < high
+    assert EvaluationResult.load(tmp_path / "evaluation.json") == result
+    assert read_json(tmp_path / "evaluation.json") == json.loads(json.dumps(result.facts()))
     assert "| U-Net parameters (M) |" in (tmp_path / "evaluation.md").read_text()
+
+
+def test_image_to_image_starts_from_the_teachers_pictures(sd, tmp_path) -> None:
+    """Each by the prompt after its own, from noise that no other picture has; few steps and 0 leave it out."""
+    teacher = Teacher(sd)
+    nets = {"same": build(teacher, Plan("none")), "cut": build(teacher, load_plan("bk-small"))}
+    result = evaluate(teacher, nets, SPEC.model_copy(update={"image_to_image": 2}), tmp_path / "two", size=16, seed=3)
+    found = result.image_to_image
+    assert (found.prompts, found.seed) == (["a dog", "a house"], 6)
+    assert found.distance["same"].by_picture == [0, 0] != found.distance["cut"].by_picture
+    low, high = found.distance["cut"].interval
+    assert low < found.distance["cut"].picture < high
+    for name in ("teacher", "same", "cut"):
+        assert result.pictures.keys() >= {f"image-to-image/{name}/{i:04d}.png" for i in range(2)}
+    begin, end = (
+        Image.open(tmp_path / "two" / kind / "teacher" / "0001.png") for kind in ("pictures", "image-to-image")
+    )
+    how = {"steps": 2, "guidance_scale": 3.0, "strength": 0.6}
+    assert generate(sd, "a house", image=begin, seed=7, **how)[0].tobytes() == end.tobytes()
+    assert "| pictures from 2 pictures of the teacher's (image to image) | 0.0000" in markdown(result)
+    for folder, changes in (("off", {"image_to_image": 0}), ("few", {"steps": 1})):
+        spec = SPEC.model_copy(update=changes)
+        without = evaluate(teacher, {"cut": nets["cut"]}, spec, tmp_path / folder, size=16, seed=3)
+        assert without.image_to_image is None
+        assert "image_to_image" not in read_json(tmp_path / folder / "evaluation.json")
 
 
 def test_a_stopped_evaluation_does_not_draw_again_what_it_has(sd, tmp_path, monkeypatch) -> None:
@@ -59,7 +88,7 @@ def test_a_stopped_evaluation_does_not_draw_again_what_it_has(sd, tmp_path, monk
     left[0] = 9
     parts = evaluate(teacher, students, SPEC, tmp_path / "parts", size=16, seed=3)
     assert drawn == [[4, 5], [3, 4], [5], [3, 4], [3, 4], [5]]  # of the teacher first, the damaged one again, the cut
-    assert parts["distance"] == whole["distance"] and parts["pictures"] == whole["pictures"]
+    assert parts.distance == whole.distance and parts.pictures == whole.pictures
     names = [sorted(str(p.relative_to(tmp_path / f)) for p in (tmp_path / f).rglob("*")) for f in ("parts", "whole")]
     assert names[0] == names[1]
 
@@ -82,7 +111,7 @@ def test_evaluation_does_not_depend_on_other_students(sdxl, tmp_path) -> None:
     alone = evaluate(teacher, {"cut": cut}, spec, tmp_path / "a", size=16, seed=3)
     other = build(teacher, load_plan("ssd-1b"))
     beside = evaluate(teacher, {"other": other, "cut": cut}, spec, tmp_path / "b", size=16, seed=3)
-    assert alone["distance"]["cut"] == beside["distance"]["cut"]
+    assert alone.distance["cut"] == beside.distance["cut"]
 
 
 def test_picture_rmse_by_hand() -> None:
@@ -95,12 +124,12 @@ def test_measure_reports_every_model_with_its_precision(sdxl) -> None:
     teacher = Teacher(sdxl)
     small = build(teacher, load_plan("vega")).to(torch.bfloat16)
     result = time_denoisers({"teacher": teacher.unet, "student": small}, repeats=2)
-    assert result["dtypes"] == {"teacher": "float32", "student": "bfloat16"}
+    assert result.dtypes == {"teacher": "float32", "student": "bfloat16"}
     models = {"teacher": teacher.unet, "student": small}
     weights = {name: sum(p.nbytes for p in net.parameters()) / 2**20 for name, net in models.items()}
-    for name, speed in result["speeds"].items():
-        assert speed["latency_ms"] > 0
-        assert speed["peak_memory_mb"] is None or speed["peak_memory_mb"] >= weights[name]
+    for name, speed in result.speeds.items():
+        assert speed.latency_ms > 0
+        assert speed.peak_memory_mb is None or speed.peak_memory_mb >= weights[name]
 
 
 def test_memory_estimate_counts_each_parameter_as_it_is_kept() -> None:

@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from test_blocks import SMALL, make_folder
 
 from prunet import cli, derive, load_plan
-from prunet.disk.files import write_json
 from prunet.runs import estimate
 
 LONGEST_S = 10
@@ -131,8 +130,7 @@ class Place:
         self.transformers = {name: make_folder(folder / name, name) for name in TRANSFORMERS}
         self.student = folder / "student"
         derived = derive(SMALL_UNETS["sd"], load_plan("bk-small"))
-        facts = {"plan": {"remove": list(derived.plan.remove)}, "teacher_config": derived.teacher_config}
-        write_json(self.student / "plan.json", facts | {"weight_map": derived.weight_map})
+        derived.result().save(self.student / "plan.json")
         self.configs = {name: json.loads((self.teacher / name).read_text()) for name in CONFIGS}
         self.recipe = copy.deepcopy(RECIPE)
         self.recipe["teacher"]["source"], self.recipe["data"]["source"] = str(self.teacher), str(self.pictures)
@@ -204,6 +202,16 @@ class Place:
         layer = {"lora_unet_conv_in.lora_down.weight": torch.ones(4, 4, 3, 3), key: torch.ones(16, 4, 1, 1)}
         save_file(layer, file, metadata={"lora_adapter_metadata": text, "format": "pt"})
         check("adapt", file, "--to", self.student, "-o", self.folder / "new.safetensors")
+
+    def picture(self, option: str, at: int, piece: bytes, cut: int) -> None:
+        given = {name: self.folder / f"{name}.png" for name in ("image", "mask")}
+        whole = (self.pictures / "000.png").read_bytes()
+        for name, path in given.items():
+            at %= len(whole)
+            path.write_bytes(whole[:at] + piece + whole[at + cut :] if name == option else whole)
+        options = [text for name, path in given.items() for text in (f"--{name}", path)]
+        where = ("-o", self.folder / "drawn", "--device", "cpu")
+        check("generate", self.teacher, "a", *options, "--steps", 1, *where)
 
     def header(self, at: int, piece: bytes, cut: int) -> None:
         file = self.teacher / "unet" / "diffusion_pytorch_model.safetensors"
@@ -296,6 +304,13 @@ mutations = st.one_of(
     st.tuples(st.just("prompts"), st.sampled_from([".txt", ".csv", ".tsv", ""]), st.binary(max_size=60)),
     st.tuples(st.just("adapter"), adapter_keys, value),
     st.tuples(st.just("adapter"), st.just(adapter_key), st.dictionaries(st.sampled_from(peft_fields), value)),
+    st.builds(
+        lambda *given: ("picture", *given),
+        st.sampled_from(["image", "mask"]),
+        st.integers(0, 3000),
+        st.binary(max_size=9),
+        st.integers(0, 3000),
+    ),
     st.tuples(st.just("header"), st.integers(0, 300), st.binary(max_size=9), st.integers(0, 9)),
 )
 

@@ -9,11 +9,12 @@ from safetensors.torch import save_file
 from prunet.adapters import controlnet, ip_adapter, lora
 from prunet.adapters.carried import Carried
 from prunet.denoisers.known import architecture_of
-from prunet.disk.files import check_writable, new_file, read_label
+from prunet.disk.files import check_writable, new_file
 from prunet.disk.ownership import check_file, check_place
 from prunet.errors import UserError
 from prunet.plan.derived import Derived, derive
 from prunet.plan.plan import parse_plan
+from prunet.plan.result import PlanResult
 from prunet.teacher import placing
 from prunet.teacher.configs import check_config
 from prunet.teacher.pickles import PICKLES
@@ -76,11 +77,11 @@ def _open_student(folder: Path) -> Derived:
             f"--to {folder}: no plan.json there, which says what was removed; give the run folder of the student (that "
             "in which `prunet run` made it)"
         )
-    facts = read_label(path, ("plan", "teacher_config", "weight_map"))
-    config = facts["teacher_config"]
+    result = PlanResult.load(path)
+    config = result.teacher_config
     check_config(architecture_of(config).part, config, path)
-    derived = derive(config, parse_plan(facts["plan"], str(path)))
-    if derived.weight_map != facts["weight_map"]:
+    derived = derive(config, parse_plan({"name": result.plan.name, "remove": list(result.plan.remove)}, str(path)))
+    if derived.weight_map != result.weight_map:
         raise UserError(f"{path}: of another version of prunet: {command('run', folder)} writes it again")
     return derived
 

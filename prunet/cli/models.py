@@ -34,9 +34,11 @@ def inspect(
     from prunet.cli.views import plan_view
     from prunet.plan.derived import derive
     from prunet.plan.plan import Plan, load_plan
+    from prunet.recipe.paths import shipped_names
     from prunet.teacher.teacher import Teacher
 
-    if teacher.endswith((".yaml", ".yml")) or (Path(teacher) / "recipe.yaml").is_file():
+    is_recipe = teacher.endswith((".yaml", ".yml")) or teacher in shipped_names(".yaml")
+    if is_recipe or (Path(teacher) / "recipe.yaml").is_file():
         if plan != "none" or config is not None:
             raise UserError(f"{teacher}: a recipe names its own plan and teacher.config: leave --plan and --config out")
         _inspect_recipe(Path(teacher), as_json)
@@ -46,7 +48,7 @@ def inspect(
     derived = derive(opened.unet_config, chosen)
     opened.check_weights(headers_only=True)
     title = teacher if plan == "none" else f"{teacher} by {chosen.name}"
-    say(as_json, derived.facts() if as_json else {}, None if as_json else plan_view(derived, title))
+    say(as_json, derived.result().facts() if as_json else {}, None if as_json else plan_view(derived, title))
 
 
 def _inspect_recipe(path: Path, as_json: bool) -> None:
@@ -67,7 +69,7 @@ def _inspect_recipe(path: Path, as_json: bool) -> None:
     check_steps(steps)
     notes = [f"{stage.steps:,} x {stage.batch_size}" for stage in recipe.stages]
     title = f"{source.source} by {recipe.plan.name}"
-    facts = derived.facts() | {"stages": [step.facts() for step in steps]} if as_json else {}
+    facts = derived.result().facts() | {"stages": [step.result().facts() for step in steps]} if as_json else {}
     say(as_json, facts, None if as_json else Group(plan_view(derived, title), Text(), stairs_view(steps, notes)))
 
 
@@ -221,13 +223,22 @@ def generate(
         str | None,
         typer.Option(help="dpmsolver++ (the default), ddim, ddim-trailing, pndm, euler, euler-a or unipc."),
     ] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture to start from (image to image).")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much of --image is drawn anew, up to 1: 0.6, with --mask 1.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Draw only where it is white (inpainting); as large as --image.")
+    ] = None,
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
     """Draw pictures of a prompt with a pipeline: a teacher, a student, or the student of a run.
 
-    Example: prunet generate runs/demo "a red apple" -n 4
+    Example: prunet generate runs/demo "a red apple" -n 4. From a picture: prunet generate runs/demo "a red apple"
+    --image pear.png --strength 0.6
     """
+    from prunet.data.pictures import read_picture
     from prunet.disk.files import check_writable
     from prunet.disk.ownership import check_file, check_place, hold
     from prunet.sampling.draw import PICTURE_FORMATS, is_drawn
@@ -245,9 +256,10 @@ def generate(
         raise UserError(f"--guidance-scale {guidance_scale}: give a number, such as 7.5")
     paths = [output] if one_file else [output / f"{seed + i:06d}.png" for i in range(num_images)]
     for path in paths:
-        check_file(path, "picture", "--output", is_drawn)
+        check_file(path, "picture", "--output", is_drawn, [read for read in (image, mask) if read])
         if not one_file and path.exists() and not is_drawn(path, prompt):
             raise UserError(f"--output {path}: shows another prompt: give another folder, or another --seed")
+    start = {name: read_picture(path, f"--{name}") for name, path in (("image", image), ("mask", mask)) if path}
     with nullcontext() if one_file else hold(output, "pictures"):
         draw_pictures(
             model,
@@ -262,5 +274,7 @@ def generate(
             device=runtime.torch_device,
             dtype=runtime.dtype,
             save_to=paths,
+            strength=strength,
+            **start,
         )
     say(as_json, {"pictures": [str(p) for p in paths]}, "\n".join(str(p) for p in paths))

@@ -9,6 +9,7 @@ from prunet import processes
 from prunet.cli.options import (
     COUNTED,
     LOOP,
+    ConfigOption,
     Json,
     RecipeArgument,
     SetOption,
@@ -32,7 +33,7 @@ def _run_until(until: str, path: Path, overrides: list[str] | None, runtime: Any
         "steps": {n: "done" if this.is_done(n) else "not needed" for n in this.step_names(until)},
     }
     if until == "report":
-        facts["evaluation"] = read_evaluation(this.folder / "evaluation")["distance"]
+        facts["evaluation"] = read_evaluation(this.folder / "evaluation").facts()["distance"]
         facts["report"] = str(this.folder / "report.html")
     say(as_json, facts, _where(this.folder, until))
     return this
@@ -42,6 +43,42 @@ def _where(folder: Path, until: str) -> str:
     if until != "report":
         return str(folder)
     return f"Report: {folder / 'report.html'}\nPipeline: {folder / 'pipeline'}"
+
+
+@app.command()
+@with_runtime("device", "precision")
+def new(
+    runtime: Any,
+    plan: Annotated[
+        str | None, typer.Argument(help="A preset of `prunet plans`; bk-small or ssd-1b by default.")
+    ] = None,
+    teacher: Annotated[str, typer.Option(help="diffusers folder, .safetensors file or hub id.")] = ...,  # type: ignore[assignment]
+    data: Annotated[
+        str, typer.Option(help="Pictures with captions (docs/recipes.md), or a text file of prompts.")
+    ] = ...,  # type: ignore[assignment]
+    budget: Annotated[str | None, typer.Option(help="Memory of the GPU that is to train it, such as 24GB.")] = None,
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Write a commented recipe that fits a model, data and the memory of a device, on stdout.
+
+    Example: prunet new bk-tiny --teacher model.safetensors --data pictures --budget 24GB > mine.yaml
+    """
+    from dataclasses import replace
+
+    from prunet.runs.new import new_recipe, parse_budget
+
+    if budget and runtime.device is None and runtime.torch_device.type == "cpu":  # for a GPU that is not here
+        runtime = replace(runtime, device="cuda", precision="bf16")
+    text = new_recipe(
+        teacher,
+        data,
+        plan=plan,
+        config=config,
+        budget=parse_budget(budget) if budget else None,
+        runtime=runtime,
+    )
+    say(as_json, {"recipe": text}, text.rstrip("\n"))
 
 
 @app.command()
@@ -119,9 +156,8 @@ def evaluate(
     With its weights given, LPIPS is measured too, and added to a finished run: prunet evaluate RUN --weights vgg=FILE
     --weights lpips=FILE
     """
-    from prunet.evaluation.evaluation import markdown
     from prunet.evaluation.lpips import Lpips, add_lpips
-    from prunet.evaluation.results import read_evaluation
+    from prunet.evaluation.results import markdown, read_evaluation
     from prunet.report.run import write_report
 
     files = named_files(weights, "vgg=FILE and lpips=FILE")
@@ -158,4 +194,4 @@ def ablate(
     result = do_all(chosen, recipes, runtime, workers=workers)
     from rich.markdown import Markdown
 
-    say(as_json, result, Markdown(markdown(result)))
+    say(as_json, result.facts(), Markdown(markdown(result)))

@@ -43,6 +43,14 @@ def measure(
     limit: Annotated[
         int | None, typer.Option(min=2, help="Only the first N prompts, for a trial (KID in smaller subsets).")
     ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="Sampling steps, in place of the protocol's and the model's own."),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance-scale", "-g", min=0, help="Likewise; up to 1: no guidance.")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="Likewise, such as dpmsolver++ or ddim-trailing.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 4,
     config: ConfigOption = None,
     as_json: Json = False,
@@ -54,7 +62,7 @@ def measure(
 
     Example: prunet measure runs/demo --protocol emoji/protocols/emoji-train.yaml
     """
-    from prunet.evaluation.measuring import markdown
+    from prunet.evaluation.measures import markdown
     from prunet.evaluation.measuring import measure as measure_it
     from prunet.evaluation.protocol import load_protocol, protocol_prompts
 
@@ -75,6 +83,7 @@ def measure(
         real=real,
         weights=files,
         config=config,
+        asked={"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler},
         device=runtime.torch_device,
         batch_size=batch_size,
     )
@@ -83,7 +92,7 @@ def measure(
 
         from prunet.report.run import write_report
 
-        say(as_json, result, Markdown(markdown([result])))
+        say(as_json, result.facts(), Markdown(markdown([result])))
         if output is None and (Path(model) / "report.html").is_file():
             write_report(model)
 
@@ -101,8 +110,8 @@ def compare(
     Refuses runs or numbers that were not measured in the same way, and says what differs.
     """
     from prunet.disk.ownership import check_file
+    from prunet.evaluation.measures import markdown
     from prunet.evaluation.measuring import compare as side_by_side
-    from prunet.evaluation.measuring import markdown
     from prunet.report.charts import is_page
     from prunet.report.comparison import write_comparison
 
@@ -112,7 +121,7 @@ def compare(
         if output is not None:
             raise UserError(f"--output {output}: pages are for run folders; measured models are one table, printed")
         results = side_by_side(folders)
-        say(as_json, {"results": results}, Markdown(markdown(results)))
+        say(as_json, {"results": [result.facts() for result in results]}, Markdown(markdown(results)))
         return
     output = output or Path("comparison.html")
     if output.suffix != ".html" or output.is_dir():
@@ -190,4 +199,4 @@ def bench(
     if output is not None:
         with hold(output, "bench"):
             write_speeds(result, output)
-    say(as_json, result, Markdown(markdown(result)))
+    say(as_json, result.facts(), Markdown(markdown(result)))

@@ -3,7 +3,7 @@
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -14,17 +14,22 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field, Strict, ValidationError
+from rich.markup import escape
 
 from prunet.console import console, progress, say
-from prunet.disk.files import read_json, write_json, write_text
+from prunet.disk.files import write_text
 from prunet.disk.ownership import check_place, hold
 from prunet.disk.reading import load_mapping
+from prunet.disk.values import Value
 from prunet.errors import UserError
-from prunet.intervals import summary
+from prunet.evaluation.results import EvaluationResult
+from prunet.intervals import Summary, summary
+from prunet.recipe.paths import PathOrId, PathText, from_folder
 from prunet.recipe.recipe import Recipe, explain, load_recipe
-from prunet.recipe.values import Part, PathText, Seed
+from prunet.recipe.values import Part, Seed
 from prunet.runs.checks import read_paths
 from prunet.runs.run import Run
+from prunet.runs.steps import copy_stage
 from prunet.runtime import Runtime
 
 #: Columns of the table: (student, key) in evaluation.json -> title.
@@ -44,11 +49,40 @@ class Ablation(Part):
     """What an ablation compares. `arms`: name -> values of the recipe that differ (`stages.0.losses.feature: 0`)."""
 
     title: str = "Ablation"
-    recipe: PathText = Field(description="the recipe that all arms share")
+    recipe: PathOrId = Field(description="the recipe that all arms share: a file, or a shipped recipe's name")
     set: dict[str, Any] = Field(default={}, description="values for all arms, in place of the recipe's")
     seeds: Annotated[list[Annotated[Seed, Strict()]], Field(min_length=1, default_factory=lambda: [1, 2, 3])]
     arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     output: Annotated[PathText, Field(min_length=1)] = Field(description="folder of all runs and of the table")
+
+
+class Arm(Value):
+    """What the finished runs of an arm say: the student's parameters, and measures by `STUDENT/FIELD`."""
+
+    seeds: list[int]
+    parameters: int | None
+    measures: dict[str, Summary]
+
+
+class SharedProtocol(Value):
+    """The part of the protocol that all runs of an ablation share; empty before the first is finished."""
+
+    size: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+    levels: list[float] | None = None
+    precision: str | None = None
+    teacher: str | None = None
+    prompts: list[str] = Field(default=[])
+
+
+class AblationResult(Value):
+    """The table of an ablation (`ablation.json`), with a row for each arm."""
+
+    title: str
+    arms: dict[str, Arm]
+    protocol: SharedProtocol
 
 
 def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Ablation, dict[tuple[str, int], Recipe]]:
@@ -61,7 +95,7 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Abla
     """
     path = Path(path)
     try:
-        ablation = Ablation.model_validate(load_mapping(path, "an ablation"))
+        ablation = Ablation.model_validate(from_folder(load_mapping(path, "an ablation"), str(path.parent)))
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, Ablation)}") from error
     if (runs := len(ablation.arms) * len(ablation.seeds)) > MOST_RUNS:
@@ -111,9 +145,14 @@ def folder_name(arm: str) -> str:
 
 
 def _share_cache(recipe: Recipe, folder: Path) -> Recipe:
-    """Gives recipes with the same teachers, data and seed one cache in `folder`."""
+    """Gives recipes with the same teachers, data, paths and seed one cache in `folder`."""
     teachers = [stage.teacher.model_dump() for stage in recipe.stages if stage.teacher]
-    name = recipe.fingerprint("teacher", "data", "seed", extra=teachers)
+    paths = [
+        {"paths": [stage.paths, stage.path_steps, stage.guidance_scale]}
+        for stage in recipe.stages
+        if stage.objective == "trajectory"
+    ]
+    name = recipe.fingerprint("teacher", "data", "seed", extra=[*teachers, *paths])
     return recipe.model_copy(update={"cache": str(folder / name)})
 
 
@@ -123,11 +162,11 @@ def ablate(
     runtime: Runtime | None = None,
     *,
     workers: int = 1,
-) -> dict[str, Any]:
+) -> AblationResult:
     """Runs every recipe up to its evaluation, `workers` at a time, and writes `ablation.json` and `ablation.md`.
 
-    Finished runs are not done again, so the same call resumes after a stop. With several GPUs the workers take them in
-    turn; on a CPU they share its cores.
+    Finished runs are not done again, so the same call resumes after a stop. A stage that several arms begin with is
+    done once. With several GPUs the workers take them in turn; on a CPU they share its cores.
 
     Raises:
         UserError: a recipe does not fit, before the first run begins.
@@ -153,21 +192,24 @@ def ablate(
         say(f"{len(runs)} runs: {len(ablation.arms)} arms, {len(ablation.seeds)} seeds; {len(todo)} to do")
         with progress("Ablation", len(runs)) as bar:
             bar.advance(len(runs) - len(todo))
-            for arm, seed in _each_done({key: runs[key] for key in todo}, workers):
+            for arm, seed in _each_done(runs, todo, workers):
                 bar.advance(1, note=f"{arm}, seed {seed}")
                 collect(ablation, runs)
         return collect(ablation, runs)
 
 
-def _each_done(todo: Mapping[tuple[str, int], Run], workers: int) -> Any:
+def _each_done(
+    runs: Mapping[tuple[str, int], Run], todo: Sequence[tuple[str, int]], workers: int
+) -> Iterator[tuple[str, int]]:
+    recipes = [run.recipe for run in runs.values()]
     if workers == 1:
-        for key, run in todo.items():
-            _do(run.recipe, run.runtime, like=run)  # it checks again: the disk may be full by now
+        for key in todo:
+            _do(runs[key].recipe, runs[key].runtime, recipes, like=runs[key])
             yield key
         return
     context, others = get_context("spawn"), active_children()
     with ProcessPoolExecutor(workers, context, _start_worker, (context.Value("i", 0), workers)) as pool:
-        work = {pool.submit(_do_in_worker, run.recipe, run.runtime): key for key, run in todo.items()}
+        work = {pool.submit(_do_in_worker, runs[key].recipe, runs[key].runtime, recipes): key for key in todo}
         try:
             for done in as_completed(work):
                 done.result()
@@ -182,9 +224,18 @@ def _each_done(todo: Mapping[tuple[str, int], Run], workers: int) -> Any:
             raise
 
 
-def _do(recipe: Recipe, runtime: Runtime, like: Run | None = None) -> None:
+def _do(recipe: Recipe, runtime: Runtime, recipes: Sequence[Recipe], like: Run | None = None) -> None:
+    """Does one run up to its evaluation. Stages that another of the `recipes` has finished are copied from there."""
     run = Run(recipe, runtime, like=like)
-    run.check("evaluate")
+    run.check("evaluate")  # again: the disk may be full by now
+    others = [Run(other, runtime, like=run) for other in recipes if other.output != recipe.output]
+    with run.at_work():
+        for step in (name for name in run.step_names("distil") if name.startswith("stage-")):
+            if run.is_done(step):
+                continue
+            if (found := copy_stage(run, step, others)) is None:
+                break
+            say(f"[green]✓[/] {step} [dim]is that of {escape(str(found.folder))}[/]")
     run.finish("evaluate")
 
 
@@ -209,64 +260,64 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _do_in_worker(recipe: Recipe, runtime: Runtime) -> None:
+def _do_in_worker(recipe: Recipe, runtime: Runtime, recipes: Sequence[Recipe]) -> None:
     if runtime.torch_device.type == "cuda":
         runtime = replace(runtime, device=f"cuda:{_worker % torch.cuda.device_count()}")
     runtime.use_device()
-    _do(recipe, runtime)
+    _do(recipe, runtime, recipes)
 
 
 # -- the table
 
 
-def collect(ablation: Ablation, runs: Mapping[tuple[str, int], Run]) -> dict[str, Any]:
+def collect(ablation: Ablation, runs: Mapping[tuple[str, int], Run]) -> AblationResult:
     """Collects the finished evaluations, and writes them to `ablation.json` and `ablation.md` in the output folder."""
+    done = {
+        key: EvaluationResult.load(run.result_of("evaluate")) for key, run in runs.items() if run.is_done("evaluate")
+    }
     arms = {}
     for arm in ablation.arms:
-        done = {seed: runs[arm, seed] for seed in ablation.seeds if runs[arm, seed].is_done("evaluate")}
-        results = {seed: read_json(run.result_of("evaluate")) for seed, run in done.items()}
-        arms[arm] = {
-            "seeds": list(results),
-            "parameters": next((r["sizes"]["student"]["parameters"] for r in results.values()), None),
-            "measures": {
-                f"{which}/{key}": summary([r["distance"][which][key] for r in results.values()])
-                for which, key in MEASURES
-            },
+        results = {seed: done[arm, seed] for seed in ablation.seeds if (arm, seed) in done}
+        measures = {
+            f"{which}/{key}": summary([getattr(r.distance[which], key) for r in results.values()])
+            for which, key in MEASURES
         }
-    first = next((r for r in runs.values() if r.is_done("evaluate")), None)
-    protocol = read_json(first.result_of("evaluate"))["protocol"] if first else {}
-    shown = {k: v for k, v in protocol.items() if k not in ("seed", "student", "prompts")}
-    result = {"title": ablation.title, "arms": arms, "protocol": shown | {"prompts": protocol.get("prompts", [])}}
-    write_json(Path(ablation.output) / "ablation.json", result)
+        parameters = next((r.sizes["student"].parameters for r in results.values()), None)
+        arms[arm] = Arm(seeds=list(results), parameters=parameters, measures=measures)
+    protocols = (result.protocol.model_dump(exclude={"seed", "student"}) for result in done.values())
+    protocol = SharedProtocol.model_validate(next(protocols, {}))
+    result = AblationResult(title=ablation.title, arms=arms, protocol=protocol)
+    result.save(Path(ablation.output) / "ablation.json")
     write_text(Path(ablation.output) / "ablation.md", markdown(result))
     return result
 
 
-def markdown(result: Mapping[str, Any]) -> str:
+def markdown(result: AblationResult) -> str:
     """Formats the result in Markdown: one row for each arm, with the best (lowest) of each column in bold."""
-    lines = [f"# {result['title']}", "", "| | parameters (M) | seeds | " + " | ".join(MEASURES.values()) + " |"]
+    lines = [f"# {result.title}", "", "| | parameters (M) | seeds | " + " | ".join(MEASURES.values()) + " |"]
     lines.append("|---|---:|---:|" + "---:|" * len(MEASURES))
-    arms = result["arms"]
     keys = [f"{which}/{key}" for which, key in MEASURES]
-    means = {key: [a["measures"][key]["mean"] for a in arms.values() if a["seeds"]] for key in keys}
-    for name, arm in arms.items():
-        if not arm["seeds"]:
+    best = {
+        key: min((m for a in result.arms.values() if (m := a.measures[key].mean) is not None), default=0)
+        for key in keys
+    }
+    for name, arm in result.arms.items():
+        if arm.parameters is None:
             lines.append(f"| {name} | | 0 |" + " |" * len(MEASURES))
             continue
-        cells = [_cell(arm["measures"][key], min(means[key])) for key in keys]
-        lines.append(f"| {name} | {arm['parameters'] / 1e6:.2f} | {len(arm['seeds'])} | " + " | ".join(cells) + " |")
-    if (protocol := result["protocol"])["prompts"]:
+        cells = [_cell(arm.measures[key], best[key]) for key in keys]
+        lines.append(f"| {name} | {arm.parameters / 1e6:.2f} | {len(arm.seeds)} | " + " | ".join(cells) + " |")
+    if (protocol := result.protocol).prompts:
         lines += [
             "",
-            f"Distance from the teacher on {len(protocol['prompts'])} held-out prompts at equal seeds, after "
+            f"Distance from the teacher on {len(protocol.prompts)} held-out prompts at equal seeds, after "
             "distillation unless it says before; mean over the training seeds ± half of its 95 % interval (Student's "
-            f"t); lower is nearer. {protocol['sampler']}, {protocol['steps']} steps, guidance "
-            f"{protocol['guidance_scale']}, {protocol['size']} px.",
+            f"t); lower is nearer. {protocol.sampler}, {protocol.steps} steps, guidance {protocol.guidance_scale}, "
+            f"{protocol.size} px.",
         ]
     return "\n".join(lines) + "\n"
 
 
-def _cell(found: Mapping[str, Any], best: float) -> str:
-    mean = f"{found['mean']:.4f}"
-    mean = f"**{mean}**" if found["mean"] == best else mean
-    return mean if found["interval"] is None else f"{mean} ± {found['interval']:.4f}"
+def _cell(found: Summary, best: float) -> str:
+    mean = f"**{found.mean:.4f}**" if found.mean == best else f"{found.mean:.4f}"
+    return mean if found.interval is None else f"{mean} ± {found.interval:.4f}"
