@@ -194,4 +194,4 @@ def ablate(
     result = do_all(chosen, recipes, runtime, workers=workers)
     from rich.markdown import Markdown
 
-    say(as_json, result, Markdown(markdown(result)))
+    say(as_json, result.facts(), Markdown(markdown(result)))
