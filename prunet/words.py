@@ -39,6 +39,11 @@ def short(source: str) -> str:
     return source if len(parts) == 2 and parts[0] not in (".", "..", "", "~") else parts[-1]
 
 
+def without_home(text: str) -> str:
+    """Writes the user's home folder as `~`, since its name is private; a recipe reads it so."""
+    return text.replace(f"{Path.home()}/", "~/")
+
+
 def names_of(sources: Sequence[Path | str]) -> list[str]:
     """Returns the shortest ends of paths that tell them apart.
 

@@ -119,7 +119,7 @@ def test_finished_steps_are_skipped(copied, capsys) -> None:
 
 def test_a_run_of_an_earlier_version_is_still_done() -> None:
     """The demo's inputs; others here would train again what users have trained."""
-    found = Run(load_recipe("recipes/demo.yaml"), CPU).inputs
+    found = Run(load_recipe("demo"), CPU).inputs
     assert found == {
         "plan": "bf0157873c7bde86",
         "build": "ad24aec4abc8593f",

@@ -34,9 +34,11 @@ def inspect(
     from prunet.cli.views import plan_view
     from prunet.plan.derived import derive
     from prunet.plan.plan import Plan, load_plan
+    from prunet.recipe.paths import shipped_names
     from prunet.teacher.teacher import Teacher
 
-    if teacher.endswith((".yaml", ".yml")) or (Path(teacher) / "recipe.yaml").is_file():
+    is_recipe = teacher.endswith((".yaml", ".yml")) or teacher in shipped_names(".yaml")
+    if is_recipe or (Path(teacher) / "recipe.yaml").is_file():
         if plan != "none" or config is not None:
             raise UserError(f"{teacher}: a recipe names its own plan and teacher.config: leave --plan and --config out")
         _inspect_recipe(Path(teacher), as_json)

@@ -1,6 +1,5 @@
 """A stage of a recipe: a piece of training with its objective, plan, teacher and hyperparameters."""
 
-import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -15,6 +14,7 @@ from pydantic import (
 
 from prunet.denoisers.pairs import Level
 from prunet.plan.plan import Plan, load_plan, preset_names
+from prunet.recipe.paths import PathOrId, located
 from prunet.recipe.values import (
     Drawing,
     DrawingSteps,
@@ -22,7 +22,6 @@ from prunet.recipe.values import (
     Integer,
     Number,
     Part,
-    PathText,
     Positive,
     Steps,
     Weight,
@@ -32,8 +31,8 @@ from prunet.recipe.values import (
 class TeacherSource(Part):
     """The place of a teacher."""
 
-    source: PathText = Field(description="diffusers folder, .safetensors file or hub id")
-    config: PathText | None = Field(
+    source: PathOrId = Field(description="diffusers folder, .safetensors file or hub id")
+    config: PathOrId | None = Field(
         default=None, description="for a single file: folder or hub id with configs and tokenizers"
     )
     revision: str | None = Field(default=None, description="revision of a hub id")
@@ -69,7 +68,7 @@ class Losses(Part):
 def _read_plan(value: Any) -> Plan:
     if not isinstance(value, Plan | str | list | Mapping):
         raise ValueError(f"give a preset's name ({', '.join(preset_names())}), a file, or a list of patterns")
-    return load_plan(os.path.expanduser(value) if isinstance(value, str) else value)
+    return load_plan(value if value in preset_names() else located(value, may_be_id=True))
 
 
 def _write_plan(plan: Plan) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from prunet.plan.derived import diagram_of
 from prunet.report.charts import draw_chart, inline, render
 from prunet.report.curves import level_chart, read_logs, segments, step_ticks
 from prunet.report.run import PICTURE_SIDE
-from prunet.words import names_of, short
+from prunet.words import names_of, short, without_home
 
 MOST_RUNS = 8  # a page has colours and columns for no more
 
@@ -78,7 +78,7 @@ def _open_run(folder: Path, name: str, kind: str) -> Compared:
         if "evaluate" not in steps:
             raise UserError(f"{folder}: not evaluated, or trained since: finish it with `prunet run {folder}`")
         plan, evaluation = read_json(folder / "plan.json"), read_evaluation(folder / "evaluation", steps)
-        recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+        recipe_text = without_home((folder / "recipe.yaml").read_text(encoding="utf-8"))
         stages = yaml.safe_load(recipe_text)["stages"]
         axis = read_logs([folder / f"stage-{number}" for number in range(1, len(stages) + 1)], steps)
         run = Compared(name, kind, folder, plan, evaluation, recipe_text, axis)

@@ -14,7 +14,7 @@ from prunet.plan.derived import diagram_of
 from prunet.report.charts import inline, render, thin
 from prunet.report.curves import level_chart, loss_chart, pair_rows, read_logs
 from prunet.teacher.teacher import Teacher
-from prunet.words import short
+from prunet.words import short, without_home
 
 COLUMNS = {"teacher": "teacher", "before": "student before", "after": "student after"}  # before, after distillation
 PICTURE_SIDE, SHEET_SIDE, MOST_SHEETS = 384, 1200, 6  # longest sides in pixels; sheets per stage
@@ -30,7 +30,7 @@ def write_report(folder: Path | str) -> Path:
     plan = read_json(folder / "plan.json")
     steps = read_json(path) if (path := folder / "steps.json").is_file() else {}
     evaluation = read_evaluation(folder / "evaluation", steps)
-    recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    recipe_text = without_home((folder / "recipe.yaml").read_text(encoding="utf-8"))
     recipe = yaml.safe_load(recipe_text)
     stages = [folder / f"stage-{number}" for number in range(1, len(recipe["stages"]) + 1)]
     axis = read_logs(stages, steps)

@@ -23,8 +23,9 @@ from prunet.disk.reading import load_mapping
 from prunet.errors import UserError
 from prunet.evaluation.results import EvaluationResult
 from prunet.intervals import summary
+from prunet.recipe.paths import PathOrId, PathText, from_folder
 from prunet.recipe.recipe import Recipe, explain, load_recipe
-from prunet.recipe.values import Part, PathText, Seed
+from prunet.recipe.values import Part, Seed
 from prunet.runs.checks import read_paths
 from prunet.runs.run import Run
 from prunet.runs.steps import copy_stage
@@ -47,7 +48,7 @@ class Ablation(Part):
     """What an ablation compares. `arms`: name -> values of the recipe that differ (`stages.0.losses.feature: 0`)."""
 
     title: str = "Ablation"
-    recipe: PathText = Field(description="the recipe that all arms share")
+    recipe: PathOrId = Field(description="the recipe that all arms share: a file, or a shipped recipe's name")
     set: dict[str, Any] = Field(default={}, description="values for all arms, in place of the recipe's")
     seeds: Annotated[list[Annotated[Seed, Strict()]], Field(min_length=1, default_factory=lambda: [1, 2, 3])]
     arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
@@ -64,7 +65,7 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Abla
     """
     path = Path(path)
     try:
-        ablation = Ablation.model_validate(load_mapping(path, "an ablation"))
+        ablation = Ablation.model_validate(from_folder(load_mapping(path, "an ablation"), str(path.parent)))
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, Ablation)}") from error
     if (runs := len(ablation.arms) * len(ablation.seeds)) > MOST_RUNS:
