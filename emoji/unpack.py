@@ -1,6 +1,6 @@
-"""Unpacks the first pictures of a shard into a folder, each with its captions in a text file beside it, as people have theirs.
+"""Unpacks the first pictures of a shard into a folder, each with its captions in a text file beside it.
 
-    python emoji/unpack.py emoji/data/train-0000.tar pictures --limit 256
+python emoji/unpack.py emoji/data/train-0000.tar pictures --limit 256
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What mkdocs calls while it builds the site: pages made from the code, files outside of docs/, the rest of the navigation."""
+"""What mkdocs calls while it builds the site: it adds pages made from the code, and files outside of docs/."""
 
 from pathlib import PurePosixPath
 from typing import Any
@@ -18,15 +18,22 @@ GENERATED = {
 REST = "How to"
 
 
+def on_config(config: Any) -> None:
+    fence = {"name": "math", "class": "math", "format": mathml.fence}
+    config.mdx_configs["pymdownx.superfences"] = {"custom_fences": [fence]}
+
+
 def on_files(files: Files, config: Any) -> Files:
     for page, make in GENERATED.items():
         files.append(File.generated(config, page, content=make()))
     pages = {file.src_uri: file.content_string for file in files.documentation_pages()}
-    pages |= {page: (repository.ROOT / repository.origin(page)).read_text() for page in _paths(config.nav, outside=True)}
-    listed = {repository.origin(page) for page in pages if page.startswith("repository/")}
-    for path in sorted(repository.outside(pages) | listed):
-        files.append(File.generated(config, repository.place(path), abs_src_path=str(repository.ROOT / path)))
-    _list_the_rest(config, {page for page in pages if not page.startswith("repository/")})
+    listed = _paths(config.nav, outside=True)
+    _list_the_rest(config, set(pages))
+    pages |= {page: repository.content(repository.origin(page)) for page in listed}
+    for path in sorted(repository.outside(pages) | {repository.origin(page) for page in listed}):
+        place, source = repository.place(path), repository.ROOT / path
+        text = repository.content(repository.origin(place)) if place.endswith(".md") else source.read_bytes()
+        files.append(File.generated(config, place, content=text))
     return files
 
 

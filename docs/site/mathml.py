@@ -1,10 +1,11 @@
-"""Formulas: what GitHub reads as ```` ```math ```` and ``$`...`$`` becomes MathML, which browsers draw without a script."""
+"""Formulas, written as GitHub reads them, become MathML, which browsers draw without a script."""
 
 import re
 from typing import Any
 
 from latex2mathml.converter import convert
 
+#: Blocks are fences of the language `math`.
 INLINE = re.compile(r"\$`([^`\n]+)`\$")
 
 

@@ -1,4 +1,4 @@
-"""Pages of the reference, made from the code: keys from pydantic's fields, commands from their help, names from docstrings."""
+"""Pages of the reference, made from the code: keys of YAML files, verbs of the command line, names of the package."""
 
 import json
 import re
@@ -81,7 +81,8 @@ def _type(hint: Any) -> str:
     if origin is typing.Annotated:
         return f"{_type(inside[0])}{_bounds(inside[1:])}"
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type(one) for one in inside)
+        *most, last = (_type(one) for one in inside)
+        return f"{', '.join(most)} or {last}"
     if origin is typing.Literal:
         return " or ".join(f"`{one}`" for one in inside)
     if origin is list:
@@ -97,14 +98,14 @@ def _type(hint: Any) -> str:
 def _bounds(annotations: Sequence[Any]) -> str:
     """The bounds in what follows the type of an `Annotated`."""
     bounds = [bound for field in annotations if isinstance(field, FieldInfo) for bound in field.metadata]
-    words = {"gt": "above", "ge": "from", "lt": "below", "le": "up to"}
+    words = {"gt": "above", "ge": "from", "lt": "below", "le": "to"}
     ends = [
         f"{word} {limit:g}"
         for name, word in words.items()
         for bound in bounds
         if (limit := getattr(bound, name, None)) is not None and limit < BOUNDLESS
     ]
-    return f", {' '.join(ends)}" if ends else ""
+    return f" {' '.join(ends)}" if ends else ""
 
 
 def cli_page() -> str:
@@ -114,7 +115,9 @@ def cli_page() -> str:
         "# The command line",
         "What `prunet VERB --help` says, made from the code. Options that read `--name VALUE` may also be written "
         "`--name=VALUE`. The exit code is 0, 2 (one line says what does not fit), or 128 and the signal's number.",
-        "\n".join(["| verb | |", "|---|---|", *(f"| [`{name}`](#{name}) | {_brief(verb)} |" for name, verb in verbs.items())]),
+        "\n".join(
+            ["| verb | |", "|---|---|", *(f"| [`{name}`](#{name}) | {_brief(verb)} |" for name, verb in verbs.items())]
+        ),
     ]
     for name, verb in verbs.items():
         context = verb.make_context(f"prunet {name}", [], resilient_parsing=True)
@@ -141,8 +144,9 @@ def _prose(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """Text for one cell of a table."""
-    return _prose(" ".join(text.split())).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    """Text for one cell of a table; pages that it names become links."""
+    text = _prose(" ".join(text.split())).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    return re.sub(r"docs/([\w-]+)\.md", r"[\1](../\1.md)", text)
 
 
 def api_page() -> str:
@@ -151,7 +155,7 @@ def api_page() -> str:
         "# The Python package",
         "What `import prunet` offers: one function for every step of the command line, and the values between them. "
         "Everything else may change without notice.",
-        "```python\nimport prunet\n\nprunet.run(prunet.load_recipe(\"mine.yaml\"))  # what `prunet run mine.yaml` does\n```",
+        '```python\nimport prunet\n\nprunet.run(prunet.load_recipe("mine.yaml"))  # as `prunet run mine.yaml`\n```',
         *(f"::: prunet.{name}" for name in prunet.__all__ if name != "__version__"),
     ]
     return "\n\n".join(parts) + "\n"

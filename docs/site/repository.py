@@ -7,12 +7,21 @@ from pathlib import Path, PurePosixPath
 ROOT = Path(__file__).resolve().parents[2]
 #: A link or picture in Markdown, but for those with a scheme and those within the page.
 LINK = re.compile(r"(\]\()(?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
-FENCE = re.compile(r"^(```.*?^```|    \S.*?$)", re.MULTILINE | re.DOTALL)
 
 
 def place(path: str) -> str:
-    """Where a file of the repository lies in the site; both with `/`, from their roots."""
+    """Where a file of the repository lies in the site; both with `/`, from their roots. A folder is a page of links."""
+    if (ROOT / path).is_dir():
+        path += "/index.md"
     return path.removeprefix("docs/") if path.startswith("docs/") else f"repository/{path}"
+
+
+def content(path: str) -> str:
+    """The text of a file of the repository; that of a folder's page."""
+    folder = ROOT / path.removesuffix("/index.md")
+    if not folder.is_dir():
+        return folder.read_text()
+    return f"# {folder.name}\n\n" + "".join(f"- [{file.name}]({file.name})\n" for file in sorted(folder.glob("*.*")))
 
 
 def origin(page: str) -> str:
@@ -31,11 +40,11 @@ def outside(pages: dict[str, str]) -> set[str]:
     queue = list(pages.items())
     while queue:
         for target in links(*queue.pop()):
-            if target in found or target.startswith(("docs/", "..")) or not (ROOT / target).is_file():
+            if target in found or target.startswith(("docs/", "..")) or not (ROOT / target).exists():
                 continue  # a link that leads nowhere is reported by mkdocs
             found.add(target)
-            if target.endswith(".md"):
-                queue.append((place(target), (ROOT / target).read_text()))
+            if place(target).endswith(".md"):
+                queue.append((place(target), content(origin(place(target)))))
     return found
 
 

@@ -49,9 +49,9 @@ TeacherValue = Annotated[TeacherSource, BeforeValidator(_read_teacher)]
 class Losses(Part):
     """Weights of the three loss terms (arXiv 2305.15798, equation 4), and the details of the feature term."""
 
-    task: Weight = 1.0
-    output: Weight = 1.0
-    feature: Weight = 1.0
+    task: Weight = Field(default=1.0, description="of the distance from what the data teach")
+    output: Weight = Field(default=1.0, description="of the distance from the teacher's output")
+    feature: Weight = Field(default=1.0, description="of the distances between features of student and teacher")
     level: Level = Field(default="block", description="which modules are compared: see docs/recipes.md")
     normalize: bool = Field(default=False, description="divide each feature term by the teacher's mean square")
     weights: dict[str, Weight] = Field(
@@ -93,7 +93,7 @@ TEACHER_CALLS = {"distillation": 1, "guidance": 2, "trajectory": 0}
 class Stage(Part):
     """A piece of training. Defaults are BK-SDM's, except warm-up and caption dropout, which its scripts do not have."""
 
-    steps: Steps
+    steps: Steps = Field(description="updates of the weights")
     objective: Objective = Field(
         default="distillation", description="what is minimised: see docs/few-steps.md for the other two"
     )
@@ -104,17 +104,25 @@ class Stage(Part):
     plan: PlanValue | None = Field(
         default=None, description="an earlier plan that removes less; the recipe's plan if not given"
     )
-    batch_size: Annotated[Integer, Field(ge=1, le=1_000_000)] = 256
-    learning_rate: Positive = 5e-5
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: Annotated[Integer, Field(ge=0, le=1_000_000_000)] = 500
-    weight_decay: Weight = 1e-2
-    max_grad_norm: Positive = 1.0
-    losses: Losses = Losses()
+    batch_size: Annotated[Integer, Field(ge=1, le=1_000_000)] = Field(
+        default=256, description="samples a step, over all processes and micro-batches"
+    )
+    learning_rate: Positive = Field(default=5e-5, description="AdamW's, after the warm-up")
+    schedule: Literal["constant", "cosine"] = Field(default="constant", description="of the learning rate")
+    warmup_steps: Annotated[Integer, Field(ge=0, le=1_000_000_000)] = Field(
+        default=500, description="steps in which the learning rate rises from 0"
+    )
+    weight_decay: Weight = Field(default=1e-2, description="AdamW's")
+    max_grad_norm: Positive = Field(default=1.0, description="norm to which gradients are clipped")
+    losses: Losses = Field(default=Losses(), description="what is added up in the loss")
     teacher: TeacherValue | None = Field(default=None, description="another teacher for this stage, of the same layout")
-    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(default=0.9999, description="null: no EMA")
+    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
+        default=0.9999, description="of the average of the weights, which is exported; null: no average"
+    )
     caption_dropout: Fraction = Field(default=0.1, description="share of samples that see the empty prompt")
-    min_snr_gamma: Positive | None = Field(default=None, description="weights the task loss only")
+    min_snr_gamma: Positive | None = Field(
+        default=None, description="weighs the task loss by the signal-to-noise ratio, up to this; 5 is usual"
+    )
 
     @model_validator(mode="after")
     def _fits_objective(self) -> "Stage":
