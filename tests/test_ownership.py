@@ -218,7 +218,7 @@ def test_single_files(files, capsys, monkeypatch) -> None:
         assert call(capsys, *draw, files / name)[0] == 0
         Image.new("RGB", (8, 8)).save(files / f"mine-{name}")
         code, _, err = call(capsys, *draw, files / f"mine-{name}")
-        assert code == 2 and "exists, and prunet did not make it" in err
+        assert code == 2 and "exists, and is not a" in err
     shutil.copytree(files / "finished", files / "again")
     compare = ("compare", files / "finished", files / "again", "-o")
     assert call(capsys, *compare, files / "page.html")[0] == 0
@@ -240,7 +240,7 @@ def test_pictures_of_another_prompt_are_not_replaced(files, capsys) -> None:
         assert call(capsys, *draw, prompt)[0] == code
     (files / "drawn" / "000001.png").write_text("mine")
     before = tree(files / "drawn")
-    for arguments, words in ((("a dog",), "another prompt"), (("a cät", "-n", 2), "prunet did not make it")):
+    for arguments, words in ((("a dog",), "another prompt"), (("a cät", "-n", 2), "as prunet made it")):
         code, _, err = call(capsys, *draw, *arguments)
         assert code == 2 and words in err and err.count("\n") == 1
     assert tree(files / "drawn") == before

@@ -108,7 +108,7 @@ def test_a_single_file_of_prunets_is_replaced_until_it_is_changed(folder, capsys
     assert call(capsys, *export, "--fp16")[0] == 0
     last_byte(folder / "student.safetensors")
     code, _, err = call(capsys, *export)
-    assert code == 2 and "student.safetensors exists, and prunet did not make it" in err
+    assert code == 2 and "student.safetensors exists, and is not a" in err
 
 
 def test_a_finished_step_needs_nothing_that_it_has_read(folder, finished, capsys) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from prunet.disk.reading import parse_json
+from prunet.disk.reading import check_permission, parse_json
 from prunet.disk.seals import CHECKSUM, json_checksum, seal
 from prunet.errors import UserError
 
@@ -168,6 +168,7 @@ def read_json(path: Path, fix: str = AGAIN) -> Any:
     Raises:
         UserError: missing, not JSON, or changed since it was written; the message ends with `fix`.
     """
+    check_permission(path)
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

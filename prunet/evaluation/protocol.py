@@ -19,7 +19,7 @@ from prunet.recipe.values import Drawing, Integer, Part, Seed, Size, Steps
 FOLDER = Path(__file__).parent / "protocols"
 #: Metrics that compare with real pictures.
 NEED_REAL = {"fid", "kid", "precision", "recall"}
-#: Titles of metrics in tables, and which way is better. `title_rows` names CLIP score after a model that is not CLIP.
+#: Titles of metrics in tables, and which way is better.
 TITLES = {
     "fid": ("FID", "lower"),
     "is": ("Inception score", "higher"),
@@ -137,30 +137,3 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Lists the keys in which two protocols, as results store them, differ; description and note do not count."""
     keys = sorted((a.keys() | b.keys()) - {"description", "note"})
     return [key for key in keys if a.get(key) != b.get(key)]
-
-
-def title_rows(result: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, float]]]:
-    """Returns title, which way is better, and the numbers of each measure in a result."""
-    rows, clip = [], (result["protocol"].get("clip") or {})
-    for name, found in result["measures"].items():
-        title, better = TITLES[name]
-        if name == "clip_score" and clip.get("library") == "transformers" and not clip["model"].startswith("openai/"):
-            title = f"{clip['model']} score"
-        rows.append((title, better, found))
-    return rows
-
-
-def subject(result: Mapping[str, Any]) -> str:
-    """Names the model of a result, and how it drew if not as the protocol says."""
-    model = result["model"]
-    return f"{model['source']} ({Drawing(**model['drawn'])})" if "drawn" in model else str(model["source"])
-
-
-def describe(protocol: Mapping[str, Any]) -> str:
-    """Describes a protocol, as a result stores it, in one line."""
-    resized = f" resized to {protocol['resize']}" if protocol["resize"] else ""
-    return (
-        f"Protocol {protocol['name']} version {protocol['version']}: {protocol['count']:,} pictures, "
-        f"{protocol['sampler']}, {protocol['steps']} steps, guidance {protocol['guidance_scale']}, "
-        f"{protocol['size']} px{resized}, seed {protocol['seed']}"
-    )

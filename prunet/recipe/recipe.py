@@ -88,6 +88,9 @@ class Evaluation(Drawing):
     )
     limit: Steps | None = Field(default=None, description="use only the first N prompts")
     seed: Seed = Field(default=1234, description="seed of the pictures' noise; independent of the run's seed")
+    image_to_image: Annotated[Integer, Field(ge=0, le=1000)] = Field(
+        default=4, description="pictures of the teacher from which all draw too; 0: none"
+    )
 
     _some_prompts = field_validator("prompts")(_not_empty)
 

@@ -15,17 +15,8 @@ from pydantic import (
 from prunet.denoisers.pairs import Level
 from prunet.plan.plan import Plan, load_plan, preset_names
 from prunet.recipe.paths import PathOrId, located
-from prunet.recipe.values import (
-    Drawing,
-    DrawingSteps,
-    Fraction,
-    Integer,
-    Number,
-    Part,
-    Positive,
-    Steps,
-    Weight,
-)
+from prunet.recipe.training import Training
+from prunet.recipe.values import Drawing, DrawingSteps, Part, Positive, Steps, Weight
 
 
 class TeacherSource(Part):
@@ -90,10 +81,13 @@ IDLE: dict[str, tuple[str, ...]] = {
 TEACHER_CALLS = {"distillation": 1, "guidance": 2, "trajectory": 0}
 
 
-class Stage(Part):
-    """A piece of training. Defaults are BK-SDM's, except warm-up and caption dropout, which its scripts do not have."""
+class Stage(Training):
+    """A stage of distillation. Defaults are BK-SDM's; its scripts have no warm-up and no caption dropout.
 
-    steps: Steps = Field(description="updates of the weights")
+    `settings` leaves out the keys without a meaning for the objective, and `objective: distillation`, so that stages
+    trained before there were other objectives stay the same.
+    """
+
     objective: Objective = Field(
         default="distillation", description="what is minimised: see docs/few-steps.md for the other two"
     )
@@ -104,22 +98,8 @@ class Stage(Part):
     plan: PlanValue | None = Field(
         default=None, description="an earlier plan that removes less; the recipe's plan if not given"
     )
-    batch_size: Annotated[Integer, Field(ge=1, le=1_000_000)] = Field(
-        default=256, description="samples a step, over all processes and micro-batches"
-    )
-    learning_rate: Positive = Field(default=5e-5, description="AdamW's, after the warm-up")
-    schedule: Literal["constant", "cosine"] = Field(default="constant", description="of the learning rate")
-    warmup_steps: Annotated[Integer, Field(ge=0, le=1_000_000_000)] = Field(
-        default=500, description="steps in which the learning rate rises from 0"
-    )
-    weight_decay: Weight = Field(default=1e-2, description="AdamW's")
-    max_grad_norm: Positive = Field(default=1.0, description="norm to which gradients are clipped")
     losses: Losses = Field(default=Losses(), description="what is added up in the loss")
     teacher: TeacherValue | None = Field(default=None, description="another teacher for this stage, of the same layout")
-    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
-        default=0.9999, description="of the average of the weights, which is exported; null: no average"
-    )
-    caption_dropout: Fraction = Field(default=0.1, description="share of samples that see the empty prompt")
     min_snr_gamma: Positive | None = Field(
         default=None, description="weighs the task loss by the signal-to-noise ratio, up to this; 5 is usual"
     )
@@ -141,14 +121,6 @@ class Stage(Part):
     @model_serializer(mode="wrap")
     def _what_has_a_meaning(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {key: value for key, value in write(self).items() if key not in IDLE[self.objective]}
-
-    def settings(self, *without: str) -> dict[str, Any]:
-        """The keys that decide the stage's result, `without` some, as plain JSON types.
-
-        Keys without a meaning for the objective are left out, and so is `objective: distillation`, so that stages
-        trained before there were other objectives stay the same.
-        """
-        return self.model_dump(mode="json", exclude=set(without))
 
     @property
     def teacher_calls(self) -> int:
