@@ -209,7 +209,7 @@ def generate(
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture, or folder: a file for each seed.")] = Path(
         "generated"
     ),
-    num_images: Annotated[int, typer.Option("-n", "--num-images", min=1)] = 1,
+    num_images: Annotated[int, typer.Option("-n", "--num-images", min=1, help="Pictures.")] = 1,
     steps: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Sampling steps: 25, or as many as the model was made for.")
     ] = None,
@@ -217,7 +217,7 @@ def generate(
         float | None,
         typer.Option("--guidance-scale", "-g", min=0, help="7.5, or what the model was made for."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the first picture; the next has the next one.")] = 0,
     size: Annotated[int | None, typer.Option(min=8, max=4096, help="Pixels; the model's own by default.")] = None,
     sampler: Annotated[
         str | None,

@@ -45,16 +45,18 @@ class Data(Part):
         default=None, description="prompts, a text file with one per line, or the name of a list that prunet has"
     )
     size: Size | None = Field(None, description="pixels; the teacher's own if not given")
-    crop: Literal["center", "random"] = "center"
+    crop: Literal["center", "random"] = Field(default="center", description="of pictures of another shape")
     flip: bool = Field(default=False, description="mirror half of the pictures")
     buckets: bool = Field(default=False, description="crop each picture to the nearest of several shapes of one area")
     views: Copies = Field(default=1, description="samples of each picture, with other crops, flips and captions")
     limit: Steps | None = Field(default=None, description="use only the first N pictures or prompts")
-    image_column: str = "image"
-    caption_column: str | None = None
-    steps: DrawingSteps = Field(default=25, description="prompts only: sampling steps")
-    guidance_scale: Weight = Field(default=7.5, description="prompts only")
-    images_per_prompt: Copies = Field(default=1, description="prompts only")
+    image_column: str = Field(default="image", description="of a list of captions, parquet or a dataset")
+    caption_column: str | None = Field(
+        default=None, description="the first of text, caption, captions, prompt, description, sentences if not given"
+    )
+    steps: DrawingSteps = Field(default=25, description="prompts only: steps of the sampler, dpmsolver++")
+    guidance_scale: Weight = Field(default=7.5, description="prompts only: how far the teacher is guided")
+    images_per_prompt: Copies = Field(default=1, description="prompts only: latents from each prompt, with other noise")
 
     _some_prompts = field_validator("prompts")(_not_empty)
 
@@ -84,7 +86,7 @@ class Evaluation(Drawing):
     prompts: PromptsText | list[str] = Field(
         description="held-out prompts, a text file with one per line, or the name of a list that prunet has"
     )
-    limit: Steps | None = None
+    limit: Steps | None = Field(default=None, description="use only the first N prompts")
     seed: Seed = Field(default=1234, description="seed of the pictures' noise; independent of the run's seed")
     image_to_image: Annotated[Integer, Field(ge=0, le=1000)] = Field(
         default=4, description="pictures of the teacher from which all draw too; 0: none"
@@ -104,23 +106,25 @@ class Export(Part):
 class Recipe(Part):
     """Everything that decides a student: one YAML page (docs/recipes.md)."""
 
-    teacher: TeacherValue
-    plan: PlanValue
+    teacher: TeacherValue = Field(description="the original: its source alone, or a mapping")
+    plan: PlanValue = Field(description="what is removed: a preset's name, a file, or a list of patterns")
     initialisation: Literal["inherited", "random"] = Field(
         default="inherited", description="the student's first weights: the teacher's, or random (for comparison)"
     )
-    data: Data
-    stages: Annotated[list[Stage], Field(min_length=1, max_length=100)]
-    evaluation: Evaluation
-    sheet: Sheet = Sheet()
-    export: Export = Export()
+    data: Data = Field(description="what is learned from")
+    stages: Annotated[list[Stage], Field(min_length=1, max_length=100)] = Field(
+        description="pieces of training, one after another"
+    )
+    evaluation: Evaluation = Field(description="how the student is compared with its teacher")
+    sheet: Sheet = Field(default=Sheet(), description="pictures drawn while training")
+    export: Export = Field(default=Export(), description="what is written beside the pipeline folder")
     output: PathText = Field(description="the run folder")
     cache: PathText | None = Field(
         default=None, description="folder of the latents, to share them between runs; in the run folder if not given"
     )
-    seed: Seed = 1234
-    checkpoint_every: Steps = 1000
-    keep_checkpoints: Steps = 2
+    seed: Seed = Field(default=1234, description="seed of training; pictures have `evaluation.seed`")
+    checkpoint_every: Steps = Field(default=1000, description="steps of training from one checkpoint to the next")
+    keep_checkpoints: Steps = Field(default=2, description="checkpoints that stay: the last ones")
 
     @model_validator(mode="after")
     def _last_plan(self) -> "Recipe":

@@ -40,9 +40,9 @@ TeacherValue = Annotated[TeacherSource, BeforeValidator(_read_teacher)]
 class Losses(Part):
     """Weights of the three loss terms (arXiv 2305.15798, equation 4), and the details of the feature term."""
 
-    task: Weight = 1.0
-    output: Weight = 1.0
-    feature: Weight = 1.0
+    task: Weight = Field(default=1.0, description="of the distance from what the data teach")
+    output: Weight = Field(default=1.0, description="of the distance from the teacher's output")
+    feature: Weight = Field(default=1.0, description="of the distances between features of student and teacher")
     level: Level = Field(default="block", description="which modules are compared: see docs/recipes.md")
     normalize: bool = Field(default=False, description="divide each feature term by the teacher's mean square")
     weights: dict[str, Weight] = Field(
@@ -98,9 +98,11 @@ class Stage(Training):
     plan: PlanValue | None = Field(
         default=None, description="an earlier plan that removes less; the recipe's plan if not given"
     )
-    losses: Losses = Losses()
+    losses: Losses = Field(default=Losses(), description="what is added up in the loss")
     teacher: TeacherValue | None = Field(default=None, description="another teacher for this stage, of the same layout")
-    min_snr_gamma: Positive | None = Field(default=None, description="weights the task loss only")
+    min_snr_gamma: Positive | None = Field(
+        default=None, description="weighs the task loss by the signal-to-noise ratio, up to this; 5 is usual"
+    )
 
     @model_validator(mode="after")
     def _fits_objective(self) -> "Stage":

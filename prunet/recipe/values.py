@@ -34,9 +34,9 @@ class Part(BaseModel):
 class Drawing(Part):
     """How pictures are drawn."""
 
-    steps: DrawingSteps = 25
+    steps: DrawingSteps = Field(default=25, description="steps of the sampler")
     guidance_scale: Weight = Field(default=7.5, description="up to 1: no guidance, half of the calls")
-    sampler: str = "dpmsolver++"
+    sampler: str = Field(default="dpmsolver++", description="or ddim, ddim-trailing, pndm, euler, euler-a, unipc")
 
     @property
     def rows(self) -> int:

@@ -48,11 +48,15 @@ OWN = {"seed", "output", "cache"}
 class Ablation(Part):
     """What an ablation compares. `arms`: name -> values of the recipe that differ (`stages.0.losses.feature: 0`)."""
 
-    title: str = "Ablation"
+    title: str = Field(default="Ablation", description="of the table")
     recipe: PathOrId = Field(description="the recipe that all arms share: a file, or a shipped recipe's name")
     set: dict[str, Any] = Field(default={}, description="values for all arms, in place of the recipe's")
-    seeds: Annotated[list[Annotated[Seed, Strict()]], Field(min_length=1, default_factory=lambda: [1, 2, 3])]
-    arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    seeds: Annotated[list[Annotated[Seed, Strict()]], Field(min_length=1)] = Field(
+        default=[1, 2, 3], description="each arm is trained once with each"
+    )
+    arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)] = Field(
+        description="name of an arm: its values, by key (`stages.0.losses.feature: 0`)"
+    )
     output: Annotated[PathText, Field(min_length=1)] = Field(description="folder of all runs and of the table")
 
 
