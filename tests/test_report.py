@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from prunet.denoisers.pairs import StagePairs
 from prunet.denoisers.unet2d.architecture import UNET2D
 from prunet.errors import UserError
 from prunet.plan.derived import Derived, derive
@@ -162,12 +163,12 @@ def make_run(
         (stage / "sheets").mkdir(parents=True)
         lines = [json.dumps(row) + "\n" for row in losses(derived, rows * 10, 10)]
         (stage / "log.jsonl").write_text("".join(lines), encoding="utf-8")
-        (stage / "pairs.json").write_text(json.dumps(derived.facts()["pairs"]["block"]), encoding="utf-8")
+        StagePairs(pairs=list(derived.pairs())).save(stage / "pairs.json")
         for step in range(9) if sheets else ():
             Image.new("RGB", (60, 40)).save(stage / "sheets" / f"step-{step:07d}.png")
         (stage / "sheets" / "step-last.png").write_text("of somebody else")
     (folder / "recipe.yaml").write_text(recipe_yaml(recipe), encoding="utf-8")
-    (folder / "plan.json").write_text(json.dumps(derived.facts()), encoding="utf-8")
+    derived.result().save(folder / "plan.json")
     measures = evaluation(derived, prompts, memory)
     (folder / "evaluation" / "evaluation.json").write_text(json.dumps(measures), encoding="utf-8")
     (folder / "steps.json").write_text(

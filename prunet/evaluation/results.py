@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
 from prunet.disk.files import write_text
 from prunet.disk.seals import file_checksum
+from prunet.disk.steps import Step
 from prunet.disk.values import Value
 from prunet.errors import UserError
 from prunet.plan.size import Size
@@ -110,8 +110,8 @@ class EvaluationResult(Value):
         self.save(folder / "evaluation.json")
 
 
-def read_evaluation(folder: Path, steps: Mapping[str, Any] | None = None) -> EvaluationResult:
-    """Reads what `evaluate` wrote into a folder. `steps`: the value of the run's `steps.json`, to check the student by.
+def read_evaluation(folder: Path, steps: Mapping[str, Step] | None = None) -> EvaluationResult:
+    """Reads what `evaluate` wrote into a folder. `steps`: the run's finished steps, to check the student by.
 
     Raises:
         UserError: missing, not readable, changed, of another student or version.
@@ -122,7 +122,7 @@ def read_evaluation(folder: Path, steps: Mapping[str, Any] | None = None) -> Eva
         if (path := folder / name).is_file() and file_checksum(path) != expected:
             raise UserError(f"{path}: damaged or changed (its checksum is another than when it was drawn): {again}")
     last = max((name for name in steps or {} if name.startswith("stage-")), key=lambda n: int(n[6:]), default=None)
-    if steps and last and evaluation.protocol.student not in (None, steps[last].get("inputs")):
+    if steps and last and evaluation.protocol.student not in (None, steps[last].inputs):
         raise UserError(f"{folder / 'evaluation.json'}: of another student than {folder.parent / last}: {again}")
     return evaluation
 
@@ -174,5 +174,5 @@ def markdown(result: EvaluationResult) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells(label: str, found: Iterable[tuple[Any, ...]]) -> str:
+def _cells(label: str, found: Iterable[tuple[float, ...]]) -> str:
     return f"| {label} | " + " | ".join("{:.4f} [{:.4f}, {:.4f}]".format(*numbers) for numbers in found) + " |"

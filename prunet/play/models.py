@@ -19,7 +19,6 @@ from prunet.recipe.recipe import load_recipe
 from prunet.recipe.values import Drawing
 from prunet.sampling.draw import draw, open_model
 from prunet.sampling.made_for import drawing_of
-from prunet.sampling.samplers import set_sampler
 from prunet.sampling.start import start_from
 from prunet.speed.clock import weights_mb, working_mb
 from prunet.teacher.space import check_size
@@ -76,20 +75,19 @@ class Player:
         start = None
         if asked.image is not None:
             start = start_from(self.opened, [asked.image], size=asked.size, steps=how.steps, strength=asked.strength)
-        pipe, seconds = set_sampler(self.pipe, how.sampler), 0.0
-        given: dict[str, Any] = how.model_dump(include={"steps", "guidance_scale"})
+        seconds = 0.0
         out: list[Image.Image] = []
 
         def call() -> None:
             nonlocal seconds
             began = time.perf_counter()
-            out.extend(draw(pipe, [asked.prompt], [asked.seed], size=asked.size, start=start, **given))
+            out.extend(draw(self.pipe, [asked.prompt], [asked.seed], how, size=asked.size, start=start))
             seconds = time.perf_counter() - began  # it is decoded, so the device has finished
 
         working = working_mb(call, self.opened.device)
         if not out:  # the system does not tell how much memory a process needs
             call()
-        parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        parts = [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
         return Drawn(out[0], seconds, None if working is None else working + sum(map(weights_mb, parts)), how)
 
     def _use(self, lora: Path | None) -> None:
