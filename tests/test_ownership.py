@@ -179,7 +179,8 @@ def test_nothing_goes_into_or_above_what_is_read(verb, files, capsys, begins) ->
     arguments, what = VERBS[verb]
     end = "x.config" if what == "configs" else "x"
     refused = [files / "teacher" / end, files / "teacher" / "unet" / "deep" / end, files / "finished/cache" / end]
-    refused += [files / "finished" / "pipeline" / "vae" / end, files / "finished" / "student" / end]
+    parts = ("pipeline/vae", "student", "stage-1", "evaluation", "evaluation/pictures", "stage-7")
+    refused += [files / "finished" / part / end for part in parts]
     if what in ("run", "cache", "ablation"):
         refused += [files / "pictures" / end, files]
     for to in refused:
@@ -224,10 +225,15 @@ def test_single_files(files, capsys, monkeypatch) -> None:
     assert call(capsys, *compare, files / "page.html")[0] == 0
     assert call(capsys, *compare, files / "page.html")[0] == 0
     report = files / "finished" / "report.html"
-    for path in (write(files / "mine.html", "<html>"), files / "teacher" / "page.html", report):
+    for path, words in (
+        (write(files / "mine.html", "<html>"), "exists, and is not a comparison as prunet made it"),
+        (files / "teacher" / "page.html", "which is a model"),
+        (report, f"is kept for the run {files / 'finished'} itself"),
+        (files / "again" / "evaluation" / "page.html", f"is kept for the run {files / 'again'} itself"),
+    ):
         before = tree(files)
         code, _, err = call(capsys, *compare, path)
-        assert code == 2 and "\n" not in err.strip() and tree(files) == before
+        assert code == 2 and "\n" not in err.strip() and words in err and tree(files) == before
     model = write(files / "model.safetensors")
     code, _, err = call(capsys, "export", files / "finished", "--single-file", "-o", model)
     assert code == 2 and model.read_text() == "mine"

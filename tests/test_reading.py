@@ -53,6 +53,11 @@ TOO_MUCH = {
 }
 
 
+def test_json_is_yaml_with_emoji_in_two_halves_too() -> None:
+    text = json.dumps({"a \U0001f600": ["\U0001f600", "ä", "plain"]})
+    assert "ud83d" in text and parse_yaml(text, "x") == json.loads(text)
+
+
 @pytest.mark.parametrize("case", TOO_MUCH)
 @pytest.mark.parametrize("reader", ["recipe", "plan", "protocol", "--set"])
 def test_what_is_too_much_is_refused_at_once(case: str, reader: str, tmp_path: Path) -> None:

@@ -170,6 +170,21 @@ def test_other_recipe_in_the_same_folder_is_refused_before_anything_changes(copi
     assert contents(copied) == before
 
 
+def test_data_that_changed_are_not_blamed_on_the_recipe(copied, pictures, tmp_path, monkeypatch) -> None:
+    """The run's own recipe would be refused as well, so it is no advice; a path with spaces is quoted where it is."""
+    monkeypatch.chdir(tmp_path)
+    run_folder = copied.rename(tmp_path / "my run")
+    shutil.copytree(pictures, tmp_path / "data")
+    recipe = run_folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(pictures), "data"))
+    Run(recipe_of(run_folder), CPU).check()
+    with pytest.raises(UserError, match=r"seed 1234, now 5: set it back \(`prunet run '.*/my run'` resumes"):
+        Run(recipe_of(run_folder, "seed=5"), CPU).check()
+    (tmp_path / "data" / "000.txt").write_text("another caption")
+    with pytest.raises(UserError, match=r"files or prompts of the data \w+, now \w+: put that back as it was, delete"):
+        Run(recipe_of(run_folder), CPU).check()
+
+
 def test_pictures_may_go_when_the_cache_is_whole(sd, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_pictures(tmp_path / "data" / "pictures", 4)

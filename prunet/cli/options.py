@@ -17,7 +17,6 @@ from prunet.errors import UserError, printable
 app = typer.Typer(
     name="prunet",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     help="Make a Stable Diffusion model smaller and faster: remove blocks of its U-Net, distil what is left.\n\n"
     "Start with [bold]prunet inspect sd-v1 --plan bk-small[/], then [bold]prunet run RECIPE[/].",

@@ -89,8 +89,9 @@ def new_folder(path: Path, what: str, made_from: str | None = None) -> Iterator[
             path.parent.mkdir(parents=True, exist_ok=True)
             _new_part(part)
             yield part
-            seal(part, what, made_from)
             umask = _umask()
+            _finish(part, umask)  # a copy of a folder that may not be written to may not either
+            seal(part, what, made_from)
             for inside in part.rglob("*"):
                 _finish(inside, umask)
             shutil.rmtree(old, ignore_errors=True)

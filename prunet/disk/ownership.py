@@ -208,6 +208,18 @@ def _lock(folder: Path, what: str) -> int | None:
     return file
 
 
+def worker_of(folder: Path) -> str | None:
+    """Returns the process that works in a folder, in the words of its lock; None if none does."""
+    try:
+        with (folder / LOCK).open(encoding="utf-8", errors="replace") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return (folder / LOCK).read_text(encoding="utf-8", errors="replace").rstrip(",") or "another process"
+    except OSError:  # no lock, or a file system without locks
+        pass
+    return None
+
+
 def _let_go() -> None:
     """Closes the locks in a forked child (a loader of samples), so that they end with its parent."""
     for file, _ in _held.values():

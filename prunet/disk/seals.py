@@ -32,7 +32,12 @@ def checksum(pieces: Iterable[Any]) -> str:
 
 
 def file_checksum(path: Path) -> str:
-    """Returns the checksum of a file's bytes."""
+    """Returns the checksum of a file's bytes.
+
+    Raises:
+        UserError: no permission to read it.
+    """
+    check_permission(path)
     with path.open("rb") as file:
         return checksum(iter(lambda: file.read(PIECE), b""))
 

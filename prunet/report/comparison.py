@@ -9,6 +9,7 @@ import yaml
 
 from prunet import __version__
 from prunet.disk.files import write_text
+from prunet.disk.reading import check_permission
 from prunet.disk.steps import read_steps
 from prunet.errors import UserError
 from prunet.evaluation.protocol import differences
@@ -79,6 +80,7 @@ def _open_run(folder: Path, name: str, kind: str) -> Compared:
         if "evaluate" not in steps:
             raise UserError(f"{folder}: not evaluated, or trained since: finish it with {command('run', folder)}")
         plan, evaluation = PlanResult.load(folder / "plan.json"), read_evaluation(folder / "evaluation", steps)
+        check_permission(folder / "recipe.yaml")
         recipe_text = without_home((folder / "recipe.yaml").read_text(encoding="utf-8"))
         stages = yaml.safe_load(recipe_text)["stages"]
         axis = read_logs([folder / f"stage-{number}" for number in range(1, len(stages) + 1)], steps)
