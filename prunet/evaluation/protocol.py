@@ -14,12 +14,14 @@ from prunet.disk.reading import load_mapping
 from prunet.errors import UserError
 from prunet.recipe.prompts import prompts_hash, read_prompt_file
 from prunet.recipe.recipe import explain
-from prunet.recipe.values import Drawing, Integer, Part, Seed, Size, Steps
+from prunet.recipe.values import Copies, Drawing, Integer, Part, Seed, Size, Steps
 
 FOLDER = Path(__file__).parent / "protocols"
 #: Metrics that compare with real pictures.
 NEED_REAL = {"fid", "kid", "precision", "recall"}
-#: Titles of metrics in tables, and which way is better. `title_rows` names CLIP score after a model that is not CLIP.
+#: Metrics that compare with pictures of a subject -> the network that looks at both.
+SUBJECT = {"clip_i": "clip", "dino": "dino"}
+#: Titles of metrics in tables, and which way is better. `title_rows` names CLIP's after a model that is not CLIP.
 TITLES = {
     "fid": ("FID", "lower"),
     "is": ("Inception score", "higher"),
@@ -28,6 +30,8 @@ TITLES = {
     "recall": ("recall", "higher"),
     "clip_score": ("CLIP score", "higher"),
     "retrieval": ("R@1 among the prompts", "higher"),
+    "clip_i": ("CLIP-I", "higher"),
+    "dino": ("DINO", "higher"),
 }
 
 
@@ -41,13 +45,18 @@ class Given(Part):
     sha256: str | None = Field(default=None, description="hash of the prompts, one on each line, or of the statistics")
 
 
-class Clip(Part):
-    """The model of `clip_score` and `retrieval`."""
+class Network(Part):
+    """The model of `dino`."""
 
-    library: Literal["transformers", "open_clip"] = "transformers"
     model: str
     source: str = Field(description="where its weights are from")
     file: str | None = None
+
+
+class Clip(Network):
+    """The model of `clip_score`, `retrieval` and `clip_i`."""
+
+    library: Literal["transformers", "open_clip"] = "transformers"
 
 
 class Protocol(Drawing):
@@ -57,6 +66,7 @@ class Protocol(Drawing):
     version: Steps = 1
     description: str = ""
     prompts: Given
+    images_per_prompt: Copies | None = Field(default=None, description="pictures of each prompt; one by default")
     seed: Seed = 0
     size: Size | None = Field(default=None, description="pixels; the model's own if not given")
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -73,6 +83,7 @@ class Protocol(Drawing):
     )
     kid_subset_size: Annotated[Integer, Field(ge=10)] = 1000
     clip: Clip | None = None
+    dino: Network | None = None
     real: Given | None = None
     note: str = Field(default="", description="how it differs from the published protocol that it follows")
 
@@ -80,10 +91,12 @@ class Protocol(Drawing):
     def _whole(self) -> "Protocol":
         if unknown := [m for m in self.metrics if m not in TITLES]:
             raise ValueError(f"no metric {unknown[0]!r}: {', '.join(TITLES)}")
-        if self.real is None and (wanting := [m for m in self.metrics if m in NEED_REAL]):
+        if self.real is None and (wanting := [m for m in self.metrics if m in {*NEED_REAL, *SUBJECT}]):
             raise ValueError(f"{wanting[0]} compares with real pictures: give 'real'")
-        if self.clip is None and ({"clip_score", "retrieval"} & set(self.metrics) or self.features == "clip"):
-            raise ValueError("clip_score, retrieval and features: clip want 'clip', a model")
+        if self.clip is None and ({"clip_score", "retrieval", "clip_i"} & set(self.metrics) or self.features == "clip"):
+            raise ValueError("clip_score, retrieval, clip_i and features: clip want 'clip', a model")
+        if self.dino is None and "dino" in self.metrics:
+            raise ValueError("dino wants 'dino', a model")
         return self
 
 
@@ -128,7 +141,7 @@ def protocol_prompts(protocol: Protocol, folder: Path, given: Path | None, limit
         raise UserError(f"{path}: not the prompts of protocol {protocol.name} (their hash differs). {wanted.source}")
     if len(prompts[:limit]) < 2:
         raise UserError(f"{path}: one prompt is too few to measure by")
-    return prompts[:limit]
+    return [prompt for prompt in prompts[:limit] for _ in range(protocol.images_per_prompt or 1)]
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -142,8 +155,8 @@ def title_rows(result: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, f
     rows, clip = [], (result["protocol"].get("clip") or {})
     for name, found in result["measures"].items():
         title, better = TITLES[name]
-        if name == "clip_score" and clip.get("library") == "transformers" and not clip["model"].startswith("openai/"):
-            title = f"{clip['model']} score"
+        if clip.get("library") == "transformers" and not clip["model"].startswith("openai/"):
+            title = title.replace("CLIP", clip["model"])
         rows.append((title, better, found))
     return rows
 
