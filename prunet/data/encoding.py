@@ -3,9 +3,11 @@
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,14 @@ def pictures_are_gone(data: Data, made: Path) -> bool:
     if data.source is None or not (made / "cache.json").is_file() or has_files(data.source):
         return False
     of_the_hub = read_spec(made)["content"] == hub_fingerprint(data.source)
-    return not of_the_hub and read_json(made / "cache.json").get("source") == data.source
+    return not of_the_hub and _same_places(read_json(made / "cache.json").get("source"), data.source)
+
+
+def _same_places(cached: Any, now: str | list[str]) -> bool:
+    """Whether sources that are gone are those of a cache, which may have been given from another folder."""
+    then, paths = ([value] if isinstance(value, str) else value for value in (cached or [], now))
+    pairs = [(os.path.abspath(a), b) for a, b in zip_longest(then, paths, fillvalue="")]
+    return all(a == os.path.abspath(b) or a.endswith(os.sep + os.path.normpath(b)) for a, b in pairs)
 
 
 def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234, like: Cache | None = None) -> Cache:

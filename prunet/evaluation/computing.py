@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,13 @@ from prunet.errors import UserError
 from prunet.evaluation import metrics
 from prunet.evaluation.metrics import Moments
 from prunet.evaluation.protocol import NEED_REAL, SUBJECT, Protocol
-from prunet.intervals import Array, mean_of
+from prunet.intervals import Array, Measure, mean_of
 
 
 def compute(
     protocol: Protocol, found: Mapping[str, Mapping[str, Array]], theirs: Mapping[str, Any]
-) -> dict[str, dict[str, float]]:
-    """Returns the protocol's metrics as plain numbers, from features by network; `theirs`: those of the real pictures.
+) -> dict[str, Measure]:
+    """Returns the protocol's metrics from features by network; `theirs`: those of the real pictures.
 
     Raises:
         UserError: a metric is not finite, or the features do not fit each other.
@@ -44,10 +44,9 @@ def compute(
         else:
             per_picture = metrics.cosines if name == "clip_score" else metrics.retrieved
             out[name] = mean_of(per_picture(found["clip"]["image"], found["clip"]["text"]))
-    numbers = {name: asdict(value) for name, value in out.items()}
-    if broken := [name for name, value in numbers.items() if not all(map(math.isfinite, value.values()))]:
+    if broken := [name for name, value in out.items() if not all(map(math.isfinite, astuple(value)))]:
         raise UserError(f"{broken[0]} is not a number: too few pictures, or features that are not numbers")
-    return numbers
+    return out
 
 
 def _points(protocol: Protocol, features: Array) -> Array:

@@ -5,9 +5,10 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from prunet.errors import UserError
+from prunet.recipe.paths import PathOrId, PathText
 from prunet.recipe.recipe import explain
 from prunet.recipe.training import Training
-from prunet.recipe.values import Fraction, Integer, Number, PathText, Positive, Seed, Size, Steps, Weight
+from prunet.recipe.values import Fraction, Integer, Number, Positive, Seed, Size, Steps, Weight
 
 #: Fields that decide where a personalisation lies and what is shown of it, not what is learned.
 PLACES = ("model", "config", "pictures", "output", "sheet_every", "checkpoint_every")
@@ -16,8 +17,8 @@ PLACES = ("model", "config", "pictures", "output", "sheet_every", "checkpoint_ev
 class Personalization(Training):
     """DreamBooth (arXiv 2208.12242) of a model. Defaults are those of diffusers' scripts (docs/personalize.md)."""
 
-    model: PathText
-    config: PathText | None = None
+    model: PathOrId
+    config: PathOrId | None = None
     pictures: PathText = Field(description="folder with pictures of the subject")
     output: PathText
     prompt: Annotated[str, Field(min_length=1)] = Field(description="what the pictures show, with a rare word for it")

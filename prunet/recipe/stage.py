@@ -1,6 +1,5 @@
 """A stage of a recipe: a piece of training with its objective, plan, teacher and hyperparameters."""
 
-import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -15,15 +14,16 @@ from pydantic import (
 
 from prunet.denoisers.pairs import Level
 from prunet.plan.plan import Plan, load_plan, preset_names
+from prunet.recipe.paths import PathOrId, located
 from prunet.recipe.training import Training
-from prunet.recipe.values import Drawing, DrawingSteps, Part, PathText, Positive, Steps, Weight
+from prunet.recipe.values import Drawing, DrawingSteps, Part, Positive, Steps, Weight
 
 
 class TeacherSource(Part):
     """The place of a teacher."""
 
-    source: PathText = Field(description="diffusers folder, .safetensors file or hub id")
-    config: PathText | None = Field(
+    source: PathOrId = Field(description="diffusers folder, .safetensors file or hub id")
+    config: PathOrId | None = Field(
         default=None, description="for a single file: folder or hub id with configs and tokenizers"
     )
     revision: str | None = Field(default=None, description="revision of a hub id")
@@ -40,9 +40,9 @@ TeacherValue = Annotated[TeacherSource, BeforeValidator(_read_teacher)]
 class Losses(Part):
     """Weights of the three loss terms (arXiv 2305.15798, equation 4), and the details of the feature term."""
 
-    task: Weight = 1.0
-    output: Weight = 1.0
-    feature: Weight = 1.0
+    task: Weight = Field(default=1.0, description="of the distance from what the data teach")
+    output: Weight = Field(default=1.0, description="of the distance from the teacher's output")
+    feature: Weight = Field(default=1.0, description="of the distances between features of student and teacher")
     level: Level = Field(default="block", description="which modules are compared: see docs/recipes.md")
     normalize: bool = Field(default=False, description="divide each feature term by the teacher's mean square")
     weights: dict[str, Weight] = Field(
@@ -59,7 +59,7 @@ class Losses(Part):
 def _read_plan(value: Any) -> Plan:
     if not isinstance(value, Plan | str | list | Mapping):
         raise ValueError(f"give a preset's name ({', '.join(preset_names())}), a file, or a list of patterns")
-    return load_plan(os.path.expanduser(value) if isinstance(value, str) else value)
+    return load_plan(value if value in preset_names() else located(value, may_be_id=True))
 
 
 def _write_plan(plan: Plan) -> dict[str, Any]:
@@ -98,9 +98,11 @@ class Stage(Training):
     plan: PlanValue | None = Field(
         default=None, description="an earlier plan that removes less; the recipe's plan if not given"
     )
-    losses: Losses = Losses()
+    losses: Losses = Field(default=Losses(), description="what is added up in the loss")
     teacher: TeacherValue | None = Field(default=None, description="another teacher for this stage, of the same layout")
-    min_snr_gamma: Positive | None = Field(default=None, description="weights the task loss only")
+    min_snr_gamma: Positive | None = Field(
+        default=None, description="weighs the task loss by the signal-to-noise ratio, up to this; 5 is usual"
+    )
 
     @model_validator(mode="after")
     def _fits_objective(self) -> "Stage":

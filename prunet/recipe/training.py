@@ -10,14 +10,20 @@ from prunet.recipe.values import Fraction, Integer, Number, Part, Positive, Step
 class Training(Part):
     """How the loop trains a denoiser: steps, batches, optimizer, average."""
 
-    steps: Steps
-    batch_size: Annotated[Integer, Field(ge=1, le=1_000_000)] = 256
-    learning_rate: Positive = 5e-5
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: Annotated[Integer, Field(ge=0, le=1_000_000_000)] = 500
-    weight_decay: Weight = 1e-2
-    max_grad_norm: Positive = 1.0
-    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(default=0.9999, description="null: no EMA")
+    steps: Steps = Field(description="updates of the weights")
+    batch_size: Annotated[Integer, Field(ge=1, le=1_000_000)] = Field(
+        default=256, description="samples a step, over all processes and micro-batches"
+    )
+    learning_rate: Positive = Field(default=5e-5, description="AdamW's, after the warm-up")
+    schedule: Literal["constant", "cosine"] = Field(default="constant", description="of the learning rate")
+    warmup_steps: Annotated[Integer, Field(ge=0, le=1_000_000_000)] = Field(
+        default=500, description="steps in which the learning rate rises from 0"
+    )
+    weight_decay: Weight = Field(default=1e-2, description="AdamW's")
+    max_grad_norm: Positive = Field(default=1.0, description="norm to which gradients are clipped")
+    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
+        default=0.9999, description="of the average of the weights, which is exported; null: no average"
+    )
     caption_dropout: Fraction = Field(default=0.1, description="share of samples that see the empty prompt")
 
     def settings(self, *without: str) -> dict[str, Any]:

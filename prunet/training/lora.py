@@ -50,7 +50,7 @@ def check_rank(config: Mapping[str, Any], rank: int) -> None:
         UserError: peft is not installed, or the LoRA would be no smaller than a layer that it changes.
     """
     if importlib.util.find_spec("peft") is None:
-        raise UserError("--lora: needs peft, which is not installed: pip install -e '.[personalize]'")
+        raise UserError("--lora: needs peft, which is not installed: pip install 'prunet[personalize]'")
     sizes = [shape for name, shape in _weights(architecture_of(config), config_text(config)) if is_target(name)]
     most = min(math.prod(shape) // sum(shape) for shape in sizes)
     if rank > most:
