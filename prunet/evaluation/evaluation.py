@@ -22,6 +22,7 @@ from prunet.intervals import Array, bootstrap, mean_of
 from prunet.plan.size import size_of
 from prunet.recipe.recipe import Evaluation, read_prompts
 from prunet.recipe.values import Drawing
+from prunet.sampling.pictures import picture_rmse
 from prunet.speed.clock import time_denoisers
 from prunet.teacher.teacher import Teacher
 from prunet.training.sheets import grid
@@ -170,12 +171,6 @@ def denoiser_errors(teacher: Teacher, net: Net, prompts: list[str], latents: Ten
         mine.append((rows.start, sums))
     error, power = np.concatenate([sums for _, sums in processes.gather(mine)], axis=1)
     return error, power
-
-
-def picture_rmse(a: Image.Image, b: Image.Image) -> float:
-    """Returns the root mean squared error of two pictures of one size, 0 to 1 (full brightness)."""
-    x, y = (np.asarray(p.convert("RGB"), dtype=np.float64) / 255 for p in (a, b))
-    return float(np.sqrt(((x - y) ** 2).mean()))
 
 
 def _write(

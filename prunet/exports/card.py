@@ -16,7 +16,7 @@ def origin(teacher: Teacher) -> dict[str, Any]:
     return {"teacher": teacher.hub_id or short(teacher.source), "base_model": teacher.hub_id}
 
 
-def model_card(facts: dict[str, Any]) -> str:
+def model_card(facts: dict[str, Any], template: str = "card.md.j2") -> str:
     """Renders the README of an exported pipeline from its plan, recipe, data, measures and licence.
 
     A user's text is escaped: it cannot end the YAML, a code span, a table or a heading.
@@ -28,7 +28,7 @@ def model_card(facts: dict[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     env.filters |= {"quoted": _quoted, "code": _code, "words": _words}
-    return env.get_template("card.md.j2").render(**facts)
+    return env.get_template(template).render(**facts)
 
 
 def _quoted(text: str) -> str:

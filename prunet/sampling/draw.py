@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from prunet.console import progress
 from prunet.disk.files import new_file
 from prunet.disk.seals import verify
 from prunet.errors import UserError
+from prunet.recipe.prompts import check_prompts
 from prunet.recipe.recipe import load_recipe
 from prunet.recipe.values import Drawing
 from prunet.sampling.made_for import drawing_of
+from prunet.sampling.openvino import OpenVinoPipeline, is_openvino
 from prunet.sampling.samplers import SAMPLERS, set_sampler
 from prunet.teacher.space import check_size
 from prunet.teacher.teacher import Teacher, after_overflow
@@ -48,8 +51,7 @@ def draw(
             latents = draw_latents(pipe, prompts[at], seeds[at], steps=steps, guidance_scale=guidance_scale, size=size)
             pictures = decode(pipe, latents)
             for path, picture, prompt in zip(save_to[at], pictures, prompts[at], strict=bool(save_to)):
-                with new_file(path) as part:
-                    picture.save(part, format=PICTURE_FORMATS[path.suffix.lower()], exif=_drawn_by(prompt))
+                _save(picture, path, prompt)
             out += pictures
             bar.advance(len(pictures))
     return out
@@ -143,7 +145,8 @@ def generate(
     dtype: torch.dtype = torch.float32,
     save_to: Sequence[Path] = (),
 ) -> list[Image.Image]:
-    """Draws `num_images` pictures of each prompt with the pipeline at `model` (folder, single file, hub id or run).
+    """Draws `num_images` pictures of each prompt with the pipeline at `model` (folder, single file, hub id, run, or a
+    folder for OpenVINO, which draws on the CPU and with its own sampler).
 
     `steps`, `guidance_scale`, `sampler`: by default what the pipeline was made for, else 25, 7.5 (for a run, its
     recipe's value) and dpmsolver++. `save_to`: a file for each picture (.png, .jpg, .jpeg or .webp), written as soon as
@@ -151,14 +154,22 @@ def generate(
     """
     if sampler is not None and sampler not in SAMPLERS:
         raise UserError(f"No sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    given = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [p for p in given for _ in range(num_images)]
+    seeds = [seed + i for i in range(len(prompts))]
+    if is_openvino(model):
+        if config is not None:
+            raise UserError(f"{model}: --config is for a single .safetensors file: leave it out")
+        check_prompts(given, "prompt")
+        precision = "f32" if dtype == torch.float32 else "bf16"
+        asked = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}
+        return _generate_openvino(model, prompts, seeds, size=size, precision=precision, save_to=save_to, **asked)
     teacher = open_model(model, config=config, device=device, dtype=dtype)
     if size is not None:
         check_size(teacher, size, "size")
-    teacher.check_prompts([prompt] if isinstance(prompt, str) else prompt)
+    teacher.check_prompts(given)
     how = drawing_of(teacher, _usual(Path(model)), steps=steps, guidance_scale=guidance_scale, sampler=sampler)
     pipe = set_sampler(teacher.pipeline(), how.sampler)
-    prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
-    seeds = [seed + i for i in range(len(prompts))]
     return draw(
         pipe,
         prompts,
@@ -175,6 +186,37 @@ def _usual(model: Path) -> Drawing:
     """Returns how to draw with a pipeline that says nothing itself; a run's has the guidance of its recipe."""
     recipe = model / "recipe.yaml"
     return Drawing(guidance_scale=load_recipe(recipe).evaluation.guidance_scale) if recipe.is_file() else Drawing()
+
+
+def _generate_openvino(
+    folder: str | Path,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    size: int | None,
+    precision: str,
+    save_to: Sequence[Path],
+    **asked: Any,
+) -> list[Image.Image]:
+    """`generate` with a folder for OpenVINO; `asked` is what replaces the values of how it was made to draw."""
+    pipe = OpenVinoPipeline(folder, precision)
+    pipe.check_size(size or pipe.native_size)
+    how = pipe.made_for.model_copy(update={name: value for name, value in asked.items() if value is not None})
+    if how.sampler != pipe.made_for.sampler:
+        raise UserError(f"sampler: {folder} draws with its own, {pipe.made_for.sampler}: leave it out")
+    out = []
+    with progress("Drawing" if len(prompts) > 1 else "", len(prompts)) as bar:
+        for prompt, seed, path in zip_longest(prompts, seeds, save_to):
+            out.append(pipe.draw(prompt, seed, how, size))
+            if path:
+                _save(out[-1], path, prompt)
+            bar.advance()
+    return out
+
+
+def _save(picture: Image.Image, path: Path, prompt: str) -> None:
+    with new_file(path) as part:
+        picture.save(part, format=PICTURE_FORMATS[path.suffix.lower()], exif=_drawn_by(prompt))
 
 
 def _drawn_by(prompt: str) -> Image.Exif:
