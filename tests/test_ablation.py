@@ -142,6 +142,24 @@ def test_a_run_that_fails_stops_the_others(files: Path) -> None:
     assert not any(other.is_done("stage-1") for other in others)
 
 
+def test_a_common_first_stage_is_trained_once(files: Path) -> None:
+    """What is copied is what would have been trained, and the second arm's own stage starts from it."""
+    stage = yaml.safe_load((files / "recipe.yaml").read_text())["stages"][0]
+    ablation = yaml.safe_load((files / "ablation.yaml").read_text())
+    ablation |= {"seeds": [1], "arms": {"one stage": {}, "two stages": {"stages": [stage, stage | {"steps": 1}]}}}
+    (files / "ablation.yaml").write_text(yaml.safe_dump(ablation))
+    loaded, recipes = load_ablation(files / "ablation.yaml")
+    ablate(loaded, recipes, CPU)
+    one, two = (Path(recipes[arm, 1].output) for arm in loaded.arms)
+    name = "stage-1/unet/diffusion_pytorch_model.safetensors"
+    assert (one / name).read_bytes() == (two / name).read_bytes()
+    assert (one / "stage-1" / "checkpoints").is_dir() and not (two / "stage-1" / "checkpoints").exists()
+    alone = run(recipes["two stages", 1].model_copy(update={"output": str(files / "alone")}), CPU, until="evaluate")
+    assert (alone / "stage-1" / "checkpoints").is_dir()
+    name = "stage-2/unet/diffusion_pytorch_model.safetensors"
+    assert (alone / name).read_bytes() == (two / name).read_bytes()
+
+
 def test_interval_is_student_t() -> None:
     found = summary([1.0, 2.0, 4.0])
     # From the definition; 4.303 is t(0.975, 2 degrees of freedom) in any table.

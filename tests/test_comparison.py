@@ -68,7 +68,7 @@ def test_runs_that_differ_in_their_training_seed_are_compared(finished: Path, tm
     cpu = Runtime(device="cpu", precision="no")
     run(recipe, cpu, until="evaluate")
     first, second = (read_evaluation(folder / "evaluation") for folder in folders)
-    assert first["distance"]["after"]["denoiser"] != second["distance"]["after"]["denoiser"]
+    assert first.distance["after"].denoiser != second.distance["after"].denoiser
     for name in ("teacher", "before"):
         pictures = [(folder / "evaluation/pictures" / name / "0001.png").read_bytes() for folder in folders]
         assert pictures[0] == pictures[1]

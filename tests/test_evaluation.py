@@ -10,6 +10,7 @@ from prunet import Plan, Teacher, build, evaluate, load_plan
 from prunet.disk.files import read_json
 from prunet.evaluation import drawing
 from prunet.evaluation.evaluation import LEVELS, denoiser_errors, picture_rmse
+from prunet.evaluation.results import EvaluationResult
 from prunet.recipe.recipe import Evaluation, Stage
 from prunet.runtime import Runtime
 from prunet.speed.clock import time_denoisers
@@ -19,17 +20,19 @@ from prunet.training.fit import training_memory
 SPEC = Evaluation(prompts=["a cat", "a dog", "a house"], steps=2, guidance_scale=3.0)
 
 
-def test_the_teacher_itself_is_at_no_distance(sd, tmp_path) -> None:
+def test_the_teacher_itself_is_at_no_distance(sd, tmp_path, caplog) -> None:
     teacher = Teacher(sd)
     same, cut = build(teacher, Plan("none")), build(teacher, load_plan("bk-small"))
     result = evaluate(teacher, {"same": same, "cut": cut}, SPEC, tmp_path, size=16, seed=3)
-    assert result["distance"]["same"]["denoiser"] == 0
-    assert result["distance"]["same"]["picture_by_prompt"] == [0, 0, 0]
-    assert result["distance"]["cut"]["denoiser"] > 0.01
-    assert result["distance"]["cut"]["latent"] > 0
-    for key, (low, high) in result["distance"]["cut"]["intervals"].items():
-        assert low < result["distance"]["cut"][key] < high
-    assert read_json(tmp_path / "evaluation.json") == json.loads(json.dumps(result))
+    assert not caplog.records  # such as diffusers' warning of a cast
+    assert result.distance["same"].denoiser == 0
+    assert result.distance["same"].picture_by_prompt == [0, 0, 0]
+    assert result.distance["cut"].denoiser > 0.01
+    assert result.distance["cut"].latent > 0
+    for key, (low, high) in result.distance["cut"].intervals.items():
+        assert low < getattr(result.distance["cut"], key) < high
+    assert EvaluationResult.load(tmp_path / "evaluation.json") == result
+    assert read_json(tmp_path / "evaluation.json") == json.loads(json.dumps(result.facts()))
     assert "| U-Net parameters (M) |" in (tmp_path / "evaluation.md").read_text()
 
 
@@ -59,7 +62,7 @@ def test_a_stopped_evaluation_does_not_draw_again_what_it_has(sd, tmp_path, monk
     left[0] = 9
     parts = evaluate(teacher, students, SPEC, tmp_path / "parts", size=16, seed=3)
     assert drawn == [[4, 5], [3, 4], [5], [3, 4], [3, 4], [5]]  # of the teacher first, the damaged one again, the cut
-    assert parts["distance"] == whole["distance"] and parts["pictures"] == whole["pictures"]
+    assert parts.distance == whole.distance and parts.pictures == whole.pictures
     names = [sorted(str(p.relative_to(tmp_path / f)) for p in (tmp_path / f).rglob("*")) for f in ("parts", "whole")]
     assert names[0] == names[1]
 
@@ -82,7 +85,7 @@ def test_evaluation_does_not_depend_on_other_students(sdxl, tmp_path) -> None:
     alone = evaluate(teacher, {"cut": cut}, spec, tmp_path / "a", size=16, seed=3)
     other = build(teacher, load_plan("ssd-1b"))
     beside = evaluate(teacher, {"other": other, "cut": cut}, spec, tmp_path / "b", size=16, seed=3)
-    assert alone["distance"]["cut"] == beside["distance"]["cut"]
+    assert alone.distance["cut"] == beside.distance["cut"]
 
 
 def test_picture_rmse_by_hand() -> None:
@@ -95,12 +98,12 @@ def test_measure_reports_every_model_with_its_precision(sdxl) -> None:
     teacher = Teacher(sdxl)
     small = build(teacher, load_plan("vega")).to(torch.bfloat16)
     result = time_denoisers({"teacher": teacher.unet, "student": small}, repeats=2)
-    assert result["dtypes"] == {"teacher": "float32", "student": "bfloat16"}
+    assert result.dtypes == {"teacher": "float32", "student": "bfloat16"}
     models = {"teacher": teacher.unet, "student": small}
     weights = {name: sum(p.nbytes for p in net.parameters()) / 2**20 for name, net in models.items()}
-    for name, speed in result["speeds"].items():
-        assert speed["latency_ms"] > 0
-        assert speed["peak_memory_mb"] is None or speed["peak_memory_mb"] >= weights[name]
+    for name, speed in result.speeds.items():
+        assert speed.latency_ms > 0
+        assert speed.peak_memory_mb is None or speed.peak_memory_mb >= weights[name]
 
 
 def test_memory_estimate_counts_each_parameter_as_it_is_kept() -> None:

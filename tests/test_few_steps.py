@@ -4,11 +4,13 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import make_pipeline
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
+from PIL import Image
 
 from prunet import Runtime, Teacher, UserError, build, derive, distil, export, generate, load_plan, load_recipe, run
 from prunet.data import paths as paths_file
@@ -280,6 +282,24 @@ def test_nobody_draws_it_wrongly_by_default(finished_fast, sd) -> None:
     assert "trajectory, 2 jumps, guidance 3" in card
 
 
+def test_from_a_picture_it_begins_at_one_of_its_own_timesteps(finished_fast, capsys) -> None:
+    """Of its two steps, one; a share that leaves none is refused, and one that is rounded is told."""
+    seen, noisy = [], UNet2DConditionModel.forward
+
+    def look(self: Any, sample: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append((int(timestep), len(sample)))
+        return noisy(self, sample, timestep, *args, **kwargs)
+
+    picture = Image.new("RGB", (16, 16), "red")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UNet2DConditionModel, "forward", look)
+        generate(finished_fast, "a cat", image=picture, strength=0.7)
+    assert seen == [(499, 1)]  # the second of its two jumps, without guidance
+    assert "strength 0.7 of 2 steps: 1 is drawn, as with 0.5" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"strength 0.4: of 2 steps that is not one: give 0.5 or more"):
+        generate(finished_fast, "a cat", image=picture, strength=0.4)
+
+
 def test_a_protocol_measures_it_as_it_was_made_for_and_says_so(finished_fast, sd, tmp_path, monkeypatch) -> None:
     clip = {"model": "tiny", "source": "this test"}
     given = {
@@ -297,8 +317,10 @@ def test_a_protocol_measures_it_as_it_was_made_for_and_says_so(finished_fast, sd
         results.append(measuring.measure(model, protocol, ["a", "b"], tmp_path / name))
         spec = json.loads((tmp_path / name / "pictures" / "spec.json").read_text())
         assert (spec["steps"], spec["guidance_scale"]) == ((4, 3) if name == "teacher" else (2, 1))
-    table = markdown(measuring.compare([tmp_path / "teacher", tmp_path / "student"]))
+    measuring.measure(finished_fast, protocol, ["a", "b"], tmp_path / "asked", asked={"steps": 1, "sampler": None})
+    table = markdown(measuring.compare([tmp_path / name for name in ("teacher", "student", "asked")]))
     assert "| run (ddim-trailing, 2 steps, no guidance) | 0.5" in table
+    assert "| run (ddim-trailing, 1 step, no guidance) | 0.5" in table
     assert "| sd | 0.5" in table
 
 

@@ -205,6 +205,16 @@ class Place:
         save_file(layer, file, metadata={"lora_adapter_metadata": text, "format": "pt"})
         check("adapt", file, "--to", self.student, "-o", self.folder / "new.safetensors")
 
+    def picture(self, option: str, at: int, piece: bytes, cut: int) -> None:
+        given = {name: self.folder / f"{name}.png" for name in ("image", "mask")}
+        whole = (self.pictures / "000.png").read_bytes()
+        for name, path in given.items():
+            at %= len(whole)
+            path.write_bytes(whole[:at] + piece + whole[at + cut :] if name == option else whole)
+        options = [text for name, path in given.items() for text in (f"--{name}", path)]
+        where = ("-o", self.folder / "drawn", "--device", "cpu")
+        check("generate", self.teacher, "a", *options, "--steps", 1, *where)
+
     def header(self, at: int, piece: bytes, cut: int) -> None:
         file = self.teacher / "unet" / "diffusion_pytorch_model.safetensors"
         whole = file.read_bytes()
@@ -296,6 +306,13 @@ mutations = st.one_of(
     st.tuples(st.just("prompts"), st.sampled_from([".txt", ".csv", ".tsv", ""]), st.binary(max_size=60)),
     st.tuples(st.just("adapter"), adapter_keys, value),
     st.tuples(st.just("adapter"), st.just(adapter_key), st.dictionaries(st.sampled_from(peft_fields), value)),
+    st.builds(
+        lambda *given: ("picture", *given),
+        st.sampled_from(["image", "mask"]),
+        st.integers(0, 3000),
+        st.binary(max_size=9),
+        st.integers(0, 3000),
+    ),
     st.tuples(st.just("header"), st.integers(0, 300), st.binary(max_size=9), st.integers(0, 9)),
 )
 

@@ -5,6 +5,9 @@ import itertools
 import json
 import os
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -89,6 +92,22 @@ def test_stopped_and_resumed_equals_uninterrupted(sd, made, whole, tmp_path, mon
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@contextmanager
+def stops(number: int) -> Iterator[None]:
+    """What a command does of a signal."""
+
+    def stopped(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, stopped)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+        assert signal.getsignal(number) is stopped
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_with_a_checkpoint(number, sd, made, whole, tmp_path) -> None:
     """It arrives while the sheet of step 3 is drawn."""
@@ -100,20 +119,38 @@ def test_a_signal_ends_the_step_with_a_checkpoint(number, sd, made, whole, tmp_p
             if step == 3:
                 os.kill(os.getpid(), number)
 
-    def stopped(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(number, stopped)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train(sd, made, tmp_path, sheets=Interrupts(), saving=Saving(100))
-        assert signal.getsignal(number) is stopped
-    finally:
-        signal.signal(number, before)
+    with stops(number):
+        train(sd, made, tmp_path, sheets=Interrupts(), saving=Saving(100))
     assert [path.name for path in checkpoints(tmp_path)] == ["step-0000003"]
     again, _ = train(sd, made, tmp_path)
     assert state_hash(again) == state_hash(whole.student)
     assert losses(tmp_path) == losses(whole.folder)
+
+
+def test_a_stop_between_two_rows_of_the_log_leaves_no_trace_in_it(sd, made, whole, tmp_path, monkeypatch) -> None:
+    """What was summed up before the stop counts in the row after it, with its time."""
+    runtime, step, steps, seconds = dataclasses.replace(CPU, log_every=4), training.Session.step, [], 0.5
+
+    def step_and_stop(session: training.Session, learning_rate: float) -> torch.Tensor:
+        steps.append(learning_rate)
+        if len(steps) in (1, 3, 5):
+            time.sleep(seconds)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(session, learning_rate)
+
+    train(sd, made, tmp_path / "whole", runtime=runtime)
+    monkeypatch.setattr(training.Session, "step", step_and_stop)
+    for last in (1, 3, 5):
+        with stops(signal.SIGTERM):
+            train(sd, made, tmp_path / "parts", runtime=runtime)
+        assert checkpoints(tmp_path / "parts")[-1].name == f"step-{last:07d}"
+    parts, _ = train(sd, made, tmp_path / "parts", runtime=runtime)
+    assert state_hash(parts) == state_hash(whole.student)
+    assert [row["step"] for row in losses(tmp_path / "parts")] == [4, 6]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    rates = [json.loads(line)["images_per_s"] for line in (tmp_path / "parts/log.jsonl").read_text().splitlines()]
+    assert rates[0] < 4 * STAGE.batch_size / (2 * seconds)
+    assert rates[1] < 2 * STAGE.batch_size / seconds
 
 
 def plain_losses(sd: Path, made, stage: Stage, dtype: torch.dtype) -> list[float]:

@@ -159,13 +159,22 @@ def generate(
         str | None,
         typer.Option(help="dpmsolver++ (the default), ddim, ddim-trailing, pndm, euler, euler-a or unipc."),
     ] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture to start from (image to image).")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much of --image is drawn anew, up to 1: 0.6, with --mask 1.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Draw only where it is white (inpainting); as large as --image.")
+    ] = None,
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
     """Draw pictures of a prompt with a pipeline: a teacher, a student, or the student of a run.
 
-    Example: prunet generate runs/demo "a red apple" -n 4
+    Example: prunet generate runs/demo "a red apple" -n 4. From a picture: prunet generate runs/demo "a red apple"
+    --image pear.png --strength 0.6
     """
+    from prunet.data.pictures import read_picture
     from prunet.disk.files import check_writable
     from prunet.disk.ownership import check_file, check_place, hold
     from prunet.sampling.draw import PICTURE_FORMATS, is_drawn
@@ -183,9 +192,10 @@ def generate(
         raise UserError(f"--guidance-scale {guidance_scale}: give a number, such as 7.5")
     paths = [output] if one_file else [output / f"{seed + i:06d}.png" for i in range(num_images)]
     for path in paths:
-        check_file(path, "--output", is_drawn)
+        check_file(path, "--output", is_drawn, [read for read in (image, mask) if read])
         if not one_file and path.exists() and not is_drawn(path, prompt):
             raise UserError(f"--output {path}: shows another prompt: give another folder, or another --seed")
+    start = {name: read_picture(path, f"--{name}") for name, path in (("image", image), ("mask", mask)) if path}
     with nullcontext() if one_file else hold(output, "pictures"):
         draw_pictures(
             model,
@@ -200,5 +210,7 @@ def generate(
             device=runtime.torch_device,
             dtype=runtime.dtype,
             save_to=paths,
+            strength=strength,
+            **start,
         )
     say(as_json, {"pictures": [str(p) for p in paths]}, "\n".join(str(p) for p in paths))

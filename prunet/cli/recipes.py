@@ -32,7 +32,7 @@ def _run_until(until: str, path: Path, overrides: list[str] | None, runtime: Any
         "steps": {n: "done" if this.is_done(n) else "not needed" for n in this.step_names(until)},
     }
     if until == "report":
-        facts["evaluation"] = read_evaluation(this.folder / "evaluation")["distance"]
+        facts["evaluation"] = read_evaluation(this.folder / "evaluation").facts()["distance"]
         facts["report"] = str(this.folder / "report.html")
     say(as_json, facts, _where(this.folder, until))
     return this
@@ -119,9 +119,8 @@ def evaluate(
     With its weights given, LPIPS is measured too, and added to a finished run: prunet evaluate RUN --weights vgg=FILE
     --weights lpips=FILE
     """
-    from prunet.evaluation.evaluation import markdown
     from prunet.evaluation.lpips import Lpips, add_lpips
-    from prunet.evaluation.results import read_evaluation
+    from prunet.evaluation.results import markdown, read_evaluation
     from prunet.report.run import write_report
 
     files = named_files(weights, "vgg=FILE and lpips=FILE")

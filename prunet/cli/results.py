@@ -43,6 +43,14 @@ def measure(
     limit: Annotated[
         int | None, typer.Option(min=2, help="Only the first N prompts, for a trial (KID in smaller subsets).")
     ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="Sampling steps, in place of the protocol's and the model's own."),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance-scale", "-g", min=0, help="Likewise; up to 1: no guidance.")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="Likewise, such as dpmsolver++ or ddim-trailing.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 4,
     config: ConfigOption = None,
     as_json: Json = False,
@@ -75,6 +83,7 @@ def measure(
         real=real,
         weights=files,
         config=config,
+        asked={"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler},
         device=runtime.torch_device,
         batch_size=batch_size,
     )

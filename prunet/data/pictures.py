@@ -34,6 +34,7 @@ PICTURE_FILES = (
     *(".tif", ".tiff", ".avif", ".heic", ".heif"),
 )
 MAX_FILE_MIB = 256  # limit for a picture that is read into memory
+MOST_PIXELS = 50_000_000  # of a picture that a user names
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 TURNING_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0", b"Raw profile type APP1\0")
@@ -153,6 +154,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def make_picture(key: str, captions: tuple[str, ...], why: str, file: Path | bytes | str) -> Picture:
     """A sample from a file, the bytes of a file, or a URL of the Hub; broken by reason `why` if it has no captions."""
     return Picture(key, captions, partial(_decode, key, file)) if captions else broken_picture(key, why)
+
+
+def read_picture(path: Path, name: str) -> Image.Image:
+    """Opens one picture that a user names by the option `name`, as RGB.
+
+    Raises:
+        UserError: not a picture that prunet reads, or of more than `MOST_PIXELS`.
+    """
+    try:
+        with Image.open(path, formats=_formats()) as image:
+            if math.prod(image.size) > MOST_PIXELS:
+                raise UserError(f"{name} {path}: more than {MOST_PIXELS:,} pixels: make it smaller")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        pass  # `_decode` says why, or reads it all the same
+    try:
+        return _decode(str(path), path)
+    except BrokenPicture as error:
+        raise UserError(f"{name} {error}") from error
 
 
 def broken_picture(key: str, why: str) -> Picture:

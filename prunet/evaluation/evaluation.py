@@ -1,23 +1,23 @@
 """Compares students with their teacher: how near they are, and how much smaller and faster."""
 
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunet import processes
 from prunet.console import progress
 from prunet.denoisers.architecture import Net
 from prunet.denoisers.condition import Condition
-from prunet.disk.files import new_file, write_json, write_text
+from prunet.disk.files import new_file
 from prunet.disk.seals import file_checksum
 from prunet.evaluation.drawing import batches, draw_all
+from prunet.evaluation.results import Distance, EvaluationProtocol, EvaluationResult
 from prunet.intervals import Array, bootstrap, mean_of
 from prunet.plan.size import size_of
 from prunet.recipe.recipe import Evaluation, read_prompts
@@ -32,25 +32,6 @@ LEVELS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 SHEET_COLUMNS = 8
 
 
-@dataclass(frozen=True)
-class Distance:
-    """The distance from the teacher at equal prompts and seeds; lower is nearer.
-
-    - `denoiser`: squared error of the output over the teacher's mean square, mean over noise levels;
-      `denoiser_by_level`: the same at each of `LEVELS`.
-    - `latent`: mean squared error of the final latents.
-    - `picture`: root mean squared error of the pictures, 0 to 1; `picture_by_prompt`: the same for each.
-    - `intervals`: 95 % intervals of `denoiser`, `latent` and `picture`, over the prompts.
-    """
-
-    denoiser: float
-    denoiser_by_level: list[float]
-    latent: float
-    picture: float
-    picture_by_prompt: list[float]
-    intervals: dict[str, tuple[float, float]]
-
-
 def evaluate(
     teacher: Teacher,
     students: Mapping[str, Net],
@@ -61,20 +42,20 @@ def evaluate(
     seed: int,
     drawing: Drawing | None = None,
     protocol: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> EvaluationResult:
     """Draws held-out prompts with the teacher and each student (`before` and `after`, say), and compares them.
 
     `spec` says how to draw with the teacher, and with the students unless `drawing` says so.
 
-    Writes `pictures/NAME/0000.png`, `sheet.png`, `evaluation.json` and `evaluation.md` into `folder`, and returns what
-    the JSON holds. Size and speed are the last student's, in the teacher's precision. Several processes share out the
-    drawing. Finished batches lie in `drawn/` until all is written, so that a stopped evaluation resumes.
+    Writes `pictures/NAME/0000.png`, `sheet.png`, `evaluation.json` and `evaluation.md` into `folder`. Size and speed
+    are the last student's, in the teacher's precision. Several processes share out the drawing. Finished batches lie in
+    `drawn/` until all is written, so that a stopped evaluation resumes.
     """
     folder = Path(folder)
     processes.join(teacher.device)
     prompts = read_prompts(spec.prompts, spec.limit)
     models: dict[str, Any] = {"teacher": teacher.unet}
-    models |= {name: net.to(teacher.device, teacher.dtype).eval() for name, net in students.items()}
+    models |= {n: nn.Module.to(net, teacher.device, teacher.dtype).eval() for n, net in students.items()}
     latents: dict[str, Tensor] = {}
     pictures: dict[str, list[Image.Image]] = {}
     with progress("Evaluating", len(prompts) * len(models)) as bar:
@@ -84,31 +65,22 @@ def evaluate(
             kept = folder / "drawn" / name
             latents[name], pictures[name] = draw_all(teacher, net, prompts, how, kept, size=size, seed=seed, bar=bar)
     last = list(students)[-1]
-    distances = {
-        name: asdict(_distance(teacher, net, prompts, latents, pictures, name, seed))
-        for name, net in models.items()
-        if name != "teacher"
-    }
-    result = {
-        "protocol": {
-            "prompts": prompts,
-            "seed": seed,
-            "size": size,
+    both = {"teacher": models["teacher"], "student": models[last]}
+    result = EvaluationResult(
+        protocol=EvaluationProtocol(
+            prompts=prompts,
+            seed=seed,
+            size=size,
             **spec.model_dump(include={"steps", "guidance_scale", "sampler"}),
-            "levels": list(LEVELS),
-            "precision": str(teacher.dtype).removeprefix("torch."),
+            levels=list(LEVELS),
+            precision=str(teacher.dtype).removeprefix("torch."),
             **(protocol or {}),
-        },
-        **({"drawn": drawing.model_dump(mode="json")} if drawing else {}),
-        "sizes": {
-            name: {k: v for k, v in asdict(size_of(dict(net.config))).items() if k != "latent_size"}
-            for name, net in (("teacher", models["teacher"]), ("student", models[last]))
-        },
-        "speed": processes.from_main(
-            lambda: time_denoisers({"teacher": models["teacher"], "student": models[last]}, device=teacher.device)
         ),
-        "distance": distances,
-    }
+        drawn=drawing,
+        sizes={name: size_of(dict(net.config)) for name, net in both.items()},
+        speed=processes.from_main(lambda: time_denoisers(both, device=teacher.device)),
+        distance={name: _distance(teacher, models[name], prompts, latents, pictures, name, seed) for name in students},
+    )
     return processes.from_main(lambda: _write(folder, result, pictures, prompts))
 
 
@@ -131,7 +103,9 @@ def _distance(
         "picture": mean_of(by_prompt),
     }
     return Distance(
-        **{key: value.value for key, value in found.items()},
+        denoiser=found["denoiser"].value,
+        latent=found["latent"].value,
+        picture=found["picture"].value,
         denoiser_by_level=by_level.tolist(),
         picture_by_prompt=by_prompt,
         intervals={key: (value.low, value.high) for key, value in found.items()},
@@ -174,8 +148,8 @@ def denoiser_errors(teacher: Teacher, net: Net, prompts: list[str], latents: Ten
 
 
 def _write(
-    folder: Path, result: dict[str, Any], pictures: Mapping[str, list[Image.Image]], prompts: list[str]
-) -> dict[str, Any]:
+    folder: Path, result: EvaluationResult, pictures: Mapping[str, list[Image.Image]], prompts: list[str]
+) -> EvaluationResult:
     """Writes all files; returns the result with the checksums of its pictures."""
     sums = {}
     for name, drawn in pictures.items():
@@ -188,63 +162,8 @@ def _write(
     rows = [drawn[:SHEET_COLUMNS] for drawn in pictures.values()]
     with new_file(folder / "sheet.png") as part:
         grid(rows, labels, prompts[:SHEET_COLUMNS]).save(part, format="PNG")
-    write_text(folder / "evaluation.md", markdown(result))
-    result = result | {"pictures": sums | {"sheet.png": file_checksum(folder / "sheet.png")}}
-    write_json(folder / "evaluation.json", result)
+    sums["sheet.png"] = file_checksum(folder / "sheet.png")
+    result = result.model_copy(update={"pictures": sums})
+    result.write(folder)
     shutil.rmtree(folder / "drawn", ignore_errors=True)
     return result
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """Formats the evaluation in Markdown: one table of size and speed, one of distances."""
-    sizes, speed = result["sizes"], result["speed"]
-    speeds = speed["speeds"]
-
-    def row(label: str, values: Iterable[float], form: str) -> str:
-        teacher, student = values
-        return f"| {label} | {form.format(teacher)} | {form.format(student)} | {100 * student / teacher:.0f} % |"
-
-    lines = ["| | teacher | student | student / teacher |", "|---|---:|---:|---:|"]
-    lines.append(row("U-Net parameters (M)", (sizes[n]["parameters"] / 1e6 for n in sizes), "{:.2f}"))
-    lines.append(row("multiply-adds of a call (G)", (sizes[n]["macs"] / 1e9 for n in sizes), "{:.3f}"))
-    lines.append(row("latency of a call (ms)", (speeds[n]["latency_ms"] for n in speeds), "{:.1f}"))
-    if all(s["peak_memory_mb"] for s in speeds.values()):
-        lines.append(row("peak memory of a call (MB)", (speeds[n]["peak_memory_mb"] for n in speeds), "{:.0f}"))
-    distance = result["distance"]
-    protocol = result["protocol"]
-    teachers = Drawing(**{key: protocol[key] for key in Drawing.model_fields})
-    if "drawn" in result:
-        students = Drawing(**result["drawn"])
-        calls = [how.steps * how.rows for how in (teachers, students)]
-        lines.append(row("samples through the U-Net for a picture", calls, "{:.0f}"))
-    lines += [
-        "",
-        f"Latency: median of {speed['repeats']} calls in turn, batch {speed['batch_size']}, {speed['device']}, "
-        f"{speed['dtypes']['student']}.",
-        "",
-        f"Distance from the teacher on {len(protocol['prompts'])} held-out prompts at equal seeds (lower is nearer; in "
-        "brackets 95 % intervals over the prompts):",
-        "",
-        "| | " + " | ".join(distance) + " |",
-        "|---|" + "---:|" * len(distance),
-    ]
-    for label, key in (
-        ("denoiser output, relative squared error", "denoiser"),
-        ("final latents, mean squared error", "latent"),
-        ("pictures, root mean squared error (0 to 1)", "picture"),
-        ("pictures, LPIPS (VGG16)", "lpips"),
-    ):
-        if any(key not in d for d in distance.values()):
-            continue  # LPIPS is optional
-        cells = (
-            f"{d[key]:.4f} [{d['intervals'][key][0]:.4f}, {d['intervals'][key][1]:.4f}]" for d in distance.values()
-        )
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    lines += ["", f"{teachers}, {protocol['size']} px, seed {protocol['seed']}, {protocol['precision']}."]
-    if "drawn" in result:
-        lines += [
-            "",
-            f"The student draws as it was made for: {students}. Its denoiser is not meant to give the output of a call "
-            "of the teacher's without guidance, so compare pictures.",
-        ]
-    return "\n".join(lines) + "\n"

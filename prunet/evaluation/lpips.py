@@ -16,11 +16,9 @@ from torch import Tensor, nn
 
 from prunet.console import progress
 from prunet.data.pictures import BrokenPicture, make_picture
-from prunet.disk.files import write_json, write_text
 from prunet.errors import UserError
-from prunet.evaluation.evaluation import markdown
 from prunet.evaluation.networks import file_hash, instead, pixels_of, read_weights, torch_fidelity
-from prunet.evaluation.results import read_evaluation
+from prunet.evaluation.results import EvaluationResult, read_evaluation
 from prunet.intervals import mean_of
 
 BATCH = 4
@@ -91,17 +89,17 @@ def _vgg(state: Any, path: Path) -> nn.Module:
     return module
 
 
-def add_lpips(folder: Path | str, lpips: Lpips) -> dict[str, Any]:
-    """Adds LPIPS to the evaluation in `folder`, from its pictures; returns what its JSON then holds.
+def add_lpips(folder: Path | str, lpips: Lpips) -> EvaluationResult:
+    """Adds LPIPS to the evaluation in `folder`, from its pictures.
 
     Raises:
         UserError: there is no whole evaluation, or a distance is not a number.
     """
     folder = Path(folder)
     result = read_evaluation(folder)
-    count, distances = len(result["protocol"]["prompts"]), result["distance"]
+    count, distances = len(result.protocol.prompts), dict(result.distance)
     with progress("LPIPS", count * len(distances)) as bar:
-        for name, distance in distances.items():
+        for name, distance in result.distance.items():
             by_prompt: list[float] = []
             for at in range(0, count, BATCH):
                 files = [f"{i:04d}.png" for i in range(at, min(at + BATCH, count))]
@@ -111,11 +109,11 @@ def add_lpips(folder: Path | str, lpips: Lpips) -> dict[str, Any]:
             found = mean_of(by_prompt)
             if not math.isfinite(found.value):
                 raise UserError("LPIPS is not a number: are the weights those of " + " and of ".join(SOURCES) + "?")
-            distance |= {"lpips": found.value, "lpips_by_prompt": by_prompt}
-            distance["intervals"]["lpips"] = (found.low, found.high)
-    result["lpips"] = lpips.hash
-    write_text(folder / "evaluation.md", markdown(result))
-    write_json(folder / "evaluation.json", result)
+            intervals = distance.intervals | {"lpips": (found.low, found.high)}
+            added = {"intervals": intervals, "lpips": found.value, "lpips_by_prompt": by_prompt}
+            distances[name] = distance.model_copy(update=added)
+    result = result.model_copy(update={"distance": distances, "lpips": lpips.hash})
+    result.write(folder)
     return result
 
 

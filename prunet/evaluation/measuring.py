@@ -36,7 +36,7 @@ from prunet.recipe.prompts import prompts_hash
 from prunet.recipe.values import Drawing
 from prunet.runtime import Runtime
 from prunet.sampling.draw import open_model
-from prunet.sampling.made_for import made_for
+from prunet.sampling.made_for import drawing_of
 from prunet.sampling.samplers import SAMPLERS, set_sampler
 from prunet.sampling.shards import draw_shards
 from prunet.teacher.space import check_size
@@ -54,12 +54,14 @@ def measure(
     real: Path | None = None,
     weights: Mapping[str, Path] | None = None,
     config: str | None = None,
+    asked: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
     batch_size: int = 4,
 ) -> dict[str, Any]:
     """Draws the prompts with the pipeline at `model` and measures the pictures; returns what `measures.json` holds.
 
-    A pipeline may say how to draw with it (`made_for`); that overrides the protocol, and the result tells both.
+    What a pipeline says that it was made for (`made_for`) overrides how the protocol draws, and `asked`, values of
+    `Drawing`, overrides both; the result says how it was drawn.
 
     `beside`: the folder of the protocol's own files. `real`: a folder of pictures, features that an earlier measurement
     saved, or pytorch-fid's .npz (FID only). `weights`: files of `inception` and `clip`.
@@ -72,20 +74,22 @@ def measure(
     check_place(folder, "measurement", "--output", [run if run.is_dir() else Path(model), *([real] if real else [])])
     where = state.device if state.num_processes > 1 else torch.device(device)
     teacher = _open(model, protocol, config, where)
-    how = made_for(teacher)
-    used = how or Drawing(**protocol.model_dump(include=set(Drawing.model_fields)))
+    said = Drawing(**protocol.model_dump(include=set(Drawing.model_fields)))
+    used = drawing_of(teacher, said, **(asked or {}))
+    if used.sampler not in SAMPLERS:
+        raise UserError(f"no sampler {used.sampler!r}: {', '.join(SAMPLERS)}")
     _check_count(protocol, len(prompts))
     reference = Reference.open(protocol, real, beside)
     networks = load_networks(protocol, dict(weights or {}), beside, where)
-    drawing = {
+    spec = {
         "model": teacher.fingerprint(),
         "prompts_sha256": prompts_hash(prompts),
         **protocol.model_dump(include={"seed", "precision", "jpeg"}),
         **used.model_dump(mode="json"),
         **{"size": protocol.size or teacher.native_size, "count": len(prompts)},
     }
-    _check_folder(folder / "pictures", drawing)
-    with _claim(folder, drawing, state):
+    _check_folder(folder / "pictures", spec)
+    with _claim(folder, spec, state):
         named = {
             name: folder / "features" / f"{name}-{tag(net.hash, preparation(protocol, name))}"
             for name, net in networks.items()
@@ -98,7 +102,7 @@ def measure(
             seed=protocol.seed,
             steps=used.steps,
             guidance_scale=used.guidance_scale,
-            size=drawing["size"],
+            size=spec["size"],
             jpeg=protocol.jpeg,
             batch_size=batch_size,
         )
@@ -114,9 +118,9 @@ def measure(
         numbers = _finite(measured(protocol, found, theirs))
         hashes = {name: net.hash for name, net in networks.items()}
         result = {
-            "model": {"source": short(str(model)), "fingerprint": drawing["model"]}
-            | ({"drawn": how.model_dump()} if how else {}),
-            "protocol": _as_used(protocol, drawing, hashes, reference.content if reference else None),
+            "model": {"source": short(str(model)), "fingerprint": spec["model"]}
+            | ({} if used == said else {"drawn": used.model_dump()}),
+            "protocol": _as_used(protocol, spec, hashes, reference.content if reference else None),
             "measures": numbers,
             "versions": {name: importlib.metadata.version(name) for name in ("prunet", "torch", "diffusers")},
         }
@@ -129,8 +133,6 @@ def _open(model: str | Path, protocol: Protocol, config: str | None, device: tor
     """Opens the pipeline at `model`, and refuses one that cannot draw what the protocol asks for."""
     teacher = open_model(model, config=config, device=device, dtype=Runtime(precision=protocol.precision).dtype)
     check_size(teacher, protocol.size or teacher.native_size, "size")
-    if protocol.sampler not in SAMPLERS:
-        raise UserError(f"protocol {protocol.name}: no sampler {protocol.sampler!r}: {', '.join(SAMPLERS)}")
     teacher.check_weights()
     return teacher
 

@@ -1,29 +1,149 @@
-"""Reads the results of an evaluation."""
+"""The result of an evaluation, as a value and as a table."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from prunet.disk.files import read_label
+from pydantic import Field
+
+from prunet.disk.files import write_text
 from prunet.disk.seals import file_checksum
+from prunet.disk.values import Value
 from prunet.errors import UserError
+from prunet.plan.size import Size
+from prunet.recipe.values import Drawing
+from prunet.speed.clock import Speeds
+
+#: Rows of the table of distances: title, field of `Distance`.
+DISTANCES = (
+    ("denoiser output, relative squared error", "denoiser"),
+    ("final latents, mean squared error", "latent"),
+    ("pictures, root mean squared error (0 to 1)", "picture"),
+    ("pictures, LPIPS (VGG16)", "lpips"),
+)
 
 
-def read_evaluation(folder: Path, steps: Mapping[str, Any] | None = None) -> dict[str, Any]:
+class Distance(Value):
+    """The distance from the teacher at equal prompts and seeds; lower is nearer.
+
+    - `denoiser`: squared error of the output over the teacher's mean square, mean over noise levels;
+      `denoiser_by_level`: the same at each of the protocol's `levels`.
+    - `latent`: mean squared error of the final latents.
+    - `picture`: root mean squared error of the pictures, 0 to 1; `picture_by_prompt`: the same for each.
+    - `intervals`: 95 % intervals of `denoiser`, `latent` and `picture`, over the prompts.
+    - `lpips`, `lpips_by_prompt`: perceptual distance of the pictures, if it was added.
+    """
+
+    denoiser: float
+    denoiser_by_level: list[float]
+    latent: float
+    picture: float
+    picture_by_prompt: list[float]
+    intervals: dict[str, tuple[float, float]]
+    lpips: float | None = None
+    lpips_by_prompt: list[float] | None = None
+
+
+class EvaluationProtocol(Value):
+    """How an evaluation was done. `teacher` and `student`: fingerprints, of a run's only."""
+
+    prompts: list[str]
+    seed: int
+    size: int
+    steps: int
+    guidance_scale: float
+    sampler: str
+    levels: list[float]
+    precision: str
+    teacher: str | None = None
+    student: str | None = None
+
+    @property
+    def drawing(self) -> Drawing:
+        """How the teacher drew."""
+        return Drawing(steps=self.steps, guidance_scale=self.guidance_scale, sampler=self.sampler)
+
+
+class EvaluationResult(Value):
+    """What `evaluate` found (`evaluation.json`).
+
+    - `drawn`: how the students drew, if not as the teacher.
+    - `sizes` and `speed`: of `teacher` and `student`, the last one.
+    - `distance`: of each student by its name.
+    - `pictures`: checksums by path in the folder. `lpips`: hash of the weights that measured it.
+    """
+
+    protocol: EvaluationProtocol
+    drawn: Drawing | None = None
+    sizes: dict[str, Size]
+    speed: Speeds
+    distance: dict[str, Distance]
+    pictures: dict[str, str] = Field(default={})
+    lpips: str | None = None
+
+    def write(self, folder: Path) -> None:
+        """Writes `evaluation.json` and `evaluation.md`."""
+        write_text(folder / "evaluation.md", markdown(self))
+        self.save(folder / "evaluation.json")
+
+
+def read_evaluation(folder: Path, steps: Mapping[str, Any] | None = None) -> EvaluationResult:
     """Reads what `evaluate` wrote into a folder. `steps`: the value of the run's `steps.json`, to check the student by.
 
     Raises:
-        UserError: missing, not readable, changed, of another student, or of a version without intervals.
+        UserError: missing, not readable, changed, of another student or version.
     """
     again = f"delete {folder} and run it again"
-    evaluation = read_label(folder / "evaluation.json", ("distance", "protocol", "sizes"), again)
-    if not all("intervals" in distance for distance in evaluation["distance"].values()):
-        raise UserError(f"{folder.parent}: evaluated by an older prunet: {again}")
-    for name, expected in evaluation.get("pictures", {}).items():
+    evaluation = EvaluationResult.load(folder / "evaluation.json", again)
+    for name, expected in evaluation.pictures.items():
         if (path := folder / name).is_file() and file_checksum(path) != expected:
             raise UserError(f"{path}: damaged or changed (its checksum is another than when it was drawn): {again}")
-    student = evaluation["protocol"].get("student")
     last = max((name for name in steps or {} if name.startswith("stage-")), key=lambda n: int(n[6:]), default=None)
-    if steps and last and student not in (None, steps[last].get("inputs")):
+    if steps and last and evaluation.protocol.student not in (None, steps[last].get("inputs")):
         raise UserError(f"{folder / 'evaluation.json'}: of another student than {folder.parent / last}: {again}")
     return evaluation
+
+
+def markdown(result: EvaluationResult) -> str:
+    """Formats the evaluation in Markdown: one table of size and speed, one of distances."""
+    speed, protocol, distance = result.speed, result.protocol, result.distance
+    names = ("teacher", "student")
+    sizes, speeds = [result.sizes[name] for name in names], [speed.speeds[name] for name in names]
+
+    def row(label: str, values: Iterable[float], form: str) -> str:
+        teacher, student = values
+        return f"| {label} | {form.format(teacher)} | {form.format(student)} | {100 * student / teacher:.0f} % |"
+
+    lines = ["| | teacher | student | student / teacher |", "|---|---:|---:|---:|"]
+    lines.append(row("U-Net parameters (M)", (size.parameters / 1e6 for size in sizes), "{:.2f}"))
+    lines.append(row("multiply-adds of a call (G)", (size.macs / 1e9 for size in sizes), "{:.3f}"))
+    lines.append(row("latency of a call (ms)", (one.latency_ms for one in speeds), "{:.1f}"))
+    if all(memory := [one.peak_memory_mb or 0 for one in speeds]):
+        lines.append(row("peak memory of a call (MB)", memory, "{:.0f}"))
+    if result.drawn:
+        calls = [how.steps * how.rows for how in (protocol.drawing, result.drawn)]
+        lines.append(row("samples through the U-Net for a picture", calls, "{:.0f}"))
+    lines += [
+        "",
+        f"Latency: median of {speed.repeats} calls in turn, batch {speed.batch_size}, {speed.device}, "
+        f"{speed.dtypes['student']}.",
+        "",
+        f"Distance from the teacher on {len(protocol.prompts)} held-out prompts at equal seeds (lower is nearer; in "
+        "brackets 95 % intervals over the prompts):",
+        "",
+        "| | " + " | ".join(distance) + " |",
+        "|---|" + "---:|" * len(distance),
+    ]
+    for label, key in DISTANCES:
+        found = [(getattr(one, key), *one.intervals.get(key, ())) for one in distance.values()]
+        if all(value is not None for value, *_ in found):  # LPIPS is optional
+            cells = ("{:.4f} [{:.4f}, {:.4f}]".format(*numbers) for numbers in found)
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    lines += ["", f"{protocol.drawing}, {protocol.size} px, seed {protocol.seed}, {protocol.precision}."]
+    if result.drawn:
+        lines += [
+            "",
+            f"The student draws as it was made for: {result.drawn}. Its denoiser is not meant to give the output of a "
+            "call of the teacher's without guidance, so compare pictures.",
+        ]
+    return "\n".join(lines) + "\n"

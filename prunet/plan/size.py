@@ -23,12 +23,11 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Size:
-    """What a denoiser weighs: parameters, and multiply-adds of one call at `latent_size` (batch 1, all text tokens)."""
+    """Parameters of a denoiser, and multiply-adds of one call at its native size (batch 1, all text tokens)."""
 
     parameters: int
     macs: int  # without the matmuls inside attention, as the papers count
     attention_macs: int
-    latent_size: tuple[int, int]
 
 
 def size_of(config: Mapping[str, Any]) -> Size:
@@ -42,7 +41,6 @@ def size_of(config: Mapping[str, Any]) -> Size:
         parameters=sum(p.numel() for p in architecture.skeleton(config).parameters()),
         macs=macs["convolution"] + macs["matmul"],
         attention_macs=macs["attention"],
-        latent_size=architecture.native_latent_size(config),
     )
 
 

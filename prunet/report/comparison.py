@@ -11,7 +11,7 @@ from prunet import __version__
 from prunet.disk.files import read_json, write_text
 from prunet.errors import UserError
 from prunet.evaluation.protocol import differences
-from prunet.evaluation.results import read_evaluation
+from prunet.evaluation.results import Distance, EvaluationResult, read_evaluation
 from prunet.plan.derived import diagram_of
 from prunet.report.charts import draw_chart, inline, render
 from prunet.report.curves import level_chart, read_logs, segments, step_ticks
@@ -29,14 +29,14 @@ class Compared:
     kind: str  # its colour
     folder: Path
     plan: dict[str, Any]
-    evaluation: dict[str, Any]
+    evaluation: EvaluationResult
     recipe_text: str
     axis: Any  # the logs of its stages
 
     @property
-    def distance(self) -> dict[str, Any]:
+    def distance(self) -> Distance:
         """The distances of the distilled student."""
-        return dict(self.evaluation["distance"]["after"])
+        return self.evaluation.distance["after"]
 
     @property
     def teacher(self) -> str:
@@ -85,8 +85,6 @@ def _open_run(folder: Path, name: str, kind: str) -> Compared:
         _ = (
             _protocol(run),
             diagram_of(plan),
-            evaluation["sizes"],
-            evaluation["speed"],
             run.teacher,
             run.distance,
         )
@@ -96,13 +94,13 @@ def _open_run(folder: Path, name: str, kind: str) -> Compared:
 
 
 def _protocol(run: Compared) -> dict[str, Any]:
-    return {key: value for key, value in run.evaluation["protocol"].items() if key != "student"}
+    return run.evaluation.protocol.model_dump(exclude={"student"})
 
 
 def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
     """Writes one page about all runs to `path`; it needs no other file and no network."""
     runs, path = open_runs(folders), Path(path)
-    protocol = runs[0].evaluation["protocol"]
+    protocol = runs[0].evaluation.protocol
     page = render(
         "comparison.html.j2",
         version=__version__,
@@ -110,13 +108,11 @@ def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
         runs=runs,
         protocol=protocol,
         columns={"teacher": "teacher"} | {run.kind: run.name for run in runs},
-        pictures=_pictures(runs, protocol["prompts"]),
+        pictures=_pictures(runs, protocol.prompts),
         fields=["denoiser", "latent", "picture", *(["lpips"] if _same_lpips(runs) else [])],
         nets=[diagram_of(run.plan) for run in runs],
         losses=_named(runs, _loss_chart(runs)),
-        levels=_named(
-            runs, level_chart({run.kind: run.distance["denoiser_by_level"] for run in runs}, protocol["levels"])
-        ),
+        levels=_named(runs, level_chart({run.kind: run.distance.denoiser_by_level for run in runs}, protocol.levels)),
     )
     write_text(path, page)
     return path
@@ -124,7 +120,7 @@ def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
 
 def _same_lpips(runs: list[Compared]) -> bool:
     """Returns whether every run has LPIPS by the same weights; if not, the page leaves it out."""
-    made_by = {run.evaluation.get("lpips") for run in runs}
+    made_by = {run.evaluation.lpips for run in runs}
     return len(made_by) == 1 and None not in made_by
 
 
@@ -134,7 +130,7 @@ def _pictures(runs: list[Compared], prompts: list[str]) -> list[dict[str, Any]]:
     for i, prompt in enumerate(prompts):
         cells = {run.kind: run.folder / "evaluation" / "pictures" / "after" / f"{i:04d}.png" for run in runs}
         cells |= {"teacher": runs[0].folder / "evaluation" / "pictures" / "teacher" / f"{i:04d}.png"}
-        errors = {run.kind: run.distance["picture_by_prompt"][i] for run in runs}
+        errors = {run.kind: run.distance.picture_by_prompt[i] for run in runs}
         shown = {name: inline(file, PICTURE_SIDE) for name, file in cells.items()}
         rows.append({"prompt": prompt, "cells": shown, "errors": errors, "error": sum(errors.values()) / len(runs)})
     return rows

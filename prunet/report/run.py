@@ -9,9 +9,9 @@ from prunet import __version__
 from prunet.disk.files import read_json, write_text
 from prunet.evaluation.measuring import read_result
 from prunet.evaluation.protocol import describe, title_rows
-from prunet.evaluation.results import read_evaluation
+from prunet.evaluation.results import EvaluationResult, read_evaluation
 from prunet.plan.derived import diagram_of
-from prunet.report.charts import Row, inline, render, thin
+from prunet.report.charts import inline, render, thin
 from prunet.report.curves import level_chart, loss_chart, pair_rows, read_logs
 from prunet.teacher.teacher import Teacher
 from prunet.words import short
@@ -49,8 +49,8 @@ def write_report(folder: Path | str) -> Path:
         pairs=pair_rows(axis, stages),
         sheets=[_sheets(stage / "sheets") for stage in stages],
         levels=level_chart(
-            {name: evaluation["distance"][name]["denoiser_by_level"] for name in ("before", "after")},
-            evaluation["protocol"]["levels"],
+            {name: evaluation.distance[name].denoiser_by_level for name in ("before", "after")},
+            evaluation.protocol.levels,
         ),
         measured=_measured(folder),
         describe=describe,
@@ -74,16 +74,16 @@ def _measured(folder: Path) -> list[dict[str, Any]]:
 # -- pictures
 
 
-def _pictures(folder: Path, evaluation: Row) -> list[dict[str, Any]]:
+def _pictures(folder: Path, evaluation: EvaluationResult) -> list[dict[str, Any]]:
     """Returns each prompt with the pictures of teacher and student (before, after) and their distances."""
     return [
         {
             "prompt": prompt,
             "cells": {name: inline(folder / name / f"{i:04d}.png", PICTURE_SIDE) for name in COLUMNS},
-            "errors": {name: d["picture_by_prompt"][i] for name, d in evaluation["distance"].items()},
-            "error": evaluation["distance"]["after"]["picture_by_prompt"][i],
+            "errors": {name: distance.picture_by_prompt[i] for name, distance in evaluation.distance.items()},
+            "error": evaluation.distance["after"].picture_by_prompt[i],
         }
-        for i, prompt in enumerate(evaluation["protocol"]["prompts"])
+        for i, prompt in enumerate(evaluation.protocol.prompts)
     ]
 
 

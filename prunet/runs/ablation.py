@@ -3,7 +3,7 @@
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -14,17 +14,20 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field, Strict, ValidationError
+from rich.markup import escape
 
 from prunet.console import console, progress, say
-from prunet.disk.files import read_json, write_json, write_text
+from prunet.disk.files import write_json, write_text
 from prunet.disk.ownership import check_place, hold
 from prunet.disk.reading import load_mapping
 from prunet.errors import UserError
+from prunet.evaluation.results import EvaluationResult
 from prunet.intervals import summary
 from prunet.recipe.recipe import Recipe, explain, load_recipe
 from prunet.recipe.values import Part, PathText, Seed
 from prunet.runs.checks import read_paths
 from prunet.runs.run import Run
+from prunet.runs.steps import copy_stage
 from prunet.runtime import Runtime
 
 #: Columns of the table: (student, key) in evaluation.json -> title.
@@ -111,9 +114,14 @@ def folder_name(arm: str) -> str:
 
 
 def _share_cache(recipe: Recipe, folder: Path) -> Recipe:
-    """Gives recipes with the same teachers, data and seed one cache in `folder`."""
+    """Gives recipes with the same teachers, data, paths and seed one cache in `folder`."""
     teachers = [stage.teacher.model_dump() for stage in recipe.stages if stage.teacher]
-    name = recipe.fingerprint("teacher", "data", "seed", extra=teachers)
+    paths = [
+        {"paths": [stage.paths, stage.path_steps, stage.guidance_scale]}
+        for stage in recipe.stages
+        if stage.objective == "trajectory"
+    ]
+    name = recipe.fingerprint("teacher", "data", "seed", extra=[*teachers, *paths])
     return recipe.model_copy(update={"cache": str(folder / name)})
 
 
@@ -126,8 +134,8 @@ def ablate(
 ) -> dict[str, Any]:
     """Runs every recipe up to its evaluation, `workers` at a time, and writes `ablation.json` and `ablation.md`.
 
-    Finished runs are not done again, so the same call resumes after a stop. With several GPUs the workers take them in
-    turn; on a CPU they share its cores.
+    Finished runs are not done again, so the same call resumes after a stop. A stage that several arms begin with is
+    done once. With several GPUs the workers take them in turn; on a CPU they share its cores.
 
     Raises:
         UserError: a recipe does not fit, before the first run begins.
@@ -153,21 +161,24 @@ def ablate(
         say(f"{len(runs)} runs: {len(ablation.arms)} arms, {len(ablation.seeds)} seeds; {len(todo)} to do")
         with progress("Ablation", len(runs)) as bar:
             bar.advance(len(runs) - len(todo))
-            for arm, seed in _each_done({key: runs[key] for key in todo}, workers):
+            for arm, seed in _each_done(runs, todo, workers):
                 bar.advance(1, note=f"{arm}, seed {seed}")
                 collect(ablation, runs)
         return collect(ablation, runs)
 
 
-def _each_done(todo: Mapping[tuple[str, int], Run], workers: int) -> Any:
+def _each_done(
+    runs: Mapping[tuple[str, int], Run], todo: Sequence[tuple[str, int]], workers: int
+) -> Iterator[tuple[str, int]]:
+    recipes = [run.recipe for run in runs.values()]
     if workers == 1:
-        for key, run in todo.items():
-            _do(run.recipe, run.runtime, like=run)  # it checks again: the disk may be full by now
+        for key in todo:
+            _do(runs[key].recipe, runs[key].runtime, recipes, like=runs[key])
             yield key
         return
     context, others = get_context("spawn"), active_children()
     with ProcessPoolExecutor(workers, context, _start_worker, (context.Value("i", 0), workers)) as pool:
-        work = {pool.submit(_do_in_worker, run.recipe, run.runtime): key for key, run in todo.items()}
+        work = {pool.submit(_do_in_worker, runs[key].recipe, runs[key].runtime, recipes): key for key in todo}
         try:
             for done in as_completed(work):
                 done.result()
@@ -182,9 +193,18 @@ def _each_done(todo: Mapping[tuple[str, int], Run], workers: int) -> Any:
             raise
 
 
-def _do(recipe: Recipe, runtime: Runtime, like: Run | None = None) -> None:
+def _do(recipe: Recipe, runtime: Runtime, recipes: Sequence[Recipe], like: Run | None = None) -> None:
+    """Does one run up to its evaluation. Stages that another of the `recipes` has finished are copied from there."""
     run = Run(recipe, runtime, like=like)
-    run.check("evaluate")
+    run.check("evaluate")  # again: the disk may be full by now
+    others = [Run(other, runtime, like=run) for other in recipes if other.output != recipe.output]
+    with run.at_work():
+        for step in (name for name in run.step_names("distil") if name.startswith("stage-")):
+            if run.is_done(step):
+                continue
+            if (found := copy_stage(run, step, others)) is None:
+                break
+            say(f"[green]✓[/] {step} [dim]is that of {escape(str(found.folder))}[/]")
     run.finish("evaluate")
 
 
@@ -209,11 +229,11 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _do_in_worker(recipe: Recipe, runtime: Runtime) -> None:
+def _do_in_worker(recipe: Recipe, runtime: Runtime, recipes: Sequence[Recipe]) -> None:
     if runtime.torch_device.type == "cuda":
         runtime = replace(runtime, device=f"cuda:{_worker % torch.cuda.device_count()}")
     runtime.use_device()
-    _do(recipe, runtime)
+    _do(recipe, runtime, recipes)
 
 
 # -- the table
@@ -224,17 +244,17 @@ def collect(ablation: Ablation, runs: Mapping[tuple[str, int], Run]) -> dict[str
     arms = {}
     for arm in ablation.arms:
         done = {seed: runs[arm, seed] for seed in ablation.seeds if runs[arm, seed].is_done("evaluate")}
-        results = {seed: read_json(run.result_of("evaluate")) for seed, run in done.items()}
+        results = {seed: EvaluationResult.load(run.result_of("evaluate")) for seed, run in done.items()}
         arms[arm] = {
             "seeds": list(results),
-            "parameters": next((r["sizes"]["student"]["parameters"] for r in results.values()), None),
+            "parameters": next((r.sizes["student"].parameters for r in results.values()), None),
             "measures": {
-                f"{which}/{key}": summary([r["distance"][which][key] for r in results.values()])
+                f"{which}/{key}": summary([getattr(r.distance[which], key) for r in results.values()])
                 for which, key in MEASURES
             },
         }
     first = next((r for r in runs.values() if r.is_done("evaluate")), None)
-    protocol = read_json(first.result_of("evaluate"))["protocol"] if first else {}
+    protocol = EvaluationResult.load(first.result_of("evaluate")).protocol.facts() if first else {}
     shown = {k: v for k, v in protocol.items() if k not in ("seed", "student", "prompts")}
     result = {"title": ablation.title, "arms": arms, "protocol": shown | {"prompts": protocol.get("prompts", [])}}
     write_json(Path(ablation.output) / "ablation.json", result)

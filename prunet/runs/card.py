@@ -19,8 +19,8 @@ def card_facts(this: "Run") -> dict[str, Any]:
         UserError: the student was not evaluated, or another one was.
     """
     result = read_evaluation(this.folder / "evaluation", read_done(this.folder))
-    prompts = result["protocol"]["prompts"]
-    measures = {name: result["distance"][name] for name in ("before", "after")}
+    prompts = result.protocol.prompts
+    measures = {name: result.distance[name] for name in ("before", "after")}
     cache = this.cache_folder / "cache.json"  # users may delete the cache and the data after training
     source = this.recipe.data.source or []
     pictures = ", ".join(map(short, [source] if isinstance(source, str) else source))
@@ -32,7 +32,7 @@ def card_facts(this: "Run") -> dict[str, Any]:
         "recipe": this.recipe.model_dump(mode="json"),
         "samples": f"{read_label(cache, ('samples',))['samples']:,}" if cache.is_file() else None,
         "size": this.size,
-        "sizes": result["sizes"],
+        "sizes": result.sizes,
         "loads_in": this.derived.loads_in,
         "works_with": this.derived.works_with,
         "measures": {"prompts": len(prompts), **measures},

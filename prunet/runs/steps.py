@@ -1,16 +1,18 @@
 """The steps of a run: what each writes and reads, which are done (`steps.json`) and which are to be done."""
 
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from prunet.console import say
-from prunet.disk.files import read_json, read_label, write_json, write_text
+from prunet.disk.files import aside, clear_errors, read_json, read_label, write_json, write_text
 from prunet.disk.ownership import check_file, check_place
 from prunet.disk.seals import file_checksum, is_whole, sealed_files, verify
 from prunet.errors import UserError
-from prunet.evaluation.results import read_evaluation
+from prunet.evaluation.results import EvaluationResult, read_evaluation
 from prunet.exports.single_file import check_single_file, is_exported
 from prunet.recipe.recipe import recipe_yaml
 from prunet.report.charts import is_page
@@ -125,8 +127,8 @@ def lost(this: "Run", step: str) -> list[Path]:
     if step == "export" and this.recipe.export.single_file:
         files += [this.folder / "student.safetensors", this.folder / "student.config" / "model_index.json"]
     if step == "evaluate" and files[0].is_file():
-        evaluation = read_label(files[0], ("distance",), f"delete {files[0].parent} and run it again")
-        files += [files[0].parent / name for name in evaluation.get("pictures", {})]
+        evaluation = EvaluationResult.load(files[0], f"delete {files[0].parent} and run it again")
+        files += [files[0].parent / name for name in evaluation.pictures]
     files += [file for folder in _sealed(this, step) for file in sealed_files(folder)]
     return [file for file in files if not is_whole(file)]
 
@@ -229,6 +231,33 @@ def finish(this: "Run", step: str, seconds: float) -> None:
     sums = {key: file_checksum(path) for key, path in files.items()}
     done = {**read_done(this.folder), step: {"inputs": this.inputs[step], "seconds": seconds, **sums}}
     write_json(this.folder / "steps.json", done)
+
+
+def copy_stage(this: "Run", step: str, others: Iterable["Run"]) -> "Run | None":
+    """Copies a finished stage of another run that has the same inputs; returns that run, or None.
+
+    Checkpoints are left out, because the stage is finished.
+
+    Raises:
+        UserError: the other run's result was changed since it was written.
+    """
+    folder = this.folder / step
+    if folder.exists():
+        return None
+    other = next((run for run in others if run.inputs.get(step) == this.inputs[step] and run.is_done(step)), None)
+    if other is None:
+        return None
+    verify_done(other, step)
+    begin(this, step)
+    part = aside(folder)
+    try:
+        with clear_errors(folder):
+            shutil.copytree(other.folder / step, part, ignore=shutil.ignore_patterns("checkpoints"))
+            part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    write_json(this.folder / "steps.json", {**read_done(this.folder), step: read_done(other.folder)[step]})
+    return other
 
 
 def logged_seconds(this: "Run", step: str) -> float:

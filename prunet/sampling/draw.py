@@ -21,7 +21,9 @@ from prunet.recipe.values import Drawing
 from prunet.sampling.made_for import drawing_of
 from prunet.sampling.openvino import OpenVinoPipeline, is_openvino
 from prunet.sampling.samplers import SAMPLERS, set_sampler
+from prunet.sampling.start import Start, start_from
 from prunet.teacher.space import check_size
+from prunet.teacher.tasks import image_to_image, inpainting
 from prunet.teacher.teacher import Teacher, after_overflow
 
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -38,17 +40,26 @@ def draw(
     batch_size: int = 4,
     text: str | None = None,
     save_to: Sequence[Path] = (),
+    start: Start | None = None,
 ) -> list[Image.Image]:
     """Draws a picture for each prompt from its own seed, so that no picture depends on its batch.
 
-    `text`: the name of a progress bar; None shows none. `save_to`: a file for each picture, written as soon as it is
-    drawn.
+    `start`: what to start from, if not from noise alone. `text`: the name of a progress bar; None shows none.
+    `save_to`: a file for each picture, written as soon as it is drawn.
     """
     out: list[Image.Image] = []
     with progress(text or "", len(prompts) if text else None) as bar:
-        for start in range(0, len(prompts), batch_size):
-            at = slice(start, start + batch_size)
-            latents = draw_latents(pipe, prompts[at], seeds[at], steps=steps, guidance_scale=guidance_scale, size=size)
+        for first in range(0, len(prompts), batch_size):
+            at = slice(first, first + batch_size)
+            latents = draw_latents(
+                pipe,
+                prompts[at],
+                seeds[at],
+                steps=steps,
+                guidance_scale=guidance_scale,
+                size=size,
+                start=start and start.rows(at),
+            )
             pictures = decode(pipe, latents)
             for path, picture, prompt in zip(save_to[at], pictures, prompts[at], strict=bool(save_to)):
                 _save(picture, path, prompt)
@@ -66,8 +77,11 @@ def draw_latents(
     steps: int = 25,
     guidance_scale: float = 7.5,
     size: int | None = None,
+    start: Start | None = None,
 ) -> Tensor:
     """Draws the scaled latents (B, 4, h, w) of the pictures, in fp32; each has its own generator, on the CPU.
+
+    With a `start` the stock pipeline for image to image draws them, or that for inpainting, in the size of the start.
 
     Raises:
         UserError: what the denoiser drew is not finite.
@@ -75,15 +89,17 @@ def draw_latents(
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     # Autocast lets a student in fp32 work with text encoders in half precision.
     device, dtype = pipe.vae.device, next(pipe.text_encoder.parameters()).dtype
+    given: dict[str, Any] = {"height": size, "width": size}
+    if start is not None:
+        pipe, given = (inpainting if start.mask else image_to_image)(pipe), start.inputs(generators)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         result = pipe(
             prompt=list(prompts),
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
-            height=size,
-            width=size,
             generator=generators,
             output_type="latent",
+            **given,
         )
     latents: Tensor = result.images
     for prompt, seed, row in zip(prompts, seeds, latents, strict=True):
@@ -144,6 +160,9 @@ def generate(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     save_to: Sequence[Path] = (),
+    image: Image.Image | None = None,
+    strength: float | None = None,
+    mask: Image.Image | None = None,
 ) -> list[Image.Image]:
     """Draws `num_images` pictures of each prompt with the pipeline at `model` (folder, single file, hub id, run, or a
     folder for OpenVINO, which draws on the CPU and with its own sampler).
@@ -151,7 +170,12 @@ def generate(
     `steps`, `guidance_scale`, `sampler`: by default what the pipeline was made for, else 25, 7.5 (for a run, its
     recipe's value) and dpmsolver++. `save_to`: a file for each picture (.png, .jpg, .jpeg or .webp), written as soon as
     it is drawn.
+
+    `image`: a picture to start from; `strength`: how much is drawn anew, 0.6 by default; `mask`: draws only where it is
+    white, with strength 1 by default (`Start`).
     """
+    if image is None and (strength, mask) != (None, None):
+        raise UserError(f"{'mask' if strength is None else 'strength'}: is for a picture to start from: give image too")
     if sampler is not None and sampler not in SAMPLERS:
         raise UserError(f"No sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
     given = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -169,6 +193,9 @@ def generate(
         check_size(teacher, size, "size")
     teacher.check_prompts(given)
     how = drawing_of(teacher, _usual(Path(model)), steps=steps, guidance_scale=guidance_scale, sampler=sampler)
+    size, start = size or teacher.native_size, None
+    if image is not None:
+        start = start_from(teacher, [image], size=size, steps=how.steps, strength=strength, mask=mask)
     pipe = set_sampler(teacher.pipeline(), how.sampler)
     return draw(
         pipe,
@@ -176,9 +203,10 @@ def generate(
         seeds,
         steps=how.steps,
         guidance_scale=how.guidance_scale,
-        size=size or teacher.native_size,
+        size=size,
         text="Drawing" if len(prompts) > 1 else None,
         save_to=save_to,
+        start=start,
     )
 
 

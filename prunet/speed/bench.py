@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from prunet.console import say
 from prunet.denoisers.architecture import config_of
@@ -91,7 +92,7 @@ def open_pipelines(
     left = {f"plan {plan}": derive(first.unet_config, load_plan(plan)) for plan in plans}
     pipelines = {name: teacher.pipeline() for name, teacher in zip(names, teachers, strict=True)}
     for name, derived in left.items():
-        pipelines[name] = first.pipeline(unet=inherit(first.unet, derived).to(first.device, first.dtype))
+        pipelines[name] = first.pipeline(unet=nn.Module.to(inherit(first.unet, derived), first.device, first.dtype))
     return pipelines
 
 

@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prunet.denoisers.architecture import Net, config_of
 from prunet.denoisers.known import architecture_of
+from prunet.disk.values import Value
 
 Call = Callable[[], Any]
 K = TypeVar("K")
@@ -31,6 +32,16 @@ class Speed:
     peak_memory_mb: float | None
 
 
+class Speeds(Value):
+    """The speeds of several denoisers that were timed in turn, and how."""
+
+    device: str
+    batch_size: int
+    repeats: int
+    dtypes: dict[str, str]
+    speeds: dict[str, Speed]
+
+
 @torch.no_grad()
 def time_denoisers(
     denoisers: Mapping[str, nn.Module],
@@ -38,8 +49,8 @@ def time_denoisers(
     batch_size: int = 2,
     repeats: int = 15,
     device: torch.device | str = "cpu",
-) -> dict[str, Any]:
-    """Times the denoisers in turn, so that what disturbs the machine disturbs them all; returns plain JSON types.
+) -> Speeds:
+    """Times the denoisers in turn, so that what disturbs the machine disturbs them all.
 
     `batch_size` 2 is one picture with guidance. Each denoiser runs at its native size, in its own precision.
     """
@@ -50,14 +61,14 @@ def time_denoisers(
     for name, net in denoisers.items():
         working = working_mb(calls[name], device)
         peak = None if working is None else weights_mb(net) + working
-        speeds[name] = asdict(Speed(statistics.median(times[name]), peak))
-    return {
-        "device": device_name(device),
-        "batch_size": batch_size,
-        "repeats": min(map(len, times.values())),
-        "dtypes": {name: str(next(net.parameters()).dtype).removeprefix("torch.") for name, net in denoisers.items()},
-        "speeds": speeds,
-    }
+        speeds[name] = Speed(statistics.median(times[name]), peak)
+    return Speeds(
+        device=device_name(device),
+        batch_size=batch_size,
+        repeats=min(map(len, times.values())),
+        dtypes={name: str(next(net.parameters()).dtype).removeprefix("torch.") for name, net in denoisers.items()},
+        speeds=speeds,
+    )
 
 
 def denoiser_call(

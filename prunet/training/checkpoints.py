@@ -46,8 +46,10 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step-*"))
 
 
-def save(now: State, folder: Path, step: int, stage: Stage, keep: int) -> None:
+def save(now: State, folder: Path, step: int, stage: Stage, keep: int, unlogged: dict[str, Any]) -> None:
     """Writes the state after `step` steps aside, renames it, and drops all but the last `keep`.
+
+    `unlogged`: what the losses add up to since the last row of the log.
 
     All processes come here, because each may hold a piece of the state; the main one writes. So a checkpoint does not
     show how many there were.
@@ -65,7 +67,8 @@ def save(now: State, folder: Path, step: int, stage: Stage, keep: int) -> None:
             save_file(average, part / "ema.safetensors")
         torch.save(moments, part / "optimizer.pt")
         scaler = now.scaler.state_dict() if now.scaler is not None else None
-        write_json(part / "state.json", {"step": step, "stage": stage.settings(), "scaler": scaler})
+        label = {"step": step, "stage": stage.settings(), "scaler": scaler, "unlogged": unlogged}
+        write_json(part / "state.json", label)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(aside(old), ignore_errors=True)
         os.replace(old, aside(old))  # or a kill would leave half of it under its name
@@ -94,8 +97,8 @@ def _mapped(state: dict[str, Any], change: Any, student: Net) -> dict[str, Any]:
 
 
 def check_stage(folder: Path, stage: Stage) -> tuple[dict[str, Any], list[str]]:
-    """The state of the last checkpoint (`step`, `stage`, `scaler`; nothing where there is none), and which settings of
-    the stage have changed since.
+    """The state of the last checkpoint (`step`, `stage`, `scaler`, `unlogged`; nothing where there is none), and which
+    settings of the stage have changed since.
 
     Raises:
         UserError: `stage` cannot resume from it.
@@ -127,11 +130,11 @@ def _before(saved: list[Path]) -> str:
     return f"delete it to resume from {saved[-2]}" if len(saved) > 1 else "delete it to begin again"
 
 
-def resume(into: State, folder: Path, stage: Stage) -> int:
-    """Puts the last checkpoint's state in place and returns its step; 0 where there is none."""
+def resume(into: State, folder: Path, stage: Stage) -> tuple[int, dict[str, Any] | None]:
+    """Puts the last checkpoint's state in place and returns its step (0 where there is none) and what is `unlogged`."""
     saved = checkpoints(folder)
     if not saved:
-        return 0
+        return 0, None
     before = _before(saved)
     verify(saved[-1], f"damaged is {saved[-1]}: {before}")
     state, changed = check_stage(folder, stage)
@@ -152,4 +155,4 @@ def resume(into: State, folder: Path, stage: Stage) -> int:
         raise UserError(f"{saved[-1]}: damaged or of another student ({error}): {before}") from error
     how = "".join(f", {k} {state['stage'][k]} -> {now[k]}" for k in changed)
     say(f"Resuming from step {state['step']} of {stage.steps}{how}")
-    return int(state["step"])
+    return int(state["step"]), state.get("unlogged")  # earlier versions had none

@@ -1,12 +1,9 @@
 """Training: one visible loop, read from top to bottom."""
 
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from prunet import processes
 from prunet.console import progress
@@ -28,6 +25,7 @@ from prunet.training.samples import PathSamples, Samples, batches
 from prunet.training.session import Session
 from prunet.training.sheets import Sheets
 from prunet.training.stopping import stops_after_step
+from prunet.training.sums import Sums
 
 
 def learning_rate_at(stage: Stage, step: int) -> float:
@@ -114,8 +112,7 @@ def train(
     micro_batches = batches(samples, start, micro_batch, processes.rank(), processes.count())
     accumulate = stage.batch_size // (micro_batch * processes.count())
     log = processes.from_main(lambda: Log(folder / "log.jsonl", start))
-    names = [*objective.names, "grad_norm"]
-    sums, since, clock = torch.zeros(len(names), device=device), 0, time.perf_counter()
+    sums = Sums([*objective.names, "grad_norm"], device, session.unlogged)
 
     with (
         progress("Distilling", stage.steps) as bar,
@@ -134,18 +131,21 @@ def train(
                 with session.micro_step(last=micro == accumulate - 1):
                     loss, terms = objective(session.model, batch)
                     session.backward(loss / accumulate)
-                sums[: len(terms)] += terms.detach() / accumulate
-            sums[-1] += session.step(learning_rate)
-            since, done = since + 1, step + 1
+                sums.values[: len(terms)] += terms.detach() / accumulate
+            sums.values[-1] += session.step(learning_rate)
+            sums.steps, done = sums.steps + 1, step + 1
             bar.advance()
 
-            save = done % saving.every == 0 or done == stage.steps or stop.asked
+            save = done % saving.every == 0 or done == stage.steps
             draw = sheets is not None and sheets.every > 0 and (done % sheets.every == 0 or done == stage.steps)
-            if done % runtime.log_every == 0 or save or draw:
-                # The only place where the device is waited for.
-                means = dict(zip(names, (session.accelerator.reduce(sums, "mean") / since).tolist(), strict=True))
-                _check_finite(means, done, objective, session)
-                speed = round(since * stage.batch_size / (time.perf_counter() - clock), 4)
+            row_due = done % runtime.log_every == 0 or save or draw
+            if not (row_due or stop.asked):
+                continue
+            # The only place where the device is waited for.
+            means = sums.means(session.accelerator.reduce(sums.values, "mean"))
+            _check_finite(means, done, objective, session)
+            if row_due:
+                speed = round(sums.steps * stage.batch_size / sums.seconds, 4)
                 rates = {"learning_rate": learning_rate, "images_per_s": speed}
                 row = {"step": done, **objective.summary(means), **means, **rates}
                 if session.accelerator.is_main_process:
@@ -155,14 +155,12 @@ def train(
                 if draw and sheets:
                     with session.drawing(average=True) as net:
                         sheets.draw(done, net)
-                # Last, so that a run that resumes from this checkpoint has all that belongs to the steps before it.
-                if save := save or stop.asked:
-                    session.save(done, saving.keep)
-                session.accelerator.wait_for_everyone()
-                sums.zero_()
-                since, clock = 0, time.perf_counter()
-                if save:
-                    stop.check()
+                sums.clear()
+            # Last, so that a run that resumes from this checkpoint has all that belongs to the steps before it.
+            if save or stop.asked:
+                session.save(done, saving.keep, sums.kept())
+                stop.check()
+            session.accelerator.wait_for_everyone()
     return session.finish()
 
 

@@ -50,7 +50,8 @@ class Session:
         optimizer = _adamw(runtime)(student.parameters(), lr=stage.learning_rate, weight_decay=stage.weight_decay)
         self._ema = EMAModel(self._held, decay=stage.ema_decay, foreach=True) if stage.ema_decay else None
         self._state = State(student, optimizer, self._ema, self.accelerator.scaler)
-        self.start = resume(self._state, folder, stage)
+        #: The steps that are done, and what they add up to since the last row of the log, if that is kept.
+        self.start, self.unlogged = resume(self._state, folder, stage)
         if runtime.channels_last:
             set_memory_format(torch.channels_last, [student], optimizer, self._ema)
         if self._ema and runtime.offload_ema:
@@ -121,9 +122,9 @@ class Session:
             if ema:
                 ema.restore(self._held)
 
-    def save(self, step: int, keep: int) -> None:
+    def save(self, step: int, keep: int, unlogged: dict[str, Any]) -> None:
         """Writes a checkpoint after `step` steps and drops all but the last `keep`."""
-        save(self._state, self.folder, step, self.stage, keep)
+        save(self._state, self.folder, step, self.stage, keep, unlogged)
 
     def finish(self) -> Net:
         """The student on the CPU, with its average's weights if it has one."""
