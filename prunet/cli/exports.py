@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunet.cli.options import Json, app, open_recipe, say
+from prunet.cli.options import Json, app, open_recipe, say, with_runtime
 from prunet.errors import UserError
+from prunet.words import percent
 
 if TYPE_CHECKING:
     from prunet.runs.run import Run
@@ -41,7 +42,7 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the student of a run as a stock pipeline folder, as one .safetensors for ComfyUI and others, or for OpenVINO.
+    """Write the student of a run as a stock pipeline, as one .safetensors for ComfyUI and others, or for OpenVINO.
 
     Example: prunet export runs/demo --openvino --int8
     """
@@ -53,8 +54,7 @@ def export(
 
     asked = {"--int8": int8, "--int8-weights": int8_weights, "--decoder": decoder}
     _check_options(openvino, asked, {"--single-file": single_file, "--fp16": fp16})
-    if not (run_folder / "recipe.yaml").is_file():
-        raise UserError(f"{run_folder}: not a run folder (no recipe.yaml); `prunet run RECIPE` makes one")
+    _check_run(run_folder)
     bits = "int8" if int8 else "int8-weights" if int8_weights else None
     folder = "openvino" + (f"-{bits}" if bits else "") if openvino else "pipeline"
     own = run_folder / ("student.safetensors" if single_file else folder)
@@ -81,6 +81,37 @@ def export(
             _stock(this, target, single_file, fp16, what, as_json)
 
 
+@app.command()
+@with_runtime("device")
+def decoder(
+    runtime: Any,
+    run_folder: Annotated[Path, typer.Argument(help="A run folder with its cache.")],
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 8 latents.")] = 5000,
+    as_json: Json = False,
+) -> None:
+    """Distil a small decoder from the VAE of a run's teacher, on the run's cached latents, into RUN/decoder.
+
+    It draws in a fraction of the VAE's time: in diffusers (vae=), or by prunet export --openvino --decoder RUN/decoder.
+    The same command resumes. Where there is a TAESD for the teacher, that needs no training.
+    """
+    from prunet.runs.decoder import make_decoder
+    from prunet.runs.run import Run
+
+    _check_run(run_folder)
+    this = Run(open_recipe(run_folder, [f"output={json.dumps(str(run_folder))}"]), runtime)
+    with this.at_work():
+        facts = make_decoder(this, steps)
+    folder = run_folder / "decoder"
+    text = f"PSNR {facts['psnr']:.1f} dB against the VAE's pictures on {facts['held_out']} held-out samples"
+    time = f"{percent(facts['share'])} of its time ({facts['ms']['small']:.1f} ms)"
+    say(as_json, {"output": str(folder), **facts}, f"{folder}: {text}, {time}")
+
+
+def _check_run(folder: Path) -> None:
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder}: not a run folder (no recipe.yaml); `prunet run RECIPE` makes one")
+
+
 def _check_options(openvino: bool, its: dict[str, Any], others: dict[str, Any]) -> None:
     """Refuses options that do not go together, by their names and values."""
     given = [[name for name, value in options.items() if value] for options in (its, others)]
@@ -102,7 +133,7 @@ def _stock(this: "Run", target: Path, single_file: bool, fp16: bool, what: str, 
             this.do("export")
         written = export_single_file(this.folder / "pipeline", target, fp16=fp16)
     else:
-        how = {"card": card_facts(this), "fp16": fp16, "drawing": this.recipe.made_for, "what": what}
+        how: dict[str, Any] = {"card": card_facts(this), "fp16": fp16, "drawing": this.recipe.made_for, "what": what}
         written = export_folder(this.exported_teacher(), this.last_unet(), target, **how)
     size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.rglob("*.safetensors")))
     loads, works = this.derived.loads_in, this.derived.works_with

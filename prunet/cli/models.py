@@ -140,7 +140,9 @@ def convert(
 @with_runtime("device", "precision")
 def generate(
     runtime: Any,
-    model: Annotated[str, typer.Argument(help="Pipeline folder, .safetensors file, hub id, run folder, or a folder for OpenVINO.")],
+    model: Annotated[
+        str, typer.Argument(help="Pipeline folder (also for OpenVINO), .safetensors file, hub id, or run folder.")
+    ],
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture, or folder: a file for each seed.")] = Path(
         "generated"

@@ -5,6 +5,7 @@ import math
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -78,9 +79,10 @@ def export_openvino(
             chosen = _quantize(teacher, part, bits, prompts[:PROMPTS], drawing) if bits else {}
             exact = OpenVinoPipeline(before if bits else part, "f32")
             facts = {**_compare(exact, OpenVinoPipeline(part), compared), **chosen}
-        facts |= {"bits": bits, "decoder": type(vae).__name__, "bytes": _bytes(part), "made_for": drawing.model_dump()}
+        form = {"bits": bits, "decoder": type(vae).__name__, "size": teacher.native_size}
+        facts |= form | {"bytes": _bytes(part), "made_for": drawing.model_dump()}
         write_json(part / "openvino.json", facts)
-        about = {**facts, "size": teacher.native_size, "drawing": drawing, "prompt": compared[0], **(card or {})}
+        about: dict[str, Any] = {**(card or {}), **facts, "drawing": drawing, "prompt": compared[0]}
         (part / "README.md").write_text(model_card(about, "openvino.md.j2"), encoding="utf-8")
     return facts
 
@@ -110,7 +112,8 @@ def _write(teacher: Teacher, vae: Any, folder: Path, drawing: Drawing) -> None:
 def _quantize(teacher: Teacher, folder: Path, bits: Bits, prompts: Sequence[str], drawing: Drawing) -> dict[str, Any]:
     """Puts the denoiser in `folder` in 8 bits; returns what was chosen."""
     ov, path = need("openvino"), folder / "unet" / MODEL
-    model, chosen = ov.Core().read_model(path), {}
+    chosen: dict[str, Any] = {}
+    model = ov.Core().read_model(path)
     if bits == "int8":
         pipe = set_sampler(teacher.pipeline(), drawing.sampler)
         inputs = int8.captured(pipe, prompts, drawing, teacher.native_size)
@@ -198,9 +201,7 @@ class _Denoiser(nn.Module):
         time_ids: Tensor | None = None,
     ) -> Tensor:
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        out: Tensor = self.unet(
-            sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
-        )[0]
+        out: Tensor = self.unet(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
         return out
 
 
@@ -266,7 +267,8 @@ def _text_encoder(teacher: Teacher, name: str) -> Part:
 
 def _convert(part: Part) -> Any:
     """Converts a part to a model of OpenVINO."""
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer, about checks of shapes, which hold for all sizes
         model = need("openvino").convert_model(part.model.eval(), example_input=part.example, input=part.inputs)
     for output, name in zip(model.outputs, part.outputs, strict=True):
         output.get_tensor().set_names({name})

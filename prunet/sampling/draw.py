@@ -182,8 +182,10 @@ def generate(
     prompts = [p for p in given for _ in range(num_images)]
     seeds = [seed + i for i in range(len(prompts))]
     if is_openvino(model):
-        if config is not None:
-            raise UserError(f"{model}: --config is for a single .safetensors file: leave it out")
+        if not_for_it := next(
+            (name for name, value in (("config", config), ("image", image)) if value is not None), ""
+        ):
+            raise UserError(f"{model}: a pipeline for OpenVINO draws without {not_for_it}: leave it out")
         check_prompts(given, "prompt")
         precision = "f32" if dtype == torch.float32 else "bf16"
         asked = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}

@@ -101,4 +101,3 @@ def _noise(genai: Any, ov: Any) -> Any:
             return ov.Tensor(torch.randn(list(shape), generator=self._generator).numpy())
 
     return Noise
-
