@@ -24,10 +24,10 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(BIN)/prunet run recipes/demo.yaml --device cpu
+	$(BIN)/prunet run demo --device cpu
 
 demo-fast: setup
-	$(BIN)/prunet run recipes/demo-fast.yaml --device cpu
+	$(BIN)/prunet run demo-fast --device cpu
 
 test: setup
 	$(BIN)/python -m pytest -n auto --dist worksteal

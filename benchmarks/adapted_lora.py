@@ -1,11 +1,11 @@
 """A style LoRA of a teacher on its student: as `prunet adapt` carries it over, and as it is.
 
-    prunet run recipes/demo.yaml
+    prunet run demo
     python benchmarks/adapted_lora.py runs/demo --out lora-report
 
 Trains a LoRA on pictures of the shipped data in two colours, a style that the teacher never saw. Draws teacher, teacher
 with it, student, student with the carried file and student with the file as it is, at equal prompts and noise. Measures
-how far each is from the style, and from the teacher with the LoRA. Needs peft (pip install -e '.[personalize]').
+how far each is from the style, and from the teacher with the LoRA. Needs peft (pip install 'prunet[personalize]').
 """
 
 import argparse

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from prunet.exports.folder import export
     from prunet.plan.derived import Derived, derive
     from prunet.plan.plan import Plan, load_plan
+    from prunet.recipe.personalization import Personalization
     from prunet.recipe.recipe import Data, Evaluation, Export, Recipe, load_recipe
     from prunet.recipe.stage import Losses, Stage
     from prunet.recipe.values import Drawing
+    from prunet.runs.personalization import personalize
     from prunet.runs.run import Run, run
     from prunet.runtime import Runtime
     from prunet.sampling.draw import generate
@@ -60,6 +62,8 @@ _HOME = {
     "export": "exports.folder",
     "adapt": "adapters.adapt",
     "generate": "sampling.draw",
+    "Personalization": "recipe.personalization",
+    "personalize": "runs.personalization",
     "convert": "teacher.pickles",
     "Condition": "denoisers.condition",
     "Form": "denoisers.form",

@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from test_blocks import SMALL, make_folder
 
 from prunet import cli, derive, load_plan
-from prunet.disk.files import write_json
 from prunet.runs import estimate
 
 LONGEST_S = 10
@@ -131,8 +130,7 @@ class Place:
         self.transformers = {name: make_folder(folder / name, name) for name in TRANSFORMERS}
         self.student = folder / "student"
         derived = derive(SMALL_UNETS["sd"], load_plan("bk-small"))
-        facts = {"plan": {"remove": list(derived.plan.remove)}, "teacher_config": derived.teacher_config}
-        write_json(self.student / "plan.json", facts | {"weight_map": derived.weight_map})
+        derived.result().save(self.student / "plan.json")
         self.configs = {name: json.loads((self.teacher / name).read_text()) for name in CONFIGS}
         self.recipe = copy.deepcopy(RECIPE)
         self.recipe["teacher"]["source"], self.recipe["data"]["source"] = str(self.teacher), str(self.pictures)

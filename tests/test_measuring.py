@@ -25,6 +25,7 @@ from prunet.disk.files import read_json
 from prunet.disk.ownership import LOCK
 from prunet.disk.seals import SEAL
 from prunet.evaluation import extraction, metrics
+from prunet.evaluation.measures import Measures, read_measures
 from prunet.evaluation.protocol import Protocol, load_protocol, protocol_names, protocol_prompts
 from prunet.recipe.prompts import prompts_hash, read_prompt_file
 from prunet.sampling import shards
@@ -90,7 +91,7 @@ def protocol(clip: Path) -> Path:
     return folder / "tiny.yaml"
 
 
-def run(sd: Path, protocol: Path, folder: Path, **options) -> dict:
+def run(sd: Path, protocol: Path, folder: Path, **options) -> Measures:
     chosen, beside = load_protocol(protocol)
     return measure(sd, chosen, protocol_prompts(chosen, beside, None), folder, beside=beside, **options)
 
@@ -148,27 +149,27 @@ def test_batch_size_changes_no_more_than_rounding(sd: Path, tmp_path: Path) -> N
 
 
 def test_numbers_are_those_of_the_files(whole: Path, protocol: Path) -> None:
-    result = json.loads((whole / "measures.json").read_text())
+    result = read_measures(whole)
     parts = [load_file(path) for path in sorted((whole / "features").glob("clip-*/*"))]
     image, text = (torch.cat([part[name] for part in parts]).double() for name in ("image", "text"))
     cosine = torch.nn.functional.cosine_similarity(image, text).mean().item()
-    assert result["measures"]["clip_score"]["value"] == pytest.approx(cosine)
-    assert len(image) == len(PROMPTS) == result["protocol"]["count"]
+    assert result.measures["clip_score"].value == pytest.approx(cosine)
+    assert len(image) == len(PROMPTS) == result.protocol["count"]
     real = load_file(whole / "real.safetensors")["features"].double().numpy()
     unit = [v / np.linalg.norm(v, axis=1, keepdims=True) * np.sqrt(8) for v in (image.numpy(), real)]
     expected = metrics.kernel_distance(*unit, subset_size=30)
-    assert result["measures"]["kid"]["value"] == pytest.approx(expected)
-    for found in result["measures"].values():
-        assert found["low"] <= found["value"] <= found["high"]
+    assert result.measures["kid"].value == pytest.approx(expected)
+    for found in result.measures.values():
+        assert found.low <= found.value <= found.high
 
 
 def test_saved_features_stand_for_the_pictures(sd: Path, protocol: Path, whole: Path, tmp_path: Path) -> None:
-    folder, before = copy_of(whole, tmp_path), json.loads((whole / "measures.json").read_text())
+    folder, before = copy_of(whole, tmp_path), read_measures(whole)
     for name in ("measures.json", "real.safetensors"):
         (folder / name).unlink()
     shutil.rmtree(folder / "features")
     again = run(sd, protocol, folder, real=whole / "real.safetensors")
-    assert again["measures"] == before["measures"] and again["protocol"] == before["protocol"]
+    assert again.measures == before.measures and again.protocol == before.protocol
     assert len(compare([whole, folder])) == 2
 
 
@@ -191,7 +192,7 @@ def test_features_made_otherwise_are_refused(sd: Path, protocol: Path, whole: Pa
     with pytest.raises(UserError, match="features by another preparation"):
         run(sd, other, tmp_path / "new", real=whole / "real.safetensors")
     again = run(sd, other, copy_of(whole, tmp_path))  # the same pictures, looked at otherwise
-    assert again["measures"] != json.loads((whole / "measures.json").read_text())["measures"]
+    assert again.measures != read_measures(whole).measures
 
 
 def test_what_is_damaged_is_made_again_or_named(sd: Path, protocol: Path, whole: Path, tmp_path: Path) -> None:

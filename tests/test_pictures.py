@@ -499,7 +499,7 @@ def test_without_the_extra_one_line_names_it(tmp_path, monkeypatch):
     for name in ("datasets", "pyarrow", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
     write(tmp_path / "a.parquet", b"x")
-    assert "pip install -e '.[data]'" in why_not(tmp_path / "a.parquet", read_pictures)
+    assert "pip install 'prunet[data]'" in why_not(tmp_path / "a.parquet", read_pictures)
     assert "owner/name: no such folder here" in why_not("owner/name", read_pictures)
     write(tmp_path / "folder/a.png", encoded())
     write(tmp_path / "folder/a.txt", "a")

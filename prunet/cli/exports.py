@@ -10,7 +10,7 @@ import typer
 
 from prunet.cli.options import Json, app, open_recipe, say, with_runtime
 from prunet.errors import UserError
-from prunet.words import percent
+from prunet.words import command, percent
 
 if TYPE_CHECKING:
     from prunet.runs.run import Run
@@ -66,13 +66,13 @@ def export(
     read = [*read_paths(recipe), *([decoder] if decoder else [])]
     what = "openvino" if openvino else "pipeline" if elsewhere else "export"
     if single_file:
-        check_file(target, "--output", is_exported, read)
+        check_file(target, "single file", "--output", is_exported, read)
         check_place(target.with_suffix(".config"), "configs", "--output", read)  # its configs go there
     else:
         check_place(target, what, "--output", read)
     this = Run(recipe)
     if not this.result_of("evaluate").is_file():
-        raise UserError(f"{run_folder}: not evaluated yet; finish it with `prunet run {run_folder}`")
+        raise UserError(f"{run_folder}: not evaluated yet; finish it with {command('run', run_folder)}")
     check_other_parts(this.teachers[-1])
     with nullcontext() if elsewhere else this.at_work():
         if openvino:

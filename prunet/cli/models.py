@@ -32,9 +32,11 @@ def inspect(
     from prunet.cli.views import plan_view
     from prunet.plan.derived import derive
     from prunet.plan.plan import Plan, load_plan
+    from prunet.recipe.paths import shipped_names
     from prunet.teacher.teacher import Teacher
 
-    if teacher.endswith((".yaml", ".yml")) or (Path(teacher) / "recipe.yaml").is_file():
+    is_recipe = teacher.endswith((".yaml", ".yml")) or teacher in shipped_names(".yaml")
+    if is_recipe or (Path(teacher) / "recipe.yaml").is_file():
         if plan != "none" or config is not None:
             raise UserError(f"{teacher}: a recipe names its own plan and teacher.config: leave --plan and --config out")
         _inspect_recipe(Path(teacher), as_json)
@@ -44,7 +46,7 @@ def inspect(
     derived = derive(opened.unet_config, chosen)
     opened.check_weights(headers_only=True)
     title = teacher if plan == "none" else f"{teacher} by {chosen.name}"
-    say(as_json, derived.facts() if as_json else {}, None if as_json else plan_view(derived, title))
+    say(as_json, derived.result().facts() if as_json else {}, None if as_json else plan_view(derived, title))
 
 
 def _inspect_recipe(path: Path, as_json: bool) -> None:
@@ -65,7 +67,7 @@ def _inspect_recipe(path: Path, as_json: bool) -> None:
     check_steps(steps)
     notes = [f"{stage.steps:,} x {stage.batch_size}" for stage in recipe.stages]
     title = f"{source.source} by {recipe.plan.name}"
-    facts = derived.facts() | {"stages": [step.facts() for step in steps]} if as_json else {}
+    facts = derived.result().facts() | {"stages": [step.result().facts() for step in steps]} if as_json else {}
     say(as_json, facts, None if as_json else Group(plan_view(derived, title), Text(), stairs_view(steps, notes)))
 
 
@@ -147,7 +149,7 @@ def generate(
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture, or folder: a file for each seed.")] = Path(
         "generated"
     ),
-    num_images: Annotated[int, typer.Option("-n", "--num-images", min=1)] = 1,
+    num_images: Annotated[int, typer.Option("-n", "--num-images", min=1, help="Pictures.")] = 1,
     steps: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Sampling steps: 25, or as many as the model was made for.")
     ] = None,
@@ -155,7 +157,7 @@ def generate(
         float | None,
         typer.Option("--guidance-scale", "-g", min=0, help="7.5, or what the model was made for."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the first picture; the next has the next one.")] = 0,
     size: Annotated[int | None, typer.Option(min=8, max=4096, help="Pixels; the model's own by default.")] = None,
     sampler: Annotated[
         str | None,
@@ -194,7 +196,7 @@ def generate(
         raise UserError(f"--guidance-scale {guidance_scale}: give a number, such as 7.5")
     paths = [output] if one_file else [output / f"{seed + i:06d}.png" for i in range(num_images)]
     for path in paths:
-        check_file(path, "--output", is_drawn, [read for read in (image, mask) if read])
+        check_file(path, "picture", "--output", is_drawn, [read for read in (image, mask) if read])
         if not one_file and path.exists() and not is_drawn(path, prompt):
             raise UserError(f"--output {path}: shows another prompt: give another folder, or another --seed")
     start = {name: read_picture(path, f"--{name}") for name, path in (("image", image), ("mask", mask)) if path}

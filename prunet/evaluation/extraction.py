@@ -21,6 +21,7 @@ from prunet.console import progress
 from prunet.data.listing import walk
 from prunet.data.pictures import PICTURE_FILES, BrokenPicture, make_picture
 from prunet.disk.files import new_file
+from prunet.disk.reading import check_permission
 from prunet.errors import UserError
 from prunet.evaluation.metrics import Moments
 from prunet.evaluation.networks import Features, file_hash, prepared
@@ -209,6 +210,7 @@ def save_features(features: torch.Tensor, path: Path, label: dict[str, str]) -> 
 
 
 def _label(path: Path) -> dict[str, str]:
+    check_permission(path)
     try:
         with safe_open(path, "pt") as file:
             label, names = json.loads((file.metadata() or {}).get("prunet", "{}")), set(file.keys())

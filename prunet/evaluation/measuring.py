@@ -15,7 +15,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,15 @@ import numpy as np
 import torch
 
 from prunet import processes
-from prunet.disk.files import check_writable, read_json, read_label, write_json, write_text
+from prunet.disk.files import check_writable, read_label, write_json, write_text
 from prunet.disk.ownership import check_place, hold
 from prunet.errors import UserError
 from prunet.evaluation import metrics
 from prunet.evaluation.extraction import FEWEST, Reference, drawn_shards, extract, gather, preparation, tag
+from prunet.evaluation.measures import MeasuredModel, Measures, markdown, read_measures
 from prunet.evaluation.metrics import Moments
 from prunet.evaluation.networks import INCEPTION_SOURCE, Clip, Inception
-from prunet.evaluation.protocol import NEED_REAL, Protocol, describe, differences, subject, title_rows
+from prunet.evaluation.protocol import NEED_REAL, Protocol, differences
 from prunet.intervals import Array, Measure, mean_of
 from prunet.recipe.prompts import prompts_hash
 from prunet.recipe.values import Drawing
@@ -57,8 +58,8 @@ def measure(
     asked: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
     batch_size: int = 4,
-) -> dict[str, Any]:
-    """Draws the prompts with the pipeline at `model` and measures the pictures; returns what `measures.json` holds.
+) -> Measures | None:
+    """Draws the prompts with the pipeline at `model` and measures the pictures; returns None but in the main process.
 
     What a pipeline says that it was made for (`made_for`) overrides how the protocol draws, and `asked`, values of
     `Drawing`, overrides both; the result says how it was drawn.
@@ -112,20 +113,20 @@ def measure(
             extract(shards, net, protocol, named[name])
         state.wait_for_everyone()
         if not state.is_main_process:
-            return {}
+            return None
 
         found = {name: gather(shards, named[name]) for name in networks}
-        numbers = _finite(measured(protocol, found, theirs))
         hashes = {name: net.hash for name, net in networks.items()}
-        result = {
-            "model": {"source": short(str(model)), "fingerprint": spec["model"]}
-            | ({} if used == said else {"drawn": used.model_dump()}),
-            "protocol": _as_used(protocol, spec, hashes, reference.content if reference else None),
-            "measures": numbers,
-            "versions": {name: importlib.metadata.version(name) for name in ("prunet", "torch", "diffusers")},
-        }
+        result = Measures(
+            model=MeasuredModel(
+                source=short(str(model)), fingerprint=spec["model"], drawn=None if used == said else used
+            ),
+            protocol=_as_used(protocol, spec, hashes, reference.content if reference else None),
+            measures=_finite(measured(protocol, found, theirs)),
+            versions={name: importlib.metadata.version(name) for name in ("prunet", "torch", "diffusers")},
+        )
         write_text(folder / "measures.md", markdown([result]))
-        write_json(folder / "measures.json", result)
+        result.save(folder / "measures.json")
         return result
 
 
@@ -164,16 +165,15 @@ def _real_features(
     return reference.features(net, protocol, folder, folder.parent.parent / "real.safetensors")
 
 
-def _finite(measures: Mapping[str, Measure]) -> dict[str, dict[str, float]]:
-    """Returns the measures as plain numbers.
+def _finite(measures: dict[str, Measure]) -> dict[str, Measure]:
+    """Returns the measures.
 
     Raises:
         UserError: one is not finite.
     """
-    numbers = {name: asdict(value) for name, value in measures.items()}
-    if broken := [name for name, value in numbers.items() if not all(map(math.isfinite, value.values()))]:
+    if broken := [name for name, found in measures.items() if not all(map(math.isfinite, astuple(found)))]:
         raise UserError(f"{broken[0]} is not a number: too few pictures, or features that are not numbers")
-    return numbers
+    return measures
 
 
 def _as_used(
@@ -279,60 +279,28 @@ def measured(protocol: Protocol, found: Mapping[str, Mapping[str, Array]], real:
     return out
 
 
-def compare(folders: Sequence[Path | str]) -> list[dict[str, Any]]:
+def compare(folders: Sequence[Path | str]) -> list[Measures]:
     """Reads the results in several folders, which must be of one protocol.
 
     Raises:
         UserError: a folder has no result, or two protocols differ (the message names the values).
     """
-    results = [read_result(Path(folder)) for folder in folders]
+    results = [read_measures(Path(folder)) for folder in folders]
     if len({Path(folder).resolve() for folder in folders}) < len(results):
         raise UserError("compare: one folder is given twice")
-    first = results[0]["protocol"]
+    first = results[0].protocol
     for folder, result in zip(map(Path, folders), results, strict=True):
-        if apart := differences(first, result["protocol"]):
+        if apart := differences(first, result.protocol):
             key = apart[0]
             more = f" (and in {', '.join(apart[1:])})" if apart[1:] else ""
             raise UserError(
                 f"{folder}: measured by another protocol than {folders[0]}: {key} is "
-                f"{_brief(result['protocol'].get(key))}, not {_brief(first.get(key))}{more}; such numbers cannot "
+                f"{_brief(result.protocol.get(key))}, not {_brief(first.get(key))}{more}; such numbers cannot "
                 "be compared"
             )
     return results
 
 
-def read_result(folder: Path) -> dict[str, Any]:
-    """Reads what `measure` wrote into a folder.
-
-    Raises:
-        UserError: nothing is there, or it is not whole.
-    """
-    path = folder / "measures.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: nothing measured there (no measures.json); `prunet measure` makes one")
-    try:
-        result: dict[str, Any] = read_json(path)
-        numbers = [sum(found.values()) for _, _, found in title_rows(result)]
-        complete = describe(result["protocol"]) and result["model"]["source"] and result["model"]["fingerprint"]
-        if not complete or not numbers or not all(map(math.isfinite, numbers)):
-            raise ValueError("numbers are missing")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: damaged, or of another version ({error!r}): delete it, or measure again") from error
-    return result
-
-
 def _brief(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def markdown(results: Sequence[Mapping[str, Any]]) -> str:
-    """Formats results by one protocol as a Markdown table, one row for each model."""
-    protocol, columns = results[0]["protocol"], title_rows(results[0])
-    lines = ["| | " + " | ".join(f"{title} ({better} is better)" for title, better, _ in columns) + " |"]
-    lines.append("|---|" + "---:|" * len(columns))
-    for result in results:
-        row = [f"{c['value']:.4g} [{c['low']:.4g}, {c['high']:.4g}]" for _, _, c in title_rows(result)]
-        lines.append(f"| {subject(result)} | " + " | ".join(row) + " |")
-    lines += ["", f"{describe(protocol)}; in brackets 95 % intervals over the pictures drawn."]
-    return "\n".join(lines) + "\n"

@@ -158,7 +158,7 @@ class Clip:
         try:
             import open_clip
         except ImportError as error:
-            raise UserError("CLIP score by open_clip needs it installed: pip install -e '.[eval]'") from error
+            raise UserError("CLIP score by open_clip needs it installed: pip install 'prunet[eval]'") from error
         if not weights.is_file():
             raise UserError(f"--weights clip={weights}: no such file")
         try:
@@ -189,7 +189,7 @@ def torch_fidelity(module: str) -> Any:
         declare_torchvision_ops()
         return importlib.import_module(f"torch_fidelity.{module}")
     except ImportError as error:
-        raise UserError("Inception and LPIPS need torch-fidelity: pip install -e '.[eval]'") from error
+        raise UserError("Inception and LPIPS need torch-fidelity: pip install 'prunet[eval]'") from error
 
 
 def read_weights(name: str, path: Path, source: str) -> dict[str, Tensor]:

@@ -82,8 +82,14 @@ def export_openvino(
         form = {"bits": bits, "decoder": type(vae).__name__, "size": teacher.native_size}
         facts |= form | {"bytes": _bytes(part), "made_for": drawing.model_dump()}
         write_json(part / "openvino.json", facts)
-        about: dict[str, Any] = {**(card or {}), **facts, "drawing": drawing, "prompt": compared[0]}
-        (part / "README.md").write_text(model_card(about, "openvino.md.j2"), encoding="utf-8")
+        about: dict[str, Any] = {
+            **(card or {}),
+            **facts,
+            "drawing": drawing,
+            "prompt": compared[0],
+            "template": "openvino.md.j2",
+        }
+        (part / "README.md").write_text(model_card(about), encoding="utf-8")
     return facts
 
 

@@ -15,7 +15,7 @@ from prunet.disk.ownership import check_place
 from prunet.disk.seals import verify
 from prunet.errors import UserError
 from prunet.exports.card import origin
-from prunet.recipe.stage import Stage
+from prunet.recipe.training import Training
 from prunet.speed.clock import times_in_turn
 from prunet.training.checkpoints import Saving
 from prunet.training.loop import train
@@ -57,7 +57,7 @@ def make_decoder(this: "Run", steps: int) -> dict[str, Any]:
     kept = replace(cache, groups=tuple(group for group in groups if group))
     if not kept.groups:
         raise UserError(f"{cache.folder}: {len(cache)} samples are too few to train on and to measure on")
-    stage = Stage(
+    training = Training(
         steps=steps,
         batch_size=BATCH,
         learning_rate=2e-3,
@@ -67,7 +67,7 @@ def make_decoder(this: "Run", steps: int) -> dict[str, Any]:
         ema_decay=0.99,
     )
     student = small_decoder(teacher, this.recipe.seed)
-    samples = LatentSamples(kept, stage, this.recipe.seed, teacher.process)
+    samples = LatentSamples(kept, training, this.recipe.seed, teacher.process)
     trained: Any = train(
         Decoding(teacher, student),
         student,

@@ -25,6 +25,7 @@ from prunet.sampling.start import Start, start_from
 from prunet.teacher.space import check_size
 from prunet.teacher.tasks import image_to_image, inpainting
 from prunet.teacher.teacher import Teacher, after_overflow
+from prunet.words import command
 
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -140,7 +141,7 @@ def open_model(
     """
     if (Path(model) / "recipe.yaml").is_file():
         if not (Path(model) / "pipeline" / "model_index.json").is_file():
-            raise UserError(f"{model}: this run has no pipeline yet: finish it with `prunet run {model}`")
+            raise UserError(f"{model}: this run has no pipeline yet: finish it with {command('run', model)}")
         model = Path(model) / "pipeline"
         verify(model, f"delete {model} and run {model.parent} again")
     return Teacher(model, config=config, device=device, dtype=dtype)

@@ -18,6 +18,7 @@ from prunet.teacher import placing, scheduler
 from prunet.teacher.configs import check_config, read_object
 from prunet.teacher.known import LAYOUTS, layout_config
 from prunet.teacher.weight_files import WEIGHTS, find_weights
+from prunet.words import command
 
 if TYPE_CHECKING:  # imported when used: reading a config takes one second, importing diffusers several
     from diffusers import DDPMScheduler
@@ -98,8 +99,8 @@ class PipelineFiles:
     def _open_file(self, path: Path, config: str | Path | None) -> None:
         if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
             raise UserError(
-                f"{path} is a pickle, which can run code when it is opened; `prunet convert {path}` writes its tensors "
-                f"as {path.with_suffix('.safetensors').name} without running code"
+                f"{path} is a pickle, which can run code when it is opened; {command('convert', path)} writes its "
+                f"tensors as {path.with_suffix('.safetensors').name} without running code"
             )
         if path.suffix != ".safetensors":
             raise UserError(f"{path}: not a .safetensors file or a diffusers folder")

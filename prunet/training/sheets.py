@@ -54,6 +54,7 @@ class Sheets:
     size: int
     drawing: Drawing = field(default_factory=Drawing)
     students: Drawing | None = None  # how the student is drawn, if not as the teacher
+    labels: tuple[str, str] = ("teacher", "student")
     _teacher_row: list[Image.Image] = field(default_factory=list)
 
     def draw(self, step: int, student: Net) -> None:
@@ -67,7 +68,7 @@ class Sheets:
         row = self._row(student, self.students or self.drawing)
         if not processes.is_main():
             return
-        sheet = grid([self._teacher_row, row], ["teacher", f"student, step {step}"], self.prompts)
+        sheet = grid([self._teacher_row, row], [self.labels[0], f"{self.labels[1]}, step {step}"], self.prompts)
         with new_file(self.folder / f"step-{step:07d}.png") as part:
             sheet.save(part, format="PNG")
 

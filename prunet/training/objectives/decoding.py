@@ -37,7 +37,7 @@ def small_decoder(teacher: Teacher, seed: int = 0) -> AutoencoderTiny:
             num_encoder_blocks=(1,) * levels,
             num_decoder_blocks=(BLOCKS,) * (levels - 1) + (LAST,),
         )
-    for parameter in net.encoder.parameters():
+    for parameter in net.encoder.requires_grad_(False).parameters():
         parameter.data.zero_()
     return net
 

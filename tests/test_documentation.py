@@ -1,0 +1,1 @@
+"""The documentation: every page is listed, every key and option is described, every command is one that exists."""
