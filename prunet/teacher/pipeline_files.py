@@ -156,8 +156,8 @@ class PipelineFiles:
         assert self._folder is not None
         if (self._folder / "unet" / "openvino_model.xml").is_file():
             raise UserError(
-                f"{self._folder}: a pipeline for OpenVINO, which `prunet generate` and `prunet bench` draw with: give "
-                "the folder or run that it was made from"
+                f"{self._folder}: a pipeline for OpenVINO, which `prunet generate` draws with: give the folder or run "
+                "that it was made from"
             )
         index = read_object(self._folder / "model_index.json", f"{self._folder} is not a diffusers pipeline folder")
         check_config("model_index", index, self._folder / "model_index.json")
