@@ -20,7 +20,6 @@ from prunet.exports.openvino import export_openvino, open_decoder
 from prunet.recipe.values import Drawing
 from prunet.sampling.draw import draw
 from prunet.sampling.openvino import OpenVinoPipeline
-from prunet.sampling.samplers import set_sampler
 
 PROMPTS = ["a red cat", "two dogs"]
 #: openvino_genai cuts pixels down to whole numbers, diffusers rounds them.
@@ -55,12 +54,12 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.processes
 def test_draws_what_diffusers_draws_from_the_same_noise(exported) -> None:
     folder, teacher, how = exported
-    ours, pipe = OpenVinoPipeline(folder, "f32"), set_sampler(teacher.pipeline(), how.sampler)
+    ours, pipe = OpenVinoPipeline(folder, "f32"), teacher.pipeline()
     assert (ours.made_for, ours.native_size) == (how, teacher.native_size)
     for size in (teacher.native_size, 2 * teacher.native_size):
-        theirs = draw(pipe, PROMPTS, [3, 4], steps=how.steps, guidance_scale=how.guidance_scale, size=size)
-        for prompt, seed, picture in zip(PROMPTS, (3, 4), theirs, strict=True):
-            assert _apart(ours.draw(prompt, seed, how, size), picture) <= NEAR
+        theirs = draw(pipe, PROMPTS, [3, 4], how, size=size)
+        for a, b in zip(ours.draw(PROMPTS, [3, 4], how, size), theirs, strict=True):
+            assert _apart(a, b) <= NEAR
 
 
 def _apart(a: Image.Image, b: Image.Image) -> int:

@@ -40,6 +40,9 @@ def export(
         Path | None,
         typer.Option(help="With --openvino: an AutoencoderTiny, of `prunet decoder` or TAESD, in place of the VAE."),
     ] = None,
+    to_hub: Annotated[
+        str | None, typer.Option("--push", help="Also upload it to owner/name of the hub, private where that is new.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write the student of a run as a stock pipeline, as one .safetensors for ComfyUI and others, or for OpenVINO.
@@ -47,6 +50,7 @@ def export(
     Example: prunet export runs/demo --openvino --int8
     """
     from prunet.disk.ownership import check_file, check_place
+    from prunet.exports.hub import check_push, push
     from prunet.exports.single_file import is_exported
     from prunet.runs.checks import read_paths
     from prunet.runs.run import Run
@@ -74,11 +78,15 @@ def export(
     if not this.result_of("evaluate").is_file():
         raise UserError(f"{run_folder}: not evaluated yet; finish it with {command('run', run_folder)}")
     check_other_parts(this.teachers[-1])
+    if to_hub:
+        check_push(to_hub)
     with nullcontext() if elsewhere else this.at_work():
         if openvino:
-            _for_openvino(this, target, bits, decoder, as_json)
+            facts, text = _for_openvino(this, target, bits, decoder)
         else:
-            _stock(this, target, single_file, fp16, what, as_json)
+            facts, text = _stock(this, target, single_file, fp16, what)
+    pushed = push(target, to_hub) if to_hub else None
+    say(as_json, {"output": str(target), **facts, "pushed": pushed}, f"{pushed}\n{text}" if pushed else text)
 
 
 @app.command()
@@ -123,7 +131,7 @@ def _check_options(openvino: bool, its: dict[str, Any], others: dict[str, Any]) 
         raise UserError("--int8 --int8-weights: choose one of them")
 
 
-def _stock(this: "Run", target: Path, single_file: bool, fp16: bool, what: str, as_json: bool) -> None:
+def _stock(this: "Run", target: Path, single_file: bool, fp16: bool, what: str) -> tuple[dict[str, Any], str]:
     from prunet.exports.folder import export as export_folder
     from prunet.exports.single_file import export_single_file
     from prunet.runs.card import card_facts
@@ -137,15 +145,14 @@ def _stock(this: "Run", target: Path, single_file: bool, fp16: bool, what: str, 
         written = export_folder(this.exported_teacher(), this.last_unet(), target, **how)
     size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.rglob("*.safetensors")))
     loads, works = this.derived.loads_in, this.derived.works_with
-    say(
-        as_json,
-        {"output": str(written), "bytes": size, "loads_in": loads, "works_with": works},
+    return (
+        {"bytes": size, "loads_in": loads, "works_with": works},
         f"{written}: {size / 1e6:,.1f} MB of weights\n"
         + "\n".join(f"  {program}: {answer}" for program, answer in loads.items()),
     )
 
 
-def _for_openvino(this: "Run", target: Path, bits: Any, decoder: Path | None, as_json: bool) -> None:
+def _for_openvino(this: "Run", target: Path, bits: Any, decoder: Path | None) -> tuple[dict[str, Any], str]:
     from prunet.exports.openvino import export_openvino
     from prunet.recipe.recipe import read_prompts
     from prunet.recipe.values import Drawing
@@ -158,9 +165,8 @@ def _for_openvino(this: "Run", target: Path, bits: Any, decoder: Path | None, as
     prompts = read_prompts(recipe.evaluation.prompts)
     pipeline, card = this.folder / "pipeline", card_facts(this)
     facts = export_openvino(pipeline, target, prompts, drawing, bits=bits, decoder=decoder, card=card)
-    say(
-        as_json,
-        {"output": str(target), **facts},
+    return (
+        facts,
         f"{target}: {facts['bytes'] / 1e6:,.1f} MB of models, {facts['seconds']:.2f} s a picture\n"
         f"  its pictures against those of 16-bit weights in f32: PSNR {facts['psnr']:.1f} dB, root mean squared error "
         f"{facts['picture']:.4f}, over {facts['prompts']} prompts",

@@ -38,7 +38,7 @@ def captured(pipe: Any, prompts: Sequence[str], how: Drawing, size: int) -> tupl
     try:
         with progress("Calibrating", len(prompts)) as bar:
             for seed, prompt in enumerate(prompts):
-                draw_latents(pipe, [prompt], [seed], steps=how.steps, guidance_scale=how.guidance_scale, size=size)
+                draw_latents(pipe, [prompt], [seed], how, size=size)
                 bar.advance()
     finally:
         hook.remove()

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from prunet.console import progress, quiet_libraries
@@ -25,7 +26,6 @@ from prunet.recipe.values import Drawing
 from prunet.sampling.made_for import write_made_for
 from prunet.sampling.openvino import SAMPLERS, OpenVinoPipeline, need
 from prunet.sampling.pictures import picture_rmse
-from prunet.sampling.samplers import set_sampler
 from prunet.teacher.configs import read_object
 from prunet.teacher.teacher import Teacher
 
@@ -121,8 +121,7 @@ def _quantize(teacher: Teacher, folder: Path, bits: Bits, prompts: Sequence[str]
     chosen: dict[str, Any] = {}
     model = ov.Core().read_model(path)
     if bits == "int8":
-        pipe = set_sampler(teacher.pipeline(), drawing.sampler)
-        inputs = int8.captured(pipe, prompts, drawing, teacher.native_size)
+        inputs = int8.captured(teacher.pipeline(), prompts, drawing, teacher.native_size)
         model, chosen = int8.quantize(model, *inputs)
     else:
         model = int8.weights_only(model)
@@ -137,10 +136,10 @@ def _compare(exact: OpenVinoPipeline, ours: OpenVinoPipeline, prompts: Sequence[
     errors, seconds = [], []
     with progress("Comparing", len(prompts)) as bar:
         for seed, prompt in enumerate(prompts):
-            pictures = []
+            pictures: list[Image.Image] = []
             for pipe in (exact, ours):
                 began = time.perf_counter()
-                pictures.append(pipe.draw(prompt, seed, pipe.made_for))
+                pictures += pipe.draw([prompt], [seed], pipe.made_for)
             seconds.append(time.perf_counter() - began)
             errors.append(picture_rmse(*pictures))
             bar.advance()

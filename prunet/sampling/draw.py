@@ -1,8 +1,7 @@
 """Pictures of stock pipelines: from prompts and seeds to latents and pixels."""
 
 import json
-from collections.abc import Sequence
-from itertools import zip_longest
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,38 +33,39 @@ def draw(
     pipe: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
+    how: Drawing,
     *,
-    steps: int = 25,
-    guidance_scale: float = 7.5,
     size: int | None = None,
     batch_size: int = 4,
-    text: str | None = None,
-    save_to: Sequence[Path] = (),
     start: Start | None = None,
-) -> list[Image.Image]:
+) -> Iterator[Image.Image]:
     """Draws a picture for each prompt from its own seed, so that no picture depends on its batch.
 
-    `start`: what to start from, if not from noise alone. `text`: the name of a progress bar; None shows none.
+    `start`: what to start from, if not from noise alone.
+    """
+    for first in range(0, len(prompts), batch_size):
+        at = slice(first, first + batch_size)
+        latents = draw_latents(pipe, prompts[at], seeds[at], how, size=size, start=start and start.rows(at))
+        yield from decode(pipe, latents)
+
+
+def collect(
+    pictures: Iterable[Image.Image], prompts: Sequence[str], text: str, save_to: Sequence[Path] = ()
+) -> list[Image.Image]:
+    """Lists the pictures of `prompts` as they are drawn, with a progress bar called `text`.
+
     `save_to`: a file for each picture, written as soon as it is drawn.
     """
     out: list[Image.Image] = []
-    with progress(text or "", len(prompts) if text else None) as bar:
-        for first in range(0, len(prompts), batch_size):
-            at = slice(first, first + batch_size)
-            latents = draw_latents(
-                pipe,
-                prompts[at],
-                seeds[at],
-                steps=steps,
-                guidance_scale=guidance_scale,
-                size=size,
-                start=start and start.rows(at),
-            )
-            pictures = decode(pipe, latents)
-            for path, picture, prompt in zip(save_to[at], pictures, prompts[at], strict=bool(save_to)):
-                _save(picture, path, prompt)
-            out += pictures
-            bar.advance(len(pictures))
+    with progress(text, len(prompts)) as bar:
+        for picture in pictures:
+            if save_to:
+                path = save_to[len(out)]
+                with new_file(path) as part:
+                    exif = _drawn_by(prompts[len(out)])
+                    picture.save(part, format=PICTURE_FORMATS[path.suffix.lower()], exif=exif)
+            out.append(picture)
+            bar.advance(1)
     return out
 
 
@@ -74,9 +74,8 @@ def draw_latents(
     pipe: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
+    how: Drawing,
     *,
-    steps: int = 25,
-    guidance_scale: float = 7.5,
     size: int | None = None,
     start: Start | None = None,
 ) -> Tensor:
@@ -85,8 +84,9 @@ def draw_latents(
     With a `start` the stock pipeline for image to image draws them, or that for inpainting, in the size of the start.
 
     Raises:
-        UserError: what the denoiser drew is not finite.
+        UserError: no such sampler, or what the denoiser drew is not finite.
     """
+    set_sampler(pipe, how.sampler)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     # Autocast lets a student in fp32 work with text encoders in half precision.
     device, dtype = pipe.vae.device, next(pipe.text_encoder.parameters()).dtype
@@ -96,8 +96,8 @@ def draw_latents(
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         result = pipe(
             prompt=list(prompts),
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
+            num_inference_steps=how.steps,
+            guidance_scale=how.guidance_scale,
             generator=generators,
             output_type="latent",
             **given,
@@ -181,16 +181,15 @@ def generate(
         raise UserError(f"No sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
     given = [prompt] if isinstance(prompt, str) else list(prompt)
     prompts = [p for p in given for _ in range(num_images)]
-    seeds = [seed + i for i in range(len(prompts))]
+    seeds, text = [seed + i for i in range(len(prompts))], "Drawing" if len(prompts) > 1 else ""
     if is_openvino(model):
-        if not_for_it := next(
-            (name for name, value in (("config", config), ("image", image)) if value is not None), ""
-        ):
-            raise UserError(f"{model}: a pipeline for OpenVINO draws without {not_for_it}: leave it out")
+        if config is not None or image is not None:
+            extra = "image" if config is None else "config"
+            raise UserError(f"{model}: a pipeline for OpenVINO draws without {extra}: leave it out")
         check_prompts(given, "prompt")
-        precision = "f32" if dtype == torch.float32 else "bf16"
-        asked = {"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler}
-        return _generate_openvino(model, prompts, seeds, size=size, precision=precision, save_to=save_to, **asked)
+        pipe = OpenVinoPipeline(model, "f32" if dtype == torch.float32 else "bf16")
+        how = pipe.drawing_of(steps=steps, guidance_scale=guidance_scale, sampler=sampler)
+        return collect(pipe.draw(prompts, seeds, how, size), prompts, text, save_to)
     teacher = open_model(model, config=config, device=device, dtype=dtype)
     if size is not None:
         check_size(teacher, size, "size")
@@ -199,55 +198,14 @@ def generate(
     size, start = size or teacher.native_size, None
     if image is not None:
         start = start_from(teacher, [image], size=size, steps=how.steps, strength=strength, mask=mask)
-    pipe = set_sampler(teacher.pipeline(), how.sampler)
-    return draw(
-        pipe,
-        prompts,
-        seeds,
-        steps=how.steps,
-        guidance_scale=how.guidance_scale,
-        size=size,
-        text="Drawing" if len(prompts) > 1 else None,
-        save_to=save_to,
-        start=start,
-    )
+    pictures = draw(teacher.pipeline(), prompts, seeds, how, size=size, start=start)
+    return collect(pictures, prompts, text, save_to)
 
 
 def _usual(model: Path) -> Drawing:
     """Returns how to draw with a pipeline that says nothing itself; a run's has the guidance of its recipe."""
     recipe = model / "recipe.yaml"
     return Drawing(guidance_scale=load_recipe(recipe).evaluation.guidance_scale) if recipe.is_file() else Drawing()
-
-
-def _generate_openvino(
-    folder: str | Path,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    size: int | None,
-    precision: str,
-    save_to: Sequence[Path],
-    **asked: Any,
-) -> list[Image.Image]:
-    """`generate` with a folder for OpenVINO; `asked` is what replaces the values of how it was made to draw."""
-    pipe = OpenVinoPipeline(folder, precision)
-    pipe.check_size(size or pipe.native_size)
-    how = pipe.made_for.model_copy(update={name: value for name, value in asked.items() if value is not None})
-    if how.sampler != pipe.made_for.sampler:
-        raise UserError(f"sampler: {folder} draws with its own, {pipe.made_for.sampler}: leave it out")
-    out = []
-    with progress("Drawing" if len(prompts) > 1 else "", len(prompts)) as bar:
-        for prompt, seed, path in zip_longest(prompts, seeds, save_to):
-            out.append(pipe.draw(prompt, seed, how, size))
-            if path:
-                _save(out[-1], path, prompt)
-            bar.advance()
-    return out
-
-
-def _save(picture: Image.Image, path: Path, prompt: str) -> None:
-    with new_file(path) as part:
-        picture.save(part, format=PICTURE_FORMATS[path.suffix.lower()], exif=_drawn_by(prompt))
 
 
 def _drawn_by(prompt: str) -> Image.Exif:

@@ -1,7 +1,7 @@
 """Pictures from a folder that `prunet export --openvino` wrote, drawn by openvino_genai on the CPU."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class OpenVinoPipeline:
     """
 
     def __init__(self, folder: Path | str, precision: str = "bf16") -> None:
-        folder = Path(folder)
+        folder = self.folder = Path(folder)
         genai, self._ov = need("openvino_genai"), need("openvino")
         fix = f"{folder}: export it again with `prunet export RUN --openvino`"
         made_for = read_made_for(folder / "model_index.json", fix)
@@ -68,22 +68,38 @@ class OpenVinoPipeline:
         except RuntimeError as error:
             raise UserError(f"{folder}: openvino_genai cannot open it ({error}): {fix}") from error
 
-    def check_size(self, size: int) -> None:
-        """Refuses a size in pixels that the levels of the U-Net cannot halve."""
+    def drawing_of(self, **asked: Any) -> Drawing:
+        """Returns how to draw: as `asked`; where that is None as it was made for.
+
+        Raises:
+            UserError: with another sampler than that of the folder.
+        """
+        how = self.made_for.model_copy(update={name: value for name, value in asked.items() if value is not None})
+        if how.sampler != self.made_for.sampler:
+            raise UserError(f"sampler: {self.folder} draws with its own, {self.made_for.sampler}: leave it out")
+        return how
+
+    def draw(
+        self, prompts: Sequence[str], seeds: Sequence[int], how: Drawing, size: int | None = None
+    ) -> Iterator[Image.Image]:
+        """Draws a picture for each prompt, one after the other, from the noise that diffusers draws from its seed.
+
+        Raises:
+            UserError: a size in pixels that the levels of the U-Net cannot halve.
+        """
+        size = size or self.native_size
         if size % self._step:
             raise UserError(f"size: {size} is not a multiple of {self._step}, which the levels of this U-Net need")
-
-    def draw(self, prompt: str, seed: int, how: Drawing, size: int | None = None) -> Image.Image:
-        """Draws a picture, from the noise that stock diffusers draws from this seed. The sampler is the folder's."""
-        drawn = self._pipe.generate(
-            prompt,
-            num_inference_steps=how.steps,
-            guidance_scale=how.guidance_scale,
-            width=size or self.native_size,
-            height=size or self.native_size,
-            generator=self._noise(seed),
-        )
-        return Image.fromarray(np.array(drawn.data[0]))
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            drawn = self._pipe.generate(
+                prompt,
+                num_inference_steps=how.steps,
+                guidance_scale=how.guidance_scale,
+                width=size,
+                height=size,
+                generator=self._noise(seed),
+            )
+            yield Image.fromarray(np.array(drawn.data[0]))
 
 
 def _noise(genai: Any, ov: Any) -> Any:
