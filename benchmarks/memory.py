@@ -6,6 +6,7 @@ Rows are plans, with the low-memory options one after another. GB are 10^9 bytes
 """
 
 import argparse
+from typing import Any
 
 from prunet import Teacher, derive, load_plan
 from prunet.recipe.stage import Losses, Stage
@@ -37,7 +38,7 @@ def main() -> None:
     print("| plan | options | GB |\n|---|---|---:|")
     for name in given.plans:
         derived = derive(config, load_plan(name))
-        chosen: dict[str, bool] = {}
+        chosen: dict[str, Any] = {}
         for title, more in OPTIONS.items():
             chosen |= more
             runtime = Runtime(device="cuda", precision="bf16", **chosen)
