@@ -48,6 +48,8 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	MYPYPATH=emoji $(BIN)/mypy --config-file benchmarks/mypy.ini emoji/*.py
+	MYPYPATH=benchmarks:tests $(BIN)/mypy --config-file benchmarks/mypy.ini benchmarks
 	$(BIN)/lint-imports --no-logo
 
 format: setup
