@@ -70,12 +70,12 @@ def test_a_stopped_evaluation_does_not_draw_again_what_it_has(sd, tmp_path, monk
     whole = evaluate(teacher, students, SPEC, tmp_path / "whole", size=16, seed=3)
     real = drawing.draw_latents
 
-    def draw(pipe, prompts, seeds, **settings):
+    def draw(pipe, prompts, seeds, how, **settings):
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
         drawn.append(seeds)
-        return real(pipe, prompts, seeds, **settings)
+        return real(pipe, prompts, seeds, how, **settings)
 
     monkeypatch.setattr(drawing, "draw_latents", draw)
     for seed in (4, 3, 3):

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from prunet import Teacher, UserError, compare, measure
+from prunet import Drawing, Teacher, UserError, compare, measure
 from prunet.disk.files import read_json
 from prunet.disk.ownership import LOCK
 from prunet.disk.seals import SEAL
@@ -139,11 +139,11 @@ def test_two_processes_killed_once_give_the_same_bytes(sd: Path, protocol: Path,
 
 
 def test_batch_size_changes_no_more_than_rounding(sd: Path, tmp_path: Path) -> None:
-    pipe = Teacher(sd).pipeline()
+    pipe, how = Teacher(sd).pipeline(), Drawing(steps=2, guidance_scale=2.0)
     sets = []
     for batch_size in (1, 16):
-        how = {"seed": 3, "steps": 2, "guidance_scale": 2.0, "size": 16, "batch_size": batch_size}
-        paths = draw_shards(lambda: pipe, PROMPTS[:16], tmp_path / str(batch_size), **how)
+        drawn = {"seed": 3, "size": 16, "batch_size": batch_size}
+        paths = draw_shards(lambda: pipe, PROMPTS[:16], tmp_path / str(batch_size), how, **drawn)
         sets.append([np.asarray(picture, dtype=int) for path in paths for picture, _ in read_shard(path)])
     assert max(np.abs(a - b).max() for a, b in zip(*sets, strict=True)) <= 1
     assert np.abs(sets[0][0] - sets[0][1]).max() > 3  # while two pictures are not the same

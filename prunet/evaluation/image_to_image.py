@@ -16,7 +16,6 @@ from prunet.evaluation.results import ImageToImage, PictureDistance
 from prunet.intervals import mean_of
 from prunet.recipe.values import Drawing
 from prunet.sampling.draw import draw
-from prunet.sampling.samplers import set_sampler
 from prunet.sampling.start import STRENGTH, start_from
 from prunet.teacher.teacher import Teacher
 
@@ -49,17 +48,9 @@ def image_to_image(
     first = seed + len(prompts)
 
     def drawn(name: str) -> list[Image.Image]:
-        how = hows[name]
-        pipe = set_sampler(teacher.pipeline(unet=nets[name]), how.sampler)
-        return draw(
-            pipe,
-            wanted,
-            [first + i for i in range(len(wanted))],
-            steps=how.steps,
-            guidance_scale=how.guidance_scale,
-            batch_size=BATCH,
-            start=start,
-        )
+        seeds = [first + i for i in range(len(wanted))]
+        pipe = teacher.pipeline(unet=nets[name])
+        return list(draw(pipe, wanted, seeds, hows[name], batch_size=BATCH, start=start))
 
     start = start_from(teacher, pictures, size=size, steps=hows["teacher"].steps, strength=STRENGTH)
     out = processes.from_main(lambda: {name: drawn(name) for name in nets})

@@ -33,7 +33,7 @@ from prunet.recipe.values import Drawing
 from prunet.runtime import Runtime
 from prunet.sampling.draw import open_model
 from prunet.sampling.made_for import drawing_of
-from prunet.sampling.samplers import SAMPLERS, set_sampler
+from prunet.sampling.samplers import SAMPLERS
 from prunet.sampling.shards import draw_shards
 from prunet.teacher.space import check_size
 from prunet.teacher.teacher import Teacher
@@ -92,12 +92,11 @@ def measure(
         }
         theirs = _real_features(reference, networks, protocol, named, state)  # before drawing: one may be broken
         paths = draw_shards(
-            lambda: set_sampler(teacher.pipeline(), used.sampler),
+            teacher.pipeline,
             prompts,
             folder / "pictures",
+            used,
             seed=protocol.seed,
-            steps=used.steps,
-            guidance_scale=used.guidance_scale,
             size=spec["size"],
             jpeg=protocol.jpeg,
             batch_size=batch_size,

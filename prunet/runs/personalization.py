@@ -39,9 +39,8 @@ from prunet.recipe.personalization import Personalization
 from prunet.recipe.values import Drawing
 from prunet.runs.estimate import seconds_per_image
 from prunet.runtime import Runtime
-from prunet.sampling.draw import draw, is_drawn, open_model
+from prunet.sampling.draw import collect, draw, is_drawn, open_model
 from prunet.sampling.made_for import drawing_of, made_for
-from prunet.sampling.samplers import set_sampler
 from prunet.student.student import inherit
 from prunet.teacher.configs import check_condition
 from prunet.teacher.copying import check_other_parts
@@ -162,16 +161,10 @@ class Personal:
         todo = {number: path for number, path in paths.items() if not is_drawn(path, prompt)}
         if not todo:
             return
-        draw(
-            set_sampler(self.model.pipeline(), self._drawing.sampler),
-            [prompt] * len(todo),
-            [seed_of(self.spec.seed, "class", number) for number in todo],
-            steps=self._drawing.steps,
-            guidance_scale=self._drawing.guidance_scale,
-            size=self.size,
-            text="Drawing the class",
-            save_to=list(todo.values()),
-        )
+        prompts = [prompt] * len(todo)
+        seeds = [seed_of(self.spec.seed, "class", number) for number in todo]
+        pictures = draw(self.model.pipeline(), prompts, seeds, self._drawing, size=self.size)
+        collect(pictures, prompts, "Drawing the class", list(todo.values()))
 
     def _train(self, samples: Samples) -> Net:
         spec = self.spec

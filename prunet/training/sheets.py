@@ -14,7 +14,6 @@ from prunet.denoisers.architecture import Net
 from prunet.disk.files import new_file
 from prunet.recipe.values import Drawing
 from prunet.sampling.draw import draw
-from prunet.sampling.samplers import set_sampler
 from prunet.teacher.teacher import Teacher
 
 GAP, CAPTION, LABEL = 6, 34, 92
@@ -74,14 +73,5 @@ class Sheets:
 
     @torch.no_grad()
     def _row(self, unet: Any, how: Drawing) -> list[Image.Image]:
-        pipe = set_sampler(self.teacher.pipeline(unet=unet), how.sampler)
         seeds = [self.seed + i for i in range(len(self.prompts))]
-        return draw(
-            pipe,
-            self.prompts,
-            seeds,
-            steps=how.steps,
-            guidance_scale=how.guidance_scale,
-            size=self.size,
-            batch_size=8,
-        )
+        return list(draw(self.teacher.pipeline(unet=unet), self.prompts, seeds, how, size=self.size, batch_size=8))
