@@ -42,7 +42,7 @@ test-slow: setup
 # Material's own notice asks for its successor, which does not call hooks yet.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-	@echo "Open build/site/index.html"
+	@echo "Open build/site/index.html; its search needs a server: python -m http.server -d build/site"
 
 check: setup
 	$(BIN)/ruff format --check .
