@@ -175,8 +175,9 @@ def generate(
 ) -> None:
     """Draw pictures of a prompt with a pipeline: a teacher, a student, or the student of a run.
 
-    Example: prunet generate runs/demo "a red apple" -n 4. From a picture: prunet generate runs/demo "a red apple"
-    --image pear.png --strength 0.6
+    Example: prunet generate runs/demo "a red apple" -n 4
+
+    From a picture: prunet generate runs/demo "a red apple" --image pear.png --strength 0.6
     """
     from prunet.data.pictures import read_picture
     from prunet.disk.files import check_writable
