@@ -46,7 +46,7 @@ def test_doctor_names_versions_and_every_optional_part(capsys, monkeypatch) -> N
     assert code == 0 and facts["versions"].keys() >= {"prunet", "python", "torch", "diffusers"}
     assert "HF_HUB_OFFLINE" in facts["hub"]["state"] and facts["memory"]["total"] > facts["memory"]["free"] > 0
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
-    assert facts["extras"].keys() == project["optional-dependencies"].keys() - {"dev", "emoji"}
+    assert facts["extras"].keys() == project["optional-dependencies"].keys() - {"dev", "docs", "emoji"}
     code, out, _ = call(capsys, "doctor")
     assert code == 0 and "bf16" in out and "optional" in out
 
