@@ -26,6 +26,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests")]
@@ -86,14 +87,14 @@ def child(section: Section, args: argparse.Namespace) -> None:
         compile_by = torch.compile
         torch.compile = lambda f=None, **given: compile_by(f, **{"backend": "eager", **given})  # type: ignore[assignment]
     module = importlib.import_module(f"on_gpu.{section.module}")
-    said = {"section": section.name, "ended": False, **facts(args.device), "results": []}
+    said: dict[str, Any] = {"section": section.name, "ended": False, **facts(args.device), "results": []}
     began = time.perf_counter()
 
     def write() -> None:
         said["seconds"] = round(time.perf_counter() - began, 1)
         part = args.out / f".{section.name}.part"
         part.write_text(json.dumps(said, indent=1) + "\n")
-        os.replace(part, args.out / f"{section.name}.json")
+        part.replace(args.out / f"{section.name}.json")
 
     write()
     work = args.work / section.name if args.smoke else args.work  # sections share models, unless they run at once
@@ -133,8 +134,7 @@ def table(args: argparse.Namespace, ends: dict[str, str]) -> str:
         path = args.out / f"{section.name}.json"
         said = json.loads(path.read_text()) if path.is_file() and section.name in ends else None
         first = first or said
-        for value in said["results"] if said else []:
-            rows.append((section.name, Result(**value)))
+        rows += [(section.name, Result(**value)) for value in (said["results"] if said else [])]
         if end := ends.get(section.name):
             rows.append((section.name, Result("(section)", ok=False, note=end)))
     known = {k: v for k, v in (first or {}).items() if k not in ("section", "ended", "results", "seconds")}

@@ -160,7 +160,7 @@ def test_a_part_that_was_half_restored_is_restored_again(scripts, tmp_path) -> N
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("given", (["--minutes", "0"], ["--learning-rate", "nan"], ["--batch-size", "-1"]))
+@pytest.mark.parametrize("given", [["--minutes", "0"], ["--learning-rate", "nan"], ["--batch-size", "-1"]])
 def test_training_refuses_budgets_that_train_nothing(given, scripts, tmp_path, monkeypatch, capsys) -> None:
     import train
 

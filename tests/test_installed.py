@@ -84,14 +84,13 @@ def test_from_an_empty_folder_to_a_student_in_five_commands(prunet, sd, pictures
     sets = [part for value in small for part in ("--set", value)]
     new = run(tmp_path, prunet, "new", "--teacher", "model", "--data", "pictures", "--device", "cpu")
     (tmp_path / "mine.yaml").write_text(new.stdout)
-    said = [new]
-    for command in (
+    commands = (
         ("inspect", "mine.yaml"),
         ("run", "mine.yaml", "--device", "cpu", *sets),
         ("generate", "runs/model-bk-small", "a cat", "--steps", 1, "-o", "cat.png", "--device", "cpu"),
         ("export", "runs/model-bk-small", "--single-file"),
-    ):
-        said.append(run(tmp_path, prunet, *command))
+    )
+    said = [new, *(run(tmp_path, prunet, *command) for command in commands)]
     foreign = [line for done in said for line in done.stderr.splitlines() if "warn" in line.lower()]
     assert not foreign and (tmp_path / "cat.png").is_file()
     assert DiffusionPipeline.from_pretrained(tmp_path / "runs" / "model-bk-small" / "pipeline").unet is not None

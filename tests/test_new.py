@@ -74,8 +74,7 @@ def test_options_that_save_memory_come_in_the_order_of_their_cost(sd, pictures, 
     run = Run(load_recipe(path), gpu)
     least = [new._fit(run, new.SAVING["cuda"][:count], 0).needs for count in range(5)]  # in micro-batches of 1
     assert least == sorted(least, reverse=True) and len(set(least)) == 5
-    for budget in least:
-        said.append(new.fit_to(run, budget).options)
+    said += [new.fit_to(run, budget).options for budget in least]
     assert all(new.SAVING["cuda"][: len(options)] == options for options in said)
     assert [len(options) for options in said] == sorted(len(options) for options in said) and len(said[-1]) == 4
 

@@ -134,9 +134,9 @@ def test_what_cannot_be_used_keeps_its_key_and_says_why(tmp_path):
     write(tmp_path / "latin.txt", "café".encode("latin-1"))
     write(tmp_path / "folder.png/inner.png", encoded())
     write(tmp_path / "folder.png/inner.txt", "inner")
-    os.symlink(tmp_path / "good.png", tmp_path / "link.png")
-    os.symlink(tmp_path / "gone", tmp_path / "dangling.png")
-    os.symlink(tmp_path, tmp_path / "circle")
+    (tmp_path / "link.png").symlink_to(tmp_path / "good.png")
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "gone")
+    (tmp_path / "circle").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "pipe.png")
     for name in ("link", "dangling", "pipe"):
         write(tmp_path / f"{name}.txt", "a caption")
@@ -763,6 +763,6 @@ def test_fit_refuses_what_it_does_not_know():
 
 def test_csv_written_by_the_standard_library_comes_back(tmp_path):
     write(tmp_path / "a.png", encoded())
-    with open(tmp_path / "metadata.csv", "w", newline="", encoding="utf-8") as file:
+    with (tmp_path / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("file_name", "text"), ("a.png", 'a "quoted", 猫')])
     assert read(tmp_path)[0] == {"a.png": ('a "quoted", 猫',)}

@@ -22,8 +22,7 @@ from prunet.teacher.known import layout_config
 def laughs(form: str, levels: int = 9) -> str:
     """Ten of ten of ten ... values, in a page of a few lines; `form` takes ten aliases."""
     lines = ["a0: &a0 {k: x}"]
-    for i in range(levels):
-        lines.append(f"a{i + 1}: &a{i + 1} " + form % tuple([f"*a{i}"] * 10))
+    lines += [f"a{i + 1}: &a{i + 1} " + form % tuple([f"*a{i}"] * 10) for i in range(levels)]
     return "\n".join(lines)
 
 
@@ -96,7 +95,7 @@ def test_as_much_as_a_long_recipe_has_is_read() -> None:
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[" + "1," * 5_000_000 + "1]"])
 def test_json_is_read_within_bounds(text: str) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"nested too deep|characters"):
         parse_json(text)
 
 

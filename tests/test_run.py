@@ -170,6 +170,25 @@ def test_other_recipe_in_the_same_folder_is_refused_before_anything_changes(copi
     assert contents(copied) == before
 
 
+def test_a_run_that_moved_with_its_teacher_and_data_is_still_done(copied, sd, pictures, tmp_path) -> None:
+    """Its recipe has full paths; those that are not there any more are found where they went with the run."""
+    project = tmp_path / "project"
+    for source, name in ((copied, "runs/a"), (sd, "models/sd"), (pictures, "data")):
+        shutil.copytree(source, project / name)
+    text = (project / "runs/a/recipe.yaml").read_text()
+    for old, new in ((sd, project / "models/sd"), (pictures, project / "data")):
+        text = text.replace(str(old), str(new))
+    value = yaml.safe_load(text) | {"output": str(project / "runs/a")}
+    (project / "runs/a/recipe.yaml").write_text(yaml.safe_dump(value))
+    project.rename(tmp_path / "elsewhere")
+    this = Run(recipe_of(tmp_path / "elsewhere/runs/a"), CPU)
+    this.check()
+    assert this.todo() == [] and this.recipe.teacher.source == str(tmp_path / "elsewhere/models/sd")
+    shutil.rmtree(tmp_path / "elsewhere/models")
+    with pytest.raises(UserError, match=rf"No teacher at {project}/models/sd"):
+        Run(recipe_of(tmp_path / "elsewhere/runs/a"), CPU)
+
+
 def test_data_that_changed_are_not_blamed_on_the_recipe(copied, pictures, tmp_path, monkeypatch) -> None:
     """The run's own recipe would be refused as well, so it is no advice; a path with spaces is quoted where it is."""
     monkeypatch.chdir(tmp_path)

@@ -10,7 +10,7 @@ from prunet.cli.options import Json, app, say
 
 @app.command("list")
 def list_runs(
-    folder: Annotated[Path, typer.Argument(help="A folder with runs in it, or in folders of it.")] = Path("."),
+    folder: Annotated[Path, typer.Argument(help="A folder with runs in it, or in folders of it.")] = Path(),
     as_json: Json = False,
 ) -> None:
     """List runs: how far each is, its plan, the student's size and its distance from the teacher."""

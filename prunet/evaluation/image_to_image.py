@@ -11,11 +11,12 @@ from PIL import Image
 from prunet import processes
 from prunet.console import say
 from prunet.denoisers.architecture import Net
-from prunet.evaluation.drawing import BATCH, picture_rmse
+from prunet.evaluation.drawing import BATCH
 from prunet.evaluation.results import ImageToImage, PictureDistance
 from prunet.intervals import mean_of
 from prunet.recipe.values import Drawing
 from prunet.sampling.draw import draw
+from prunet.sampling.pictures import picture_rmse
 from prunet.sampling.start import STRENGTH, start_from
 from prunet.teacher.teacher import Teacher
 
@@ -42,7 +43,7 @@ def image_to_image(
     if not pictures:
         return None
     if not int(fewest * STRENGTH):
-        say(f"  image to image is not measured: at strength {STRENGTH} there is no step to draw, of {fewest}")
+        say(f"  image to image is not measured: strength {STRENGTH} of {fewest} step is none")
         return None
     wanted = [prompts[(i + 1) % len(prompts)] for i in range(len(pictures))]
     first = seed + len(prompts)

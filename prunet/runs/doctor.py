@@ -26,6 +26,7 @@ EXTRAS = {
     "memory": (("bitsandbytes", "torchao"), "--use-8bit-adam, --teacher-8bit, --teacher-fp8"),
     "personalize": (("peft",), "training a LoRA on a student"),
     "tensorboard": (("tensorboard",), "--tracker tensorboard"),
+    "ui": (("gradio", "peft"), "prunet play"),
 }
 HUB_S = 3.0  # seconds to wait for the hub
 

@@ -1,6 +1,5 @@
 """Checkpoints of a stage: written whole, the last few kept, and refused where they are of another stage."""
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +76,7 @@ def save(now: State, folder: Path, step: int, stage: Training, keep: int, unlogg
         write_json(part / "state.json", label)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(aside(old), ignore_errors=True)
-        os.replace(old, aside(old))  # or a kill would leave half of it under its name
+        old.replace(aside(old))  # or a kill would leave half of it under its name
     for left in (folder / "checkpoints").glob(".step-*.part"):
         shutil.rmtree(left)
 
