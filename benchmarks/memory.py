@@ -2,25 +2,18 @@
 
     python benchmarks/memory.py sdxl vega koala-700m --size 1024 --micro-batch 1
 
-Rows are plans, with the low-memory options one after another. GB are 10^9 bytes.
+Rows are plans in bf16, with the options that save memory one after another, as `prunet new` adds them. GB are 10^9
+bytes.
 """
 
 import argparse
-from typing import Any
 
 from prunet import Teacher, derive, load_plan
 from prunet.recipe.stage import Losses, Stage
+from prunet.runs.new import SAVING
 from prunet.runtime import Runtime
 from prunet.training.fit import training_memory
 from prunet.training.memory import step_memory
-
-OPTIONS = {
-    "--precision bf16": {},
-    "... --gradient-checkpointing": {"gradient_checkpointing": True},
-    "... --offload-ema": {"offload_ema": True},
-    "... --teacher-8bit": {"teacher_8bit": True},
-    "... --use-8bit-adam": {"use_8bit_adam": True},
-}
 
 
 def main() -> None:
@@ -38,10 +31,10 @@ def main() -> None:
     print("| plan | options | GB |\n|---|---|---:|")
     for name in given.plans:
         derived = derive(config, load_plan(name))
-        chosen: dict[str, Any] = {}
-        for title, more in OPTIONS.items():
-            chosen |= more
-            runtime = Runtime(device="cuda", precision="bf16", **chosen)
+        for count in range(len(SAVING["cuda"]) + 1):
+            chosen = SAVING["cuda"][:count]
+            options: dict[str, Any] = dict.fromkeys(chosen, True)
+            runtime = Runtime(device="cuda", precision="bf16", **options)
             parts = training_memory(config, derived.student_config, latent, given.micro_batch, stage, runtime)
             parts["activations"] = step_memory(
                 config,
@@ -52,7 +45,8 @@ def main() -> None:
                 accumulate=2,
                 runtime=runtime,
             )
-            print(f"| {name} | `{title}` | {sum(parts.values()) / 1e9:.1f} |", flush=True)
+            title = f"`--{chosen[-1].replace('_', '-')}`" if chosen else "no option"
+            print(f"| {name} | {title} | {sum(parts.values()) / 1e9:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from prunet.denoisers.pairs import Pair
     from prunet.errors import UserError
     from prunet.evaluation.evaluation import evaluate
+    from prunet.evaluation.measures import Measures
     from prunet.evaluation.measuring import compare, measure
     from prunet.evaluation.protocol import Protocol, load_protocol
+    from prunet.evaluation.results import EvaluationResult
     from prunet.exports.folder import export
     from prunet.plan.derived import Derived, derive
     from prunet.plan.plan import Plan, load_plan
@@ -55,7 +57,9 @@ _HOME = {
     "cache": "data.encoding",
     "distil": "training.loop",
     "evaluate": "evaluation.evaluation",
+    "EvaluationResult": "evaluation.results",
     "measure": "evaluation.measuring",
+    "Measures": "evaluation.measures",
     "compare": "evaluation.measuring",
     "Protocol": "evaluation.protocol",
     "load_protocol": "evaluation.protocol",

@@ -44,7 +44,7 @@ def _sections(model: type[BaseModel], title: str) -> list[str]:
         parts.append(_inline((part.__doc__ or "").partition("\n")[0]))
         hints = typing.get_type_hints(part, include_extras=True)
         rows = [_row(prefix + key, field, _type(hints[key])) for key, field in part.model_fields.items()]
-        parts.append("\n".join(["| key | type | default | |", "|---|---|---|---|", *rows]))
+        parts.append("\n".join(["| key | |", "|---|---|", *rows]))
         for key in part.model_fields:
             for inside, is_list in _parts(hints[key]):
                 if (prefix, key) != ("stages.N.", "teacher"):  # as the recipe's own
@@ -62,8 +62,11 @@ def _parts(hint: Any, is_list: bool = False) -> Iterator[tuple[type[BaseModel], 
 
 def _row(key: str, field: FieldInfo, kind: str) -> str:
     default = field.get_default(call_default_factory=True)
-    shown = "required" if field.is_required() else "" if isinstance(default, BaseModel) else f"`{_yaml(default)}`"
-    return f"| `{key}` | {kind} | {shown} | {_inline(field.description or '')} |"
+    if field.is_required():
+        kind += "; **required**"
+    elif not isinstance(default, BaseModel):
+        kind += f"; default `{_yaml(default)}`"
+    return f"| `{key}` | {_inline(field.description or '')}<br><small>{kind}</small> |"
 
 
 def _yaml(value: Any) -> str:

@@ -56,7 +56,7 @@ def adapt(file: Path | str, to: Path | str, output: Path | str | None = None) ->
         facts = controlnet.write_controlnet(control, derived, target, mark)
         fits = derived.works_with["the teacher's ControlNet"] == "yes"
         return {"output": str(target), "kind": "ControlNet", **facts, "fits_unchanged": fits}
-    carried = _carry(source, derived)
+    carried = carry(source, derived)
     if target.suffix != ".safetensors":
         raise UserError(f"--output {target}: name the new file something.safetensors")
     check_file(target, "carried adapter", "--output", is_adapted, [source])
@@ -86,7 +86,12 @@ def _open_student(folder: Path) -> Derived:
     return derived
 
 
-def _carry(path: Path, derived: Derived) -> Carried:
+def carry(path: Path, derived: Derived) -> Carried:
+    """Reads a LoRA or an IP-Adapter of the teacher, and how it is carried over; the file of a plan "none" as it is.
+
+    Raises:
+        UserError: no such adapter, of a form that cannot be carried over, or made for another model.
+    """
     if path.suffix in PICKLES:
         raise UserError(
             f"{path}: a pickle, which can hold code; {command('convert', path)} writes its tensors without it"

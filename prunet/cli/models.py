@@ -133,11 +133,15 @@ def export(
     fp16: Annotated[
         bool, typer.Option("--fp16", help="Half precision (a folder gets the fp16 variant as well).")
     ] = False,
+    to_hub: Annotated[
+        str | None, typer.Option("--push", help="Also upload it to owner/name of the hub, private where that is new.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write the student of a run as a stock pipeline folder, or as one .safetensors for ComfyUI and others."""
     from prunet.disk.ownership import check_file, check_place
     from prunet.exports.folder import export as export_folder
+    from prunet.exports.hub import check_push, push
     from prunet.exports.single_file import export_single_file, is_exported
     from prunet.runs.card import card_facts
     from prunet.runs.checks import read_paths
@@ -163,6 +167,8 @@ def export(
     if not this.result_of("evaluate").is_file():
         raise UserError(f"{run_folder}: not evaluated yet; finish it with {command('run', run_folder)}")
     check_other_parts(this.teachers[-1])
+    if to_hub:
+        check_push(to_hub)
     if single_file:
         if not this.is_done("export"):
             this.do("export")
@@ -174,11 +180,13 @@ def export(
             how = {"card": card, "fp16": fp16, "drawing": recipe.made_for, "what": what}
             written = export_folder(teacher, this.last_unet(), target, **how)
     size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.rglob("*.safetensors")))
+    pushed = push(written, to_hub) if to_hub else None
     loads, works = this.derived.loads_in, this.derived.works_with
     say(
         as_json,
-        {"output": str(written), "bytes": size, "loads_in": loads, "works_with": works},
+        {"output": str(written), "bytes": size, "loads_in": loads, "works_with": works, "pushed": pushed},
         f"{written}: {size / 1e6:,.1f} MB of weights\n"
+        + (f"{pushed}\n" if pushed else "")
         + "\n".join(f"  {program}: {answer}" for program, answer in loads.items()),
     )
 

@@ -39,7 +39,7 @@ def personalize(
         float | None, typer.Option("--guidance-scale", "-g", min=0, help="For the class and the sheets: 7.5.")
     ] = None,
     size: Annotated[int | None, typer.Option(min=8, max=4096, help="Pixels; the model's own by default.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**62)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**62, help="Of training and of drawn pictures.")] = None,
     sheet_every: Annotated[int | None, typer.Option(min=0, help="Steps between two sheets: 200; 0: none.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps between two checkpoints: 200.")] = None,
     only_estimate: Annotated[

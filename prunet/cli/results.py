@@ -39,7 +39,9 @@ def measure(
     real: Annotated[
         Path | None, typer.Option(help="Real pictures (folder), features prunet saved, or pytorch-fid's .npz.")
     ] = None,
-    weights: Annotated[list[str] | None, typer.Option(help="The metrics' networks: inception=FILE, clip=PATH.")] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(help="The metrics' networks: inception=FILE, clip=PATH, dino=PATH.")
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=2, help="Only the first N prompts, for a trial (KID in smaller subsets).")
     ] = None,
@@ -73,7 +75,7 @@ def measure(
     is_run = (Path(model) / "recipe.yaml").is_file()
     if output is None and not is_run:
         raise UserError(f"{model}: not a run folder: give a folder for pictures and numbers with --output FOLDER")
-    files = named_files(weights, "inception=FILE or clip=PATH")
+    files = named_files(weights, "inception=FILE, clip=PATH or dino=PATH")
     result = measure_it(
         model,
         chosen,

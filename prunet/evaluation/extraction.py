@@ -3,7 +3,6 @@
 The name of their folder holds hashes of the network and of how the pictures were prepared, so they are never stale.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ from prunet.disk.reading import check_permission
 from prunet.errors import UserError
 from prunet.evaluation.metrics import Moments
 from prunet.evaluation.networks import Features, file_hash, prepared
-from prunet.evaluation.protocol import NEED_REAL, Protocol
+from prunet.evaluation.protocol import NEED_REAL, SUBJECT, Protocol
+from prunet.hashing import json_hash
 from prunet.intervals import Array
 from prunet.sampling.shards import SHARD, read_shard
 
@@ -42,7 +42,7 @@ def preparation(protocol: Protocol, network: str) -> str:
 
 def tag(*values: str) -> str:
     """Returns a hash of texts, for the name of a folder."""
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
+    return json_hash(values)[:12]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ class Reference:
         Raises:
             UserError: the protocol needs real pictures, and they are missing or not the right ones.
         """
-        if protocol.real is None or not NEED_REAL & set(protocol.metrics):
+        sets, subject = (names & set(protocol.metrics) for names in (NEED_REAL, SUBJECT.keys()))
+        if protocol.real is None or not (sets or subject):
             return None
         wanted = protocol.real
         path = real or (beside / wanted.file if beside and wanted.file else None)
@@ -148,11 +149,13 @@ class Reference:
         if path.is_dir():
             found = (path / under / name for under, names in walk(path) for name in names)
             files = tuple(sorted(p for p in found if p.suffix.lower() in PICTURE_FILES and p.is_file()))
-            if len(files) < FEWEST:
-                raise UserError(f"--real {path}: {len(files)} pictures in it; {FEWEST} at least are wanted")
+            if len(files) < (fewest := FEWEST if sets else 1):
+                raise UserError(f"--real {path}: {len(files)} pictures in it; {fewest} at least are wanted")
             if wanted.count not in (None, len(files)):
                 raise UserError(f"--real {path}: {len(files):,} pictures, not {wanted.count:,}. {wanted.source}")
             content = tag(*(file_hash(file) for file in files))
+        elif subject:
+            raise UserError(f"--real {path}: {min(subject)} needs the subject's pictures themselves: give their folder")
         elif path.is_file() and path.suffix == ".npz":
             files, content = (), file_hash(path)
             if others := sorted(NEED_REAL & set(protocol.metrics) - {"fid"}):

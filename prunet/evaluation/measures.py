@@ -49,12 +49,12 @@ class Measures(Value):
 
     @property
     def rows(self) -> list[tuple[str, str, Measure]]:
-        """Title, which way is better, and the numbers of each measure. CLIP score is named after another model."""
+        """Title, which way is better, and the numbers of each measure. Another model gives CLIP's its name."""
         rows, clip = [], self.protocol.get("clip") or {}
         for name, found in self.measures.items():
             title, better = TITLES[name]
             other = clip.get("library") == "transformers" and not clip["model"].startswith("openai/")
-            rows.append((f"{clip['model']} score" if name == "clip_score" and other else title, better, found))
+            rows.append((title.replace("CLIP", clip["model"]) if other else title, better, found))
         return rows
 
     @property

@@ -11,28 +11,23 @@ A stopped measurement resumes, and the processes of `accelerate launch` share it
 """
 
 import importlib.metadata
-import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from prunet import processes
 from prunet.disk.files import check_writable, read_label, write_json, write_text
 from prunet.disk.ownership import check_place, hold
 from prunet.errors import UserError
-from prunet.evaluation import metrics
+from prunet.evaluation.computing import compute
 from prunet.evaluation.extraction import FEWEST, Reference, drawn_shards, extract, gather, preparation, tag
 from prunet.evaluation.measures import MeasuredModel, Measures, markdown, read_measures
-from prunet.evaluation.metrics import Moments
-from prunet.evaluation.networks import INCEPTION_SOURCE, Clip, Inception
-from prunet.evaluation.protocol import NEED_REAL, Protocol, differences
-from prunet.intervals import Array, Measure, mean_of
+from prunet.evaluation.networks import INCEPTION_SOURCE, Clip, Dino, Inception
+from prunet.evaluation.protocol import NEED_REAL, SUBJECT, Protocol, differences
 from prunet.recipe.prompts import prompts_hash
 from prunet.recipe.values import Drawing
 from prunet.runtime import Runtime
@@ -65,7 +60,7 @@ def measure(
     `Drawing`, overrides both; the result says how it was drawn.
 
     `beside`: the folder of the protocol's own files. `real`: a folder of pictures, features that an earlier measurement
-    saved, or pytorch-fid's .npz (FID only). `weights`: files of `inception` and `clip`.
+    saved, or pytorch-fid's .npz (FID only). `weights`: files of `inception`, `clip` and `dino`.
 
     Raises:
         UserError: something is missing or does not fit, or the folder holds other pictures; before anything is drawn.
@@ -121,7 +116,7 @@ def measure(
                 source=short(str(model)), fingerprint=spec["model"], drawn=None if used == said else used
             ),
             protocol=_as_used(protocol, spec, hashes, reference.content if reference else None),
-            measures=_finite(measured(protocol, found, theirs)),
+            measures=compute(protocol, found, theirs),
             versions={name: importlib.metadata.version(name) for name in ("prunet", "torch", "diffusers")},
         )
         write_text(folder / "measures.md", markdown([result]))
@@ -151,35 +146,37 @@ def _claim(folder: Path, drawing: dict[str, Any], state: Any) -> Iterator[None]:
 
 def _real_features(
     reference: Reference | None, networks: Mapping[str, Any], protocol: Protocol, named: Mapping[str, Path], state: Any
-) -> Any:
-    """Extracts the features of the real pictures, if there are any; returns them in the main process, else None."""
+) -> dict[str, Any]:
+    """Extracts the features of the real pictures, if there are any; returns them by network in the main process."""
     if reference is None:
-        return None
-    net, drawn = networks[protocol.features], named[protocol.features]
-    folder = drawn.with_name(f"real-{tag(drawn.name, reference.content)}")
-    extract(reference.shards(), net, protocol, folder)
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        return None
-    return reference.features(net, protocol, folder, folder.parent.parent / "real.safetensors")
-
-
-def _finite(measures: dict[str, Measure]) -> dict[str, Measure]:
-    """Returns the measures.
-
-    Raises:
-        UserError: one is not finite.
-    """
-    if broken := [name for name, found in measures.items() if not all(map(math.isfinite, astuple(found)))]:
-        raise UserError(f"{broken[0]} is not a number: too few pictures, or features that are not numbers")
-    return measures
+        return {}
+    found: dict[str, Any] = {}
+    sets = {str(protocol.features)} if NEED_REAL & set(protocol.metrics) else set()
+    wanted = {*sets, *(SUBJECT[name] for name in protocol.metrics if name in SUBJECT)}
+    for name in sorted(wanted):
+        folder = named[name].with_name(f"real-{tag(named[name].name, reference.content)}")
+        extract(reference.shards(), networks[name], protocol, folder)
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            continue
+        if name in sets:
+            save_to = folder.parent.parent / "real.safetensors"
+            found[name] = reference.features(networks[name], protocol, folder, save_to)
+        else:
+            found[name] = gather(reference.shards(), folder)["image"]
+    return found
 
 
 def _as_used(
     protocol: Protocol, drawing: Mapping[str, Any], networks: Mapping[str, str], real: str | None
 ) -> dict[str, Any]:
     """Returns the protocol with the values that it left open. Contents count, paths and sources do not."""
-    left_out = {"prompts": {"file", "source"}, "real": {"file", "source"}, "clip": {"file", "source"}}
+    left_out = {
+        "prompts": {"file", "source"},
+        "real": {"file", "source"},
+        "clip": {"file", "source"},
+        "dino": {"file", "source"},
+    }
     used = protocol.model_dump(mode="json", exclude=left_out)
     used |= {key: drawing[key] for key in ("size", "count", "prompts_sha256")}
     return used | {"networks": dict(networks), "real_sha256": real}
@@ -226,15 +223,19 @@ def load_networks(
         UserError: weights are missing, unknown or of another network.
     """
     wanted = set(protocol.metrics)
-    needed = {protocol.features} if wanted & NEED_REAL else set()
+    needed = {str(protocol.features)} if wanted & NEED_REAL else set()
     needed |= {"inception"} if "is" in wanted else set()
     needed |= {"clip"} if wanted & {"clip_score", "retrieval"} else set()
-    if strange := set(weights) - {"inception", "clip"}:
-        raise UserError(f"--weights {strange.pop()}=...: give inception=FILE or clip=FILE")
-    if "clip" in needed and protocol.clip and protocol.clip.file and beside:
-        weights.setdefault("clip", beside / protocol.clip.file)
+    needed |= {SUBJECT[name] for name in wanted & SUBJECT.keys()}
+    models = {"clip": protocol.clip, "dino": protocol.dino}
+    if strange := set(weights) - {"inception", *models}:
+        raise UserError(f"--weights {strange.pop()}=...: give inception=FILE, clip=PATH or dino=PATH")
+    for name, model in models.items():
+        if name in needed and model and model.file and beside:
+            weights.setdefault(name, beside / model.file)
     for name in sorted(needed - weights.keys()):
-        where = INCEPTION_SOURCE if name == "inception" else protocol.clip.source if protocol.clip else ""
+        model = models.get(name)
+        where = INCEPTION_SOURCE if name == "inception" else model.source if model else ""
         raise UserError(f"protocol {protocol.name} needs the weights of {name}: give --weights {name}=PATH. {where}")
     networks: dict[str, Any] = {}
     if "inception" in needed:
@@ -244,38 +245,9 @@ def load_networks(
             networks["clip"] = Clip.load_open_clip(protocol.clip.model, weights["clip"], device)
         else:
             networks["clip"] = Clip.load(weights["clip"], device)
+    if "dino" in needed:
+        networks["dino"] = Dino.load(weights["dino"], device)
     return networks
-
-
-def _points(protocol: Protocol, features: Array) -> Array:
-    """Scales CLIP's embeddings to one length, as only their direction counts; KID's kernel is then (cosine + 1)^3."""
-    if protocol.features == "inception":
-        return features
-    points: Array = features / np.linalg.norm(features, axis=1, keepdims=True) * np.sqrt(features.shape[1])
-    return points
-
-
-def measured(protocol: Protocol, found: Mapping[str, Mapping[str, Array]], real: Any) -> dict[str, Measure]:
-    """Computes the protocol's metrics from features by network; `real` as `Reference.features` returns it."""
-    out, key = {}, "pool" if protocol.features == "inception" else "image"
-    ours = _points(protocol, found[protocol.features][key]) if NEED_REAL & set(protocol.metrics) else np.zeros((0, 0))
-    if isinstance(real, np.ndarray):
-        real = _points(protocol, real)
-        if real.shape[1] != ours.shape[1]:
-            raise UserError(f"--real: features of {real.shape[1]} numbers, where the network gives {ours.shape[1]}")
-    for name in protocol.metrics:
-        if name == "fid":
-            out[name] = metrics.fid(ours, real if isinstance(real, Moments) else Moments.of(real))
-        elif name == "kid":
-            out[name] = metrics.kid(ours, real, protocol.kid_subset_size)
-        elif name in ("precision", "recall"):
-            out[name] = mean_of(metrics.covered(*((ours, real) if name == "precision" else (real, ours))))
-        elif name == "is":
-            out[name] = metrics.inception(found["inception"]["logits"])
-        else:
-            per_picture = metrics.cosines if name == "clip_score" else metrics.retrieved
-            out[name] = mean_of(per_picture(found["clip"]["image"], found["clip"]["text"]))
-    return out
 
 
 def compare(folders: Sequence[Path | str]) -> list[Measures]:

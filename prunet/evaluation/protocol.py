@@ -14,11 +14,13 @@ from prunet.disk.reading import load_mapping
 from prunet.errors import UserError
 from prunet.recipe.prompts import prompts_hash, read_prompt_file
 from prunet.recipe.recipe import explain
-from prunet.recipe.values import Drawing, Integer, Part, Seed, Size, Steps
+from prunet.recipe.values import Copies, Drawing, Integer, Part, Seed, Size, Steps
 
 FOLDER = Path(__file__).parent / "protocols"
 #: Metrics that compare with real pictures.
 NEED_REAL = {"fid", "kid", "precision", "recall"}
+#: Metrics that compare with pictures of a subject -> the network that looks at both.
+SUBJECT = {"clip_i": "clip", "dino": "dino"}
 #: Titles of metrics in tables, and which way is better.
 TITLES = {
     "fid": ("FID", "lower"),
@@ -28,6 +30,8 @@ TITLES = {
     "recall": ("recall", "higher"),
     "clip_score": ("CLIP score", "higher"),
     "retrieval": ("R@1 among the prompts", "higher"),
+    "clip_i": ("CLIP-I", "higher"),
+    "dino": ("DINO", "higher"),
 }
 
 
@@ -41,13 +45,18 @@ class Given(Part):
     sha256: str | None = Field(default=None, description="hash of the prompts, one on each line, or of the statistics")
 
 
-class Clip(Part):
-    """The model of `clip_score` and `retrieval`."""
+class Network(Part):
+    """The model of `dino`."""
 
-    library: Literal["transformers", "open_clip"] = Field(default="transformers", description="that reads its weights")
     model: str = Field(description="its name in the library, or a folder beside the protocol")
     source: str = Field(description="where its weights are from")
     file: str | None = Field(default=None, description="beside the protocol's own file, if they come with it")
+
+
+class Clip(Network):
+    """The model of `clip_score`, `retrieval` and `clip_i`."""
+
+    library: Literal["transformers", "open_clip"] = Field(default="transformers", description="that reads its weights")
 
 
 class Protocol(Drawing):
@@ -57,6 +66,7 @@ class Protocol(Drawing):
     version: Steps = Field(default=1, description="counted up when numbers are no longer comparable")
     description: str = Field(default="", description="what `prunet protocols` says")
     prompts: Given = Field(description="what is drawn")
+    images_per_prompt: Copies | None = Field(default=None, description="pictures of each prompt; one by default")
     seed: Seed = Field(default=0, description="seed of the first picture; the next has the next one")
     size: Size | None = Field(default=None, description="pixels; the model's own if not given")
     precision: Literal["no", "bf16", "fp16"] = Field(default="no", description="of the model while it draws")
@@ -75,6 +85,7 @@ class Protocol(Drawing):
     )
     kid_subset_size: Annotated[Integer, Field(ge=10)] = Field(default=1000, description="pictures in a subset of KID")
     clip: Clip | None = Field(default=None, description="the model that compares picture and prompt")
+    dino: Network | None = Field(default=None, description="the model that compares pictures with those of a subject")
     real: Given | None = Field(default=None, description="real pictures, or their features, to compare with")
     note: str = Field(default="", description="how it differs from the published protocol that it follows")
 
@@ -82,10 +93,12 @@ class Protocol(Drawing):
     def _whole(self) -> "Protocol":
         if unknown := [m for m in self.metrics if m not in TITLES]:
             raise ValueError(f"no metric {unknown[0]!r}: {', '.join(TITLES)}")
-        if self.real is None and (wanting := [m for m in self.metrics if m in NEED_REAL]):
+        if self.real is None and (wanting := [m for m in self.metrics if m in {*NEED_REAL, *SUBJECT}]):
             raise ValueError(f"{wanting[0]} compares with real pictures: give 'real'")
-        if self.clip is None and ({"clip_score", "retrieval"} & set(self.metrics) or self.features == "clip"):
-            raise ValueError("clip_score, retrieval and features: clip want 'clip', a model")
+        if self.clip is None and ({"clip_score", "retrieval", "clip_i"} & set(self.metrics) or self.features == "clip"):
+            raise ValueError("clip_score, retrieval, clip_i and features: clip want 'clip', a model")
+        if self.dino is None and "dino" in self.metrics:
+            raise ValueError("dino wants 'dino', a model")
         return self
 
 
@@ -130,7 +143,7 @@ def protocol_prompts(protocol: Protocol, folder: Path, given: Path | None, limit
         raise UserError(f"{path}: not the prompts of protocol {protocol.name} (their hash differs). {wanted.source}")
     if len(prompts[:limit]) < 2:
         raise UserError(f"{path}: one prompt is too few to measure by")
-    return prompts[:limit]
+    return [prompt for prompt in prompts[:limit] for _ in range(protocol.images_per_prompt or 1)]
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,8 @@ from prunet.words import short
 
 def origin(teacher: Teacher) -> dict[str, Any]:
     """Returns what a model card says of where a student comes from; `base_model` is None unless the hub has it."""
-    return {"teacher": teacher.hub_id or short(teacher.source), "base_model": teacher.hub_id}
+    commit = teacher.commit if teacher.hub_id else None
+    return {"teacher": teacher.hub_id or short(teacher.source), "base_model": teacher.hub_id, "commit": commit}
 
 
 def model_card(facts: dict[str, Any]) -> str:

@@ -17,25 +17,27 @@ PLACES = ("model", "config", "pictures", "output", "sheet_every", "checkpoint_ev
 class Personalization(Training):
     """DreamBooth (arXiv 2208.12242) of a model. Defaults are those of diffusers' scripts (docs/personalize.md)."""
 
-    model: PathOrId
-    config: PathOrId | None = None
+    model: PathOrId = Field(description="pipeline folder, .safetensors file, hub id or run folder")
+    config: PathOrId | None = Field(default=None, description="for a single file: folder or hub id with configs")
     pictures: PathText = Field(description="folder with pictures of the subject")
-    output: PathText
+    output: PathText = Field(description="folder for all that is made")
     prompt: Annotated[str, Field(min_length=1)] = Field(description="what the pictures show, with a rare word for it")
     class_prompt: Annotated[str, Field(min_length=1)] | None = Field(default=None, description="without the word")
     class_pictures: Steps = Field(default=200, description="pictures of the class that the model draws")
-    prior_weight: Weight = 1.0
+    prior_weight: Weight = Field(default=1.0, description="of the class in the loss")
     lora: Steps | None = Field(default=None, description="rank; null: all weights of the denoiser are trained")
     size: Size | None = Field(default=None, description="pixels; the model's own if not given")
     guidance_scale: Weight | None = Field(default=None, description="for pictures of the class, and sheets")
-    seed: Seed = 1234
-    batch_size: Annotated[Integer, Field(ge=1, le=1_000_000)] = 1
-    learning_rate: Positive = 5e-6
-    warmup_steps: Annotated[Integer, Field(ge=0, le=1_000_000_000)] = 0
-    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = None
-    caption_dropout: Fraction = 0.0
-    sheet_every: Annotated[Integer, Field(ge=0)] = 200
-    checkpoint_every: Steps = 200
+    seed: Seed = Field(default=1234, description="of the class, the noise and the LoRA's first weights")
+    batch_size: Annotated[Integer, Field(ge=1, le=1_000_000)] = Field(
+        default=1, description="pictures of the subject a step; as many of the class come to them"
+    )
+    learning_rate: Positive = Field(default=5e-6, description="AdamW's; of a LoRA 1e-4")
+    warmup_steps: Annotated[Integer, Field(ge=0, le=1_000_000_000)] = Field(default=0, description="none by default")
+    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(default=None, description="null: no average")
+    caption_dropout: Fraction = Field(default=0.0, description="share of samples that see the empty prompt")
+    sheet_every: Annotated[Integer, Field(ge=0)] = Field(default=200, description="steps between two sheets; 0: none")
+    checkpoint_every: Steps = Field(default=200, description="steps between two checkpoints")
 
     @model_validator(mode="before")
     @classmethod

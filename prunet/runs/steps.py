@@ -16,8 +16,10 @@ from prunet.errors import UserError
 from prunet.evaluation.results import EvaluationResult, read_evaluation
 from prunet.exports.single_file import check_single_file, is_exported
 from prunet.plan.result import PlanResult
-from prunet.recipe.recipe import recipe_yaml
+from prunet.recipe.recipe import Recipe, recipe_yaml
+from prunet.recipe.stage import TeacherSource
 from prunet.report.charts import is_page
+from prunet.teacher.teacher import Teacher
 from prunet.training.checkpoints import check_stage, checkpoints
 from prunet.training.log import read_log
 from prunet.words import command
@@ -219,7 +221,21 @@ def begin(this: "Run", step: str) -> None:
         kept = {n: value for n, value in done.items() if n in names[: names.index(step)]}
         if kept != done:
             write_steps(this.folder, kept)
-    write_text(this.folder / "recipe.yaml", recipe_yaml(this.recipe))  # settings may have changed since the plan
+    write_text(this.folder / "recipe.yaml", recipe_yaml(_as_seen(this)))  # settings may have changed since the plan
+
+
+def _as_seen(this: "Run") -> Recipe:
+    """Returns the recipe with the commits of the hub at which its teachers were read, which a branch may leave."""
+
+    def seen(source: TeacherSource, teacher: Teacher) -> TeacherSource:
+        of_the_hub = teacher.commit and (teacher.file is None or source.config)
+        return source.model_copy(update={"revision": teacher.commit}) if of_the_hub else source
+
+    stages = [
+        stage.model_copy(update={"teacher": seen(stage.teacher, teacher)}) if stage.teacher else stage
+        for stage, teacher in zip(this.recipe.stages, this.teachers, strict=True)
+    ]
+    return this.recipe.model_copy(update={"teacher": seen(this.recipe.teacher, this.teacher), "stages": stages})
 
 
 def finish(this: "Run", step: str, seconds: float) -> None:

@@ -4,7 +4,6 @@ Only this file and `prunet.teacher.teacher` know what differs between SD v1, v2 
 micro-conditioning, epsilon or v-prediction, the scaling factor.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable
 from functools import cached_property
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from prunet.denoisers.architecture import Architecture
 from prunet.denoisers.known import architecture_of
 from prunet.errors import UserError
-from prunet.teacher import placing, scheduler
+from prunet.hashing import file_hash, hash_of
+from prunet.teacher import hub, placing, scheduler
 from prunet.teacher.configs import check_config, read_object
 from prunet.teacher.known import LAYOUTS, layout_config
 from prunet.teacher.weight_files import WEIGHTS, find_weights
@@ -60,6 +60,7 @@ class PipelineFiles:
         self._revision = revision
         self.file: Path | None = None  # the weights, if they are a single file
         self.hub: str | None = None  # the repository, if `_folder` is downloaded on demand
+        self.commit: str | None = None  # of `hub`, once something of it was downloaded
         self._folder: Path | None = None  # configs, tokenizers, scheduler; and the weights if not in `file`
         self._part = "unet"  # the denoiser's folder in `_folder`
         self._fingerprints: dict[str, str] = {}
@@ -211,16 +212,10 @@ class PipelineFiles:
         Raises:
             UserError: not available.
         """
-        from huggingface_hub import snapshot_download
-
         assert self.hub is not None
-        try:
-            return Path(snapshot_download(self.hub, revision=self._revision, allow_patterns=list(patterns)))
-        except Exception as error:  # from the hub's client, its HTTP library or the disk
-            raise UserError(
-                f"{self.hub}: neither a folder here nor available from the hub ({type(error).__name__}); check the "
-                "name, the network, and `hf auth login` if it is gated"
-            ) from error
+        folder = hub.download(self.hub, self.commit or self._revision, patterns)
+        self.commit = folder.name  # all files are of one commit, though a branch may move on
+        return folder
 
     def part_config(self, part: str) -> dict[str, Any]:
         """Reads and checks the `config.json` (scheduler: `scheduler_config.json`) of a part."""
@@ -326,15 +321,14 @@ class PipelineFiles:
         It does not depend on where the files are: they are sorted by their names in the folder, a single file last.
         """
         parts = sorted(parts or self.parts)
-        digest, folder = hashlib.sha256(), self.configs()
+        folder, found = self.configs(), []
         files = {p for part in parts for p in self._part_files(part)}
         for path in sorted(files, key=lambda p: (p == self.file, p if p == self.file else p.relative_to(folder))):
             key = str(path)
             if key not in self._fingerprints:
-                with path.open("rb") as file:
-                    self._fingerprints[key] = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(self._fingerprints[key].encode())
-        return digest.hexdigest()[:16]
+                self._fingerprints[key] = file_hash(path)
+            found.append(self._fingerprints[key].encode())
+        return hash_of(found)[:16]
 
     def weight_files(self, part: str) -> list[Path]:
         """The safetensors files of a part (`find_weights`), downloaded if needed."""
