@@ -152,7 +152,7 @@ def changed_headers(found: dict[str, Header], key: str) -> Iterator[dict[str, He
 @pytest.mark.parametrize("form", ["folder", "shards", "file"])
 @pytest.mark.parametrize("part", PARTS)
 def test_any_tensor_changed_is_refused(part, form, teachers, monkeypatch) -> None:
-    """By its headers, for all tensors; `refusal` writes files with some of these changes, which takes hours for all."""
+    """By its headers, for all tensors; `refusal` writes files with some of these changes, which takes long for all."""
     teacher, keys = Teacher(teachers[form]), keys_of(form, teachers[form], part)
     model, read = teacher._empty(part), placing._headers
     for key in keys:
@@ -168,7 +168,7 @@ def test_any_tensor_changed_is_refused(part, form, teachers, monkeypatch) -> Non
     placed, seen = teacher.place(part, model), []
     monkeypatch.setattr(placing, "is_finite", lambda tensor: seen.append(tensor) or True)
     placing.check_finite(placed)  # looks for NaN in every one of them
-    assert sorted({key for _, key in placed.places.values()}) == [k for k in keys if not placing.HARMLESS.search(k)]
+    assert all(placing.HARMLESS.search(key) for key in {*keys} - {key for _, key in placed.places.values()})
     assert len(seen) == len(set(placed.places.values()))
 
 
