@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from prunet import __version__, processes
-from prunet.cli import adapters, models, recipes, results  # noqa: F401  (their verbs)
+from prunet.cli import adapters, models, recipes, results, searching  # noqa: F401  (their verbs)
 from prunet.cli.options import app
 from prunet.errors import UserError, one_line
 
