@@ -35,9 +35,9 @@ def search(
 ) -> None:
     """Find the plan that hurts a model least within a budget.
 
-    Every unit is scored alone, the best sets of them by the sums are scored really, and with --recover distilled for some
-    steps. The budget is a share of the teacher's, or an amount; size is that of the denoiser in half precision, latency
-    is timed on this device. The same command resumes.
+    Every unit is scored alone, the best sets of them by the sums are scored really, and with --recover distilled for
+    some steps. The budget is a share of the teacher's, or an amount; size is that of the denoiser in half precision,
+    latency is timed on this device. The same command resumes.
 
     Example: prunet search my-model --budget macs=60% -o runs/search, then prunet run runs/search/recipe.yaml
     """

@@ -101,11 +101,11 @@ def dots(result: Mapping[str, Any]) -> list[Dot]:
 
 
 def frontier(result: Mapping[str, Any]) -> str:
-    """Draws cost against error: the error on a logarithmic scale, with everything below its lowest tick on that tick."""
+    """Draws cost against error, which is on a logarithmic scale; what is below its lowest tick lies on that tick."""
     points, kind = dots(result), kind_of(result)
     low = max(1e-6, min(point.error for point in points if point.error > 0))
     bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(max(1.0, *(point.error for point in points))))
-    least = min([point.cost for point in points] + [result["limits"][kind] / result["costs"][kind]])
+    least: float = min([point.cost for point in points] + [result["limits"][kind] / result["costs"][kind]])
     left = math.floor(10 * least - 1e-9) / 10
     right = max(1.0, *(point.cost for point in points)) + 0.02
 
@@ -113,7 +113,7 @@ def frontier(result: Mapping[str, Any]) -> str:
         return LEFT + (cost - left) / (right - left) * (WIDTH - LEFT - RIGHT)
 
     def y(error: float) -> float:
-        height = (math.log10(max(error, 10.0**bottom)) - bottom) / (top - bottom)
+        height = (math.log10(max(error, math.pow(10, bottom))) - bottom) / (top - bottom)
         return HEIGHT - BOTTOM - height * (HEIGHT - TOP - BOTTOM)
 
     marks = [{"dot": point, "x": x(point.cost), "y": y(point.error)} for point in points]

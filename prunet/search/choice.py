@@ -63,7 +63,7 @@ def total(problem: Problem, chosen: Iterable[int]) -> float:
 
 
 def _bounds(problem: Problem) -> tuple[list[Array], list[float], list[float]]:
-    """Rows of the program with their lower and upper bounds: savings, exclusions; y = 1 if and only if both of a pair go."""
+    """Rows of the program with their lower and upper bounds: savings, exclusions, and y = 1 where both of a pair go."""
     n, size = len(problem.hurts), len(problem.hurts) + len(problem.pairs)
     rows, lows, highs = [], [], []
 

@@ -48,7 +48,7 @@ def _recipe(
     """
     run = cache is not None and (cache / "recipe.yaml").is_file()
     rate = float(f"{learning_rate_for(result['error_before'], usual_rate(cache)):.2g}")
-    own = {
+    own: dict[str, Any] = {
         "teacher": {"source": _place(result["teacher"]), **({"config": _place(config)} if config else {})},
         "plan": {"name": plan.name, "description": plan.description, "remove": list(plan.remove)},
         "output": str((folder / "run").absolute()),
