@@ -13,7 +13,7 @@ from test_cli import call
 
 from prunet import Runtime, Teacher, UserError, derive, load_plan, load_recipe
 from prunet.disk.files import read_json
-from prunet.search import recovery
+from prunet.search import recovery, search
 from prunet.search.budgets import costs_of, parse_budgets
 from prunet.search.choice import Problem, best_sets, smallest_failing, total
 from prunet.search.outcome import write_plan
@@ -92,15 +92,19 @@ def test_budgets_are_read(text, amount, is_share) -> None:
 
 @pytest.fixture(scope="module")
 def space(sd) -> Space:
-    return Space(Teacher(sd), parse_budgets(["macs=75%"]))
+    outer = ["down_blocks.[01]", "up_blocks.[23]"]  # stay, so that there are few units
+    return Space(Teacher(sd), parse_budgets(["parameters=75%"]), outer)
 
 
 @pytest.fixture(scope="module")
 def searched(space, tmp_path_factory):
     folder = tmp_path_factory.mktemp("search")
-    plan, result = find_plan(space, folder, RUNTIME, prompts=["a cat", "a dog"])
-    write_plan(plan, result, folder)
-    return folder, plan, result
+    with pytest.MonkeyPatch.context() as patch:
+        for name, few in (("MOST_PLANS", 3), ("MOST_PAIRS", 3), ("POINTS", 3)):
+            patch.setattr(search, name, few)
+        plan, result = find_plan(space, folder, RUNTIME, prompts=["a cat", "a dog"])
+        write_plan(plan, result, folder)
+        yield folder, plan, result
 
 
 def test_the_plan_keeps_the_budget_and_hurts_least(space, searched) -> None:
@@ -108,11 +112,11 @@ def test_the_plan_keeps_the_budget_and_hurts_least(space, searched) -> None:
     derived = derive(space.config, load_plan(folder / "plan.yaml"))
     assert derived.removed == derive(space.config, plan).removed
     costs = costs_of(derived.student_size)
-    assert costs["macs"] <= 0.75 * space.costs["macs"] == result["limits"]["macs"]
+    assert costs["parameters"] <= 0.75 * space.costs["parameters"] == result["limits"]["parameters"]
     scores = Scores(space.teacher, open_examples(space.teacher, ["a cat", "a dog"]))
     assert scores.error(derived).value == pytest.approx(result["plans"][0]["error"])
     assert result["plans"][0]["error"] == min(row["error"] for row in result["plans"])
-    within = [row for row in result["presets"] if row["costs"]["macs"] <= result["limits"]["macs"]]
+    within = [row for row in result["presets"] if row["costs"]["parameters"] <= result["limits"]["parameters"]]
     assert {row["name"] for row in result["presets"]} >= {"bk-base", "bk-small", "bk-tiny"}
     assert all(result["plans"][0]["error"] <= row["error"] for row in within)
 

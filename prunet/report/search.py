@@ -16,6 +16,7 @@ from prunet.words import many, number, short
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 560, 84, 40, 104, 72  # pixels; the last four are margins
 NAMES = {"parameters": "parameters", "macs": "MACs of a call", "size": "size in half precision", "latency": "latency"}
+MOST_ROWS = 8  # found plans in the table
 #: Kinds of points in the order in which they are drawn: class -> name in the legend.
 KINDS = {
     "single": "one unit removed",
@@ -48,6 +49,7 @@ def write_search(result: Mapping[str, Any], folder: Path) -> None:
         teacher=short(result["teacher"]),
         result=result,
         frontier=drawing,
+        rows=rows(result),
         kind=kind_of(result),
         names=NAMES,
         found=diagram_of(result["plan"]),
@@ -57,6 +59,15 @@ def write_search(result: Mapping[str, Any], folder: Path) -> None:
         columns=sensitivity.columns(result),
     )
     write_text(folder / "search.html", page)
+
+
+def rows(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The chosen plan, some others within the budget, and the presets."""
+    best, *others = result["plans"]
+    found = [row for row in others if row["name"] == "found"]
+    trained = {row["name"]: row for row in result["plans"]}
+    presets = [trained.get(row["name"], row) for row in result["presets"] if row["name"] != best["name"]]
+    return [best, *found[: MOST_ROWS - 1], *presets]
 
 
 def kind_of(result: Mapping[str, Any]) -> str:
@@ -116,7 +127,11 @@ def frontier(result: Mapping[str, Any]) -> str:
         height = (math.log10(max(error, math.pow(10, bottom))) - bottom) / (top - bottom)
         return HEIGHT - BOTTOM - height * (HEIGHT - TOP - BOTTOM)
 
-    marks = [{"dot": point, "x": x(point.cost), "y": y(point.error)} for point in points]
+    marks = [
+        # Names of presets that are near each other are drawn one above the other.
+        {"dot": point, "x": x(point.cost), "y": y(point.error), "up": 8 + 15 * (place % 3)}
+        for place, point in enumerate(points)
+    ]
     used = [kind for kind in KINDS if any(point.kind == kind for point in points)]
     key, at = [], float(LEFT)
     for name in [*used, "teacher"]:

@@ -31,7 +31,11 @@ class Budget:
         return self.amount * teacher[self.kind] if self.is_share else self.amount
 
     def __str__(self) -> str:
-        return f"{self.kind} {100 * self.amount:g} %" if self.is_share else shown(self.kind, self.amount)
+        return (
+            f"{self.kind.replace('macs', 'MACs')} {100 * self.amount:g} %"
+            if self.is_share
+            else shown(self.kind, self.amount)
+        )
 
 
 def parse_budgets(texts: Sequence[str]) -> list[Budget]:
