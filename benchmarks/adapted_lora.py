@@ -1,11 +1,11 @@
 """A style LoRA of a teacher on its student: as `prunet adapt` carries it over, and as it is.
 
-    prunet run recipes/demo.yaml
+    prunet run demo
     python benchmarks/adapted_lora.py runs/demo --out lora-report
 
 Trains a LoRA on pictures of the shipped data in two colours, a style that the teacher never saw. Draws teacher, teacher
 with it, student, student with the carried file and student with the file as it is, at equal prompts and noise. Measures
-how far each is from the style, and from the teacher with the LoRA. Needs peft (pip install -e '.[personalize]').
+how far each is from the style, and from the teacher with the LoRA. Needs peft (pip install 'prunet[personalize]').
 """
 
 import argparse
@@ -20,8 +20,8 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image, ImageDraw
 
-from prunet import Teacher, adapt
-from prunet.sampling.draw import draw, set_sampler
+from prunet import Drawing, Teacher, adapt
+from prunet.sampling.draw import draw
 
 DARK, LIGHT = np.array([24, 32, 96]) / 255, np.array([255, 196, 128]) / 255
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
@@ -128,7 +128,7 @@ def main() -> None:
     facts = adapt(lora, arguments.run, arguments.out / "carried.safetensors")
     print(f"{len(facts['kept'])} layers kept, {len(facts['dropped'])} dropped")
     seeds = [seed for seed in range(arguments.seeds) for _ in PROMPTS]
-    rows = {}
+    rows, how = {}, Drawing(steps=15, guidance_scale=1.5)
     for name, model, file in (
         ("teacher", teacher, None),
         ("teacher + LoRA", teacher, lora),
@@ -136,10 +136,10 @@ def main() -> None:
         ("student + carried LoRA", student, facts["output"]),
         ("student + LoRA as it is", student, lora),
     ):
-        pipe = set_sampler(model.pipeline(), "dpmsolver++")
+        pipe = model.pipeline()
         if file is not None:
             pipe.load_lora_weights(str(file))
-        rows[name] = draw(pipe, PROMPTS * arguments.seeds, seeds, steps=15, guidance_scale=1.5, batch_size=8)
+        rows[name] = list(draw(pipe, PROMPTS * arguments.seeds, seeds, how, batch_size=8))
         if file is not None:
             pipe.unload_lora_weights()
     sheet({name: pictures[: len(PROMPTS)] for name, pictures in rows.items()}, arguments.out / "sheet.png")

@@ -348,6 +348,7 @@ def main() -> None:
     names = ("model", "plan", "size", "batch", "micro_batch", "threads", "reference_checkpointing")
     said = {name: getattr(args, name) for name in names}
     print(json.dumps({**said, **best, "speed": speed, "memory": memory}))
+    return None
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ seed, the interval over the pictures.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from prunet import run
 from prunet.disk.files import write_text
+from prunet.evaluation.measures import read_measures
 from prunet.evaluation.measuring import measure
 from prunet.evaluation.protocol import load_protocol, protocol_prompts
-from prunet.intervals import summary
+from prunet.intervals import Measure, summary
 from prunet.runs.ablation import load_ablation
 from prunet.runs.run import Run
 from prunet.runtime import Runtime
@@ -37,23 +37,25 @@ TEACHER = [(25, GUIDANCE), (4, GUIDANCE), (2, GUIDANCE), (1, GUIDANCE)]
 METRICS = {"retrieval": "R@1", "clip_score": "score", "kid": "KID"}
 
 
-def measured(model: Path, protocol: str, folder: Path, steps: int, guidance: float, sampler: str, limit: int) -> dict:
+def measured(
+    model: Path, protocol: str, folder: Path, steps: int, guidance: float, sampler: str, limit: int
+) -> dict[str, Measure]:
     """Measures a model, or reads what was measured; returns metric -> value, low and high."""
-    if (path := folder / "measures.json").is_file():
-        return json.loads(path.read_text())["measures"]
+    if (folder / "measures.json").is_file():
+        return read_measures(folder).measures
     chosen, beside = load_protocol(f"emoji/protocols/{protocol}.yaml")
     prompts = protocol_prompts(chosen, beside, None, limit)
     chosen = chosen.model_copy(update={"kid_subset_size": min(chosen.kid_subset_size, len(prompts))})
     asked = {"steps": steps, "guidance_scale": guidance, "sampler": sampler}
-    return measure(model, chosen, prompts, folder, beside=beside, asked=asked, batch_size=20)["measures"]
+    return measure(model, chosen, prompts, folder, beside=beside, asked=asked, batch_size=20).measures
 
 
-def cell(found: list[dict]) -> str:
+def cell(found: list[Measure]) -> str:
     """A metric's mean over seeds with half of its interval; with one seed, the interval over pictures."""
     if len(found) == 1:
-        return f"{found[0]['value']:.3f} [{found[0]['low']:.3f}, {found[0]['high']:.3f}]"
-    over = summary([f["value"] for f in found])
-    return f"{over['mean']:.3f} ± {over['interval']:.3f}"
+        return f"{found[0].value:.3f} [{found[0].low:.3f}, {found[0].high:.3f}]"
+    over = summary([f.value for f in found])
+    return f"{over.mean:.3f} ± {over.interval:.3f}"
 
 
 def main() -> None:

@@ -93,7 +93,7 @@ def child(section: Section, args: argparse.Namespace) -> None:
         said["seconds"] = round(time.perf_counter() - began, 1)
         part = args.out / f".{section.name}.part"
         part.write_text(json.dumps(said, indent=1) + "\n")
-        os.replace(part, args.out / f"{section.name}.json")
+        part.replace(args.out / f"{section.name}.json")
 
     write()
     work = args.work / section.name if args.smoke else args.work  # sections share models, unless they run at once
@@ -133,8 +133,7 @@ def table(args: argparse.Namespace, ends: dict[str, str]) -> str:
         path = args.out / f"{section.name}.json"
         said = json.loads(path.read_text()) if path.is_file() and section.name in ends else None
         first = first or said
-        for value in said["results"] if said else []:
-            rows.append((section.name, Result(**value)))
+        rows += [(section.name, Result(**value)) for value in (said["results"] if said else [])]
         if end := ends.get(section.name):
             rows.append((section.name, Result("(section)", ok=False, note=end)))
     known = {k: v for k, v in (first or {}).items() if k not in ("section", "ended", "results", "seconds")}

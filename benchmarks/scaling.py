@@ -111,6 +111,7 @@ def main() -> None:
         "gradient_bytes": 4 * count,
     }
     print(json.dumps({**said, "all_reduce_s": seconds, "step_s": step, "ddp_overhead": cost}))
+    return None
 
 
 if __name__ == "__main__":

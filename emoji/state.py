@@ -20,7 +20,7 @@ def atomic_save(value, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".tmp")
     torch.save(value, aside)
-    os.replace(aside, path)
+    aside.replace(path)
 
 
 def save_state(path: Path, state: dict, **parts) -> None:
@@ -38,7 +38,7 @@ def load_state(path: Path) -> dict:
 def save_record(record: dict, path: Path) -> None:
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(aside, path)
+    aside.replace(path)
 
 
 def read_record(path: Path) -> dict:

@@ -20,14 +20,18 @@ if TYPE_CHECKING:
     from prunet.denoisers.pairs import Pair
     from prunet.errors import UserError
     from prunet.evaluation.evaluation import evaluate
+    from prunet.evaluation.measures import Measures
     from prunet.evaluation.measuring import compare, measure
     from prunet.evaluation.protocol import Protocol, load_protocol
+    from prunet.evaluation.results import EvaluationResult
     from prunet.exports.folder import export
     from prunet.plan.derived import Derived, derive
     from prunet.plan.plan import Plan, load_plan
+    from prunet.recipe.personalization import Personalization
     from prunet.recipe.recipe import Data, Evaluation, Export, Recipe, load_recipe
     from prunet.recipe.stage import Losses, Stage
     from prunet.recipe.values import Drawing
+    from prunet.runs.personalization import personalize
     from prunet.runs.run import Run, run
     from prunet.runtime import Runtime
     from prunet.sampling.draw import generate
@@ -53,13 +57,17 @@ _HOME = {
     "cache": "data.encoding",
     "distil": "training.loop",
     "evaluate": "evaluation.evaluation",
+    "EvaluationResult": "evaluation.results",
     "measure": "evaluation.measuring",
+    "Measures": "evaluation.measures",
     "compare": "evaluation.measuring",
     "Protocol": "evaluation.protocol",
     "load_protocol": "evaluation.protocol",
     "export": "exports.folder",
     "adapt": "adapters.adapt",
     "generate": "sampling.draw",
+    "Personalization": "recipe.personalization",
+    "personalize": "runs.personalization",
     "convert": "teacher.pickles",
     "Condition": "denoisers.condition",
     "Form": "denoisers.form",

@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.segment import Segment
+from rich.table import Column
 
 from prunet.errors import printable
 from prunet.processes import is_main
@@ -44,17 +45,19 @@ LINE_EVERY = 60
 @contextmanager
 def progress(text: str, total: float | None) -> Iterator["Bar"]:
     """Shows a bar with count, elapsed and remaining time; on a file or pipe, a line every `LINE_EVERY` seconds."""
+    # Where the terminal is narrow the note is cut, not the count or the time: it comes last, and takes what is left.
     columns = (
         SpinnerColumn(),
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("[dim]{task.fields[note]}"),
-        TimeElapsedColumn(),
+        TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=8),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
         TextColumn("<"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        TextColumn("[dim]{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
     )
-    with Progress(*columns, console=console, disable=console.quiet or not (console.is_terminal and text)) as shown:
+    disable = console.quiet or not (console.is_terminal and text)
+    with Progress(*columns, console=console, disable=disable, expand=True) as shown:
         yield Bar(shown, text, total)
 
 

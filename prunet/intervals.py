@@ -66,12 +66,19 @@ def jackknife(value: float, count: int, measure: Callable[[NDArray[np.int64]], f
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
-def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Returns the values, their mean, and half the width of its 95 % interval (Student's t; None for one value)."""
-    if not values:
-        return {"values": [], "mean": None, "interval": None}
+@dataclass(frozen=True)
+class Summary:
+    """Values, their mean (None of no values), and half the width of its 95 % interval (None below two values)."""
+
+    values: list[float]
+    mean: float | None
+    interval: float | None
+
+
+def summary(values: Sequence[float]) -> Summary:
+    """Summarises values by their mean, with an interval by Student's t."""
     interval = None
     if len(values) > 1:
         t = T_975[min(len(values) - 2, len(T_975) - 1)]
         interval = t * statistics.stdev(values) / math.sqrt(len(values))
-    return {"values": list(values), "mean": statistics.fmean(values), "interval": interval}
+    return Summary(list(values), statistics.fmean(values) if values else None, interval)

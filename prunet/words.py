@@ -1,6 +1,7 @@
 """Numbers, names and times as people read them."""
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,16 @@ def short(source: str) -> str:
     """Returns a hub id as it is, and only the last name of a path: the folders above it are private."""
     parts = source.replace("\\", "/").rstrip("/").split("/")
     return source if len(parts) == 2 and parts[0] not in (".", "..", "", "~") else parts[-1]
+
+
+def command(*words: object) -> str:
+    """Returns a command of prunet for a message, in backticks, with its words quoted for a shell."""
+    return f"`{shlex.join(['prunet', *map(str, words)])}`"
+
+
+def without_home(text: str) -> str:
+    """Writes the user's home folder as `~`, since its name is private; a recipe reads it so."""
+    return text.replace(f"{Path.home()}/", "~/")
 
 
 def names_of(sources: Sequence[Path | str]) -> list[str]:

@@ -7,7 +7,6 @@ import statistics
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -16,7 +15,7 @@ from prunet.disk.ownership import hold
 from prunet.errors import UserError
 from prunet.intervals import summary
 from prunet.recipe.recipe import Recipe
-from prunet.runs.ablation import ablate, load_ablation, markdown
+from prunet.runs.ablation import AblationResult, ablate, load_ablation, markdown
 from prunet.runs.run import Run, run
 from prunet.runtime import Runtime
 from prunet.student.folder import load_unet
@@ -62,7 +61,7 @@ class Resumed:
 
     files: Path
     before: dict[Path, int]
-    result: dict[str, Any]
+    result: AblationResult
     unets_loaded: int
 
     def recipes(self) -> dict[tuple[str, int], Recipe]:
@@ -90,9 +89,9 @@ def resumed(tmp_path_factory: pytest.TempPathFactory, sd: Path, pictures: Path) 
     return Resumed(files, before, result, len(loaded))
 
 
-def assert_resumed(files: Path, before: dict[Path, int], result: dict[str, Any]) -> None:
+def assert_resumed(files: Path, before: dict[Path, int], result: AblationResult) -> None:
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    assert [arm["seeds"] for arm in result["arms"].values()] == [[1, 2], [1, 2]]
+    assert [arm.seeds for arm in result.arms.values()] == [[1, 2], [1, 2]]
     assert len(list((files / "out" / "caches").iterdir())) == 2  # one a seed, shared by the arms
 
 
@@ -102,15 +101,15 @@ def test_goes_on_where_it_was_stopped(resumed: Resumed) -> None:
 
 
 def test_table_says_what_separate_runs_say(resumed: Resumed, tmp_path: Path) -> None:
-    recipes, arms = resumed.recipes(), resumed.result["arms"]
+    recipes, arms = resumed.recipes(), resumed.result.arms
     for arm, seed in (("random", 1), ("inherited, all losses", 2)):
         alone = recipes[arm, seed].model_copy(update={"output": str(tmp_path / arm), "cache": None})
         folder = run(alone, CPU, until="evaluate")
         expected = json.loads((folder / "evaluation" / "evaluation.json").read_text())["distance"]
-        at = arms[arm]["seeds"].index(seed)
-        for name, cell in arms[arm]["measures"].items():
+        at = arms[arm].seeds.index(seed)
+        for name, cell in arms[arm].measures.items():
             which, key = name.split("/")
-            assert cell["values"][at] == expected[which][key]
+            assert cell.values[at] == expected[which][key]
     students = {key: state_hash(load_unet(Path(recipe.output) / "student")) for key, recipe in recipes.items()}
     begun = {arm: {students[arm, seed] for seed in (1, 2)} for arm in arms}
     assert len(begun["random"]) == 2 and len(begun["inherited, all losses"]) == 1
@@ -163,8 +162,8 @@ def test_a_common_first_stage_is_trained_once(files: Path) -> None:
 def test_interval_is_student_t() -> None:
     found = summary([1.0, 2.0, 4.0])
     # From the definition; 4.303 is t(0.975, 2 degrees of freedom) in any table.
-    assert found["interval"] == pytest.approx(4.303 * statistics.stdev([1.0, 2.0, 4.0]) / math.sqrt(3))
-    assert summary([1.0])["interval"] is None
+    assert found.interval == pytest.approx(4.303 * statistics.stdev([1.0, 2.0, 4.0]) / math.sqrt(3))
+    assert summary([1.0]).interval is None
 
 
 @pytest.mark.parametrize(

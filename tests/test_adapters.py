@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from prunet.adapters.adapt import MARK
 from prunet.denoisers.form import teacher_name
 from prunet.denoisers.unet2d.form import make_unet
 from prunet.denoisers.unet2d.student_controlnet import StudentControlNet
-from prunet.disk.files import write_json
 from prunet.plan.derived import Derived
 
 PLANS = {
@@ -54,9 +52,7 @@ def run(tmp_path):
     def make(plan: str) -> Path:
         folder = tmp_path / f"run-{plan}"
         folder.mkdir(exist_ok=True)
-        derived = derived_of(plan)
-        facts = {"plan": asdict(derived.plan), "teacher_config": derived.teacher_config}
-        write_json(folder / "plan.json", facts | {"weight_map": derived.weight_map})
+        derived_of(plan).result().save(folder / "plan.json")
         return folder
 
     return make
@@ -207,7 +203,7 @@ def test_what_a_carried_file_says(tmp_path, run) -> None:
     adapt(path, run("bk-tiny"), once)  # what it made it may make again
     with pytest.raises(UserError, match="carried over to a student already"):
         adapt(once, run("bk-tiny"), twice)
-    with pytest.raises(UserError, match="prunet did not make it"):
+    with pytest.raises(UserError, match="as prunet made it"):
         adapt(path, run("bk-tiny"), write_lora(tmp_path / "mine.safetensors", "sd", "kohya")[0])
 
 

@@ -1,6 +1,8 @@
 """What is said while work goes on: on stderr, as it is meant, and now and then where no bar can be drawn."""
 
+import io
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -66,6 +68,18 @@ def test_work_without_a_name_says_nothing(clock, capsys) -> None:
         bar.advance(1)
     shown = capsys.readouterr()
     assert shown.err == shown.out == ""
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_terminal_cuts_the_note_and_not_the_count_or_the_time(width, monkeypatch) -> None:
+    shown = io.StringIO()
+    terminal = console._Printable(file=shown, width=width, force_terminal=True, color_system=None)
+    monkeypatch.setattr(console, "console", terminal)
+    with progress("Distilling stage 1", 240) as bar:
+        bar.advance(120, note="loss 0.1234  task 0.1234  output 0.0123  feature 0.5432  12.3 images/s")
+    last = shown.getvalue().strip().splitlines()[-2 if shown.getvalue().strip().endswith("h") else -1]
+    assert "Distilling stage 1" in last and "120/240" in last and re.search(r"\d:\d\d:\d\d < +[-\d]:", last)
+    assert ("loss 0.1234" if width > 60 else "…") in last and len(last.split("\r")[-1].replace("\x1b[2K", "")) <= width
 
 
 def test_a_library_user_sees_no_warning_of_other_libraries(sd, tmp_path) -> None:

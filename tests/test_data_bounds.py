@@ -79,7 +79,7 @@ def ring(root: Path, folders: int = 8) -> Path:
     for n in range(folders):
         captioned(root / f"{n}", f"{n}")
         for m in range(folders):
-            os.symlink(root / f"{m}", root / f"{n}" / f"to-{m}")
+            (root / f"{n}" / f"to-{m}").symlink_to(root / f"{m}")
     return root
 
 
@@ -96,7 +96,7 @@ def test_a_folder_whose_links_lead_round_is_refused_and_one_with_a_few_is_read(t
             root, lambda *args, call=call: list(call(*args) or ())
         )
     few = ring(tmp_path / "few", 2)
-    os.symlink("self", few / "self")
+    (few / "self").symlink_to("self")
     keys = ["0/0.png", "0/to-1/1.png", "1/1.png", "1/to-0/0.png"]
     assert list(read(few)[0]) == keys
     assert [name for name, _ in source_files(few) if name.endswith(".png")] == sorted(keys)
@@ -107,7 +107,7 @@ def test_links_that_multiply_are_refused(tmp_path):
     for n in range(20):
         for link in "ab":
             (tmp_path / f"{n}").mkdir(exist_ok=True)
-            os.symlink(tmp_path / f"{n + 1}", tmp_path / f"{n}" / link)
+            (tmp_path / f"{n}" / link).symlink_to(tmp_path / f"{n + 1}")
     captioned(tmp_path / "20")
     assert "more than 1,000 times" in why_not(tmp_path / "0", lambda source: list(read_pictures(source)))
     assert read(tmp_path / "18")[0].keys() == {"a/a/a.png", "a/b/a.png", "b/a/a.png", "b/b/a.png"}
@@ -116,7 +116,7 @@ def test_links_that_multiply_are_refused(tmp_path):
 def test_shards_behind_a_link_are_found_by_a_pattern(tmp_path):
     shard(tmp_path / "real/deep/a.tar", {"a.png": encoded(), "a.txt": "a"})
     (tmp_path / "data").mkdir()
-    os.symlink(tmp_path / "real", tmp_path / "data/link")
+    (tmp_path / "data/link").symlink_to(tmp_path / "real")
     for pattern in ("**/*.tar", "*/d*/a.tar", "**/deep/[a-b].tar", "link/**/a.tar"):
         assert [str(path) for path in listing.source_paths(f"{tmp_path}/data/{pattern}")] == [
             f"{tmp_path}/data/link/deep/a.tar"

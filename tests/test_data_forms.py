@@ -199,7 +199,7 @@ def test_files_behind_links_decide_whether_a_source_is_the_same(tmp_path):
     write(tmp_path / "real/a.png", encoded())
     write(tmp_path / "real/a.txt", "a")
     (tmp_path / "data").mkdir()
-    os.symlink(tmp_path / "real", tmp_path / "data/link")
+    (tmp_path / "data/link").symlink_to(tmp_path / "real")
     before = source_files(tmp_path / "data")
     assert [name for name, _ in before] == ["link/a.png", "link/a.txt"]
     write(tmp_path / "real/a.txt", "b")

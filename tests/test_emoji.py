@@ -160,7 +160,7 @@ def test_a_part_that_was_half_restored_is_restored_again(scripts, tmp_path) -> N
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("given", (["--minutes", "0"], ["--learning-rate", "nan"], ["--batch-size", "-1"]))
+@pytest.mark.parametrize("given", [["--minutes", "0"], ["--learning-rate", "nan"], ["--batch-size", "-1"]])
 def test_training_refuses_budgets_that_train_nothing(given, scripts, tmp_path, monkeypatch, capsys) -> None:
     import train
 
@@ -254,7 +254,7 @@ def test_kid_is_the_mean_over_pairs_of_the_cubic_kernel(scripts) -> None:
 
 def test_demo_evaluates_on_what_the_student_never_saw(monkeypatch) -> None:
     monkeypatch.chdir(EMOJI.parent)
-    recipe = load_recipe("recipes/demo.yaml")
+    recipe = load_recipe("demo")
     shown = itertools.islice(read_pictures(recipe.data.source), recipe.data.limit)
     captions = {caption for picture in shown for caption in picture.captions}
     prompts = read_prompts(recipe.evaluation.prompts)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from prunet import Plan, Teacher, build, evaluate, load_plan
+from prunet import Plan, Teacher, build, evaluate, generate, load_plan
 from prunet.disk.files import read_json
 from prunet.evaluation import drawing
-from prunet.evaluation.evaluation import LEVELS, denoiser_errors, picture_rmse
-from prunet.evaluation.results import EvaluationResult
+from prunet.evaluation.drawing import picture_rmse
+from prunet.evaluation.evaluation import LEVELS, denoiser_errors
+from prunet.evaluation.results import EvaluationResult, markdown
 from prunet.recipe.recipe import Evaluation, Stage
 from prunet.runtime import Runtime
 from prunet.speed.clock import time_denoisers
@@ -36,6 +37,31 @@ def test_the_teacher_itself_is_at_no_distance(sd, tmp_path, caplog) -> None:
     assert "| U-Net parameters (M) |" in (tmp_path / "evaluation.md").read_text()
 
 
+def test_image_to_image_starts_from_the_teachers_pictures(sd, tmp_path) -> None:
+    """Each by the prompt after its own, from noise that no other picture has; few steps and 0 leave it out."""
+    teacher = Teacher(sd)
+    nets = {"same": build(teacher, Plan("none")), "cut": build(teacher, load_plan("bk-small"))}
+    result = evaluate(teacher, nets, SPEC.model_copy(update={"image_to_image": 2}), tmp_path / "two", size=16, seed=3)
+    found = result.image_to_image
+    assert (found.prompts, found.seed) == (["a dog", "a house"], 6)
+    assert found.distance["same"].by_picture == [0, 0] != found.distance["cut"].by_picture
+    low, high = found.distance["cut"].interval
+    assert low < found.distance["cut"].picture < high
+    for name in ("teacher", "same", "cut"):
+        assert result.pictures.keys() >= {f"image-to-image/{name}/{i:04d}.png" for i in range(2)}
+    begin, end = (
+        Image.open(tmp_path / "two" / kind / "teacher" / "0001.png") for kind in ("pictures", "image-to-image")
+    )
+    how = {"steps": 2, "guidance_scale": 3.0, "strength": 0.6}
+    assert generate(sd, "a house", image=begin, seed=7, **how)[0].tobytes() == end.tobytes()
+    assert "| pictures from 2 pictures of the teacher's (image to image) | 0.0000" in markdown(result)
+    for folder, changes in (("off", {"image_to_image": 0}), ("few", {"steps": 1})):
+        spec = SPEC.model_copy(update=changes)
+        without = evaluate(teacher, {"cut": nets["cut"]}, spec, tmp_path / folder, size=16, seed=3)
+        assert without.image_to_image is None
+        assert "image_to_image" not in read_json(tmp_path / folder / "evaluation.json")
+
+
 def test_a_stopped_evaluation_does_not_draw_again_what_it_has(sd, tmp_path, monkeypatch) -> None:
     """Stopped at each batch, and once with a damaged one, it ends in the same files; another seed's are not taken."""
     monkeypatch.setattr(drawing, "BATCH", 2)
@@ -44,12 +70,12 @@ def test_a_stopped_evaluation_does_not_draw_again_what_it_has(sd, tmp_path, monk
     whole = evaluate(teacher, students, SPEC, tmp_path / "whole", size=16, seed=3)
     real = drawing.draw_latents
 
-    def draw(pipe, prompts, seeds, **settings):
+    def draw(pipe, prompts, seeds, how, **settings):
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
         drawn.append(seeds)
-        return real(pipe, prompts, seeds, **settings)
+        return real(pipe, prompts, seeds, how, **settings)
 
     monkeypatch.setattr(drawing, "draw_latents", draw)
     for seed in (4, 3, 3):

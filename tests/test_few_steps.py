@@ -17,7 +17,7 @@ from prunet.data import paths as paths_file
 from prunet.data.encoding import cache
 from prunet.data.paths import cache_paths
 from prunet.evaluation import measuring
-from prunet.evaluation.measuring import markdown
+from prunet.evaluation.measures import markdown
 from prunet.evaluation.protocol import Protocol
 from prunet.intervals import Measure
 from prunet.recipe.recipe import Data

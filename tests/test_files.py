@@ -99,7 +99,7 @@ def test_a_kill_anywhere_leaves_the_old_folder_or_the_new_one(tmp_path) -> None:
 def test_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch) -> None:
     done: list[str] = []
     sync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name) or sync(fd))
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(Path(f"/proc/self/fd/{fd}").readlink().name) or sync(fd))
     monkeypatch.setattr(os, "replace", lambda a, b: done.append(f"to {Path(b).name}") or replace(a, b))
     write_text(tmp_path / "file", "x")
     assert done == ["file", "to file"]

@@ -24,8 +24,7 @@ from safetensors.torch import save_file
 from test_blocks import SMALL, make_folder
 
 from prunet import cli, derive, load_plan
-from prunet.disk.files import write_json
-from prunet.runs import estimate
+from prunet.runs import estimate, personalization
 
 LONGEST_S = 10
 MOST_KB = 1_000_000
@@ -131,8 +130,7 @@ class Place:
         self.transformers = {name: make_folder(folder / name, name) for name in TRANSFORMERS}
         self.student = folder / "student"
         derived = derive(SMALL_UNETS["sd"], load_plan("bk-small"))
-        facts = {"plan": {"remove": list(derived.plan.remove)}, "teacher_config": derived.teacher_config}
-        write_json(self.student / "plan.json", facts | {"weight_map": derived.weight_map})
+        derived.result().save(self.student / "plan.json")
         self.configs = {name: json.loads((self.teacher / name).read_text()) for name in CONFIGS}
         self.recipe = copy.deepcopy(RECIPE)
         self.recipe["teacher"]["source"], self.recipe["data"]["source"] = str(self.teacher), str(self.pictures)
@@ -215,6 +213,14 @@ class Place:
         where = ("-o", self.folder / "drawn", "--device", "cpu")
         check("generate", self.teacher, "a", *options, "--steps", 1, *where)
 
+    def subject(self, prompt: str, option: str, new: Any, piece: bytes) -> None:
+        (folder := self.folder / "subject").mkdir(exist_ok=True)
+        (folder / "0.png").write_bytes((self.pictures / "000.png").read_bytes()[: 1000 - len(piece)] + piece)
+        given = (self.teacher, "--pictures", folder, "--prompt", prompt, option, dump(new).strip())
+        check(
+            "personalize", *given, "--estimate", "-o", self.folder / "personal", "--device", "cpu", "--precision", "no"
+        )
+
     def header(self, at: int, piece: bytes, cut: int) -> None:
         file = self.teacher / "unet" / "diffusion_pytorch_model.safetensors"
         whole = file.read_bytes()
@@ -293,6 +299,7 @@ adapter_keys = st.text("loraunetcivpdw_.AB01", max_size=40) | st.sampled_from(
     ["ip_adapter.1.to_k_ip.weight", "image_proj.x", "lora_te_x", f"unet.{adapter_key}", adapter_key]
 )
 peft_fields = [f"unet.{field}" for field in ("r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_dora")]
+subject_options = ["class-prompt", "class-pictures", "prior-weight", "lora", "steps", "batch-size", "learning-rate"]
 pieces = st.sampled_from(PIECES) | st.text(max_size=6)
 mutations = st.one_of(
     st.tuples(st.just("recipe_value"), st.sampled_from(paths(RECIPE)), value),
@@ -313,6 +320,13 @@ mutations = st.one_of(
         st.binary(max_size=9),
         st.integers(0, 3000),
     ),
+    st.tuples(
+        st.just("subject"),
+        st.text(max_size=8),
+        st.sampled_from([f"--{name}" for name in (*subject_options, "guidance-scale", "size", "seed", "sheet-every")]),
+        value,
+        st.sampled_from([b""] * 3 + [b"x" * 900]),
+    ),
     st.tuples(st.just("header"), st.integers(0, 300), st.binary(max_size=9), st.integers(0, 9)),
 )
 
@@ -321,8 +335,9 @@ mutations = st.one_of(
 def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
     patch = pytest.MonkeyPatch()
     # What an estimate measures is no input; it would be most of the time.
-    patch.setattr(estimate, "seconds_per_image", lambda *_: 0.1)
-    patch.setattr(estimate, "step_memory", lambda *_, **__: 1)
+    for module in (estimate, personalization):
+        patch.setattr(module, "seconds_per_image", lambda *_: 0.1)
+        patch.setattr(module, "step_memory", lambda *_, **__: 1)
     folder = tmp_path_factory.mktemp("fuzz")
     yield Place(folder)
     patch.undo()

@@ -13,9 +13,9 @@ from PIL import Image
 from test_cli import call
 from test_pipeline import STOCK
 
-from prunet import Teacher, UserError, build, export, generate, load_plan
+from prunet import Drawing, Teacher, UserError, build, export, generate, load_plan
 from prunet.denoisers.freeze import freeze
-from prunet.sampling.draw import draw_latents, set_sampler
+from prunet.sampling.draw import draw_latents
 from prunet.sampling.start import start_from
 
 HALF = Image.new("L", (16, 16))
@@ -62,8 +62,8 @@ def test_it_draws_what_stock_diffusers_draws(model: str, mask: Image.Image | Non
     folder = request.getfixturevalue(model)
     teacher = Teacher(folder)
     start = start_from(teacher, [picture(1), picture(2)], size=16, steps=5, strength=0.6, mask=mask)
-    pipe = set_sampler(teacher.pipeline(), sampler)
-    ours = draw_latents(pipe, ["a cat", "a dog"], [4, 9], steps=5, guidance_scale=2.0, start=start)
+    how = Drawing(steps=5, guidance_scale=2.0, sampler=sampler)
+    ours = draw_latents(teacher.pipeline(), ["a cat", "a dog"], [4, 9], how, start=start)
     theirs = stock_latents(folder, sampler, mask, 0.6, num_inference_steps=5, guidance_scale=2.0)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -73,8 +73,8 @@ def test_pure_noise_is_where_strength_1_starts(sd: Path, mask: Image.Image | Non
     theirs = stock_latents(sd, "ddim", mask, 1.0, num_inference_steps=2, guidance_scale=1.0)
     teacher = Teacher(sd)
     start = start_from(teacher, [picture(1), picture(2)], size=16, steps=2, strength=1.0, mask=mask)
-    pipe = set_sampler(teacher.pipeline(), "ddim")
-    ours = draw_latents(pipe, ["a cat", "a dog"], [4, 9], steps=2, guidance_scale=1.0, start=start)
+    how = Drawing(steps=2, guidance_scale=1.0, sampler="ddim")
+    ours = draw_latents(teacher.pipeline(), ["a cat", "a dog"], [4, 9], how, start=start)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 

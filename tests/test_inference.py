@@ -3,6 +3,7 @@
 import itertools
 import json
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from prunet import Teacher, UserError, build, export, load_plan
 from prunet.disk.files import read_json
 from prunet.plan.size import kind_of, macs_by_kind, size_of
 from prunet.report.speeds import chart, markdown, write_speeds
-from prunet.speed.bench import bench, open_pipelines
+from prunet.speed.bench import Bench, bench, open_pipelines
 from prunet.speed.clock import times_in_turn
 from prunet.speed.profiling import PARTS, times_by_kind
 
@@ -35,7 +36,7 @@ def student(sd, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def result(sd, student) -> dict[str, Any]:
+def result(sd, student) -> Bench:
     pipelines = open_pipelines([str(sd), str(student)], ["bk-tiny"])
     return bench(pipelines, batch_sizes=(1, 2), steps=7, repeats=3)
 
@@ -95,58 +96,60 @@ def test_the_profile_names_what_a_call_does() -> None:
 def test_the_limit_is_the_ratio_of_multiply_adds(result, sd, student) -> None:
     sizes = [size_of(Teacher(folder).unet_config) for folder in (sd, student)]
     teachers, students = (size.macs + size.attention_macs for size in sizes)
-    rows = [row for row in result["rows"] if row["model"] == "small"]
-    assert {row["batch_size"] for row in rows} == {1, 2}
-    assert {row["limit"] for row in rows} == {teachers / students}
-    assert result["models"]["small"]["parameters"] == sizes[1].parameters
+    rows = [row for row in result.rows if row.model == "small"]
+    assert {row.batch_size for row in rows} == {1, 2}
+    assert {row.limit for row in rows} == {teachers / students}
+    assert result.models["small"].parameters == sizes[1].parameters
     for row in rows:
-        assert row["share"] == row["speed_up"] / row["limit"]
-        assert row["interval"][0] <= row["speed_up"] <= row["interval"][1]
+        assert row.share == row.speed_up / row.limit
+        assert row.interval[0] <= row.speed_up <= row.interval[1]
 
 
 def test_a_plan_that_is_not_trained_is_as_large_as_its_student(result, sd) -> None:
     net = build(Teacher(sd), load_plan("bk-tiny"))
-    assert result["models"]["plan bk-tiny"]["parameters"] == sum(p.numel() for p in net.parameters())
+    assert result.models["plan bk-tiny"].parameters == sum(p.numel() for p in net.parameters())
 
 
 def test_parts_add_up(result) -> None:
-    baseline = {row["batch_size"]: row for row in result["rows"] if row["model"] == "sd"}
-    for row in result["rows"]:
-        first = baseline[row["batch_size"]]
-        assert row["seconds"] == pytest.approx((row["text_ms"] + 7 * row["denoiser_ms"] + row["vae_ms"]) / 1000)
-        assert row["pictures_per_s"] == pytest.approx(row["batch_size"] / row["seconds"])
-        assert total(row["kinds_ms"]) == pytest.approx(row["denoiser_ms"])
-        assert all(ms > 0 for kind, ms in row["kinds_ms"].items() if kind != "between")
-        assert total(row["over_ms"]) == pytest.approx(row["denoiser_ms"] - first["denoiser_ms"] / row["limit"])
-        assert row["speed_up"] == pytest.approx(first["denoiser_ms"] / row["denoiser_ms"])
-    assert {row["speed_up"] for row in baseline.values()} == {1.0}
+    baseline = {row.batch_size: row for row in result.rows if row.model == "sd"}
+    for row in result.rows:
+        first = baseline[row.batch_size]
+        assert row.seconds == pytest.approx((row.text_ms + 7 * row.denoiser_ms + row.vae_ms) / 1000)
+        assert row.pictures_per_s == pytest.approx(row.batch_size / row.seconds)
+        assert total(row.kinds_ms) == pytest.approx(row.denoiser_ms)
+        assert all(ms > 0 for kind, ms in row.kinds_ms.items() if kind != "between")
+        assert total(row.over_ms) == pytest.approx(row.denoiser_ms - first.denoiser_ms / row.limit)
+        assert row.speed_up == pytest.approx(first.denoiser_ms / row.denoiser_ms)
+    assert {row.speed_up for row in baseline.values()} == {1.0}
 
 
 def test_what_is_below_the_limit_is_explained_by_its_largest_part(result) -> None:
-    slow = json.loads(json.dumps(result))
-    row = next(row for row in slow["rows"] if row["model"] == "small" and row["batch_size"] == 2)
-    row["share"], row["over_ms"] = 0.5, dict.fromkeys(PARTS, 0.0) | {"attention": 1.5, "matmul": 0.5}
-    row["interval"] = [0.1, 10.0]
-    assert "small (batch 2): the interval is too wide to judge" in markdown(slow)
-    row["interval"] = [0.4 * row["limit"], 0.6 * row["limit"]]
-    text = markdown(slow)
-    assert (
-        "**small (batch 2) reaches 50 % of what its MACs allow**: most of the time over the limit goes into att" in text
-    )
-    macs = {name: model["macs"]["attention"] for name, model in slow["models"].items()}
-    assert f"| {100 * macs['small'] / macs['sd']:.0f} % | +1.5 |" in text
-    row["share"] = 0.9
-    assert "small (batch 2) reaches" not in markdown(slow)
+    at = next(i for i, row in enumerate(result.rows) if row.model == "small" and row.batch_size == 2)
+    limit = result.rows[at].limit
+
+    def text(**changes: Any) -> str:
+        over = dict.fromkeys(PARTS, 0.0) | {"attention": 1.5, "matmul": 0.5}
+        rows = list(result.rows)
+        rows[at] = replace(rows[at], **{"share": 0.5, "over_ms": over, **changes})
+        return markdown(result.model_copy(update={"rows": rows}))
+
+    assert "small (batch 2): the interval is too wide to judge" in text(interval=(0.1, 10.0))
+    judged = text(interval=(0.4 * limit, 0.6 * limit))
+    words = "**small (batch 2) reaches 50 % of what its MACs allow**: most of the time over the limit goes into att"
+    assert words in judged
+    macs = {name: model.macs["attention"] for name, model in result.models.items()}
+    assert f"| {100 * macs['small'] / macs['sd']:.0f} % | +1.5 |" in judged
+    assert "small (batch 2) reaches" not in text(interval=(0.4 * limit, 0.6 * limit), share=0.9)
 
 
 def test_files_hold_what_was_found(result, tmp_path) -> None:
     write_speeds(result, tmp_path)
-    assert read_json(tmp_path / "bench.json") == json.loads(json.dumps(result))
+    assert read_json(tmp_path / "bench.json") == json.loads(json.dumps(result.facts()))
     assert markdown(result) in (tmp_path / "bench.md").read_text()
     svg = ElementTree.parse(tmp_path / "bench.svg").getroot()
     words = " ".join(svg.itertext())
-    for row in result["rows"]:
-        assert f"{row['speed_up']:.2f}× of {row['limit']:.2f}×" in words or row["model"] == "sd"
+    for row in result.rows:
+        assert f"{row.speed_up:.2f}× of {row.limit:.2f}×" in words or row.model == "sd"
     width = float(svg.get("width", 0))
     bars = [(float(r.get("x", 0)), float(r.get("width", 0))) for r in svg.iter("{http://www.w3.org/2000/svg}rect")]
     assert all(x >= 0 and x + length <= width for x, length in bars)
@@ -159,21 +162,21 @@ def test_bars_of_a_call_are_as_long_as_its_kinds(result) -> None:
     panel = next(g for g in svg.iter(f"{ns}g") if g.get("aria-label") == "A denoiser call by operations")
     rows = [row for row in panel.iter(f"{ns}g") if row.get("class") == "row"]
     lengths = [sum(float(r.get("width", 0)) for r in row.iter(f"{ns}rect")) for row in rows]
-    times = [row["denoiser_ms"] for row in result["rows"] if row["batch_size"] == 1]
+    times = [row.denoiser_ms for row in result.rows if row.batch_size == 1]
     for (a, b), (x, y) in zip(itertools.pairwise(lengths), itertools.pairwise(times), strict=True):
         assert b / a == pytest.approx(y / x, rel=0.02)
 
 
 def test_one_model_alone_has_nothing_to_be_compared_with(sd) -> None:
     result = bench(open_pipelines([str(sd)], size=32), size=32, repeats=3)
-    assert result["size"] == 32
-    assert result["models"]["sd"]["macs"] == macs_by_kind(Teacher(sd).unet_config, (16, 16))
+    assert result.size == 32
+    assert result.models["sd"].macs == macs_by_kind(Teacher(sd).unet_config, (16, 16))
     assert "speed-up" not in markdown(result)
     assert "Speed-up" not in chart(result)
 
 
 def test_a_name_is_text_and_nothing_else(result) -> None:
-    odd = json.loads(json.dumps(result).replace("small", "<b>&"))
+    odd = Bench.model_validate_json(result.model_dump_json().replace("small", "<b>&"))
     assert "<b>&" in " ".join(ElementTree.fromstring(chart(odd)).itertext())
 
 
@@ -205,10 +208,10 @@ def test_pipelines_are_refused_before_weights_load(sd, student, monkeypatch) -> 
 def test_compiled_denoisers_compute_the_same_and_are_compared_with_compiled_ones(sd) -> None:
     pipelines = open_pipelines([str(sd)], ["bk-tiny"])
     result = bench(pipelines, repeats=3, compiled=True)
-    assert [(row["model"], row["mode"]) for row in result["rows"]] == [
+    assert [(row.model, row.mode) for row in result.rows] == [
         (name, mode) for mode in ("eager", "compiled") for name in ("sd", "plan bk-tiny")
     ]
-    assert all(row["compile_s"] > 0 for row in result["rows"] if row["mode"] == "compiled")
+    assert all(row.compile_s > 0 for row in result.rows if row.mode == "compiled")
     assert "(compiled)" in markdown(result)
     net = pipelines["sd"].unet
     inputs = {"timestep": torch.tensor([5, 5]), "encoder_hidden_states": torch.randn(2, 77, 16)}

@@ -30,45 +30,45 @@ from prunet.teacher.ldm import (
     vae_key_map,
 )
 
-SD_V1 = dict(
-    sample_size=64,
-    block_out_channels=(320, 640, 1280, 1280),
-    layers_per_block=2,
-    cross_attention_dim=768,
-    attention_head_dim=8,
-)
-SD_V2 = SD_V1 | dict(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
-SDXL = dict(
-    sample_size=128,
-    block_out_channels=(320, 640, 1280),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    layers_per_block=2,
-    transformer_layers_per_block=(1, 2, 10),
-    cross_attention_dim=2048,
-    attention_head_dim=(5, 10, 20),
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)
-BASE = dict(layers_per_block=1)
-SMALL = BASE | dict(mid_block_type=None)
-TINY = SMALL | dict(
-    block_out_channels=(320, 640, 1280),
-    down_block_types=("CrossAttnDownBlock2D",) * 3,
-    up_block_types=("CrossAttnUpBlock2D",) * 3,
-)
-SSD = dict(
-    mid_block_type="UNetMidBlock2D",
-    transformer_layers_per_block=(1, (2, 2), (4, 4)),
-    reverse_transformer_layers_per_block=((4, 4, 10), (2, 1, 1), 1),
-)
-VEGA = dict(
-    mid_block_type="UNetMidBlock2D",
-    transformer_layers_per_block=(1, (1, 1), (2, 2)),
-    reverse_transformer_layers_per_block=((2, 2, 2), (1, 1, 1), 1),
-)
+SD_V1 = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+SD_V2 = SD_V1 | {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+BASE = {"layers_per_block": 1}
+SMALL = BASE | {"mid_block_type": None}
+TINY = SMALL | {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+}
+SSD = {
+    "mid_block_type": "UNetMidBlock2D",
+    "transformer_layers_per_block": (1, (2, 2), (4, 4)),
+    "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), 1),
+}
+VEGA = {
+    "mid_block_type": "UNetMidBlock2D",
+    "transformer_layers_per_block": (1, (1, 1), (2, 2)),
+    "reverse_transformer_layers_per_block": ((2, 2, 2), (1, 1, 1), 1),
+}
 MODELS = {  # config and number of U-Net parameters
     "sd-v1": (SD_V1, 859_520_964),
     "sd-v1 bk-base": (SD_V1 | BASE, 579_384_964),
@@ -77,22 +77,22 @@ MODELS = {  # config and number of U-Net parameters
     "sd-v2": (SD_V2, 865_910_724),
     "sd-v2 bk-base": (SD_V2 | BASE, 583_480_964),
     "sd-v2 bk-small": (SD_V2 | SMALL, 485_787_524),
-    "sd-v2 bk-tiny": (SD_V2 | TINY | dict(attention_head_dim=(5, 10, 20)), 326_825_604),
+    "sd-v2 bk-tiny": (SD_V2 | TINY | {"attention_head_dim": (5, 10, 20)}, 326_825_604),
     "sdxl": (SDXL, 2_567_463_684),
     "sdxl ssd-1b": (SDXL | SSD, 1_331_334_404),
     "sdxl vega": (SDXL | VEGA, 745_225_604),
-    "sdxl koala-1b": (SDXL | BASE | dict(transformer_layers_per_block=(1, 2, 6)), 1_161_184_324),
-    "sdxl koala-700m": (SDXL | SMALL | dict(transformer_layers_per_block=(1, 2, 5)), 782_822_724),
+    "sdxl koala-1b": (SDXL | BASE | {"transformer_layers_per_block": (1, 2, 6)}, 1_161_184_324),
+    "sdxl koala-700m": (SDXL | SMALL | {"transformer_layers_per_block": (1, 2, 5)}, 782_822_724),
 }
-VAE = dict(
-    block_out_channels=(128, 256, 512, 512),
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-    layers_per_block=2,
-)
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
 CONFIGS = {name: config for name, (config, _) in MODELS.items()}
 # Stages that keep different numbers of layers: only prunet reads them back.
-CONFIGS["sd-v1 uneven"] = SD_V1 | dict(layers_per_block=(2, 1, 2, 1))
+CONFIGS["sd-v1 uneven"] = SD_V1 | {"layers_per_block": (2, 1, 2, 1)}
 
 
 def fewer(depths):
@@ -106,10 +106,10 @@ def shrink(config):
     small = dict(config, block_out_channels=[widths[width] for width in config["block_out_channels"]])
     for key in ("transformer_layers_per_block", "reverse_transformer_layers_per_block"):
         small |= {key: fewer(config[key])} if key in config else {}
-    small |= dict(sample_size=8, norm_num_groups=8, cross_attention_dim=32, attention_head_dim=4)
+    small |= {"sample_size": 8, "norm_num_groups": 8, "cross_attention_dim": 32, "attention_head_dim": 4}
     if "addition_embed_type" in config:  # 32 + 48: the widths of the two text encoders; 16: their projection
-        small |= dict(cross_attention_dim=80, addition_time_embed_dim=8)
-        small |= dict(projection_class_embeddings_input_dim=6 * 8 + 16)
+        small |= {"cross_attention_dim": 80, "addition_time_embed_dim": 8}
+        small |= {"projection_class_embeddings_input_dim": 6 * 8 + 16}
     return small
 
 
@@ -330,7 +330,7 @@ def test_layout_of_a_file_with_only_a_unet(tmp_path):
     path = tmp_path / "unet.safetensors"
 
     def layout(config, context_dim):
-        unet = UNet2DConditionModel(**shrink(config) | dict(cross_attention_dim=context_dim))
+        unet = UNet2DConditionModel(**shrink(config) | {"cross_attention_dim": context_dim})
         save_file(to_ldm(unet, None, None), path)
         return layout_of(path)
 
@@ -370,9 +370,9 @@ def test_reading_with_the_wrong_config_names_what_is_wrong(tmp_path):
 
 def test_what_has_no_ldm_form_is_refused():
     with pytest.raises(UserError, match=r"down_blocks\.0\.attentions\.0 \(Attention\)"):
-        unet_key_map(shrink(SD_V1) | dict(down_block_types=("SimpleCrossAttnDownBlock2D",) + ("DownBlock2D",) * 3))
+        unet_key_map(shrink(SD_V1) | {"down_block_types": ("SimpleCrossAttnDownBlock2D",) + ("DownBlock2D",) * 3})
     with pytest.raises(UserError, match=r"time_embedding\.cond_proj\.weight"):
-        unet_key_map(shrink(SD_V1) | dict(time_cond_proj_dim=8))
+        unet_key_map(shrink(SD_V1) | {"time_cond_proj_dim": 8})
     unet = deepcopy(unet_of("sd-v1 bk-base"))
     unet.mid_block = None  # surgery that the config does not know of
     with pytest.raises(UserError, match=r"does not fit its config \(mid_block"):

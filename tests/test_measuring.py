@@ -18,13 +18,15 @@ import yaml
 from conftest import make_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from prunet import Teacher, UserError, compare, measure
+from prunet import Drawing, Teacher, UserError, compare, measure
 from prunet.disk.files import read_json
 from prunet.disk.ownership import LOCK
 from prunet.disk.seals import SEAL
 from prunet.evaluation import extraction, metrics
+from prunet.evaluation.measures import Measures, read_measures
+from prunet.evaluation.networks import Clip
 from prunet.evaluation.protocol import Protocol, load_protocol, protocol_names, protocol_prompts
 from prunet.recipe.prompts import prompts_hash, read_prompt_file
 from prunet.sampling import shards
@@ -90,7 +92,7 @@ def protocol(clip: Path) -> Path:
     return folder / "tiny.yaml"
 
 
-def run(sd: Path, protocol: Path, folder: Path, **options) -> dict:
+def run(sd: Path, protocol: Path, folder: Path, **options) -> Measures:
     chosen, beside = load_protocol(protocol)
     return measure(sd, chosen, protocol_prompts(chosen, beside, None), folder, beside=beside, **options)
 
@@ -137,39 +139,104 @@ def test_two_processes_killed_once_give_the_same_bytes(sd: Path, protocol: Path,
 
 
 def test_batch_size_changes_no_more_than_rounding(sd: Path, tmp_path: Path) -> None:
-    pipe = Teacher(sd).pipeline()
+    pipe, how = Teacher(sd).pipeline(), Drawing(steps=2, guidance_scale=2.0)
     sets = []
     for batch_size in (1, 16):
-        how = {"seed": 3, "steps": 2, "guidance_scale": 2.0, "size": 16, "batch_size": batch_size}
-        paths = draw_shards(lambda: pipe, PROMPTS[:16], tmp_path / str(batch_size), **how)
+        drawn = {"seed": 3, "size": 16, "batch_size": batch_size}
+        paths = draw_shards(lambda: pipe, PROMPTS[:16], tmp_path / str(batch_size), how, **drawn)
         sets.append([np.asarray(picture, dtype=int) for path in paths for picture, _ in read_shard(path)])
     assert max(np.abs(a - b).max() for a, b in zip(*sets, strict=True)) <= 1
     assert np.abs(sets[0][0] - sets[0][1]).max() > 3  # while two pictures are not the same
 
 
 def test_numbers_are_those_of_the_files(whole: Path, protocol: Path) -> None:
-    result = json.loads((whole / "measures.json").read_text())
+    result = read_measures(whole)
     parts = [load_file(path) for path in sorted((whole / "features").glob("clip-*/*"))]
     image, text = (torch.cat([part[name] for part in parts]).double() for name in ("image", "text"))
     cosine = torch.nn.functional.cosine_similarity(image, text).mean().item()
-    assert result["measures"]["clip_score"]["value"] == pytest.approx(cosine)
-    assert len(image) == len(PROMPTS) == result["protocol"]["count"]
+    assert result.measures["clip_score"].value == pytest.approx(cosine)
+    assert len(image) == len(PROMPTS) == result.protocol["count"]
     real = load_file(whole / "real.safetensors")["features"].double().numpy()
     unit = [v / np.linalg.norm(v, axis=1, keepdims=True) * np.sqrt(8) for v in (image.numpy(), real)]
     expected = metrics.kernel_distance(*unit, subset_size=30)
-    assert result["measures"]["kid"]["value"] == pytest.approx(expected)
-    for found in result["measures"].values():
-        assert found["low"] <= found["value"] <= found["high"]
+    assert result.measures["kid"].value == pytest.approx(expected)
+    for found in result.measures.values():
+        assert found.low <= found.value <= found.high
 
 
 def test_saved_features_stand_for_the_pictures(sd: Path, protocol: Path, whole: Path, tmp_path: Path) -> None:
-    folder, before = copy_of(whole, tmp_path), json.loads((whole / "measures.json").read_text())
+    folder, before = copy_of(whole, tmp_path), read_measures(whole)
     for name in ("measures.json", "real.safetensors"):
         (folder / name).unlink()
     shutil.rmtree(folder / "features")
     again = run(sd, protocol, folder, real=whole / "real.safetensors")
-    assert again["measures"] == before["measures"] and again["protocol"] == before["protocol"]
+    assert again.measures == before.measures and again.protocol == before.protocol
     assert len(compare([whole, folder])) == 2
+
+
+@pytest.fixture(scope="module")
+def subject(clip: Path) -> tuple[Path, Path]:
+    """A protocol like `dreambooth` by tiny networks, and two pictures of a subject."""
+    folder = clip.parent / "subject"
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(**size, image_size=16, patch_size=8), add_pooling_layer=False).save_pretrained(folder / "dino")
+    side = {"height": 16, "width": 16}
+    (folder / "dino" / "preprocessor_config.json").write_text(json.dumps({"do_resize": True, "size": side}))
+    (folder / "real").mkdir()
+    for i, colour in enumerate([(200, 10, 10), (10, 200, 60)]):
+        Image.new("RGB", (20, 24), colour).save(folder / "real" / f"{i}.png")
+    (folder / "prompts.txt").write_text("a sks dog in the snow\na red sks dog\n")
+    value = {
+        "name": "subject",
+        "prompts": {"source": "this test", "file": "prompts.txt", "count": 2},
+        "images_per_prompt": 2,
+        "steps": 2,
+        "guidance_scale": 1,
+        "metrics": ["dino", "clip_i", "clip_score"],
+        "clip": {"model": "tiny", "source": "this test", "file": "../clip"},
+        "dino": {"model": "tiny-vit", "source": "this test", "file": "dino"},
+        "real": {"source": "this test"},
+    }
+    (folder / "subject.yaml").write_text(yaml.safe_dump(value))
+    return folder / "subject.yaml", folder / "real"
+
+
+def test_likeness_to_a_subject_is_the_mean_cosine_with_all_of_its_pictures(sd, subject, clip, tmp_path) -> None:
+    protocol, real = subject
+    result = run(sd, protocol, tmp_path / "measured", real=real)
+    drawn = [picture for path in sorted(tmp_path.glob("measured/pictures/*.tar")) for picture, _ in read_shard(path)]
+    assert (len(drawn), result.protocol["count"]) == (4, 4)
+    theirs = [Image.open(path) for path in sorted(real.iterdir())]
+    vit = ViTModel.from_pretrained(protocol.parent / "dino", add_pooling_layer=False)
+
+    def by_vit(pictures):
+        pixels = torch.stack([torch.from_numpy(np.array(p.resize((16, 16), 2))).permute(2, 0, 1) for p in pictures])
+        with torch.no_grad():
+            return vit(pixel_values=pixels / 127.5 - 1).last_hidden_state[:, 0]
+
+    for name, embed in (("dino", by_vit), ("clip_i", lambda pictures: Clip.load(clip)(pictures)["image"])):
+        ours, others = (torch.nn.functional.normalize(embed(pictures)) for pictures in (drawn, theirs))
+        assert result.measures[name].value == pytest.approx(float((ours @ others.T).mean()), abs=1e-5)
+    assert "tiny-I" in (tmp_path / "measured" / "measures.md").read_text()
+
+
+def test_a_subject_is_pictures(sd, subject, clip, tmp_path) -> None:
+    protocol, real = subject
+    (tmp_path / "empty").mkdir()
+    for given, message in (
+        ({}, "give --real PATH"),
+        ({"real": tmp_path / "empty"}, "0 pictures in it; 1 at least"),
+        ({"real": clip / "model.safetensors"}, "needs the subject's pictures themselves"),
+        ({"real": real, "weights": {"dino": tmp_path / "empty"}}, "no DINO model there"),
+        ({"real": real, "weights": {"dino": clip}}, "which a ViTModel needs|not a ViT of transformers"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(sd, protocol, tmp_path / "measured", **given)
+    assert not (tmp_path / "measured").exists()
+    chosen, beside = load_protocol("dreambooth")
+    with pytest.raises(UserError, match="prompts_and_classes"):
+        protocol_prompts(chosen, beside, None)
 
 
 def test_two_protocols_are_not_put_side_by_side(whole: Path, tmp_path: Path) -> None:
@@ -191,7 +258,7 @@ def test_features_made_otherwise_are_refused(sd: Path, protocol: Path, whole: Pa
     with pytest.raises(UserError, match="features by another preparation"):
         run(sd, other, tmp_path / "new", real=whole / "real.safetensors")
     again = run(sd, other, copy_of(whole, tmp_path))  # the same pictures, looked at otherwise
-    assert again["measures"] != json.loads((whole / "measures.json").read_text())["measures"]
+    assert again.measures != read_measures(whole).measures
 
 
 def test_what_is_damaged_is_made_again_or_named(sd: Path, protocol: Path, whole: Path, tmp_path: Path) -> None:

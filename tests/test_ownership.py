@@ -179,7 +179,8 @@ def test_nothing_goes_into_or_above_what_is_read(verb, files, capsys, begins) ->
     arguments, what = VERBS[verb]
     end = "x.config" if what == "configs" else "x"
     refused = [files / "teacher" / end, files / "teacher" / "unet" / "deep" / end, files / "finished/cache" / end]
-    refused += [files / "finished" / "pipeline" / "vae" / end, files / "finished" / "student" / end]
+    parts = ("pipeline/vae", "student", "stage-1", "evaluation", "evaluation/pictures", "stage-7")
+    refused += [files / "finished" / part / end for part in parts]
     if what in ("run", "cache", "ablation"):
         refused += [files / "pictures" / end, files]
     for to in refused:
@@ -218,16 +219,21 @@ def test_single_files(files, capsys, monkeypatch) -> None:
         assert call(capsys, *draw, files / name)[0] == 0
         Image.new("RGB", (8, 8)).save(files / f"mine-{name}")
         code, _, err = call(capsys, *draw, files / f"mine-{name}")
-        assert code == 2 and "exists, and prunet did not make it" in err
+        assert code == 2 and "exists, and is not a" in err
     shutil.copytree(files / "finished", files / "again")
     compare = ("compare", files / "finished", files / "again", "-o")
     assert call(capsys, *compare, files / "page.html")[0] == 0
     assert call(capsys, *compare, files / "page.html")[0] == 0
     report = files / "finished" / "report.html"
-    for path in (write(files / "mine.html", "<html>"), files / "teacher" / "page.html", report):
+    for path, words in (
+        (write(files / "mine.html", "<html>"), "exists, and is not a comparison as prunet made it"),
+        (files / "teacher" / "page.html", "which is a model"),
+        (report, f"is kept for the run {files / 'finished'} itself"),
+        (files / "again" / "evaluation" / "page.html", f"is kept for the run {files / 'again'} itself"),
+    ):
         before = tree(files)
         code, _, err = call(capsys, *compare, path)
-        assert code == 2 and "\n" not in err.strip() and tree(files) == before
+        assert code == 2 and "\n" not in err.strip() and words in err and tree(files) == before
     model = write(files / "model.safetensors")
     code, _, err = call(capsys, "export", files / "finished", "--single-file", "-o", model)
     assert code == 2 and model.read_text() == "mine"
@@ -240,7 +246,7 @@ def test_pictures_of_another_prompt_are_not_replaced(files, capsys) -> None:
         assert call(capsys, *draw, prompt)[0] == code
     (files / "drawn" / "000001.png").write_text("mine")
     before = tree(files / "drawn")
-    for arguments, words in ((("a dog",), "another prompt"), (("a cät", "-n", 2), "prunet did not make it")):
+    for arguments, words in ((("a dog",), "another prompt"), (("a cät", "-n", 2), "as prunet made it")):
         code, _, err = call(capsys, *draw, *arguments)
         assert code == 2 and words in err and err.count("\n") == 1
     assert tree(files / "drawn") == before

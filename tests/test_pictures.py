@@ -134,9 +134,9 @@ def test_what_cannot_be_used_keeps_its_key_and_says_why(tmp_path):
     write(tmp_path / "latin.txt", "café".encode("latin-1"))
     write(tmp_path / "folder.png/inner.png", encoded())
     write(tmp_path / "folder.png/inner.txt", "inner")
-    os.symlink(tmp_path / "good.png", tmp_path / "link.png")
-    os.symlink(tmp_path / "gone", tmp_path / "dangling.png")
-    os.symlink(tmp_path, tmp_path / "circle")
+    (tmp_path / "link.png").symlink_to(tmp_path / "good.png")
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "gone")
+    (tmp_path / "circle").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "pipe.png")
     for name in ("link", "dangling", "pipe"):
         write(tmp_path / f"{name}.txt", "a caption")
@@ -499,7 +499,7 @@ def test_without_the_extra_one_line_names_it(tmp_path, monkeypatch):
     for name in ("datasets", "pyarrow", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
     write(tmp_path / "a.parquet", b"x")
-    assert "pip install -e '.[data]'" in why_not(tmp_path / "a.parquet", read_pictures)
+    assert "pip install 'prunet[data]'" in why_not(tmp_path / "a.parquet", read_pictures)
     assert "owner/name: no such folder here" in why_not("owner/name", read_pictures)
     write(tmp_path / "folder/a.png", encoded())
     write(tmp_path / "folder/a.txt", "a")
@@ -763,6 +763,6 @@ def test_fit_refuses_what_it_does_not_know():
 
 def test_csv_written_by_the_standard_library_comes_back(tmp_path):
     write(tmp_path / "a.png", encoded())
-    with open(tmp_path / "metadata.csv", "w", newline="", encoding="utf-8") as file:
+    with (tmp_path / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("file_name", "text"), ("a.png", 'a "quoted", 猫')])
     assert read(tmp_path)[0] == {"a.png": ('a "quoted", 猫',)}

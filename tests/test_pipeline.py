@@ -24,7 +24,7 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import load_file
 
-from prunet import Teacher, UserError, build, export, generate, load_plan
+from prunet import Drawing, Teacher, UserError, build, export, generate, load_plan
 from prunet.denoisers.freeze import freeze
 from prunet.exports.folder import check_export
 from prunet.exports.single_file import export_single_file
@@ -136,10 +136,10 @@ def test_single_file_opens_again(kind, plan, exported, tmp_path) -> None:
 
 
 def test_a_picture_does_not_depend_on_its_batch(opened) -> None:
-    pipe = set_sampler(opened.pipeline(), "ddim")
+    pipe, how = opened.pipeline(), Drawing(steps=2, sampler="ddim")
     prompts, seeds = ["a", "b", "c"], [5, 6, 7]
-    together = draw(pipe, prompts, seeds, steps=2, batch_size=3)
-    alone = draw(pipe, prompts, seeds, steps=2, batch_size=1)
+    together = draw(pipe, prompts, seeds, how, batch_size=3)
+    alone = draw(pipe, prompts, seeds, how, batch_size=1)
     for a, b in zip(together, alone, strict=True):
         difference = max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes(), strict=True))
         assert difference <= 1
@@ -169,7 +169,7 @@ def test_every_sampler_draws_what_its_scheduler_draws_in_stock_diffusers(sd, ope
     assert STOCK.keys() == SAMPLERS.keys()
     drawn: dict[str, torch.Tensor] = {}
     for name, (scheduler, options) in STOCK.items():
-        drawn[name] = draw_latents(set_sampler(pipe, name), ["a cat"], [4], steps=4, guidance_scale=2.0)
+        drawn[name] = draw_latents(pipe, ["a cat"], [4], Drawing(steps=4, guidance_scale=2.0, sampler=name))
         stock.scheduler = scheduler.from_pretrained(sd / "scheduler", **options)
         rng = torch.Generator().manual_seed(4)
         theirs = stock("a cat", num_inference_steps=4, guidance_scale=2.0, generator=rng, output_type="latent").images

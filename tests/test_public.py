@@ -1,11 +1,14 @@
 """The public names: each is documented, and with them all that they take and give can be named."""
 
 import inspect
+import tomllib
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import prunet
 
@@ -18,6 +21,13 @@ def named(annotation: Any) -> Iterator[type]:
         yield annotation
     for inside in typing.get_args(annotation):
         yield from named(inside)
+
+
+def test_one_version() -> None:
+    root = Path(__file__).parent.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    cited = yaml.safe_load((root / "CITATION.cff").read_text())
+    assert project["version"] == cited["version"] == prunet.__version__
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,6 +14,7 @@ from prunet.disk.reading import DEEPEST, parse_json, parse_yaml
 from prunet.errors import LONGEST, printable
 from prunet.evaluation.protocol import load_protocol
 from prunet.plan.derived import derive
+from prunet.recipe.paths import SHIPPED
 from prunet.recipe.recipe import load_recipe as read
 from prunet.teacher.known import layout_config
 
@@ -21,8 +22,7 @@ from prunet.teacher.known import layout_config
 def laughs(form: str, levels: int = 9) -> str:
     """Ten of ten of ten ... values, in a page of a few lines; `form` takes ten aliases."""
     lines = ["a0: &a0 {k: x}"]
-    for i in range(levels):
-        lines.append(f"a{i + 1}: &a{i + 1} " + form % tuple([f"*a{i}"] * 10))
+    lines += [f"a{i + 1}: &a{i + 1} " + form % tuple([f"*a{i}"] * 10) for i in range(levels)]
     return "\n".join(lines)
 
 
@@ -52,13 +52,18 @@ TOO_MUCH = {
 }
 
 
+def test_json_is_yaml_with_emoji_in_two_halves_too() -> None:
+    text = json.dumps({"a \U0001f600": ["\U0001f600", "ä", "plain"]})
+    assert "ud83d" in text and parse_yaml(text, "x") == json.loads(text)
+
+
 @pytest.mark.parametrize("case", TOO_MUCH)
 @pytest.mark.parametrize("reader", ["recipe", "plan", "protocol", "--set"])
 def test_what_is_too_much_is_refused_at_once(case: str, reader: str, tmp_path: Path) -> None:
     text, words = TOO_MUCH[case]
     page = tmp_path / "page.yaml"
     page.write_text(text)
-    good = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+    good = SHIPPED / "demo.yaml"
     readers = {"recipe": read, "plan": load_plan, "protocol": load_protocol}
     start = time.process_time()
     with pytest.raises(UserError, match=words) as error:
@@ -90,7 +95,7 @@ def test_as_much_as_a_long_recipe_has_is_read() -> None:
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[" + "1," * 5_000_000 + "1]"])
 def test_json_is_read_within_bounds(text: str) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"nested too deep|characters"):
         parse_json(text)
 
 
@@ -140,7 +145,7 @@ NUMBERS = {
 @pytest.mark.parametrize("key", NUMBERS)
 @pytest.mark.parametrize("truth", ["true", "false", "yes"])
 def test_true_is_no_number(key: str, truth: str) -> None:
-    good = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+    good = SHIPPED / "demo.yaml"
     value = f"{{mid_block: {truth}}}" if key.endswith("weights") else truth
     with pytest.raises(UserError, match=f"{key}.*give a number, not (true|false)"):
         load_recipe(good, [f"{key}={value}"])
@@ -156,14 +161,14 @@ def test_true_is_no_number_of_a_protocol(tmp_path: Path) -> None:
 
 
 def test_a_key_is_set_once() -> None:
-    good = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+    good = SHIPPED / "demo.yaml"
     with pytest.raises(UserError, match=r"--set: key 'stages.0.steps' is given twice"):
         load_recipe(good, ["stages.0.steps=1", "seed=3", " stages.0.steps =2"])
 
 
 @pytest.mark.parametrize("index", ["9" * 5000, "²", "-1", "1_0", "00"])
 def test_a_place_in_a_list_is_a_number_that_is_there(index: str) -> None:
-    good = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+    good = SHIPPED / "demo.yaml"
     for key in (f"stages.{index}.steps", f"stages.{index}", "a." * 1000 + "b"):
         with pytest.raises(UserError, match="--set"):
             load_recipe(good, [f"{key}=3"])

@@ -8,7 +8,7 @@ import yaml
 
 from prunet import UserError, load_recipe
 from prunet.recipe.recipe import Data, Evaluation, Export, Recipe, Sheet, read_prompts, recipe_yaml
-from prunet.recipe.stage import IDLE, Losses, Stage
+from prunet.recipe.stage import Losses, Stage, TeacherSource
 
 GOOD = {
     "teacher": "somewhere",
@@ -118,10 +118,11 @@ def test_the_page_of_the_docs_is_a_recipe_with_every_key() -> None:
     text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
     page = text.split("```yaml\n")[1].split("```")[0]
     assert Recipe.model_validate(yaml.safe_load(page)).stages[0].steps == 50000
-    value = yaml.safe_load(re.sub("(?m)^  # ", "  ", page))  # with what stands there for prompts
-    stage = value["stages"][0] | dict.fromkeys(IDLE["distillation"])  # those of docs/few-steps.md
+    value = yaml.safe_load(re.sub(r"(?m)^( +)# (?=\w+:)", r"\1", page))  # with the keys of other choices
+    stage = value["stages"][0]
     for kind, keys in (
         (Recipe, value),
+        (TeacherSource, value["teacher"]),
         (Data, value["data"]),
         (Stage, stage),
         (Losses, stage["losses"]),
@@ -133,13 +134,72 @@ def test_the_page_of_the_docs_is_a_recipe_with_every_key() -> None:
 
 
 def test_shipped_recipes_are_valid() -> None:
-    recipes = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+    recipes = sorted((Path(__file__).parent.parent / "prunet" / "recipe" / "shipped").glob("*.yaml"))
     assert len(recipes) >= 7
     for path in recipes:
         load_recipe(path)
 
 
-SHIPPED = Path(__file__).parent.parent / "recipes"
+def test_paths_begin_at_the_recipes_folder_and_those_of_set_at_the_current_one(tmp_path, monkeypatch) -> None:
+    here, home = tmp_path / "here", tmp_path / "home"
+    for folder in (home / "pictures", home / "emoji" / "sd", here):
+        folder.mkdir(parents=True)
+    (home / "plan.yaml").write_text("remove: [mid_block]\n")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("DISK", "/big")
+    path = write(
+        home,
+        teacher="emoji/sd",
+        plan="plan.yaml",
+        data={"source": ["pictures/*.tar", "~/x"]},
+        evaluation={"prompts": "everyday"},
+        output="$DISK/run",
+        cache="runs/../latents",
+        stages=[{"steps": 1, "teacher": "owner/name"}],
+    )
+    recipe = load_recipe(Path("..") / "home" / path.name, ["sheet.every=1"])
+    assert (recipe.teacher.source, recipe.stages[0].teacher.source) == ("../home/emoji/sd", "owner/name")
+    assert recipe.data.source == ["../home/pictures/*.tar", str(Path.home() / "x")]
+    assert (recipe.plan.remove, recipe.output) == (("mid_block",), "/big/run")
+    assert len(read_prompts(recipe.evaluation.prompts)) > 10 and recipe.cache == "../home/runs/../latents"
+    assert load_recipe(path, ["output=there", "data={source: other}"]).output == "there"
+    written = yaml.safe_load(recipe_yaml(recipe))  # what a run keeps can be read from anywhere
+    assert written["teacher"]["source"] == str(home / "emoji" / "sd") and written["cache"] == str(home / "latents")
+    assert written["stages"][0]["teacher"]["source"] == "owner/name" and written["evaluation"]["prompts"] == "everyday"
+    assert load_recipe(home / path.name, ["output=there"]).data.source == [
+        f"{home}/pictures/*.tar",
+        recipe.data.source[1],
+    ]
+
+
+def test_a_path_as_older_versions_meant_it_is_told_in_one_line(tmp_path, monkeypatch) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    path = write(tmp_path / "recipes", output="runs/x")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"runs/x: .* begin at its folder, .*recipes, .*: write \.\./runs/x$"):
+        load_recipe(path)
+    assert load_recipe(path, ["output=runs/x"]).output == "runs/x"
+    (tmp_path / "recipes" / "plan.json").touch()  # a run's own recipe, which an older version wrote
+    assert load_recipe(path).output == "runs/x"
+
+
+def test_an_environment_variable_that_is_not_set_is_named(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("NO_SUCH", raising=False)
+    with pytest.raises(UserError, match=r"variable \$\{NO_SUCH\} is not set"):
+        load_recipe(write(tmp_path, output="${NO_SUCH}/run"))
+
+
+def test_the_demo_says_that_it_needs_a_clone(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"recipe demo: .*git clone"):
+        load_recipe("demo")
+    with pytest.raises(UserError, match=r"No recipe at dem: .*bk-base-sd-v1\.4.*, demo, "):
+        load_recipe("dem")
+    assert load_recipe("bk-small-sd-v1.4").output == "runs/bk-small-sd-v1.4"
+
+
+SHIPPED = Path(__file__).parent.parent / "prunet" / "recipe" / "shipped"
 #: scripts/kd_train.sh, scripts/kd_train_v2-base-im512.sh and MODEL_CARD.md of Nota-NetsPresso/BK-SDM.
 BK_SDM = {
     "sd-v1.4": {"teacher": "CompVis/stable-diffusion-v1-4", "batch_size": 64 * 4},

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from prunet.denoisers.pairs import StagePairs
 from prunet.denoisers.unet2d.architecture import UNET2D
 from prunet.errors import UserError
 from prunet.plan.derived import Derived, derive
@@ -162,12 +163,12 @@ def make_run(
         (stage / "sheets").mkdir(parents=True)
         lines = [json.dumps(row) + "\n" for row in losses(derived, rows * 10, 10)]
         (stage / "log.jsonl").write_text("".join(lines), encoding="utf-8")
-        (stage / "pairs.json").write_text(json.dumps(derived.facts()["pairs"]["block"]), encoding="utf-8")
+        StagePairs(pairs=list(derived.pairs())).save(stage / "pairs.json")
         for step in range(9) if sheets else ():
             Image.new("RGB", (60, 40)).save(stage / "sheets" / f"step-{step:07d}.png")
         (stage / "sheets" / "step-last.png").write_text("of somebody else")
     (folder / "recipe.yaml").write_text(recipe_yaml(recipe), encoding="utf-8")
-    (folder / "plan.json").write_text(json.dumps(derived.facts()), encoding="utf-8")
+    derived.result().save(folder / "plan.json")
     measures = evaluation(derived, prompts, memory)
     (folder / "evaluation" / "evaluation.json").write_text(json.dumps(measures), encoding="utf-8")
     (folder / "steps.json").write_text(
@@ -211,6 +212,31 @@ def test_every_prompt_is_there_as_text_beside_its_three_pictures(tmp_path: Path)
     assert len(pictures) == 3 * 27
     assert all(image["src"].startswith("data:image/webp;base64,") for image in pictures)
     assert len([image for image in page.all("img") if "at step" in image["alt"]]) == 6  # of nine sheets
+
+
+def test_pictures_from_pictures_stand_beside_their_start(tmp_path: Path) -> None:
+    """An evaluation without them, as older versions left it, makes a page without them."""
+    make_run(tmp_path)
+    assert "From a picture" not in Page(write_report(tmp_path)).text
+    path = tmp_path / "evaluation" / "evaluation.json"
+    distance = {
+        name: {"picture": scale, "by_picture": [scale], "interval": [0.9 * scale, 1.1 * scale]}
+        for name, scale in (("before", 0.0625), ("after", 0.03125))
+    }
+    found = {"strength": 0.6, "seed": 9, "prompts": ["a blue fox"], "distance": distance}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_to_image": found}))
+    for name in ("teacher", "before", "after"):
+        file = path.parent / "image-to-image" / name / "0000.png"
+        file.parent.mkdir(parents=True)
+        Image.new("RGB", (80, 80)).save(file)
+    page = Page(write_report(tmp_path))
+    caption = f"a blue fox \N{LEFTWARDS ARROW} {PROMPTS[0]}"
+    ends = ("start", "drawn by teacher", "drawn by student before", "drawn by student after")
+    assert [image["alt"] for image in page.all("img") if image["alt"].startswith(caption)] == [
+        f"{caption}, {end}" for end in ends
+    ]
+    row = page.text.split("pictures from pictures")[1][:120]
+    assert "0.0625" in row and "0.0312" in row and "50 %" in row
 
 
 @pytest.mark.parametrize("plan", PLANS)

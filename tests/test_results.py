@@ -108,7 +108,7 @@ def test_a_single_file_of_prunets_is_replaced_until_it_is_changed(folder, capsys
     assert call(capsys, *export, "--fp16")[0] == 0
     last_byte(folder / "student.safetensors")
     code, _, err = call(capsys, *export)
-    assert code == 2 and "student.safetensors exists, and prunet did not make it" in err
+    assert code == 2 and "student.safetensors exists, and is not a" in err
 
 
 def test_a_finished_step_needs_nothing_that_it_has_read(folder, finished, capsys) -> None:
@@ -128,6 +128,8 @@ def test_a_finished_step_needs_nothing_that_it_has_read(folder, finished, capsys
     shutil.rmtree(folder / "stage-1" / "unet")
     assert opened(folder).todo() == []
     assert opened(folder, "evaluation.steps=2").todo() == ["build", "stage-1", "evaluate", "export", "report"]
+    code, _, err = call(capsys, "export", folder, "-o", folder.parent / "again")
+    assert code == 2 and err.endswith(f"stage-1/unet: deleted since the run: `prunet distil {folder}` makes it again\n")
 
 
 @pytest.mark.parametrize(

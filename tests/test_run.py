@@ -119,7 +119,7 @@ def test_finished_steps_are_skipped(copied, capsys) -> None:
 
 def test_a_run_of_an_earlier_version_is_still_done() -> None:
     """The demo's inputs; others here would train again what users have trained."""
-    found = Run(load_recipe("recipes/demo.yaml"), CPU).inputs
+    found = Run(load_recipe("demo"), CPU).inputs
     assert found == {
         "plan": "bf0157873c7bde86",
         "build": "ad24aec4abc8593f",
@@ -168,6 +168,21 @@ def test_other_recipe_in_the_same_folder_is_refused_before_anything_changes(copi
         with pytest.raises(UserError, match=words):
             run(recipe_of(copied, change), CPU)
     assert contents(copied) == before
+
+
+def test_data_that_changed_are_not_blamed_on_the_recipe(copied, pictures, tmp_path, monkeypatch) -> None:
+    """The run's own recipe would be refused as well, so it is no advice; a path with spaces is quoted where it is."""
+    monkeypatch.chdir(tmp_path)
+    run_folder = copied.rename(tmp_path / "my run")
+    shutil.copytree(pictures, tmp_path / "data")
+    recipe = run_folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(pictures), "data"))
+    Run(recipe_of(run_folder), CPU).check()
+    with pytest.raises(UserError, match=r"seed 1234, now 5: set it back \(`prunet run '.*/my run'` resumes"):
+        Run(recipe_of(run_folder, "seed=5"), CPU).check()
+    (tmp_path / "data" / "000.txt").write_text("another caption")
+    with pytest.raises(UserError, match=r"files or prompts of the data \w+, now \w+: put that back as it was, delete"):
+        Run(recipe_of(run_folder), CPU).check()
 
 
 def test_pictures_may_go_when_the_cache_is_whole(sd, tmp_path, monkeypatch) -> None:

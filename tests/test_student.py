@@ -40,7 +40,7 @@ def test_empty_plan_computes_the_teachers_bits(kind: str, request) -> None:
     teacher = Teacher(request.getfixturevalue(kind))
     student = build(teacher, Plan("none"))
     assert torch.equal(run(student), run(teacher.unet))
-    ours, theirs = (set(p.data_ptr() for p in net.parameters()) for net in (student, teacher.unet))
+    ours, theirs = ({p.data_ptr() for p in net.parameters()} for net in (student, teacher.unet))
     assert not ours & theirs, "the student shares memory with the teacher"
 
 

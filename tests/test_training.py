@@ -387,8 +387,8 @@ def test_v_prediction_and_sdxl_train(kind, prediction, plan, pictures, tmp_path)
 
 def test_draws_depend_on_step_and_position_alone(made) -> None:
     samples = Samples(made, STAGE, 3, PROCESS)
-    whole = [b for b in batches(samples, 0, 4, 0, 1)]
-    later = [b for b in batches(samples, 4, 4, 0, 1)]
+    whole = list(batches(samples, 0, 4, 0, 1))
+    later = list(batches(samples, 4, 4, 0, 1))
     assert torch.equal(whole[4]["noise"], later[0]["noise"])
     shares = [list(batches(samples, 0, 2, rank, 2)) for rank in (0, 1)]
     assert torch.equal(torch.cat([shares[0][1]["latents"], shares[1][1]["latents"]]), whole[1]["latents"])

@@ -25,7 +25,7 @@ def results(setting: Setting) -> Iterator[Result]:
         "-m",
         "prunet",
         "run",
-        str(ROOT / "recipes" / "demo.yaml"),
+        "demo",
         "--device",
         str(setting.device),
     ]

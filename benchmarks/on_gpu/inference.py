@@ -12,7 +12,7 @@ from small_models import make_pipeline
 from on_gpu.results import Result, Setting, goal
 from prunet import Runtime, Teacher, derive, load_plan
 from prunet.denoisers.unet2d.form import make_unet
-from prunet.speed.bench import PROMPT, bench
+from prunet.speed.bench import PROMPT, Bench, bench
 from prunet.speed.clock import wait
 
 PLANS = ("bk-base", "bk-small", "bk-tiny")
@@ -51,19 +51,19 @@ def _pipelines(setting: Setting, dtype: torch.dtype) -> dict[str, Any]:
     return pipelines
 
 
-def _rows(said: dict[str, Any], setting: Setting, mode: str = "eager") -> Iterator[Result]:
-    teacher = next(iter(said["models"]))
-    for row in said["rows"]:
-        if row["mode"] != mode:
+def _rows(said: Bench, setting: Setting, mode: str = "eager") -> Iterator[Result]:
+    teacher = said.baseline
+    for row in said.rows:
+        if row.mode != mode:
             continue
-        name = f"{row['model']}, {mode}, batch {row['batch_size']}"
-        parts = f"denoiser {row['denoiser_ms']:.1f} ms, text {row['text_ms']:.1f}, VAE {row['vae_ms']:.1f}; "
-        memory = f"{row['peak_memory_mb']:.0f} MB" if row["peak_memory_mb"] else "memory not told"
-        kinds = ", ".join(f"{kind} {ms:.1f}" for kind, ms in row["kinds_ms"].items() if ms >= 0.1)
-        yield Result(name, row["pictures_per_s"], "pictures/s at 25 steps", note=f"{parts}{memory}; {kinds}")
-        if row["model"] != teacher:
-            note = f"{row['speed_up']:.2f} times, of {row['limit']:.2f} that the MACs allow"
-            yield goal(f"{name}: share of what its MACs allow", row["share"], 0.95, note=note, meant=not setting.smoke)
+        name = f"{row.model}, {mode}, batch {row.batch_size}"
+        parts = f"denoiser {row.denoiser_ms:.1f} ms, text {row.text_ms:.1f}, VAE {row.vae_ms:.1f}; "
+        memory = f"{row.peak_memory_mb:.0f} MB" if row.peak_memory_mb else "memory not told"
+        kinds = ", ".join(f"{kind} {ms:.1f}" for kind, ms in row.kinds_ms.items() if ms >= 0.1)
+        yield Result(name, row.pictures_per_s, "pictures/s at 25 steps", note=f"{parts}{memory}; {kinds}")
+        if row.model != teacher:
+            note = f"{row.speed_up:.2f} times, of {row.limit:.2f} that the MACs allow"
+            yield goal(f"{name}: share of what its MACs allow", row.share, 0.95, note=note, meant=not setting.smoke)
 
 
 def _pictures(pipelines: dict[str, Any], setting: Setting) -> Iterator[Result]:

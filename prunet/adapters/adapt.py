@@ -9,15 +9,16 @@ from safetensors.torch import save_file
 from prunet.adapters import controlnet, ip_adapter, lora
 from prunet.adapters.carried import Carried
 from prunet.denoisers.known import architecture_of
-from prunet.disk.files import check_writable, new_file, read_label
+from prunet.disk.files import check_writable, new_file
 from prunet.disk.ownership import check_file, check_place
 from prunet.errors import UserError
 from prunet.plan.derived import Derived, derive
 from prunet.plan.plan import parse_plan
+from prunet.plan.result import PlanResult
 from prunet.teacher import placing
 from prunet.teacher.configs import check_config
 from prunet.teacher.pickles import PICKLES
-from prunet.words import short
+from prunet.words import command, short
 
 #: In the metadata of a file that was carried over: to which run.
 MARK = "prunet.adapted"
@@ -55,10 +56,10 @@ def adapt(file: Path | str, to: Path | str, output: Path | str | None = None) ->
         facts = controlnet.write_controlnet(control, derived, target, mark)
         fits = derived.works_with["the teacher's ControlNet"] == "yes"
         return {"output": str(target), "kind": "ControlNet", **facts, "fits_unchanged": fits}
-    carried = _carry(source, derived)
+    carried = carry(source, derived)
     if target.suffix != ".safetensors":
         raise UserError(f"--output {target}: name the new file something.safetensors")
-    check_file(target, "--output", is_adapted, [source])
+    check_file(target, "carried adapter", "--output", is_adapted, [source])
     check_writable(target.parent, "--output")
     _write(source, carried, target, mark)
     return {"output": str(target), "kind": carried.what, **mark, "kept": carried.kept, "dropped": carried.dropped}
@@ -76,18 +77,25 @@ def _open_student(folder: Path) -> Derived:
             f"--to {folder}: no plan.json there, which says what was removed; give the run folder of the student (that "
             "in which `prunet run` made it)"
         )
-    facts = read_label(path, ("plan", "teacher_config", "weight_map"))
-    config = facts["teacher_config"]
+    result = PlanResult.load(path)
+    config = result.teacher_config
     check_config(architecture_of(config).part, config, path)
-    derived = derive(config, parse_plan(facts["plan"], str(path)))
-    if derived.weight_map != facts["weight_map"]:
-        raise UserError(f"{path}: of another version of prunet: `prunet run {folder}` writes it again")
+    derived = derive(config, parse_plan({"name": result.plan.name, "remove": list(result.plan.remove)}, str(path)))
+    if derived.weight_map != result.weight_map:
+        raise UserError(f"{path}: of another version of prunet: {command('run', folder)} writes it again")
     return derived
 
 
-def _carry(path: Path, derived: Derived) -> Carried:
+def carry(path: Path, derived: Derived) -> Carried:
+    """Reads a LoRA or an IP-Adapter of the teacher, and how it is carried over; the file of a plan "none" as it is.
+
+    Raises:
+        UserError: no such adapter, of a form that cannot be carried over, or made for another model.
+    """
     if path.suffix in PICKLES:
-        raise UserError(f"{path}: a pickle, which can hold code; `prunet convert {path}` writes its tensors without it")
+        raise UserError(
+            f"{path}: a pickle, which can hold code; {command('convert', path)} writes its tensors without it"
+        )
     if not path.is_file():
         raise UserError(f"{path}: nothing there; give {KINDS}")
     found, said = placing.headers([path]), _metadata(path)

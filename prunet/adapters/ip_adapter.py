@@ -18,6 +18,7 @@ MODELS = "give an IP-Adapter that was made for the student's teacher"
 
 
 def is_ip_adapter(keys: Sequence[str]) -> bool:
+    """Returns whether the names of tensors are those of an IP-Adapter."""
     return any(key.startswith((IMAGE, "ip_adapter.")) for key in keys)
 
 

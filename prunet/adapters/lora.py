@@ -32,6 +32,7 @@ MODELS = "give a LoRA that was made for the student's teacher"
 
 
 def is_lora(keys: Sequence[str], part: str) -> bool:
+    """Returns whether the names of tensors are those of a LoRA for `part`, in a form that prunet reads or knows."""
     return any(read_key(key, part) or re.search("|".join(OTHER_FORMS), key) for key in keys)
 
 
@@ -115,7 +116,7 @@ def _peft_config(text: str, part: str, kept: Mapping[str, tuple[str, int]]) -> s
         raise UserError(f"its metadata {PEFT} are no config of PEFT's ({error}): fetch or copy it again") from error
     if own:
         for field, pattern, values in (
-            ("r", "rank_pattern", {new: rank for new, rank in kept.values()}),
+            ("r", "rank_pattern", dict(kept.values())),
             ("lora_alpha", "alpha_pattern", alphas),
         ):
             config[f"{part}.{field}"] = most = Counter(values.values()).most_common(1)[0][0]

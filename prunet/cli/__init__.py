@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from prunet import __version__, processes
-from prunet.cli import adapters, models, recipes, results, searching  # noqa: F401  (their verbs)
+from prunet.cli import adapters, models, overviews, personal, play, recipes, results, searching  # noqa: F401  (their verbs)
 from prunet.cli.options import app
 from prunet.errors import UserError, one_line
 
@@ -134,6 +134,7 @@ def _quiet() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="(torch|diffusers|transformers|accelerate)")

@@ -51,11 +51,13 @@ def inspect(
     from prunet.cli.views import plan_view
     from prunet.plan.derived import derive
     from prunet.plan.plan import Plan, load_plan
+    from prunet.recipe.paths import shipped_names
     from prunet.teacher.teacher import Teacher
 
     if not sensitivity and (prompts or cache or output):
         raise UserError("--prompts, --cache and --output are for --sensitivity: add it, or leave them out")
-    if teacher.endswith((".yaml", ".yml")) or (Path(teacher) / "recipe.yaml").is_file():
+    is_recipe = teacher.endswith((".yaml", ".yml")) or teacher in shipped_names(".yaml")
+    if is_recipe or (Path(teacher) / "recipe.yaml").is_file():
         if plan != "none" or config is not None or sensitivity:
             raise UserError(
                 f"{teacher}: a recipe names its own plan and teacher.config: leave --plan, --config and --sensitivity "
@@ -73,7 +75,7 @@ def inspect(
     derived = derive(opened.unet_config, chosen)
     opened.check_weights(headers_only=True)
     title = teacher if plan == "none" else f"{teacher} by {chosen.name}"
-    say(as_json, derived.facts() if as_json else {}, None if as_json else plan_view(derived, title))
+    say(as_json, derived.result().facts() if as_json else {}, None if as_json else plan_view(derived, title))
 
 
 def _inspect_sensitivity(
@@ -128,7 +130,7 @@ def _inspect_recipe(path: Path, as_json: bool) -> None:
     check_steps(steps)
     notes = [f"{stage.steps:,} x {stage.batch_size}" for stage in recipe.stages]
     title = f"{source.source} by {recipe.plan.name}"
-    facts = derived.facts() | {"stages": [step.facts() for step in steps]} if as_json else {}
+    facts = derived.result().facts() | {"stages": [step.result().facts() for step in steps]} if as_json else {}
     say(as_json, facts, None if as_json else Group(plan_view(derived, title), Text(), stairs_view(steps, notes)))
 
 
@@ -192,16 +194,21 @@ def export(
     fp16: Annotated[
         bool, typer.Option("--fp16", help="Half precision (a folder gets the fp16 variant as well).")
     ] = False,
+    to_hub: Annotated[
+        str | None, typer.Option("--push", help="Also upload it to owner/name of the hub, private where that is new.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write the student of a run as a stock pipeline folder, or as one .safetensors for ComfyUI and others."""
     from prunet.disk.ownership import check_file, check_place
     from prunet.exports.folder import export as export_folder
+    from prunet.exports.hub import check_push, push
     from prunet.exports.single_file import export_single_file, is_exported
     from prunet.runs.card import card_facts
     from prunet.runs.checks import read_paths
     from prunet.runs.run import Run
     from prunet.teacher.copying import check_other_parts
+    from prunet.words import command
 
     if not (run_folder / "recipe.yaml").is_file():
         raise UserError(f"{run_folder}: not a run folder (no recipe.yaml); `prunet run RECIPE` makes one")
@@ -213,14 +220,16 @@ def export(
     recipe = open_recipe(run_folder, [f"output={json.dumps(str(run_folder))}"])
     read = read_paths(recipe)
     if single_file:
-        check_file(target, "--output", is_exported, read)
+        check_file(target, "single file", "--output", is_exported, read)
         check_place(target.with_suffix(".config"), "configs", "--output", read)  # its configs go there
     else:
         check_place(target, what := "pipeline" if elsewhere else "export", "--output", read)
     this = Run(recipe)
     if not this.result_of("evaluate").is_file():
-        raise UserError(f"{run_folder}: not evaluated yet; finish it with `prunet run {run_folder}`")
+        raise UserError(f"{run_folder}: not evaluated yet; finish it with {command('run', run_folder)}")
     check_other_parts(this.teachers[-1])
+    if to_hub:
+        check_push(to_hub)
     if single_file:
         if not this.is_done("export"):
             this.do("export")
@@ -232,11 +241,13 @@ def export(
             how = {"card": card, "fp16": fp16, "drawing": recipe.made_for, "what": what}
             written = export_folder(teacher, this.last_unet(), target, **how)
     size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.rglob("*.safetensors")))
+    pushed = push(written, to_hub) if to_hub else None
     loads, works = this.derived.loads_in, this.derived.works_with
     say(
         as_json,
-        {"output": str(written), "bytes": size, "loads_in": loads, "works_with": works},
+        {"output": str(written), "bytes": size, "loads_in": loads, "works_with": works, "pushed": pushed},
         f"{written}: {size / 1e6:,.1f} MB of weights\n"
+        + (f"{pushed}\n" if pushed else "")
         + "\n".join(f"  {program}: {answer}" for program, answer in loads.items()),
     )
 
@@ -267,7 +278,7 @@ def generate(
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture, or folder: a file for each seed.")] = Path(
         "generated"
     ),
-    num_images: Annotated[int, typer.Option("-n", "--num-images", min=1)] = 1,
+    num_images: Annotated[int, typer.Option("-n", "--num-images", min=1, help="Pictures.")] = 1,
     steps: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Sampling steps: 25, or as many as the model was made for.")
     ] = None,
@@ -275,7 +286,7 @@ def generate(
         float | None,
         typer.Option("--guidance-scale", "-g", min=0, help="7.5, or what the model was made for."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**62)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the first picture; the next has the next one.")] = 0,
     size: Annotated[int | None, typer.Option(min=8, max=4096, help="Pixels; the model's own by default.")] = None,
     sampler: Annotated[
         str | None,
@@ -314,7 +325,7 @@ def generate(
         raise UserError(f"--guidance-scale {guidance_scale}: give a number, such as 7.5")
     paths = [output] if one_file else [output / f"{seed + i:06d}.png" for i in range(num_images)]
     for path in paths:
-        check_file(path, "--output", is_drawn, [read for read in (image, mask) if read])
+        check_file(path, "picture", "--output", is_drawn, [read for read in (image, mask) if read])
         if not one_file and path.exists() and not is_drawn(path, prompt):
             raise UserError(f"--output {path}: shows another prompt: give another folder, or another --seed")
     start = {name: read_picture(path, f"--{name}") for name, path in (("image", image), ("mask", mask)) if path}

@@ -17,7 +17,6 @@ from prunet.errors import UserError, printable
 app = typer.Typer(
     name="prunet",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     help="Make a Stable Diffusion model smaller and faster: remove blocks of its U-Net, distil what is left.\n\n"
     "Start with [bold]prunet inspect sd-v1 --plan bk-small[/], then [bold]prunet run RECIPE[/].",
@@ -38,7 +37,7 @@ PromptsOption = Annotated[
 CacheOption = Annotated[
     Path | None, typer.Option(help="Samples to see it on instead: a run, or a cache that prunet made.")
 ]
-RecipeArgument = Annotated[Path, typer.Argument(help="A YAML recipe, or a run folder (its recipe.yaml).")]
+RecipeArgument = Annotated[Path, typer.Argument(help="A YAML recipe, the name of a shipped one, or a run folder.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override a value of the recipe: stages.0.steps=100.")
 ]
@@ -166,7 +165,7 @@ def make_runtime(device: str | None = None, precision: str = "auto", tracker: st
         ("--teacher-fp8", runtime.teacher_fp8, "torchao"),
     ):
         if on and importlib.util.find_spec(package) is None:
-            raise UserError(f"{flag}: needs {package}, which is not installed: pip install -e '.[memory]'")
+            raise UserError(f"{flag}: needs {package}, which is not installed: pip install 'prunet[memory]'")
     if runtime.use_8bit_adam and runtime.torch_device.type != "cuda":
         raise UserError("--use-8bit-adam: for CUDA devices only")
     if runtime.teacher_fp8 and not has_fp8(runtime.torch_device):

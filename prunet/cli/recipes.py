@@ -9,6 +9,7 @@ from prunet import processes
 from prunet.cli.options import (
     COUNTED,
     LOOP,
+    ConfigOption,
     Json,
     RecipeArgument,
     SetOption,
@@ -42,6 +43,42 @@ def _where(folder: Path, until: str) -> str:
     if until != "report":
         return str(folder)
     return f"Report: {folder / 'report.html'}\nPipeline: {folder / 'pipeline'}"
+
+
+@app.command()
+@with_runtime("device", "precision")
+def new(
+    runtime: Any,
+    plan: Annotated[
+        str | None, typer.Argument(help="A preset of `prunet plans`; bk-small or ssd-1b by default.")
+    ] = None,
+    teacher: Annotated[str, typer.Option(help="diffusers folder, .safetensors file or hub id.")] = ...,  # type: ignore[assignment]
+    data: Annotated[
+        str, typer.Option(help="Pictures with captions (docs/recipes.md), or a text file of prompts.")
+    ] = ...,  # type: ignore[assignment]
+    budget: Annotated[str | None, typer.Option(help="Memory of the GPU that is to train it, such as 24GB.")] = None,
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Write a commented recipe that fits a model, data and the memory of a device, on stdout.
+
+    Example: prunet new bk-tiny --teacher model.safetensors --data pictures --budget 24GB > mine.yaml
+    """
+    from dataclasses import replace
+
+    from prunet.runs.new import new_recipe, parse_budget
+
+    if budget and runtime.device is None and runtime.torch_device.type == "cpu":  # for a GPU that is not here
+        runtime = replace(runtime, device="cuda", precision="bf16")
+    text = new_recipe(
+        teacher,
+        data,
+        plan=plan,
+        config=config,
+        budget=parse_budget(budget) if budget else None,
+        runtime=runtime,
+    )
+    say(as_json, {"recipe": text}, text.rstrip("\n"))
 
 
 @app.command()
@@ -157,4 +194,4 @@ def ablate(
     result = do_all(chosen, recipes, runtime, workers=workers)
     from rich.markdown import Markdown
 
-    say(as_json, result, Markdown(markdown(result)))
+    say(as_json, result.facts(), Markdown(markdown(result)))

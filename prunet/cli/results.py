@@ -39,7 +39,9 @@ def measure(
     real: Annotated[
         Path | None, typer.Option(help="Real pictures (folder), features prunet saved, or pytorch-fid's .npz.")
     ] = None,
-    weights: Annotated[list[str] | None, typer.Option(help="The metrics' networks: inception=FILE, clip=PATH.")] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(help="The metrics' networks: inception=FILE, clip=PATH, dino=PATH.")
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=2, help="Only the first N prompts, for a trial (KID in smaller subsets).")
     ] = None,
@@ -62,7 +64,7 @@ def measure(
 
     Example: prunet measure runs/demo --protocol emoji/protocols/emoji-train.yaml
     """
-    from prunet.evaluation.measuring import markdown
+    from prunet.evaluation.measures import markdown
     from prunet.evaluation.measuring import measure as measure_it
     from prunet.evaluation.protocol import load_protocol, protocol_prompts
 
@@ -73,7 +75,7 @@ def measure(
     is_run = (Path(model) / "recipe.yaml").is_file()
     if output is None and not is_run:
         raise UserError(f"{model}: not a run folder: give a folder for pictures and numbers with --output FOLDER")
-    files = named_files(weights, "inception=FILE or clip=PATH")
+    files = named_files(weights, "inception=FILE, clip=PATH or dino=PATH")
     result = measure_it(
         model,
         chosen,
@@ -92,7 +94,7 @@ def measure(
 
         from prunet.report.run import write_report
 
-        say(as_json, result, Markdown(markdown([result])))
+        say(as_json, result.facts(), Markdown(markdown([result])))
         if output is None and (Path(model) / "report.html").is_file():
             write_report(model)
 
@@ -110,8 +112,8 @@ def compare(
     Refuses runs or numbers that were not measured in the same way, and says what differs.
     """
     from prunet.disk.ownership import check_file
+    from prunet.evaluation.measures import markdown
     from prunet.evaluation.measuring import compare as side_by_side
-    from prunet.evaluation.measuring import markdown
     from prunet.report.charts import is_page
     from prunet.report.comparison import write_comparison
 
@@ -121,12 +123,12 @@ def compare(
         if output is not None:
             raise UserError(f"--output {output}: pages are for run folders; measured models are one table, printed")
         results = side_by_side(folders)
-        say(as_json, {"results": results}, Markdown(markdown(results)))
+        say(as_json, {"results": [result.facts() for result in results]}, Markdown(markdown(results)))
         return
     output = output or Path("comparison.html")
     if output.suffix != ".html" or output.is_dir():
         raise UserError(f"--output {output}: name the page something.html")
-    check_file(output, "--output", lambda path: is_page(path, "comparison"))
+    check_file(output, "comparison", "--output", lambda path: is_page(path, "comparison"))
     page = write_comparison(folders, output)
     say(as_json, {"page": str(page)}, f"Page: {page}")
 
@@ -199,4 +201,4 @@ def bench(
     if output is not None:
         with hold(output, "bench"):
             write_speeds(result, output)
-    say(as_json, result, Markdown(markdown(result)))
+    say(as_json, result.facts(), Markdown(markdown(result)))

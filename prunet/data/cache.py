@@ -29,6 +29,7 @@ from torch import Tensor
 
 from prunet.denoisers.condition import Condition
 from prunet.disk.files import read_label
+from prunet.disk.reading import check_permission
 from prunet.disk.seals import CHECKSUM, checksum
 from prunet.errors import UserError
 from prunet.teacher.teacher import Teacher
@@ -174,6 +175,7 @@ def block_path(folder: Path, block: int) -> Path:
 @lru_cache(maxsize=512)
 def _opened(path: Path) -> Any:
     """Opens a block, and verifies its checksum when this process opens it for the first time."""
+    check_permission(path)
     try:
         file, found = safe_open(path, framework="pt"), path.stat()
         as_it_is = (path, found.st_ino, found.st_size, found.st_mtime_ns)
@@ -205,6 +207,7 @@ def block_label(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path}: missing: {_again(path)}")
+    check_permission(path)
     try:
         with safe_open(path, framework="pt") as file:
             label: dict[str, Any] = json.loads(file.metadata()["label"])

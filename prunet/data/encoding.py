@@ -3,9 +3,11 @@
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,14 @@ def pictures_are_gone(data: Data, made: Path) -> bool:
     if data.source is None or not (made / "cache.json").is_file() or has_files(data.source):
         return False
     of_the_hub = read_spec(made)["content"] == hub_fingerprint(data.source)
-    return not of_the_hub and read_json(made / "cache.json").get("source") == data.source
+    return not of_the_hub and _same_places(read_json(made / "cache.json").get("source"), data.source)
+
+
+def _same_places(cached: Any, now: str | list[str]) -> bool:
+    """Whether sources that are gone are those of a cache, which may have been given from another folder."""
+    then, paths = ([value] if isinstance(value, str) else value for value in (cached or [], now))
+    pairs = [(os.path.abspath(a), b) for a, b in zip_longest(then, paths, fillvalue="")]
+    return all(a == os.path.abspath(b) or a.endswith(os.sep + os.path.normpath(b)) for a, b in pairs)
 
 
 def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234, like: Cache | None = None) -> Cache:
@@ -88,14 +97,15 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
         check_source(data.source, image_column=data.image_column, caption_column=data.caption_column)
     processes.from_main(lambda: check_place(folder, "cache", "cache"))
     with hold(folder, "cache") if processes.is_main() else nullcontext():
-        processes.from_main(lambda: _begin(teacher, data, folder, spec))
+        processes.from_main(lambda: begin(teacher, data, folder, spec))
         write_blocks = _draw_prompts if data.prompts is not None else _encode_pictures
         blocks = write_blocks(teacher, data, folder, size, seed, lambda block: like.kept(spec, block) if like else {})
-        processes.from_main(lambda: _finish(teacher, data, folder, blocks))
+        processes.from_main(lambda: finish(teacher, data, folder, blocks))
     return Cache.open(folder)
 
 
-def _begin(teacher: Teacher, data: Data, folder: Path, spec: dict[str, Any]) -> None:
+def begin(teacher: Teacher, data: Data, folder: Path, spec: dict[str, Any]) -> None:
+    """Writes what a cache of `spec` begins with: the spec, and the condition of the empty prompt."""
     write_json(folder / "spec.json", spec)
     if data.source is not None:
         remember(data.source, folder, spec["content"], data.image_column)
@@ -103,7 +113,7 @@ def _begin(teacher: Teacher, data: Data, folder: Path, spec: dict[str, Any]) -> 
     write_block(folder / "unconditional.safetensors", empty, {}, ["the empty prompt"], teacher)
 
 
-def _finish(teacher: Teacher, data: Data, folder: Path, blocks: int) -> None:
+def finish(teacher: Teacher, data: Data, folder: Path, blocks: int) -> None:
     """Finishes the cache, and reports skipped pictures and cut captions."""
     labels = [block_label(block_path(folder, block)) for block in range(blocks)]
     counts = [label["count"] for label in labels]
@@ -150,14 +160,15 @@ def _encode_pictures(teacher: Teacher, data: Data, folder: Path, size: int, seed
                 return block
             path = block_path(folder, block)
             if processes.is_mine(block) and not path.is_file():
-                _encode_block(teacher, data, path, group, size, seed, kept(block))
+                encode_block(teacher, data, path, group, size, seed, kept(block))
             bar.advance(len(group))
     raise AssertionError("unreachable")
 
 
-def _encode_block(
+def encode_block(
     teacher: Teacher, data: Data, path: Path, group: list[Picture], size: int, seed: int, kept: dict[str, Tensor]
 ) -> None:
+    """Writes a block of pictures with their captions; `kept`: its tensors that another cache has already."""
     fitted, captions, skipped, keys = [], [], [], []
     sizes = bucket_sizes(size, side_step(teacher)) if data.buckets else [(size, size)]
     for picture in group:

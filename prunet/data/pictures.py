@@ -304,4 +304,4 @@ def extra(name: str, where: str = "") -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UserError(f"{where}Parquet files and the Hub need an extra: pip install -e '.[data]'") from None
+        raise UserError(f"{where}Parquet files and the Hub need an extra: pip install 'prunet[data]'") from None

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from pydantic import model_validator
 
 from prunet.denoisers.patterns import match
+from prunet.disk.values import Value
 from prunet.errors import UserError
 
 #: How closely student and teacher are compared; an architecture offers some of them (`Architecture.levels`).
@@ -18,6 +21,17 @@ class Pair:
 
     student: str
     teacher: str
+
+
+class StagePairs(Value):
+    """The pairs that a stage compares (`pairs.json`)."""
+
+    pairs: list[Pair]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_versions(cls, value: Any) -> Any:
+        return {"pairs": value} if isinstance(value, list) else value
 
 
 def term_factors(pairs: Sequence[Pair], weights: Mapping[str, float]) -> list[float]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from prunet.disk.reading import parse_json
+from prunet.disk.reading import check_permission, parse_json
 from prunet.disk.seals import CHECKSUM, json_checksum, seal
 from prunet.errors import UserError
 
@@ -89,8 +89,9 @@ def new_folder(path: Path, what: str, made_from: str | None = None) -> Iterator[
             path.parent.mkdir(parents=True, exist_ok=True)
             _new_part(part)
             yield part
-            seal(part, what, made_from)
             umask = _umask()
+            _finish(part, umask)  # a copy of a folder that may not be written to may not either
+            seal(part, what, made_from)
             for inside in part.rglob("*"):
                 _finish(inside, umask)
             shutil.rmtree(old, ignore_errors=True)
@@ -168,6 +169,7 @@ def read_json(path: Path, fix: str = AGAIN) -> Any:
     Raises:
         UserError: missing, not JSON, or changed since it was written; the message ends with `fix`.
     """
+    check_permission(path)
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

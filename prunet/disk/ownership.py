@@ -6,6 +6,7 @@ A folder that prunet made holds a seal (`prunet.disk.seals`); a process that wor
 import errno
 import fcntl
 import os
+import re
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,22 @@ UNSEALED = {
     "ablation": (("ablation.json", "ablation.md"),),
     "measurement": (("measures.json",), ("pictures/spec.json",)),
     "bench": (("bench.json", "bench.md"),),
+}
+
+#: Places in a run folder that are the run's own -> the kind that may be written there; None: no command's `-o`.
+_RUNS = {
+    r"student": "build",
+    r"stage-\d+/unet": "stage",
+    r"cache(-paths)?(-\d+)?": "cache",
+    r"pipeline": "export",
+    r"student\.config": "configs",
+    r"student\.safetensors": "single file",
+    r"report\.html": "report",
+    r"measured/[^/]+": "measurement",
+    r"evaluation": None,
+    r"recipe\.yaml": None,
+    r"plan\.json": None,
+    r"steps\.json": None,
 }
 
 _FILES = MimeTypes()  # Python's own table: those of systems differ
@@ -51,6 +68,7 @@ def check_place(folder: Path, what: str, option: str, sources: Iterable[Path] = 
         UserError: says what is there instead.
     """
     place = resolve(folder, option, sources)
+    _check_around(place, what, folder, option)
     if place.exists() and not place.is_dir():
         raise UserError(f"{option}: {folder} is a file; a folder is needed there")
     if not place.exists() and _FILES.guess_type(place.name)[0]:
@@ -60,7 +78,7 @@ def check_place(folder: Path, what: str, option: str, sources: Iterable[Path] = 
     ours = (LOCK, aside(place / SEAL).name)  # a kill may leave them without the seal
     inside = [path.name for path in place.iterdir() if path.name not in ours] if place.is_dir() else []
     if not inside:
-        return _check_around(place, folder, option)
+        return
     kind = kind_of(place)
     if kind is None:
         shown = ", ".join(sorted(inside)[:3])
@@ -74,13 +92,12 @@ def check_place(folder: Path, what: str, option: str, sources: Iterable[Path] = 
         extra = sorted(set(files_in(place)) - seal["files"].keys())
         if wrong := f"{folder / extra[0]}: not made by prunet" if extra else changed(folder, seal):
             raise UserError(f"{option}: {wrong}: move it away, or give another folder")
-    return _check_around(place, folder, option)
 
 
 def check_file(
-    path: Path, option: str, is_ours: Callable[[Path], bool] = lambda path: False, sources: Iterable[Path] = ()
+    path: Path, what: str, option: str, is_ours: Callable[[Path], bool], sources: Iterable[Path] = ()
 ) -> None:
-    """Refuses a file to write that exists, unless `is_ours`, or that would lie in a model or a cache.
+    """Refuses a file to write a `what` into that exists, unless `is_ours`, or that would lie in a model or a cache.
 
     Raises:
         UserError: says what is there.
@@ -88,18 +105,31 @@ def check_file(
     place = resolve(path, option, sources)
     if place.is_dir():
         raise UserError(f"{option}: {path} is a folder; name a file")
+    _check_around(place, what, path, option)
     if place.exists() and not is_ours(place):
-        raise UserError(f"{option}: {path} exists, and prunet did not make it: delete it first, or give another name")
-    _check_around(place, path, option)
+        raise UserError(
+            f"{option}: {path} exists, and is not a {what} as prunet made it: delete it first, or give another name"
+        )
 
 
-def _check_around(place: Path, shown: Path, option: str) -> None:
-    """Refuses a place in a model, a cache, or a folder that prunet wrote as a whole."""
+def _check_around(place: Path, what: str, shown: Path, option: str) -> None:
+    """Refuses a place in a model, a cache, a folder that prunet wrote as a whole, or a part of a run but for a `what`
+    that belongs there.
+    """
     for parent in place.parents:
         if (parent / "model_index.json").is_file():
             raise UserError(f"{option}: {shown} lies in {parent}, which is a model: give another folder")
         if (kind := kind_of(parent)) == "cache" or (kind and "files" in (read_seal(parent) or {})):
             raise UserError(f"{option}: {shown} lies in {parent}, which is {_a(kind)}: give another folder")
+        if kind == "run" and not _has_room(str(place.relative_to(parent)), what):
+            raise UserError(f"{option}: {shown} is kept for the run {parent} itself: give another name")
+
+
+def _has_room(place: str, what: str) -> bool:
+    """Returns whether a `what` may be written at a place in a run folder: a part of the run, or beside its parts."""
+    first = place.partition("/")[0]
+    is_part = any(re.fullmatch(name.partition("/")[0], first) for name in _RUNS)
+    return not is_part or any(re.fullmatch(name, place) and kind == what for name, kind in _RUNS.items())
 
 
 def _a(kind: str) -> str:
@@ -176,6 +206,18 @@ def _lock(folder: Path, what: str) -> int | None:
                 os.close(file)
                 raise
     return file
+
+
+def worker_of(folder: Path) -> str | None:
+    """Returns the process that works in a folder, in the words of its lock; None if none does."""
+    try:
+        with (folder / LOCK).open(encoding="utf-8", errors="replace") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return (folder / LOCK).read_text(encoding="utf-8", errors="replace").rstrip(",") or "another process"
+    except OSError:  # no lock, or a file system without locks
+        pass
+    return None
 
 
 def _let_go() -> None:

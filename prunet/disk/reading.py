@@ -5,6 +5,7 @@ billion values, by aliases of aliases, so values are counted before any is made.
 """
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ DEEPEST = 20
 LONGEST_NUMBER = 60
 #: Bytes of a JSON file (the largest index of shards has about 1 MB).
 LARGEST_JSON = 10_000_000
+#: Half of a character that UTF-16 writes as two.
+HALF = re.compile("[\ud800-\udfff]")
 _TOO_MANY = f"more than {MOST:,} values, aliases counted; long lists of prompts go into a text file"
 _TOO_DEEP = f"more than {DEEPEST} lists and mappings inside one another"
 #: What PyYAML raises: its own errors, and Python's for a 13th month or `!!int abc`.
@@ -60,6 +63,8 @@ class _Loader(yaml.SafeLoader):
     def construct_scalar(self, node: Any) -> Any:
         text = super().construct_scalar(node)
         if isinstance(text, str):
+            if HALF.search(text):  # JSON writes an emoji as two halves: "\ud83d\ude00"
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
             _check_text(node, text)
         return text
 
@@ -73,7 +78,7 @@ def _check_text(node: Any, text: str) -> None:
         raise _error(node, f"a number or date of {len(text):,} characters")
     if "\0" in text:
         raise _error(node, f"a null character in {text!r}")
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if HALF.search(text):
         raise _error(node, f"half a character in {text!r}")
 
 
@@ -143,6 +148,23 @@ def load_mapping(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: {what} is a mapping of keys and values")
     return value
+
+
+def check_permission(path: Path) -> None:
+    """Refuses a file that this user may not read: libraries call such a file missing or damaged.
+
+    Raises:
+        UserError: no permission. Whatever else is wrong with the file is found by whoever reads it.
+    """
+    try:
+        if path.is_file():  # opening a pipe would block
+            path.open("rb").close()
+    except PermissionError as error:
+        raise UserError(
+            f"{path}: no permission to read it: let this user read it (chmod), or give the command as its owner"
+        ) from error
+    except OSError:
+        pass
 
 
 def parse_json(text: str) -> Any:

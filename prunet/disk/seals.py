@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from prunet import __version__
+from prunet.disk.reading import check_permission
 from prunet.errors import UserError
 
 SEAL, CHECKSUM = ".prunet.json", "checksum"
@@ -31,7 +32,12 @@ def checksum(pieces: Iterable[Any]) -> str:
 
 
 def file_checksum(path: Path) -> str:
-    """Returns the checksum of a file's bytes."""
+    """Returns the checksum of a file's bytes.
+
+    Raises:
+        UserError: no permission to read it.
+    """
+    check_permission(path)
     with path.open("rb") as file:
         return checksum(iter(lambda: file.read(PIECE), b""))
 
@@ -69,6 +75,7 @@ def read_seal(folder: Path) -> dict[str, Any] | None:
         UserError: damaged.
     """
     path = folder / SEAL
+    check_permission(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         if value.pop(CHECKSUM) != json_checksum(value, SEAL):
@@ -121,9 +128,14 @@ def changed(folder: Path, seal: dict[str, Any], but: Iterable[str] = ()) -> str 
 
 
 def is_whole(path: Path) -> bool:
-    """Returns whether a file is there and, if it holds weights, not cut off (their header says how long they are)."""
+    """Returns whether a file is there and, if it holds weights, not cut off (their header says how long they are).
+
+    Raises:
+        UserError: no permission to read it.
+    """
     if path.suffix != ".safetensors" or not path.is_file():
         return path.exists()
+    check_permission(path)
     try:
         with safe_open(path, framework="np"):
             return True

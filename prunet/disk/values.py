@@ -9,17 +9,12 @@ from prunet.disk.files import AGAIN, read_json, write_json
 from prunet.errors import UserError
 
 
-class Value(BaseModel):
-    """A value that a JSON file holds, or a part of one.
-
-    A field that is None by default is not written while it is None. Fields of other versions of prunet are kept.
-    """
-
-    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+class Stored(BaseModel):
+    """What a JSON file holds."""
 
     @classmethod
     def load(cls, path: Path, fix: str = AGAIN) -> Self:
-        """Reads the value that `save` wrote.
+        """Reads what `save` wrote.
 
         Raises:
             UserError: missing, damaged, changed, or without a field of this version; the message ends with `fix`.
@@ -38,6 +33,15 @@ class Value(BaseModel):
     def facts(self) -> dict[str, Any]:
         """Returns the value as plain JSON types."""
         return self.model_dump()
+
+
+class Value(Stored):
+    """A value of named fields. A field that is None by default is not written while it is None.
+
+    Fields of other versions of prunet are kept.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_there(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from prunet.disk.files import new_file
 from prunet.disk.seals import CHECKSUM, checksum
 from prunet.recipe.values import Drawing
 from prunet.sampling.draw import decode, draw_latents
-from prunet.sampling.samplers import set_sampler
 from prunet.student.student import state_hash
 from prunet.teacher.teacher import Teacher
 
@@ -62,8 +61,8 @@ def draw_all(
             made_from = hashlib.sha256(json.dumps([*made_by, texts, seeds]).encode()).hexdigest()
             drawn = _read(path, made_from)
             if drawn is None:
-                pipe = pipe or set_sampler(teacher.pipeline(unet=net), how.sampler)
-                latents = draw_latents(pipe, texts, seeds, **settings)
+                pipe = pipe or teacher.pipeline(unet=net)
+                latents = draw_latents(pipe, texts, seeds, how, size=size)
                 drawn = latents.cpu(), decode(pipe, latents)
                 _write(path, made_from, drawn)
             mine.append((rows.start, *drawn))
@@ -93,3 +92,9 @@ def _read(path: Path, made_from: str) -> Drawn | None:
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
     return checksum(tensors[name].numpy() for name in ("latents", "pixels"))
+
+
+def picture_rmse(a: Image.Image, b: Image.Image) -> float:
+    """Returns the root mean squared error of two pictures of one size, 0 to 1 (full brightness)."""
+    x, y = (np.asarray(p.convert("RGB"), dtype=np.float64) / 255 for p in (a, b))
+    return float(np.sqrt(((x - y) ** 2).mean()))

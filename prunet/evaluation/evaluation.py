@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from prunet import processes
@@ -16,7 +15,8 @@ from prunet.denoisers.architecture import Net
 from prunet.denoisers.condition import Condition
 from prunet.disk.files import new_file
 from prunet.disk.seals import file_checksum
-from prunet.evaluation.drawing import batches, draw_all
+from prunet.evaluation.drawing import batches, draw_all, picture_rmse
+from prunet.evaluation.image_to_image import Pictures, image_to_image
 from prunet.evaluation.results import Distance, EvaluationProtocol, EvaluationResult
 from prunet.intervals import Array, bootstrap, mean_of
 from prunet.plan.size import size_of
@@ -46,9 +46,9 @@ def evaluate(
 
     `spec` says how to draw with the teacher, and with the students unless `drawing` says so.
 
-    Writes `pictures/NAME/0000.png`, `sheet.png`, `evaluation.json` and `evaluation.md` into `folder`. Size and speed
-    are the last student's, in the teacher's precision. Several processes share out the drawing. Finished batches lie in
-    `drawn/` until all is written, so that a stopped evaluation resumes.
+    Writes `pictures/NAME/0000.png`, `image-to-image/NAME/0000.png`, `sheet.png`, `evaluation.json` and `evaluation.md`
+    into `folder`. Size and speed are the last student's, in the teacher's precision. Several processes share out the
+    drawing. Finished batches lie in `drawn/` until all is written, so that a stopped evaluation resumes.
     """
     folder = Path(folder)
     processes.join(teacher.device)
@@ -56,13 +56,17 @@ def evaluate(
     models: dict[str, Any] = {"teacher": teacher.unet}
     models |= {n: nn.Module.to(net, teacher.device, teacher.dtype).eval() for n, net in students.items()}
     latents: dict[str, Tensor] = {}
-    pictures: dict[str, list[Image.Image]] = {}
+    pictures: Pictures = {}
+    hows = {name: spec if name == "teacher" else drawing or spec for name in models}
     with progress("Evaluating", len(prompts) * len(models)) as bar:
         for name, net in models.items():
-            how = spec if name == "teacher" else drawing or spec
             bar.advance(0, note=name)
             kept = folder / "drawn" / name
-            latents[name], pictures[name] = draw_all(teacher, net, prompts, how, kept, size=size, seed=seed, bar=bar)
+            latents[name], pictures[name] = draw_all(
+                teacher, net, prompts, hows[name], kept, size=size, seed=seed, bar=bar
+            )
+    inputs = pictures["teacher"][: spec.image_to_image]
+    changed = image_to_image(teacher, models, hows, prompts, inputs, size=size, seed=seed)
     last = list(students)[-1]
     both = {"teacher": models["teacher"], "student": models[last]}
     result = EvaluationResult(
@@ -79,8 +83,9 @@ def evaluate(
         sizes={name: size_of(dict(net.config)) for name, net in both.items()},
         speed=processes.from_main(lambda: time_denoisers(both, device=teacher.device)),
         distance={name: _distance(teacher, models[name], prompts, latents, pictures, name, seed) for name in students},
+        image_to_image=changed and changed[0],
     )
-    return processes.from_main(lambda: _write(folder, result, pictures, prompts))
+    return processes.from_main(lambda: _write(folder, result, pictures, changed[1] if changed else {}))
 
 
 def _distance(
@@ -88,7 +93,7 @@ def _distance(
     net: Net,
     prompts: list[str],
     latents: Mapping[str, Tensor],
-    pictures: Mapping[str, list[Image.Image]],
+    pictures: Pictures,
     name: str,
     seed: int,
 ) -> Distance:
@@ -146,23 +151,16 @@ def denoiser_errors(teacher: Teacher, net: Net, prompts: list[str], latents: Ten
     return error, power
 
 
-def picture_rmse(a: Image.Image, b: Image.Image) -> float:
-    """Returns the root mean squared error of two pictures of one size, 0 to 1 (full brightness)."""
-    x, y = (np.asarray(p.convert("RGB"), dtype=np.float64) / 255 for p in (a, b))
-    return float(np.sqrt(((x - y) ** 2).mean()))
-
-
-def _write(
-    folder: Path, result: EvaluationResult, pictures: Mapping[str, list[Image.Image]], prompts: list[str]
-) -> EvaluationResult:
-    """Writes all files; returns the result with the checksums of its pictures."""
-    sums = {}
-    for name, drawn in pictures.items():
-        for i, picture in enumerate(drawn):
-            path = folder / "pictures" / name / f"{i:04d}.png"
-            with new_file(path) as part:
-                picture.save(part, format="PNG")
-            sums[str(path.relative_to(folder))] = file_checksum(path)
+def _write(folder: Path, result: EvaluationResult, pictures: Pictures, changed: Pictures) -> EvaluationResult:
+    """Writes all files; returns the result with the checksums of its pictures. `changed`: those from a picture."""
+    sums, prompts = {}, result.protocol.prompts
+    for place, by_name in (("pictures", pictures), ("image-to-image", changed)):
+        for name, drawn in by_name.items():
+            for i, picture in enumerate(drawn):
+                path = folder / place / name / f"{i:04d}.png"
+                with new_file(path) as part:
+                    picture.save(part, format="PNG")
+                sums[str(path.relative_to(folder))] = file_checksum(path)
     labels = [name if name == "teacher" else f"student {name}" for name in pictures]
     rows = [drawn[:SHEET_COLUMNS] for drawn in pictures.values()]
     with new_file(folder / "sheet.png") as part:

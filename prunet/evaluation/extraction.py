@@ -21,10 +21,11 @@ from prunet.console import progress
 from prunet.data.listing import walk
 from prunet.data.pictures import PICTURE_FILES, BrokenPicture, make_picture
 from prunet.disk.files import new_file
+from prunet.disk.reading import check_permission
 from prunet.errors import UserError
 from prunet.evaluation.metrics import Moments
 from prunet.evaluation.networks import Features, file_hash, prepared
-from prunet.evaluation.protocol import NEED_REAL, Protocol
+from prunet.evaluation.protocol import NEED_REAL, SUBJECT, Protocol
 from prunet.intervals import Array
 from prunet.sampling.shards import SHARD, read_shard
 
@@ -138,7 +139,8 @@ class Reference:
         Raises:
             UserError: the protocol needs real pictures, and they are missing or not the right ones.
         """
-        if protocol.real is None or not NEED_REAL & set(protocol.metrics):
+        sets, subject = (names & set(protocol.metrics) for names in (NEED_REAL, SUBJECT.keys()))
+        if protocol.real is None or not (sets or subject):
             return None
         wanted = protocol.real
         path = real or (beside / wanted.file if beside and wanted.file else None)
@@ -147,11 +149,13 @@ class Reference:
         if path.is_dir():
             found = (path / under / name for under, names in walk(path) for name in names)
             files = tuple(sorted(p for p in found if p.suffix.lower() in PICTURE_FILES and p.is_file()))
-            if len(files) < FEWEST:
-                raise UserError(f"--real {path}: {len(files)} pictures in it; {FEWEST} at least are wanted")
+            if len(files) < (fewest := FEWEST if sets else 1):
+                raise UserError(f"--real {path}: {len(files)} pictures in it; {fewest} at least are wanted")
             if wanted.count not in (None, len(files)):
                 raise UserError(f"--real {path}: {len(files):,} pictures, not {wanted.count:,}. {wanted.source}")
             content = tag(*(file_hash(file) for file in files))
+        elif subject:
+            raise UserError(f"--real {path}: {min(subject)} needs the subject's pictures themselves: give their folder")
         elif path.is_file() and path.suffix == ".npz":
             files, content = (), file_hash(path)
             if others := sorted(NEED_REAL & set(protocol.metrics) - {"fid"}):
@@ -209,6 +213,7 @@ def save_features(features: torch.Tensor, path: Path, label: dict[str, str]) -> 
 
 
 def _label(path: Path) -> dict[str, str]:
+    check_permission(path)
     try:
         with safe_open(path, "pt") as file:
             label, names = json.loads((file.metadata() or {}).get("prunet", "{}")), set(file.keys())

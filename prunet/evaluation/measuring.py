@@ -11,33 +11,29 @@ A stopped measurement resumes, and the processes of `accelerate launch` share it
 """
 
 import importlib.metadata
-import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from prunet import processes
-from prunet.disk.files import check_writable, read_json, read_label, write_json, write_text
+from prunet.disk.files import check_writable, read_label, write_json, write_text
 from prunet.disk.ownership import check_place, hold
 from prunet.errors import UserError
-from prunet.evaluation import metrics
+from prunet.evaluation.computing import compute
 from prunet.evaluation.extraction import FEWEST, Reference, drawn_shards, extract, gather, preparation, tag
-from prunet.evaluation.metrics import Moments
-from prunet.evaluation.networks import INCEPTION_SOURCE, Clip, Inception
-from prunet.evaluation.protocol import NEED_REAL, Protocol, describe, differences, subject, title_rows
-from prunet.intervals import Array, Measure, mean_of
+from prunet.evaluation.measures import MeasuredModel, Measures, markdown, read_measures
+from prunet.evaluation.networks import INCEPTION_SOURCE, Clip, Dino, Inception
+from prunet.evaluation.protocol import NEED_REAL, SUBJECT, Protocol, differences
 from prunet.recipe.prompts import prompts_hash
 from prunet.recipe.values import Drawing
 from prunet.runtime import Runtime
 from prunet.sampling.draw import open_model
 from prunet.sampling.made_for import drawing_of
-from prunet.sampling.samplers import SAMPLERS, set_sampler
+from prunet.sampling.samplers import SAMPLERS
 from prunet.sampling.shards import draw_shards
 from prunet.teacher.space import check_size
 from prunet.teacher.teacher import Teacher
@@ -57,14 +53,14 @@ def measure(
     asked: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
     batch_size: int = 4,
-) -> dict[str, Any]:
-    """Draws the prompts with the pipeline at `model` and measures the pictures; returns what `measures.json` holds.
+) -> Measures | None:
+    """Draws the prompts with the pipeline at `model` and measures the pictures; returns None but in the main process.
 
     What a pipeline says that it was made for (`made_for`) overrides how the protocol draws, and `asked`, values of
     `Drawing`, overrides both; the result says how it was drawn.
 
     `beside`: the folder of the protocol's own files. `real`: a folder of pictures, features that an earlier measurement
-    saved, or pytorch-fid's .npz (FID only). `weights`: files of `inception` and `clip`.
+    saved, or pytorch-fid's .npz (FID only). `weights`: files of `inception`, `clip` and `dino`.
 
     Raises:
         UserError: something is missing or does not fit, or the folder holds other pictures; before anything is drawn.
@@ -96,12 +92,11 @@ def measure(
         }
         theirs = _real_features(reference, networks, protocol, named, state)  # before drawing: one may be broken
         paths = draw_shards(
-            lambda: set_sampler(teacher.pipeline(), used.sampler),
+            teacher.pipeline,
             prompts,
             folder / "pictures",
+            used,
             seed=protocol.seed,
-            steps=used.steps,
-            guidance_scale=used.guidance_scale,
             size=spec["size"],
             jpeg=protocol.jpeg,
             batch_size=batch_size,
@@ -112,20 +107,20 @@ def measure(
             extract(shards, net, protocol, named[name])
         state.wait_for_everyone()
         if not state.is_main_process:
-            return {}
+            return None
 
         found = {name: gather(shards, named[name]) for name in networks}
-        numbers = _finite(measured(protocol, found, theirs))
         hashes = {name: net.hash for name, net in networks.items()}
-        result = {
-            "model": {"source": short(str(model)), "fingerprint": spec["model"]}
-            | ({} if used == said else {"drawn": used.model_dump()}),
-            "protocol": _as_used(protocol, spec, hashes, reference.content if reference else None),
-            "measures": numbers,
-            "versions": {name: importlib.metadata.version(name) for name in ("prunet", "torch", "diffusers")},
-        }
+        result = Measures(
+            model=MeasuredModel(
+                source=short(str(model)), fingerprint=spec["model"], drawn=None if used == said else used
+            ),
+            protocol=_as_used(protocol, spec, hashes, reference.content if reference else None),
+            measures=compute(protocol, found, theirs),
+            versions={name: importlib.metadata.version(name) for name in ("prunet", "torch", "diffusers")},
+        )
         write_text(folder / "measures.md", markdown([result]))
-        write_json(folder / "measures.json", result)
+        result.save(folder / "measures.json")
         return result
 
 
@@ -151,36 +146,37 @@ def _claim(folder: Path, drawing: dict[str, Any], state: Any) -> Iterator[None]:
 
 def _real_features(
     reference: Reference | None, networks: Mapping[str, Any], protocol: Protocol, named: Mapping[str, Path], state: Any
-) -> Any:
-    """Extracts the features of the real pictures, if there are any; returns them in the main process, else None."""
+) -> dict[str, Any]:
+    """Extracts the features of the real pictures, if there are any; returns them by network in the main process."""
     if reference is None:
-        return None
-    net, drawn = networks[protocol.features], named[protocol.features]
-    folder = drawn.with_name(f"real-{tag(drawn.name, reference.content)}")
-    extract(reference.shards(), net, protocol, folder)
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        return None
-    return reference.features(net, protocol, folder, folder.parent.parent / "real.safetensors")
-
-
-def _finite(measures: Mapping[str, Measure]) -> dict[str, dict[str, float]]:
-    """Returns the measures as plain numbers.
-
-    Raises:
-        UserError: one is not finite.
-    """
-    numbers = {name: asdict(value) for name, value in measures.items()}
-    if broken := [name for name, value in numbers.items() if not all(map(math.isfinite, value.values()))]:
-        raise UserError(f"{broken[0]} is not a number: too few pictures, or features that are not numbers")
-    return numbers
+        return {}
+    found: dict[str, Any] = {}
+    sets = {str(protocol.features)} if NEED_REAL & set(protocol.metrics) else set()
+    wanted = {*sets, *(SUBJECT[name] for name in protocol.metrics if name in SUBJECT)}
+    for name in sorted(wanted):
+        folder = named[name].with_name(f"real-{tag(named[name].name, reference.content)}")
+        extract(reference.shards(), networks[name], protocol, folder)
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            continue
+        if name in sets:
+            save_to = folder.parent.parent / "real.safetensors"
+            found[name] = reference.features(networks[name], protocol, folder, save_to)
+        else:
+            found[name] = gather(reference.shards(), folder)["image"]
+    return found
 
 
 def _as_used(
     protocol: Protocol, drawing: Mapping[str, Any], networks: Mapping[str, str], real: str | None
 ) -> dict[str, Any]:
     """Returns the protocol with the values that it left open. Contents count, paths and sources do not."""
-    left_out = {"prompts": {"file", "source"}, "real": {"file", "source"}, "clip": {"file", "source"}}
+    left_out = {
+        "prompts": {"file", "source"},
+        "real": {"file", "source"},
+        "clip": {"file", "source"},
+        "dino": {"file", "source"},
+    }
     used = protocol.model_dump(mode="json", exclude=left_out)
     used |= {key: drawing[key] for key in ("size", "count", "prompts_sha256")}
     return used | {"networks": dict(networks), "real_sha256": real}
@@ -227,15 +223,19 @@ def load_networks(
         UserError: weights are missing, unknown or of another network.
     """
     wanted = set(protocol.metrics)
-    needed = {protocol.features} if wanted & NEED_REAL else set()
+    needed = {str(protocol.features)} if wanted & NEED_REAL else set()
     needed |= {"inception"} if "is" in wanted else set()
     needed |= {"clip"} if wanted & {"clip_score", "retrieval"} else set()
-    if strange := set(weights) - {"inception", "clip"}:
-        raise UserError(f"--weights {strange.pop()}=...: give inception=FILE or clip=FILE")
-    if "clip" in needed and protocol.clip and protocol.clip.file and beside:
-        weights.setdefault("clip", beside / protocol.clip.file)
+    needed |= {SUBJECT[name] for name in wanted & SUBJECT.keys()}
+    models = {"clip": protocol.clip, "dino": protocol.dino}
+    if strange := set(weights) - {"inception", *models}:
+        raise UserError(f"--weights {strange.pop()}=...: give inception=FILE, clip=PATH or dino=PATH")
+    for name, model in models.items():
+        if name in needed and model and model.file and beside:
+            weights.setdefault(name, beside / model.file)
     for name in sorted(needed - weights.keys()):
-        where = INCEPTION_SOURCE if name == "inception" else protocol.clip.source if protocol.clip else ""
+        model = models.get(name)
+        where = INCEPTION_SOURCE if name == "inception" else model.source if model else ""
         raise UserError(f"protocol {protocol.name} needs the weights of {name}: give --weights {name}=PATH. {where}")
     networks: dict[str, Any] = {}
     if "inception" in needed:
@@ -245,94 +245,33 @@ def load_networks(
             networks["clip"] = Clip.load_open_clip(protocol.clip.model, weights["clip"], device)
         else:
             networks["clip"] = Clip.load(weights["clip"], device)
+    if "dino" in needed:
+        networks["dino"] = Dino.load(weights["dino"], device)
     return networks
 
 
-def _points(protocol: Protocol, features: Array) -> Array:
-    """Scales CLIP's embeddings to one length, as only their direction counts; KID's kernel is then (cosine + 1)^3."""
-    if protocol.features == "inception":
-        return features
-    points: Array = features / np.linalg.norm(features, axis=1, keepdims=True) * np.sqrt(features.shape[1])
-    return points
-
-
-def measured(protocol: Protocol, found: Mapping[str, Mapping[str, Array]], real: Any) -> dict[str, Measure]:
-    """Computes the protocol's metrics from features by network; `real` as `Reference.features` returns it."""
-    out, key = {}, "pool" if protocol.features == "inception" else "image"
-    ours = _points(protocol, found[protocol.features][key]) if NEED_REAL & set(protocol.metrics) else np.zeros((0, 0))
-    if isinstance(real, np.ndarray):
-        real = _points(protocol, real)
-        if real.shape[1] != ours.shape[1]:
-            raise UserError(f"--real: features of {real.shape[1]} numbers, where the network gives {ours.shape[1]}")
-    for name in protocol.metrics:
-        if name == "fid":
-            out[name] = metrics.fid(ours, real if isinstance(real, Moments) else Moments.of(real))
-        elif name == "kid":
-            out[name] = metrics.kid(ours, real, protocol.kid_subset_size)
-        elif name in ("precision", "recall"):
-            out[name] = mean_of(metrics.covered(*((ours, real) if name == "precision" else (real, ours))))
-        elif name == "is":
-            out[name] = metrics.inception(found["inception"]["logits"])
-        else:
-            per_picture = metrics.cosines if name == "clip_score" else metrics.retrieved
-            out[name] = mean_of(per_picture(found["clip"]["image"], found["clip"]["text"]))
-    return out
-
-
-def compare(folders: Sequence[Path | str]) -> list[dict[str, Any]]:
+def compare(folders: Sequence[Path | str]) -> list[Measures]:
     """Reads the results in several folders, which must be of one protocol.
 
     Raises:
         UserError: a folder has no result, or two protocols differ (the message names the values).
     """
-    results = [read_result(Path(folder)) for folder in folders]
+    results = [read_measures(Path(folder)) for folder in folders]
     if len({Path(folder).resolve() for folder in folders}) < len(results):
         raise UserError("compare: one folder is given twice")
-    first = results[0]["protocol"]
+    first = results[0].protocol
     for folder, result in zip(map(Path, folders), results, strict=True):
-        if apart := differences(first, result["protocol"]):
+        if apart := differences(first, result.protocol):
             key = apart[0]
             more = f" (and in {', '.join(apart[1:])})" if apart[1:] else ""
             raise UserError(
                 f"{folder}: measured by another protocol than {folders[0]}: {key} is "
-                f"{_brief(result['protocol'].get(key))}, not {_brief(first.get(key))}{more}; such numbers cannot "
+                f"{_brief(result.protocol.get(key))}, not {_brief(first.get(key))}{more}; such numbers cannot "
                 "be compared"
             )
     return results
 
 
-def read_result(folder: Path) -> dict[str, Any]:
-    """Reads what `measure` wrote into a folder.
-
-    Raises:
-        UserError: nothing is there, or it is not whole.
-    """
-    path = folder / "measures.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: nothing measured there (no measures.json); `prunet measure` makes one")
-    try:
-        result: dict[str, Any] = read_json(path)
-        numbers = [sum(found.values()) for _, _, found in title_rows(result)]
-        complete = describe(result["protocol"]) and result["model"]["source"] and result["model"]["fingerprint"]
-        if not complete or not numbers or not all(map(math.isfinite, numbers)):
-            raise ValueError("numbers are missing")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: damaged, or of another version ({error!r}): delete it, or measure again") from error
-    return result
-
-
 def _brief(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def markdown(results: Sequence[Mapping[str, Any]]) -> str:
-    """Formats results by one protocol as a Markdown table, one row for each model."""
-    protocol, columns = results[0]["protocol"], title_rows(results[0])
-    lines = ["| | " + " | ".join(f"{title} ({better} is better)" for title, better, _ in columns) + " |"]
-    lines.append("|---|" + "---:|" * len(columns))
-    for result in results:
-        row = [f"{c['value']:.4g} [{c['low']:.4g}, {c['high']:.4g}]" for _, _, c in title_rows(result)]
-        lines.append(f"| {subject(result)} | " + " | ".join(row) + " |")
-    lines += ["", f"{describe(protocol)}; in brackets 95 % intervals over the pictures drawn."]
-    return "\n".join(lines) + "\n"

@@ -126,6 +126,12 @@ def cosines(images: Array, texts: Array) -> Array:
     return out
 
 
+def likeness(images: Array, subject: Array) -> Array:
+    """(N,) mean cosine of each picture with all of a subject (M, D): DINO and CLIP-I (arXiv 2208.12242, section 4)."""
+    out: Array = (_unit(images) @ _unit(subject).T).mean(axis=1)
+    return out
+
+
 def retrieved(images: Array, texts: Array) -> Array:
     """(N,) 1.0 if the nearest of all prompts is the picture's own (equal prompts count as one)."""
     unique, own = np.unique(texts.round(5), axis=0, return_inverse=True)

@@ -1,4 +1,5 @@
-"""Networks that turn pictures into features: Inception v3 by torch-fidelity, CLIP by transformers or open_clip.
+"""Networks that turn pictures into features: Inception v3 by torch-fidelity, CLIP by transformers or open_clip, DINO by
+transformers.
 
 Each is called with pictures and their prompts (None for real pictures), returns named features, and has a `hash` of its
 weights, which goes into every result.
@@ -131,10 +132,7 @@ class Clip:
             processor = CLIPImageProcessorPil.from_pretrained(folder)
         except Exception as error:
             raise UserError(f"{folder}: not a CLIP model of transformers ({_first_line(error)})") from error
-        if made_up := sorted(told["missing_keys"]):  # transformers would use random weights
-            raise UserError(f"{weights} has no {made_up[0]}, which a CLIPModel needs: fetch or copy it again")
-        if bad := next((name for name, tensor in net.state_dict().items() if not is_finite(tensor)), None):
-            raise UserError(f"{weights}: {bad} has NaN or infinity in it: fetch or copy it again")
+        _check_loaded(net, told, weights, "a CLIPModel")
         net, tokenizer = net.to(device).float().eval(), open_tokenizer(folder)
 
         def images(pictures: Sequence[Image.Image]) -> Tensor:
@@ -145,8 +143,7 @@ class Clip:
             tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
             return _tensor(net.get_text_features(input_ids=tokens["input_ids"].to(device)))
 
-        files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".safetensors") and p.is_file())
-        return cls(images, texts, hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()[:16])
+        return cls(images, texts, _folder_hash(folder))
 
     @classmethod
     def load_open_clip(cls, name: str, weights: Path, device: str | torch.device = "cpu") -> "Clip":
@@ -158,7 +155,7 @@ class Clip:
         try:
             import open_clip
         except ImportError as error:
-            raise UserError("CLIP score by open_clip needs it installed: pip install -e '.[eval]'") from error
+            raise UserError("CLIP score by open_clip needs it installed: pip install 'prunet[eval]'") from error
         if not weights.is_file():
             raise UserError(f"--weights clip={weights}: no such file")
         try:
@@ -179,6 +176,58 @@ class Clip:
         return found if prompts is None else found | {"text": self.texts(prompts).float().cpu()}
 
 
+@dataclass
+class Dino:
+    """DINO's vision transformer (arXiv 2104.14294): `image` (N, D), the output of its class token."""
+
+    net: Any
+    process: Any
+    hash: str
+    device: torch.device
+
+    @classmethod
+    def load(cls, folder: Path, device: str | torch.device = "cpu") -> "Dino":
+        """Loads a transformers folder of a ViTModel with its preprocessor.
+
+        Raises:
+            UserError: not such a folder, or weights that are missing or not finite.
+        """
+        from transformers import ViTModel
+        from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+        weights = folder / "model.safetensors"
+        if not weights.is_file():
+            raise UserError(f"{folder}: no DINO model there (model.safetensors): give a transformers folder of one")
+        try:
+            net, told = ViTModel.from_pretrained(
+                folder, add_pooling_layer=False, use_safetensors=True, output_loading_info=True
+            )
+            processor = ViTImageProcessorPil.from_pretrained(folder)
+        except Exception as error:
+            raise UserError(f"{folder}: not a ViT of transformers ({_first_line(error)})") from error
+        _check_loaded(net, told, weights, "a ViTModel")
+        return cls(net.to(device).float().eval(), processor, _folder_hash(folder), torch.device(device))
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str] | None = None) -> Features:
+        """Returns `image` of pictures; prompts are not used."""
+        pixels = self.process(images=[p.convert("RGB") for p in pictures], return_tensors="pt")["pixel_values"]
+        return {"image": self.net(pixel_values=pixels.to(self.device)).last_hidden_state[:, 0].float().cpu()}
+
+
+def _check_loaded(net: nn.Module, told: Any, weights: Path, what: str) -> None:
+    """Refuses a network for which transformers made random weights, or whose weights are not finite."""
+    if made_up := sorted(told["missing_keys"]):
+        raise UserError(f"{weights} has no {made_up[0]}, which {what} needs: fetch or copy it again")
+    if bad := next((name for name, tensor in net.state_dict().items() if not is_finite(tensor)), None):
+        raise UserError(f"{weights}: {bad} has NaN or infinity in it: fetch or copy it again")
+
+
+def _folder_hash(folder: Path) -> str:
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".safetensors") and p.is_file())
+    return hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()[:16]
+
+
 def torch_fidelity(module: str) -> Any:
     """Imports a module of torch-fidelity.
 
@@ -189,7 +238,7 @@ def torch_fidelity(module: str) -> Any:
         declare_torchvision_ops()
         return importlib.import_module(f"torch_fidelity.{module}")
     except ImportError as error:
-        raise UserError("Inception and LPIPS need torch-fidelity: pip install -e '.[eval]'") from error
+        raise UserError("Inception and LPIPS need torch-fidelity: pip install 'prunet[eval]'") from error
 
 
 def read_weights(name: str, path: Path, source: str) -> dict[str, Tensor]:

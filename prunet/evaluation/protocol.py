@@ -14,12 +14,14 @@ from prunet.disk.reading import load_mapping
 from prunet.errors import UserError
 from prunet.recipe.prompts import prompts_hash, read_prompt_file
 from prunet.recipe.recipe import explain
-from prunet.recipe.values import Drawing, Integer, Part, Seed, Size, Steps
+from prunet.recipe.values import Copies, Drawing, Integer, Part, Seed, Size, Steps
 
 FOLDER = Path(__file__).parent / "protocols"
 #: Metrics that compare with real pictures.
 NEED_REAL = {"fid", "kid", "precision", "recall"}
-#: Titles of metrics in tables, and which way is better. `title_rows` names CLIP score after a model that is not CLIP.
+#: Metrics that compare with pictures of a subject -> the network that looks at both.
+SUBJECT = {"clip_i": "clip", "dino": "dino"}
+#: Titles of metrics in tables, and which way is better.
 TITLES = {
     "fid": ("FID", "lower"),
     "is": ("Inception score", "higher"),
@@ -28,6 +30,8 @@ TITLES = {
     "recall": ("recall", "higher"),
     "clip_score": ("CLIP score", "higher"),
     "retrieval": ("R@1 among the prompts", "higher"),
+    "clip_i": ("CLIP-I", "higher"),
+    "dino": ("DINO", "higher"),
 }
 
 
@@ -36,54 +40,65 @@ class Given(Part):
 
     source: str = Field(description="where to get them; messages say this")
     file: str | None = Field(default=None, description="beside the protocol's own file, if they come with it")
-    count: Steps | None = None
+    count: Steps | None = Field(default=None, description="how many there are")
     of: Steps | None = Field(default=None, description="how many the file has; the first `count` are used")
     sha256: str | None = Field(default=None, description="hash of the prompts, one on each line, or of the statistics")
 
 
-class Clip(Part):
-    """The model of `clip_score` and `retrieval`."""
+class Network(Part):
+    """The model of `dino`."""
 
-    library: Literal["transformers", "open_clip"] = "transformers"
-    model: str
+    model: str = Field(description="its name in the library, or a folder beside the protocol")
     source: str = Field(description="where its weights are from")
-    file: str | None = None
+    file: str | None = Field(default=None, description="beside the protocol's own file, if they come with it")
+
+
+class Clip(Network):
+    """The model of `clip_score`, `retrieval` and `clip_i`."""
+
+    library: Literal["transformers", "open_clip"] = Field(default="transformers", description="that reads its weights")
 
 
 class Protocol(Drawing):
     """What is drawn, how, and what it is compared with. `precision`: of the model while it draws."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    version: Steps = 1
-    description: str = ""
-    prompts: Given
-    seed: Seed = 0
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(description="names the results")
+    version: Steps = Field(default=1, description="counted up when numbers are no longer comparable")
+    description: str = Field(default="", description="what `prunet protocols` says")
+    prompts: Given = Field(description="what is drawn")
+    images_per_prompt: Copies | None = Field(default=None, description="pictures of each prompt; one by default")
+    seed: Seed = Field(default=0, description="seed of the first picture; the next has the next one")
     size: Size | None = Field(default=None, description="pixels; the model's own if not given")
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["no", "bf16", "fp16"] = Field(default="no", description="of the model while it draws")
     jpeg: Annotated[Integer, Field(ge=1, le=100)] | None = Field(
         default=None, description="quality with which pictures are stored, and stored again when resized; PNG if null"
     )
     resize: Size | None = Field(default=None, description="side to which pictures are resized before they are measured")
-    resample: Literal["bicubic", "bilinear", "lanczos", "box"] = "bicubic"
-    metrics: Annotated[list[str], Field(min_length=1)]
+    resample: Literal["bicubic", "bilinear", "lanczos", "box"] = Field(
+        default="bicubic", description="filter of `resize`"
+    )
+    metrics: Annotated[list[str], Field(min_length=1)] = Field(description=f"some of {', '.join(TITLES)}")
     features: Literal["inception", "clip"] = Field(default="inception", description="of fid, kid, precision, recall")
     preprocessing: Literal["torch-fidelity", "pytorch-fid"] = Field(
         default="torch-fidelity",
         description="how pictures are resized for the Inception network: the two differ; for `is` torch-fidelity's",
     )
-    kid_subset_size: Annotated[Integer, Field(ge=10)] = 1000
-    clip: Clip | None = None
-    real: Given | None = None
+    kid_subset_size: Annotated[Integer, Field(ge=10)] = Field(default=1000, description="pictures in a subset of KID")
+    clip: Clip | None = Field(default=None, description="the model that compares picture and prompt")
+    dino: Network | None = Field(default=None, description="the model that compares pictures with those of a subject")
+    real: Given | None = Field(default=None, description="real pictures, or their features, to compare with")
     note: str = Field(default="", description="how it differs from the published protocol that it follows")
 
     @model_validator(mode="after")
     def _whole(self) -> "Protocol":
         if unknown := [m for m in self.metrics if m not in TITLES]:
             raise ValueError(f"no metric {unknown[0]!r}: {', '.join(TITLES)}")
-        if self.real is None and (wanting := [m for m in self.metrics if m in NEED_REAL]):
+        if self.real is None and (wanting := [m for m in self.metrics if m in {*NEED_REAL, *SUBJECT}]):
             raise ValueError(f"{wanting[0]} compares with real pictures: give 'real'")
-        if self.clip is None and ({"clip_score", "retrieval"} & set(self.metrics) or self.features == "clip"):
-            raise ValueError("clip_score, retrieval and features: clip want 'clip', a model")
+        if self.clip is None and ({"clip_score", "retrieval", "clip_i"} & set(self.metrics) or self.features == "clip"):
+            raise ValueError("clip_score, retrieval, clip_i and features: clip want 'clip', a model")
+        if self.dino is None and "dino" in self.metrics:
+            raise ValueError("dino wants 'dino', a model")
         return self
 
 
@@ -128,37 +143,10 @@ def protocol_prompts(protocol: Protocol, folder: Path, given: Path | None, limit
         raise UserError(f"{path}: not the prompts of protocol {protocol.name} (their hash differs). {wanted.source}")
     if len(prompts[:limit]) < 2:
         raise UserError(f"{path}: one prompt is too few to measure by")
-    return prompts[:limit]
+    return [prompt for prompt in prompts[:limit] for _ in range(protocol.images_per_prompt or 1)]
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Lists the keys in which two protocols, as results store them, differ; description and note do not count."""
     keys = sorted((a.keys() | b.keys()) - {"description", "note"})
     return [key for key in keys if a.get(key) != b.get(key)]
-
-
-def title_rows(result: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, float]]]:
-    """Returns title, which way is better, and the numbers of each measure in a result."""
-    rows, clip = [], (result["protocol"].get("clip") or {})
-    for name, found in result["measures"].items():
-        title, better = TITLES[name]
-        if name == "clip_score" and clip.get("library") == "transformers" and not clip["model"].startswith("openai/"):
-            title = f"{clip['model']} score"
-        rows.append((title, better, found))
-    return rows
-
-
-def subject(result: Mapping[str, Any]) -> str:
-    """Names the model of a result, and how it drew if not as the protocol says."""
-    model = result["model"]
-    return f"{model['source']} ({Drawing(**model['drawn'])})" if "drawn" in model else str(model["source"])
-
-
-def describe(protocol: Mapping[str, Any]) -> str:
-    """Describes a protocol, as a result stores it, in one line."""
-    resized = f" resized to {protocol['resize']}" if protocol["resize"] else ""
-    return (
-        f"Protocol {protocol['name']} version {protocol['version']}: {protocol['count']:,} pictures, "
-        f"{protocol['sampler']}, {protocol['steps']} steps, guidance {protocol['guidance_scale']}, "
-        f"{protocol['size']} px{resized}, seed {protocol['seed']}"
-    )

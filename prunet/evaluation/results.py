@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
 from prunet.disk.files import write_text
 from prunet.disk.seals import file_checksum
+from prunet.disk.steps import Step
 from prunet.disk.values import Value
 from prunet.errors import UserError
 from prunet.plan.size import Size
@@ -44,6 +44,27 @@ class Distance(Value):
     lpips_by_prompt: list[float] | None = None
 
 
+class PictureDistance(Value):
+    """Root mean squared error of a student's pictures to the teacher's, 0 to 1, with a 95 % interval."""
+
+    picture: float
+    by_picture: list[float]
+    interval: tuple[float, float]
+
+
+class ImageToImage(Value):
+    """How near students are where they start from the teacher's pictures of the first evaluation prompts.
+
+    - `prompts`: what picture i was to become. `seed`: of picture 0; that of picture i is i more.
+    - `distance`: of each student by its name.
+    """
+
+    strength: float
+    seed: int
+    prompts: list[str]
+    distance: dict[str, PictureDistance]
+
+
 class EvaluationProtocol(Value):
     """How an evaluation was done. `teacher` and `student`: fingerprints, of a run's only."""
 
@@ -70,6 +91,7 @@ class EvaluationResult(Value):
     - `drawn`: how the students drew, if not as the teacher.
     - `sizes` and `speed`: of `teacher` and `student`, the last one.
     - `distance`: of each student by its name.
+    - `image_to_image`: of pictures that start from a picture; None if it was not measured.
     - `pictures`: checksums by path in the folder. `lpips`: hash of the weights that measured it.
     """
 
@@ -78,6 +100,7 @@ class EvaluationResult(Value):
     sizes: dict[str, Size]
     speed: Speeds
     distance: dict[str, Distance]
+    image_to_image: ImageToImage | None = None
     pictures: dict[str, str] = Field(default={})
     lpips: str | None = None
 
@@ -87,8 +110,8 @@ class EvaluationResult(Value):
         self.save(folder / "evaluation.json")
 
 
-def read_evaluation(folder: Path, steps: Mapping[str, Any] | None = None) -> EvaluationResult:
-    """Reads what `evaluate` wrote into a folder. `steps`: the value of the run's `steps.json`, to check the student by.
+def read_evaluation(folder: Path, steps: Mapping[str, Step] | None = None) -> EvaluationResult:
+    """Reads what `evaluate` wrote into a folder. `steps`: the run's finished steps, to check the student by.
 
     Raises:
         UserError: missing, not readable, changed, of another student or version.
@@ -99,7 +122,7 @@ def read_evaluation(folder: Path, steps: Mapping[str, Any] | None = None) -> Eva
         if (path := folder / name).is_file() and file_checksum(path) != expected:
             raise UserError(f"{path}: damaged or changed (its checksum is another than when it was drawn): {again}")
     last = max((name for name in steps or {} if name.startswith("stage-")), key=lambda n: int(n[6:]), default=None)
-    if steps and last and evaluation.protocol.student not in (None, steps[last].get("inputs")):
+    if steps and last and evaluation.protocol.student not in (None, steps[last].inputs):
         raise UserError(f"{folder / 'evaluation.json'}: of another student than {folder.parent / last}: {again}")
     return evaluation
 
@@ -137,8 +160,10 @@ def markdown(result: EvaluationResult) -> str:
     for label, key in DISTANCES:
         found = [(getattr(one, key), *one.intervals.get(key, ())) for one in distance.values()]
         if all(value is not None for value, *_ in found):  # LPIPS is optional
-            cells = ("{:.4f} [{:.4f}, {:.4f}]".format(*numbers) for numbers in found)
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+            lines.append(_cells(label, found))
+    if changed := result.image_to_image:
+        ours = [(changed.distance[name].picture, *changed.distance[name].interval) for name in distance]
+        lines.append(_cells(f"pictures from {len(changed.prompts)} pictures of the teacher's (image to image)", ours))
     lines += ["", f"{protocol.drawing}, {protocol.size} px, seed {protocol.seed}, {protocol.precision}."]
     if result.drawn:
         lines += [
@@ -147,3 +172,7 @@ def markdown(result: EvaluationResult) -> str:
             "call of the teacher's without guidance, so compare pictures.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _cells(label: str, found: Iterable[tuple[float, ...]]) -> str:
+    return f"| {label} | " + " | ".join("{:.4f} [{:.4f}, {:.4f}]".format(*numbers) for numbers in found) + " |"

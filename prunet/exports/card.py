@@ -13,11 +13,14 @@ from prunet.words import short
 
 def origin(teacher: Teacher) -> dict[str, Any]:
     """Returns what a model card says of where a student comes from; `base_model` is None unless the hub has it."""
-    return {"teacher": teacher.hub_id or short(teacher.source), "base_model": teacher.hub_id}
+    commit = teacher.commit if teacher.hub_id else None
+    return {"teacher": teacher.hub_id or short(teacher.source), "base_model": teacher.hub_id, "commit": commit}
 
 
 def model_card(facts: dict[str, Any]) -> str:
     """Renders the README of an exported pipeline from its plan, recipe, data, measures and licence.
+
+    `facts` may name another `template` of this folder, which is rendered from the other facts.
 
     A user's text is escaped: it cannot end the YAML, a code span, a table or a heading.
     """
@@ -28,7 +31,7 @@ def model_card(facts: dict[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     env.filters |= {"quoted": _quoted, "code": _code, "words": _words}
-    return env.get_template("card.md.j2").render(**facts)
+    return env.get_template(facts.get("template", "card.md.j2")).render(**facts)
 
 
 def _quoted(text: str) -> str:

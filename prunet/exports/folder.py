@@ -29,12 +29,13 @@ def export(
     fp16: bool = False,
     drawing: Drawing | None = None,
     what: str = "pipeline",
+    made_from: str | None = None,
 ) -> Path:
     """Writes `student` with the teacher's other parts as a stock pipeline folder, and opens it again as a check.
 
     The other parts' weights are the teacher's, byte for byte. `fp16` adds the half-precision variant of the U-Net, the
     VAE and the text encoders (`from_pretrained(..., variant="fp16")`). `drawing`: how to draw with the student, if not
-    as with the teacher. `card` fills the model card (`card.md.j2`). `what` is the kind in the folder's seal. An
+    as with the teacher. `card` fills the model card. `what` and `made_from` go into the folder's seal. An
     existing folder is replaced.
 
     Raises:
@@ -42,7 +43,7 @@ def export(
         RuntimeError: what was written does not load to the same bits; nothing is left behind.
     """
     folder = Path(folder)
-    with new_folder(folder, what) as part:
+    with new_folder(folder, what, made_from) as part:
         save_parts(teacher, part)
         if drawing:
             write_made_for(part, drawing)
@@ -50,7 +51,8 @@ def export(
         if fp16:
             _write_fp16(part, teacher)
         (part / "README.md").write_text(
-            model_card({**(card or origin(teacher)), "made_for": drawing or made_for(teacher)}), encoding="utf-8"
+            model_card({**(card or origin(teacher)), "made_for": drawing or made_for(teacher)}),
+            encoding="utf-8",
         )
         check_export(part, student)
     return folder

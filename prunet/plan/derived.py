@@ -1,6 +1,5 @@
 """All that follows from a plan and a teacher's config."""
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from prunet.denoisers.form import Form
 from prunet.denoisers.known import architecture_of
 from prunet.denoisers.pairs import Level, Pair
 from prunet.plan.plan import Plan
+from prunet.plan.result import PlanResult
 from prunet.plan.size import Size, size_of
 
 
@@ -78,23 +78,23 @@ class Derived:
         """The teacher without what the plan removes."""
         return self.architecture.diagram(self.teacher_config, [*self.removed, *self.form.implied])
 
-    def facts(self) -> dict[str, Any]:
-        """Everything as plain JSON types (`prunet inspect --json`, `plan.json` in a run)."""
-        teacher, student = self.teacher_size, self.student_size
-        return {
-            "plan": {**dataclasses.asdict(self.plan), "remove": list(self.plan.remove)},
-            "parameters": {"teacher": teacher.parameters, "student": student.parameters},
-            "macs": {"teacher": teacher.macs, "student": student.macs},
-            "attention_macs": {"teacher": teacher.attention_macs, "student": student.attention_macs},
-            "removed": sorted(self.removed),
-            "implied": list(self.form.implied),
-            "teacher_config": self.teacher_config,
-            "student_config": self.student_config,
-            "pairs": {level: list(map(dataclasses.asdict, self.pairs(level))) for level in self.architecture.levels},
-            "weight_map": self.form.weight_map,
-            "loads_in": self.loads_in,
-            "works_with": self.works_with,
-        }
+    def result(self) -> PlanResult:
+        """Everything as a value (`prunet inspect --json`, `plan.json` in a run)."""
+        sizes = {"teacher": self.teacher_size, "student": self.student_size}
+        return PlanResult(
+            plan=self.plan,
+            parameters={name: size.parameters for name, size in sizes.items()},
+            macs={name: size.macs for name, size in sizes.items()},
+            attention_macs={name: size.attention_macs for name, size in sizes.items()},
+            removed=sorted(self.removed),
+            implied=list(self.form.implied),
+            teacher_config=self.teacher_config,
+            student_config=self.student_config,
+            pairs={level: list(self.pairs(level)) for level in self.architecture.levels},
+            weight_map=self.form.weight_map,
+            loads_in=self.loads_in,
+            works_with=self.works_with,
+        )
 
 
 def derive(config: Mapping[str, Any], plan: Plan) -> Derived:
@@ -108,9 +108,3 @@ def derive(config: Mapping[str, Any], plan: Plan) -> Derived:
     architecture = architecture_of(teacher)
     removed = architecture.removed_parts(teacher, plan.remove)
     return Derived(plan, teacher, removed, architecture.form(teacher, removed))
-
-
-def diagram_of(facts: Mapping[str, Any]) -> Diagram:
-    """That of a saved plan (`Derived.facts`)."""
-    config = facts["teacher_config"]
-    return architecture_of(config).diagram(config, [*facts["removed"], *facts["implied"]])

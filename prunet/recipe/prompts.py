@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prunet.errors import UserError
+from prunet.recipe.paths import shipped_names
 
 #: Characters of a prompt or caption. Text encoders read 77 tokens of fewer than 100 characters each.
 LONGEST_PROMPT = 10_000
@@ -20,7 +21,10 @@ def read_prompt_file(path: Path) -> list[str]:
         UserError: no such file, not UTF-8, empty, no such column, or a row without a prompt.
     """
     if not path.is_file():
-        raise UserError(f"No prompt file at {path}: give a text file with one prompt a line, or a .csv or .tsv")
+        raise UserError(
+            f"No prompt file at {path}: give a text file with one prompt a line, a .csv or .tsv, or the name of a list "
+            f"that prunet has ({', '.join(shipped_names('.txt'))})"
+        )
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:

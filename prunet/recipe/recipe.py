@@ -19,9 +19,10 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from prunet.disk.reading import DEEPEST, load_mapping, parse_yaml
 from prunet.errors import UserError
 from prunet.plan.plan import Plan
+from prunet.recipe.paths import SHIPPED, PathOrId, PathText, PromptsText, from_folder, shipped_names, shipped_or
 from prunet.recipe.prompts import check_prompts, read_prompt_file
 from prunet.recipe.stage import Losses, PlanValue, Stage, TeacherSource, TeacherValue
-from prunet.recipe.values import Copies, Drawing, DrawingSteps, Integer, Part, PathText, Seed, Size, Steps, Weight
+from prunet.recipe.values import Copies, Drawing, DrawingSteps, Integer, Part, Seed, Size, Steps, Weight
 
 #: Keys of `Data` that are for pictures only, and for prompts only.
 OF_PICTURES = ("crop", "flip", "buckets", "views", "image_column", "caption_column")
@@ -37,21 +38,25 @@ def _not_empty(value: str | list[str] | None) -> str | list[str] | None:
 class Data(Part):
     """Training data: pictures with captions (`source`), or `prompts` that the teacher draws itself."""
 
-    source: PathText | list[PathText] | None = Field(
+    source: PathOrId | list[PathOrId] | None = Field(
         default=None, description="folder, saved dataset, tar shards, parquet or datasets id"
     )
-    prompts: PathText | list[str] | None = Field(default=None, description="prompts, or a text file with one per line")
+    prompts: PromptsText | list[str] | None = Field(
+        default=None, description="prompts, a text file with one per line, or the name of a list that prunet has"
+    )
     size: Size | None = Field(None, description="pixels; the teacher's own if not given")
-    crop: Literal["center", "random"] = "center"
+    crop: Literal["center", "random"] = Field(default="center", description="of pictures of another shape")
     flip: bool = Field(default=False, description="mirror half of the pictures")
     buckets: bool = Field(default=False, description="crop each picture to the nearest of several shapes of one area")
     views: Copies = Field(default=1, description="samples of each picture, with other crops, flips and captions")
     limit: Steps | None = Field(default=None, description="use only the first N pictures or prompts")
-    image_column: str = "image"
-    caption_column: str | None = None
-    steps: DrawingSteps = Field(default=25, description="prompts only: sampling steps")
-    guidance_scale: Weight = Field(default=7.5, description="prompts only")
-    images_per_prompt: Copies = Field(default=1, description="prompts only")
+    image_column: str = Field(default="image", description="of a list of captions, parquet or a dataset")
+    caption_column: str | None = Field(
+        default=None, description="the first of text, caption, captions, prompt, description, sentences if not given"
+    )
+    steps: DrawingSteps = Field(default=25, description="prompts only: steps of the sampler, dpmsolver++")
+    guidance_scale: Weight = Field(default=7.5, description="prompts only: how far the teacher is guided")
+    images_per_prompt: Copies = Field(default=1, description="prompts only: latents from each prompt, with other noise")
 
     _some_prompts = field_validator("prompts")(_not_empty)
 
@@ -78,9 +83,14 @@ class Sheet(Part):
 class Evaluation(Drawing):
     """How pictures of the teacher are drawn, and those of the student unless its last stage decides (`made_for`)."""
 
-    prompts: PathText | list[str] = Field(description="held-out prompts, or a text file with one per line")
-    limit: Steps | None = None
+    prompts: PromptsText | list[str] = Field(
+        description="held-out prompts, a text file with one per line, or the name of a list that prunet has"
+    )
+    limit: Steps | None = Field(default=None, description="use only the first N prompts")
     seed: Seed = Field(default=1234, description="seed of the pictures' noise; independent of the run's seed")
+    image_to_image: Annotated[Integer, Field(ge=0, le=1000)] = Field(
+        default=4, description="pictures of the teacher from which all draw too; 0: none"
+    )
 
     _some_prompts = field_validator("prompts")(_not_empty)
 
@@ -96,23 +106,25 @@ class Export(Part):
 class Recipe(Part):
     """Everything that decides a student: one YAML page (docs/recipes.md)."""
 
-    teacher: TeacherValue
-    plan: PlanValue
+    teacher: TeacherValue = Field(description="the original: its source alone, or a mapping")
+    plan: PlanValue = Field(description="what is removed: a preset's name, a file, or a list of patterns")
     initialisation: Literal["inherited", "random"] = Field(
         default="inherited", description="the student's first weights: the teacher's, or random (for comparison)"
     )
-    data: Data
-    stages: Annotated[list[Stage], Field(min_length=1, max_length=100)]
-    evaluation: Evaluation
-    sheet: Sheet = Sheet()
-    export: Export = Export()
+    data: Data = Field(description="what is learned from")
+    stages: Annotated[list[Stage], Field(min_length=1, max_length=100)] = Field(
+        description="pieces of training, one after another"
+    )
+    evaluation: Evaluation = Field(description="how the student is compared with its teacher")
+    sheet: Sheet = Field(default=Sheet(), description="pictures drawn while training")
+    export: Export = Field(default=Export(), description="what is written beside the pipeline folder")
     output: PathText = Field(description="the run folder")
     cache: PathText | None = Field(
         default=None, description="folder of the latents, to share them between runs; in the run folder if not given"
     )
-    seed: Seed = 1234
-    checkpoint_every: Steps = 1000
-    keep_checkpoints: Steps = 2
+    seed: Seed = Field(default=1234, description="seed of training; pictures have `evaluation.seed`")
+    checkpoint_every: Steps = Field(default=1000, description="steps of training from one checkpoint to the next")
+    keep_checkpoints: Steps = Field(default=2, description="checkpoints that stay: the last ones")
 
     @model_validator(mode="after")
     def _last_plan(self) -> "Recipe":
@@ -144,20 +156,23 @@ def _plain(value: Any) -> Any:
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = (), values: Mapping[str, Any] | None = None) -> Recipe:
-    """Reads a YAML recipe. Relative paths in it begin at the current folder.
+    """Reads a YAML recipe, or a shipped one by its name. Relative paths in it begin at its folder (`folder_of`).
 
     Args:
-        path: the recipe's file.
-        overrides: `key.sub=value` strings (`stages.0.steps=100`) with values in YAML.
+        path: the recipe's file, or a name.
+        overrides: `key.sub=value` strings (`stages.0.steps=100`) in YAML; their paths begin at the current folder.
         values: keys and parsed values, which replace the recipe's before `overrides` do.
 
     Raises:
         UserError: not readable, an unknown key (with the nearest known one), or a value that does not fit.
     """
-    path = Path(path)
+    path = shipped_or(path, ".yaml")
     if not path.is_file():
-        raise UserError(f"No recipe at {path}: give a YAML file (see recipes/ for examples) or a run folder")
-    value = load_mapping(path, "a recipe")
+        raise UserError(
+            f"No recipe at {path}: give a YAML file (`prunet new` writes one), a run folder, or the name of a shipped "
+            f"recipe ({', '.join(shipped_names('.yaml'))})"
+        )
+    value = from_folder(load_mapping(path, "a recipe"), folder_of(path))
     for key, new in (values or {}).items():
         _override(value, key, copy.deepcopy(new), repr(key))
     parsed = [_parse_override(override) for override in overrides]
@@ -167,14 +182,30 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), values: Mapping
     for override in parsed:
         _override(value, *override)
     try:
-        return Recipe.model_validate(value)
+        recipe = Recipe.model_validate(value)
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error)}") from error
+    if path.parent == SHIPPED and recipe.teacher.source.startswith("emoji/") and not Path("emoji").is_dir():
+        raise UserError(
+            f"recipe {path.stem}: its teacher and pictures lie in emoji/ of prunet's repository, not in the package: "
+            "clone that (git clone --depth 1) and give the same command in its folder; for your own model, `prunet new`"
+        )
+    return recipe
+
+
+def folder_of(path: Path) -> str:
+    """The folder at which the paths of a recipe begin: its own.
+
+    That of a shipped recipe is the current one, since nothing is to be written where prunet is installed. So is that of
+    a run's own `recipe.yaml`, where `recipe_yaml` wrote the paths in full and older versions as the command had them.
+    """
+    is_of_run = path.name == "recipe.yaml" and (path.parent / "plan.json").is_file()
+    return "" if is_of_run or path.parent.resolve() == SHIPPED.resolve() else str(path.parent)
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """The recipe with all its values as YAML, which `load_recipe` reads."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The recipe with all its values, and paths in full, as YAML, which `load_recipe` reads."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", context="full"), sort_keys=False, allow_unicode=True)
 
 
 def _parse_override(text: str) -> tuple[str, Any, str]:
@@ -182,7 +213,7 @@ def _parse_override(text: str) -> tuple[str, Any, str]:
     key, sign, raw = text.partition("=")
     if not sign or not key.strip():
         raise UserError(f"--set {text!r}: write key=value, such as stages.0.steps=100")
-    return key.strip(), parse_yaml(raw, f"--set {text!r}"), f"--set {text!r}"
+    return key.strip(), from_folder(parse_yaml(raw, f"--set {text!r}"), ""), f"--set {text!r}"
 
 
 def _override(value: Any, key: str, new: Any, name: str) -> None:
@@ -240,8 +271,8 @@ def explain(error: ValidationError, whole: type[Part] = Recipe) -> str:
 
 
 def read_prompts(value: str | list[str], limit: int | None = None) -> list[str]:
-    """The first `limit` prompts of a list or file (`prunet.recipe.prompts`)."""
+    """The first `limit` prompts of a list, a file (`prunet.recipe.prompts`) or a shipped list."""
     if isinstance(value, str):
-        return read_prompt_file(Path(value))[:limit]
+        return read_prompt_file(shipped_or(value, ".txt"))[:limit]
     check_prompts(value[:limit], "prompts")
     return value[:limit]

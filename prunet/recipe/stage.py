@@ -1,6 +1,5 @@
 """A stage of a recipe: a piece of training with its objective, plan, teacher and hyperparameters."""
 
-import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -15,25 +14,16 @@ from pydantic import (
 
 from prunet.denoisers.pairs import Level
 from prunet.plan.plan import Plan, load_plan, preset_names
-from prunet.recipe.values import (
-    Drawing,
-    DrawingSteps,
-    Fraction,
-    Integer,
-    Number,
-    Part,
-    PathText,
-    Positive,
-    Steps,
-    Weight,
-)
+from prunet.recipe.paths import PathOrId, located
+from prunet.recipe.training import Training
+from prunet.recipe.values import Drawing, DrawingSteps, Part, Positive, Steps, Weight
 
 
 class TeacherSource(Part):
     """The place of a teacher."""
 
-    source: PathText = Field(description="diffusers folder, .safetensors file or hub id")
-    config: PathText | None = Field(
+    source: PathOrId = Field(description="diffusers folder, .safetensors file or hub id")
+    config: PathOrId | None = Field(
         default=None, description="for a single file: folder or hub id with configs and tokenizers"
     )
     revision: str | None = Field(default=None, description="revision of a hub id")
@@ -50,9 +40,9 @@ TeacherValue = Annotated[TeacherSource, BeforeValidator(_read_teacher)]
 class Losses(Part):
     """Weights of the three loss terms (arXiv 2305.15798, equation 4), and the details of the feature term."""
 
-    task: Weight = 1.0
-    output: Weight = 1.0
-    feature: Weight = 1.0
+    task: Weight = Field(default=1.0, description="of the distance from what the data teach")
+    output: Weight = Field(default=1.0, description="of the distance from the teacher's output")
+    feature: Weight = Field(default=1.0, description="of the distances between features of student and teacher")
     level: Level = Field(default="block", description="which modules are compared: see docs/recipes.md")
     normalize: bool = Field(default=False, description="divide each feature term by the teacher's mean square")
     weights: dict[str, Weight] = Field(
@@ -69,7 +59,7 @@ class Losses(Part):
 def _read_plan(value: Any) -> Plan:
     if not isinstance(value, Plan | str | list | Mapping):
         raise ValueError(f"give a preset's name ({', '.join(preset_names())}), a file, or a list of patterns")
-    return load_plan(os.path.expanduser(value) if isinstance(value, str) else value)
+    return load_plan(value if value in preset_names() else located(value, may_be_id=True))
 
 
 def _write_plan(plan: Plan) -> dict[str, Any]:
@@ -91,10 +81,13 @@ IDLE: dict[str, tuple[str, ...]] = {
 TEACHER_CALLS = {"distillation": 1, "guidance": 2, "trajectory": 0}
 
 
-class Stage(Part):
-    """A piece of training. Defaults are BK-SDM's, except warm-up and caption dropout, which its scripts do not have."""
+class Stage(Training):
+    """A stage of distillation. Defaults are BK-SDM's; its scripts have no warm-up and no caption dropout.
 
-    steps: Steps
+    `settings` leaves out the keys without a meaning for the objective, and `objective: distillation`, so that stages
+    trained before there were other objectives stay the same.
+    """
+
     objective: Objective = Field(
         default="distillation", description="what is minimised: see docs/few-steps.md for the other two"
     )
@@ -105,17 +98,11 @@ class Stage(Part):
     plan: PlanValue | None = Field(
         default=None, description="an earlier plan that removes less; the recipe's plan if not given"
     )
-    batch_size: Annotated[Integer, Field(ge=1, le=1_000_000)] = 256
-    learning_rate: Positive = 5e-5
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: Annotated[Integer, Field(ge=0, le=1_000_000_000)] = 500
-    weight_decay: Weight = 1e-2
-    max_grad_norm: Positive = 1.0
-    losses: Losses = Losses()
+    losses: Losses = Field(default=Losses(), description="what is added up in the loss")
     teacher: TeacherValue | None = Field(default=None, description="another teacher for this stage, of the same layout")
-    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(default=0.9999, description="null: no EMA")
-    caption_dropout: Fraction = Field(default=0.1, description="share of samples that see the empty prompt")
-    min_snr_gamma: Positive | None = Field(default=None, description="weights the task loss only")
+    min_snr_gamma: Positive | None = Field(
+        default=None, description="weighs the task loss by the signal-to-noise ratio, up to this; 5 is usual"
+    )
 
     @model_validator(mode="after")
     def _fits_objective(self) -> "Stage":
@@ -134,14 +121,6 @@ class Stage(Part):
     @model_serializer(mode="wrap")
     def _what_has_a_meaning(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {key: value for key, value in write(self).items() if key not in IDLE[self.objective]}
-
-    def settings(self, *without: str) -> dict[str, Any]:
-        """The keys that decide the stage's result, `without` some, as plain JSON types.
-
-        Keys without a meaning for the objective are left out, and so is `objective: distillation`, so that stages
-        trained before there were other objectives stay the same.
-        """
-        return self.model_dump(mode="json", exclude=set(without))
 
     @property
     def teacher_calls(self) -> int:

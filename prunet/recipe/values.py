@@ -1,9 +1,8 @@
 """Types of values in a recipe: numbers within bounds, and parts that refuse unknown keys."""
 
-import os
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _no_truth(value: Any) -> Any:
@@ -12,8 +11,6 @@ def _no_truth(value: Any) -> Any:
     return value
 
 
-#: A path in a recipe, or a hub id; `~` is the user's home folder.
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 Integer = Annotated[int, BeforeValidator(_no_truth)]
 Number = Annotated[float, BeforeValidator(_no_truth)]
 Steps = Annotated[Integer, Field(ge=1, le=1_000_000_000)]
@@ -37,9 +34,9 @@ class Part(BaseModel):
 class Drawing(Part):
     """How pictures are drawn."""
 
-    steps: DrawingSteps = 25
+    steps: DrawingSteps = Field(default=25, description="steps of the sampler")
     guidance_scale: Weight = Field(default=7.5, description="up to 1: no guidance, half of the calls")
-    sampler: str = "dpmsolver++"
+    sampler: str = Field(default="dpmsolver++", description="or ddim, ddim-trailing, pndm, euler, euler-a, unipc")
 
     @property
     def rows(self) -> int:

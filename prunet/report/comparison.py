@@ -8,15 +8,17 @@ from typing import Any
 import yaml
 
 from prunet import __version__
-from prunet.disk.files import read_json, write_text
+from prunet.disk.files import write_text
+from prunet.disk.reading import check_permission
+from prunet.disk.steps import read_steps
 from prunet.errors import UserError
 from prunet.evaluation.protocol import differences
 from prunet.evaluation.results import Distance, EvaluationResult, read_evaluation
-from prunet.plan.derived import diagram_of
+from prunet.plan.result import PlanResult
 from prunet.report.charts import draw_chart, inline, render
 from prunet.report.curves import level_chart, read_logs, segments, step_ticks
 from prunet.report.run import PICTURE_SIDE
-from prunet.words import names_of, short
+from prunet.words import command, names_of, short, without_home
 
 MOST_RUNS = 8  # a page has colours and columns for no more
 
@@ -28,7 +30,7 @@ class Compared:
     name: str
     kind: str  # its colour
     folder: Path
-    plan: dict[str, Any]
+    plan: PlanResult
     evaluation: EvaluationResult
     recipe_text: str
     axis: Any  # the logs of its stages
@@ -74,20 +76,16 @@ def _open_run(folder: Path, name: str, kind: str) -> Compared:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: give runs that `prunet run` or `prunet measure` left")
     try:
-        steps = read_json(folder / "steps.json") if (folder / "steps.json").is_file() else {}
+        steps = read_steps(folder)
         if "evaluate" not in steps:
-            raise UserError(f"{folder}: not evaluated, or trained since: finish it with `prunet run {folder}`")
-        plan, evaluation = read_json(folder / "plan.json"), read_evaluation(folder / "evaluation", steps)
-        recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+            raise UserError(f"{folder}: not evaluated, or trained since: finish it with {command('run', folder)}")
+        plan, evaluation = PlanResult.load(folder / "plan.json"), read_evaluation(folder / "evaluation", steps)
+        check_permission(folder / "recipe.yaml")
+        recipe_text = without_home((folder / "recipe.yaml").read_text(encoding="utf-8"))
         stages = yaml.safe_load(recipe_text)["stages"]
         axis = read_logs([folder / f"stage-{number}" for number in range(1, len(stages) + 1)], steps)
         run = Compared(name, kind, folder, plan, evaluation, recipe_text, axis)
-        _ = (
-            _protocol(run),
-            diagram_of(plan),
-            run.teacher,
-            run.distance,
-        )
+        _ = (plan.diagram(), run.teacher, run.distance)
         return run
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{folder}: damaged ({error!r}): finish it again with its recipe") from error
@@ -110,7 +108,7 @@ def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
         columns={"teacher": "teacher"} | {run.kind: run.name for run in runs},
         pictures=_pictures(runs, protocol.prompts),
         fields=["denoiser", "latent", "picture", *(["lpips"] if _same_lpips(runs) else [])],
-        nets=[diagram_of(run.plan) for run in runs],
+        nets=[run.plan.diagram() for run in runs],
         losses=_named(runs, _loss_chart(runs)),
         levels=_named(runs, level_chart({run.kind: run.distance.denoiser_by_level for run in runs}, protocol.levels)),
     )

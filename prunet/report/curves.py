@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from prunet.disk.files import read_json
+from prunet.denoisers.pairs import StagePairs
 from prunet.disk.seals import file_checksum
+from prunet.disk.steps import Step
 from prunet.errors import UserError
 from prunet.report.charts import Point, Row, draw_chart, thin
 from prunet.training.log import read_log
@@ -18,17 +20,17 @@ SERIES = {"loss": "total", "task": "task", "output": "output", "feature": "featu
 MOST_TIPS = 80  # in a chart
 
 
-def read_logs(stages: list[Path], steps: Mapping[str, Any]) -> Axis:
+def read_logs(stages: list[Path], steps: Mapping[str, Step]) -> Axis:
     """Reads the logs of all stages onto one axis: a stage begins where the last one ended.
 
-    `steps`: the value of the run's `steps.json`.
+    `steps`: the finished steps of the run.
 
     Raises:
         UserError: a log was changed after its stage ended, or a row of it is damaged.
     """
     for stage in stages:
-        log, expected = stage / "log.jsonl", steps.get(stage.name, {}).get("log")
-        if expected and log.is_file() and file_checksum(log) != expected:
+        log, step = stage / "log.jsonl", steps.get(stage.name)
+        if step and step.log and log.is_file() and file_checksum(log) != step.log:
             raise UserError(
                 f"{log}: damaged or changed (its checksum is another than when the stage ended): delete it (the charts "
                 f"will lack its rows), or delete {stage} to train it again"
@@ -80,12 +82,13 @@ def level_chart(by_level: Mapping[str, list[float]], levels: list[float]) -> dic
 
 def pair_rows(axis: Axis, stages: list[Path]) -> list[dict[str, Any]]:
     """Returns the feature loss of each pair of any stage: the first and last value, and its chart."""
-    rows, found = [], [read_json(stage / "pairs.json") for stage in stages if (stage / "pairs.json").is_file()]
-    found = [pairs["pairs"] if isinstance(pairs, dict) else pairs for pairs in found]  # a list in older runs
-    for pair in {pair["teacher"]: pair for pairs in found for pair in pairs}.values():
-        ways = segments(axis, f"feature/{pair['teacher']}")
+    files = [path for stage in stages if (path := stage / "pairs.json").is_file()]
+    pairs = {pair.teacher: pair for path in files for pair in StagePairs.load(path).pairs}
+    rows = []
+    for pair in pairs.values():
+        ways = segments(axis, f"feature/{pair.teacher}")
         chart = draw_chart({"feature": ways}, max((x for s in ways for x, _ in s), default=0), [], smooth=True)
         if chart:
             first = next(s[0][1] for s in ways if s)
-            rows.append({**pair, "chart": chart, "first": first, "last": chart["lines"][0]["last"]})
+            rows.append({**asdict(pair), "chart": chart, "first": first, "last": chart["lines"][0]["last"]})
     return rows

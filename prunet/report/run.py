@@ -6,15 +6,15 @@ from typing import Any
 import yaml
 
 from prunet import __version__
-from prunet.disk.files import read_json, write_text
-from prunet.evaluation.measuring import read_result
-from prunet.evaluation.protocol import describe, title_rows
+from prunet.disk.files import write_text
+from prunet.disk.steps import read_steps
+from prunet.evaluation.measures import Measures, read_measures
 from prunet.evaluation.results import EvaluationResult, read_evaluation
-from prunet.plan.derived import diagram_of
+from prunet.plan.result import PlanResult
 from prunet.report.charts import inline, render, thin
 from prunet.report.curves import level_chart, loss_chart, pair_rows, read_logs
 from prunet.teacher.teacher import Teacher
-from prunet.words import short
+from prunet.words import short, without_home
 
 COLUMNS = {"teacher": "teacher", "before": "student before", "after": "student after"}  # before, after distillation
 PICTURE_SIDE, SHEET_SIDE, MOST_SHEETS = 384, 1200, 6  # longest sides in pixels; sheets per stage
@@ -27,10 +27,9 @@ def write_report(folder: Path | str) -> Path:
         UserError: the plan or the evaluation is missing (the run is not that far) or not readable.
     """
     folder = Path(folder)
-    plan = read_json(folder / "plan.json")
-    steps = read_json(path) if (path := folder / "steps.json").is_file() else {}
+    plan, steps = PlanResult.load(folder / "plan.json"), read_steps(folder)
     evaluation = read_evaluation(folder / "evaluation", steps)
-    recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+    recipe_text = without_home((folder / "recipe.yaml").read_text(encoding="utf-8"))
     recipe = yaml.safe_load(recipe_text)
     stages = [folder / f"stage-{number}" for number in range(1, len(recipe["stages"]) + 1)]
     axis = read_logs(stages, steps)
@@ -44,7 +43,8 @@ def write_report(folder: Path | str) -> Path:
         evaluation=evaluation,
         columns=COLUMNS,
         pictures=_pictures(folder / "evaluation" / "pictures", evaluation),
-        net=diagram_of(plan),
+        changed=_changed(folder / "evaluation", evaluation),
+        net=plan.diagram(),
         losses=loss_chart(axis),
         pairs=pair_rows(axis, stages),
         sheets=[_sheets(stage / "sheets") for stage in stages],
@@ -53,22 +53,21 @@ def write_report(folder: Path | str) -> Path:
             evaluation.protocol.levels,
         ),
         measured=_measured(folder),
-        describe=describe,
-        times={name: step["seconds"] for name, step in steps.items()},
+        times={name: step.seconds for name, step in steps.items()},
     )
     path = folder / "report.html"
     write_text(path, page)
     return path
 
 
-def _measured(folder: Path) -> list[dict[str, Any]]:
+def _measured(folder: Path) -> list[Measures]:
     """Reads what `prunet measure` found about the run's present student, by each protocol."""
     paths = sorted((folder / "measured").glob("*/measures.json"))
     if not paths or not (folder / "pipeline" / "model_index.json").is_file():
         return []
     now = Teacher(folder / "pipeline").fingerprint()
-    found = [read_result(path.parent) for path in paths]
-    return [result | {"rows": title_rows(result)} for result in found if result["model"]["fingerprint"] == now]
+    found = [read_measures(path.parent) for path in paths]
+    return [result for result in found if result.model.fingerprint == now]
 
 
 # -- pictures
@@ -84,6 +83,24 @@ def _pictures(folder: Path, evaluation: EvaluationResult) -> list[dict[str, Any]
             "error": evaluation.distance["after"].picture_by_prompt[i],
         }
         for i, prompt in enumerate(evaluation.protocol.prompts)
+    ]
+
+
+def _changed(folder: Path, evaluation: EvaluationResult) -> list[dict[str, Any]]:
+    """Returns what was drawn from pictures: each start, with the pictures of teacher and student, and their errors."""
+    found = evaluation.image_to_image
+    if found is None:
+        return []
+    before = evaluation.protocol.prompts
+    return [
+        {
+            "prompt": f"{prompt} \N{LEFTWARDS ARROW} {before[i]}",
+            "cells": {"start": inline(folder / "pictures" / "teacher" / f"{i:04d}.png", PICTURE_SIDE)}
+            | {name: inline(folder / "image-to-image" / name / f"{i:04d}.png", PICTURE_SIDE) for name in COLUMNS},
+            "errors": {name: distance.by_picture[i] for name, distance in found.distance.items()},
+            "error": found.distance["after"].by_picture[i],
+        }
+        for i, prompt in enumerate(found.prompts)
     ]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from prunet import __version__
 from prunet.denoisers.diagram import STEPS
 from prunet.disk.files import write_text
-from prunet.plan.derived import diagram_of
+from prunet.plan.result import PlanResult
 from prunet.report import sensitivity
 from prunet.report.charts import render
 from prunet.words import many, number, short
@@ -52,7 +52,7 @@ def write_search(result: Mapping[str, Any], folder: Path) -> None:
         rows=rows(result),
         kind=kind_of(result),
         names=NAMES,
-        found=diagram_of(result["plan"]),
+        found=PlanResult.model_validate(result["plan"]).diagram(),
         net=sensitivity.coloured_diagram(result),
         steps=STEPS,
         chart=sensitivity.chart(result),

@@ -1,11 +1,11 @@
 """The result of `prunet.speed.bench` as a table and as a chart."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from prunet.disk.files import write_json, write_text
+from prunet.disk.files import write_text
 from prunet.report.bars import Bar, Panel, draw_bars
+from prunet.speed.bench import Bench, Row
 from prunet.words import many, number
 
 #: Below this share of the limit the report says which operations take the rest of the time.
@@ -19,12 +19,11 @@ KIND_NAMES = {
     "between": "between operations",
 }
 PART_NAMES = {"text": "text", "denoiser": "denoiser", "vae": "VAE"}
-Row = Mapping[str, Any]
 
 
-def write_speeds(result: Mapping[str, Any], folder: Path) -> None:
+def write_speeds(result: Bench, folder: Path) -> None:
     """Writes `bench.json`, `bench.md` and `bench.svg`."""
-    write_json(folder / "bench.json", result)
+    result.save(folder / "bench.json")
     write_text(folder / "bench.md", f"{markdown(result)}\n![The same as a chart](bench.svg)\n")
     write_text(folder / "bench.svg", chart(result))
 
@@ -32,17 +31,17 @@ def write_speeds(result: Mapping[str, Any], folder: Path) -> None:
 # -- the table
 
 
-def markdown(result: Mapping[str, Any]) -> str:
+def markdown(result: Bench) -> str:
     """Formats latency by part, speed-up beside its limit, and what takes the time of models that do not reach it."""
-    rows = result["rows"]
+    rows = result.rows
     lines = [
         "| model | mode | batch | text (ms) | denoiser (ms) | VAE (ms) | all (s) | pictures/s | memory (MB) |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        cells = [number(row[key]) for key in ("text_ms", "denoiser_ms", "vae_ms", "seconds", "pictures_per_s")]
-        memory = "not measured" if row["peak_memory_mb"] is None else number(row["peak_memory_mb"])
-        lines.append(f"| {row['model']} | {row['mode']} | {row['batch_size']} | {' | '.join(cells)} | {memory} |")
+        cells = [number(getattr(row, key)) for key in ("text_ms", "denoiser_ms", "vae_ms", "seconds", "pictures_per_s")]
+        memory = "not measured" if row.peak_memory_mb is None else number(row.peak_memory_mb)
+        lines.append(f"| {row.model} | {row.mode} | {row.batch_size} | {' | '.join(cells)} | {memory} |")
     lines += [
         "",
         f"{conditions(result)} Denoiser: one call; all: text, {_how(result)} and VAE; memory: the peak.",
@@ -52,23 +51,20 @@ def markdown(result: Mapping[str, Any]) -> str:
     if others:
         lines += _against_limit(others)
     for row in others:
-        if row["share"] < ENOUGH and row["interval"][1] < ENOUGH * row["limit"]:
+        if row.share < ENOUGH and row.interval[1] < ENOUGH * row.limit:
             lines += ["", *_explain(row, result)]
-        elif row["share"] < ENOUGH:
+        elif row.share < ENOUGH:
             lines += ["", f"{_name(row, result)}: the interval is too wide to judge; more --repeats would narrow it."]
-    if any(row["compile_s"] for row in rows):
-        compiled = (f"{_name(row, result)} {number(row['compile_s'])} s" for row in rows if row["compile_s"])
+    if any(row.compile_s for row in rows):
+        compiled = (f"{_name(row, result)} {number(row.compile_s)} s" for row in rows if row.compile_s)
         lines += ["", f"Compiling, with the first call: {'; '.join(compiled)}."]
     return "\n".join(lines) + "\n"
 
 
-def conditions(result: Mapping[str, Any]) -> str:
+def conditions(result: Bench) -> str:
     """Names device, precision, size of pictures and number of repeats."""
-    precisions = sorted({model["precision"] for model in result["models"].values()})
-    return (
-        f"{result['device']}, {' and '.join(precisions)}, {result['size']} px; medians of "
-        f"{result['repeats']} calls in turn."
-    )
+    precisions = sorted({model.precision for model in result.models.values()})
+    return f"{result.device}, {' and '.join(precisions)}, {result.size} px; medians of {result.repeats} calls in turn."
 
 
 def _against_limit(rows: Sequence[Row]) -> list[str]:
@@ -77,24 +73,24 @@ def _against_limit(rows: Sequence[Row]) -> list[str]:
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        low, high = row["interval"]
+        low, high = row.interval
         lines.append(
-            f"| {row['model']} | {row['mode']} | {row['batch_size']} | {row['speed_up']:.2f}× | {low:.2f} to "
-            f"{high:.2f} | {row['limit']:.2f}× | {100 * row['share']:.0f} % |"
+            f"| {row.model} | {row.mode} | {row.batch_size} | {row.speed_up:.2f}× | {low:.2f} to "
+            f"{high:.2f} | {row.limit:.2f}× | {100 * row.share:.0f} % |"
         )
     return lines
 
 
-def _explain(row: Row, result: Mapping[str, Any]) -> list[str]:
+def _explain(row: Row, result: Bench) -> list[str]:
     """Explains the time that a student takes beyond its limit: in one sentence, and by kind of operation."""
-    head = f"**{_name(row, result)} reaches {100 * row['share']:.0f} % of what its MACs allow**"
-    if not row["kinds_ms"]:
+    head = f"**{_name(row, result)} reaches {100 * row.share:.0f} % of what its MACs allow**"
+    if not row.kinds_ms:
         return [f"{head}; operations cannot be told apart on this device."]
     baseline = _baseline(row, result)
-    ours, theirs = (result["models"][name]["macs"] for name in (row["model"], baseline["model"]))
-    over = row["over_ms"]
+    ours, theirs = (result.models[name].macs for name in (row.model, baseline.model))
+    over = row.over_ms
     worst = max(over, key=lambda kind: over[kind])
-    time = row["kinds_ms"][worst] / baseline["kinds_ms"][worst] if baseline["kinds_ms"][worst] else None
+    time = row.kinds_ms[worst] / baseline.kinds_ms[worst] if baseline.kinds_ms[worst] else None
     sentence = f"{head}: most of the time over the limit goes into {KIND_NAMES[worst]}"
     if time is not None:
         sentence += f", whose time is {100 * time:.0f} % of the baseline's"
@@ -102,72 +98,71 @@ def _explain(row: Row, result: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{sentence}.",
         "",
-        f"| in a call | {baseline['model']} (ms) | {row['model']} (ms) | time | MACs | over the limit (ms) |",
+        f"| in a call | {baseline.model} (ms) | {row.model} (ms) | time | MACs | over the limit (ms) |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for kind in sorted(over, key=lambda kind: -over[kind]):
-        slow, fast = baseline["kinds_ms"][kind], row["kinds_ms"][kind]
+        slow, fast = baseline.kinds_ms[kind], row.kinds_ms[kind]
         ratio = f"{100 * fast / slow:.0f} %" if slow else "–"
         macs = f"{100 * ours[kind] / theirs[kind]:.0f} %" if theirs.get(kind) else "–"
         lines.append(f"| {KIND_NAMES[kind]} | {number(slow)} | {number(fast)} | {ratio} | {macs} | {over[kind]:+.3g} |")
-    slow, fast = baseline["denoiser_ms"], row["denoiser_ms"]
-    macs = f"{100 / row['limit']:.0f} %"
+    slow, fast = baseline.denoiser_ms, row.denoiser_ms
+    macs = f"{100 / row.limit:.0f} %"
     total = f"{100 * fast / slow:.0f} % | {macs} | {sum(over.values()):+.3g}"
     return [*lines, f"| all | {number(slow)} | {number(fast)} | {total} |"]
 
 
-def _others(result: Mapping[str, Any]) -> list[Row]:
-    baseline = next(iter(result["models"]))
-    return [row for row in result["rows"] if row["model"] != baseline]
+def _others(result: Bench) -> list[Row]:
+    return [row for row in result.rows if row.model != result.baseline]
 
 
-def _baseline(row: Row, result: Mapping[str, Any]) -> Row:
+def _baseline(row: Row, result: Bench) -> Row:
     """Returns the baseline's row at the same batch size and in the same mode."""
-    same = (r for r in result["rows"] if (r["mode"], r["batch_size"]) == (row["mode"], row["batch_size"]))
+    same = (r for r in result.rows if (r.mode, r.batch_size) == (row.mode, row.batch_size))
     return next(same)
 
 
-def _note(row: Row, result: Mapping[str, Any]) -> str:
+def _note(row: Row, result: Bench) -> str:
     """Names what tells a model's rows apart, if it has several."""
-    parts = [row["mode"]] if any(r["mode"] == "compiled" for r in result["rows"]) else []
-    parts += [f"batch {row['batch_size']}"] if len({r["batch_size"] for r in result["rows"]}) > 1 else []
+    parts = [row.mode] if any(r.mode == "compiled" for r in result.rows) else []
+    parts += [f"batch {row.batch_size}"] if len({r.batch_size for r in result.rows}) > 1 else []
     return ", ".join(parts)
 
 
-def _name(row: Row, result: Mapping[str, Any]) -> str:
+def _name(row: Row, result: Bench) -> str:
     note = _note(row, result)
-    return f"{row['model']} ({note})" if note else row["model"]
+    return f"{row.model} ({note})" if note else row.model
 
 
 # -- the chart
 
 
-def chart(result: Mapping[str, Any]) -> str:
+def chart(result: Bench) -> str:
     """Returns an SVG: speed-ups in their limits, a picture by part, a call by kind of operation, throughput, memory."""
-    rows, others = result["rows"], _others(result)
-    first = [row for row in rows if row["batch_size"] == rows[0]["batch_size"]]
+    rows, others = result.rows, _others(result)
+    first = [row for row in rows if row.batch_size == rows[0].batch_size]
     panels = [[_speed_ups(others, result)]] if others else []
     panels.append([_pictures(first, result)])
-    if all(row["kinds_ms"] for row in first):
+    if all(row.kinds_ms for row in first):
         panels.append([_kinds(first, result)])
     last = [_lengths("Throughput", "pictures/s", "throughput", "pictures_per_s", rows, result)]
-    if all(row["peak_memory_mb"] for row in rows):
+    if all(row.peak_memory_mb for row in rows):
         last.append(_lengths("Peak memory", "MB", "memory", "peak_memory_mb", rows, result))
-    title = "How fast they draw" if others else f"How fast {rows[0]['model']} draws"
+    title = "How fast they draw" if others else f"How fast {rows[0].model} draws"
     beside = max(len(_name(row, result)) for row in rows) <= 26  # longer names do not fit into half of the width
     return draw_bars(title, conditions(result), [*panels, *([last] if beside else [[panel] for panel in last])])
 
 
-def _speed_ups(rows: Sequence[Row], result: Mapping[str, Any]) -> Panel:
+def _speed_ups(rows: Sequence[Row], result: Bench) -> Panel:
     bars = [
         Bar(
-            label=row["model"],
+            label=row.model,
             note=_note(row, result),
-            segments=[("reached" if row["share"] >= ENOUGH else "missed", row["speed_up"])],
-            track=row["limit"],
-            mark=row["limit"],
-            whisker=tuple(row["interval"]),
-            text=f"{row['speed_up']:.2f}× of {row['limit']:.2f}×, {100 * row['share']:.0f} %",
+            segments=[("reached" if row.share >= ENOUGH else "missed", row.speed_up)],
+            track=row.limit,
+            mark=row.limit,
+            whisker=row.interval,
+            text=f"{row.speed_up:.2f}× of {row.limit:.2f}×, {100 * row.share:.0f} %",
         )
         for row in rows
     ]
@@ -177,50 +172,50 @@ def _speed_ups(rows: Sequence[Row], result: Mapping[str, Any]) -> Panel:
     }
     return Panel(
         "Speed-up of a denoiser call",
-        f"over {next(iter(result['models']))}; the line is what its multiply-adds allow",
+        f"over {result.baseline}; the line is what its multiply-adds allow",
         bars,
         key,
     )
 
 
-def _pictures(rows: Sequence[Row], result: Mapping[str, Any]) -> Panel:
+def _pictures(rows: Sequence[Row], result: Bench) -> Panel:
     bars = []
     for row in rows:
-        parts = {"text": row["text_ms"], "denoiser": _steps(row, result) * row["denoiser_ms"], "vae": row["vae_ms"]}
-        text = f"{number(row['seconds'])} s"
+        parts = {"text": row.text_ms, "denoiser": _steps(row, result) * row.denoiser_ms, "vae": row.vae_ms}
+        text = f"{number(row.seconds)} s"
         segments = [(part, ms / 1000) for part, ms in parts.items()]
-        bars.append(Bar(row["model"], segments, text, note=_mode(row, rows)))
-    batch = rows[0]["batch_size"]
+        bars.append(Bar(row.model, segments, text, note=_mode(row, rows)))
+    batch = rows[0].batch_size
     what = "One picture" if batch == 1 else f"{batch} pictures"
     return Panel(what, _how(result), bars, PART_NAMES)
 
 
-def _kinds(rows: Sequence[Row], result: Mapping[str, Any]) -> Panel:
+def _kinds(rows: Sequence[Row], result: Bench) -> Panel:
     bars = []
     for row in rows:
-        segments = [(kind, row["kinds_ms"][kind]) for kind in KIND_NAMES]
-        allowed = _baseline(row, result)["denoiser_ms"] / row["limit"] if row["limit"] != 1 else None
-        text = f"{number(row['denoiser_ms'])} ms, {many(_macs(row, result))} MACs"
-        bars.append(Bar(row["model"], segments, text, note=_mode(row, rows), mark=allowed))
+        segments = [(kind, row.kinds_ms[kind]) for kind in KIND_NAMES]
+        allowed = _baseline(row, result).denoiser_ms / row.limit if row.limit != 1 else None
+        text = f"{number(row.denoiser_ms)} ms, {many(_macs(row, result))} MACs"
+        bars.append(Bar(row.model, segments, text, note=_mode(row, rows), mark=allowed))
     soft = "the line is what its multiply-adds allow" if any(bar.mark for bar in bars) else ""
     return Panel("A denoiser call by operations", soft, bars, KIND_NAMES)
 
 
-def _macs(row: Row, result: Mapping[str, Any]) -> int:
+def _macs(row: Row, result: Bench) -> int:
     """Returns the multiply-adds of a call; guidance doubles the batch."""
-    model = result["models"][row["model"]]
-    return int(model["rows"] * row["batch_size"] * sum(model["macs"].values()))
+    model = result.models[row.model]
+    return model.rows * row.batch_size * sum(model.macs.values())
 
 
-def _steps(row: Row, result: Mapping[str, Any]) -> int:
-    return int(result["models"][row["model"]]["steps"])
+def _steps(row: Row, result: Bench) -> int:
+    return result.models[row.model].steps
 
 
-def _how(result: Mapping[str, Any]) -> str:
+def _how(result: Bench) -> str:
     """Says how the models draw: `25 steps with guidance`, and which models draw in another way."""
     ways: dict[str, list[str]] = {}
-    for name, model in result["models"].items():
-        steps, guidance = model["steps"], "with" if model["rows"] > 1 else "without"
+    for name, model in result.models.items():
+        steps, guidance = model.steps, "with" if model.rows > 1 else "without"
         way = f"{steps} step{'s' if steps > 1 else ''} {guidance} guidance"
         ways.setdefault(way, []).append(name)
     (first, _), *others = ways.items()
@@ -228,9 +223,9 @@ def _how(result: Mapping[str, Any]) -> str:
 
 
 def _mode(row: Row, rows: Sequence[Row]) -> str:
-    return row["mode"] if any(r["mode"] == "compiled" for r in rows) else ""
+    return row.mode if any(r.mode == "compiled" for r in rows) else ""
 
 
-def _lengths(title: str, unit: str, kind: str, field: str, rows: Sequence[Row], result: Mapping[str, Any]) -> Panel:
-    bars = [Bar(r["model"], [(kind, r[field])], number(r[field]), note=_note(r, result)) for r in rows]
+def _lengths(title: str, unit: str, kind: str, field: str, rows: Sequence[Row], result: Bench) -> Panel:
+    bars = [Bar(r.model, [(kind, getattr(r, field))], number(getattr(r, field)), note=_note(r, result)) for r in rows]
     return Panel(title, unit, bars, {})

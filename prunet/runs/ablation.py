@@ -17,14 +17,16 @@ from pydantic import Field, Strict, ValidationError
 from rich.markup import escape
 
 from prunet.console import console, progress, say
-from prunet.disk.files import write_json, write_text
+from prunet.disk.files import write_text
 from prunet.disk.ownership import check_place, hold
 from prunet.disk.reading import load_mapping
+from prunet.disk.values import Value
 from prunet.errors import UserError
 from prunet.evaluation.results import EvaluationResult
-from prunet.intervals import summary
+from prunet.intervals import Summary, summary
+from prunet.recipe.paths import PathOrId, PathText, from_folder
 from prunet.recipe.recipe import Recipe, explain, load_recipe
-from prunet.recipe.values import Part, PathText, Seed
+from prunet.recipe.values import Part, Seed
 from prunet.runs.checks import read_paths
 from prunet.runs.run import Run
 from prunet.runs.steps import copy_stage
@@ -46,12 +48,45 @@ OWN = {"seed", "output", "cache"}
 class Ablation(Part):
     """What an ablation compares. `arms`: name -> values of the recipe that differ (`stages.0.losses.feature: 0`)."""
 
-    title: str = "Ablation"
-    recipe: PathText = Field(description="the recipe that all arms share")
+    title: str = Field(default="Ablation", description="of the table")
+    recipe: PathOrId = Field(description="the recipe that all arms share: a file, or a shipped recipe's name")
     set: dict[str, Any] = Field(default={}, description="values for all arms, in place of the recipe's")
-    seeds: Annotated[list[Annotated[Seed, Strict()]], Field(min_length=1, default_factory=lambda: [1, 2, 3])]
-    arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    seeds: Annotated[list[Annotated[Seed, Strict()]], Field(min_length=1)] = Field(
+        default=[1, 2, 3], description="each arm is trained once with each"
+    )
+    arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)] = Field(
+        description="name of an arm: its values, by key (`stages.0.losses.feature: 0`)"
+    )
     output: Annotated[PathText, Field(min_length=1)] = Field(description="folder of all runs and of the table")
+
+
+class Arm(Value):
+    """What the finished runs of an arm say: the student's parameters, and measures by `STUDENT/FIELD`."""
+
+    seeds: list[int]
+    parameters: int | None
+    measures: dict[str, Summary]
+
+
+class SharedProtocol(Value):
+    """The part of the protocol that all runs of an ablation share; empty before the first is finished."""
+
+    size: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+    levels: list[float] | None = None
+    precision: str | None = None
+    teacher: str | None = None
+    prompts: list[str] = Field(default=[])
+
+
+class AblationResult(Value):
+    """The table of an ablation (`ablation.json`), with a row for each arm."""
+
+    title: str
+    arms: dict[str, Arm]
+    protocol: SharedProtocol
 
 
 def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Ablation, dict[tuple[str, int], Recipe]]:
@@ -64,7 +99,7 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Abla
     """
     path = Path(path)
     try:
-        ablation = Ablation.model_validate(load_mapping(path, "an ablation"))
+        ablation = Ablation.model_validate(from_folder(load_mapping(path, "an ablation"), str(path.parent)))
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error, Ablation)}") from error
     if (runs := len(ablation.arms) * len(ablation.seeds)) > MOST_RUNS:
@@ -131,7 +166,7 @@ def ablate(
     runtime: Runtime | None = None,
     *,
     workers: int = 1,
-) -> dict[str, Any]:
+) -> AblationResult:
     """Runs every recipe up to its evaluation, `workers` at a time, and writes `ablation.json` and `ablation.md`.
 
     Finished runs are not done again, so the same call resumes after a stop. A stage that several arms begin with is
@@ -239,54 +274,54 @@ def _do_in_worker(recipe: Recipe, runtime: Runtime, recipes: Sequence[Recipe]) -
 # -- the table
 
 
-def collect(ablation: Ablation, runs: Mapping[tuple[str, int], Run]) -> dict[str, Any]:
+def collect(ablation: Ablation, runs: Mapping[tuple[str, int], Run]) -> AblationResult:
     """Collects the finished evaluations, and writes them to `ablation.json` and `ablation.md` in the output folder."""
+    done = {
+        key: EvaluationResult.load(run.result_of("evaluate")) for key, run in runs.items() if run.is_done("evaluate")
+    }
     arms = {}
     for arm in ablation.arms:
-        done = {seed: runs[arm, seed] for seed in ablation.seeds if runs[arm, seed].is_done("evaluate")}
-        results = {seed: EvaluationResult.load(run.result_of("evaluate")) for seed, run in done.items()}
-        arms[arm] = {
-            "seeds": list(results),
-            "parameters": next((r.sizes["student"].parameters for r in results.values()), None),
-            "measures": {
-                f"{which}/{key}": summary([getattr(r.distance[which], key) for r in results.values()])
-                for which, key in MEASURES
-            },
+        results = {seed: done[arm, seed] for seed in ablation.seeds if (arm, seed) in done}
+        measures = {
+            f"{which}/{key}": summary([getattr(r.distance[which], key) for r in results.values()])
+            for which, key in MEASURES
         }
-    first = next((r for r in runs.values() if r.is_done("evaluate")), None)
-    protocol = EvaluationResult.load(first.result_of("evaluate")).protocol.facts() if first else {}
-    shown = {k: v for k, v in protocol.items() if k not in ("seed", "student", "prompts")}
-    result = {"title": ablation.title, "arms": arms, "protocol": shown | {"prompts": protocol.get("prompts", [])}}
-    write_json(Path(ablation.output) / "ablation.json", result)
+        parameters = next((r.sizes["student"].parameters for r in results.values()), None)
+        arms[arm] = Arm(seeds=list(results), parameters=parameters, measures=measures)
+    protocols = (result.protocol.model_dump(exclude={"seed", "student"}) for result in done.values())
+    protocol = SharedProtocol.model_validate(next(protocols, {}))
+    result = AblationResult(title=ablation.title, arms=arms, protocol=protocol)
+    result.save(Path(ablation.output) / "ablation.json")
     write_text(Path(ablation.output) / "ablation.md", markdown(result))
     return result
 
 
-def markdown(result: Mapping[str, Any]) -> str:
+def markdown(result: AblationResult) -> str:
     """Formats the result in Markdown: one row for each arm, with the best (lowest) of each column in bold."""
-    lines = [f"# {result['title']}", "", "| | parameters (M) | seeds | " + " | ".join(MEASURES.values()) + " |"]
+    lines = [f"# {result.title}", "", "| | parameters (M) | seeds | " + " | ".join(MEASURES.values()) + " |"]
     lines.append("|---|---:|---:|" + "---:|" * len(MEASURES))
-    arms = result["arms"]
     keys = [f"{which}/{key}" for which, key in MEASURES]
-    means = {key: [a["measures"][key]["mean"] for a in arms.values() if a["seeds"]] for key in keys}
-    for name, arm in arms.items():
-        if not arm["seeds"]:
+    best = {
+        key: min((m for a in result.arms.values() if (m := a.measures[key].mean) is not None), default=0)
+        for key in keys
+    }
+    for name, arm in result.arms.items():
+        if arm.parameters is None:
             lines.append(f"| {name} | | 0 |" + " |" * len(MEASURES))
             continue
-        cells = [_cell(arm["measures"][key], min(means[key])) for key in keys]
-        lines.append(f"| {name} | {arm['parameters'] / 1e6:.2f} | {len(arm['seeds'])} | " + " | ".join(cells) + " |")
-    if (protocol := result["protocol"])["prompts"]:
+        cells = [_cell(arm.measures[key], best[key]) for key in keys]
+        lines.append(f"| {name} | {arm.parameters / 1e6:.2f} | {len(arm.seeds)} | " + " | ".join(cells) + " |")
+    if (protocol := result.protocol).prompts:
         lines += [
             "",
-            f"Distance from the teacher on {len(protocol['prompts'])} held-out prompts at equal seeds, after "
+            f"Distance from the teacher on {len(protocol.prompts)} held-out prompts at equal seeds, after "
             "distillation unless it says before; mean over the training seeds ± half of its 95 % interval (Student's "
-            f"t); lower is nearer. {protocol['sampler']}, {protocol['steps']} steps, guidance "
-            f"{protocol['guidance_scale']}, {protocol['size']} px.",
+            f"t); lower is nearer. {protocol.sampler}, {protocol.steps} steps, guidance {protocol.guidance_scale}, "
+            f"{protocol.size} px.",
         ]
     return "\n".join(lines) + "\n"
 
 
-def _cell(found: Mapping[str, Any], best: float) -> str:
-    mean = f"{found['mean']:.4f}"
-    mean = f"**{mean}**" if found["mean"] == best else mean
-    return mean if found["interval"] is None else f"{mean} ± {found['interval']:.4f}"
+def _cell(found: Summary, best: float) -> str:
+    mean = f"**{found.mean:.4f}**" if found.mean == best else f"{found.mean:.4f}"
+    return mean if found.interval is None else f"{mean} ± {found.interval:.4f}"

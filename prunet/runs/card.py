@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from prunet.disk.files import read_label
+from prunet.disk.steps import read_steps
 from prunet.evaluation.results import read_evaluation
 from prunet.exports.card import origin
-from prunet.runs.steps import read_done
 from prunet.words import short
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def card_facts(this: "Run") -> dict[str, Any]:
     Raises:
         UserError: the student was not evaluated, or another one was.
     """
-    result = read_evaluation(this.folder / "evaluation", read_done(this.folder))
+    result = read_evaluation(this.folder / "evaluation", read_steps(this.folder))
     prompts = result.protocol.prompts
     measures = {name: result.distance[name] for name in ("before", "after")}
     cache = this.cache_folder / "cache.json"  # users may delete the cache and the data after training

@@ -16,7 +16,7 @@ from prunet.data.sources import check_source
 from prunet.denoisers.pairs import term_factors
 from prunet.disk.files import check_writable, read_label
 from prunet.disk.ownership import check_place, resolve
-from prunet.disk.reading import parse_yaml
+from prunet.disk.reading import load_mapping, parse_yaml
 from prunet.errors import UserError
 from prunet.recipe.recipe import Recipe, read_prompts, recipe_yaml
 from prunet.runs.fingerprints import spec_settings, stage_label
@@ -29,7 +29,7 @@ from prunet.teacher.configs import check_condition
 from prunet.teacher.copying import check_other_parts
 from prunet.teacher.space import check_same_space, check_size
 from prunet.training.checkpoints import check_stage
-from prunet.words import difference, many
+from prunet.words import command, difference, many
 
 if TYPE_CHECKING:
     from prunet.runs.run import Run
@@ -125,8 +125,7 @@ def _check_data(this: "Run") -> None:
 
 def _check_folder(this: "Run") -> None:
     """Refuses a folder that holds the cache or the checkpoints of another run, before anything in it is replaced."""
-    has_recipe = (this.folder / "recipe.yaml").is_file()
-    back = "set it back" + (f" (`prunet run {this.folder}` resumes with the run's own recipe)" if has_recipe else "")
+    back = _back(this)
     for folder, spec in this.cache_specs:
         _check_apart(this.folder, folder)
         check_place(folder, "cache", "cache", read_paths(this.recipe))
@@ -151,6 +150,17 @@ def _check_folder(this: "Run") -> None:
             raise UserError(
                 f"{folder}: holds checkpoints trained with {what}: {back}, give another output, or delete that folder"
             )
+
+
+def _back(this: "Run") -> str:
+    """Says how to go back to what the run folder was made from: by its own recipe, if that is another one."""
+    own, deciding = this.folder / "recipe.yaml", {"teacher", "plan", "initialisation", "data", "stages", "seed"}
+    if not own.is_file():
+        return "set it back"
+    then, now = load_mapping(own, "a recipe"), this.recipe.model_dump(mode="json", include=deciding)
+    if all(then.get(key) == value for key, value in now.items()):
+        return "put that back as it was"  # files changed, not the recipe
+    return f"set it back ({command('run', this.folder)} resumes with the run's own recipe)"
 
 
 def _check_disk(this: "Run", todo: Sequence[str]) -> None:

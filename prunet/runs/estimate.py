@@ -17,6 +17,7 @@ from prunet.recipe.recipe import read_prompts
 from prunet.runs.run import Run
 from prunet.runtime import Runtime
 from prunet.training.allocator import kept_memory
+from prunet.training.checkpoints import trained_parameters
 from prunet.training.fit import training_memory
 from prunet.training.memory import step_memory
 from prunet.training.probe import probe
@@ -111,23 +112,25 @@ def seconds_per_image(
     batch_size: int,
     runtime: Runtime,
     teacher_calls: int = 1,
+    rank: int | None = None,
 ) -> float:
     """Times a few distillation steps (teacher, student forward and backward, optimizer); returns seconds per image."""
     device, half = runtime.torch_device, runtime.mixed_precision != "no"
     configs = (derived.teacher_config, derived.student_config)
-    setting: dict[str, Any] = {"latent_size": latent_size, "micro_batch": batch_size, "dtype": runtime.dtype}
+    setting: dict[str, Any] = {"shape": (batch_size, *latent_size), "rank": rank, "dtype": runtime.dtype}
     setting |= {"gradient_checkpointing": runtime.gradient_checkpointing, "device": device}
     with (
         kept_memory(device),
         probe(*configs, pairs, **setting) as (teacher, student, loss),
         derived.architecture.fast_attention([teacher, student], device, half=half),
     ):
-        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
+        trained = list(trained_parameters(student).values())
+        optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
         for step in range(STEPS + 1):
             if step == 1:  # the first one warms up
                 start = time.perf_counter()
             loss(teacher_calls).backward()
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if device.type == "cuda":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunet.data.encoding import cache_spec
 from prunet.data.paths import paths_spec
-from prunet.recipe.recipe import read_prompts
+from prunet.recipe.recipe import Evaluation, read_prompts
 from prunet.training.checkpoints import PACE
 from prunet.words import short
 
@@ -35,6 +35,8 @@ def step_inputs(this: "Run") -> dict[str, str]:
         last = out[f"stage-{number}"] = _hash(last, this.cache_specs[number - 1][1], settings, recipe.seed)
     prompts = read_prompts(recipe.evaluation.prompts, recipe.evaluation.limit)
     evaluation = recipe.evaluation.model_dump(mode="json", exclude={"prompts", "limit", "seed"})
+    if evaluation["image_to_image"] == Evaluation.model_fields["image_to_image"].default:
+        del evaluation["image_to_image"]  # so that what was evaluated before there was this key is not drawn again
     out["evaluate"] = _hash(last, prompts, evaluation, recipe.evaluation.seed, this.size)
     out["export"] = _hash(out["evaluate"], recipe.export.model_dump(mode="json"), this.teachers[-1].fingerprint())
     out["report"] = _hash(out["export"])

@@ -13,7 +13,6 @@ A run folder::
     report.html
 """
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,7 +28,7 @@ from prunet.data.cache import Cache
 from prunet.data.encoding import cache
 from prunet.data.paths import cache_paths
 from prunet.denoisers.architecture import Net
-from prunet.denoisers.pairs import Pair
+from prunet.denoisers.pairs import Pair, StagePairs
 from prunet.disk.files import write_json
 from prunet.disk.ownership import hold
 from prunet.exports.folder import export
@@ -203,7 +202,7 @@ class Run:
         say(f"[green]✓[/] {step} [dim]in {seconds:.0f} s[/]")
 
     def _plan(self) -> None:
-        write_json(self.folder / "plan.json", self.derived.facts())
+        self.derived.result().save(self.folder / "plan.json")
 
     def _build(self) -> None:
         save_unet(self._initial(self.derived), self.folder / "student", "build", self.inputs["build"])
@@ -236,7 +235,7 @@ class Run:
         pairs = self.pairs(number)
         if processes.is_main():
             write_json(folder / "inputs.json", fingerprints.stage_label(self, number))
-            write_json(folder / "pairs.json", {"pairs": [dataclasses.asdict(pair) for pair in pairs]})
+            StagePairs(pairs=list(pairs)).save(folder / "pairs.json")
         prompts = recipe.sheet.prompts or read_prompts(recipe.evaluation.prompts)[:6]
         if not recipe.sheet.every:
             teacher.release("vae", "text")  # nothing else in the loop needs them
@@ -287,7 +286,7 @@ class Run:
 
     def _unet_of(self, step: str) -> Net:
         """Loads the U-Net that `build` or a stage wrote, and checks that it is from these inputs."""
-        return load_unet(self.result_of(step).parent, self.inputs[step])
+        return load_unet(steps.folder_of(self, step), self.inputs[step])
 
     def last_unet(self) -> Net:
         """Loads the distilled U-Net."""

@@ -3,28 +3,32 @@
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
 from prunet.console import say
-from prunet.disk.files import aside, clear_errors, read_json, read_label, write_json, write_text
+from prunet.disk.files import aside, clear_errors, write_text
 from prunet.disk.ownership import check_file, check_place
 from prunet.disk.seals import file_checksum, is_whole, sealed_files, verify
+from prunet.disk.steps import Step, read_steps, write_steps
 from prunet.errors import UserError
 from prunet.evaluation.results import EvaluationResult, read_evaluation
 from prunet.exports.single_file import check_single_file, is_exported
-from prunet.recipe.recipe import recipe_yaml
+from prunet.plan.result import PlanResult
+from prunet.recipe.recipe import Recipe, recipe_yaml
+from prunet.recipe.stage import TeacherSource
 from prunet.report.charts import is_page
+from prunet.teacher.teacher import Teacher
 from prunet.training.checkpoints import check_stage, checkpoints
 from prunet.training.log import read_log
+from prunet.words import command
 
 if TYPE_CHECKING:
     from prunet.runs.run import Run
 
 #: In order; `distil` is one step for each stage.
 STEPS = ("plan", "build", "cache", "distil", "evaluate", "export", "report")
-STEPS_FIX = "delete it and run again; stages resume from their checkpoints"
 #: Steps with results that a user asks for; the others are done if one of these reads them.
 RESULTS = ("plan", "evaluate", "export", "report")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -52,30 +56,26 @@ def result_of(this: "Run", step: str) -> Path:
     }[step]
 
 
-def read_done(folder: Path) -> dict[str, Any]:
-    """Reads which steps are done: step -> `inputs` and `seconds`; for a stage also `log`, its log's checksum.
+def folder_of(this: "Run", step: str) -> Path:
+    """Returns the folder of the denoiser that a finished step wrote.
 
     Raises:
-        UserError: `steps.json` is damaged.
+        UserError: it was deleted since; a finished run does not need it any more, but other commands do.
     """
-    path = folder / "steps.json"
-    done = read_json(path, STEPS_FIX) if path.is_file() else {}
-    if not (isinstance(done, dict) and all(isinstance(step, dict) for step in done.values())):
-        raise UserError(f"{path}: damaged: {STEPS_FIX}")
-    return done
+    folder = this.result_of(step).parent
+    if not folder.exists():
+        raise UserError(f"{folder}: deleted since the run: {command('distil', this.folder)} makes it again")
+    return folder
 
 
 def is_done(this: "Run", step: str) -> bool:
     """Returns whether `step` was finished from these inputs and its result exists; `verify_done` compares checksums."""
-    done = read_done(this.folder).get(step)
-    if done is None:  # checked before the inputs, which are hashes of large files
-        return False
-    if done.get("inputs") != this.inputs[step]:
+    done = read_steps(this.folder).get(step)
+    if done is None or done.inputs != this.inputs[step]:  # in this order: inputs are hashes of large files
         return False
     if step == "plan":  # deriving is fast, so the file is compared, and written again if it differs
         path = this.result_of(step)
-        found = read_label(path, ("plan", "removed")) if path.is_file() else {}
-        return found.get("removed") == sorted(this.derived.removed)
+        return path.is_file() and PlanResult.load(path).removed == sorted(this.derived.removed)
     return not lost(this, step)
 
 
@@ -135,7 +135,7 @@ def lost(this: "Run", step: str) -> list[Path]:
 
 def remains(this: "Run", step: str) -> str:
     """Says what is left of a step that nothing to be done reads; nothing if it was never done."""
-    if step not in read_done(this.folder) or not (gone := lost(this, step)):
+    if step not in read_steps(this.folder) or not (gone := lost(this, step)):
         return ""
     return escape(f" any more: {gone[0]} is {'cut off' if gone[0].exists() else 'gone'}")
 
@@ -157,15 +157,15 @@ def verify_done(this: "Run", step: str) -> None:
     if step == "export" and this.recipe.export.single_file:
         check_single_file(this.folder / "student.safetensors", fix)
     if step == "evaluate":
-        read_evaluation(this.folder / "evaluation", read_done(this.folder))
-    done = read_done(this.folder)[step]
+        read_evaluation(this.folder / "evaluation", read_steps(this.folder))
+    done = read_steps(this.folder)[step]
     for key, name in WATCHED.items():
         path = this.folder / name.format(step=step)
-        if key not in done:
+        if (expected := getattr(done, key)) is None:
             continue
         if not path.is_file():
             say(f"  [yellow]{escape(str(path))} is gone:[/] the report lacks what it held")
-        elif file_checksum(path) != done[key]:
+        elif file_checksum(path) != expected:
             raise UserError(f"{path}: damaged or changed since it was written: delete it, and give the command again")
 
 
@@ -178,9 +178,9 @@ def check_replaceable(this: "Run", step: str) -> None:
     for folder, what in _sealed(this, step).items():
         check_place(folder, what, step)
     if step == "export" and this.recipe.export.single_file:
-        check_file(this.folder / "student.safetensors", step, is_exported)
+        check_file(this.folder / "student.safetensors", "single file", step, is_exported)
     if step == "report":
-        check_file(this.result_of(step), step, is_page)
+        check_file(this.result_of(step), "report", step, is_page)
 
 
 def _ends_in_checkpoint(this: "Run", step: str) -> bool:
@@ -212,16 +212,30 @@ def begin(this: "Run", step: str) -> None:
 
     If only files were lost and the same ones will be made again, the other steps stay done.
     """
-    names, done = this.step_names(), read_done(this.folder)
-    again = done.get(step, {}).get("inputs") == this.inputs[step]
+    names, done = this.step_names(), read_steps(this.folder)
+    again = step in done and done[step].inputs == this.inputs[step]
     if again and (gone := lost(this, step)):
         say(f"  [yellow]{escape(str(gone[0]))} is {'cut off' if gone[0].exists() else 'missing'}:[/] it is made again")
     same = step in ("plan", "build", "cache") or (step.startswith("stage-") and _ends_in_checkpoint(this, step))
     if not (again and same):
         kept = {n: value for n, value in done.items() if n in names[: names.index(step)]}
         if kept != done:
-            write_json(this.folder / "steps.json", kept)
-    write_text(this.folder / "recipe.yaml", recipe_yaml(this.recipe))  # settings may have changed since the plan
+            write_steps(this.folder, kept)
+    write_text(this.folder / "recipe.yaml", recipe_yaml(_as_seen(this)))  # settings may have changed since the plan
+
+
+def _as_seen(this: "Run") -> Recipe:
+    """Returns the recipe with the commits of the hub at which its teachers were read, which a branch may leave."""
+
+    def seen(source: TeacherSource, teacher: Teacher) -> TeacherSource:
+        of_the_hub = teacher.commit and (teacher.file is None or source.config)
+        return source.model_copy(update={"revision": teacher.commit}) if of_the_hub else source
+
+    stages = [
+        stage.model_copy(update={"teacher": seen(stage.teacher, teacher)}) if stage.teacher else stage
+        for stage, teacher in zip(this.recipe.stages, this.teachers, strict=True)
+    ]
+    return this.recipe.model_copy(update={"teacher": seen(this.recipe.teacher, this.teacher), "stages": stages})
 
 
 def finish(this: "Run", step: str, seconds: float) -> None:
@@ -229,8 +243,8 @@ def finish(this: "Run", step: str, seconds: float) -> None:
     files = {key: this.folder / name.format(step=step) for key, name in WATCHED.items()}
     files = {key: path for key, path in files.items() if path.is_file() and (key == "page") == (step == "report")}
     sums = {key: file_checksum(path) for key, path in files.items()}
-    done = {**read_done(this.folder), step: {"inputs": this.inputs[step], "seconds": seconds, **sums}}
-    write_json(this.folder / "steps.json", done)
+    done = Step(inputs=this.inputs[step], seconds=seconds, **sums)
+    write_steps(this.folder, read_steps(this.folder) | {step: done})
 
 
 def copy_stage(this: "Run", step: str, others: Iterable["Run"]) -> "Run | None":
@@ -256,7 +270,7 @@ def copy_stage(this: "Run", step: str, others: Iterable["Run"]) -> "Run | None":
             part.replace(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    write_json(this.folder / "steps.json", {**read_done(this.folder), step: read_done(other.folder)[step]})
+    write_steps(this.folder, read_steps(this.folder) | {step: read_steps(other.folder)[step]})
     return other
 
 

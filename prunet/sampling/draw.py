@@ -1,7 +1,7 @@
 """Pictures of stock pipelines: from prompts and seeds to latents and pixels."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from prunet.sampling.start import Start, start_from
 from prunet.teacher.space import check_size
 from prunet.teacher.tasks import image_to_image, inpainting
 from prunet.teacher.teacher import Teacher, after_overflow
+from prunet.words import command
 
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -30,39 +31,39 @@ def draw(
     pipe: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
+    how: Drawing,
     *,
-    steps: int = 25,
-    guidance_scale: float = 7.5,
     size: int | None = None,
     batch_size: int = 4,
-    text: str | None = None,
-    save_to: Sequence[Path] = (),
     start: Start | None = None,
-) -> list[Image.Image]:
+) -> Iterator[Image.Image]:
     """Draws a picture for each prompt from its own seed, so that no picture depends on its batch.
 
-    `start`: what to start from, if not from noise alone. `text`: the name of a progress bar; None shows none.
+    `start`: what to start from, if not from noise alone.
+    """
+    for first in range(0, len(prompts), batch_size):
+        at = slice(first, first + batch_size)
+        latents = draw_latents(pipe, prompts[at], seeds[at], how, size=size, start=start and start.rows(at))
+        yield from decode(pipe, latents)
+
+
+def collect(
+    pictures: Iterable[Image.Image], prompts: Sequence[str], text: str, save_to: Sequence[Path] = ()
+) -> list[Image.Image]:
+    """Lists the pictures of `prompts` as they are drawn, with a progress bar called `text`.
+
     `save_to`: a file for each picture, written as soon as it is drawn.
     """
     out: list[Image.Image] = []
-    with progress(text or "", len(prompts) if text else None) as bar:
-        for first in range(0, len(prompts), batch_size):
-            at = slice(first, first + batch_size)
-            latents = draw_latents(
-                pipe,
-                prompts[at],
-                seeds[at],
-                steps=steps,
-                guidance_scale=guidance_scale,
-                size=size,
-                start=start and start.rows(at),
-            )
-            pictures = decode(pipe, latents)
-            for path, picture, prompt in zip(save_to[at], pictures, prompts[at], strict=bool(save_to)):
+    with progress(text, len(prompts)) as bar:
+        for picture in pictures:
+            if save_to:
+                path = save_to[len(out)]
                 with new_file(path) as part:
-                    picture.save(part, format=PICTURE_FORMATS[path.suffix.lower()], exif=_drawn_by(prompt))
-            out += pictures
-            bar.advance(len(pictures))
+                    exif = _drawn_by(prompts[len(out)])
+                    picture.save(part, format=PICTURE_FORMATS[path.suffix.lower()], exif=exif)
+            out.append(picture)
+            bar.advance(1)
     return out
 
 
@@ -71,9 +72,8 @@ def draw_latents(
     pipe: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
+    how: Drawing,
     *,
-    steps: int = 25,
-    guidance_scale: float = 7.5,
     size: int | None = None,
     start: Start | None = None,
 ) -> Tensor:
@@ -82,8 +82,9 @@ def draw_latents(
     With a `start` the stock pipeline for image to image draws them, or that for inpainting, in the size of the start.
 
     Raises:
-        UserError: what the denoiser drew is not finite.
+        UserError: no such sampler, or what the denoiser drew is not finite.
     """
+    set_sampler(pipe, how.sampler)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     # Autocast lets a student in fp32 work with text encoders in half precision.
     device, dtype = pipe.vae.device, next(pipe.text_encoder.parameters()).dtype
@@ -93,8 +94,8 @@ def draw_latents(
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         result = pipe(
             prompt=list(prompts),
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
+            num_inference_steps=how.steps,
+            guidance_scale=how.guidance_scale,
             generator=generators,
             output_type="latent",
             **given,
@@ -138,7 +139,7 @@ def open_model(
     """
     if (Path(model) / "recipe.yaml").is_file():
         if not (Path(model) / "pipeline" / "model_index.json").is_file():
-            raise UserError(f"{model}: this run has no pipeline yet: finish it with `prunet run {model}`")
+            raise UserError(f"{model}: this run has no pipeline yet: finish it with {command('run', model)}")
         model = Path(model) / "pipeline"
         verify(model, f"delete {model} and run {model.parent} again")
     return Teacher(model, config=config, device=device, dtype=dtype)
@@ -183,20 +184,10 @@ def generate(
     size, start = size or teacher.native_size, None
     if image is not None:
         start = start_from(teacher, [image], size=size, steps=how.steps, strength=strength, mask=mask)
-    pipe = set_sampler(teacher.pipeline(), how.sampler)
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
     seeds = [seed + i for i in range(len(prompts))]
-    return draw(
-        pipe,
-        prompts,
-        seeds,
-        steps=how.steps,
-        guidance_scale=how.guidance_scale,
-        size=size,
-        text="Drawing" if len(prompts) > 1 else None,
-        save_to=save_to,
-        start=start,
-    )
+    pictures = draw(teacher.pipeline(), prompts, seeds, how, size=size, start=start)
+    return collect(pictures, prompts, "Drawing" if len(prompts) > 1 else "", save_to)
 
 
 def _usual(model: Path) -> Drawing:

@@ -17,6 +17,7 @@ from prunet import processes
 from prunet.console import progress
 from prunet.disk.files import new_file
 from prunet.errors import UserError
+from prunet.recipe.values import Drawing
 from prunet.sampling.draw import draw
 from prunet.sampling.pictures import encode
 
@@ -27,10 +28,9 @@ def draw_shards(
     open_pipe: Callable[[], Any],
     prompts: Sequence[str],
     folder: Path,
+    how: Drawing,
     *,
     seed: int,
-    steps: int,
-    guidance_scale: float,
     size: int,
     jpeg: int | None = None,
     batch_size: int = 4,
@@ -54,7 +54,7 @@ def draw_shards(
             for start in range(0, len(texts), batch_size):
                 batch = texts[start : start + batch_size]
                 seeds = [seed + at + start + i for i in range(len(batch))]
-                pictures += draw(pipe, batch, seeds, steps=steps, guidance_scale=guidance_scale, size=size)
+                pictures += draw(pipe, batch, seeds, how, size=size, batch_size=batch_size)
                 bar.advance(len(batch))
             with new_file(path) as part:
                 _write_shard(part, at, pictures, texts, jpeg)

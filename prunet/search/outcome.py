@@ -1,6 +1,5 @@
 """What a search leaves: the plan as a file, and the recipe that makes its student."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,7 @@ import yaml
 
 from prunet.disk.files import write_json, write_text
 from prunet.plan.plan import Plan
-from prunet.recipe.recipe import load_recipe
-from prunet.recipe.stage import Stage
+from prunet.recipe.recipe import load_recipe, recipe_yaml
 from prunet.search.examples import PROMPTS
 from prunet.search.recovery import learning_rate_for, usual_rate
 from prunet.search.sensitivity import cache_folder
@@ -46,31 +44,23 @@ def _recipe(
 
     The learning rate follows from the student's error before training.
     """
-    run = cache is not None and (cache / "recipe.yaml").is_file()
     rate = float(f"{learning_rate_for(result['error_before'], usual_rate(cache)):.2g}")
     own: dict[str, Any] = {
-        "teacher": {"source": _place(result["teacher"]), **({"config": _place(config)} if config else {})},
+        "teacher": {"source": _in_full(result["teacher"]), **({"config": _in_full(config)} if config else {})},
         "plan": {"name": plan.name, "description": plan.description, "remove": list(plan.remove)},
         "output": str((folder / "run").absolute()),
     }
-    if not run or cache is None:
+    if cache is None or not (cache / "recipe.yaml").is_file():
         stage = {"steps": 10_000, "batch_size": 64, "learning_rate": rate, "ema_decay": 0.999}
-        return {
-            **own,
-            "data": {"prompts": list(PROMPTS), "images_per_prompt": 16},
-            "stages": [stage],
-            "evaluation": {"prompts": list(PROMPTS)},
-        }
-    recipe = load_recipe(cache / "recipe.yaml").model_dump(mode="json", exclude_unset=True)
-    stages = [Stage.model_validate(stage).settings("plan") | {"learning_rate": rate} for stage in recipe["stages"]]
-    data = {key: _place(value) if key in ("source", "prompts") else value for key, value in recipe["data"].items()}
-    evaluation = recipe["evaluation"] | {"prompts": _place(recipe["evaluation"]["prompts"])}
-    own |= {"data": data, "stages": stages, "evaluation": evaluation, "cache": str(cache_folder(cache).absolute())}
-    return recipe | own
+        data = {"prompts": list(PROMPTS), "images_per_prompt": 16}
+        return {**own, "data": data, "stages": [stage], "evaluation": {"prompts": "everyday"}}
+    recipe = yaml.safe_load(recipe_yaml(load_recipe(cache / "recipe.yaml")))
+    for stage in recipe["stages"]:
+        stage.pop("plan", None)
+        stage["learning_rate"] = rate
+    return recipe | own | {"cache": str(cache_folder(cache).absolute())}
 
 
-def _place(value: Any) -> Any:
-    """A path that exists as an absolute one, which means the same wherever the recipe lies; anything else as it is."""
-    if isinstance(value, list):
-        return [_place(one) for one in value]
-    return os.path.abspath(value) if isinstance(value, str) and os.path.exists(value) else value
+def _in_full(source: str) -> str:
+    """A path as an absolute one, which means the same wherever the recipe lies; a hub id as it is."""
+    return str(Path(source).absolute()) if Path(source).exists() else source

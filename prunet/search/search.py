@@ -94,7 +94,7 @@ def find_plan(
         "presets": [_row(one) for one in presets],
         "frontier": [_row(one) for one in frontier],
         "remove": list(plan.remove),
-        "plan": derive(space.config, plan).facts(),
+        "plan": derive(space.config, plan).result().facts(),
     }
 
 

@@ -4,7 +4,7 @@ import importlib.metadata
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
@@ -16,6 +16,7 @@ from torch import nn
 from prunet.console import say
 from prunet.denoisers.architecture import config_of
 from prunet.denoisers.known import architecture_of
+from prunet.disk.values import Value
 from prunet.errors import UserError
 from prunet.intervals import Measure, bootstrap
 from prunet.plan.derived import derive
@@ -68,6 +69,35 @@ class Row:
     over_ms: dict[str, float]
 
 
+class BenchModel(Value):
+    """A model that was timed: its parameters, multiply-adds of a call by kind, and how it draws.
+
+    `rows`: inputs of the denoiser per picture, 2 with guidance.
+    """
+
+    parameters: int
+    macs: dict[str, int]
+    rows: int
+    steps: int
+    precision: str
+
+
+class Bench(Value):
+    """What `bench` found (`bench.json`). The baseline is the first of `models`, and its rows come first."""
+
+    device: str
+    size: int
+    repeats: int
+    models: dict[str, BenchModel]
+    rows: list[Row]
+    versions: dict[str, str]
+
+    @property
+    def baseline(self) -> str:
+        """The name of the first model."""
+        return next(iter(self.models))
+
+
 def open_pipelines(
     models: Sequence[str],
     plans: Sequence[str] = (),
@@ -112,13 +142,12 @@ def bench(
     steps: int = 25,
     repeats: int = 15,
     compiled: bool = False,
-) -> dict[str, Any]:
+) -> Bench:
     """Times the parts of stock pipelines in turn, each on its device and in its precision.
 
     The first pipeline is the baseline of the others. `size` in pixels: by default the one that the baseline was trained
     at. `drawn`: how to draw with each model; a model that it lacks draws as the baseline does, which draws by default
-    in `steps` guided steps. `compiled`: also times the denoisers under `torch.compile`. Returns plain JSON types: facts
-    of the run and of each model, and `rows` (`Row`), the baseline's first.
+    in `steps` guided steps. `compiled`: also times the denoisers under `torch.compile`.
     """
     first = next(iter(pipelines.values()))
     device = first.device
@@ -143,23 +172,23 @@ def bench(
         denoisers = {key: call for key, call in calls.items() if key[1] in ("eager", "compiled")}
         kinds = times_by_kind(denoisers, {key: statistics.median(times[key]) for key in denoisers}, device)
     weights = {name: sum(map(weights_mb, _modules(pipe))) for name, pipe in pipelines.items()}
-    return {
-        "device": device_name(device),
-        "size": size,
-        "repeats": min(map(len, times.values())),
-        "models": {
-            name: {
-                "parameters": size_of(config_of(pipe.unet)).parameters,
-                "macs": macs[name],
-                "rows": rows[name],
-                "steps": how[name].steps,
-                "precision": str(pipe.unet.dtype).removeprefix("torch."),
-            }
+    return Bench(
+        device=device_name(device),
+        size=size,
+        repeats=min(map(len, times.values())),
+        models={
+            name: BenchModel(
+                parameters=size_of(config_of(pipe.unet)).parameters,
+                macs=macs[name],
+                rows=rows[name],
+                steps=how[name].steps,
+                precision=str(pipe.unet.dtype).removeprefix("torch."),
+            )
             for name, pipe in pipelines.items()
         },
-        "rows": [asdict(row) for row in _rows(times, working, kinds, compile_s, macs, weights, how)],
-        "versions": {name: importlib.metadata.version(name) for name in ("prunet", "torch", "diffusers")},
-    }
+        rows=_rows(times, working, kinds, compile_s, macs, weights, how),
+        versions={name: importlib.metadata.version(name) for name in ("prunet", "torch", "diffusers")},
+    )
 
 
 def check_compiler(device: torch.device) -> None:

@@ -23,11 +23,13 @@ def load_unet(folder: Path, made_from: str | None = None) -> Net:
     Raises:
         UserError: it is missing, damaged, or made from something else than `made_from`.
     """
-    verify(folder, f"delete {folder} and run again", made_from)
+    fix = f"delete {folder} and run again"
+    verify(folder, fix, made_from)
+    config = read_json(folder / "config.json", fix)
     try:
-        return freeze(architecture_of(read_json(folder / "config.json")).load(folder))
+        return freeze(architecture_of(config).load(folder))
     except Exception as error:
-        raise UserError(f"{folder}: no whole denoiser there ({error}): delete the folder and run again") from error
+        raise UserError(f"{folder}: no whole denoiser there ({error}): {fix}") from error
 
 
 def write_unet(net: Net, folder: Path) -> None:

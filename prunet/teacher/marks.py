@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from prunet.errors import UserError
+from prunet.teacher.placing import open_file
 
 #: The fields of a mark: two of a scheduler's config, and whether the noise is EDM's.
 PREDICTION, ZERO_SNR, NOISE = "prediction_type", "rescale_betas_zero_snr", "noise"
@@ -59,13 +59,10 @@ def read_marks(path: str | Path) -> list[Mark]:
     """Reads all marks of a `.safetensors` file, from its header alone.
 
     Raises:
-        UserError: not a safetensors file.
+        UserError: not a safetensors file, or no permission to read it.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            names, metadata = set(file.keys()), file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be opened ({error}): pass a .safetensors file") from error
+    with open_file(path) as file:
+        names, metadata = set(file.keys()), file.metadata() or {}
     marks = [Mark(*TENSORS[name], f"its tensor {name}") for name in TENSORS if name in names]
     for key, values in (
         ("modelspec.prediction_type", None),

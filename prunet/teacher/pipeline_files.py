@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from prunet.denoisers.architecture import Architecture
 from prunet.denoisers.known import architecture_of
 from prunet.errors import UserError
-from prunet.teacher import placing, scheduler
+from prunet.teacher import hub, placing, scheduler
 from prunet.teacher.configs import check_config, read_object
 from prunet.teacher.known import LAYOUTS, layout_config
 from prunet.teacher.weight_files import WEIGHTS, find_weights
+from prunet.words import command
 
 if TYPE_CHECKING:  # imported when used: reading a config takes one second, importing diffusers several
     from diffusers import DDPMScheduler
@@ -59,6 +60,7 @@ class PipelineFiles:
         self._revision = revision
         self.file: Path | None = None  # the weights, if they are a single file
         self.hub: str | None = None  # the repository, if `_folder` is downloaded on demand
+        self.commit: str | None = None  # of `hub`, once something of it was downloaded
         self._folder: Path | None = None  # configs, tokenizers, scheduler; and the weights if not in `file`
         self._part = "unet"  # the denoiser's folder in `_folder`
         self._fingerprints: dict[str, str] = {}
@@ -98,8 +100,8 @@ class PipelineFiles:
     def _open_file(self, path: Path, config: str | Path | None) -> None:
         if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
             raise UserError(
-                f"{path} is a pickle, which can run code when it is opened; `prunet convert {path}` writes its tensors "
-                f"as {path.with_suffix('.safetensors').name} without running code"
+                f"{path} is a pickle, which can run code when it is opened; {command('convert', path)} writes its "
+                f"tensors as {path.with_suffix('.safetensors').name} without running code"
             )
         if path.suffix != ".safetensors":
             raise UserError(f"{path}: not a .safetensors file or a diffusers folder")
@@ -210,16 +212,10 @@ class PipelineFiles:
         Raises:
             UserError: not available.
         """
-        from huggingface_hub import snapshot_download
-
         assert self.hub is not None
-        try:
-            return Path(snapshot_download(self.hub, revision=self._revision, allow_patterns=list(patterns)))
-        except Exception as error:  # from the hub's client, its HTTP library or the disk
-            raise UserError(
-                f"{self.hub}: neither a folder here nor available from the hub ({type(error).__name__}); check the "
-                "name, the network, and `hf auth login` if it is gated"
-            ) from error
+        folder = hub.download(self.hub, self.commit or self._revision, patterns)
+        self.commit = folder.name  # all files are of one commit, though a branch may move on
+        return folder
 
     def part_config(self, part: str) -> dict[str, Any]:
         """Reads and checks the `config.json` (scheduler: `scheduler_config.json`) of a part."""

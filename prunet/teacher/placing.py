@@ -19,6 +19,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from prunet.disk.reading import check_permission
 from prunet.errors import UserError
 
 #: Parts of names that torch.compile, DataParallel, FSDP, activation checkpointing and PEFT add.
@@ -92,10 +93,11 @@ def open_file(path: str | Path) -> Any:
     """Opens a safetensors file and reads its header.
 
     Raises:
-        UserError: no such file, or damaged.
+        UserError: no such file, no permission, or damaged.
     """
     if not Path(path).is_file():
         raise UserError(f"{path} cannot be opened (no such file): pass a .safetensors file")
+    check_permission(Path(path))
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

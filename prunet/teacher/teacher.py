@@ -28,8 +28,12 @@ class Teacher(PipelineFiles):
     """A frozen Stable Diffusion pipeline.
 
     Args:
-        source, config, revision, only_form: see `PipelineFiles`.
-        device, dtype: device and precision of loaded parts.
+        source: a diffusers folder, a .safetensors file, a hub id, or the name of a layout.
+        config: for a single file: folder or hub id with its configs and tokenizers.
+        revision: branch, tag or commit of a hub id.
+        only_form: open a model that prunet can plan for but not train or draw with yet.
+        device: where loaded parts are.
+        dtype: their precision.
 
     Raises:
         UserError: nothing to open there, or nothing that prunet can compress.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from prunet.errors import UserError
 from prunet.teacher.configs import read_object
+from prunet.words import command
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model",
@@ -39,7 +40,7 @@ def find_weights(folder: Path, stem: str, source: str, part: str) -> list[Path]:
     pickles = sorted(folder.glob("*.bin"))
     advice = "; its .bin files are pickles: save the pipeline with safe_serialization" if pickles else ""
     if len(pickles) == 1:
-        advice = f"; {pickles[0].name} is a pickle: `prunet convert {pickles[0]} -o {target}`"
+        advice = f"; {pickles[0].name} is a pickle: {command('convert', pickles[0], '-o', target)}"
     raise UserError(f"{source}: no {part}/{target.name}{advice}")
 
 
@@ -47,7 +48,7 @@ def _check_pickles(folder: Path, stem: str, variant: Path, target: Path) -> None
     """Refuses pickles beside a variant's safetensors: stock diffusers would load them, and they may be different."""
     names = re.compile(rf"({stem}|pytorch_model)(-\d+-of-\d+)?\.bin")
     if found := next((path for path in sorted(folder.glob("*.bin")) if names.fullmatch(path.name)), None):
-        fix = f"`prunet convert {found} -o {target}`" if "-of-" not in found.name else "save it as safetensors"
+        fix = command("convert", found, "-o", target) if "-of-" not in found.name else "save it as safetensors"
         raise UserError(
             f"{found} is a pickle, which stock diffusers would load; prunet loads no pickles, and {variant.name} may "
             f"hold other weights: {fix}, or delete the pickle to use the variant"

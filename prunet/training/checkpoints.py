@@ -1,6 +1,5 @@
 """Checkpoints of a stage: written whole, the last few kept, and refused where they are of another stage."""
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from prunet.console import say
 from prunet.denoisers.architecture import Net
@@ -16,7 +16,7 @@ from prunet.disk.files import aside, new_folder, read_label, write_json
 from prunet.disk.seals import verify
 from prunet.errors import UserError
 from prunet.processes import is_main
-from prunet.recipe.stage import Stage
+from prunet.recipe.training import Training
 from prunet.training.fsdp import local, piece, whole
 
 #: What may be changed between two parts of one stage: how fast it goes and how far, not what is learned.
@@ -33,7 +33,7 @@ class Saving:
 
 @dataclass
 class State:
-    """What a checkpoint keeps: the student, its optimizer, its average, and the loss scaler of fp16."""
+    """What a checkpoint keeps: what is trained of the student, its optimizer, its average, fp16's loss scaler."""
 
     student: Net
     optimizer: Any
@@ -41,12 +41,17 @@ class State:
     scaler: Any
 
 
+def trained_parameters(student: Net) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name."""
+    return {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a stage, oldest first."""
     return sorted((folder / "checkpoints").glob("step-*"))
 
 
-def save(now: State, folder: Path, step: int, stage: Stage, keep: int, unlogged: dict[str, Any]) -> None:
+def save(now: State, folder: Path, step: int, stage: Training, keep: int, unlogged: dict[str, Any]) -> None:
     """Writes the state after `step` steps aside, renames it, and drops all but the last `keep`.
 
     `unlogged`: what the losses add up to since the last row of the log.
@@ -54,8 +59,8 @@ def save(now: State, folder: Path, step: int, stage: Stage, keep: int, unlogged:
     All processes come here, because each may hold a piece of the state; the main one writes. So a checkpoint does not
     show how many there were.
     """
-    state = {k: _in_full(v.detach()) for k, v in now.student.state_dict().items()}
-    named = dict(now.student.named_parameters())
+    named = trained_parameters(now.student)
+    state = {name: _in_full(parameter.detach()) for name, parameter in named.items()}
     shadows = zip(named.items(), now.ema.shadow_params, strict=True) if now.ema else ()
     average = {name: _in_full(shadow, like=parameter) for (name, parameter), shadow in shadows}
     moments = _mapped(now.optimizer.state_dict(), lambda value, _: _in_full(value), now.student)
@@ -71,7 +76,7 @@ def save(now: State, folder: Path, step: int, stage: Stage, keep: int, unlogged:
         write_json(part / "state.json", label)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(aside(old), ignore_errors=True)
-        os.replace(old, aside(old))  # or a kill would leave half of it under its name
+        old.replace(aside(old))  # or a kill would leave half of it under its name
     for left in (folder / "checkpoints").glob(".step-*.part"):
         shutil.rmtree(left)
 
@@ -88,7 +93,7 @@ def _in_full(value: Any, like: torch.Tensor | None = None) -> Any:
 
 def _mapped(state: dict[str, Any], change: Any, student: Net) -> dict[str, Any]:
     """An optimizer's state with each of its values (moments, counts) and the parameter that it belongs to changed."""
-    parameters = list(student.parameters())
+    parameters = list(trained_parameters(student).values())
     moments = {
         number: {key: change(value, parameters[number]) for key, value in values.items()}
         for number, values in state["state"].items()
@@ -96,7 +101,7 @@ def _mapped(state: dict[str, Any], change: Any, student: Net) -> dict[str, Any]:
     return {**state, "state": moments}
 
 
-def check_stage(folder: Path, stage: Stage) -> tuple[dict[str, Any], list[str]]:
+def check_stage(folder: Path, stage: Training) -> tuple[dict[str, Any], list[str]]:
     """The state of the last checkpoint (`step`, `stage`, `scaler`, `unlogged`; nothing where there is none), and which
     settings of the stage have changed since.
 
@@ -130,7 +135,7 @@ def _before(saved: list[Path]) -> str:
     return f"delete it to resume from {saved[-2]}" if len(saved) > 1 else "delete it to begin again"
 
 
-def resume(into: State, folder: Path, stage: Stage) -> tuple[int, dict[str, Any] | None]:
+def resume(into: State, folder: Path, stage: Training) -> tuple[int, dict[str, Any] | None]:
     """Puts the last checkpoint's state in place and returns its step (0 where there is none) and what is `unlogged`."""
     saved = checkpoints(folder)
     if not saved:
@@ -140,9 +145,11 @@ def resume(into: State, folder: Path, stage: Stage) -> tuple[int, dict[str, Any]
     state, changed = check_stage(folder, stage)
     now = stage.settings()
     try:
-        named = dict(into.student.named_parameters())
+        named = trained_parameters(into.student)
         weights = load_file(saved[-1] / "student.safetensors")
-        into.student.load_state_dict({k: piece(v, named.get(k, v)) for k, v in weights.items()})
+        if other := weights.keys() ^ named.keys():
+            raise KeyError(min(other))
+        into.student.load_state_dict({name: piece(weights[name], p) for name, p in named.items()}, strict=False)
         moments = torch.load(saved[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
         into.optimizer.load_state_dict(_mapped(moments, piece, into.student))
         if into.ema:

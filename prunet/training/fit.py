@@ -13,8 +13,9 @@ from prunet.denoisers.architecture import Architecture, config_text
 from prunet.denoisers.known import architecture_of
 from prunet.errors import UserError
 from prunet.plan.size import size_of
-from prunet.recipe.stage import Stage
+from prunet.recipe.training import Training
 from prunet.runtime import Runtime
+from prunet.training.lora import trained_count
 
 
 @lru_cache(maxsize=32)
@@ -45,32 +46,33 @@ def training_memory(
     student: Mapping[str, Any],
     latent_size: tuple[int, int],
     micro_batch: int,
-    stage: Stage,
+    stage: Training,
     runtime: Runtime,
 ) -> dict[str, int]:
     """Bytes that distillation needs on the device, by part: an estimate from shapes.
 
-    The student is kept in fp32 with gradients and AdamW's two moments; the teacher in the runtime's precision. In half
-    precision a step's activations hold the student's weights in half precision as well. `activations` are counted as if
-    all of them lived at once; `prunet.training.memory.step_memory` goes through the step, which takes seconds.
+    The student is kept in fp32, and what is trained of it has gradients and AdamW's two moments; the teacher is in the
+    runtime's precision. In half precision a step's activations hold the student's weights in half precision as well.
+    `activations` are counted as if all of them lived at once; `prunet.training.memory.step_memory` goes through the
+    step, which takes seconds.
     """
-    t, s = size_of(teacher).parameters, size_of(student).parameters
+    t, s, trained = size_of(teacher).parameters, size_of(student).parameters, trained_count(student, stage.rank)
     half, shards = runtime.mixed_precision != "no", processes.count() if runtime.fsdp else 1
     weight = 1 if runtime.teacher_8bit or runtime.teacher_fp8 else 2 if half else 4
-    elements = activation_elements(student, latent_size) * micro_batch
+    elements = activation_elements(student, latent_size) * micro_batch * stage.rows
     kept = 0.3 if runtime.gradient_checkpointing else 1.0
     return {
         "teacher": t * weight if stage.teacher_calls else 0,
         "student": s * 4 // shards,
-        "gradients": s * 4 // shards,
-        "optimizer": s * (2 if runtime.use_8bit_adam else 8) // shards,
-        "ema": s * 4 // shards if stage.ema_decay is not None and not runtime.offload_ema else 0,
+        "gradients": trained * 4 // shards,
+        "optimizer": trained * (2 if runtime.use_8bit_adam else 8) // shards,
+        "ema": trained * 4 // shards if stage.ema_decay is not None and not runtime.offload_ema else 0,
         "activations": int(elements * (2 if half else 4) * kept) + (s * 2 if half else 0),
     }
 
 
 def micro_batch_of(
-    stage: Stage,
+    stage: Training,
     runtime: Runtime,
     teacher_config: Mapping[str, Any],
     student_config: Mapping[str, Any],

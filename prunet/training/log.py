@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from prunet.disk.files import clear_errors, new_file
+from prunet.disk.reading import check_permission
 from prunet.errors import UserError
 
 
@@ -33,9 +34,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The rows of a `log.jsonl`; a last line that a kill cut in two is left out.
 
     Raises:
-        UserError: another line is damaged.
+        UserError: another line is damaged, or no permission to read it.
     """
     rows: list[dict[str, Any]] = []
+    check_permission(path)
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:

@@ -12,6 +12,7 @@ from prunet.denoisers.architecture import Net, config_of
 from prunet.denoisers.pairs import Pair
 from prunet.errors import UserError
 from prunet.recipe.stage import Stage
+from prunet.recipe.training import Training
 from prunet.runtime import Runtime
 from prunet.teacher.teacher import Teacher
 from prunet.training.checkpoints import Saving, checkpoints
@@ -28,7 +29,7 @@ from prunet.training.stopping import stops_after_step
 from prunet.training.sums import Sums
 
 
-def learning_rate_at(stage: Stage, step: int) -> float:
+def learning_rate_at(stage: Training, step: int) -> float:
     """Linear warm-up, then constant or a half cosine to 0."""
     if step < stage.warmup_steps:
         return stage.learning_rate * (step + 1) / stage.warmup_steps
@@ -67,6 +68,7 @@ def distil(
     )
     cache.check(teacher)
     objective, samples = _objective(teacher, student, pairs, cache, stage, seed)
+    student.requires_grad_(True)
     return train(objective, student, samples, micro_batch, Path(folder), runtime=runtime, **how)
 
 
@@ -93,7 +95,8 @@ def train(
     sheets: Sheets | None = None,
     saving: Saving | None = None,
 ) -> Net:
-    """Trains `student` for the stage of `samples`; returns it with its EMA weights (if the stage has an EMA).
+    """Trains those weights of `student` that require a gradient, for the stage of `samples`; returns it with its EMA
+    weights (if the stage has an EMA).
 
     Resumes from the last checkpoint in `folder` if there is one; on one CPU the result is bit-equal to that of a run
     that was never stopped. Writes `checkpoints/`, `log.jsonl` and `sheets/`.
@@ -115,7 +118,7 @@ def train(
     sums = Sums([*objective.names, "grad_norm"], device, session.unlogged)
 
     with (
-        progress("Distilling", stage.steps) as bar,
+        progress("Training", stage.steps) as bar,
         session.running(objective.nets),
         objective.running(),
         stops_after_step() as stop,

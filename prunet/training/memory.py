@@ -56,11 +56,12 @@ def step_memory(
     micro_batch: int,
     accumulate: int,
     runtime: Runtime,
+    rank: int | None = None,
 ) -> int:
     """Bytes that a step needs at its worst moment beside weights, gradients and moments: activations, features,
     weights cast to half precision, temporary results.
     """
-    setting: dict[str, Any] = {"latent_size": latent_size, "micro_batch": micro_batch}
+    setting: dict[str, Any] = {"shape": (micro_batch, *latent_size), "rank": rank}
     setting |= {"gradient_checkpointing": runtime.gradient_checkpointing}
     device, half = runtime.torch_device, runtime.mixed_precision != "no"
     dtype = torch.bfloat16 if half else torch.float32
@@ -72,5 +73,5 @@ def step_memory(
     ):
         for _ in range(min(accumulate, 2)):  # the second one meets the gradients of the first
             loss().backward()
-        gradients = sum(p.numel() * p.element_size() for p in student.parameters())
+        gradients = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
     return max(0, int(living.most - gradients))

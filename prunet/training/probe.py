@@ -5,12 +5,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunet.denoisers.architecture import Net
 from prunet.denoisers.known import architecture_of
 from prunet.denoisers.pairs import Pair
 from prunet.denoisers.taps import tap
+from prunet.training.lora import is_target
 from prunet.training.losses import feature_losses, mse
 
 
@@ -20,26 +21,32 @@ def probe(
     student_config: Mapping[str, Any],
     pairs: Sequence[Pair],
     *,
-    latent_size: tuple[int, int],
-    micro_batch: int,
+    shape: tuple[int, int, int],
     dtype: torch.dtype,
     gradient_checkpointing: bool,
+    rank: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Net, Net, Callable[..., Tensor]]]:
     """Teacher in `dtype`, student in fp32, and a function: the loss () of one micro-batch, the student by autocast. It
     takes how often the teacher is called, once if it is not said.
+
+    Args:
+        shape: number of samples, height and width of their latents.
+        rank: of the LoRA that is trained instead of the student's weights.
     """
     device, half = torch.device(device), dtype != torch.float32
     architecture = architecture_of(teacher_config)
     with device:
         student = architecture.make(student_config).train()
+        if rank:
+            _add_lora(student, rank)
         with _default_dtype(dtype):
             teacher = architecture.make(teacher_config).eval().requires_grad_(False)
     if gradient_checkpointing:
         student.enable_gradient_checkpointing()
 
     def inputs(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-        return architecture.example_inputs(config, micro_batch, latent_size=latent_size, device=device, dtype=dtype)
+        return architecture.example_inputs(config, shape[0], latent_size=shape[1:], device=device, dtype=dtype)
 
     with (
         tap([student.get_submodule(pair.student) for pair in pairs]) as ours,
@@ -68,3 +75,25 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def _add_lora(net: Net, rank: int) -> None:
+    """What `prunet.training.lora.add_lora` does, as far as memory and time go: peft cannot work on tensors that have no
+    contents, with which the memory is counted.
+    """
+    net.requires_grad_(False)
+    for name, layer in [(name, module) for name, module in net.named_modules() if is_target(name)]:
+        parent, _, last = name.rpartition(".")
+        setattr(net.get_submodule(parent), last, _WithLora(layer, rank))
+
+
+class _WithLora(nn.Module):
+    def __init__(self, layer: Any, rank: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = nn.Linear(layer.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, layer.out_features, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        out: Tensor = self.layer(features) + self.up(self.down(features))
+        return out

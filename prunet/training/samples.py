@@ -13,6 +13,7 @@ from prunet.denoisers.condition import Condition
 from prunet.errors import UserError
 from prunet.hashing import seed_of
 from prunet.recipe.stage import Stage
+from prunet.recipe.training import Training
 from prunet.teacher.process import DDPM
 
 
@@ -23,7 +24,7 @@ class Samples(Dataset[dict[str, Any]]):
     state. An item: `latents` and `noise` (C, h, w), `timestep` (), `condition`.
     """
 
-    def __init__(self, cache: Cache, stage: Stage, seed: int, process: DDPM) -> None:
+    def __init__(self, cache: Cache, stage: Training, seed: int, process: DDPM) -> None:
         self.cache, self.stage, self.seed, self.process = cache, stage, seed, process
         self.unconditional = cache.unconditional
 
@@ -52,10 +53,23 @@ class Samples(Dataset[dict[str, Any]]):
         return group[int(_permutation(self.seed, turn, len(group))[place])]
 
 
+class SubjectSamples(Samples):
+    """The same for a subject, with a sample of its class beside each of it (`class_latents`, `class_noise`, ...)."""
+
+    def __init__(self, cache: Cache, classes: Cache, stage: Training, seed: int, process: DDPM) -> None:
+        super().__init__(cache, stage, seed, process)
+        self._classes = Samples(classes, stage, seed_of(seed, "class"), process)
+
+    def __getitem__(self, at: tuple[int, int]) -> dict[str, Any]:
+        return super().__getitem__(at) | {f"class_{name}": value for name, value in self._classes[at].items()}
+
+
 class PathSamples(Samples):
     """The same for a cache of paths. An item: `noisy` and `landed` (C, h, w), where a jump begins and ends, at
     `timestep` and `after` (), `condition`.
     """
+
+    stage: Stage
 
     def __getitem__(self, at: tuple[int, int]) -> dict[str, Any]:
         step, position = at

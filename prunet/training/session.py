@@ -15,22 +15,24 @@ from torch import Tensor
 
 from prunet.denoisers.architecture import Net, config_of
 from prunet.denoisers.known import architecture_of
-from prunet.recipe.stage import Stage
+from prunet.recipe.training import Training
 from prunet.runtime import Runtime
 from prunet.training.allocator import kept_memory
-from prunet.training.checkpoints import State, resume, save
+from prunet.training.checkpoints import State, resume, save, trained_parameters
 from prunet.training.fsdp import local, shard, unsharded, whole
 from prunet.training.gpu import compiled_blocks, set_memory_format
 
 
 class Session:
-    """Puts `student` on the device and resumes from the last checkpoint in `folder`, if there is one (`start`).
+    """Puts `student` on the device, and resumes from the last checkpoint in `folder`, if there is one (`start`).
+
+    Trained are those of its weights that require a gradient.
 
     Raises:
         UserError: that checkpoint is of another stage, or damaged.
     """
 
-    def __init__(self, student: Net, stage: Stage, folder: Path, runtime: Runtime) -> None:
+    def __init__(self, student: Net, stage: Training, folder: Path, runtime: Runtime) -> None:
         AcceleratorState._reset_state()  # accelerate keeps the first precision of a process; ours may change
         self.accelerator = Accelerator(
             mixed_precision=runtime.mixed_precision,
@@ -41,13 +43,14 @@ class Session:
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         self.device, self.runtime, self.stage, self.folder = self.accelerator.device, runtime, stage, folder
-        self.student = student.to(self.device).train().requires_grad_(True)
+        self.student = student.to(self.device).train()
         if runtime.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         if runtime.fsdp:
             shard(student, self.device)
-        self._held = [local(parameter) for parameter in student.parameters()]
-        optimizer = _adamw(runtime)(student.parameters(), lr=stage.learning_rate, weight_decay=stage.weight_decay)
+        trained = list(trained_parameters(student).values())
+        self._held = [local(parameter) for parameter in trained]
+        optimizer = _adamw(runtime)(trained, lr=stage.learning_rate, weight_decay=stage.weight_decay)
         self._ema = EMAModel(self._held, decay=stage.ema_decay, foreach=True) if stage.ema_decay else None
         self._state = State(student, optimizer, self._ema, self.accelerator.scaler)
         #: The steps that are done, and what they add up to since the last row of the log, if that is kept.

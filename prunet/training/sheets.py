@@ -14,7 +14,6 @@ from prunet.denoisers.architecture import Net
 from prunet.disk.files import new_file
 from prunet.recipe.values import Drawing
 from prunet.sampling.draw import draw
-from prunet.sampling.samplers import set_sampler
 from prunet.teacher.teacher import Teacher
 
 GAP, CAPTION, LABEL = 6, 34, 92
@@ -54,6 +53,7 @@ class Sheets:
     size: int
     drawing: Drawing = field(default_factory=Drawing)
     students: Drawing | None = None  # how the student is drawn, if not as the teacher
+    labels: tuple[str, str] = ("teacher", "student")
     _teacher_row: list[Image.Image] = field(default_factory=list)
 
     def draw(self, step: int, student: Net) -> None:
@@ -67,20 +67,11 @@ class Sheets:
         row = self._row(student, self.students or self.drawing)
         if not processes.is_main():
             return
-        sheet = grid([self._teacher_row, row], ["teacher", f"student, step {step}"], self.prompts)
+        sheet = grid([self._teacher_row, row], [self.labels[0], f"{self.labels[1]}, step {step}"], self.prompts)
         with new_file(self.folder / f"step-{step:07d}.png") as part:
             sheet.save(part, format="PNG")
 
     @torch.no_grad()
     def _row(self, unet: Any, how: Drawing) -> list[Image.Image]:
-        pipe = set_sampler(self.teacher.pipeline(unet=unet), how.sampler)
         seeds = [self.seed + i for i in range(len(self.prompts))]
-        return draw(
-            pipe,
-            self.prompts,
-            seeds,
-            steps=how.steps,
-            guidance_scale=how.guidance_scale,
-            size=self.size,
-            batch_size=8,
-        )
+        return list(draw(self.teacher.pipeline(unet=unet), self.prompts, seeds, how, size=self.size, batch_size=8))

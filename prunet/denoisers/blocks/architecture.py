@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 
 import diffusers
 import torch
+from typing_extensions import override
 
 from prunet.denoisers.architecture import Architecture, Config, Net
 from prunet.denoisers.blocks.compatibility import loads_in, works_with
@@ -21,6 +22,7 @@ DEEPEST = 200
 
 
 def nothing(config: Config, count: int) -> Iterable[int]:
+    """Returns no block: all of them may go."""
     return ()
 
 
@@ -58,10 +60,12 @@ class Blocks(Architecture):
         self._size, self._packs, self._numbers, self._stays = size, packs, numbers, stays
         self.parts_help = f"blocks of {', '.join(name for names in lists.values() for name in names)}{why}"
 
+    @override
     @property
     def blocks(self) -> tuple[str, ...]:
         return tuple(getattr(diffusers, self.class_name)._no_split_modules)
 
+    @override
     def make(self, config: Config) -> Net:
         for field in self._lists:
             if not 1 <= config.get(field, 1) <= DEEPEST:
@@ -80,6 +84,7 @@ class Blocks(Architecture):
         net = self.skeleton(config)
         return {name: len(getattr(net, name)) for names in self.lists(config).values() for name in names}
 
+    @override
     def parts(self, config: Config) -> list[str]:
         counts = self.counts(config)
         first = next(iter(counts))
@@ -87,10 +92,12 @@ class Blocks(Architecture):
         names = (f"{name}.{number}" for name, count in counts.items() for number in range(count))
         return [name for name in names if name not in stay]
 
+    @override
     def outline(self, config: Config) -> str:
         counts = self.counts(config).items()
         return f"{self.class_name}, whose blocks are " + ", ".join(f"{n}.0 to .{count - 1}" for n, count in counts)
 
+    @override
     def form(self, config: Config, removed: Mapping[str, str]) -> Form:
         kept = kept_blocks(self.lists(config), self.counts(config), removed)
         student = {**config, "_class_name": self.class_name}
@@ -102,28 +109,35 @@ class Blocks(Architecture):
         mapping = {f"{name}.{i}": f"{name}.{number}" for name, ids in kept.items() for i, number in enumerate(ids)}
         return Form(student, mapping, weight_map(self.skeleton(config), self.skeleton(student), mapping, removed), ())
 
+    @override
     def pairs(self, teacher: Config, form: Form, level: Level) -> tuple[Pair, ...]:
         return tuple(Pair(ours, theirs) for ours, theirs in form.module_map.items())
 
+    @override
     def loads_in(self, config: Config) -> dict[str, str]:
         return loads_in(self.skeleton(config))
 
+    @override
     def works_with(self, teacher: Config, form: Form) -> dict[str, str]:
         return works_with(self.skeleton(teacher), form.module_map)
 
+    @override
     def diagram(self, config: Config, gone: Iterable[str]) -> Diagram:
         return lists_diagram(self.skeleton(config), self.counts(config), gone)
 
+    @override
     def native_latent_size(self, config: Config) -> tuple[int, int]:
         side = self.skeleton(config).config.get("sample_size")
         return (side, side) if side else self._size
 
+    @override
     def side_step(self, config: Config) -> int:
         if self._packs is not None:
             return self._packs
         patch = self.skeleton(config).config["patch_size"]
         return int(patch[-1] if isinstance(patch, list | tuple) else patch)
 
+    @override
     def example_inputs(
         self,
         config: Config,
@@ -136,5 +150,6 @@ class Blocks(Architecture):
         shape = Shape(batch_size, *(latent_size or self.native_latent_size(config)), device, dtype)
         return self._inputs(self.skeleton(config).config, shape)
 
+    @override
     def call(self, *_: Any) -> NoReturn:
         raise UserError(f"{self.class_name}: prunet knows its form alone, and cannot draw or train with it yet")

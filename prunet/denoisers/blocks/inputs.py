@@ -47,6 +47,7 @@ def _guidance(config: Any, shape: Shape) -> dict[str, Any]:
 
 
 def flux(config: Any, shape: Shape) -> dict[str, Any]:
+    """Returns inputs of Flux."""
     axes = len(config.axes_dims_rope)
     pooled = {"pooled_projections": shape.zeros(config.pooled_projection_dim)} if axes == 3 else {}
     return {
@@ -61,6 +62,7 @@ def flux(config: Any, shape: Shape) -> dict[str, Any]:
 
 
 def qwen_image(config: Any, shape: Shape) -> dict[str, Any]:
+    """Returns inputs of Qwen-Image."""
     return {
         "hidden_states": shape.zeros(shape.packed, config.in_channels),
         "encoder_hidden_states": shape.zeros(512, config.joint_attention_dim),
@@ -71,6 +73,7 @@ def qwen_image(config: Any, shape: Shape) -> dict[str, Any]:
 
 
 def sd3(config: Any, shape: Shape) -> dict[str, Any]:
+    """Returns inputs of Stable Diffusion 3."""
     return {
         "hidden_states": shape.zeros(config.in_channels, shape.height, shape.width),
         "encoder_hidden_states": shape.zeros(333, config.joint_attention_dim),  # 77 of CLIP, 256 of T5
@@ -80,6 +83,7 @@ def sd3(config: Any, shape: Shape) -> dict[str, Any]:
 
 
 def sana(config: Any, shape: Shape) -> dict[str, Any]:
+    """Returns inputs of Sana."""
     return {
         "hidden_states": shape.zeros(config.in_channels, shape.height, shape.width),
         "encoder_hidden_states": shape.zeros(300, config.caption_channels),
@@ -89,6 +93,7 @@ def sana(config: Any, shape: Shape) -> dict[str, Any]:
 
 
 def pixart(config: Any, shape: Shape) -> dict[str, Any]:
+    """Returns inputs of PixArt."""
     return {
         "hidden_states": shape.zeros(config.in_channels, shape.height, shape.width),
         "encoder_hidden_states": shape.zeros(300, config.caption_channels),
@@ -98,6 +103,7 @@ def pixart(config: Any, shape: Shape) -> dict[str, Any]:
 
 
 def z_image(config: Any, shape: Shape) -> dict[str, Any]:
+    """Returns inputs of Z-Image."""
     return {
         "x": list(shape.zeros(config.in_channels, 1, shape.height, shape.width)),
         "t": shape.zeros(),
@@ -106,6 +112,7 @@ def z_image(config: Any, shape: Shape) -> dict[str, Any]:
 
 
 def lumina2(config: Any, shape: Shape) -> dict[str, Any]:
+    """Returns inputs of Lumina 2."""
     mask = torch.ones(shape.batch, 256, device=shape.device, dtype=torch.bool)
     if mask.is_meta:  # the model reads the number of tokens from it, which a tensor without contents cannot tell
         mask.sum = lambda dim: torch.full((shape.batch,), 256)  # type: ignore[method-assign, assignment]
@@ -118,6 +125,7 @@ def lumina2(config: Any, shape: Shape) -> dict[str, Any]:
 
 
 def auraflow(config: Any, shape: Shape) -> dict[str, Any]:
+    """Returns inputs of AuraFlow."""
     return {
         "hidden_states": shape.zeros(config.in_channels, shape.height, shape.width),
         "encoder_hidden_states": shape.zeros(256, config.joint_attention_dim),
@@ -126,6 +134,7 @@ def auraflow(config: Any, shape: Shape) -> dict[str, Any]:
 
 
 def cogview4(config: Any, shape: Shape) -> dict[str, Any]:
+    """Returns inputs of CogView4."""
     return {
         "hidden_states": shape.zeros(config.in_channels, shape.height, shape.width),
         "encoder_hidden_states": shape.zeros(1024, config.text_embed_dim),
@@ -137,6 +146,7 @@ def cogview4(config: Any, shape: Shape) -> dict[str, Any]:
 
 
 def wan(config: Any, shape: Shape) -> dict[str, Any]:
+    """Returns inputs of Wan."""
     inputs = {
         "hidden_states": shape.zeros(config.in_channels, WAN_FRAMES, shape.height, shape.width),
         "encoder_hidden_states": shape.zeros(512, config.text_dim),

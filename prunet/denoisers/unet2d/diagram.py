@@ -29,9 +29,11 @@ def _section(name: str, net: Any, gone: set[str]) -> Section:
         if j < len(attentions) and attentions[j] is not None:
             layer.append(_part("attention", f"{name}.attentions.{j}", attentions[j], gone))
         layers.append(tuple(layer))
-    for kind in ("downsampler", "upsampler"):
-        if getattr(block, f"{kind}s", None) is not None:
-            layers.append((_part(kind, f"{name}.{kind}s.0", getattr(block, f"{kind}s"), gone),))
+    layers += [
+        (_part(kind, f"{name}.{kind}s.0", getattr(block, f"{kind}s"), gone),)
+        for kind in ("downsampler", "upsampler")
+        if getattr(block, f"{kind}s", None) is not None
+    ]
     sizes = {n: p.numel() for n, p in block.named_parameters(prefix=name)}
     kept = sum(size for n, size in sizes.items() if not is_within(n, gone))
     return Section(name, is_within(name, gone), tuple(layers), sum(sizes.values()), kept)

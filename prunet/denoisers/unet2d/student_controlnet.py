@@ -22,12 +22,14 @@ class StudentControlNet(ControlNetModel):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> "StudentControlNet":
+        """Loads the ControlNet, and which of its residuals stay."""
         net = super().from_pretrained(folder, **options)
         said = json.loads((Path(folder) / "adapted.json").read_text(encoding="utf-8"))
         net.residuals, net.mid_residual = said["residuals"], said["mid_residual"]
         return net  # type: ignore[no-any-return]
 
     def forward(self, *args: Any, return_dict: bool = True, **options: Any) -> Any:
+        """Returns the residuals that the student has places for."""
         down, mid = super().forward(*args, return_dict=False, **options)
         down = tuple(down[place] for place in self.residuals)
         if not self.mid_residual:  # diffusers adds one in any case

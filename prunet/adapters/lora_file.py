@@ -1,0 +1,54 @@
+"""Writes a LoRA as stock `load_lora_weights`, ComfyUI and the WebUIs read it, and checks that diffusers does."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prunet.console import quiet_libraries
+from prunet.denoisers.architecture import Net, config_of
+from prunet.denoisers.known import architecture_of
+
+Layers = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def write_lora(layers: Layers, path: Path, part: str, metadata: Mapping[str, str]) -> None:
+    """Writes a LoRA with kohya's names, the one format that all programs read.
+
+    Args:
+        layers: layer of the denoiser -> its matrices down (rank, in) and up (out, rank), whose product is added.
+        part: the denoiser's name in its pipeline (`unet`).
+    """
+    tensors: dict[str, Tensor] = {}
+    for layer, (down, up) in layers.items():
+        name = f"lora_{part}_{layer.replace('.', '_')}"
+        # Alpha is the rank: the product is not scaled.
+        alpha = torch.tensor(float(len(down)))
+        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata={"format": "pt", **metadata})
+
+
+@quiet_libraries()
+def check_lora(pipe: Any, net: Net, path: Path) -> None:
+    """Loads the LoRA in a file into the stock pipeline `pipe` and compares what its denoiser computes with `net`, which
+    has the LoRA as it was trained.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    pipe.load_lora_weights(str(path.parent), weight_name=path.name)
+    config = config_of(net)
+    architecture = architecture_of(config)
+    side = architecture.side_step(config)
+    inputs = architecture.example_inputs(config, latent_size=(side, side))
+    generator = torch.Generator().manual_seed(0)
+    for name, value in inputs.items():
+        if torch.is_tensor(value) and value.is_floating_point():
+            inputs[name] = torch.randn(value.shape, generator=generator)
+    with torch.no_grad():
+        again, ours = pipe.unet(**inputs).sample, net(**inputs).sample
+    if not torch.allclose(again, ours, rtol=1e-3, atol=1e-4 * float(ours.abs().max())):
+        raise RuntimeError(f"{path}: the LoRA that diffusers loaded computes something else")

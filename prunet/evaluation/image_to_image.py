@@ -1,0 +1,64 @@
+"""How near students are to their teacher where both start from the same picture.
+
+The pictures are the teacher's own, of evaluation prompts: they exist, whatever a student was trained on. Each is
+drawn anew by the prompt after its own, so that there is something to change.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from PIL import Image
+
+from prunet import processes
+from prunet.console import say
+from prunet.denoisers.architecture import Net
+from prunet.evaluation.drawing import BATCH, picture_rmse
+from prunet.evaluation.results import ImageToImage, PictureDistance
+from prunet.intervals import mean_of
+from prunet.recipe.values import Drawing
+from prunet.sampling.draw import draw
+from prunet.sampling.start import STRENGTH, start_from
+from prunet.teacher.teacher import Teacher
+
+Pictures = dict[str, list[Image.Image]]
+
+
+def image_to_image(
+    teacher: Teacher,
+    nets: Mapping[str, Net],
+    hows: Mapping[str, Drawing],
+    prompts: Sequence[str],
+    pictures: Sequence[Image.Image],
+    *,
+    size: int,
+    seed: int,
+) -> tuple[ImageToImage, Pictures] | None:
+    """Draws from each of the teacher's `pictures` by each net, and compares those of the students with the teacher's.
+
+    `nets`: `teacher` and students by name; `hows`: how each draws. `prompts`: of the evaluation; the first ones are of
+    `pictures`. `seed`: of the evaluation, whose noise is not used again. None if one draws in so few steps that nothing
+    would be drawn, or there are no pictures.
+    """
+    fewest = min(how.steps for how in hows.values())
+    if not pictures:
+        return None
+    if not int(fewest * STRENGTH):
+        say(f"  image to image is not measured: strength {STRENGTH} of {fewest} step is none")
+        return None
+    wanted = [prompts[(i + 1) % len(prompts)] for i in range(len(pictures))]
+    first = seed + len(prompts)
+
+    def drawn(name: str) -> list[Image.Image]:
+        seeds = [first + i for i in range(len(wanted))]
+        pipe = teacher.pipeline(unet=nets[name])
+        return list(draw(pipe, wanted, seeds, hows[name], batch_size=BATCH, start=start))
+
+    start = start_from(teacher, pictures, size=size, steps=hows["teacher"].steps, strength=STRENGTH)
+    out = processes.from_main(lambda: {name: drawn(name) for name in nets})
+    distance = {name: _distance(out[name], out["teacher"]) for name in nets if name != "teacher"}
+    return ImageToImage(strength=STRENGTH, seed=first, prompts=wanted, distance=distance), out
+
+
+def _distance(ours: Sequence[Image.Image], theirs: Sequence[Image.Image]) -> PictureDistance:
+    by_picture = [picture_rmse(a, b) for a, b in zip(ours, theirs, strict=True)]
+    mean = mean_of(by_picture)
+    return PictureDistance(picture=mean.value, by_picture=by_picture, interval=(mean.low, mean.high))

@@ -1,0 +1,144 @@
+"""Models that draw side by side: opened, given a LoRA, timed."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from PIL import Image
+
+from prunet.adapters.adapt import adapt, carry
+from prunet.errors import UserError, one_line
+from prunet.plan.derived import derive
+from prunet.plan.plan import Plan
+from prunet.recipe.recipe import load_recipe
+from prunet.recipe.values import Drawing
+from prunet.sampling.draw import draw, open_model
+from prunet.sampling.made_for import drawing_of
+from prunet.sampling.start import start_from
+from prunet.speed.clock import weights_mb, working_mb
+from prunet.teacher.space import check_size
+from prunet.teacher.teacher import Teacher
+from prunet.words import names_of
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What all models draw. `drawing`: for those that were made for nothing else. `lora`: a LoRA of the teacher."""
+
+    prompt: str
+    seed: int
+    size: int
+    drawing: Drawing
+    image: Image.Image | None = None
+    strength: float | None = None
+    lora: Path | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture, and what it took: seconds, and the peak memory in MiB with the weights (None if unknown)."""
+
+    picture: Image.Image
+    seconds: float
+    peak_memory_mb: float | None
+    drawing: Drawing
+
+
+@dataclass
+class Player:
+    """A model with its name on the page. `run`: the run whose student it is, if it is one."""
+
+    name: str
+    opened: Teacher
+    run: Path | None = None
+    _lora: Path | None = field(default=None, init=False)
+
+    @cached_property
+    def pipe(self) -> Any:
+        """The stock pipeline; a LoRA stays loaded in it until another is asked for."""
+        return self.opened.pipeline()
+
+    def draw(self, asked: Asked) -> Drawn:
+        """Draws the picture.
+
+        Raises:
+            UserError: something that was asked for does not fit this model.
+        """
+        self.opened.check_prompts([asked.prompt])
+        how = drawing_of(self.opened, asked.drawing)
+        self._use(asked.lora)
+        start = None
+        if asked.image is not None:
+            start = start_from(self.opened, [asked.image], size=asked.size, steps=how.steps, strength=asked.strength)
+        seconds = 0.0
+        out: list[Image.Image] = []
+
+        def call() -> None:
+            nonlocal seconds
+            began = time.perf_counter()
+            out.extend(draw(self.pipe, [asked.prompt], [asked.seed], how, size=asked.size, start=start))
+            seconds = time.perf_counter() - began  # it is decoded, so the device has finished
+
+        working = working_mb(call, self.opened.device)
+        if not out:  # the system does not tell how much memory a process needs
+            call()
+        parts = [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
+        return Drawn(out[0], seconds, None if working is None else working + sum(map(weights_mb, parts)), how)
+
+    def _use(self, lora: Path | None) -> None:
+        """Loads a LoRA in place of the one before. A run's student gets it carried over by the plan of the run.
+
+        Raises:
+            UserError: not a LoRA, or not one of this model.
+        """
+        if lora == self._lora:
+            return
+        if self._lora is not None:
+            self.pipe.unload_lora_weights()
+            self._lora = None
+        if lora is None:
+            return
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / "lora.safetensors"
+            if self.run is None:
+                kind = carry(lora, derive(self.opened.unet_config, Plan("none"))).what
+                file.symlink_to(lora.resolve())
+            else:
+                kind = adapt(lora, self.run, file)["kind"]
+            if kind != "LoRA":
+                raise UserError(f"{lora.name}: a {kind}; the page takes a LoRA")
+            try:
+                self.pipe.load_lora_weights(folder, weight_name=file.name)
+            except Exception as error:  # diffusers and peft raise errors of many kinds
+                self.pipe.unload_lora_weights()
+                raise UserError(f"{lora.name}: diffusers cannot load it ({one_line(str(error))[:200]})") from error
+        self._lora = lora
+
+
+def open_players(models: Sequence[str], *, config: str | None = None, device: Any, dtype: torch.dtype) -> list[Player]:
+    """Opens one model or two; of a run alone, its teacher and its student.
+
+    Raises:
+        UserError: a model cannot be opened, or two that do not draw pictures of one size.
+    """
+    place = {"device": device, "dtype": dtype}
+    runs = [Path(model) if (Path(model) / "recipe.yaml").is_file() else None for model in models]
+    players = [
+        Player(name, open_model(model, config=config, **place), run)
+        for name, model, run in zip(names_of(models), models, runs, strict=True)
+    ]
+    if len(players) == 1 and runs[0] is not None:
+        recipe = load_recipe(runs[0] / "recipe.yaml")
+        source = recipe.stages[-1].teacher or recipe.teacher
+        teacher = Teacher(source.source, config=source.config, revision=source.revision, **place)
+        players[0].name = "student"
+        players.insert(0, Player("teacher", teacher))
+    for player in players:
+        check_size(player.opened, players[0].opened.native_size, "size")
+        player.opened.check_weights()
+    return players

@@ -1,0 +1,74 @@
+"""The runs in a folder, by the files that they left; nothing of theirs is opened but JSON and YAML."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from prunet.disk.files import read_json
+from prunet.disk.ownership import worker_of
+from prunet.disk.reading import load_mapping
+from prunet.errors import UserError
+
+#: Folders inside one another: of an ablation, runs lie two below its own.
+DEEPEST = 4
+
+
+def find_runs(folder: Path) -> list[dict[str, Any]]:
+    """Returns what is known of each run in a folder and those below it, or of the folder itself, in order of names.
+
+    Keys: `run` (its path), `state`, `worker` (the process that works in it, or None), `teacher`, `plan`, `parameters`
+    (the student's), `share` (of the teacher's), `before` and `after` (relative squared error of the denoiser's output),
+    `bytes` (of all files). What is not there yet is None.
+
+    Raises:
+        UserError: no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder: give one with runs in it")
+    return [_summary(path) for path in _runs_in(folder, DEEPEST)]
+
+
+def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
+    if (folder / "recipe.yaml").is_file() and (folder / "plan.json").is_file():
+        yield folder
+    elif depth:
+        for inside in sorted(folder.iterdir()):
+            if inside.is_dir() and not inside.is_symlink() and not inside.name.startswith("."):
+                yield from _runs_in(inside, depth - 1)
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = dict.fromkeys(("teacher", "plan", "parameters", "share", "before", "after"))
+    try:
+        recipe, plan = load_mapping(folder / "recipe.yaml", "a recipe"), read_json(folder / "plan.json")
+        done = read_json(folder / "steps.json") if (folder / "steps.json").is_file() else {}
+        student, teacher = (plan["parameters"][name] for name in ("student", "teacher"))
+        found |= {"teacher": recipe["teacher"]["source"], "plan": recipe["plan"]["name"]}
+        found |= {"parameters": student, "share": student / teacher, "state": _state(folder, recipe, done)}
+        if "evaluate" in done:
+            distance = read_json(folder / "evaluation" / "evaluation.json")["distance"]
+            found |= {name: distance[name]["denoiser"] for name in ("before", "after")}
+    except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        found["state"] = f"damaged: {error}"
+    files = (Path(top) / name for top, _, names in os.walk(folder) for name in names)
+    size = sum(file.lstat().st_size for file in files)
+    return {"run": str(folder), "worker": worker_of(folder), **found, "bytes": size}
+
+
+def _state(folder: Path, recipe: Mapping[str, Any], done: Mapping[str, Any]) -> str:
+    """`done`, or how far the run is."""
+    if "report" in done:
+        return "done"
+    for number, stage in enumerate(recipe["stages"], 1):
+        if (name := f"stage-{number}") not in done:
+            log = folder / name / "log.jsonl"
+            return f"{name}, step {_last_step(log):,} of {stage['steps']:,}" if log.is_file() else f"before {name}"
+    return "evaluated" if "evaluate" in done else "distilled"
+
+
+def _last_step(log: Path) -> int:
+    from prunet.training.log import read_log
+
+    rows = read_log(log)
+    return int(rows[-1]["step"]) if rows else 0

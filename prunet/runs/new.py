@@ -1,0 +1,264 @@
+"""`prunet new`: a commented recipe that fits the model, the data and the memory that it was shown."""
+
+import re
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import psutil
+import torch
+import yaml
+from safetensors import safe_open
+
+from prunet.data.contents import has_files
+from prunet.data.pictures import BrokenPicture
+from prunet.data.sources import check_source, read_pictures
+from prunet.disk.reading import parse_yaml
+from prunet.errors import UserError, one_line
+from prunet.plan.plan import Plan, load_plan
+from prunet.recipe.paths import shipped_names
+from prunet.recipe.recipe import Recipe, load_recipe, read_prompts
+from prunet.runs.estimate import COUNTED, memory
+from prunet.runs.run import Run
+from prunet.runtime import Runtime
+from prunet.teacher.teacher import Teacher
+from prunet.training.fit import training_memory
+from prunet.words import short
+
+#: The plan for a layout if none is named.
+USUAL_PLAN = {"sd-v1": "bk-small", "sd-v2": "bk-small", "sdxl": "ssd-1b"}
+PROMPT_FILES = (".txt", ".csv", ".tsv")
+LOOKED_AT = 200  # pictures whose sizes are read
+BATCH = 32
+#: How often BK-SDM saw each of its 212,776 pictures: 50,000 steps of 256.
+SEEN = 60
+STEPS = (1_000, 50_000)  # fewest and most
+#: A micro-batch from which a device is well used; below it, options that save memory are tried.
+ENOUGH = 4
+#: Options that save memory, in the order of what they cost, by the kind of device.
+SAVING = {
+    "cuda": ("offload_ema", "teacher_8bit", "use_8bit_adam", "gradient_checkpointing"),
+    "cpu": ("gradient_checkpointing",),
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How distillation fits into memory: micro-batch, options of the command line, and the bytes that it needs."""
+
+    micro_batch: int
+    options: tuple[str, ...]
+    needs: int
+    budget: int
+
+    @property
+    def flags(self) -> str:
+        """The options as one types them."""
+        return " ".join([f"--micro-batch {self.micro_batch}", *(f"--{o.replace('_', '-')}" for o in self.options)])
+
+
+def new_recipe(
+    teacher: str,
+    data: str,
+    *,
+    plan: str | None = None,
+    config: str | None = None,
+    budget: int | None = None,
+    runtime: Runtime | None = None,
+) -> str:
+    """Returns the text of a recipe for a teacher and data, with what was found as comments.
+
+    Args:
+        teacher: diffusers folder, `.safetensors` file or hub id.
+        data: pictures with captions, as `data.source`, or a text file of prompts.
+        plan: a preset; by default the usual one of the teacher's layout.
+        config: for a single file: folder or hub id with configs and tokenizers.
+        budget: bytes of the device's memory that may be used; by default what `device_memory` says.
+
+    Raises:
+        UserError: the teacher, the plan or the data cannot be used.
+    """
+    runtime = runtime or Runtime()
+    opened = Teacher(teacher, config=config)
+    opened.check_weights(headers_only=True)
+    chosen = load_plan(plan or USUAL_PLAN[opened.layout])
+    found = data_facts(data, opened.native_size)
+    steps = min(max(STEPS[0], SEEN * (found["count"] or 0) // BATCH), STEPS[1])
+    model = {"source": _full(teacher), "config": _full(config)} if config else _full(teacher)
+    facts: dict[str, Any] = {
+        "teacher": model,
+        "name": short(teacher),
+        "layout": opened.layout,
+        "size": opened.native_size,
+        "prediction": opened.noise_scheduler.config.prediction_type,
+        "license": license_of(opened),
+        "plan": chosen.name if chosen.name == plan or plan is None else _full(str(plan)),
+        "about": chosen.description,
+        "data": {**found, "given": _full(data)},
+        "buckets": opened.kind == "sdxl" and found.get("shapes", 1) > 1,
+        "stage": published(chosen, opened.layout),
+        "steps": steps,
+        "batch": BATCH,
+        "ema": float(f"{1 - 5 / steps:.4f}"),
+        "output": f"runs/{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(short(teacher)).stem)}-{chosen.name}",
+    }
+    recipe = Recipe.model_validate(yaml.safe_load(_render(facts | {"fit": None})))
+    run = Run(recipe, runtime)
+    fit = fit_to(run, budget or device_memory(runtime))
+    return _render(facts | {"fit": fit, "run": run, "device": runtime.torch_device.type})
+
+
+def _render(facts: dict[str, Any]) -> str:
+    env = jinja2.Environment(
+        loader=jinja2.PackageLoader("prunet.runs", "."),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    env.filters |= {"quoted": _quoted, "line": one_line}
+    return env.get_template("recipe.yaml.j2").render(**facts)
+
+
+def _quoted(value: Any) -> str:
+    """A value as YAML in one line."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+    return text.removesuffix("...\n").strip()
+
+
+def _full(path: str) -> str:
+    """A path in full, so that the recipe may lie anywhere; a hub id as it is."""
+    return str(Path(path).absolute()) if Path(path).exists() else path
+
+
+# -- what is found
+
+
+def license_of(teacher: Teacher) -> str | None:
+    """The licence that a teacher's model card or a single file's metadata names, if there is one."""
+    if teacher.file is not None:
+        with safe_open(teacher.file, framework="pt") as file:
+            return (file.metadata() or {}).get("modelspec.license")
+    card = (teacher.download("README.md") if teacher.hub else teacher.configs()) / "README.md"
+    if not card.is_file():
+        return None
+    front = re.match(r"---\n(.*?\n)---\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    said = parse_yaml(front[1], str(card)) if front else None
+    found = said.get("license_name") or said.get("license") if isinstance(said, dict) else None
+    return str(found) if isinstance(found, str) else None
+
+
+def data_facts(data: str, size: int) -> dict[str, Any]:
+    """Counts the samples of data and looks at the captions of all, and at the sizes of the first `LOOKED_AT`.
+
+    Raises:
+        UserError: nothing to read there.
+    """
+    if Path(data).suffix.lower() in PROMPT_FILES or data in shipped_names(".txt"):
+        return {"kind": "prompts", "count": len(read_prompts(data))}
+    check_source(data)
+    if not has_files(data):
+        return {"kind": "source", "count": None}
+    captions, count, unusable = [], 0, 0
+    sides: list[tuple[int, int]] = []
+    for picture in islice(read_pictures(data), COUNTED):
+        count += 1
+        unusable += not picture.captions
+        captions.append(len(picture.captions))
+        sides += _sides(picture) if count <= LOOKED_AT else ()
+    shorter = [min(pair) for pair in sides]
+    return {
+        "kind": "source",
+        "count": count,
+        "or_more": count == COUNTED,
+        "without_caption": unusable,
+        "captions": max(captions),
+        "looked_at": len(sides),
+        "smallest": min(sides),
+        "largest": max(sides),
+        "median": round(statistics.median(shorter)),
+        "enlarged": sum(side < size for side in shorter),
+        "shapes": len({round(width / height, 1) for width, height in sides}),
+    }
+
+
+def _sides(picture: Any) -> Iterator[tuple[int, int]]:
+    try:
+        yield picture.open().size
+    except BrokenPicture:
+        return
+
+
+def published(plan: Plan, layout: str) -> dict[str, Any]:
+    """The settings of the last stage of a shipped recipe with this plan; without one, of the usual plan's."""
+    recipes = {name: load_recipe(name) for name in shipped_names(".yaml") if not name.startswith("demo")}
+    plain = {name: recipe for name, recipe in recipes.items() if recipe.stages[-1].objective == "distillation"}
+    wanted = (plan.remove, load_plan(USUAL_PLAN[layout]).remove)
+    name = next(name for remove in wanted for name, recipe in plain.items() if recipe.plan.remove == remove)
+    stage = plain[name].stages[-1]
+    losses = stage.losses.model_dump(include={"task", "output", "feature", "level"})
+    return {
+        **stage.model_dump(include={"learning_rate", "caption_dropout", "steps", "batch_size"}),
+        "losses": losses,
+        "recipe": name,
+    }
+
+
+# -- what fits
+
+
+def device_memory(runtime: Runtime) -> int:
+    """Bytes that distillation may use on the device: nine tenths of a GPU's, half of the machine's."""
+    device = runtime.torch_device
+    if device.type == "cuda":
+        return int(0.9 * torch.cuda.get_device_properties(device).total_memory)
+    return psutil.virtual_memory().total // 2
+
+
+def parse_budget(text: str) -> int:
+    """Bytes of a text such as 24GB (powers of 1024, as GPUs are sold), of which a tenth is left free.
+
+    Raises:
+        UserError: not such a text.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(M|G|T)i?B?", text.strip(), re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise UserError(f"--budget {text}: give the memory of the device, such as 24GB")
+    return int(0.9 * float(found[1]) * 1024 ** {"M": 2, "G": 3, "T": 4}[found[2].upper()])
+
+
+def fit_to(run: Run, budget: int) -> Fit:
+    """The micro-batch, and the fewest options that save memory, with which a step of the first stage fits `budget`.
+
+    They are chosen by sums over shapes, which are quick, and looked at by `prunet.runs.estimate.memory`.
+    """
+    options = SAVING.get(run.runtime.torch_device.type, ())
+    fits: list[Fit] = []
+    for count in range(len(options) + 1):
+        fits.append(_fit(run, options[:count], budget))
+        if fits[-1].needs <= budget and fits[-1].micro_batch >= ENOUGH:
+            break
+    good = [fit for fit in fits if fit.needs <= budget] or fits[-1:]
+    chosen = max(good, key=lambda fit: (min(fit.micro_batch, ENOUGH), -len(fit.options)))
+    looked_at = Run(run.recipe, _runtime(run, chosen.options, chosen.micro_batch), like=run)
+    return replace(chosen, needs=sum(memory(looked_at, 1).values()))
+
+
+def _fit(run: Run, options: tuple[str, ...], budget: int) -> Fit:
+    """The largest micro-batch that fits with these options; 1 if none does."""
+    stage, configs = run.recipe.stages[0], (run.derived.teacher_config, run.steps_down[0].student_config)
+    divisors = [micro for micro in range(1, stage.batch_size + 1) if stage.batch_size % micro == 0]
+    for micro in reversed(divisors):
+        runtime = _runtime(run, options, micro)
+        needs = sum(training_memory(*configs, run.latent_size, micro, stage, runtime).values())
+        if needs <= budget or micro == 1:
+            break
+    return Fit(micro, options, needs, budget)
+
+
+def _runtime(run: Run, options: tuple[str, ...], micro_batch: int) -> Runtime:
+    chosen: dict[str, Any] = dict.fromkeys(options, True)
+    return replace(run.runtime, micro_batch=micro_batch, **chosen)

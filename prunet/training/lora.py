@@ -1,0 +1,78 @@
+"""A LoRA (arXiv 2106.09685): small matrices beside the attentions' frozen weights, made by peft."""
+
+import importlib.util
+import json
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunet.denoisers.architecture import Architecture, Net, config_text
+from prunet.denoisers.known import architecture_of
+from prunet.errors import UserError
+
+#: The layers that diffusers' train_dreambooth_lora.py trains, by the end of their names.
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def add_lora(net: Net, rank: int, seed: int) -> Net:
+    """Adds a LoRA to `net`, in place, and leaves its weights alone requiring a gradient. At first it changes no output.
+
+    Alpha is the rank, so that what it adds is not scaled.
+    """
+    from peft import LoraConfig
+
+    net.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGETS))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net.add_adapter(config)
+    return net
+
+
+def lora_layers(net: Net) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer -> its matrices down (rank, in) and up (out, rank), of the LoRA that `add_lora` added."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(net)
+    names = sorted(key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight"))
+    found = {name: (state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]) for name in names}
+    return {name: (down.detach().float().cpu(), up.detach().float().cpu()) for name, (down, up) in found.items()}
+
+
+def check_rank(config: Mapping[str, Any], rank: int) -> None:
+    """Refuses a LoRA that cannot be trained on a denoiser of `config`.
+
+    Raises:
+        UserError: peft is not installed, or the LoRA would be no smaller than a layer that it changes.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("--lora: needs peft, which is not installed: pip install 'prunet[personalize]'")
+    sizes = [shape for name, shape in _weights(architecture_of(config), config_text(config)) if is_target(name)]
+    most = min(math.prod(shape) // sum(shape) for shape in sizes)
+    if rank > most:
+        raise UserError(
+            f"--lora {rank}: a LoRA of this rank is larger than the smallest layer that it changes: give {most} at most"
+        )
+
+
+def trained_count(config: Mapping[str, Any], rank: int | None) -> int:
+    """The number of weights that are trained: all of a denoiser of `config`, or those of a LoRA of `rank`."""
+    weights = _weights(architecture_of(config), config_text(config))
+    if rank is None:
+        return sum(math.prod(shape) for _, shape in weights)
+    return sum(rank * sum(shape) for name, shape in weights if is_target(name))
+
+
+def is_target(layer: str) -> bool:
+    """Whether `add_lora` gives a layer of this name a LoRA."""
+    return layer.endswith(tuple(f".{name}" for name in TARGETS))
+
+
+@lru_cache(maxsize=32)
+def _weights(architecture: Architecture, text: str) -> list[tuple[str, tuple[int, ...]]]:
+    net = architecture.skeleton(json.loads(text))
+    return [(name.removesuffix(".weight"), tuple(parameter.shape)) for name, parameter in net.named_parameters()]

@@ -1,0 +1,70 @@
+"""Verbs that only look: the runs in a folder, and what prunet has to work with."""
+
+import json
+import shutil
+import socket
+import tomllib
+from pathlib import Path
+
+import pytest
+from test_cli import call
+
+from prunet.disk.files import read_json, write_json
+from prunet.disk.ownership import hold, worker_of
+from prunet.runs import doctor
+from prunet.runs.listing import find_runs
+
+
+def test_runs_with_their_state_plan_distance_and_size(capsys, finished, tmp_path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(finished, runs / "done")
+    shutil.copytree(finished, runs / "arms" / "seed-1")
+    steps = read_json(runs / "arms" / "seed-1" / "steps.json")
+    write_json(runs / "arms" / "seed-1" / "steps.json", {key: steps[key] for key in ("plan", "build", "cache")})
+    shutil.copytree(finished, runs / "hurt")
+    (runs / "hurt" / "plan.json").write_text("{")
+    with hold(runs / "done", "run"):
+        found = {Path(run["run"]).name: run for run in find_runs(runs)}
+        assert "process" in found["done"]["worker"] and found["seed-1"]["worker"] is None
+    assert worker_of(runs / "done") is None
+    assert found.keys() == {"seed-1", "done", "hurt"} and found["hurt"]["state"].startswith("damaged: ")
+    assert (found["done"]["state"], found["seed-1"]["state"]) == ("done", "stage-1, step 2 of 2")
+    distance = read_json(runs / "done" / "evaluation" / "evaluation.json")["distance"]
+    assert found["done"]["after"] == distance["after"]["denoiser"] and found["seed-1"]["after"] is None
+    assert found["done"]["plan"] == "bk-small" and found["done"]["bytes"] > 10**5
+    code, out, _ = call(capsys, "list", runs / "done")
+    assert code == 0 and "bk-small" in out and "→" in out
+    code, out, _ = call(capsys, "list", tmp_path / "runs" / "done" / "evaluation")
+    assert code == 0 and "no runs here" in out
+    assert call(capsys, "list", tmp_path / "none")[0] == 2
+
+
+def test_doctor_names_versions_and_every_optional_part(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(doctor.constants, "HF_HUB_OFFLINE", True)
+    code, out, _ = call(capsys, "doctor", "--json")
+    facts = json.loads(out.splitlines()[-1])
+    assert code == 0 and facts["versions"].keys() >= {"prunet", "python", "torch", "diffusers"}
+    assert "HF_HUB_OFFLINE" in facts["hub"]["state"] and facts["memory"]["total"] > facts["memory"]["free"] > 0
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert facts["extras"].keys() == project["optional-dependencies"].keys() - {"dev", "emoji"}
+    code, out, _ = call(capsys, "doctor")
+    assert code == 0 and "bf16" in out and "optional" in out
+
+
+def test_a_hub_that_is_not_there_is_no_failure(monkeypatch) -> None:
+    monkeypatch.setattr(doctor.constants, "HF_HUB_OFFLINE", False)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # nothing listens there
+        assert doctor.reach(f"http://127.0.0.1:{closed.getsockname()[1]}").startswith("not reachable (")
+    assert doctor.reach("nonsense").startswith("not reachable (")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_verbs(shell, capfd, monkeypatch) -> None:
+    monkeypatch.setenv("_PRUNET_COMPLETE", f"complete_{shell}")
+    monkeypatch.setenv("COMP_WORDS", "prunet ins")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    monkeypatch.setenv("_TYPER_COMPLETE_ARGS", "prunet ins")
+    monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
+    code, out, _ = call(capfd)
+    assert code == 0 and "inspect" in out and "estimate" not in out
