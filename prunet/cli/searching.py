@@ -61,9 +61,8 @@ def search(
     if recover and cache is None:
         raise UserError("--recover: students learn from samples: give a run or a cache with --cache")
     check_samples(teacher, None if recover else texts, cache)
-    teacher.check_weights(headers_only=True)
-    space = Space(teacher, budgets, keep or [])
     teacher.check_weights()
+    space = Space(teacher, budgets, keep or [])
     with hold(output, "search"):
         plan, result = find_plan(space, output, runtime, prompts=texts, cache=cache, recover_steps=recover)
         write_plan(plan, result, output, cache, config)

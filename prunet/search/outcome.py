@@ -54,7 +54,7 @@ def _recipe(
         stage = {"steps": 10_000, "batch_size": 64, "learning_rate": rate, "ema_decay": 0.999}
         data = {"prompts": list(PROMPTS), "images_per_prompt": 16}
         return {**own, "data": data, "stages": [stage], "evaluation": {"prompts": "everyday"}}
-    recipe = yaml.safe_load(recipe_yaml(load_recipe(cache / "recipe.yaml")))
+    recipe: dict[str, Any] = yaml.safe_load(recipe_yaml(load_recipe(cache / "recipe.yaml")))
     for stage in recipe["stages"]:
         stage.pop("plan", None)
         stage["learning_rate"] = rate

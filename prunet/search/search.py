@@ -79,7 +79,7 @@ def find_plan(
     if recover_steps and cache is not None:
         after = recover([one.derived for one in found], scores, cache, recover_steps, folder / "recovery", runtime)
         found = [replace(one, after=after.get(key_of(one.derived), {})) for one in found]
-        found.sort(key=lambda one: (recover_steps not in one.after, one.best))
+        found.sort(key=lambda one: one.best)
     best = found[0]
     plan = Plan("found", best.derived.plan.remove, _described(space, best))
     frontier = _frontier(space, problem, scores)
