@@ -24,6 +24,7 @@ import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -215,7 +216,10 @@ def prunet_loop(this, cache, folder: Path, args, runtime) -> dict:
         rows = read_log(where / "log.jsonl")
         return [args.batch / row["images_per_s"] for row in rows[1:] or rows]
 
-    out = {"seconds_per_step": min(steps(folder / "timed")), "peak_memory_gb": peak_memory_gb(runtime.torch_device)}
+    out: dict[str, Any] = {
+        "seconds_per_step": min(steps(folder / "timed")),
+        "peak_memory_gb": peak_memory_gb(runtime.torch_device),
+    }
     # Compiled code has no parts; and to wait for each part costs time, so this is a run of its own.
     if args.steps and not args.compile:
         parts, draw = Parts(runtime.torch_device), training.batches
@@ -233,7 +237,6 @@ def prunet_loop(this, cache, folder: Path, args, runtime) -> dict:
 def child(args: argparse.Namespace) -> None:
     from prunet import Run, Runtime
     from prunet.data.cache import Cache
-    from prunet.plan.size import size_of
     from prunet.recipe.recipe import Recipe
     from prunet.student.folder import load_unet
 
@@ -270,7 +273,7 @@ def child(args: argparse.Namespace) -> None:
         this.teacher.release("vae", "text")
         out |= prunet_loop(this, cache, Path(tempfile.mkdtemp(dir=args.folder)), args, runtime)
     macs = [size.macs + size.attention_macs for size in (this.derived.teacher_size, this.derived.student_size)]
-    side = (args.size / this.teacher.vae_scale) ** 2 / (size_of(this.teacher.unet_config).latent_size[0] ** 2)
+    side = (args.size / this.teacher.native_size) ** 2
     flops = 2 * (macs[0] + 3 * macs[1]) * side * args.batch  # forward of both, twice as much backward of the student
     dtype = runtime.dtype
     out["images_per_s"] = args.batch / out["seconds_per_step"]

@@ -10,6 +10,7 @@ seed, the interval over the pictures.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from prunet import run
 from prunet.disk.files import write_text
@@ -70,7 +71,7 @@ def main() -> None:
         seeds = [s for s in ablation.seeds if Run(recipes[arm, s], runtime).is_done("evaluate")]
         done[arm] = {seed: run(recipes[arm, seed], runtime, until="export") for seed in seeds}
     teacher = Path(next(iter(recipes.values())).teacher.source)
-    models = {"teacher": ([teacher], TEACHER, output / "teacher")}
+    models: dict[str, Any] = {"teacher": ([teacher], TEACHER, output / "teacher")}
     models |= {arm: (list(runs.values()), DRAWN.get(arm, AS_MADE), None) for arm, runs in done.items() if runs}
     text = [f"# {ablation.title}", ""]
     for protocol in PROTOCOLS:

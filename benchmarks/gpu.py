@@ -26,6 +26,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests")]
@@ -86,7 +87,7 @@ def child(section: Section, args: argparse.Namespace) -> None:
         compile_by = torch.compile
         torch.compile = lambda f=None, **given: compile_by(f, **{"backend": "eager", **given})  # type: ignore[assignment]
     module = importlib.import_module(f"on_gpu.{section.module}")
-    said = {"section": section.name, "ended": False, **facts(args.device), "results": []}
+    said: dict[str, Any] = {"section": section.name, "ended": False, **facts(args.device), "results": []}
     began = time.perf_counter()
 
     def write() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,21 +11,21 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
-    DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image, ImageDraw
-from rich.progress import track
 from state import pick_device, read_record, save_record
 from text import read_known_labels
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from prunet import Drawing, Teacher
+from prunet.sampling import draw as sampling
 from prunet.teacher.text_names import save_text_encoder
 
 SHEET_COLUMNS = 8
-SAMPLER = DPMSolverMultistepScheduler  # of all measures and sheets
+SAMPLER = "dpmsolver++"  # of all measures and sheets
 PARTS = {  # folder in the state -> folder in the pipeline
     "autoencoder": "vae",
     "tokenizer": "tokenizer",
@@ -101,29 +102,14 @@ def save_pipeline(pipe: DiffusionPipeline, out: Path) -> None:
 
 
 def load_for_drawing(folder: Path) -> DiffusionPipeline:
-    """A shipped folder, as any stock program loads it; fp32, with the sampler of all measures."""
-    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True).to(pick_device())
-    pipe.scheduler = SAMPLER.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    """A shipped folder as a stock pipeline, in fp32."""
+    return Teacher(folder, device=pick_device()).pipeline()
 
 
-def draw(
-    pipe: DiffusionPipeline,
-    prompts: list[str],
-    settings: dict,
-    first_seed: int = 0,
-    batch_size: int = 32,
-    show: bool = True,
-) -> list[Image.Image]:
+def draw(pipe: DiffusionPipeline, prompts: list[str], settings: dict, first_seed: int = 0) -> Iterator[Image.Image]:
     """One seed per picture, from its place in the list: sheets of two models can be compared."""
-    images = []
-    for start in track(range(0, len(prompts), batch_size), description="drawing", disable=not show):
-        batch = prompts[start : start + batch_size]
-        dice = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(batch))]
-        steps, scale = settings["num_inference_steps"], settings["guidance_scale"]
-        images += pipe(batch, guidance_scale=scale, num_inference_steps=steps, generator=dice).images
-    return images
+    how = Drawing(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], sampler=SAMPLER)
+    return sampling.draw(pipe, prompts, range(first_seed, first_seed + len(prompts)), how, batch_size=32)
 
 
 def make_sheet(images: list[Image.Image], titles: list[str], columns: int = SHEET_COLUMNS) -> Image.Image:
@@ -154,7 +140,7 @@ def export(config: dict, data: Path, root: Path, out: Path) -> None:
     (out / "training-log.jsonl").write_text("".join(f"{line}\n" for line in log.values()))
     prompts = read_sheet_prompts()
     images = draw(load_for_drawing(out), prompts, config["samples"], config["samples"]["seed"])
-    make_sheet(images, prompts).save(out / "samples.png", optimize=True)
+    make_sheet(sampling.collect(images, prompts, "Drawing"), prompts).save(out / "samples.png", optimize=True)
     write_card(out, config)
     for path in out.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that only their owner can read

@@ -69,7 +69,7 @@ def fetch(name: str, cache: Path) -> tarfile.TarFile:
 
 
 def read_json(package: tarfile.TarFile, member: str):
-    return json.load(package.extractfile(member))
+    return json.loads(package.extractfile(member).read())
 
 
 def read_labels(package: tarfile.TarFile) -> dict[str, dict]:

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import random
+from collections.abc import Iterable
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,13 +28,17 @@ import numpy as np
 import torch
 import yaml
 from autoencoder import psnr_db
+from diffusers import DiffusionPipeline
 from export import SAMPLER, draw, load_for_drawing
+from PIL import Image
 from rich.progress import track
 from score import Scorer, kid, retrieval_at_1
 from shards import Sample, read_split, stack_images
 from state import atomic_save, save_record
 from text import read_known_labels
 from torch import Tensor
+
+from prunet.sampling.samplers import SAMPLERS
 
 NUM_CAPTIONS = 1000
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
@@ -63,7 +68,7 @@ def pair_of(count: int, num_pairs: int) -> Tensor:
     return torch.arange(max(count, num_pairs)) % num_pairs
 
 
-def to_tensor(images: list) -> Tensor:
+def to_tensor(images: Iterable[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack([np.array(image.convert("RGB")) for image in images])).permute(0, 3, 1, 2)
 
 
@@ -72,14 +77,17 @@ def to_tensor(images: list) -> Tensor:
 CHUNK = 64
 
 
+_pipe: DiffusionPipeline
+
+
 def _start_worker(folder: Path) -> None:
-    global pipe
+    global _pipe
     torch.set_num_threads(1)
-    pipe = load_for_drawing(folder)
+    _pipe = load_for_drawing(folder)
 
 
 def _draw_chunk(prompts: list[str], settings: dict, first_seed: int, path: Path) -> None:
-    atomic_save(to_tensor(draw(pipe, prompts, settings, first_seed, show=False)), path)
+    atomic_save(to_tensor(draw(_pipe, prompts, settings, first_seed)), path)
 
 
 def drawn(pool: Executor, prompts: list[str], settings: dict, cache: Path, weights: str) -> Tensor:
@@ -157,7 +165,7 @@ def main() -> None:
         return drawn(pool, prompts, {**settings, "guidance_scale": scale}, args.state / "drawn", weights)
 
     measures: dict = {"weights": weights, "scorer": weights_hash(here / "emoji-clip")}
-    measures |= {"steps": settings["num_inference_steps"], "sampler": SAMPLER.__name__}
+    measures |= {"steps": settings["num_inference_steps"], "sampler": SAMPLERS[SAMPLER].__name__}
     scale = args.guidance
     if scale is None:
         measures["r_at_1_by_guidance"] = choose_guidance(rows["training"], splits["train"], scorer, make)

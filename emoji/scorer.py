@@ -69,7 +69,10 @@ def train(config: dict, data: Path, root: Path, out: Path, seed: int) -> None:
     torch.manual_seed(seed)
     model = make_model(config, tokenizer).to(device)
     flat = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": flat, "weight_decay": 0.0}, {"params": [p for p in model.parameters() if p.ndim > 1]}]
+    groups: list[dict] = [
+        {"params": flat, "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.ndim > 1]},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=config["weight_decay"])
     state = load_state(state_path)
     if "model" in state:

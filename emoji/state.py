@@ -14,13 +14,13 @@ import torch.distributed as dist
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from prunet.disk.files import new_file, write_text
+
 
 def atomic_save(value, path: Path) -> None:
-    """Write aside, then rename: a run killed at any moment leaves a whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    torch.save(value, aside)
-    aside.replace(path)
+    """A run killed at any moment leaves a whole file."""
+    with new_file(path) as part:
+        torch.save(value, part)
 
 
 def save_state(path: Path, state: dict, **parts) -> None:
@@ -36,9 +36,7 @@ def load_state(path: Path) -> dict:
 
 
 def save_record(record: dict, path: Path) -> None:
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(record, indent=2) + "\n")
-    aside.replace(path)
+    write_text(path, json.dumps(record, indent=2) + "\n")
 
 
 def read_record(path: Path) -> dict:

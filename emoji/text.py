@@ -12,6 +12,7 @@ projection, is trained here (`with_projection: true`). SDXL's U-Net reads the la
 
 import json
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-TextEncoder = CLIPTextModel | CLIPTextModelWithProjection
+TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 STYLES = ("3d", "noto", "flat")

@@ -65,7 +65,9 @@ class Made:
         self.setting, self.folder = setting, setting.work / f"correctness-{kind}"
         self.teacher = make_pipeline(self.folder / "teacher", kind)
         pictures = make_pictures(self.folder / "pictures")
-        self.cache: Cache = cache(Teacher(self.teacher), Data(source=str(pictures)), self.folder / "cache", seed=1)
+        self.cache: Cache = cache(
+            Teacher(self.teacher), Data.model_validate({"source": str(pictures)}), self.folder / "cache", seed=1
+        )
         self.runs = 0
 
     def runtime(self, **options: Any) -> Runtime:

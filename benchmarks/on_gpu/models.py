@@ -18,12 +18,13 @@ from on_gpu.results import Setting
 from prunet import Derived, Runtime, Teacher, derive, distil, load_plan
 from prunet.data.cache import Cache
 from prunet.data.encoding import cache
+from prunet.denoisers.pairs import Level
 from prunet.denoisers.unet2d.form import make_unet
 from prunet.recipe.recipe import Data, Losses, Stage
 from prunet.training import session as training
 
 #: Layout -> plan, level of the feature losses, the test's small model of that layout.
-JOBS = {"sd-v1": ("bk-small", "block", "sd"), "sdxl": ("vega", "layer", "sdxl")}
+JOBS: dict[str, tuple[str, Level, str]] = {"sd-v1": ("bk-small", "block", "sd"), "sdxl": ("vega", "layer", "sdxl")}
 PICTURES = 8
 
 
