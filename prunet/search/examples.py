@@ -1,11 +1,13 @@
 """Examples: what the denoiser is called with to see what a removal hurts."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -67,16 +69,26 @@ def path_examples(teacher: Teacher, prompts: Sequence[str] | None, file: Path | 
     prompts = list(prompts or PROMPTS)
     teacher.check_prompts(prompts)
     label = {"prompts": prompts_hash(prompts), "steps": STEPS, "points": POINTS, "guidance": GUIDANCE}
-    if file is not None and file.is_file():
+    made_from = json.dumps({**label, "teacher": teacher.fingerprint(), "precision": str(teacher.dtype)})
+    if file is not None and _made_from(file) == made_from:
         tensors = load_file(file)
     else:
         tensors = _draw(teacher, prompts)
         if file is not None:
             with new_file(file) as part:
-                save_file(tensors, part)
+                save_file(tensors, part, {"made_from": made_from})
     teacher.release("text")
     source = f"{len(prompts)} prompts drawn by the teacher, {POINTS} points of each path"
     return _examples(teacher, tensors, source, label)
+
+
+def _made_from(file: Path) -> str | None:
+    """What the examples in a file were drawn from; None if there is none, or it is damaged."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return (opened.metadata() or {}).get("made_from")
+    except (OSError, SafetensorError):
+        return None
 
 
 def _draw(teacher: Teacher, prompts: Sequence[str]) -> dict[str, Tensor]:
