@@ -47,7 +47,7 @@ SHARED = ("run", "cache", "distil", "evaluate", "measure")
 def _arrange() -> None:
     """Puts the verbs in the order of `PANELS`."""
     verbs: dict[str, Any] = {
-        command.name or getattr(command.callback, "__name__", ""): command for command in app.registered_commands
+        str(command.name or getattr(command.callback, "__name__", "")): command for command in app.registered_commands
     }
     app.registered_commands = []
     for panel, names in PANELS.items():
