@@ -7,6 +7,7 @@ bytes.
 """
 
 import argparse
+from typing import Any
 
 from prunet import Teacher, derive, load_plan
 from prunet.recipe.stage import Losses, Stage
