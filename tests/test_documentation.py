@@ -1,5 +1,6 @@
 """The documentation: every key and option is described, every command exists, every link leads somewhere."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 from documented import PAGES, ROOT, VERBS, commands, complaint
 from pydantic import BaseModel
 from test_cli import call
@@ -19,6 +21,8 @@ from prunet.runs.ablation import Ablation
 
 sys.path.append(str(ROOT / "docs" / "site"))
 import reference
+
+HERE = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
 def parts(hint: Any) -> Iterator[type[BaseModel]]:
@@ -78,6 +82,27 @@ def test_the_site_is_whole_and_loads_nothing_from_elsewhere(tmp_path: Path) -> N
     elsewhere = re.compile(r"<(?:script|img|link|iframe)[^>]*(?:src|href)=.?(?:https?:)?//")
     for page in tmp_path.rglob("*.html"):
         assert elsewhere.findall(page.read_text()) == [], page
+
+
+@pytest.mark.processes
+def test_the_tutorial_goes_from_pictures_to_a_single_file(tmp_path: Path) -> None:
+    """Its commands, in an empty folder that has emoji/, with its edit; only fewer pictures and steps."""
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "docs/tutorial.md").read_text(), re.MULTILINE | re.DOTALL)
+    edit = yaml.safe_load(next(text for kind, text in blocks if kind == "yaml"))
+    (tmp_path / "emoji").symlink_to(ROOT / "emoji")
+    (tmp_path / "heldout.txt").write_text(next(text for kind, text in blocks if kind == "text"))
+    for command in (line for kind, text in blocks if kind == "console" for line in re.findall(r"^\$ (.*)", text, re.M)):
+        command = command.replace("--limit 256", "--limit 8").replace("python ", f"{sys.executable} ")
+        command = re.sub(r"^prunet ", f"{sys.executable} -m prunet ", command)
+        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, env=HERE)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        if "> mine.yaml" in command:
+            mine = yaml.safe_load((tmp_path / "mine.yaml").read_text())
+            mine["stages"][0] |= edit["stages"][0] | {"steps": 2, "batch_size": 2, "warmup_steps": 0}
+            mine["evaluation"] |= edit["evaluation"] | {"steps": 2, "limit": 2}
+            (tmp_path / "mine.yaml").write_text(yaml.safe_dump(mine))
+    assert (tmp_path / "runs/emoji-sd-bk-small/student.safetensors").is_file()
+    assert len(list(tmp_path.glob("generated/*.png"))) == 4
 
 
 def test_commands_that_need_nothing_work(capsys: pytest.CaptureFixture[str]) -> None:

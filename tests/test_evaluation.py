@@ -9,11 +9,11 @@ from PIL import Image
 from prunet import Plan, Teacher, build, evaluate, generate, load_plan
 from prunet.disk.files import read_json
 from prunet.evaluation import drawing
-from prunet.evaluation.drawing import picture_rmse
 from prunet.evaluation.evaluation import LEVELS, denoiser_errors
 from prunet.evaluation.results import EvaluationResult, markdown
 from prunet.recipe.recipe import Evaluation, Stage
 from prunet.runtime import Runtime
+from prunet.sampling.pictures import picture_rmse
 from prunet.speed.clock import time_denoisers
 from prunet.teacher.known import layout_config
 from prunet.training.fit import training_memory

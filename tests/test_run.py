@@ -23,6 +23,7 @@ from prunet import Run, Runtime, Teacher, UserError, load_recipe, run
 from prunet.data.cache import Cache
 from prunet.recipe.recipe import Recipe
 from prunet.runs.checks import checkpoint_bytes
+from prunet.runs.fingerprints import _hash
 from prunet.runs.steps import logged_seconds
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
@@ -168,6 +169,25 @@ def test_other_recipe_in_the_same_folder_is_refused_before_anything_changes(copi
         with pytest.raises(UserError, match=words):
             run(recipe_of(copied, change), CPU)
     assert contents(copied) == before
+
+
+def test_a_run_that_moved_with_its_teacher_and_data_is_still_done(copied, sd, pictures, tmp_path) -> None:
+    """Its recipe has full paths; those that are not there any more are found where they went with the run."""
+    project = tmp_path / "project"
+    for source, name in ((copied, "runs/a"), (sd, "models/sd"), (pictures, "data")):
+        shutil.copytree(source, project / name)
+    text = (project / "runs/a/recipe.yaml").read_text()
+    for old, new in ((sd, project / "models/sd"), (pictures, project / "data")):
+        text = text.replace(str(old), str(new))
+    value = yaml.safe_load(text) | {"output": str(project / "runs/a")}
+    (project / "runs/a/recipe.yaml").write_text(yaml.safe_dump(value))
+    project.rename(tmp_path / "elsewhere")
+    this = Run(recipe_of(tmp_path / "elsewhere/runs/a"), CPU)
+    this.check()
+    assert this.todo() == [] and this.recipe.teacher.source == str(tmp_path / "elsewhere/models/sd")
+    shutil.rmtree(tmp_path / "elsewhere/models")
+    with pytest.raises(UserError, match=rf"No teacher at {project}/models/sd"):
+        Run(recipe_of(tmp_path / "elsewhere/runs/a"), CPU)
 
 
 def test_data_that_changed_are_not_blamed_on_the_recipe(copied, pictures, tmp_path, monkeypatch) -> None:
@@ -402,3 +422,18 @@ def test_a_stage_that_cannot_resume_is_refused_before_what_is_done_is_undone(cop
         with pytest.raises(UserError, match=message):
             Run(recipe_of(copied, change), CPU).check()
     assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_run_that_was_evaluated_before_image_to_image_stays_finished(finished: Path) -> None:
+    """Its recipe.yaml lacks the key: with the default its evaluation is the one that is there, with another not."""
+    recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
+    assert recipe["evaluation"].pop("image_to_image") == 4
+    done = json.loads((finished / "steps.json").read_text())
+    for changes, same in (({}, True), ({"image_to_image": 4}, True), ({"image_to_image": 0}, False)):
+        value = recipe | {"evaluation": recipe["evaluation"] | changes}
+        inputs = Run(Recipe.model_validate(value), CPU).inputs
+        assert (inputs["evaluate"] == done["evaluate"]["inputs"]) is same
+        assert inputs["stage-1"] == done["stage-1"]["inputs"]
+    # All that was hashed before there was this key.
+    how = {key: recipe["evaluation"][key] for key in ("steps", "guidance_scale", "sampler")}
+    assert _hash(done["stage-2"]["inputs"], ["a cat", "a dog"], how, 1234, 16) == done["evaluate"]["inputs"]

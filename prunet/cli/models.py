@@ -1,8 +1,6 @@
-"""Verbs for models: inspect a plan, build a student, export it, draw with it."""
+"""Verbs for models: inspect a plan, build a student, draw with it."""
 
-import json
 import math
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from prunet.cli.options import (
+    CacheOption,
     ConfigOption,
     Json,
     PlanOption,
+    PromptsOption,
     TeacherArgument,
     app,
     open_recipe,
@@ -23,13 +23,28 @@ from prunet.errors import UserError
 
 
 @app.command()
+@with_runtime("device", "precision")
 def inspect(
-    teacher: TeacherArgument, plan: PlanOption = "none", config: ConfigOption = None, as_json: Json = False
+    runtime: Any,
+    teacher: TeacherArgument,
+    plan: PlanOption = "none",
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Measure what each part that can go costs and hurts (reads weights).")
+    ] = False,
+    prompts: PromptsOption = None,
+    cache: CacheOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="With --sensitivity: folder for a page, a chart and numbers.")
+    ] = None,
+    config: ConfigOption = None,
+    as_json: Json = False,
 ) -> None:
     """Show what a plan does to a model, without reading weights.
 
     Example: prunet inspect sdxl --plan ssd-1b. For a recipe (.yaml) or a run folder it shows the recipe's plan on its
     teacher, and what each stage removes.
+
+    What each part costs and hurts: prunet inspect my-model --sensitivity
     """
     from prunet.cli.views import plan_view
     from prunet.plan.derived import derive
@@ -37,11 +52,21 @@ def inspect(
     from prunet.recipe.paths import shipped_names
     from prunet.teacher.teacher import Teacher
 
+    if not sensitivity and (prompts or cache or output):
+        raise UserError("--prompts, --cache and --output are for --sensitivity: add it, or leave them out")
     is_recipe = teacher.endswith((".yaml", ".yml")) or teacher in shipped_names(".yaml")
     if is_recipe or (Path(teacher) / "recipe.yaml").is_file():
-        if plan != "none" or config is not None:
-            raise UserError(f"{teacher}: a recipe names its own plan and teacher.config: leave --plan and --config out")
+        if plan != "none" or config is not None or sensitivity:
+            raise UserError(
+                f"{teacher}: a recipe names its own plan and teacher.config: leave --plan, --config and --sensitivity "
+                "out, or give the model itself"
+            )
         _inspect_recipe(Path(teacher), as_json)
+        return
+    if sensitivity:
+        if plan != "none":
+            raise UserError("--sensitivity measures all parts of a model: leave --plan out")
+        _inspect_sensitivity(teacher, runtime, prompts, cache, output, config, as_json)
         return
     chosen = Plan("none") if plan == "none" else load_plan(plan)
     opened = Teacher(teacher, config=config, only_form=True)
@@ -49,6 +74,40 @@ def inspect(
     opened.check_weights(headers_only=True)
     title = teacher if plan == "none" else f"{teacher} by {chosen.name}"
     say(as_json, derived.result().facts() if as_json else {}, None if as_json else plan_view(derived, title))
+
+
+def _inspect_sensitivity(
+    source: str,
+    runtime: Any,
+    prompts: Path | None,
+    cache: Path | None,
+    output: Path | None,
+    config: str | None,
+    as_json: bool,
+) -> None:
+    from prunet.cli.views import sensitivity_view
+    from prunet.disk.ownership import check_place, hold
+    from prunet.recipe.prompts import read_prompt_file
+    from prunet.report.sensitivity import write_sensitivity
+    from prunet.search.scores import Scores
+    from prunet.search.sensitivity import check_samples, open_examples
+    from prunet.search.sensitivity import sensitivity as measure
+    from prunet.search.units import find_units
+    from prunet.teacher.teacher import Teacher
+
+    texts = read_prompt_file(prompts) if prompts else None
+    teacher = Teacher(source, config=config, device=runtime.torch_device, dtype=runtime.dtype, only_form=True)
+    if output is not None:
+        check_place(output, "sensitivity", "--output", [Path(source)])
+    check_samples(teacher, texts, cache)
+    teacher.check_weights()
+    units = find_units(teacher.unet_config)
+    with hold(output, "sensitivity") if output else nullcontext():
+        examples = open_examples(teacher, texts, cache, output and output / "examples.safetensors")
+        result = measure(units, Scores(teacher, examples, output))
+        if output is not None:
+            write_sensitivity(result, output)
+    say(as_json, result, None if as_json else sensitivity_view(result))
 
 
 def _inspect_recipe(path: Path, as_json: bool) -> None:
@@ -124,74 +183,6 @@ def build(
 
 
 @app.command()
-def export(
-    run_folder: Annotated[Path, typer.Argument(help="The run folder of an evaluated student.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="RUN/pipeline or RUN/student.safetensors by default.")
-    ] = None,
-    single_file: Annotated[bool, typer.Option("--single-file", help="The original LDM layout as one file.")] = False,
-    fp16: Annotated[
-        bool, typer.Option("--fp16", help="Half precision (a folder gets the fp16 variant as well).")
-    ] = False,
-    to_hub: Annotated[
-        str | None, typer.Option("--push", help="Also upload it to owner/name of the hub, private where that is new.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Write the student of a run as a stock pipeline folder, or as one .safetensors for ComfyUI and others."""
-    from prunet.disk.ownership import check_file, check_place
-    from prunet.exports.folder import export as export_folder
-    from prunet.exports.hub import check_push, push
-    from prunet.exports.single_file import export_single_file, is_exported
-    from prunet.runs.card import card_facts
-    from prunet.runs.checks import read_paths
-    from prunet.runs.run import Run
-    from prunet.teacher.copying import check_other_parts
-    from prunet.words import command
-
-    if not (run_folder / "recipe.yaml").is_file():
-        raise UserError(f"{run_folder}: not a run folder (no recipe.yaml); `prunet run RECIPE` makes one")
-    own = run_folder / ("student.safetensors" if single_file else "pipeline")
-    target = output or own
-    elsewhere = os.path.realpath(target) != os.path.realpath(own)
-    if single_file and target.suffix != ".safetensors":
-        raise UserError(f"--output {target}: name the single file something.safetensors")
-    recipe = open_recipe(run_folder, [f"output={json.dumps(str(run_folder))}"])
-    read = read_paths(recipe)
-    if single_file:
-        check_file(target, "single file", "--output", is_exported, read)
-        check_place(target.with_suffix(".config"), "configs", "--output", read)  # its configs go there
-    else:
-        check_place(target, what := "pipeline" if elsewhere else "export", "--output", read)
-    this = Run(recipe)
-    if not this.result_of("evaluate").is_file():
-        raise UserError(f"{run_folder}: not evaluated yet; finish it with {command('run', run_folder)}")
-    check_other_parts(this.teachers[-1])
-    if to_hub:
-        check_push(to_hub)
-    if single_file:
-        if not this.is_done("export"):
-            this.do("export")
-        with nullcontext() if elsewhere else this.at_work():
-            written = export_single_file(run_folder / "pipeline", target, fp16=fp16)
-    else:
-        with nullcontext() if elsewhere else this.at_work():
-            teacher, card = this.exported_teacher(), card_facts(this)
-            how = {"card": card, "fp16": fp16, "drawing": recipe.made_for, "what": what}
-            written = export_folder(teacher, this.last_unet(), target, **how)
-    size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.rglob("*.safetensors")))
-    pushed = push(written, to_hub) if to_hub else None
-    loads, works = this.derived.loads_in, this.derived.works_with
-    say(
-        as_json,
-        {"output": str(written), "bytes": size, "loads_in": loads, "works_with": works, "pushed": pushed},
-        f"{written}: {size / 1e6:,.1f} MB of weights\n"
-        + (f"{pushed}\n" if pushed else "")
-        + "\n".join(f"  {program}: {answer}" for program, answer in loads.items()),
-    )
-
-
-@app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="A pickled checkpoint: .ckpt, .pt, .pth or .bin.")],
     output: Annotated[
@@ -212,7 +203,9 @@ def convert(
 @with_runtime("device", "precision")
 def generate(
     runtime: Any,
-    model: Annotated[str, typer.Argument(help="Pipeline folder, .safetensors file, hub id, or run folder.")],
+    model: Annotated[
+        str, typer.Argument(help="Pipeline folder (also for OpenVINO), .safetensors file, hub id, or run folder.")
+    ],
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture, or folder: a file for each seed.")] = Path(
         "generated"
@@ -243,8 +236,9 @@ def generate(
 ) -> None:
     """Draw pictures of a prompt with a pipeline: a teacher, a student, or the student of a run.
 
-    Example: prunet generate runs/demo "a red apple" -n 4. From a picture: prunet generate runs/demo "a red apple"
-    --image pear.png --strength 0.6
+    Example: prunet generate runs/demo "a red apple" -n 4
+
+    From a picture: prunet generate runs/demo "a red apple" --image pear.png --strength 0.6
     """
     from prunet.data.pictures import read_picture
     from prunet.disk.files import check_writable

@@ -1,9 +1,12 @@
 """The denoisers that prunet knows."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from prunet.denoisers.architecture import Architecture
+import torch
+
+from prunet.denoisers.architecture import Architecture, Net, config_of
 from prunet.denoisers.blocks import inputs
 from prunet.denoisers.blocks.architecture import Blocks
 from prunet.denoisers.unet2d.architecture import UNET2D
@@ -79,3 +82,10 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         raise UserError(f"The denoiser is a {name}: no block of it can be removed, as {REFUSED[name]}")
     known = ", ".join(architecture.class_name for architecture in ARCHITECTURES)
     raise UserError(f"The denoiser is a {name}; prunet removes blocks of {known}")
+
+
+def fast_attention(net: Net, device: torch.device, *, half: bool) -> AbstractContextManager[None]:
+    """A faster attention of a model on `device` while it lasts, where prunet has one (for denoisers that it knows)."""
+    name = config_of(net)["_class_name"]
+    known = next((architecture for architecture in ARCHITECTURES if architecture.class_name == name), None)
+    return known.fast_attention([net], device, half=half) if known else nullcontext()

@@ -92,9 +92,3 @@ def _read(path: Path, made_from: str) -> Drawn | None:
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
     return checksum(tensors[name].numpy() for name in ("latents", "pixels"))
-
-
-def picture_rmse(a: Image.Image, b: Image.Image) -> float:
-    """Returns the root mean squared error of two pictures of one size, 0 to 1 (full brightness)."""
-    x, y = (np.asarray(p.convert("RGB"), dtype=np.float64) / 255 for p in (a, b))
-    return float(np.sqrt(((x - y) ** 2).mean()))

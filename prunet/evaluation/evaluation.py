@@ -15,13 +15,14 @@ from prunet.denoisers.architecture import Net
 from prunet.denoisers.condition import Condition
 from prunet.disk.files import new_file
 from prunet.disk.seals import file_checksum
-from prunet.evaluation.drawing import batches, draw_all, picture_rmse
+from prunet.evaluation.drawing import batches, draw_all
 from prunet.evaluation.image_to_image import Pictures, image_to_image
 from prunet.evaluation.results import Distance, EvaluationProtocol, EvaluationResult
 from prunet.intervals import Array, bootstrap, mean_of
 from prunet.plan.size import size_of
 from prunet.recipe.recipe import Evaluation, read_prompts
 from prunet.recipe.values import Drawing
+from prunet.sampling.pictures import picture_rmse
 from prunet.speed.clock import time_denoisers
 from prunet.teacher.teacher import Teacher
 from prunet.training.sheets import grid

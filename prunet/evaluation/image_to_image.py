@@ -11,11 +11,12 @@ from PIL import Image
 from prunet import processes
 from prunet.console import say
 from prunet.denoisers.architecture import Net
-from prunet.evaluation.drawing import BATCH, picture_rmse
+from prunet.evaluation.drawing import BATCH
 from prunet.evaluation.results import ImageToImage, PictureDistance
 from prunet.intervals import mean_of
 from prunet.recipe.values import Drawing
 from prunet.sampling.draw import draw
+from prunet.sampling.pictures import picture_rmse
 from prunet.sampling.start import STRENGTH, start_from
 from prunet.teacher.teacher import Teacher
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from prunet.data.pictures import read_picture
 from prunet.errors import UserError
-from prunet.evaluation.drawing import picture_rmse
 from prunet.play.models import Asked, Drawn, Player
 from prunet.recipe.values import Drawing
 from prunet.sampling.made_for import made_for
+from prunet.sampling.pictures import picture_rmse
 from prunet.sampling.samplers import SAMPLERS
 from prunet.sampling.start import STRENGTH
 

@@ -39,6 +39,21 @@ def from_folder(value: Any, folder: str) -> Any:
     return text
 
 
+def moved(value: Any, old: str, new: str) -> Any:
+    """Returns a parsed run's recipe whose paths follow the run from folder `old` to `new`.
+
+    A path that is not there any more is taken to have moved along, if it is there as seen from the new folder.
+    """
+    if isinstance(value, dict):
+        return {key: moved(item, old, new) for key, item in value.items()}
+    if isinstance(value, list):
+        return [moved(item, old, new) for item in value]
+    if not isinstance(value, str) or not os.path.isabs(value) or _exists(value):
+        return value
+    along = os.path.normpath(os.path.join(os.path.abspath(new), os.path.relpath(value, old)))
+    return along if _exists(along) else value
+
+
 def shipped_names(ending: str) -> list[str]:
     """Returns the names of the shipped recipes (`.yaml`) or lists of prompts (`.txt`)."""
     return sorted(path.stem for path in SHIPPED.glob(f"*{ending}"))

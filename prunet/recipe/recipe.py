@@ -6,6 +6,7 @@ They are options of the command line.
 
 import copy
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from prunet.disk.reading import DEEPEST, load_mapping, parse_yaml
 from prunet.errors import UserError
 from prunet.hashing import json_hash
 from prunet.plan.plan import Plan
-from prunet.recipe.paths import SHIPPED, PathOrId, PathText, PromptsText, from_folder, shipped_names, shipped_or
+from prunet.recipe.paths import SHIPPED, PathOrId, PathText, PromptsText, from_folder, moved, shipped_names, shipped_or
 from prunet.recipe.prompts import check_prompts, read_prompt_file
 from prunet.recipe.stage import Losses, PlanValue, Stage, TeacherSource, TeacherValue
 from prunet.recipe.values import Copies, Drawing, DrawingSteps, Integer, Part, Seed, Size, Steps, Weight
@@ -157,6 +158,8 @@ def _plain(value: Any) -> Any:
 def load_recipe(path: str | Path, overrides: Iterable[str] = (), values: Mapping[str, Any] | None = None) -> Recipe:
     """Reads a YAML recipe, or a shipped one by its name. Relative paths in it begin at its folder (`folder_of`).
 
+    Paths of a run's own recipe that moved together with the run are found where they are now.
+
     Args:
         path: the recipe's file, or a name.
         overrides: `key.sub=value` strings (`stages.0.steps=100`) in YAML; their paths begin at the current folder.
@@ -171,7 +174,10 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), values: Mapping
             f"No recipe at {path}: give a YAML file (`prunet new` writes one), a run folder, or the name of a shipped "
             f"recipe ({', '.join(shipped_names('.yaml'))})"
         )
-    value = from_folder(load_mapping(path, "a recipe"), folder_of(path))
+    value = load_mapping(path, "a recipe")
+    if _is_of_run(path) and isinstance(old := value.get("output"), str) and os.path.isabs(old):
+        value = moved(value, old, str(path.parent))
+    value = from_folder(value, folder_of(path))
     for key, new in (values or {}).items():
         _override(value, key, copy.deepcopy(new), repr(key))
     parsed = [_parse_override(override) for override in overrides]
@@ -198,8 +204,11 @@ def folder_of(path: Path) -> str:
     That of a shipped recipe is the current one, since nothing is to be written where prunet is installed. So is that of
     a run's own `recipe.yaml`, where `recipe_yaml` wrote the paths in full and older versions as the command had them.
     """
-    is_of_run = path.name == "recipe.yaml" and (path.parent / "plan.json").is_file()
-    return "" if is_of_run or path.parent.resolve() == SHIPPED.resolve() else str(path.parent)
+    return "" if _is_of_run(path) or path.parent.resolve() == SHIPPED.resolve() else str(path.parent)
+
+
+def _is_of_run(path: Path) -> bool:
+    return path.name == "recipe.yaml" and (path.parent / "plan.json").is_file()
 
 
 def recipe_yaml(recipe: Recipe) -> str:

@@ -16,9 +16,9 @@ from prunet.data.sources import check_source
 from prunet.denoisers.pairs import term_factors
 from prunet.disk.files import check_writable, read_label
 from prunet.disk.ownership import check_place, resolve
-from prunet.disk.reading import load_mapping, parse_yaml
+from prunet.disk.reading import parse_yaml
 from prunet.errors import UserError
-from prunet.recipe.recipe import Recipe, read_prompts, recipe_yaml
+from prunet.recipe.recipe import Recipe, load_recipe, read_prompts, recipe_yaml
 from prunet.runs.fingerprints import spec_settings, stage_label
 from prunet.runs.steps import check_replaceable
 from prunet.sampling.made_for import made_for
@@ -157,8 +157,8 @@ def _back(this: "Run") -> str:
     own, deciding = this.folder / "recipe.yaml", {"teacher", "plan", "initialisation", "data", "stages", "seed"}
     if not own.is_file():
         return "set it back"
-    then, now = load_mapping(own, "a recipe"), this.recipe.model_dump(mode="json", include=deciding)
-    if all(then.get(key) == value for key, value in now.items()):
+    then, now = (r.model_dump(mode="json", context="full", include=deciding) for r in (load_recipe(own), this.recipe))
+    if then == now:
         return "put that back as it was"  # files changed, not the recipe
     return f"set it back ({command('run', this.folder)} resumes with the run's own recipe)"
 

@@ -14,9 +14,11 @@ from prunet.console import progress
 from prunet.disk.files import new_file
 from prunet.disk.seals import verify
 from prunet.errors import UserError
+from prunet.recipe.prompts import check_prompts
 from prunet.recipe.recipe import load_recipe
 from prunet.recipe.values import Drawing
 from prunet.sampling.made_for import drawing_of
+from prunet.sampling.openvino import OpenVinoPipeline, is_openvino
 from prunet.sampling.samplers import SAMPLERS, set_sampler
 from prunet.sampling.start import Start, start_from
 from prunet.teacher.space import check_size
@@ -163,7 +165,8 @@ def generate(
     strength: float | None = None,
     mask: Image.Image | None = None,
 ) -> list[Image.Image]:
-    """Draws `num_images` pictures of each prompt with the pipeline at `model` (folder, single file, hub id or run).
+    """Draws `num_images` pictures of each prompt with the pipeline at `model` (folder, single file, hub id, run, or a
+    folder for OpenVINO, which draws on the CPU and with its own sampler).
 
     `steps`, `guidance_scale`, `sampler`: by default what the pipeline was made for, else 25, 7.5 (for a run, its
     recipe's value) and dpmsolver++. `save_to`: a file for each picture (.png, .jpg, .jpeg or .webp), written as soon as
@@ -176,18 +179,27 @@ def generate(
         raise UserError(f"{'mask' if strength is None else 'strength'}: is for a picture to start from: give image too")
     if sampler is not None and sampler not in SAMPLERS:
         raise UserError(f"No sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    given = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [p for p in given for _ in range(num_images)]
+    seeds, text = [seed + i for i in range(len(prompts))], "Drawing" if len(prompts) > 1 else ""
+    if is_openvino(model):
+        if config is not None or image is not None:
+            extra = "image" if config is None else "config"
+            raise UserError(f"{model}: a pipeline for OpenVINO draws without {extra}: leave it out")
+        check_prompts(given, "prompt")
+        pipe = OpenVinoPipeline(model, "f32" if dtype == torch.float32 else "bf16")
+        how = pipe.drawing_of(steps=steps, guidance_scale=guidance_scale, sampler=sampler)
+        return collect(pipe.draw(prompts, seeds, how, size), prompts, text, save_to)
     teacher = open_model(model, config=config, device=device, dtype=dtype)
     if size is not None:
         check_size(teacher, size, "size")
-    teacher.check_prompts([prompt] if isinstance(prompt, str) else prompt)
+    teacher.check_prompts(given)
     how = drawing_of(teacher, _usual(Path(model)), steps=steps, guidance_scale=guidance_scale, sampler=sampler)
     size, start = size or teacher.native_size, None
     if image is not None:
         start = start_from(teacher, [image], size=size, steps=how.steps, strength=strength, mask=mask)
-    prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
-    seeds = [seed + i for i in range(len(prompts))]
     pictures = draw(teacher.pipeline(), prompts, seeds, how, size=size, start=start)
-    return collect(pictures, prompts, "Drawing" if len(prompts) > 1 else "", save_to)
+    return collect(pictures, prompts, text, save_to)
 
 
 def _usual(model: Path) -> Drawing:

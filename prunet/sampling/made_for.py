@@ -26,8 +26,12 @@ def made_for(pipeline: PipelineFiles) -> Drawing | None:
     Raises:
         UserError: the value is not one that prunet writes.
     """
-    path = pipeline.configs() / "model_index.json"
-    value = read_object(path, pipeline.source).get(KEY)
+    return read_made_for(pipeline.configs() / "model_index.json", pipeline.source)
+
+
+def read_made_for(path: Path, source: str) -> Drawing | None:
+    """Does the same for a `model_index.json`; `source` begins the message where it cannot be read."""
+    value = read_object(path, source).get(KEY)
     if value is None:
         return None
     fix = f"fetch or copy it again, or delete {KEY} to draw it as any other"

@@ -155,6 +155,11 @@ class PipelineFiles:
 
     def _read_index(self) -> None:
         assert self._folder is not None
+        if (self._folder / "unet" / "openvino_model.xml").is_file():
+            raise UserError(
+                f"{self._folder}: a pipeline for OpenVINO, which `prunet generate` draws with: give the folder or run "
+                "that it was made from"
+            )
         index = read_object(self._folder / "model_index.json", f"{self._folder} is not a diffusers pipeline folder")
         check_config("model_index", index, self._folder / "model_index.json")
         if index.get("transformer"):

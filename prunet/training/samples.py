@@ -81,6 +81,16 @@ class PathSamples(Samples):
         return {"noisy": noisy, "landed": landed, "timestep": timestep, "after": after, "condition": condition}
 
 
+class LatentSamples(Samples):
+    """The same for a decoder. An item: `latents` (C, h, w)."""
+
+    def __getitem__(self, at: tuple[int, int]) -> dict[str, Any]:
+        step, position = at
+        sample = self.cache.sample(self._choose(step, position))
+        rng = torch.Generator().manual_seed(seed_of(self.seed, step, position))
+        return {"latents": sample.mean + sample.std * torch.randn(sample.mean.shape, generator=rng)}
+
+
 @lru_cache(maxsize=4)
 def _batch_order(seed: int, epoch: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
     """(size, how many batches of it came before in this epoch) of each batch of an epoch."""

@@ -13,8 +13,8 @@ from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from prunet.denoisers.architecture import Net, config_of
-from prunet.denoisers.known import architecture_of
+from prunet.denoisers.architecture import Net
+from prunet.denoisers.known import fast_attention
 from prunet.recipe.training import Training
 from prunet.runtime import Runtime
 from prunet.training.allocator import kept_memory
@@ -76,8 +76,7 @@ class Session:
         with ExitStack() as stack:
             stack.enter_context(kept_memory(self.device))
             for net in nets:
-                architecture = architecture_of(config_of(net))
-                stack.enter_context(architecture.fast_attention([net], self.device, half=half))
+                stack.enter_context(fast_attention(net, self.device, half=half))
             stack.enter_context(compiled_blocks(nets, self.runtime.compile_blocks))
             yield
 

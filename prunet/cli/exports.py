@@ -1,0 +1,173 @@
+"""Verbs that write a run's student for others: as a stock pipeline, a single file, a folder for OpenVINO."""
+
+import json
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prunet.cli.options import Json, app, open_recipe, say, with_runtime
+from prunet.errors import UserError
+from prunet.words import command, percent
+
+if TYPE_CHECKING:
+    from prunet.runs.run import Run
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(help="The run folder of an evaluated student.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="RUN/pipeline, RUN/student.safetensors or RUN/openvino by default."),
+    ] = None,
+    single_file: Annotated[bool, typer.Option("--single-file", help="The original LDM layout as one file.")] = False,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Half precision (a folder gets the fp16 variant as well).")
+    ] = False,
+    openvino: Annotated[
+        bool, typer.Option("--openvino", help="A folder that OpenVINO GenAI draws on CPUs, without torch.")
+    ] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="With --openvino: U-Net in 8 bits, the fastest and the least exact.")
+    ] = False,
+    int8_weights: Annotated[
+        bool, typer.Option("--int8-weights", help="With --openvino: only the U-Net's weights in 8 bits.")
+    ] = False,
+    decoder: Annotated[
+        Path | None,
+        typer.Option(help="With --openvino: an AutoencoderTiny, of `prunet decoder` or TAESD, in place of the VAE."),
+    ] = None,
+    to_hub: Annotated[
+        str | None, typer.Option("--push", help="Also upload it to owner/name of the hub, private where that is new.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the student of a run as a stock pipeline, as one .safetensors for ComfyUI and others, or for OpenVINO.
+
+    Example: prunet export runs/demo --openvino --int8
+    """
+    from prunet.disk.ownership import check_file, check_place
+    from prunet.exports.hub import check_push, push
+    from prunet.exports.single_file import is_exported
+    from prunet.runs.checks import read_paths
+    from prunet.runs.run import Run
+    from prunet.teacher.copying import check_other_parts
+
+    asked = {"--int8": int8, "--int8-weights": int8_weights, "--decoder": decoder}
+    _check_options(openvino, asked, {"--single-file": single_file, "--fp16": fp16})
+    _check_run(run_folder)
+    bits = "int8" if int8 else "int8-weights" if int8_weights else None
+    folder = "openvino" + (f"-{bits}" if bits else "") if openvino else "pipeline"
+    own = run_folder / ("student.safetensors" if single_file else folder)
+    target = output or own
+    elsewhere = os.path.realpath(target) != os.path.realpath(own)
+    if single_file and target.suffix != ".safetensors":
+        raise UserError(f"--output {target}: name the single file something.safetensors")
+    recipe = open_recipe(run_folder, [f"output={json.dumps(str(run_folder))}"])
+    read = [*read_paths(recipe), *([decoder] if decoder else [])]
+    what = "openvino" if openvino else "pipeline" if elsewhere else "export"
+    if single_file:
+        check_file(target, "single file", "--output", is_exported, read)
+        check_place(target.with_suffix(".config"), "configs", "--output", read)  # its configs go there
+    else:
+        check_place(target, what, "--output", read)
+    this = Run(recipe)
+    if not this.result_of("evaluate").is_file():
+        raise UserError(f"{run_folder}: not evaluated yet; finish it with {command('run', run_folder)}")
+    check_other_parts(this.teachers[-1])
+    if to_hub:
+        check_push(to_hub)
+    with nullcontext() if elsewhere else this.at_work():
+        if openvino:
+            facts, text = _for_openvino(this, target, bits, decoder)
+        else:
+            facts, text = _stock(this, target, single_file, fp16, what)
+    pushed = push(target, to_hub) if to_hub else None
+    say(as_json, {"output": str(target), **facts, "pushed": pushed}, f"{pushed}\n{text}" if pushed else text)
+
+
+@app.command()
+@with_runtime("device")
+def decoder(
+    runtime: Any,
+    run_folder: Annotated[Path, typer.Argument(help="A run folder with its cache.")],
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 8 latents.")] = 5000,
+    as_json: Json = False,
+) -> None:
+    """Distil a small decoder from the VAE of a run's teacher, on the run's cached latents, into RUN/decoder.
+
+    It draws in a fraction of the VAE's time: in diffusers (vae=), or by prunet export --openvino --decoder RUN/decoder.
+    The same command resumes. Where there is a TAESD for the teacher, that needs no training.
+    """
+    from prunet.runs.decoder import make_decoder
+    from prunet.runs.run import Run
+
+    _check_run(run_folder)
+    this = Run(open_recipe(run_folder, [f"output={json.dumps(str(run_folder))}"]), runtime)
+    with this.at_work():
+        facts = make_decoder(this, steps)
+    folder = run_folder / "decoder"
+    text = f"PSNR {facts['psnr']:.1f} dB against the VAE's pictures on {facts['held_out']} held-out samples"
+    time = f"{percent(facts['share'])} of its time ({facts['ms']['small']:.1f} ms)"
+    say(as_json, {"output": str(folder), **facts}, f"{folder}: {text}, {time}")
+
+
+def _check_run(folder: Path) -> None:
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder}: not a run folder (no recipe.yaml); `prunet run RECIPE` makes one")
+
+
+def _check_options(openvino: bool, its: dict[str, Any], others: dict[str, Any]) -> None:
+    """Refuses options that do not go together, by their names and values."""
+    given = [[name for name, value in options.items() if value] for options in (its, others)]
+    if given[0] and not openvino:
+        raise UserError(f"{given[0][0]}: is for --openvino: add it, or leave {given[0][0]} out")
+    if openvino and given[1]:
+        raise UserError(f"--openvino {given[1][0]}: one export at a time: leave one of them out")
+    if its["--int8"] and its["--int8-weights"]:
+        raise UserError("--int8 --int8-weights: choose one of them")
+
+
+def _stock(this: "Run", target: Path, single_file: bool, fp16: bool, what: str) -> tuple[dict[str, Any], str]:
+    from prunet.exports.folder import export as export_folder
+    from prunet.exports.single_file import export_single_file
+    from prunet.runs.card import card_facts
+
+    if single_file:
+        if not this.is_done("export"):
+            this.do("export")
+        written = export_single_file(this.folder / "pipeline", target, fp16=fp16)
+    else:
+        how: dict[str, Any] = {"card": card_facts(this), "fp16": fp16, "drawing": this.recipe.made_for, "what": what}
+        written = export_folder(this.exported_teacher(), this.last_unet(), target, **how)
+    size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.rglob("*.safetensors")))
+    loads, works = this.derived.loads_in, this.derived.works_with
+    return (
+        {"bytes": size, "loads_in": loads, "works_with": works},
+        f"{written}: {size / 1e6:,.1f} MB of weights\n"
+        + "\n".join(f"  {program}: {answer}" for program, answer in loads.items()),
+    )
+
+
+def _for_openvino(this: "Run", target: Path, bits: Any, decoder: Path | None) -> tuple[dict[str, Any], str]:
+    from prunet.exports.openvino import export_openvino
+    from prunet.recipe.recipe import read_prompts
+    from prunet.recipe.values import Drawing
+    from prunet.runs.card import card_facts
+
+    if not this.is_done("export"):
+        this.do("export")
+    recipe = this.recipe
+    drawing = recipe.made_for or Drawing(**recipe.evaluation.model_dump(include=set(Drawing.model_fields)))
+    prompts = read_prompts(recipe.evaluation.prompts)
+    pipeline, card = this.folder / "pipeline", card_facts(this)
+    facts = export_openvino(pipeline, target, prompts, drawing, bits=bits, decoder=decoder, card=card)
+    return (
+        facts,
+        f"{target}: {facts['bytes'] / 1e6:,.1f} MB of models, {facts['seconds']:.2f} s a picture\n"
+        f"  its pictures against those of 16-bit weights in f32: PSNR {facts['psnr']:.1f} dB, root mean squared error "
+        f"{facts['picture']:.4f}, over {facts['prompts']} prompts",
+    )

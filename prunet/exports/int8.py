@@ -1,0 +1,139 @@
+"""The denoiser of a pipeline for OpenVINO in 8 bits, calibrated on what it gets while it draws."""
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from prunet.console import progress
+from prunet.intervals import Array
+from prunet.recipe.values import Drawing
+from prunet.sampling.draw import draw_latents
+from prunet.sampling.openvino import need
+
+Inputs = dict[str, Any]
+#: Calls of the denoiser to calibrate with, and others to compare the results on.
+CALIBRATED, COMPARED = 24, 4
+#: The share of layers whose inputs stay in 16 bits: those that lose most in 8.
+SENSITIVE = 0.05
+
+
+def captured(pipe: Any, prompts: Sequence[str], how: Drawing, size: int) -> tuple[list[Inputs], list[Inputs]]:
+    """Draws `prompts` with a pipeline of torch; returns inputs of its denoiser, evenly chosen among all calls, to
+    calibrate with and to compare on.
+    """
+    seen: list[Inputs] = []
+
+    def keep(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        sample, timestep = given
+        added = named.get("added_cond_kwargs") or {}
+        tensors = {"sample": sample, "encoder_hidden_states": named["encoder_hidden_states"], **added}
+        seen.append({name: value.float().numpy().copy() for name, value in tensors.items()})
+        seen[-1]["timestep"] = timestep.reshape(1).long().numpy()
+
+    hook = pipe.unet.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with progress("Calibrating", len(prompts)) as bar:
+            for seed, prompt in enumerate(prompts):
+                draw_latents(pipe, [prompt], [seed], how, size=size)
+                bar.advance()
+    finally:
+        hook.remove()
+    chosen = [seen[int(i)] for i in np.linspace(0, len(seen) - 1, min(CALIBRATED + COMPARED, len(seen)))]
+    every = max(2, len(chosen) // COMPARED)
+    return [x for i, x in enumerate(chosen) if i % every], chosen[::every]
+
+
+def weights_only(model: Any) -> Any:
+    """Stores the weights of `model` in 8 bits; it computes as before."""
+    nncf = _nncf()
+    return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+
+
+def quantize(model: Any, calibration: Sequence[Inputs], compared: Sequence[Inputs]) -> tuple[Any, dict[str, Any]]:
+    """Puts weights and activations of `model` in 8 bits, but for the inputs of its most sensitive layers.
+
+    Returns the new model and what was chosen: `smooth_quant`, which is off unless it is better, `kept`, the layers
+    whose inputs stay in 16 bits, and `error`, the relative squared error of the output before and after that.
+    """
+    nncf = _nncf()
+    expected = _outputs(model, compared)
+    found = {}
+    for smooth in (False, True):
+        alphas = nncf.AdvancedSmoothQuantParameters() if smooth else nncf.AdvancedSmoothQuantParameters(matmul=-1)
+        candidate = nncf.quantize(
+            model,
+            nncf.Dataset(calibration),
+            subset_size=len(calibration),
+            model_type=nncf.ModelType.TRANSFORMER,
+            advanced_parameters=nncf.AdvancedQuantizationParameters(smooth_quant_alphas=alphas),
+        )
+        found[smooth] = candidate, _error(candidate, compared, expected)
+    smooth = found[True][1] < found[False][1]
+    chosen, before = found[smooth]
+    kept = _keep_sensitive(chosen, compared)
+    return chosen, {"smooth_quant": smooth, "kept": kept, "error": [before, _error(chosen, compared, expected)]}
+
+
+def _nncf() -> Any:
+    nncf = need("nncf")
+    nncf.set_log_level(logging.WARNING)  # it would print a table of how many layers it changed
+    return nncf
+
+
+def _keep_sensitive(model: Any, compared: Sequence[Inputs]) -> list[str]:
+    """Takes the 8 bits from the inputs of the first and last layer and of those `SENSITIVE` that lose most by them;
+    returns the names of these layers.
+    """
+    layers = {
+        re.sub(r"^__module\.unet\.|/.*$", "", op.get_friendly_name()): op
+        for op in model.get_ops()
+        if op.get_type_name() in ("Convolution", "MatMul") and _before(op).get_type_name() == "FakeQuantize"
+    }
+    lost = _lost(model, list(layers.values()), compared)
+    worst = sorted(layers, key=lambda name: -lost[layers[name].get_friendly_name()])[: round(SENSITIVE * len(layers))]
+    kept = [name for name in layers if name in worst or name in ("conv_in", "conv_out")]
+    for name in kept:
+        layers[name].input(0).replace_source_output(_before(layers[name]).input_value(0))
+    return kept
+
+
+def _lost(model: Any, layers: Sequence[Any], compared: Sequence[Inputs]) -> dict[str, float]:
+    """Returns the relative squared error of each layer's input in 8 bits, by the layer's name in the model."""
+    watched = model.clone()
+    ours = {op.get_friendly_name(): op for op in watched.get_ops()}
+    quantized = [_before(ours[layer.get_friendly_name()]) for layer in layers]
+    outputs = {op.get_friendly_name(): (op.input_value(0), op.output(0)) for op in quantized}
+    watched.add_outputs([output for pair in outputs.values() for output in pair])
+    lost = dict.fromkeys(outputs, 0.0)
+    for _, *seen in _all_outputs(watched, compared):
+        for name, exact, in_8_bits in zip(outputs, seen[::2], seen[1::2], strict=True):
+            lost[name] += float(np.square(exact - in_8_bits).sum() / max(np.square(exact).sum(), 1e-12))
+    return {
+        layer.get_friendly_name(): lost[op.get_friendly_name()] for layer, op in zip(layers, quantized, strict=True)
+    }
+
+
+def _before(op: Any) -> Any:
+    """Returns the operation that makes the first input of `op`."""
+    return op.input_value(0).get_node()
+
+
+def _all_outputs(model: Any, inputs: Sequence[Inputs]) -> Iterator[list[Array]]:
+    properties = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = need("openvino").Core().compile_model(model, "CPU", properties)
+    for given in inputs:
+        yield list(compiled(given).values())
+
+
+def _outputs(model: Any, inputs: Sequence[Inputs]) -> list[Array]:
+    return [outputs[0].copy() for outputs in _all_outputs(model, inputs)]
+
+
+def _error(model: Any, inputs: Sequence[Inputs], expected: Sequence[Array]) -> float:
+    """Returns the mean relative squared error of the outputs."""
+    pairs = zip(_outputs(model, inputs), expected, strict=True)
+    return float(np.mean([np.square(ours - theirs).mean() / np.square(theirs).mean() for ours, theirs in pairs]))

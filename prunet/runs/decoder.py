@@ -1,0 +1,133 @@
+"""A small decoder for the pictures of a run: distilled from its teacher's VAE on the run's cached latents."""
+
+import statistics
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from prunet.console import say
+from prunet.data.cache import Cache
+from prunet.denoisers.freeze import freeze
+from prunet.disk.files import new_folder, read_json, write_json
+from prunet.disk.ownership import check_place
+from prunet.disk.seals import verify
+from prunet.errors import UserError
+from prunet.exports.card import origin
+from prunet.recipe.training import Training
+from prunet.speed.clock import times_in_turn
+from prunet.training.checkpoints import Saving
+from prunet.training.loop import train
+from prunet.training.objectives.decoding import Decoding, decoded, small_decoder
+from prunet.training.samples import LatentSamples
+from prunet.training.sheets import grid
+from prunet.words import percent
+
+if TYPE_CHECKING:
+    from prunet.runs.run import Run
+
+BATCH = MICRO_BATCH = 8
+#: One of so many samples, at most `MOST` in all, is held out to measure on.
+HELD_OUT, MOST = 8, 64
+FACTS = "decoder.json"
+
+
+def make_decoder(this: "Run", steps: int) -> dict[str, Any]:
+    """Distils a small decoder into RUN/decoder, a stock `AutoencoderTiny`; the same call resumes one that was stopped.
+
+    Checkpoints and log lie in RUN/decoder-training. Returns what it also writes into `decoder.json`: `psnr` (dB) of its
+    pictures against those of the VAE, mean over the held-out samples, and the `share` of the VAE's time that it takes
+    (median of calls in turn, batch 1).
+
+    Raises:
+        UserError: the cache was deleted, or is of another VAE; or it has too few samples to hold some out.
+    """
+    folder = this.folder / "decoder"
+    check_place(folder, "decoder", "decoder")
+    teacher, cache = this.exported_teacher(), Cache.open(this.cache_folder)
+    cache.check(teacher)
+    made_from = f"{teacher.fingerprint(['vae'])}, {steps} steps, seed {this.recipe.seed}"
+    if (folder / FACTS).is_file():
+        verify(folder, f"delete {folder} and {folder}-training and give the same command again", made_from)
+        say(f"{folder} is done")
+        return dict(read_json(folder / FACTS))
+    held = list(range(0, len(cache), max(HELD_OUT, len(cache) // MOST)))
+    groups = tuple([i for i in group if i not in set(held)] for group in cache.groups)
+    kept = replace(cache, groups=tuple(group for group in groups if group))
+    if not kept.groups:
+        raise UserError(f"{cache.folder}: {len(cache)} samples are too few to train on and to measure on")
+    training = Training(
+        steps=steps,
+        batch_size=BATCH,
+        learning_rate=2e-3,
+        schedule="cosine",
+        warmup_steps=min(100, steps // 10),
+        weight_decay=0,
+        ema_decay=0.99,
+    )
+    student = small_decoder(teacher, this.recipe.seed)
+    samples = LatentSamples(kept, training, this.recipe.seed, teacher.process)
+    trained: Any = train(
+        Decoding(teacher, student),
+        student,
+        samples,
+        MICRO_BATCH,
+        this.folder / "decoder-training",
+        runtime=replace(this.runtime, precision="no"),  # many VAEs overflow in half precision
+        saving=Saving(every=max(1, steps // 10)),
+    )
+    facts, sheet = _measure(teacher.vae.to("cpu"), freeze(trained), cache, held, teacher.scaling_factor)
+    with new_folder(folder, "decoder", made_from) as part:
+        trained.save_pretrained(part, safe_serialization=True)
+        write_json(part / FACTS, facts)
+        sheet.save(part / "sheet.png")
+        (part / "README.md").write_text(_card(facts, origin(teacher)["teacher"]), encoding="utf-8")
+    return facts
+
+
+@torch.no_grad()
+def _measure(
+    vae: Any, small: Any, cache: Cache, held: list[int], scaling_factor: float
+) -> tuple[dict[str, Any], Image.Image]:
+    """Compares both decoders on held-out samples: the facts, and a sheet of the first pictures of both."""
+    decibels, rows = [], ([], [])  # type: ignore[var-annotated]
+    for index in held:
+        latents = cache.sample(index).mean[None]
+        both = decoded(vae, latents, scaling_factor), decoded(small, latents, 1)
+        error = (both[0] - both[1]).square().mean() / 4  # of pixels from 0 to 1
+        decibels.append(float(-10 * error.clamp(min=1e-10).log10()))
+        for row, pixels in zip(rows, both, strict=True):
+            row.append(Image.fromarray(((pixels[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()))
+    latents = cache.sample(held[0]).mean[None]
+    calls = {"vae": lambda: decoded(vae, latents, scaling_factor), "small": lambda: decoded(small, latents, 1)}
+    times = {name: statistics.median(found) for name, found in times_in_turn(calls, 15, torch.device("cpu")).items()}
+    facts = {
+        "psnr": statistics.mean(decibels),
+        "psnr_worst": min(decibels),
+        "held_out": len(held),
+        "ms": times,
+        "share": times["small"] / times["vae"],
+        "parameters": sum(parameter.numel() for parameter in small.decoder.parameters()),
+    }
+    chosen = [index for index in range(len(held)) if rows[0][index].size == rows[0][0].size][:8]
+    shown = [[row[index] for index in chosen] for row in rows]
+    return facts, grid(shown, ["VAE", "small decoder"], [f"{decibels[index]:.1f} dB" for index in chosen])
+
+
+def _card(facts: dict[str, Any], teacher: str) -> str:
+    return f"""# A small decoder for the latents of {teacher}
+
+A stock `AutoencoderTiny` of diffusers with {facts["parameters"]:,} parameters in its decoder, distilled from the VAE.
+Its pictures have a PSNR of {facts["psnr"]:.1f} dB against the VAE's, mean over {facts["held_out"]} held-out samples; on
+a CPU it takes {percent(facts["share"])} of the VAE's time. Its encoder is empty (all zeros): it cannot encode pictures.
+
+```python
+from diffusers import AutoencoderTiny, DiffusionPipeline
+
+vae = AutoencoderTiny.from_pretrained("PATH_OF_THIS_FOLDER")
+pipe = DiffusionPipeline.from_pretrained("PATH_OF_A_STUDENT", vae=vae)
+```
+
+For OpenVINO: `prunet export RUN --openvino --decoder PATH_OF_THIS_FOLDER`
+"""
