@@ -191,7 +191,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write the tensors of a pickled checkpoint as .safetensors, without running the code that is in it."""
-    from prunet.teacher.pickles import convert as convert_pickle
+    from prunet.teacher.conversion import convert as convert_pickle
 
     facts = convert_pickle(checkpoint, output)
     dropped = f"\nleft out: {', '.join(facts['dropped'])}" if facts["dropped"] else ""
