@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -270,6 +271,9 @@ def test_bad_inputs_are_one_line(sd, dog, lora, tmp_path, capsys, monkeypatch) -
     for what, argv in cases.items():
         assert what in refused(argv, capsys, monkeypatch), what
     assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("prunet.runs.personalization.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+        assert "checkpoints need about" in refused([*usual, *out], capsys, monkeypatch)
     other = shutil.copytree(dog, tmp_path / "other")
     (other / "002.png").unlink()
     with pytest.raises(UserError, match="holds a personalisation with pictures"):

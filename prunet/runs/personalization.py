@@ -12,8 +12,8 @@ The folder of a personalisation::
 A stopped personalisation resumes, and a finished one is not done again.
 """
 
-import hashlib
 import json
+import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from prunet.disk.seals import read_seal, verify
 from prunet.errors import UserError
 from prunet.exports.card import model_card, origin
 from prunet.exports.folder import export
-from prunet.hashing import seed_of
+from prunet.hashing import json_hash, seed_of
 from prunet.plan.derived import derive
 from prunet.plan.plan import Plan
 from prunet.recipe.personalization import Personalization
@@ -41,6 +41,7 @@ from prunet.runs.estimate import seconds_per_image
 from prunet.runtime import Runtime
 from prunet.sampling.draw import collect, draw, is_drawn, open_model
 from prunet.sampling.made_for import drawing_of, made_for
+from prunet.sampling.samplers import check_sampler
 from prunet.student.student import inherit
 from prunet.teacher.configs import check_condition
 from prunet.teacher.copying import check_other_parts
@@ -49,12 +50,12 @@ from prunet.teacher.teacher import Teacher
 from prunet.training.checkpoints import PACE, Saving, check_stage
 from prunet.training.fit import micro_batch_of, training_memory
 from prunet.training.loop import train
-from prunet.training.lora import add_lora, check_rank, lora_layers
+from prunet.training.lora import add_lora, check_rank, lora_layers, trained_count
 from prunet.training.memory import step_memory
 from prunet.training.objectives.personalization import Personalization as Objective
 from prunet.training.samples import Samples, SubjectSamples
 from prunet.training.sheets import Sheets
-from prunet.words import difference, short
+from prunet.words import difference, many, short
 
 CARD = "personalized.md.j2"
 #: Pictures of the subject on a sheet, and of its class, if there is one.
@@ -97,7 +98,8 @@ class Personal:
         self.model.check_prompts([prompt for prompt in (self.spec.prompt, self.spec.class_prompt) if prompt])
         if self.spec.lora is None:
             check_other_parts(self.model)
-        check_writable(self.folder, "--output")
+        check_sampler(self.model, self._drawing.sampler, self._drawing.steps, "model")
+        self._check_disk()
         if (label := self.folder / "personalization.json").is_file():
             before = read_label(label, ("inputs",))["inputs"]
             if what := difference(before, self._inputs):
@@ -107,6 +109,15 @@ class Personal:
         check_stage(self.folder / "training", self.spec)
         if own := made_for(self.model):
             say(f"[yellow]{escape(self.model.source)} was made for {own},[/] which this training does not teach")
+
+    def _check_disk(self) -> None:
+        config, where = self.derived.student_config, check_writable(self.folder, "--output")
+        # A checkpoint holds what is trained with two moments; two are kept, a third is being written.
+        need = 3 * 12 * trained_count(config, self.spec.rank) + (
+            0 if self.spec.lora else 4 * trained_count(config, None)
+        )
+        if shutil.disk_usage(where).free < need:
+            raise UserError(f"--output {self.folder}: checkpoints need about {many(need)}B free: give another disk")
 
     @cached_property
     def _inputs(self) -> dict[str, Any]:
@@ -129,7 +140,7 @@ class Personal:
         Raises:
             UserError: another command works in the folder, or the result was changed.
         """
-        made_from = hashlib.sha256(json.dumps([self._inputs, self.spec.settings()]).encode()).hexdigest()[:16]
+        made_from = json_hash([self._inputs, self.spec.settings()])
         if (read_seal(self.result) or {}).get("made_from") == made_from:
             verify(self.result, f"delete {self.result}, and it is written again from the last checkpoint")
             return self.result
