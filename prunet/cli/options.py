@@ -19,7 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     help="Make a Stable Diffusion model smaller and faster: remove blocks of its U-Net, distil what is left.\n\n"
-    "Start with [bold]prunet inspect sd-v1 --plan bk-small[/], then [bold]prunet run RECIPE[/].",
+    "Start with [bold]prunet new --teacher MODEL --data PICTURES > mine.yaml[/], then [bold]prunet run mine.yaml[/].",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object on the last line of stdout.")]
