@@ -130,6 +130,16 @@ def test_the_recipe_is_one(searched, sd) -> None:
     assert yaml.safe_load((folder / "plan.yaml").read_text())["remove"] == list(plan.remove)
 
 
+def test_the_recipe_follows_that_of_the_run_it_is_given(searched, finished, tmp_path) -> None:
+    _, plan, result = searched
+    write_plan(plan, result, tmp_path, finished)
+    ours, theirs = load_recipe(tmp_path / "recipe.yaml"), load_recipe(finished / "recipe.yaml")
+    assert ours.plan.remove == plan.remove and Path(ours.cache or "") == finished / "cache"
+    assert (ours.data, ours.evaluation, len(ours.stages)) == (theirs.data, theirs.evaluation, len(theirs.stages))
+    assert ours.stages[0].steps == theirs.stages[0].steps
+    assert ours.stages[0].learning_rate < theirs.stages[0].learning_rate
+
+
 def test_a_stopped_search_ends_as_one_that_was_not(space, searched, tmp_path, monkeypatch) -> None:
     folder, plan, result = searched
     keep, count = Scores.keep, itertools.count()
