@@ -92,7 +92,7 @@ def test_budgets_are_read(text, amount, is_share) -> None:
 
 @pytest.fixture(scope="module")
 def space(sd) -> Space:
-    outer = ["down_blocks.[01]", "up_blocks.[23]"]  # stay, so that there are few units
+    outer = ["down_blocks.[012]", "up_blocks.[123]"]  # stay, so that there are few units
     return Space(Teacher(sd), parse_budgets(["parameters=75%"]), outer)
 
 
@@ -111,6 +111,7 @@ def test_the_plan_keeps_the_budget_and_hurts_least(space, searched) -> None:
     folder, plan, result = searched
     derived = derive(space.config, load_plan(folder / "plan.yaml"))
     assert derived.removed == derive(space.config, plan).removed
+    assert all(derived.pairs(level) for level in derived.architecture.levels)  # so that a run can train it
     costs = costs_of(derived.student_size)
     assert costs["parameters"] <= 0.75 * space.costs["parameters"] == result["limits"]["parameters"]
     scores = Scores(space.teacher, open_examples(space.teacher, ["a cat", "a dog"]))
@@ -127,6 +128,16 @@ def test_the_recipe_is_one(searched, sd) -> None:
     assert recipe.plan.remove == plan.remove
     assert Path(recipe.teacher.source) == sd and Path(recipe.output) == folder / "run"
     assert yaml.safe_load((folder / "plan.yaml").read_text())["remove"] == list(plan.remove)
+
+
+def test_the_recipe_follows_that_of_the_run_it_is_given(searched, finished, tmp_path) -> None:
+    _, plan, result = searched
+    write_plan(plan, result, tmp_path, finished)
+    ours, theirs = load_recipe(tmp_path / "recipe.yaml"), load_recipe(finished / "recipe.yaml")
+    assert ours.plan.remove == plan.remove and Path(ours.cache or "") == finished / "cache"
+    assert (ours.data, ours.evaluation, len(ours.stages)) == (theirs.data, theirs.evaluation, len(theirs.stages))
+    assert ours.stages[0].steps == theirs.stages[0].steps
+    assert ours.stages[0].learning_rate < theirs.stages[0].learning_rate
 
 
 def test_a_stopped_search_ends_as_one_that_was_not(space, searched, tmp_path, monkeypatch) -> None:
@@ -170,7 +181,7 @@ def test_latency_is_timed_and_keeps_its_budget(space, searched, tmp_path, monkey
     shutil.copytree(searched[0], tmp_path / "copy")
 
     def latency(self, derived):
-        return 50 * derived.student_size.macs / derived.teacher_size.macs
+        return 50 * derived.student_size.parameters / derived.teacher_size.parameters
 
     monkeypatch.setattr(Scores, "latency", latency)
     monkeypatch.setattr(Scores, "teacher_latency", 50.0)
@@ -207,7 +218,7 @@ def test_a_good_student_gets_a_small_learning_rate() -> None:
         (["--budget", "macs=0%"], "more than nothing and less than its teacher"),
         (["--budget", "macs=50%", "--budget", "macs=60%"], "two budgets of macs"),
         (["--budget", "parameters=900G"], "which is within it: give less"),
-        (["--budget", "parameters=1%"], "no plan keeps"),
+        (["--budget", "parameters=1%", "--keep", "*_blocks.[12]", "--keep", "down_blocks.0"], "no plan keeps"),
         (["--budget", "macs=80%", "--keep", "mid_blok"], "--keep: Pattern 'mid_blok' matches no module"),
         (["--budget", "macs=80%", "--recover", "5"], "give a run or a cache with --cache"),
         (["--budget", "macs=80%", "--cache", "nowhere"], "nowhere: no finished cache there"),

@@ -68,7 +68,13 @@ class Space:
             if derived is None:
                 return smallest_failing(chosen, lambda some: self.together(some) is None)
             costs = costs_of(derived.student_size)
-            return chosen if any(costs[kind] > limit * ROUNDING for kind, limit in limits.items()) else None
+            if any(costs[kind] > limit * ROUNDING for kind, limit in limits.items()):
+                return chosen
+            try:
+                derived.result()  # a run writes it, with the pairs of all levels
+            except UserError:
+                return chosen
+            return None
 
         return why_not
 
