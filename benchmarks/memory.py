@@ -7,6 +7,7 @@ bytes.
 """
 
 import argparse
+from typing import Any
 
 from prunet import Teacher, derive, load_plan
 from prunet.recipe.stage import Losses, Stage
@@ -33,7 +34,8 @@ def main() -> None:
         derived = derive(config, load_plan(name))
         for count in range(len(SAVING["cuda"]) + 1):
             chosen = SAVING["cuda"][:count]
-            runtime = Runtime(device="cuda", precision="bf16", **dict.fromkeys(chosen, True))
+            options: dict[str, Any] = dict.fromkeys(chosen, True)
+            runtime = Runtime(device="cuda", precision="bf16", **options)
             parts = training_memory(config, derived.student_config, latent, given.micro_batch, stage, runtime)
             parts["activations"] = step_memory(
                 config,

@@ -166,5 +166,5 @@ def test_a_folder_that_is_not_whole_is_one_line(tmp_path, monkeypatch) -> None:
     with pytest.raises(UserError, match=r"export it again.*no file .*model_index.json"):
         generate(tmp_path, "a cat")
     monkeypatch.setitem(sys.modules, "openvino_genai", None)
-    with pytest.raises(UserError, match=r"openvino_genai, which is not installed: pip install -e '\.\[openvino\]'"):
+    with pytest.raises(UserError, match=r"openvino_genai, which is not installed: pip install 'prunet\[openvino\]'"):
         generate(tmp_path, "a cat")

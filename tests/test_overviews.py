@@ -14,6 +14,8 @@ from prunet.disk.ownership import hold, worker_of
 from prunet.runs import doctor
 from prunet.runs.listing import find_runs
 
+ROOT = Path(__file__).parent.parent
+
 
 def test_runs_with_their_state_plan_distance_and_size(capsys, finished, tmp_path) -> None:
     runs = tmp_path / "runs"
@@ -45,10 +47,16 @@ def test_doctor_names_versions_and_every_optional_part(capsys, monkeypatch) -> N
     facts = json.loads(out.splitlines()[-1])
     assert code == 0 and facts["versions"].keys() >= {"prunet", "python", "torch", "diffusers"}
     assert "HF_HUB_OFFLINE" in facts["hub"]["state"] and facts["memory"]["total"] > facts["memory"]["free"] > 0
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
-    assert facts["extras"].keys() == project["optional-dependencies"].keys() - {"dev", "emoji"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert facts["extras"].keys() == project["optional-dependencies"].keys() - {"dev", "docs", "emoji"}
     code, out, _ = call(capsys, "doctor")
     assert code == 0 and "bf16" in out and "optional" in out
+
+
+def test_messages_name_the_package_and_not_a_clone() -> None:
+    pages = [path for path in (ROOT / "prunet").rglob("*") if path.suffix in (".py", ".j2", ".yaml", ".js")]
+    for path in [*pages, *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
+        assert "pip install -e '.[" not in path.read_text(), f"{path}: write pip install 'prunet[...]'"
 
 
 def test_a_hub_that_is_not_there_is_no_failure(monkeypatch) -> None:

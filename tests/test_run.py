@@ -23,6 +23,7 @@ from prunet import Run, Runtime, Teacher, UserError, load_recipe, run
 from prunet.data.cache import Cache
 from prunet.recipe.recipe import Recipe
 from prunet.runs.checks import checkpoint_bytes
+from prunet.runs.fingerprints import _hash
 from prunet.runs.steps import logged_seconds
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
@@ -421,3 +422,18 @@ def test_a_stage_that_cannot_resume_is_refused_before_what_is_done_is_undone(cop
         with pytest.raises(UserError, match=message):
             Run(recipe_of(copied, change), CPU).check()
     assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_run_that_was_evaluated_before_image_to_image_stays_finished(finished: Path) -> None:
+    """Its recipe.yaml lacks the key: with the default its evaluation is the one that is there, with another not."""
+    recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
+    assert recipe["evaluation"].pop("image_to_image") == 4
+    done = json.loads((finished / "steps.json").read_text())
+    for changes, same in (({}, True), ({"image_to_image": 4}, True), ({"image_to_image": 0}, False)):
+        value = recipe | {"evaluation": recipe["evaluation"] | changes}
+        inputs = Run(Recipe.model_validate(value), CPU).inputs
+        assert (inputs["evaluate"] == done["evaluate"]["inputs"]) is same
+        assert inputs["stage-1"] == done["stage-1"]["inputs"]
+    # All that was hashed before there was this key.
+    how = {key: recipe["evaluation"][key] for key in ("steps", "guidance_scale", "sampler")}
+    assert _hash(done["stage-2"]["inputs"], ["a cat", "a dog"], how, 1234, 16) == done["evaluate"]["inputs"]

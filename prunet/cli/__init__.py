@@ -12,7 +12,17 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from prunet import __version__, processes
-from prunet.cli import adapters, exports, models, overviews, personal, play, recipes, results  # noqa: F401  (their verbs)
+from prunet.cli import (  # noqa: F401  (their verbs)
+    adapters,
+    exports,
+    models,
+    overviews,
+    personal,
+    play,
+    recipes,
+    results,
+    searching,
+)
 from prunet.cli.options import app
 from prunet.errors import UserError, one_line
 

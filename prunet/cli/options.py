@@ -31,6 +31,12 @@ ConfigOption = Annotated[
     str | None,
     typer.Option("--config", help="For a single file: folder or hub id with configs and tokenizers."),
 ]
+PromptsOption = Annotated[
+    Path | None, typer.Option(help="Prompts that the teacher draws, to see what a removal hurts: .txt, .csv or .tsv.")
+]
+CacheOption = Annotated[
+    Path | None, typer.Option(help="Samples to see it on instead: a run, or a cache that prunet made.")
+]
 RecipeArgument = Annotated[Path, typer.Argument(help="A YAML recipe, the name of a shipped one, or a run folder.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override a value of the recipe: stages.0.steps=100.")

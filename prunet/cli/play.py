@@ -25,8 +25,7 @@ def play(
 ) -> None:
     """Show teacher and student side by side in a browser, at equal prompt and noise.
 
-    Steps, guidance, sampler, a picture to start from and a LoRA can be set; times and peak memory are shown. Needs the
-    extra ui. Ctrl-C ends it.
+    Steps, guidance, sampler, a picture to start from and a LoRA can be set. Needs the extra ui; Ctrl-C ends it.
 
     Example: prunet play runs/demo
     """

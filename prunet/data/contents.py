@@ -6,11 +6,8 @@ only once: a cache keeps the state of its files (size, times, inode) in `source.
 the files are not read again.
 """
 
-import hashlib
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 from prunet.console import progress
 from prunet.data.cache import read_spec
@@ -20,6 +17,7 @@ from prunet.data.rows import picture_paths
 from prunet.data.sources import is_hub_id
 from prunet.disk.files import read_label, write_json
 from prunet.errors import UserError
+from prunet.hashing import file_hash, json_hash
 
 KNOWN = "source.json"
 SLOW = 1 << 30  # bytes from which on a progress bar is shown
@@ -47,13 +45,13 @@ def source_fingerprint(source: Source, made: Path | None = None, image_column: s
     if state not in _known:
         if known := made and _remembered(made, files, state):
             return known
-        _known[state] = _hash(source_files(source, image_column))
+        _known[state] = json_hash(source_files(source, image_column))
     return _known[state]
 
 
 def hub_fingerprint(source: Source) -> str:
     """The fingerprint of a dataset of the Hub."""
-    return _hash([(source, 0)])
+    return json_hash([(source, 0)])
 
 
 def remember(source: Source, made: Path, fingerprint: str, image_column: str = "image") -> None:
@@ -69,7 +67,7 @@ def _remembered(made: Path, files: Files, state: str) -> str | None:
     if not (made / "spec.json").is_file():
         return None
     # Older versions identified pictures and shards by their sizes; their caches stay valid.
-    by_size = _hash([(name, _sha256(file) if _is_text(file) else file.stat().st_size) for name, file in files])
+    by_size = json_hash([(name, _sha256(file) if _is_text(file) else file.stat().st_size) for name, file in files])
     return by_size if read_spec(made)["content"] == by_size else None
 
 
@@ -99,7 +97,7 @@ def _files(source: Source, image_column: str) -> Files:
 
 def _state(files: Files) -> str:
     found = [(name, file.stat()) for name, file in files]
-    return _hash([(name, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns) for name, at in found])
+    return json_hash([(name, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns) for name, at in found])
 
 
 def _is_text(file: Path) -> bool:
@@ -108,11 +106,6 @@ def _is_text(file: Path) -> bool:
 
 def _sha256(file: Path) -> str:
     try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        return file_hash(file)
     except OSError as error:
         return str(error.strerror)
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

@@ -1,6 +1,5 @@
 """Encoding: the teacher's frozen parts turn pictures and captions, or prompts, into a cache."""
 
-import hashlib
 import itertools
 import json
 import os
@@ -28,7 +27,7 @@ from prunet.disk.files import new_file, read_json, write_json
 from prunet.disk.ownership import check_place, hold
 from prunet.disk.seals import CHECKSUM
 from prunet.errors import UserError
-from prunet.hashing import seed_of
+from prunet.hashing import json_hash, seed_of
 from prunet.recipe.recipe import Data, read_prompts
 from prunet.teacher.space import check_size, side_step
 from prunet.teacher.teacher import Teacher, after_overflow
@@ -40,7 +39,7 @@ def cache_spec(teacher: Teacher, data: Data, seed: int, made: Path | None = None
     """Everything that decides the bytes of a cache. `made`: a finished cache; its pictures may be deleted."""
     parts = ["vae", *teacher.text_encoders] + (["unet"] if data.prompts is not None else [])
     if data.prompts is not None:
-        content = _hash([read_prompts(data.prompts, data.limit), teacher.part_config("scheduler")])
+        content = json_hash([read_prompts(data.prompts, data.limit), teacher.part_config("scheduler")])
     elif made is not None and pictures_are_gone(data, made):
         content = read_spec(made)["content"]
     else:
@@ -289,7 +288,3 @@ def write_block(
     with new_file(path) as part:
         # One entry, because safetensors writes several in random order, and equal caches should be equal files.
         save_file(stored, part, metadata={"label": json.dumps(label)})
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

@@ -1,6 +1,5 @@
 """Draws the pictures of an evaluation in batches and keeps each on disk until the end: a stop costs one at most."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from prunet.console import Bar
 from prunet.denoisers.architecture import Net
 from prunet.disk.files import new_file
 from prunet.disk.seals import CHECKSUM, checksum
+from prunet.hashing import hash_of
 from prunet.recipe.values import Drawing
 from prunet.sampling.draw import decode, draw_latents
 from prunet.student.student import state_hash
@@ -58,7 +58,7 @@ def draw_all(
         texts, seeds = list(prompts[rows]), list(range(seed, seed + len(prompts))[rows])
         if processes.is_mine(rows.start // BATCH):
             path = folder / f"{rows.start:05d}.safetensors"
-            made_from = hashlib.sha256(json.dumps([*made_by, texts, seeds]).encode()).hexdigest()
+            made_from = hash_of([json.dumps([*made_by, texts, seeds]).encode()])
             drawn = _read(path, made_from)
             if drawn is None:
                 pipe = pipe or teacher.pipeline(unet=net)

@@ -3,7 +3,6 @@
 The name of their folder holds hashes of the network and of how the pictures were prepared, so they are never stale.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from prunet.errors import UserError
 from prunet.evaluation.metrics import Moments
 from prunet.evaluation.networks import Features, file_hash, prepared
 from prunet.evaluation.protocol import NEED_REAL, SUBJECT, Protocol
+from prunet.hashing import json_hash
 from prunet.intervals import Array
 from prunet.sampling.shards import SHARD, read_shard
 
@@ -42,7 +42,7 @@ def preparation(protocol: Protocol, network: str) -> str:
 
 def tag(*values: str) -> str:
     """Returns a hash of texts, for the name of a folder."""
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
+    return json_hash(values)[:12]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Each is called with pictures and their prompts (None for real pictures), returns
 weights, which goes into every result.
 """
 
-import hashlib
 import importlib
 import importlib.util
 import io
@@ -23,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from prunet import hashing
 from prunet.errors import UserError
 from prunet.sampling.pictures import encode
 from prunet.teacher.placing import is_finite
@@ -225,7 +225,7 @@ def _check_loaded(net: nn.Module, told: Any, weights: Path, what: str) -> None:
 
 def _folder_hash(folder: Path) -> str:
     files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".safetensors") and p.is_file())
-    return hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()[:16]
+    return hashing.hash_of(file_hash(file).encode() for file in files)[:16]
 
 
 def torch_fidelity(module: str) -> Any:
@@ -271,8 +271,7 @@ def _tensor(output: Any) -> Tensor:
 
 def file_hash(path: Path) -> str:
     """Returns the first 16 digits of a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return hashing.file_hash(path)[:16]
 
 
 def _first_line(error: Exception) -> str:

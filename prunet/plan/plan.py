@@ -6,8 +6,6 @@ distillation compares, parameters, MACs, and the programs in which the student w
 
 import dataclasses
 import difflib
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunet.disk.reading import load_yaml, parse_yaml
 from prunet.errors import UserError
+from prunet.hashing import json_hash
 
 if TYPE_CHECKING:
     pass
@@ -41,7 +40,7 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """A hash of the patterns; names and descriptions do not count."""
-        return hashlib.sha256(json.dumps(list(self.remove)).encode()).hexdigest()[:16]
+        return json_hash(self.remove)
 
 
 def preset_names() -> list[str]:

@@ -1,12 +1,12 @@
 """Lists of prompts from text, CSV and TSV files."""
 
 import csv
-import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from prunet.errors import UserError
+from prunet.hashing import hash_of
 from prunet.recipe.paths import shipped_names
 
 #: Characters of a prompt or caption. Text encoders read 77 tokens of fewer than 100 characters each.
@@ -80,4 +80,4 @@ def _column(path: Path, text: str, *, tabs: bool) -> list[str]:
 
 def prompts_hash(prompts: Sequence[str]) -> str:
     """A SHA-256 of prompts in their order."""
-    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    return hash_of(["\n".join(prompts).encode()])

@@ -6,8 +6,6 @@ They are options of the command line.
 
 import copy
 import difflib
-import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -19,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from prunet.disk.reading import DEEPEST, load_mapping, parse_yaml
 from prunet.errors import UserError
+from prunet.hashing import json_hash
 from prunet.plan.plan import Plan
 from prunet.recipe.paths import SHIPPED, PathOrId, PathText, PromptsText, from_folder, moved, shipped_names, shipped_or
 from prunet.recipe.prompts import check_prompts, read_prompt_file
@@ -147,7 +146,7 @@ class Recipe(Part):
         """A hash of the named parts of the recipe, and of `extra` plain data."""
         chosen = {p: self.plan.fingerprint if p == "plan" else _plain(getattr(self, p)) for p in parts}
         chosen |= {"": extra} if extra else {}
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+        return json_hash(chosen, sort_keys=True)
 
 
 def _plain(value: Any) -> Any:

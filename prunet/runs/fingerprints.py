@@ -1,12 +1,11 @@
 """Hashes of what each step of a run depends on; they include the hashes of the steps that it reads."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunet.data.encoding import cache_spec
 from prunet.data.paths import paths_spec
+from prunet.hashing import json_hash
 from prunet.recipe.recipe import Evaluation, read_prompts
 from prunet.training.checkpoints import PACE
 from prunet.words import short
@@ -101,4 +100,4 @@ def stage_paths(this: "Run") -> dict[int, tuple[Path, dict[str, Any]]]:
 
 
 def _hash(*values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return json_hash(values, sort_keys=True, default=str)

@@ -12,7 +12,6 @@ The folder of a personalisation::
 A stopped personalisation resumes, and a finished one is not done again.
 """
 
-import hashlib
 import json
 import shutil
 from functools import cached_property
@@ -33,7 +32,7 @@ from prunet.disk.seals import read_seal, verify
 from prunet.errors import UserError
 from prunet.exports.card import model_card, origin
 from prunet.exports.folder import export
-from prunet.hashing import seed_of
+from prunet.hashing import json_hash, seed_of
 from prunet.plan.derived import derive
 from prunet.plan.plan import Plan
 from prunet.recipe.personalization import Personalization
@@ -141,7 +140,7 @@ class Personal:
         Raises:
             UserError: another command works in the folder, or the result was changed.
         """
-        made_from = hashlib.sha256(json.dumps([self._inputs, self.spec.settings()]).encode()).hexdigest()[:16]
+        made_from = json_hash([self._inputs, self.spec.settings()])
         if (read_seal(self.result) or {}).get("made_from") == made_from:
             verify(self.result, f"delete {self.result}, and it is written again from the last checkpoint")
             return self.result

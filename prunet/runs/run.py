@@ -8,7 +8,7 @@ A run folder::
                                          than one if the stages' teachers encode differently
     cache-paths/ ...                     the teacher's paths, if a stage learns from them
     stage-1/ ...                         checkpoints/, log.jsonl, pairs.json, sheets/, and unet/ when the stage is done
-    evaluation/                          evaluation.json, evaluation.md, sheet.png, pictures/
+    evaluation/                          evaluation.json, evaluation.md, sheet.png, pictures/, image-to-image/
     pipeline/                            the student as a stock pipeline (and student.safetensors if asked)
     report.html
 """

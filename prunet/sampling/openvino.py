@@ -33,7 +33,7 @@ def need(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"OpenVINO needs {package}, which is not installed: pip install -e '.[openvino]'") from error
+        raise UserError(f"OpenVINO needs {package}, which is not installed: pip install 'prunet[openvino]'") from error
 
 
 class OpenVinoPipeline:

@@ -1,14 +1,14 @@
 """The student: a stock denoiser made from a plan, with the weights that it inherits from the teacher."""
 
-import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from prunet.denoisers.architecture import Net
 from prunet.errors import UserError
+from prunet.hashing import hash_of
 from prunet.plan.derived import Derived, derive
 from prunet.plan.plan import Plan
 from prunet.teacher.teacher import Teacher
@@ -79,8 +79,10 @@ def cut(student: nn.Module, before: Derived, after: Derived) -> Net:
 
 def state_hash(module: nn.Module) -> str:
     """Hashes every parameter and buffer, bit for bit, with names, shapes and dtypes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+
+    def pieces() -> Iterator[bytes]:
+        for name, tensor in sorted(module.state_dict().items()):
+            yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
+            yield tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+    return hash_of(pieces())[:16]

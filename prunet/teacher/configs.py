@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from prunet.disk.reading import parse_json
+from prunet.disk.reading import check_permission, parse_json
 from prunet.errors import UserError
 from prunet.recipe.recipe import explain
 
@@ -188,13 +188,14 @@ def read_object(path: Path, message: str) -> dict[str, Any]:
         UserError: no such file, not JSON, or not an object.
     """
     if not path.is_file():  # reading a pipe would block
-        raise UserError(f"{message}: no file {path}")
+        raise UserError(f"{message}: no file {path}: fetch or copy it again")
+    check_permission(path)
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{message}: {path} is not readable JSON ({error})") from error
+        raise UserError(f"{message}: {path} is not readable JSON ({error}): fetch or copy it again") from error
     if not isinstance(value, dict):
-        raise UserError(f"{message}: {path} does not hold a JSON object")
+        raise UserError(f"{message}: {path} does not hold a JSON object: fetch or copy it again")
     return value
 
 

@@ -4,7 +4,6 @@ Only this file and `prunet.teacher.teacher` know what differs between SD v1, v2 
 micro-conditioning, epsilon or v-prediction, the scaling factor.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable
 from functools import cached_property
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from prunet.denoisers.architecture import Architecture
 from prunet.denoisers.known import architecture_of
 from prunet.errors import UserError
+from prunet.hashing import file_hash, hash_of
 from prunet.teacher import hub, placing, scheduler
 from prunet.teacher.configs import check_config, read_object
 from prunet.teacher.known import LAYOUTS, layout_config
@@ -326,15 +326,14 @@ class PipelineFiles:
         It does not depend on where the files are: they are sorted by their names in the folder, a single file last.
         """
         parts = sorted(parts or self.parts)
-        digest, folder = hashlib.sha256(), self.configs()
+        folder, found = self.configs(), []
         files = {p for part in parts for p in self._part_files(part)}
         for path in sorted(files, key=lambda p: (p == self.file, p if p == self.file else p.relative_to(folder))):
             key = str(path)
             if key not in self._fingerprints:
-                with path.open("rb") as file:
-                    self._fingerprints[key] = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(self._fingerprints[key].encode())
-        return digest.hexdigest()[:16]
+                self._fingerprints[key] = file_hash(path)
+            found.append(self._fingerprints[key].encode())
+        return hash_of(found)[:16]
 
     def weight_files(self, part: str) -> list[Path]:
         """The safetensors files of a part (`find_weights`), downloaded if needed."""
