@@ -19,10 +19,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 BEGAN = time.perf_counter()
 HERE = Path(__file__).parent
-BITS = (None, "int8-weights", "int8")
+BITS: tuple[Literal["int8", "int8-weights"] | None, ...] = (None, "int8-weights", "int8")
 ROW = "| {form} | {steps} | {loaded:.1f} | {seconds:.2f} | {memory:.0f} | {disk:.0f} |"
 
 

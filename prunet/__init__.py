@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from prunet.runtime import Runtime
     from prunet.sampling.draw import generate
     from prunet.student.student import build
-    from prunet.teacher.pickles import convert
+    from prunet.teacher.conversion import convert
     from prunet.teacher.teacher import Teacher
     from prunet.training.checkpoints import Saving
     from prunet.training.loop import distil
@@ -68,7 +68,7 @@ _HOME = {
     "generate": "sampling.draw",
     "Personalization": "recipe.personalization",
     "personalize": "runs.personalization",
-    "convert": "teacher.pickles",
+    "convert": "teacher.conversion",
     "Condition": "denoisers.condition",
     "Form": "denoisers.form",
     "Pair": "denoisers.pairs",

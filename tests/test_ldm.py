@@ -1,9 +1,11 @@
 """The single-file layout: round trips, published facts, and the readers that users have."""
 
 import json
+from collections.abc import Mapping
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from prunet.errors import UserError
+from prunet.teacher import placing
 from prunet.teacher.ldm import (
     UNET,
-    from_ldm_text_encoder,
     from_ldm_unet,
-    from_ldm_vae,
     layout_of,
+    place,
     to_ldm,
     unet_key_map,
     vae_key_map,
@@ -93,6 +95,19 @@ VAE = {
 CONFIGS = {name: config for name, (config, _) in MODELS.items()}
 # Stages that keep different numbers of layers: only prunet reads them back.
 CONFIGS["sd-v1 uneven"] = SD_V1 | {"layers_per_block": (2, 1, 2, 1)}
+
+
+def from_ldm_vae(path: str | Path, config: Mapping[str, Any]) -> AutoencoderKL:
+    """Reads the VAE of a single file, in the file's dtype; `config` is its diffusers config."""
+    vae = placing.empty(AutoencoderKL, config)
+    return placing.fill(vae, place(path, vae))
+
+
+def from_ldm_text_encoder(path: str | Path, config: Any, index: int = 0) -> Any:
+    """Reads text encoder `index` (1: the second of SDXL) of a single file; `config` is its transformers config."""
+    cls = CLIPTextModelWithProjection if index else CLIPTextModel
+    model = placing.empty(cls, config if isinstance(config, CLIPTextConfig) else CLIPTextConfig(**config))
+    return placing.fill(model, place(path, model, index))
 
 
 def fewer(depths):

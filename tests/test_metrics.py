@@ -33,15 +33,6 @@ def test_fid_of_gaussians_is_the_closed_form() -> None:
     assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
 
 
-def test_moments_merge() -> None:
-    features = np.random.default_rng(1).normal(size=(70, 5))
-    whole = Moments.of(features)
-    parts = Moments.of(features[:10]).merge(Moments.of(features[10:45])).merge(Moments.of(features[45:]))
-    np.testing.assert_allclose(parts.mean, whole.mean)
-    np.testing.assert_allclose(parts.covariance, whole.covariance)
-    assert parts.count == 70
-
-
 def test_kid_is_unbiased_and_sees_a_shift() -> None:
     rng = np.random.default_rng(2)
     same = [metrics.kernel_distance(*rng.normal(size=(2, 60, 4)), subset_size=60, subsets=1) for _ in range(200)]

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from prunet import UserError
 from prunet.cli import main
+from prunet.teacher.conversion import convert
 from prunet.teacher.ldm import to_ldm
-from prunet.teacher.pickles import convert
 from prunet.teacher.teacher import Teacher
 
 RAN = "PRUNET_TEST_RAN"

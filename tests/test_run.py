@@ -434,5 +434,6 @@ def test_a_run_that_was_evaluated_before_image_to_image_stays_finished(finished:
         inputs = Run(Recipe.model_validate(value), CPU).inputs
         assert (inputs["evaluate"] == done["evaluate"]["inputs"]) is same
         assert inputs["stage-1"] == done["stage-1"]["inputs"]
-    how = {"steps": 1, "guidance_scale": 7.5, "sampler": "dpmsolver++"}  # all that was hashed before
-    assert _hash(done["stage-1"]["inputs"], ["a cat", "a dog"], how, 1234, 16) == done["evaluate"]["inputs"]
+    # All that was hashed before there was this key.
+    how = {key: recipe["evaluation"][key] for key in ("steps", "guidance_scale", "sampler")}
+    assert _hash(done["stage-2"]["inputs"], ["a cat", "a dog"], how, 1234, 16) == done["evaluate"]["inputs"]

@@ -12,7 +12,17 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from prunet import __version__, processes
-from prunet.cli import adapters, exports, models, overviews, personal, play, recipes, results  # noqa: F401  (their verbs)
+from prunet.cli import (  # noqa: F401  (their verbs)
+    adapters,
+    exports,
+    models,
+    overviews,
+    personal,
+    play,
+    recipes,
+    results,
+    searching,
+)
 from prunet.cli.options import app
 from prunet.errors import UserError, one_line
 
@@ -22,8 +32,32 @@ UsageError: Any = typer.BadParameter.__mro__[1]
 INTERRUPTED = 128 + signal.SIGINT
 #: Signals that stop a command: from Ctrl-C; from a batch system or a service manager; from a closed terminal.
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+#: The verbs as `prunet --help` shows them, by what a user wants.
+PANELS = {
+    "Begin": ("doctor", "inspect", "plans", "new", "search"),
+    "Make a student": ("run", "estimate", "list", "cache", "distil", "evaluate", "ablate"),
+    "Use it": ("generate", "play", "personalize", "adapt", "export", "decoder"),
+    "Measure and compare": ("measure", "protocols", "bench", "compare"),
+    "Files": ("build", "convert"),
+}
 #: Verbs that several processes may run together.
 SHARED = ("run", "cache", "distil", "evaluate", "measure")
+
+
+def _arrange() -> None:
+    """Puts the verbs in the order of `PANELS`."""
+    verbs: dict[str, Any] = {
+        str(command.name or getattr(command.callback, "__name__", "")): command for command in app.registered_commands
+    }
+    app.registered_commands = []
+    for panel, names in PANELS.items():
+        for name in names:
+            verbs[name].rich_help_panel = panel
+            app.registered_commands.append(verbs.pop(name))
+    assert not verbs, f"not in PANELS: {', '.join(verbs)}"
+
+
+_arrange()
 
 
 @app.callback(invoke_without_command=True)

@@ -8,9 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from prunet.cli.options import (
+    CacheOption,
     ConfigOption,
     Json,
     PlanOption,
+    PromptsOption,
     TeacherArgument,
     app,
     open_recipe,
@@ -21,13 +23,28 @@ from prunet.errors import UserError
 
 
 @app.command()
+@with_runtime("device", "precision")
 def inspect(
-    teacher: TeacherArgument, plan: PlanOption = "none", config: ConfigOption = None, as_json: Json = False
+    runtime: Any,
+    teacher: TeacherArgument,
+    plan: PlanOption = "none",
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Measure what each part that can go costs and hurts (reads weights).")
+    ] = False,
+    prompts: PromptsOption = None,
+    cache: CacheOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="With --sensitivity: folder for a page, a chart and numbers.")
+    ] = None,
+    config: ConfigOption = None,
+    as_json: Json = False,
 ) -> None:
     """Show what a plan does to a model, without reading weights.
 
     Example: prunet inspect sdxl --plan ssd-1b. For a recipe (.yaml) or a run folder it shows the recipe's plan on its
     teacher, and what each stage removes.
+
+    What each part costs and hurts: prunet inspect my-model --sensitivity
     """
     from prunet.cli.views import plan_view
     from prunet.plan.derived import derive
@@ -35,11 +52,21 @@ def inspect(
     from prunet.recipe.paths import shipped_names
     from prunet.teacher.teacher import Teacher
 
+    if not sensitivity and (prompts or cache or output):
+        raise UserError("--prompts, --cache and --output are for --sensitivity: add it, or leave them out")
     is_recipe = teacher.endswith((".yaml", ".yml")) or teacher in shipped_names(".yaml")
     if is_recipe or (Path(teacher) / "recipe.yaml").is_file():
-        if plan != "none" or config is not None:
-            raise UserError(f"{teacher}: a recipe names its own plan and teacher.config: leave --plan and --config out")
+        if plan != "none" or config is not None or sensitivity:
+            raise UserError(
+                f"{teacher}: a recipe names its own plan and teacher.config: leave --plan, --config and --sensitivity "
+                "out, or give the model itself"
+            )
         _inspect_recipe(Path(teacher), as_json)
+        return
+    if sensitivity:
+        if plan != "none":
+            raise UserError("--sensitivity measures all parts of a model: leave --plan out")
+        _inspect_sensitivity(teacher, runtime, prompts, cache, output, config, as_json)
         return
     chosen = Plan("none") if plan == "none" else load_plan(plan)
     opened = Teacher(teacher, config=config, only_form=True)
@@ -47,6 +74,40 @@ def inspect(
     opened.check_weights(headers_only=True)
     title = teacher if plan == "none" else f"{teacher} by {chosen.name}"
     say(as_json, derived.result().facts() if as_json else {}, None if as_json else plan_view(derived, title))
+
+
+def _inspect_sensitivity(
+    source: str,
+    runtime: Any,
+    prompts: Path | None,
+    cache: Path | None,
+    output: Path | None,
+    config: str | None,
+    as_json: bool,
+) -> None:
+    from prunet.cli.views import sensitivity_view
+    from prunet.disk.ownership import check_place, hold
+    from prunet.recipe.prompts import read_prompt_file
+    from prunet.report.sensitivity import write_sensitivity
+    from prunet.search.scores import Scores
+    from prunet.search.sensitivity import check_samples, open_examples
+    from prunet.search.sensitivity import sensitivity as measure
+    from prunet.search.units import find_units
+    from prunet.teacher.teacher import Teacher
+
+    texts = read_prompt_file(prompts) if prompts else None
+    teacher = Teacher(source, config=config, device=runtime.torch_device, dtype=runtime.dtype, only_form=True)
+    if output is not None:
+        check_place(output, "sensitivity", "--output", [Path(source)])
+    check_samples(teacher, texts, cache)
+    teacher.check_weights()
+    units = find_units(teacher.unet_config)
+    with hold(output, "sensitivity") if output else nullcontext():
+        examples = open_examples(teacher, texts, cache, output and output / "examples.safetensors")
+        result = measure(units, Scores(teacher, examples, output))
+        if output is not None:
+            write_sensitivity(result, output)
+    say(as_json, result, None if as_json else sensitivity_view(result))
 
 
 def _inspect_recipe(path: Path, as_json: bool) -> None:
@@ -130,7 +191,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write the tensors of a pickled checkpoint as .safetensors, without running the code that is in it."""
-    from prunet.teacher.pickles import convert as convert_pickle
+    from prunet.teacher.conversion import convert as convert_pickle
 
     facts = convert_pickle(checkpoint, output)
     dropped = f"\nleft out: {', '.join(facts['dropped'])}" if facts["dropped"] else ""

@@ -19,7 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     help="Make a Stable Diffusion model smaller and faster: remove blocks of its U-Net, distil what is left.\n\n"
-    "Start with [bold]prunet inspect sd-v1 --plan bk-small[/], then [bold]prunet run RECIPE[/].",
+    "Start with [bold]prunet new --teacher MODEL --data PICTURES > mine.yaml[/], then [bold]prunet run mine.yaml[/].",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object on the last line of stdout.")]
@@ -30,6 +30,12 @@ TeacherArgument = Annotated[
 ConfigOption = Annotated[
     str | None,
     typer.Option("--config", help="For a single file: folder or hub id with configs and tokenizers."),
+]
+PromptsOption = Annotated[
+    Path | None, typer.Option(help="Prompts that the teacher draws, to see what a removal hurts: .txt, .csv or .tsv.")
+]
+CacheOption = Annotated[
+    Path | None, typer.Option(help="Samples to see it on instead: a run, or a cache that prunet made.")
 ]
 RecipeArgument = Annotated[Path, typer.Argument(help="A YAML recipe, the name of a shipped one, or a run folder.")]
 SetOption = Annotated[

@@ -9,13 +9,16 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from prunet.denoisers.diagram import Diagram, Part, Section
+from prunet.denoisers.diagram import STEPS, Diagram, Part, Section
 from prunet.plan.derived import Derived
 from prunet.plan.size import Size
 from prunet.words import many, number
 
 STAYS, GOES = "bold green", "red strike"
 #: Kind of part -> its sign where it stays and where it goes.
+#: Style of a part by the colour of its error, from one that is not missed to one without which nothing works.
+COLOURS = ("bold green", "bold cyan", "bold yellow", "bold dark_orange", "bold red")
+DIGITS = "₀₁₂₃₄"
 SIGNS = {"resnet": ("R", "r"), "attention": ("A", "a"), "downsampler": ("↓", "·"), "upsampler": ("↑", "·")}
 
 
@@ -30,6 +33,49 @@ def plan_view(derived: Derived, title: str) -> RenderableType:
         _sizes(derived),
         _programs(derived),
     )
+
+
+def sensitivity_view(result: Mapping[str, Any]) -> RenderableType:
+    """What each unit costs and hurts (`prunet.search.sensitivity`): the coloured diagram, and a table."""
+    from prunet.report.sensitivity import coloured_diagram, columns, conditions, label, rows
+
+    legend = Text("Error without it: ")
+    for place, style in enumerate(COLOURS):
+        legend.append(f"{DIGITS[place]} {f'below {STEPS[place]:g}' if place < len(STEPS) else 'more'}  ", style=style)
+    table = Table(box=None, padding=(0, 1))
+    for title in ("error", "95 % interval", *columns(result).values()):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("removed", overflow="fold")
+    for name, shares, error in sorted(rows(result), key=lambda row: row[2][0]):
+        value, low, high = (number(part, 2) for part in error)
+        table.add_row(value, f"{low} to {high}", *shares, Text(label(name)))
+    return Group(
+        Rule(Text(f"{result['teacher']}: what each removal hurts", style="bold"), align="left"),
+        Padding(_denoiser(coloured_diagram(result)), (0, 0, 1, 0)),
+        legend,
+        Text(),
+        table,
+        Text(),
+        Text(conditions(result), style="dim"),
+    )
+
+
+def search_view(result: Mapping[str, Any], folder: Any) -> RenderableType:
+    """The plans of a search, the chosen one first, and its files."""
+    table = Table(box=None, padding=(0, 1))
+    kinds = [kind for kind in ("parameters", "macs", "latency") if kind in result["costs"]]
+    for title in ("error", *(["after"] if result["recover_steps"] else []), *kinds):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("removed", overflow="fold")
+    for row in [*result["plans"][:8], *result["presets"]]:
+        after = [number(list(row["after"].values())[-1], 2) if row["after"] else ""] if result["recover_steps"] else []
+        shares = [f"{100 * row['costs'][kind] / result['costs'][kind]:.0f} %" for kind in kinds]
+        name = ", ".join(row["remove"]) if row["name"] == "found" else row["name"]
+        style = "bold" if row is result["plans"][0] else None
+        table.add_row(number(row["error"], 2), *after, *shares, Text(name), style=style)
+    files = f"Page: {folder}/search.html\nPlan: {folder}/plan.yaml\nRun it: prunet run {folder}/recipe.yaml"
+    title = f"{result['teacher']} within {', '.join(result['budgets'])}"
+    return Group(Rule(Text(title, style="bold"), align="left"), table, Text(), Text(files))
 
 
 def stairs_view(steps: Sequence[Derived], notes: Sequence[str]) -> RenderableType:
@@ -117,6 +163,8 @@ def _mark(part: Part) -> Text:
     sign, sign_gone = SIGNS.get(part.kind, (f"{number:>2}", " ·"))
     if part.gone:
         return Text(sign_gone, style=GOES)
+    if part.colour is not None:  # the digit is for readers who see no colours
+        return Text(sign + DIGITS[part.colour], style=COLOURS[part.colour])
     depth, kept = len(part.blocks), sum(part.blocks)
     text = Text(f"{sign}{kept}" if depth > 1 else sign, style=STAYS)
     return text.append(f"/{depth}", style="red") if kept < depth else text

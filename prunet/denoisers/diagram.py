@@ -1,6 +1,10 @@
 """A denoiser as terminal and page show it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+#: Relative squared errors between two colours of a diagram.
+STEPS = (0.001, 0.01, 0.1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -12,6 +16,12 @@ class Part:
     gone: bool
     parameters: int
     blocks: tuple[bool, ...] = ()  # of each transformer block in it, whether it stays
+    error: float | None = None  # what the least removal that it is part of hurts, if that was measured
+
+    @property
+    def colour(self) -> int | None:
+        """How many of `STEPS` its error reaches; None if it was not measured."""
+        return None if self.error is None else sum(self.error >= step for step in STEPS)
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,17 @@ class Diagram:
     def sections(self) -> list[Section]:
         """All sections, row by row."""
         return [section for row in self.rows for section in row.sections]
+
+    def coloured(self, errors: Mapping[str, float]) -> "Diagram":
+        """The same with the error of each part, by its name."""
+
+        def layer(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+            return tuple(replace(part, error=errors.get(part.name)) for part in parts)
+
+        def section(one: Section) -> Section:
+            return replace(one, layers=tuple(map(layer, one.layers)))
+
+        return Diagram(tuple(replace(row, sections=tuple(map(section, row.sections))) for row in self.rows))
 
     @property
     def largest(self) -> int:

@@ -28,13 +28,6 @@ class Moments:
         features = features.astype(np.float64)
         return cls(features.mean(axis=0), np.cov(features, rowvar=False), len(features))
 
-    def merge(self, other: "Moments") -> "Moments":
-        """Returns the moments of both sets together, equal to `of` (https://doi.org/10.1080/00031305.1983.10483115)."""
-        count, apart = self.count + other.count, other.mean - self.mean
-        scatter = self.covariance * (self.count - 1) + other.covariance * (other.count - 1)
-        scatter += np.outer(apart, apart) * self.count * other.count / count
-        return Moments(self.mean + apart * other.count / count, scatter / (count - 1), count)
-
     @classmethod
     def load(cls, path: Path) -> "Moments":
         """Loads pytorch-fid's file, an .npz with `mu` and `sigma`.

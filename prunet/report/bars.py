@@ -1,5 +1,6 @@
 """Charts of horizontal bars in panels, as an SVG that needs no other file."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,12 +36,20 @@ class Bar:
 
 @dataclass(frozen=True)
 class Panel:
-    """Bars on one scale. `key`: kind -> name, in the order of the legend; `soft`: what the panel shows, in words."""
+    """Bars on one scale. `key`: kind -> name, in the order of the legend; `soft`: what the panel shows, in words.
+
+    `floor`: the scale is logarithmic and begins here.
+    """
 
     title: str
     soft: str
     bars: Sequence[Bar]
     key: Mapping[str, str]
+    floor: float | None = None
+
+    def length(self, value: float) -> float:
+        """A value on the panel's scale."""
+        return value if self.floor is None else math.log10(max(1.0, value / self.floor))
 
 
 def draw_bars(title: str, soft: str, rows: Sequence[Sequence[Panel]]) -> str:
@@ -58,24 +67,26 @@ def _place(panel: Panel, left: float, top: float, width: float) -> dict[str, Any
     """Computes all numbers that the template writes."""
     label = min(0.45 * width, max(LETTER * len(f"{bar.label} {bar.note}") for bar in panel.bars) + 20)
     text = max(BOLD * len(bar.text) for bar in panel.bars) + 14
-    first, reach = left + label, max(bar.reach for bar in panel.bars)
+    first, reach = left + label, panel.length(max(bar.reach for bar in panel.bars))
     scale = (width - label - text) / reach if reach else 0.0
     head = top + (46 if panel.key else 24)
     bars = []
     for i, bar in enumerate(panel.bars):
         x, pieces = first, []
         for kind, length in bar.segments:
-            pieces.append({"kind": kind, "x": x, "width": max(0.0, scale * length), "value": length})
-            x += scale * length
-        whisker = bar.whisker and [first + scale * end for end in bar.whisker]
+            pieces.append(
+                {"kind": kind, "x": x, "width": max(0.0, width := scale * panel.length(length)), "value": length}
+            )
+            x += width
+        whisker = bar.whisker and [first + scale * panel.length(end) for end in bar.whisker]
         room = int((label - 20) / LETTER) - len(bar.note) - 1
         place = {
             "label": bar.label if len(bar.label) <= room + 1 else f"{bar.label[: max(1, room)]}…",
             "y": head + ROW * i,
             "pieces": pieces,
-            "end": first + scale * bar.reach + 8,
-            "mark": None if bar.mark is None else first + scale * bar.mark,
-            "track": None if bar.track is None else scale * bar.track,
+            "end": first + scale * panel.length(bar.reach) + 8,
+            "mark": None if bar.mark is None else first + scale * panel.length(bar.mark),
+            "track": None if bar.track is None else scale * panel.length(bar.track),
             "whisker": whisker,
         }
         bars.append({"bar": bar, "place": place})

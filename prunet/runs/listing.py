@@ -8,6 +8,7 @@ from typing import Any
 from prunet.disk.files import read_json
 from prunet.disk.ownership import worker_of
 from prunet.disk.reading import load_mapping
+from prunet.disk.steps import read_steps
 from prunet.errors import UserError
 
 #: Folders inside one another: of an ablation, runs lie two below its own.
@@ -42,7 +43,7 @@ def _summary(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(("teacher", "plan", "parameters", "share", "before", "after"))
     try:
         recipe, plan = load_mapping(folder / "recipe.yaml", "a recipe"), read_json(folder / "plan.json")
-        done = read_json(folder / "steps.json") if (folder / "steps.json").is_file() else {}
+        done = read_steps(folder)
         student, teacher = (plan["parameters"][name] for name in ("student", "teacher"))
         found |= {"teacher": recipe["teacher"]["source"], "plan": recipe["plan"]["name"]}
         found |= {"parameters": student, "share": student / teacher, "state": _state(folder, recipe, done)}

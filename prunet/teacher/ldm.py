@@ -4,7 +4,7 @@ These are the "checkpoints" of SD v1, SD v2 and SDXL, as ComfyUI and diffusers' 
 no table per model: the model is built on the meta device from its config, and walking its modules gives the map of
 names, which serves for writing and for reading.
 
-Programs that open such a file, besides the `from_ldm_*` functions below, which open everything that `to_ldm` writes:
+Programs that open such a file, besides `place` below, which finds the tensors of everything that `to_ldm` writes:
 
 - diffusers 0.42, `from_single_file(file, config=folder_of_configs)`, bit-equal: SD v1, SD v2, SDXL, bk-base, bk-small,
   bk-tiny, ssd-1b, vega, koala-1b, koala-700m. It does not open a plan that keeps different numbers of layers on the
@@ -28,7 +28,6 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from prunet.denoisers.unet2d.ldm_names import RESNET, ldm_modules
 from prunet.errors import UserError
@@ -80,19 +79,6 @@ def from_ldm_unet(path: str | Path, config: Mapping[str, Any]) -> UNet2DConditio
     """Reads the U-Net of a single file, in the file's dtype; `config` is its diffusers config."""
     unet = placing.empty(UNet2DConditionModel, config)
     return placing.fill(unet, place(path, unet))
-
-
-def from_ldm_vae(path: str | Path, config: Mapping[str, Any]) -> AutoencoderKL:
-    """Reads the VAE of a single file, in the file's dtype; `config` is its diffusers config."""
-    vae = placing.empty(AutoencoderKL, config)
-    return placing.fill(vae, place(path, vae))
-
-
-def from_ldm_text_encoder(path: str | Path, config: Any, index: int = 0) -> Any:
-    """Reads text encoder `index` (1: the second of SDXL) of a single file; `config` is its transformers config."""
-    cls = CLIPTextModelWithProjection if index else CLIPTextModel
-    model = placing.empty(cls, config if isinstance(config, CLIPTextConfig) else CLIPTextConfig(**config))
-    return placing.fill(model, place(path, model, index))
 
 
 def place(path: str | Path, model: Any, index: int = 0) -> placing.Placed:

@@ -1,0 +1,71 @@
+"""The verb that finds a plan for a budget."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prunet.cli.options import CacheOption, ConfigOption, Json, PromptsOption, app, say, with_runtime
+from prunet.errors import UserError
+
+
+@app.command()
+@with_runtime("device", "precision", "micro_batch")
+def search(
+    runtime: Any,
+    model: Annotated[str, typer.Argument(help="The teacher: diffusers folder, .safetensors file or hub id.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the plan, a page, a recipe and the state.")
+    ],
+    budget: Annotated[
+        list[str] | None,
+        typer.Option("--budget", "-b", help="parameters=50%, macs=60%, latency=40% or size=1GB; several times."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option("--keep", help="A pattern of parts that must stay; several times.")
+    ] = None,
+    prompts: PromptsOption = None,
+    cache: CacheOption = None,
+    recover: Annotated[
+        int,
+        typer.Option(min=0, help="Distil the best plans for so many steps on --cache, and choose by the error after."),
+    ] = 0,
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Find the plan that hurts a model least within a budget.
+
+    Every unit is scored alone, the best sets of them by the sums are scored really, and with --recover distilled for
+    some steps. The budget is a share of the teacher's, or an amount; size is that of the denoiser in half precision,
+    latency is timed on this device. The same command resumes.
+
+    Example: prunet search my-model --budget macs=60% -o runs/search, then prunet run runs/search/recipe.yaml
+    """
+    from prunet.cli.views import search_view
+    from prunet.disk.files import check_writable
+    from prunet.disk.ownership import check_place, hold
+    from prunet.recipe.prompts import read_prompt_file
+    from prunet.report.search import write_search
+    from prunet.search.budgets import parse_budgets
+    from prunet.search.outcome import write_plan
+    from prunet.search.search import find_plan
+    from prunet.search.sensitivity import check_samples
+    from prunet.search.space import Space
+    from prunet.teacher.teacher import Teacher
+
+    budgets = parse_budgets(budget or [])
+    check_place(output, "search", "--output", [Path(model), *([cache] if cache else [])])
+    check_writable(output, "--output")
+    texts = read_prompt_file(prompts) if prompts else None
+    teacher = Teacher(model, config=config, device=runtime.torch_device, dtype=runtime.dtype, only_form=True)
+    if recover and cache is None:
+        raise UserError("--recover: students learn from samples: give a run or a cache with --cache")
+    check_samples(teacher, None if recover else texts, cache)
+    teacher.check_weights()
+    space = Space(teacher, budgets, keep or [])
+    with hold(output, "search"):
+        plan, result = find_plan(space, output, runtime, prompts=texts, cache=cache, recover_steps=recover)
+        write_plan(plan, result, output, cache, config)
+        write_search(result, output)
+    facts = {key: result[key] for key in ("budgets", "costs", "plans", "presets")} | {"output": str(output)}
+    say(as_json, facts, None if as_json else search_view(result, output))

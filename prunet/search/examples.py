@@ -1,0 +1,186 @@
+"""Examples: what the denoiser is called with to see what a removal hurts."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prunet.console import progress
+from prunet.data.cache import Cache
+from prunet.denoisers.architecture import Net
+from prunet.denoisers.condition import Condition
+from prunet.disk.files import new_file
+from prunet.hashing import seed_of
+from prunet.recipe.prompts import prompts_hash
+from prunet.sampling.paths import SAMPLER, draw_path, schedule_of
+from prunet.sampling.samplers import sampler_of
+from prunet.teacher.teacher import Teacher
+
+#: Drawn where the user gives no prompts and no cache.
+PROMPTS = (
+    "a red fox in the snow",
+    "a bowl of fruit on a wooden table",
+    "portrait of an old sailor",
+    "a castle on a hill at sunset, oil painting",
+    "a yellow taxi in the rain",
+    "a smiling sun with sunglasses",
+    "two cats on a sofa",
+    "a bicycle against a blue wall",
+    "a spaceship over a desert",
+    "a birthday cake with candles",
+    "a mountain lake in autumn",
+    "a robot playing the violin",
+    "a street market at night",
+    "a green parrot, watercolour",
+    "an open book and a cup of tea",
+    "a football on the grass",
+)
+STEPS, POINTS, GUIDANCE = 12, 4, 7.5  # of a path; examples taken of each path; the scale at which it is drawn
+MOST, RANDOM, BATCH = 64, 16, 8  # examples of a cache; random ones; examples at once
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Calls of a denoiser.
+
+    `calls`: each gives the output (b, ...) of a model for some examples. `groups`: for each example the number of the
+    prompt or picture it is of, over which intervals are. `source`: where they are from, in words; `label`: what decides
+    them, as plain JSON types.
+    """
+
+    calls: Sequence[Callable[[Net], Tensor]]
+    groups: Sequence[int]
+    source: str
+    label: dict[str, Any]
+
+
+def path_examples(teacher: Teacher, prompts: Sequence[str] | None, file: Path | None = None) -> Examples:
+    """Points of the paths on which the teacher draws `prompts` with guidance, of all noise levels, half of them called
+    without the prompt, as guidance does.
+
+    `file`: where they are kept, so that they are drawn once.
+    """
+    prompts = list(prompts or PROMPTS)
+    teacher.check_prompts(prompts)
+    label = {"prompts": prompts_hash(prompts), "steps": STEPS, "points": POINTS, "guidance": GUIDANCE}
+    made_from = json.dumps({**label, "teacher": teacher.fingerprint(), "precision": str(teacher.dtype)})
+    if file is not None and _made_from(file) == made_from:
+        tensors = load_file(file)
+    else:
+        tensors = _draw(teacher, prompts)
+        if file is not None:
+            with new_file(file) as part:
+                save_file(tensors, part, {"made_from": made_from})
+    teacher.release("text")
+    source = f"{len(prompts)} prompts drawn by the teacher, {POINTS} points of each path"
+    return _examples(teacher, tensors, source, label)
+
+
+def _made_from(file: Path) -> str | None:
+    """What the examples in a file were drawn from; None if there is none, or it is damaged."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return (opened.metadata() or {}).get("made_from")
+    except (OSError, SafetensorError):
+        return None
+
+
+def _draw(teacher: Teacher, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """`noisy` (N, C, h, w), `timestep` (N,), `group` (N,) and the condition of N examples."""
+    side = teacher.native_size
+    shape = (teacher.part_config("vae").get("latent_channels", 4), *(side // teacher.vae_scale,) * 2)
+    empty = Condition(teacher.encode_prompts([""], unconditional=True)).to("cpu", torch.float32)
+    scheduler = sampler_of(SAMPLER, schedule_of(teacher))
+    scheduler.set_timesteps(STEPS)
+    rows: list[dict[str, Tensor]] = []
+    with progress("Drawing examples", len(prompts)) as bar:
+        for start in range(0, len(prompts), BATCH):
+            batch = prompts[start : start + BATCH]
+            sizes = teacher.size_condition([(side, side, 0, 0, side, side)] * len(batch))
+            condition = Condition(teacher.encode_prompts(batch) | sizes).to("cpu", torch.float32)
+            numbers = range(start, start + len(batch))
+            noise = torch.stack(
+                [torch.randn(shape, generator=torch.Generator().manual_seed(seed_of("example", i))) for i in numbers]
+            )
+            paths = draw_path(teacher, noise, condition, empty, steps=STEPS, guidance_scale=GUIDANCE)
+            without = condition.without_prompt(empty)
+            for place, number in enumerate(numbers):
+                for point in range(POINTS):
+                    at = point * STEPS // POINTS + number % (STEPS // POINTS)
+                    told = (condition if (point + number) % 2 else without).row(place)
+                    step = {"noisy": paths[place, at], "timestep": scheduler.timesteps[at].float()}
+                    rows.append({**step, "group": torch.tensor(number), **told})
+            bar.advance(len(batch))
+    return {name: torch.stack([row[name] for row in rows]).contiguous() for name in rows[0]}
+
+
+def cache_examples(teacher: Teacher, cache: Cache) -> Examples:
+    """Noised pictures of a cache, of all noise levels, each with its caption or, every second one, without.
+
+    Raises:
+        UserError: the cache is of another teacher.
+    """
+    cache.check(teacher)
+    group = max(cache.groups, key=len)  # latents of one size
+    count = min(MOST, len(group))
+    process, rows = teacher.process, []
+    for number in range(count):
+        sample = cache.sample(group[number * len(group) // count])
+        rng = torch.Generator().manual_seed(seed_of("example", number))
+        timestep = torch.tensor(process.timestep_at((number * 29 % count + 0.5) / count))
+        noise = torch.randn(sample.mean.shape, generator=rng)
+        noisy = process.add_noise(sample.mean[None], noise[None], timestep[None])[0]
+        told = sample.condition if number % 2 else Condition(sample.condition | cache.unconditional.row(0))
+        rows.append({"noisy": noisy, "timestep": timestep.float(), "group": torch.tensor(number), **told})
+    tensors = {name: torch.stack([row[name] for row in rows]).contiguous() for name in rows[0]}
+    return _examples(teacher, tensors, f"{count} samples of the cache in {cache.folder}", {"cache": cache.spec})
+
+
+def _examples(teacher: Teacher, tensors: dict[str, Tensor], source: str, label: dict[str, Any]) -> Examples:
+    named = dict(tensors)
+    noisy, timestep, groups = named.pop("noisy"), named.pop("timestep"), named.pop("group").tolist()
+    device, dtype, call = teacher.device, teacher.dtype, teacher.architecture.call
+
+    def rows(start: int) -> Callable[[Net], Tensor]:
+        at = slice(start, start + BATCH)
+        condition = Condition({name: tensor[at] for name, tensor in named.items()})
+
+        def give(net: Net) -> Tensor:
+            told = condition.to(device, dtype)
+            return call(net, noisy[at].to(device, dtype), timestep[at].to(device), told)
+
+        return give
+
+    return Examples([rows(start) for start in range(0, len(groups), BATCH)], groups, source, label)
+
+
+def noise_examples(teacher: Teacher) -> Examples:
+    """Random inputs, for denoisers of which prunet knows only the form: a first guess of what a removal hurts."""
+    architecture, config = teacher.architecture, teacher.unet_config
+
+    def call(number: int) -> Callable[[Net], Tensor]:
+        def give(net: Net) -> Tensor:
+            inputs = architecture.example_inputs(config, device=teacher.device, dtype=teacher.dtype)
+            _fill(inputs, torch.Generator().manual_seed(seed_of("example", number)))
+            out = net(**inputs, return_dict=False)[0]
+            return torch.stack(out) if isinstance(out, list) else out
+
+        return give
+
+    calls = [call(number) for number in range(RANDOM)]
+    source = f"{RANDOM} random inputs, since prunet cannot draw with it yet: a first guess"
+    return Examples(calls, range(RANDOM), source, {"random": RANDOM})
+
+
+def _fill(value: Any, rng: torch.Generator) -> None:
+    """Fills the zeros of an example with random numbers; a single number a sample (a time, guidance) is 0 to 1."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        value.copy_((torch.rand if value.ndim == 1 else torch.randn)(value.shape, generator=rng))
+    for inside in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _fill(inside, rng)

@@ -1,0 +1,142 @@
+"""Scores: what a removal hurts, and how long a call of what is left takes; each measured once and kept."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from prunet.denoisers.architecture import Net
+from prunet.disk.files import read_label, write_json
+from prunet.errors import UserError
+from prunet.intervals import Array, Measure, bootstrap
+from prunet.plan.derived import Derived
+from prunet.search.examples import Examples
+from prunet.speed.clock import denoiser_call, device_name, times_in_turn
+from prunet.student.student import inherit
+from prunet.teacher.teacher import Teacher, after_overflow
+from prunet.words import difference
+
+REPEATS = 5  # of a timed call, in turn with the teacher's
+
+
+class Scores:
+    """Errors and latencies of students of `teacher`, measured when they are first asked for.
+
+    `folder`: where they are kept (`scores.json`), so that a stopped search resumes; None keeps them in memory.
+
+    Raises:
+        UserError: the folder has scores of another teacher, or on other examples.
+    """
+
+    def __init__(self, teacher: Teacher, examples: Examples, folder: Path | None = None) -> None:
+        self.teacher, self.examples = teacher, examples
+        self._file = None if folder is None else folder / "scores.json"
+        label = {"teacher": teacher.fingerprint([teacher.architecture.part]), "precision": str(teacher.dtype)}
+        self._kept: dict[str, Any] = {"made_from": {**label, **examples.label}, "errors": {}, "latency": {}}
+        if self._file is not None and self._file.is_file():
+            found = read_label(self._file, self._kept)
+            if apart := difference(found["made_from"], self._kept["made_from"]):
+                raise UserError(f"{self._file}: scores of another search: {apart}: give another folder, or delete it")
+            self._kept = found
+        self._groups = np.unique(np.asarray(examples.groups), return_inverse=True)[1]
+        self._outputs: list[torch.Tensor] | None = None
+
+    def error(self, derived: Derived) -> Measure:
+        """Squared error of the untrained student's output over the teacher's squared output.
+
+        Its 95 % interval is over the prompts or pictures.
+
+        Raises:
+            UserError: what the student gives is not finite.
+        """
+        key = key_of(derived)
+        if key not in self._kept["errors"]:
+            self.keep("errors", key, self._errors(self._student(derived)).tolist())
+        return self.measure(self._kept["errors"][key])
+
+    def error_of(self, net: Net) -> list[float]:
+        """The squared errors of any student, one for each group of examples; see `measure`."""
+        return list(self._errors(nn.Module.to(net, self.teacher.device, self.teacher.dtype).eval()))
+
+    def measure(self, errors: Iterable[float]) -> Measure:
+        """The relative error, of the squared errors of each group."""
+        values, power = np.asarray(list(errors)), self._power
+        return bootstrap(len(values), lambda which: values[which].sum(-1) / power[which].sum(-1))
+
+    def latency(self, derived: Derived) -> float:
+        """Milliseconds of a call with batch 2, as for one picture with guidance.
+
+        It is timed in turn with the teacher's, and their ratio counts, so that what disturbs the machine disturbs both.
+        """
+        device = self.teacher.device
+        key = f"{device_name(device)} {key_of(derived)}"
+        if key not in self._kept["latency"]:
+            nets = {"teacher": self.teacher.unet, "student": self._student(derived)}
+            with torch.no_grad():
+                calls = {name: denoiser_call(net, 2, device=device) for name, net in nets.items()}
+                times = times_in_turn(calls, REPEATS, device)
+            ratios = [student / teacher for student, teacher in zip(times["student"], times["teacher"], strict=True)]
+            self.keep("latency", key, [float(np.median(times["teacher"])), float(np.median(ratios))])
+        return float(self._kept["latency"][key][1] * self.teacher_latency)
+
+    @property
+    def teacher_latency(self) -> float:
+        """Milliseconds of a call of the teacher on this device, as it was timed first."""
+        device = device_name(self.teacher.device)
+        return float(next(pair[0] for key, pair in self._kept["latency"].items() if key.startswith(f"{device} ")))
+
+    def keep(self, kind: str, key: str, value: Any) -> None:
+        """Adds a value to what is kept."""
+        self._kept.setdefault(kind, {})[key] = value
+        if self._file is not None:
+            write_json(self._file, self._kept)
+
+    def kept(self, kind: str) -> Mapping[str, Any]:
+        """What is kept of a kind, by key."""
+        return dict(self._kept.get(kind, {}))
+
+    # -- measuring
+
+    def _student(self, derived: Derived) -> Net:
+        student = inherit(self.teacher.unet, derived)
+        return nn.Module.to(student, self.teacher.device, self.teacher.dtype)
+
+    @property
+    def _power(self) -> Array:
+        if "power" not in self._kept:
+            self._kept["power"] = self._sums([output.square() for output in self._teachers()]).tolist()
+        return np.asarray(self._kept["power"])
+
+    @torch.no_grad()
+    def _teachers(self) -> list[torch.Tensor]:
+        if self._outputs is None:
+            self._outputs = [call(self.teacher.unet).double().cpu() for call in self.examples.calls]
+        return self._outputs
+
+    @torch.no_grad()
+    def _errors(self, net: Net) -> Array:
+        """The squared errors summed over each group (G,)."""
+        apart = [
+            (call(net).double().cpu() - theirs).square()
+            for call, theirs in zip(self.examples.calls, self._teachers(), strict=True)
+        ]
+        errors, _ = self._sums(apart), self._power
+        if not np.isfinite(errors).all():
+            raise UserError(
+                f"{self.teacher.source}: what a student gives is not finite: {after_overflow(self.teacher.dtype)}"
+            )
+        return errors
+
+    def _sums(self, squares: list[torch.Tensor]) -> Array:
+        by_example = torch.cat([square.flatten(1).sum(1) for square in squares]).numpy()
+        return np.bincount(self._groups, by_example).astype(np.float64)
+
+
+def key_of(derived: Derived) -> str:
+    """A name for what a plan removes, however its patterns say it."""
+    return hashlib.sha256(json.dumps(sorted(derived.removed)).encode()).hexdigest()[:16]

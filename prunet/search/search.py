@@ -1,0 +1,196 @@
+"""The search: from a space of plans and scores to the plan that hurts least within the budgets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prunet.console import progress, say
+from prunet.errors import UserError
+from prunet.intervals import Measure
+from prunet.plan.derived import Derived, derive
+from prunet.plan.plan import Plan, load_plan, preset_names
+from prunet.runtime import Runtime
+from prunet.search.budgets import costs_of
+from prunet.search.choice import Problem, best_sets, total
+from prunet.search.recovery import recover
+from prunet.search.scores import Scores, key_of
+from prunet.search.sensitivity import open_examples, sensitivity
+from prunet.search.space import ROUNDING, Space
+
+#: Plans that are scored really, of each of the two choices; pairs of units that are scored; points of the frontier.
+MOST_PLANS, MOST_PAIRS, POINTS = 8, 24, 6
+#: How much more latency than needed the sums must save, if no plan that they found keeps the budget when it is timed.
+TIGHTER = (0.0, 0.1, 0.2, 0.35)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A plan with its costs, its error before training, and after some steps of it."""
+
+    derived: Derived
+    costs: dict[str, float]
+    error: Measure
+    after: dict[int, float]
+
+    @property
+    def best(self) -> float:
+        """Its error after the most steps, or before them: a student that training does not improve stays as it is."""
+        return min(self.error.value, self.after[max(self.after)] if self.after else np.inf)
+
+
+def find_plan(
+    space: Space,
+    folder: Path,
+    runtime: Runtime,
+    *,
+    prompts: Sequence[str] | None = None,
+    cache: Path | None = None,
+    recover_steps: int = 0,
+) -> tuple[Plan, dict[str, Any]]:
+    """Finds the plan; returns it and all that was found, as plain JSON types. Resumes in `folder`.
+
+    Args:
+        prompts, cache: see `open_examples`; with `recover_steps` students learn from the cache and are scored on
+            prompts.
+        recover_steps: steps for which the best plans are distilled before one is chosen; 0: none.
+
+    Raises:
+        UserError: no plan that was timed keeps the budget of latency.
+    """
+    file = folder / "examples.safetensors"
+    scores = Scores(
+        space.teacher, open_examples(space.teacher, prompts, None if recover_steps else cache, file), folder
+    )
+    units = sensitivity(space.units, scores, timed=bool(space.timed))
+    problem = space.problem(
+        [unit["error"] for unit in units["units"]],
+        [scores.latency(unit.derived) for unit in space.units] if space.timed else [],
+        scores.teacher_latency if space.timed else 1.0,
+    )
+    found, presets = candidates(space, problem, scores), _presets(space, scores)
+    known = {key_of(one.derived) for one in found}
+    inside = [one for one in presets if within(space, one, scores) and key_of(one.derived) not in known]
+    found = sorted([*found, *inside], key=lambda one: one.error.value)
+    say(f"  {len(found)} plans within the budget; the best has error {found[0].error.value:.4g} before training")
+    if recover_steps and cache is not None:
+        after = recover([one.derived for one in found], scores, cache, recover_steps, folder / "recovery", runtime)
+        found = [replace(one, after=after.get(key_of(one.derived), {})) for one in found]
+        found.sort(key=lambda one: one.best)
+    best = found[0]
+    plan = Plan("found", best.derived.plan.remove, _described(space, best))
+    frontier = _frontier(space, problem, scores)
+    return plan, {
+        **units,
+        "budgets": list(map(str, space.budgets)),
+        "limits": space.all_limits(scores.teacher_latency if space.timed else 0.0),
+        "recover_steps": recover_steps,
+        "error_before": best.error.value,
+        "trained_is_better": best.best < best.error.value,
+        "plans": [_row(one) for one in found],
+        "presets": [_row(one) for one in presets],
+        "frontier": [_row(one) for one in frontier],
+        "remove": list(plan.remove),
+        "plan": derive(space.config, plan).result().facts(),
+    }
+
+
+def _score(space: Space, derived: Derived, scores: Scores) -> Scored:
+    latency = scores.latency(derived) if space.timed else None
+    return Scored(derived, costs_of(derived.student_size, latency), scores.error(derived), {})
+
+
+def within(space: Space, scored: Scored, scores: Scores) -> bool:
+    """Whether a scored plan keeps all budgets."""
+    limits = space.all_limits(scores.teacher_latency if space.timed else 0.0)
+    return all(scored.costs[kind] <= limit * ROUNDING for kind, limit in limits.items())
+
+
+def candidates(space: Space, problem: Problem, scores: Scores) -> list[Scored]:
+    """Plans within the budgets with their real errors, the best first.
+
+    They are those of the least summed error: by single units, and again with the terms of pairs that go together there.
+
+    Raises:
+        UserError: no plan that was timed keeps the budget of latency.
+    """
+    for tighter in TIGHTER if space.timed else TIGHTER[:1]:
+        needs = dict(problem.needs) | {b.kind: problem.needs[b.kind] * (1 + tighter) for b in space.timed}
+        if found := _rescored(space, replace(problem, needs=needs), scores):
+            return found
+    raise UserError("--budget latency: no plan that was timed keeps it: give more")
+
+
+def _rescored(space: Space, problem: Problem, scores: Scores) -> list[Scored]:
+    refusal = space.refusal(space.limits)
+    single = best_sets(problem, refusal, MOST_PLANS)
+    paired = replace(problem, pairs=_pairs(space, problem, single, scores))
+    sets = dict.fromkeys([*best_sets(paired, refusal, MOST_PLANS), *single])
+    found = []
+    with progress("Scoring plans", len(sets)) as bar:
+        for chosen in sorted(sets, key=lambda chosen: total(paired, chosen)):
+            if (derived := space.together(chosen)) is not None:
+                found.append(_score(space, derived, scores))
+            bar.advance()
+    return sorted((one for one in found if within(space, one, scores)), key=lambda one: one.error.value)
+
+
+def _pairs(
+    space: Space, problem: Problem, sets: Sequence[frozenset[int]], scores: Scores
+) -> dict[tuple[int, int], float]:
+    """For pairs of units that go together in `sets`, those that hurt most: their error less the sum of both."""
+    both = {pair for chosen in sets for pair in combinations(sorted(chosen), 2)}
+    worst = sorted(both, key=lambda pair: (-total(problem, pair), pair))[:MOST_PAIRS]
+    found = {}
+    with progress("Scoring pairs", len(worst)) as bar:
+        for pair in worst:
+            if (derived := space.together(pair)) is not None:
+                found[pair] = scores.error(derived).value - total(problem, pair)
+            bar.advance()
+    return found
+
+
+def _presets(space: Space, scores: Scores) -> list[Scored]:
+    """The presets that fit the teacher, whether they keep the budgets or not."""
+    found = []
+    for name in preset_names():
+        try:
+            derived = derive(space.config, load_plan(name))
+        except UserError:
+            continue
+        found.append(_score(space, derived, scores))
+    return found
+
+
+def _frontier(space: Space, problem: Problem, scores: Scores) -> list[Scored]:
+    """The best plans by the sums for budgets between the teacher's costs and those given."""
+    found: dict[str, Derived] = {}
+    for point in range(1, POINTS):
+        share = point / POINTS
+        limits = {kind: space.costs[kind] - share * (space.costs[kind] - most) for kind, most in space.limits.items()}
+        eased = replace(problem, needs={kind: need * share for kind, need in problem.needs.items()})
+        for chosen in best_sets(eased, space.refusal(limits), 1):
+            if (derived := space.together(chosen)) is not None:
+                found[key_of(derived)] = derived
+    return [_score(space, derived, scores) for derived in found.values()]
+
+
+def _row(scored: Scored) -> dict[str, Any]:
+    return {
+        "name": scored.derived.plan.name,
+        "remove": list(scored.derived.plan.remove),
+        "costs": scored.costs,
+        "error": scored.error.value,
+        "low": scored.error.low,
+        "high": scored.error.high,
+        "after": {str(steps): error for steps, error in scored.after.items()},
+    }
+
+
+def _described(space: Space, best: Scored) -> str:
+    after = f", {best.after[max(best.after)]:.3g} after {max(best.after)} steps" if best.after else ""
+    budget = ", ".join(map(str, space.budgets))
+    return f"found for {budget} of the teacher's: error {best.error.value:.3g} before training{after}"
