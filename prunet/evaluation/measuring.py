@@ -108,13 +108,11 @@ def measure(
         state.wait_for_everyone()
         if not state.is_main_process:
             return None
-
+        drawn = None if used == said else used
         found = {name: gather(shards, named[name]) for name in networks}
         hashes = {name: net.hash for name, net in networks.items()}
         result = Measures(
-            model=MeasuredModel(
-                source=short(str(model)), fingerprint=spec["model"], drawn=None if used == said else used
-            ),
+            model=MeasuredModel(source=short(str(model)), fingerprint=spec["model"], drawn=drawn),
             protocol=_as_used(protocol, spec, hashes, reference.content if reference else None),
             measures=compute(protocol, found, theirs),
             versions={name: importlib.metadata.version(name) for name in ("prunet", "torch", "diffusers")},
