@@ -310,7 +310,7 @@ def test_a_protocol_measures_it_as_it_was_made_for_and_says_so(finished_fast, sd
         "guidance_scale": 3,
     }
     monkeypatch.setattr(measuring, "load_networks", lambda *_: {})
-    monkeypatch.setattr(measuring, "measured", lambda *_: {"retrieval": Measure(0.5, 0.4, 0.6)})
+    monkeypatch.setattr(measuring, "compute", lambda *_: {"retrieval": Measure(0.5, 0.4, 0.6)})
     results = []
     for name, model in (("teacher", sd), ("student", finished_fast)):
         protocol = Protocol.model_validate({"name": "tiny", **given})
