@@ -17,7 +17,7 @@ setup: $(VENV)/.done
 # The Makefile's own stamp: set up again when what is required changes.
 $(VENV)/.done: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; give another with PYTHON=..."; exit 1; }
-	@echo "Setting up $(VENV): about 2.2 GB, some minutes the first time"
+	@echo "Setting up $(VENV): about 2.3 GB, some minutes the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,data,docs,ui]"
