@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from small_models import SMALL_UNETS, make_pictures, make_pipeline, make_tokeniz
 __all__ = ["SMALL_UNETS", "make_pictures", "make_pipeline", "make_tokenizer"]
 
 torch.set_num_threads(1)  # the models are tiny: threads only wait for each other
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in the background ignore it
 
 
 Once = Callable[[str, Callable[[Path], object]], Path]
