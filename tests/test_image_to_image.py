@@ -19,7 +19,7 @@ from prunet.sampling.draw import draw_latents
 from prunet.sampling.start import start_from
 
 HALF = Image.new("L", (16, 16))
-HALF.paste(255, (0, 0, 8, 16))  # white, drawn anew, on the left
+HALF.paste(255, (0, 0, 8, 16))  # white, which is drawn, on the left
 
 
 def picture(seed: int, size: tuple[int, int] = (16, 16)) -> Image.Image:

@@ -21,7 +21,7 @@ from prunet.runs.personalization import Personal
 from prunet.student.student import state_hash
 from prunet.training import session as training
 from prunet.training.fit import training_memory
-from prunet.training.lora import add_lora, lora_layers, trained_count
+from prunet.training.lora import add_lora, is_target, lora_layers, trained_count
 from prunet.training.objectives.personalization import Personalization as Objective
 from prunet.training.samples import batches
 
@@ -208,7 +208,10 @@ def test_a_full_personalisation_is_a_stock_pipeline_and_can_be_personalised_agai
 
 def test_student_of_a_run(finished, dog, tmp_path) -> None:
     made = personalize(spec_of(finished, dog, tmp_path / "out", lora=2, class_prompt=None, class_pictures=None), CPU)
-    StableDiffusionPipeline.from_pretrained(finished / "pipeline").load_lora_weights(made)
+    pipe = StableDiffusionPipeline.from_pretrained(finished / "pipeline")
+    names = {name for name, _ in pipe.unet.named_modules() if is_target(name)}
+    pipe.load_lora_weights(made)
+    assert names and {name for name, layer in pipe.unet.named_modules() if hasattr(layer, "lora_A")} == names
 
 
 def test_defaults_are_those_of_diffusers_scripts() -> None:

@@ -41,13 +41,7 @@ def check_lora(pipe: Any, net: Net, path: Path) -> None:
     """
     pipe.load_lora_weights(str(path.parent), weight_name=path.name)
     config = config_of(net)
-    architecture = architecture_of(config)
-    side = architecture.side_step(config)
-    inputs = architecture.example_inputs(config, latent_size=(side, side))
-    generator = torch.Generator().manual_seed(0)
-    for name, value in inputs.items():
-        if torch.is_tensor(value) and value.is_floating_point():
-            inputs[name] = torch.randn(value.shape, generator=generator)
+    inputs = architecture_of(config).random_inputs(config)
     with torch.no_grad():
         again, ours = pipe.unet(**inputs).sample, net(**inputs).sample
     if not torch.allclose(again, ours, rtol=1e-3, atol=1e-4 * float(ours.abs().max())):

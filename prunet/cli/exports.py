@@ -31,7 +31,8 @@ def export(
         bool, typer.Option("--openvino", help="A folder that OpenVINO GenAI draws on CPUs, without torch.")
     ] = False,
     int8: Annotated[
-        bool, typer.Option("--int8", help="With --openvino: U-Net in 8 bits, the fastest and the least exact.")
+        bool,
+        typer.Option("--int8", help="With --openvino: the U-Net in 8 bits, activations too; the least exact."),
     ] = False,
     int8_weights: Annotated[
         bool, typer.Option("--int8-weights", help="With --openvino: only the U-Net's weights in 8 bits.")

@@ -226,7 +226,7 @@ def generate(
     ] = None,
     image: Annotated[Path | None, typer.Option(help="Picture to start from (image to image).")] = None,
     strength: Annotated[
-        float | None, typer.Option(help="How much of --image is drawn anew, up to 1: 0.6, with --mask 1.")
+        float | None, typer.Option(help="How much of --image changes, up to 1; by default 0.6, with --mask 1.")
     ] = None,
     mask: Annotated[
         Path | None, typer.Option(help="Draw only where it is white (inpainting); as large as --image.")

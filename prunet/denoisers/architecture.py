@@ -117,6 +117,16 @@ class Architecture(ABC):
 
     # -- what follows from the above
 
+    def random_inputs(self, config: Config) -> dict[str, Any]:
+        """An example call on the CPU with the smallest latents that fit: always the same random numbers for zeros."""
+        side = self.side_step(config)
+        inputs = self.example_inputs(config, latent_size=(side, side))
+        generator = torch.Generator().manual_seed(0)
+        for name, value in inputs.items():
+            if torch.is_tensor(value) and value.is_floating_point():
+                inputs[name] = torch.randn(value.shape, generator=generator)
+        return inputs
+
     def skeleton(self, config: Config) -> Any:
         """The model of `config` on the meta device: names and shapes without storage. Shared: do not change it.
 

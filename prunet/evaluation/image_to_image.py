@@ -1,7 +1,7 @@
 """How near students are to their teacher where both start from the same picture.
 
 The pictures are the teacher's own, of evaluation prompts: they exist, whatever a student was trained on. Each is
-drawn anew by the prompt after its own, so that there is something to change.
+drawn a second time by the next prompt, so that there is something to change.
 """
 
 from collections.abc import Mapping, Sequence

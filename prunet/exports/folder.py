@@ -82,13 +82,7 @@ def check_export(folder: Path, student: Net) -> None:
     if got.keys() != expected.keys() or any(not torch.equal(got[k], expected[k].float()) for k in expected):
         raise RuntimeError(f"{folder}: the U-Net did not load to the same weights")
     config = config_of(ours)
-    architecture = architecture_of(config)
-    side = architecture.side_step(config)
-    inputs = architecture.example_inputs(config, latent_size=(side, side))
-    generator = torch.Generator().manual_seed(0)
-    for name, value in inputs.items():
-        if torch.is_tensor(value) and value.is_floating_point():
-            inputs[name] = torch.randn(value.shape, generator=generator)
+    inputs = architecture_of(config).random_inputs(config)
     with torch.no_grad():
         if not torch.equal(again(**inputs).sample, ours.float()(**inputs).sample):
             raise RuntimeError(f"{folder}: the U-Net loaded by diffusers computes something else")

@@ -102,7 +102,7 @@ def _settings(gr: Any, players: Sequence[Player]) -> list[Any]:
     with gr.Row():
         image = gr.Image(label="Start from a picture", type="filepath", sources=["upload"], height=220, min_width=200)
         with gr.Column(min_width=200):
-            strength = gr.Slider(0.05, 1, STRENGTH, step=0.05, label="Strength: how much of the picture is drawn anew")
+            strength = gr.Slider(0.05, 1, STRENGTH, step=0.05, label="Strength: how much of the picture changes")
             lora = gr.File(label="LoRA of the teacher (.safetensors)", file_types=[".safetensors"], height=120)
     return [steps, guidance, sampler, image, strength, lora]
 

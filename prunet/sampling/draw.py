@@ -172,7 +172,7 @@ def generate(
     recipe's value) and dpmsolver++. `save_to`: a file for each picture (.png, .jpg, .jpeg or .webp), written as soon as
     it is drawn.
 
-    `image`: a picture to start from; `strength`: how much is drawn anew, 0.6 by default; `mask`: draws only where it is
+    `image`: a picture to start from; `strength`: how much of it changes, 0.6 by default; `mask`: draws only where it is
     white, with strength 1 by default (`Start`).
     """
     if image is None and (strength, mask) != (None, None):

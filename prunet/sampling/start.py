@@ -14,7 +14,7 @@ from prunet.console import say
 from prunet.errors import UserError
 from prunet.teacher.teacher import Teacher
 
-#: The share of the noise schedule that is drawn anew, without and with a mask.
+#: The share of the noise schedule that is drawn, without and with a mask.
 STRENGTH, STRENGTH_UNDER_MASK = 0.6, 1.0
 
 
@@ -23,7 +23,7 @@ class Start:
     """What pictures start from: one for all, or one for each.
 
     `mean`, `std` (1 or B, 4, h, w): scaled latents of the pictures, as a distribution. `strength`: the share of the
-    steps that is drawn, above 0, up to 1. `mask`: white where inpainting draws anew, of the size of the pictures.
+    steps that is drawn, above 0, up to 1. `mask`: white where inpainting draws, of the size of the pictures.
     """
 
     mean: Tensor
@@ -97,7 +97,7 @@ def _check_mask(mask: Image.Image | None, picture: Image.Image) -> None:
         sizes = ["{} x {}".format(*image.size) for image in (mask, picture)]
         raise UserError(f"mask: has {sizes[0]} px, its picture {sizes[1]}: give a mask of the picture's size")
     if np.asarray(mask.convert("L")).max() < 128:
-        raise UserError("mask: has no white, and white is what is drawn anew")
+        raise UserError("mask: has no white, and only what is white is drawn")
 
 
 def _fitted(picture: Image.Image, size: int) -> Image.Image:

@@ -99,10 +99,8 @@ def train(
     weights (if the stage has an EMA).
 
     Resumes from the last checkpoint in `folder` if there is one; on one CPU the result is bit-equal to that of a run
-    that was never stopped. Writes `checkpoints/`, `log.jsonl` and `sheets/`.
-
-    Args:
-        micro_batch: samples at once in each process.
+    that was never stopped. Writes `checkpoints/`, `log.jsonl` and `sheets/`. `micro_batch`: samples at once in each
+    process.
 
     Raises:
         UserError: a checkpoint of another stage, or a loss that is not finite (the last good checkpoint stays).
