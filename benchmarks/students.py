@@ -38,7 +38,7 @@ from prunet.student.folder import save_unet
 
 GUIDANCE = 1.5
 PROTOCOLS = ("emoji-train", "emoji-heldout")
-#: Arm -> steps and guidance scale in which its student draws; those with a guidance scale use the protocol's sampler.
+#: Arm -> steps and guidance scales in which its student draws, if not only as it was made for.
 DRAWN = {
     "distilled": [(25, GUIDANCE), (2, GUIDANCE), (2, 1.0), (4, GUIDANCE), (1, 1.0)],
     "distilled longer": [(25, GUIDANCE), (2, GUIDANCE), (4, GUIDANCE)],
@@ -46,13 +46,16 @@ DRAWN = {
     "trajectory, 4 jumps": [(4, 1.0), (8, 1.0)],
     "trajectory, 2 jumps": [(2, 1.0), (1, 1.0), (4, 1.0)],
     "trajectory, 1 jump": [(1, 1.0), (2, 1.0)],
-    "trajectory at once": [(2, 1.0)],
-    "steps first": [(2, 1.0)],
 }
-GUIDED = [(25, GUIDANCE)]
 TEACHER = [(25, GUIDANCE), (4, GUIDANCE), (2, GUIDANCE), (1, GUIDANCE)]
 METRICS = {"retrieval": "R@1", "clip_score": "score", "kid": "KID"}
 Job = Callable[[], object]
+
+
+def drawn_in(arm: str, recipe: Recipe) -> list[tuple[int, float]]:
+    """Steps and guidance scales in which the student of an arm draws."""
+    made_for = recipe.made_for
+    return DRAWN.get(arm, [(made_for.steps, made_for.guidance_scale) if made_for else TEACHER[0]])
 
 
 def sampler_of(recipe: Recipe | None, guidance: float) -> str:
@@ -180,7 +183,7 @@ def jobs_of(
         name = f"{title}: {arm}, seed {seed}"
         alike = max(before, key=lambda other: common(recipe, other[1]), default=None)
         after = {f"cache {recipe.cache}", *([alike[0]] if alike and common(recipe, alike[1]) else [])}
-        jobs[name] = (partial(trained, recipe, every, DRAWN.get(arm, GUIDED), teacher, args), after)
+        jobs[name] = (partial(trained, recipe, every, drawn_in(arm, recipe), teacher, args), after)
         before.append((name, recipe))
     return jobs
 
@@ -208,7 +211,7 @@ def row(name: str, places: list[Path], how: tuple[int, float], protocol: str, be
     return [f"| {name} | {how[0]} | {shown} | {len(folders)} | " + " | ".join(values) + " |"]
 
 
-def table(title: str, arms: dict[str, list[Path]], args: argparse.Namespace) -> str:
+def table(title: str, arms: dict[str, list[Recipe]], args: argparse.Namespace) -> str:
     text = [f"# {title}", ""]
     for protocol in PROTOCOLS:
         text += [
@@ -221,9 +224,9 @@ def table(title: str, arms: dict[str, list[Path]], args: argparse.Namespace) -> 
         best = folder_of(args.teachers, protocol, *TEACHER[0])
         for how in TEACHER:
             text += row("teacher", [args.teachers], how, protocol, best)
-        for arm, places in arms.items():
-            for how in DRAWN.get(arm, GUIDED):
-                text += row(arm, places, how, protocol, best)
+        for arm, recipes in arms.items():
+            for how in drawn_in(arm, recipes[0]):
+                text += row(arm, [Path(recipe.output) for recipe in recipes], how, protocol, best)
         text += [""]
     return "\n".join(text)
 
@@ -249,10 +252,10 @@ def main() -> None:
     if not args.table:
         all_done(jobs_of(recipes, Path(first.teacher.source), args), args.workers)
     for ablation, _ in loaded:
-        arms: dict[str, list[Path]] = {}
+        arms: dict[str, list[Recipe]] = {}
         for (title, arm, _), recipe in recipes.items():
             if title == ablation.title:
-                arms.setdefault(arm, []).append(Path(recipe.output))
+                arms.setdefault(arm, []).append(recipe)
         text = table(ablation.title, arms, args)
         write_text(Path(ablation.output) / "students.md", text + "\n")
         print(text)
