@@ -23,7 +23,7 @@ from prunet.sampling.openvino import OpenVinoPipeline
 
 PROMPTS = ["a red cat", "two dogs"]
 #: openvino_genai cuts pixels down to whole numbers, diffusers rounds them.
-NEAR = 2
+NEAR, NEAR_IN_BF16 = 2, 10
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +54,14 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.processes
 def test_draws_what_diffusers_draws_from_the_same_noise(exported) -> None:
     folder, teacher, how = exported
-    ours, pipe = OpenVinoPipeline(folder, "f32"), teacher.pipeline()
+    ours, rounded, pipe = OpenVinoPipeline(folder, "f32"), OpenVinoPipeline(folder, "bf16"), teacher.pipeline()
     assert (ours.made_for, ours.native_size) == (how, teacher.native_size)
     for size in (teacher.native_size, 2 * teacher.native_size):
-        theirs = draw(pipe, PROMPTS, [3, 4], how, size=size)
+        theirs = list(draw(pipe, PROMPTS, [3, 4], how, size=size))
         for a, b in zip(ours.draw(PROMPTS, [3, 4], how, size), theirs, strict=True):
             assert _apart(a, b) <= NEAR
+        for a, b in zip(rounded.draw(PROMPTS, [3, 4], how, size), theirs, strict=True):
+            assert _apart(a, b) <= NEAR_IN_BF16
 
 
 def _apart(a: Image.Image, b: Image.Image) -> int:
@@ -107,6 +109,9 @@ def test_eight_bits(bits, run_folder, tmp_path, capsys) -> None:
     assert code == 0 and facts["output"] == str(folder) and facts["bits"] == bits
     weights = sum(p.numel() for p in Teacher(run_folder / "pipeline").unet.parameters())
     assert (folder / "unet" / "openvino_model.bin").stat().st_size < 1.5 * weights  # 16 bits are 2 bytes each
+    text = Teacher(run_folder / "pipeline").text_part("text_encoder")
+    weights = sum(p.numel() for p in text.parameters())
+    assert (folder / "text_encoder" / "openvino_model.bin").stat().st_size < 1.5 * weights
     types = re.findall(r'type="(\w+)"', (folder / "unet" / "openvino_model.xml").read_text())
     assert ("FakeQuantize" in types) == (bits == "int8")
     if bits == "int8":
