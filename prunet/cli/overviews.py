@@ -1,7 +1,7 @@
 """Verbs that only look: the runs in a folder, and what prunet has to work with here."""
 
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,7 +65,8 @@ def watch(
         check_file(page, "page", "--page", lambda path: is_page(path, "live"))
     now = look(run)
     once = as_json or not (page or results.is_terminal)
-    with Live(console=results, auto_refresh=False) if results.is_terminal and not as_json else nullcontext() as live:
+    shown = Live(console=results, auto_refresh=False) if results.is_terminal and not as_json else nullcontext()
+    with suppress(KeyboardInterrupt), shown as live:  # Ctrl-C ends the watching, not the run
         while True:
             if page:
                 write_live(run, now, _watch_lines(now), page, every)
