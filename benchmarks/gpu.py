@@ -47,10 +47,10 @@ class Section:
 
 #: In the order of what they tell.
 SECTIONS = (
-    Section("correctness", "correctness", 90),
-    Section("distill-sd", "distill", 150, ("sd-v1",)),
-    Section("distill-sdxl", "distill", 100, ("sdxl",)),
-    Section("memory", "memory", 50),
+    Section("correctness", "correctness", 110),
+    Section("distill-sd", "distill", 120, ("sd-v1",)),
+    Section("distill-sdxl", "distill", 90, ("sdxl",)),
+    Section("memory", "memory", 85),
     Section("emoji", "emoji", 70),
     Section("kernels", "kernels", 30),
     Section("inference", "inference", 150),  # compiles for long: it gets what is left

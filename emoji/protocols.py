@@ -2,6 +2,9 @@
 
     python emoji/protocols.py            # into emoji/protocols/; run it again when emoji-clip was trained again
 
+It also writes `known-captions.txt`: two captions of each pair that the teachers were trained on, the second in the forms
+in turn, for students that are trained without pictures.
+
 `emoji-train` asks for the (label, style) pairs that the teachers were trained on, `emoji-heldout` for labels that they
 know in styles that they never saw them in. Prompts go round until there are at least `FEWEST`.
 """
@@ -52,6 +55,11 @@ def write(name: str, samples: list[Sample], scorer: Clip, folder: Path) -> None:
     print(f"{name}: {len(prompts)} prompts, {len(pairs)} pairs")
 
 
+def write_captions(samples: list[Sample], path: Path) -> None:
+    turns = [(caption(sample), sample.captions[i % len(sample.captions)]) for i, sample in enumerate(samples)]
+    path.write_text("\n".join(dict.fromkeys(text for pair in turns for text in pair)) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     folder, known = HERE / "protocols", set(read_known_labels())
     folder.mkdir(exist_ok=True)
@@ -59,6 +67,8 @@ def main() -> None:
     for name, split in (("emoji-train", "train"), ("emoji-heldout", "heldout-combinations")):
         samples = [sample for sample in read_split(HERE / "data", split) if sample.label in known]
         write(name, samples, scorer, folder)
+        if split == "train":
+            write_captions(samples, HERE / "known-captions.txt")
 
 
 if __name__ == "__main__":

@@ -51,10 +51,10 @@ def results(setting: Setting) -> Iterator[Result]:
     yield from _steps(made, setting)
     yield from _losses(setting)
     yield from _attention(setting)
-    yield from _options(made["sd"], setting)
     yield from _interrupted(made["sd"], setting)
     yield from _pictures(setting)
     yield from _counters(setting)
+    yield from _options(made["sd"], setting)
 
 
 class Made:
@@ -183,8 +183,9 @@ def _options(made: Made, setting: Setting) -> Iterator[Result]:
     plain, whole = made.train(bf16)
     has = {name: importlib.util.find_spec(name) is not None for name in ("torchao", "bitsandbytes")}
     cuda = setting.device.type == "cuda"
+    if cuda:
+        yield tried("no synchronisation inside a step", lambda: _synchronisations(made))
     options: list[tuple[dict[str, Any], float, bool, str]] = [
-        ({"compile_blocks": True}, 2e-2, True, ""),
         ({"channels_last": True}, 2e-2, True, ""),
         ({"gradient_checkpointing": True}, 1e-2, True, ""),
         ({"micro_batch": 1}, 2e-2, True, ""),
@@ -192,6 +193,7 @@ def _options(made: Made, setting: Setting) -> Iterator[Result]:
         ({"teacher_8bit": True}, 5e-2, has["torchao"], "torchao is not installed"),
         ({"teacher_fp8": True}, 2e-1, has["torchao"] and cuda, "torchao or fp8 is not available"),
         ({"use_8bit_adam": True}, 5e-2, has["bitsandbytes"] and cuda, "bitsandbytes is not available"),
+        ({"compile_blocks": True}, 2e-2, True, ""),  # the first compilation may take a minute
     ]
     for option, most, there, why in options:
         name = " ".join("--" + key.replace("_", "-") for key in option)
@@ -206,8 +208,6 @@ def _options(made: Made, setting: Setting) -> Iterator[Result]:
             return check(name, apart(rows, plain), most, note=f"against the plain loop in bf16;{same}")
 
         yield tried(name, compared)
-    if cuda:
-        yield tried("no synchronisation inside a step", lambda: _synchronisations(made))
 
 
 def _synchronisations(made: Made) -> Result:

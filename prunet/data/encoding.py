@@ -222,6 +222,11 @@ def encode_block(
     write_block(path, tensors, label, keys, teacher)
 
 
+def draw_batch(height: int, width: int) -> int:
+    """How many latents of this size the teacher draws at once: small ones would leave a GPU idle."""
+    return ENCODE_BATCH * max(1, 64 * 64 // (height * width))
+
+
 def _slices(count: int) -> list[slice]:
     return [slice(start, start + ENCODE_BATCH) for start in range(0, count, ENCODE_BATCH)]
 
@@ -257,8 +262,9 @@ def _draw_prompts(teacher: Teacher, data: Data, folder: Path, size: int, seed: i
             if processes.is_mine(block) and not path.is_file():
                 pipe = pipe or set_sampler(teacher.pipeline(), "dpmsolver++")
                 rows = []
-                for at in range(0, len(group), ENCODE_BATCH):
-                    rows.append(_draw_batch(teacher, pipe, data, group[at : at + ENCODE_BATCH], size, seed))
+                batch = draw_batch(size // teacher.vae_scale, size // teacher.vae_scale)
+                for at in range(0, len(group), batch):
+                    rows.append(_draw_batch(teacher, pipe, data, group[at : at + batch], size, seed))
                     bar.advance(len(rows[-1]["mean"]))
                 texts = [text for _, _, text in group]
                 label = {"captions": texts, "skipped": [], "count": len(group)}

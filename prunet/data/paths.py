@@ -15,7 +15,7 @@ from torch import Tensor
 from prunet import processes
 from prunet.console import progress
 from prunet.data.cache import Cache, Sample, block_path, read_spec
-from prunet.data.encoding import ENCODE_BATCH, finish_cache, write_block
+from prunet.data.encoding import draw_batch, finish_cache, write_block
 from prunet.denoisers.condition import Condition
 from prunet.disk.files import write_json
 from prunet.disk.ownership import check_place, hold
@@ -101,8 +101,9 @@ def _draw_block(teacher: Teacher, latents: Cache, stage: Stage, path: Path, numb
     drawn: dict[int, dict[str, Tensor]] = {}
     for _, same in itertools.groupby(sorted(numbers, key=size), key=size):
         group = list(same)
-        for at in range(0, len(group), ENCODE_BATCH):
-            batch = group[at : at + ENCODE_BATCH]
+        at_once = draw_batch(*size(group[0])[-2:])
+        for at in range(0, len(group), at_once):
+            batch = group[at : at + at_once]
             drawn |= zip(batch, _draw_batch(teacher, latents, stage, batch, samples), strict=True)
     label: dict[str, Any] = {"captions": [], "skipped": [], "count": len(numbers)}
     tensors: dict[str, Tensor] = {}

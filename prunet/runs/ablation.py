@@ -151,11 +151,11 @@ def folder_name(arm: str) -> str:
 def _share_cache(recipe: Recipe, folder: Path) -> Recipe:
     """Gives recipes with the same teachers, data, paths and seed one cache in `folder`."""
     teachers = [stage.teacher.model_dump() for stage in recipe.stages if stage.teacher]
-    paths = [
-        {"paths": [stage.paths, stage.path_steps, stage.guidance_scale]}
-        for stage in recipe.stages
-        if stage.objective == "trajectory"
-    ]
+    paths: list[dict[str, Any]] = []
+    for stage in recipe.stages:
+        drawn = {"paths": [stage.paths, stage.path_steps, stage.guidance_scale]}
+        if stage.objective == "trajectory" and drawn not in paths:
+            paths.append(drawn)
     name = recipe.fingerprint("teacher", "data", "seed", extra=[*teachers, *paths])
     return recipe.model_copy(update={"cache": str(folder / name)})
 
@@ -208,7 +208,7 @@ def _each_done(
     recipes = [run.recipe for run in runs.values()]
     if workers == 1:
         for key in todo:
-            _do(runs[key].recipe, runs[key].runtime, recipes, like=runs[key])
+            finish(runs[key].recipe, runs[key].runtime, recipes, like=runs[key])
             yield key
         return
     context, others = get_context("spawn"), active_children()
@@ -228,10 +228,17 @@ def _each_done(
             raise
 
 
-def _do(recipe: Recipe, runtime: Runtime, recipes: Sequence[Recipe], like: Run | None = None) -> None:
-    """Does one run up to its evaluation. Stages that another of the `recipes` has finished are copied from there."""
+def finish(
+    recipe: Recipe,
+    runtime: Runtime,
+    recipes: Sequence[Recipe],
+    *,
+    until: str = "evaluate",
+    like: Run | None = None,
+) -> Run:
+    """Does one run up to `until`. Stages that another of the `recipes` has finished are copied from there."""
     run = Run(recipe, runtime, like=like)
-    run.check("evaluate")  # again: the disk may be full by now
+    run.check(until)  # again: the disk may be full by now
     others = [Run(other, runtime, like=run) for other in recipes if other.output != recipe.output]
     with run.at_work():
         for step in (name for name in run.step_names("distil") if name.startswith("stage-")):
@@ -240,7 +247,8 @@ def _do(recipe: Recipe, runtime: Runtime, recipes: Sequence[Recipe], like: Run |
             if (found := copy_stage(run, step, others)) is None:
                 break
             say(f"[green]✓[/] {step} [dim]is that of {escape(str(found.folder))}[/]")
-    run.finish("evaluate")
+    run.finish(until)
+    return run
 
 
 _worker = 0
@@ -268,7 +276,7 @@ def _do_in_worker(recipe: Recipe, runtime: Runtime, recipes: Sequence[Recipe]) -
     if runtime.torch_device.type == "cuda":
         runtime = replace(runtime, device=f"cuda:{_worker % torch.cuda.device_count()}")
     runtime.use_device()
-    _do(recipe, runtime, recipes)
+    finish(recipe, runtime, recipes)
 
 
 # -- the table

@@ -1,0 +1,265 @@
+"""Trains the students of ablations, and measures by two protocols how each draws in several numbers of steps.
+
+    python benchmarks/students.py benchmarks/few-steps.yaml benchmarks/plans.yaml
+    python benchmarks/students.py benchmarks/few-steps.yaml --device cuda --workers 14   # at once, on one GPU
+
+Nothing that is finished is done again. Each ablation gets `students.md` in its folder: R@1, score and KID by the
+protocols `emoji-train` and `emoji-heldout`, and how far the pictures are from those of the teacher (25 guided steps,
+equal noise). Numbers are means over the training seeds, with half of the 95 % interval (Student's t); with one seed,
+the interval over the pictures. What is not finished is left out.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from prunet import Runtime
+from prunet.console import console
+from prunet.disk.files import write_json, write_text
+from prunet.evaluation.measures import read_measures
+from prunet.evaluation.measuring import measure
+from prunet.evaluation.protocol import load_protocol, protocol_prompts
+from prunet.intervals import Measure, summary
+from prunet.recipe.recipe import Recipe
+from prunet.runs.ablation import finish, load_ablation
+from prunet.runs.run import Run
+from prunet.sampling.shards import read_shard
+from prunet.student.folder import save_unet
+
+GUIDANCE = 1.5
+PROTOCOLS = ("emoji-train", "emoji-heldout")
+#: Arm -> steps and guidance scales in which its student draws, if not only as it was made for.
+DRAWN = {
+    "distilled": [(25, GUIDANCE), (2, GUIDANCE), (2, 1.0), (4, GUIDANCE), (1, 1.0)],
+    "distilled longer": [(25, GUIDANCE), (2, GUIDANCE), (4, GUIDANCE)],
+    "guidance": [(25, 1.0), (2, 1.0), (4, 1.0), (1, 1.0)],
+    "trajectory, 4 jumps": [(4, 1.0), (8, 1.0)],
+    "trajectory, 2 jumps": [(2, 1.0), (1, 1.0), (4, 1.0)],
+    "trajectory, 1 jump": [(1, 1.0), (2, 1.0)],
+}
+TEACHER = [(25, GUIDANCE), (4, GUIDANCE), (2, GUIDANCE), (1, GUIDANCE)]
+METRICS = {"retrieval": "R@1", "clip_score": "score", "kid": "KID"}
+Job = Callable[[], object]
+
+
+def drawn_in(arm: str, recipe: Recipe) -> list[tuple[int, float]]:
+    """Steps and guidance scales in which the student of an arm draws."""
+    made_for = recipe.made_for
+    return DRAWN.get(arm, [(made_for.steps, made_for.guidance_scale) if made_for else TEACHER[0]])
+
+
+def sampler_of(recipe: Recipe | None, guidance: float) -> str:
+    """The protocol's sampler for guided pictures; else the one that the student was made for."""
+    made_for = recipe.made_for if recipe and guidance <= 1 else None
+    return made_for.sampler if made_for else "dpmsolver++"
+
+
+def folder_of(place: Path, protocol: str, steps: int, guidance: float) -> Path:
+    return place / "measured" / f"{protocol}-{steps}-{guidance:g}"
+
+
+def measured(
+    model: Path, place: Path, how: tuple[int, float], sampler: str, *, teachers: Path, args: argparse.Namespace
+) -> None:
+    """Measures a model by both protocols in these steps with this guidance, and how far its pictures are from those of
+    the teacher in `teachers`, unless that was done.
+    """
+    for protocol in PROTOCOLS:
+        folder, best = (folder_of(*of) for of in ((place, protocol, *how), (teachers, protocol, *TEACHER[0])))
+        if not (folder / "measures.json").is_file():
+            chosen, beside = load_protocol(f"emoji/protocols/{protocol}.yaml")
+            prompts = protocol_prompts(chosen, beside, None, args.limit)
+            chosen = chosen.model_copy(update={"kid_subset_size": min(chosen.kid_subset_size, len(prompts))})
+            asked = {"steps": how[0], "guidance_scale": how[1], "sampler": sampler}
+            measure(model, chosen, prompts, folder, beside=beside, asked=asked, device=args.device, batch_size=100)
+        if (best / "measures.json").is_file():
+            distance(folder, best)
+
+
+def distance(folder: Path, best: Path) -> dict[str, float]:
+    """Root of the mean squared difference of pictures from those in `best`, of 1, and half of its 95 % interval."""
+    path = folder / "distance.json"
+    if not path.is_file():
+        apart = ((pictures(folder) - pictures(best)) / 255) ** 2
+        each = np.sqrt(apart.mean(axis=(1, 2, 3)))
+        write_json(path, {"rmse": float(each.mean()), "half": float(1.96 * each.std() / len(each) ** 0.5)})
+    found: dict[str, float] = json.loads(path.read_text())
+    return found
+
+
+def pictures(folder: Path) -> np.ndarray:
+    shards = sorted((folder / "pictures").glob("*.tar"))
+    return np.stack([np.asarray(picture) for path in shards for picture, _ in read_shard(path)]).astype(np.float32)
+
+
+def trained(
+    recipe: Recipe, recipes: list[Recipe], drawn: list[tuple[int, float]], teacher: Path, args: argparse.Namespace
+) -> None:
+    """Trains a student, puts it into a pipeline beside its run, and measures how it draws."""
+    run = finished(recipe, recipes, args)
+    model = run.folder / "drawn-by"
+    if not model.is_dir():
+        model.mkdir()
+        for part in teacher.iterdir():
+            if part.name != "unet":
+                (model / part.name).symlink_to(part.resolve())
+        save_unet(run.last_unet(), model / "unet", "stage")
+    del run
+    for how in drawn:
+        measured(model, Path(recipe.output), how, sampler_of(recipe, how[1]), teachers=args.teachers, args=args)
+
+
+def teachers_pictures(source: Path, args: argparse.Namespace) -> None:
+    for how in TEACHER:
+        measured(source, args.teachers, how, "dpmsolver++", teachers=args.teachers, args=args)
+
+
+def finished(recipe: Recipe, recipes: list[Recipe], args: argparse.Namespace, until: str = "distil") -> Run:
+    return finish(recipe, Runtime(device=args.device, precision="no"), recipes, until=until)
+
+
+def begin_worker(threads: int) -> None:
+    console.quiet = True
+    torch.set_num_threads(threads)
+
+
+def do(name: str, job: Job) -> str:
+    """Does a job in a worker; returns what went wrong."""
+    try:
+        job()
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+
+def all_done(jobs: dict[str, tuple[Job, set[str]]], workers: int) -> None:
+    """Does the jobs, `workers` at once; each after those that it names."""
+    began, ended, running = time.perf_counter(), set[str](), dict[Future[str], str]()
+    # Forked, so that nothing is imported again; no GPU is used in this process before.
+    context = multiprocessing.get_context("fork")
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with ProcessPoolExecutor(workers, context, begin_worker, (threads,)) as pool:
+        todo = dict(jobs)
+        while todo or running:
+            for name in [name for name, (_, after) in todo.items() if after <= ended]:
+                running[pool.submit(do, name, todo.pop(name)[0])] = name
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                ended.add(name := running.pop(future))
+                said = future.result()
+                print(f"[{time.perf_counter() - began:6.1f} s] {name}: {said or 'done'}", flush=True)
+
+
+def common(a: Recipe, b: Recipe) -> int:
+    """How many stages two recipes begin with alike."""
+    if a.model_dump(include={"teacher", "plan", "data", "seed"}) != b.model_dump(
+        include={"teacher", "plan", "data", "seed"}
+    ):
+        return 0
+    same = [x == y for x, y in zip(a.stages, b.stages, strict=False)]
+    return same.index(False) if False in same else len(same)
+
+
+def jobs_of(
+    recipes: dict[tuple[str, str, int], Recipe], teacher: Path, args: argparse.Namespace
+) -> dict[str, tuple[Job, set[str]]]:
+    """The caches, the teacher's pictures, and the students, each after its cache and the one with most stages alike."""
+    every = list(recipes.values())
+    jobs: dict[str, tuple[Job, set[str]]] = {}
+    for recipe in every:
+        jobs.setdefault(f"cache {recipe.cache}", (partial(finished, recipe, every, args, "cache"), set()))
+    jobs["teacher"] = (partial(teachers_pictures, teacher, args), set())
+    before: list[tuple[str, Recipe]] = []
+    for (title, arm, seed), recipe in recipes.items():
+        name = f"{title}: {arm}, seed {seed}"
+        alike = max(before, key=lambda other: common(recipe, other[1]), default=None)
+        after = {f"cache {recipe.cache}", *([alike[0]] if alike and common(recipe, alike[1]) else [])}
+        jobs[name] = (partial(trained, recipe, every, drawn_in(arm, recipe), teacher, args), after)
+        before.append((name, recipe))
+    return jobs
+
+
+def cell(found: list[Measure]) -> str:
+    """A metric's mean over seeds with half of its interval; with one seed, the interval over pictures."""
+    if len(found) == 1:
+        return f"{found[0].value:.3f} [{found[0].low:.3f}, {found[0].high:.3f}]"
+    over = summary([f.value for f in found])
+    return f"{over.mean:.3f} ± {over.interval:.3f}"
+
+
+def row(name: str, places: list[Path], how: tuple[int, float], protocol: str, best: Path) -> list[str]:
+    """The row of a student in these steps, or no row if it was not measured."""
+    folders = [folder_of(place, protocol, *how) for place in places]
+    folders = [folder for folder in folders if (folder / "measures.json").is_file()]
+    if not folders:
+        return []
+    values = [cell([read_measures(folder).measures[metric] for folder in folders]) for metric in METRICS]
+    apart = [distance(folder, best) for folder in folders]
+    over = summary([found["rmse"] for found in apart])
+    half = over.interval if len(apart) > 1 else apart[0]["half"]
+    values.append(f"{over.mean:.4f} ± {half:.4f}")
+    shown = f"{how[1]:g}" if how[1] > 1 else "none"
+    return [f"| {name} | {how[0]} | {shown} | {len(folders)} | " + " | ".join(values) + " |"]
+
+
+def table(title: str, arms: dict[str, list[Recipe]], args: argparse.Namespace) -> str:
+    text = [f"# {title}", ""]
+    for protocol in PROTOCOLS:
+        text += [
+            f"`{protocol}`, {args.limit} prompts at most:",
+            "",
+            "| | steps | guidance | seeds | R@1 | score | KID | ",
+        ]
+        text[-1] += "distance to the teacher's pictures |"
+        text += ["|---|---:|---:|---:|---:|---:|---:|---:|"]
+        best = folder_of(args.teachers, protocol, *TEACHER[0])
+        for how in TEACHER:
+            text += row("teacher", [args.teachers], how, protocol, best)
+        for arm, recipes in arms.items():
+            for how in drawn_in(arm, recipes[0]):
+                text += row(arm, [Path(recipe.output) for recipe in recipes], how, protocol, best)
+        text += [""]
+    return "\n".join(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ablations", type=Path, nargs="+")
+    parser.add_argument("--limit", type=int, default=200, help="prompts of each protocol (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="these of the ablation's seeds")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="students that train at once (%(default)s)")
+    parser.add_argument("--table", action="store_true", help="only write the tables of what is there")
+    args = parser.parse_args()
+    loaded = [load_ablation(path) for path in args.ablations]
+    recipes = {
+        (ablation.title, arm, seed): recipe
+        for ablation, of in loaded
+        for (arm, seed), recipe in of.items()
+        if not args.seeds or seed in args.seeds
+    }
+    first = next(iter(recipes.values()))
+    args.teachers = Path(loaded[0][0].output) / "teacher"
+    if not args.table:
+        all_done(jobs_of(recipes, Path(first.teacher.source), args), args.workers)
+    for ablation, _ in loaded:
+        arms: dict[str, list[Recipe]] = {}
+        for (title, arm, _), recipe in recipes.items():
+            if title == ablation.title:
+                arms.setdefault(arm, []).append(recipe)
+        text = table(ablation.title, arms, args)
+        write_text(Path(ablation.output) / "students.md", text + "\n")
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
