@@ -220,7 +220,15 @@ def estimate_view(this: Any, cost: dict[str, Any]) -> RenderableType:
         f"about [bold]{time_text}[/]"
     )
     title = f"{this.teacher.source} by {this.recipe.plan.name}"
-    return Group(plan_view(this.derived, title), steps, memory, lines, _data(cost))
+    return Group(_cache(cost), plan_view(this.derived, title), steps, memory, lines, _data(cost))
+
+
+def _cache(cost: dict[str, Any]) -> Text:
+    """What the cache takes on the disk."""
+    parts = cost["cache_bytes_per_sample"]
+    each = f"{many(sum(parts.values()))}B a sample ({', '.join(f'{many(b)}B {name}' for name, b in parts.items())})"
+    whole = f"about {many(cost['cache_bytes'])}B{' or more' if cost['or_more'] else ''}, " if cost["samples"] else ""
+    return Text.from_markup(f"[bold]Cache[/]  {whole}{each}")
 
 
 def _data(cost: dict[str, Any]) -> Text:
@@ -229,7 +237,8 @@ def _data(cost: dict[str, Any]) -> Text:
     seen = "counted when they are read"
     if samples:
         most, more = ("at most ", " or more") if cost["or_more"] else ("", "")
-        seen = f"{samples:,}{more}, each seen {most}{cost['images'] / samples:,.1f} times"
+        about, times = "about " if cost["about"] else "", cost["images"] / samples
+        seen = f"{about}{samples:,}{more}, each seen {most}{times:,.1f} times"
     text = Text.from_markup(f"[bold]Samples[/]  {seen}; {size} px")
     if size != native:
         text.append(f", not the {native} px that the teacher was trained on (data.size)", style="yellow")
