@@ -14,10 +14,10 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 
 from prunet import __version__, processes
@@ -107,7 +107,7 @@ def measure(
             model=MeasuredModel(source=short(str(source)), fingerprint=spec["model"], drawn=drawn),
             protocol=_as_used(protocol, spec, hashes, reference.content if reference else None),
             measures=compute(protocol, found, theirs),
-            versions={"prunet": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+            versions={"prunet": __version__, "torch": torch.__version__, "diffusers": version("diffusers")},
         )
         write_text(folder / "measures.md", markdown([result]))
         result.save(folder / "measures.json")
