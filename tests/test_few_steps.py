@@ -25,6 +25,7 @@ from prunet.recipe.stage import Losses, Stage
 from prunet.recipe.values import Drawing
 from prunet.sampling.made_for import made_for
 from prunet.sampling.paths import check_jumps
+from prunet.sampling.start import StartPicture
 from prunet.speed.bench import drawings
 from prunet.student.student import state_hash
 from prunet.training import session
@@ -273,7 +274,7 @@ def test_nobody_draws_it_wrongly_by_default(finished_fast, sd) -> None:
         assert made_for(Teacher(model)) == how
     assert made_for(Teacher(sd)) is None
     assert [p.tobytes() for p in generate(finished_fast, "a cat")] == [
-        p.tobytes() for p in generate(finished_fast / "pipeline", "a cat", **how.model_dump())
+        p.tobytes() for p in generate(finished_fast / "pipeline", "a cat", drawing=how)
     ]
     assert drawings([str(sd), str(finished_fast)]) == {"sd": Drawing(), "run": how}
     card = (finished_fast / "pipeline" / "README.md").read_text()
@@ -293,11 +294,11 @@ def test_from_a_picture_it_begins_at_one_of_its_own_timesteps(finished_fast, cap
     picture = Image.new("RGB", (16, 16), "red")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(UNet2DConditionModel, "forward", look)
-        generate(finished_fast, "a cat", image=picture, strength=0.7)
+        generate(finished_fast, "a cat", start=StartPicture(picture, 0.7))
     assert seen == [(499, 1)]  # the second of its two jumps, without guidance
     assert "strength 0.7 of 2 steps: 1 is drawn, as with 0.5" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"strength 0.4: of 2 steps that is not one: give 0.5 or more"):
-        generate(finished_fast, "a cat", image=picture, strength=0.4)
+        generate(finished_fast, "a cat", start=StartPicture(picture, 0.4))
 
 
 def test_a_protocol_measures_it_as_it_was_made_for_and_says_so(finished_fast, sd, tmp_path, monkeypatch) -> None:
@@ -317,7 +318,7 @@ def test_a_protocol_measures_it_as_it_was_made_for_and_says_so(finished_fast, sd
         results.append(measuring.measure(model, protocol, ["a", "b"], tmp_path / name))
         spec = json.loads((tmp_path / name / "pictures" / "spec.json").read_text())
         assert (spec["steps"], spec["guidance_scale"]) == ((4, 3) if name == "teacher" else (2, 1))
-    measuring.measure(finished_fast, protocol, ["a", "b"], tmp_path / "asked", asked={"steps": 1, "sampler": None})
+    measuring.measure(finished_fast, protocol, ["a", "b"], tmp_path / "asked", drawing=Drawing(steps=1))
     table = markdown(measuring.compare([tmp_path / name for name in ("teacher", "student", "asked")]))
     assert "| run (ddim-trailing, 2 steps, no guidance) | 0.5" in table
     assert "| run (ddim-trailing, 1 step, no guidance) | 0.5" in table

@@ -20,6 +20,7 @@ from prunet.exports.openvino import export_openvino, open_decoder
 from prunet.recipe.values import Drawing
 from prunet.sampling.draw import draw
 from prunet.sampling.openvino import OpenVinoPipeline
+from prunet.sampling.start import StartPicture
 
 PROMPTS = ["a red cat", "two dogs"]
 #: openvino_genai cuts pixels down to whole numbers, diffusers rounds them.
@@ -140,9 +141,9 @@ def test_a_folder_draws_only_as_it_can(exported) -> None:
     with pytest.raises(UserError, match=r"a pipeline for OpenVINO.*give the folder or run"):
         Teacher(folder)
     with pytest.raises(UserError, match=r"sampler: .* draws with its own"):
-        generate(folder, "a cat", sampler="euler")
+        generate(folder, "a cat", drawing=Drawing(sampler="euler"))
     with pytest.raises(UserError, match="draws without image"):
-        generate(folder, "a cat", image=Image.new("RGB", (16, 16)))
+        generate(folder, "a cat", start=StartPicture(Image.new("RGB", (16, 16))))
     with pytest.raises(UserError, match="not a multiple of"):
         generate(folder, "a cat", size=12)
 
