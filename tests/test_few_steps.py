@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_pipeline
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    LCMScheduler,
+    UNet2DConditionModel,
+)
 from PIL import Image
 
 from prunet import Runtime, Teacher, UserError, build, derive, distil, export, generate, load_plan, load_recipe, run
@@ -34,6 +40,7 @@ from prunet.training.samples import PathSamples, Samples
 CPU = Runtime(device="cpu", precision="no", log_every=1)
 PACE = {"steps": 2, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0, "ema_decay": None}
 TRAJECTORY = Stage(objective="trajectory", guidance_scale=2.0, jumps=2, path_steps=4, paths=10, **PACE)
+CONSISTENCY = Stage(objective="consistency", guidance_scale=3.0, jumps=4, caption_dropout=0, **PACE)
 GUIDANCE = Stage(objective="guidance", guidance_scale=3.0, losses=Losses(task=0), caption_dropout=0, **PACE)
 SCALE = 2.0
 
@@ -195,6 +202,44 @@ def test_guidance_loss_is_the_formula_in_plain_words(made, tmp_path) -> None:
     teacher.release("unet")
 
 
+def test_consistency_loss_is_the_formula_in_plain_words(made, tmp_path) -> None:
+    """As diffusers' scripts for LCM write it: DDIM by the noise, and the scheduler's boundary condition."""
+    teacher, latents, _ = made
+    (student, _), (plain, _) = small(teacher), small(teacher)
+    distil(teacher, student, (), latents, CONSISTENCY, tmp_path, seed=5, runtime=CPU)
+    clean, noise, t, condition = batch_of(
+        Samples(latents, CONSISTENCY, 5, teacher.process), ("latents", "noise", "timestep")
+    )
+    t = torch.arange(19, 1000, 20)[t // 20]  # of the teacher's 50 steps, the one that it falls into
+    before, kept = (t - 20).clamp(min=0), teacher.noise_scheduler.alphas_cumprod
+    scheduler = LCMScheduler.from_config(teacher.noise_scheduler.config)
+    scheduler.set_timesteps(50)
+    assert set(t.tolist()) <= set(scheduler.timesteps.tolist())
+
+    def both(output, x, t):
+        """Picture and noise that follow from an output."""
+        a, s = (part[t].view(-1, 1, 1, 1).sqrt() for part in (kept, 1 - kept))
+        if teacher.process.prediction_type == "epsilon":
+            return (x - s * output) / a, output
+        return a * x - s * output, a * output + s * x
+
+    def seen(net, x, t):
+        picture, _ = both(call_unet(net, x, t, condition), x, t)
+        factors = [scheduler.get_scalings_for_boundary_condition_discrete(each) for each in t]
+        skip, out = (torch.stack(f).view(-1, 1, 1, 1) for f in zip(*factors, strict=True))
+        return skip * x + out * picture
+
+    noisy = teacher.noise_scheduler.add_noise(clean, noise, t)
+    nothing = {**condition, **{k: v.expand_as(condition[k]) for k, v in latents.unconditional.items()}}
+    given, free = (both(call_unet(teacher.unet, noisy, t, c), noisy, t) for c in (condition, nothing))
+    picture, there = (g + 2.0 * (g - f) for g, f in zip(given, free, strict=True))  # 3 as pipelines count it
+    nearer = teacher.noise_scheduler.add_noise(picture, there, before)
+    apart = seen(plain, noisy, t) - seen(plain, nearer, before)
+    loss = ((apart.square() + 0.001**2).sqrt() - 0.001).mean()
+    assert first_row(tmp_path)["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    teacher.release("unet")
+
+
 @pytest.mark.parametrize("made", ["sdxl"], indirect=True)
 def test_killed_and_resumed_ends_in_the_same_student_and_no_teacher_is_loaded(made, tmp_path, monkeypatch) -> None:
     teacher, _, paths = made
@@ -350,7 +395,9 @@ def test_evaluation_draws_the_teacher_by_the_recipe_and_the_student_by_what_it_w
         ({"objective": "guidance", "guidance_scale": 2}, "needs 'losses.task' 0"),
         ({"objective": "guidance", "guidance_scale": 2, "jumps": 2}, "'jumps' has no meaning with objective guidance"),
         ({"jumps": 2}, "'jumps' has no meaning with objective distillation: leave it out"),
-        ({"objective": "consistency"}, "stages.0.objective"),
+        ({"objective": "consistency", "guidance_scale": 2}, "objective consistency needs 'jumps'"),
+        ({"objective": "consistency", "guidance_scale": 2, "jumps": 2, "paths": 9}, "'paths' has no meaning"),
+        ({"objective": "adversarial"}, "stages.0.objective"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(stage, said, tmp_path) -> None:

@@ -70,15 +70,25 @@ def _write_plan(plan: Plan) -> dict[str, Any]:
 PlanValue = Annotated[Any, BeforeValidator(_read_plan), PlainSerializer(_write_plan)]
 
 
-Objective = Literal["distillation", "guidance", "trajectory"]
+Objective = Literal["distillation", "guidance", "trajectory", "consistency"]
 #: Objective -> keys that have no meaning for it, and are not written down with it.
 IDLE: dict[str, tuple[str, ...]] = {
     "distillation": ("objective", "guidance_scale", "jumps", "path_steps", "paths"),
     "guidance": ("min_snr_gamma", "jumps", "path_steps", "paths"),
     "trajectory": ("min_snr_gamma", "losses", "caption_dropout"),
+    "consistency": ("min_snr_gamma", "losses", "path_steps", "paths"),
 }
 #: Objective -> calls of the teacher per sample.
-TEACHER_CALLS = {"distillation": 1, "guidance": 2, "trajectory": 0}
+TEACHER_CALLS = {"distillation": 1, "guidance": 2, "trajectory": 0, "consistency": 2}
+#: Objective -> keys that it cannot do without.
+NEEDED: dict[str, tuple[str, ...]] = {
+    "distillation": (),
+    "guidance": ("guidance_scale",),
+    "trajectory": ("guidance_scale", "jumps"),
+    "consistency": ("guidance_scale", "jumps"),
+}
+#: Objective -> sampler that draws in `jumps` steps.
+SAMPLER = {"trajectory": "ddim-trailing", "consistency": "lcm"}
 
 
 class Stage(Training):
@@ -89,10 +99,10 @@ class Stage(Training):
     """
 
     objective: Objective = Field(
-        default="distillation", description="what is minimised: see docs/few-steps.md for the other two"
+        default="distillation", description="what is minimised: see docs/few-steps.md for the others"
     )
     guidance_scale: Weight | None = Field(default=None, description="the teacher's; the student learns to need none")
-    jumps: Steps | None = Field(default=None, description="trajectory only: steps of the student to draw a picture")
+    jumps: Steps | None = Field(default=None, description="few steps in which the student learns to draw")
     path_steps: DrawingSteps = Field(default=12, description="trajectory only: steps of the teacher to draw a picture")
     paths: Steps | None = Field(default=None, description="trajectory only: number of paths; one per sample by default")
     plan: PlanValue | None = Field(
@@ -109,18 +119,21 @@ class Stage(Training):
         name = self.objective
         if idle := [key for key in IDLE[name] if getattr(self, key) != type(self).model_fields[key].default]:
             raise ValueError(f"{idle[0]!r} has no meaning with objective {name}: leave it out")
-        wanted = {"guidance": ("guidance_scale",), "trajectory": ("guidance_scale", "jumps")}.get(name, ())
-        if missing := [key for key in wanted if getattr(self, key) is None]:
+        if missing := [key for key in NEEDED[name] if getattr(self, key) is None]:
             raise ValueError(f"objective {name} needs {missing[0]!r}")
         if name == "guidance" and self.losses.task:
             raise ValueError("objective guidance needs 'losses.task' 0, because the data teach the unguided output")
-        if self.jumps and self.path_steps % self.jumps:
+        if self.jumps and self.has("path_steps") and self.path_steps % self.jumps:
             raise ValueError(f"'jumps' {self.jumps} must divide 'path_steps' {self.path_steps}")
         return self
 
     @model_serializer(mode="wrap")
     def _what_has_a_meaning(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if key not in IDLE[self.objective]}
+        return {key: value for key, value in write(self).items() if self.has(key)}
+
+    def has(self, key: str) -> bool:
+        """Whether a key has a meaning for the objective."""
+        return key not in IDLE[self.objective]
 
     @property
     def teacher_calls(self) -> int:
@@ -130,7 +143,7 @@ class Stage(Training):
     def made_for(self, evaluation: Drawing) -> Drawing | None:
         """How the stage's student draws; None: as the teacher. `evaluation`: how the recipe's teacher draws."""
         if self.jumps:
-            return Drawing(steps=self.jumps, guidance_scale=1, sampler="ddim-trailing")
+            return Drawing(steps=self.jumps, guidance_scale=1, sampler=SAMPLER[self.objective])
         if self.objective == "guidance":
             return Drawing(steps=evaluation.steps, guidance_scale=1, sampler=evaluation.sampler)
         return None

@@ -72,5 +72,5 @@ def check_jumps(teacher: Teacher, stage: Stage, where: str) -> None:
     if process.prediction_type == "epsilon" and process.alphas_cumprod[-1] <= 0:
         raise UserError(
             f"{where}: {teacher.source} predicts the noise, and at its last timestep there is nothing else (zero "
-            "terminal SNR): objective trajectory needs prediction_type v_prediction there"
+            "terminal SNR): objective {stage.objective} needs prediction_type v_prediction there"
         )

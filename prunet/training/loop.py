@@ -18,6 +18,7 @@ from prunet.teacher.teacher import Teacher
 from prunet.training.checkpoints import Saving, checkpoints
 from prunet.training.fit import micro_batch_of
 from prunet.training.log import Log, log_note
+from prunet.training.objectives.consistency import Consistency
 from prunet.training.objectives.distillation import Distillation
 from prunet.training.objectives.guidance import Guidance
 from prunet.training.objectives.objective import Objective
@@ -81,6 +82,8 @@ def _objective(
     samples = Samples(cache, stage, seed, teacher.process)
     if stage.objective == "guidance":
         return Guidance(teacher, student, pairs, stage, cache.unconditional), samples
+    if stage.objective == "consistency":
+        return Consistency(teacher, student, stage, cache.unconditional), samples
     return Distillation(teacher, student, pairs, stage), samples
 
 
