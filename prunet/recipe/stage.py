@@ -70,25 +70,27 @@ def _write_plan(plan: Plan) -> dict[str, Any]:
 PlanValue = Annotated[Any, BeforeValidator(_read_plan), PlainSerializer(_write_plan)]
 
 
-Objective = Literal["distillation", "guidance", "trajectory", "consistency"]
+Objective = Literal["distillation", "guidance", "trajectory", "consistency", "distribution"]
 #: Objective -> keys that have no meaning for it, and are not written down with it.
 IDLE: dict[str, tuple[str, ...]] = {
-    "distillation": ("objective", "guidance_scale", "jumps", "path_steps", "paths"),
-    "guidance": ("min_snr_gamma", "jumps", "path_steps", "paths"),
-    "trajectory": ("min_snr_gamma", "losses", "caption_dropout"),
-    "consistency": ("min_snr_gamma", "losses", "path_steps", "paths"),
+    "distillation": ("objective", "guidance_scale", "jumps", "path_steps", "paths", "jump_weight"),
+    "guidance": ("min_snr_gamma", "jumps", "path_steps", "paths", "jump_weight"),
+    "trajectory": ("min_snr_gamma", "losses", "caption_dropout", "jump_weight"),
+    "consistency": ("min_snr_gamma", "losses", "path_steps", "paths", "jump_weight"),
+    "distribution": ("min_snr_gamma", "losses", "caption_dropout"),
 }
 #: Objective -> calls of the teacher per sample.
-TEACHER_CALLS = {"distillation": 1, "guidance": 2, "trajectory": 0, "consistency": 2}
+TEACHER_CALLS = {"distillation": 1, "guidance": 2, "trajectory": 0, "consistency": 2, "distribution": 2}
 #: Objective -> keys that it cannot do without.
 NEEDED: dict[str, tuple[str, ...]] = {
     "distillation": (),
     "guidance": ("guidance_scale",),
     "trajectory": ("guidance_scale", "jumps"),
     "consistency": ("guidance_scale", "jumps"),
+    "distribution": ("guidance_scale", "jumps"),
 }
 #: Objective -> sampler that draws in `jumps` steps.
-SAMPLER = {"trajectory": "ddim-trailing", "consistency": "lcm"}
+SAMPLER = {"trajectory": "ddim-trailing", "consistency": "lcm", "distribution": "ddim-trailing"}
 
 
 class Stage(Training):
@@ -103,8 +105,9 @@ class Stage(Training):
     )
     guidance_scale: Weight | None = Field(default=None, description="the teacher's; the student learns to need none")
     jumps: Steps | None = Field(default=None, description="few steps in which the student learns to draw")
-    path_steps: DrawingSteps = Field(default=12, description="trajectory only: steps of the teacher to draw a picture")
-    paths: Steps | None = Field(default=None, description="trajectory only: number of paths; one per sample by default")
+    path_steps: DrawingSteps = Field(default=12, description="of the teacher to draw a path")
+    paths: Steps | None = Field(default=None, description="number of paths; one per sample by default")
+    jump_weight: Weight = Field(default=1.0, description="distribution only: of the loss of trajectory, which is added")
     plan: PlanValue | None = Field(
         default=None, description="an earlier plan that removes less; the recipe's plan if not given"
     )

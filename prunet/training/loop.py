@@ -20,10 +20,11 @@ from prunet.training.fit import micro_batch_of
 from prunet.training.log import Log, log_note
 from prunet.training.objectives.consistency import Consistency
 from prunet.training.objectives.distillation import Distillation
+from prunet.training.objectives.distribution import Distribution
 from prunet.training.objectives.guidance import Guidance
 from prunet.training.objectives.objective import Objective
 from prunet.training.objectives.trajectory import Trajectory
-from prunet.training.samples import PathSamples, Samples, batches
+from prunet.training.samples import DistributionSamples, PathSamples, Samples, batches
 from prunet.training.session import Session
 from prunet.training.sheets import Sheets
 from prunet.training.stopping import stops_after_step
@@ -54,7 +55,7 @@ def distil(
     """Trains `student` to draw as `teacher` does; returns it with its EMA weights (if the stage has an EMA).
 
     Args:
-        cache: of latents; for the objective `trajectory` one of paths.
+        cache: of latents; for the objectives `trajectory` and `distribution` one of paths.
         how: `runtime`, `sheets`, `saving`: see `train`.
 
     Raises:
@@ -79,6 +80,9 @@ def _objective(
     """What the stage minimises, and of what."""
     if stage.objective == "trajectory":
         return Trajectory(teacher, student), PathSamples(cache, stage, seed, teacher.process)
+    if stage.objective == "distribution":
+        objective = Distribution(teacher, student, stage, cache.unconditional)
+        return objective, DistributionSamples(cache, stage, seed, teacher.process)
     samples = Samples(cache, stage, seed, teacher.process)
     if stage.objective == "guidance":
         return Guidance(teacher, student, pairs, stage, cache.unconditional), samples

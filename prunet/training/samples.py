@@ -16,6 +16,8 @@ from prunet.recipe.stage import Stage
 from prunet.recipe.training import Training
 from prunet.teacher.process import DDPM
 
+FAKE_UPDATES = 2  # of the fake score for one of the student, if the objective is `distribution`
+
 
 class Samples(Dataset[dict[str, Any]]):
     """What the denoiser sees at (step, position in the batch): a pure function of these two and the seed.
@@ -79,6 +81,26 @@ class PathSamples(Samples):
         timestep, after = (torch.tensor(self.process.jump_time(jumps, number)) for number in (jump, jump + 1))
         noisy, landed = path[jump * length], path[(jump + 1) * length]
         return {"noisy": noisy, "landed": landed, "timestep": timestep, "after": after, "condition": condition}
+
+
+class DistributionSamples(PathSamples):
+    """The same with where the student begins, `start` (C, h, w), and `noises` (n, C, h, w) and `timesteps` (n,) at
+    which what it draws is judged (the first), and the fake score learns (the rest).
+    """
+
+    def __getitem__(self, at: tuple[int, int]) -> dict[str, Any]:
+        item = super().__getitem__(at)
+        rng = torch.Generator().manual_seed(seed_of(self.seed, "distribution", *at))
+        fresh, *noises = torch.randn(2 + FAKE_UPDATES, *item["noisy"].shape, generator=rng)
+        path, _ = self.cache.path(self._choose(*at))
+        edge = self.process.num_timesteps // 50  # at both ends of the schedule the judgement says nothing
+        judged = torch.randint(edge, self.process.num_timesteps - edge, (), generator=rng)
+        timesteps = [judged, *(self.process.random_timestep(rng) for _ in range(FAKE_UPDATES))]
+        return item | {
+            "start": path[0] if self.stage.jump_weight else fresh,
+            "noises": torch.stack(noises),
+            "timesteps": torch.stack(timesteps),
+        }
 
 
 class LatentSamples(Samples):
