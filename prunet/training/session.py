@@ -95,7 +95,7 @@ class Session:
             resume_companion(companion, self.folder)
 
     def step(self, learning_rate: float) -> Tensor:
-        """Steps of the optimizer, the average and a companion. Returns the norm () of the gradients, before clipping."""
+        """Steps of the optimizer, the average and a companion. Returns the norm () of the gradients before clipping."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.stage.max_grad_norm)
