@@ -46,6 +46,9 @@ DRAWN = {
     "trajectory, 4 jumps": [(4, 1.0), (8, 1.0)],
     "trajectory, 2 jumps": [(2, 1.0), (1, 1.0), (4, 1.0)],
     "trajectory, 1 jump": [(1, 1.0), (2, 1.0)],
+    "consistency": [(2, 1.0), (1, 1.0), (4, 1.0), (8, 1.0)],
+    "distribution": [(2, 1.0), (1, 1.0), (4, 1.0)],
+    "distribution with jumps": [(2, 1.0), (1, 1.0), (4, 1.0)],
 }
 TEACHER = [(25, GUIDANCE), (4, GUIDANCE), (2, GUIDANCE), (1, GUIDANCE)]
 METRICS = {"retrieval": "R@1", "clip_score": "score", "kid": "KID"}
