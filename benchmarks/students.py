@@ -43,6 +43,8 @@ DRAWN = {
     "distilled": [(25, GUIDANCE), (2, GUIDANCE), (2, 1.0), (4, GUIDANCE), (1, 1.0)],
     "distilled longer": [(25, GUIDANCE), (2, GUIDANCE), (4, GUIDANCE)],
     "guidance": [(25, 1.0), (2, 1.0), (4, 1.0), (1, 1.0)],
+    "distilled longer, on paths": [(25, GUIDANCE), (2, GUIDANCE), (4, GUIDANCE)],
+    "guidance, on paths": [(25, 1.0), (2, 1.0), (4, 1.0), (1, 1.0)],
     "trajectory, 4 jumps": [(4, 1.0), (8, 1.0)],
     "trajectory, 2 jumps": [(2, 1.0), (1, 1.0), (4, 1.0)],
     "trajectory, 1 jump": [(1, 1.0), (2, 1.0)],

@@ -30,11 +30,12 @@ from prunet.recipe.recipe import Data
 from prunet.recipe.stage import Losses, Stage
 from prunet.recipe.values import Drawing
 from prunet.sampling.made_for import made_for
-from prunet.sampling.paths import check_jumps
+from prunet.sampling.paths import check_jumps, schedule_of
 from prunet.speed.bench import drawings
 from prunet.student.student import state_hash
 from prunet.training import session
 from prunet.training.checkpoints import Saving, checkpoints
+from prunet.training.loop import _objective
 from prunet.training.samples import DistributionSamples, PathSamples, Samples
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
@@ -203,6 +204,23 @@ def test_guidance_loss_is_the_formula_in_plain_words(made, tmp_path) -> None:
     assert row[f"feature/{pair.teacher}"] == pytest.approx(mse(kept[plain], kept[teacher.unet]).item(), rel=1e-4)
     assert row["loss"] == pytest.approx(row["output"] + row["feature"], rel=1e-5)
     teacher.release("unet")
+
+
+def test_on_paths_the_denoisers_see_the_points_of_the_paths(made) -> None:
+    teacher, _, paths = made
+    stage = Stage(guidance_scale=SCALE, paths=10, path_steps=4, losses=Losses(task=0), caption_dropout=0, **PACE)
+    assert not {"guidance_scale", "paths"} & Stage(**PACE).settings().keys()  # so that older stages stay the same
+    objective, samples = _objective(teacher, *small(teacher), paths, stage, 5)
+    latents, noise, t, _ = batch_of(samples, ("latents", "noise", "timestep"))
+    seen = objective._process.add_noise(latents, noise, t)
+    for place, noisy in enumerate(seen):
+        path, condition = paths.path(samples._choose(0, place))
+        times = DPMSolverMultistepScheduler.from_config(schedule_of(teacher))
+        times.set_timesteps(4)
+        point = times.timesteps.tolist().index(t[place])
+        torch.testing.assert_close(noisy, path[point], rtol=1e-4, atol=1e-4)
+        assert torch.equal(samples[0, place]["condition"]["prompt_embeds"], condition["prompt_embeds"])
+    assert len(set(t.tolist())) > 1
 
 
 def test_consistency_loss_is_the_formula_in_plain_words(made, tmp_path) -> None:
@@ -465,6 +483,9 @@ def test_evaluation_draws_the_teacher_by_the_recipe_and_the_student_by_what_it_w
         ({"objective": "guidance", "guidance_scale": 2}, "needs 'losses.task' 0"),
         ({"objective": "guidance", "guidance_scale": 2, "jumps": 2}, "'jumps' has no meaning with objective guidance"),
         ({"jumps": 2}, "'jumps' has no meaning with objective distillation: leave it out"),
+        ({"path_steps": 9}, "'path_steps' has no meaning with objective distillation: leave it out"),
+        ({"paths": 9, "guidance_scale": 2}, "'paths' need 'losses.task' 0"),
+        ({"paths": 9, "losses": {"task": 0}}, "objective distillation needs 'guidance_scale'"),
         ({"objective": "consistency", "guidance_scale": 2}, "objective consistency needs 'jumps'"),
         ({"objective": "consistency", "guidance_scale": 2, "jumps": 2, "paths": 9}, "'paths' has no meaning"),
         ({"objective": "adversarial"}, "stages.0.objective"),

@@ -79,11 +79,16 @@ IDLE: dict[str, tuple[str, ...]] = {
     "consistency": ("min_snr_gamma", "losses", "path_steps", "paths", "jump_weight"),
     "distribution": ("min_snr_gamma", "losses", "caption_dropout"),
 }
+#: Objective -> those of them that have a meaning if `paths` is given: its inputs are then points of paths.
+ON_PATHS: dict[str, tuple[str, ...]] = {
+    "distillation": ("guidance_scale", "path_steps", "paths"),
+    "guidance": ("path_steps", "paths"),
+}
 #: Objective -> calls of the teacher per sample.
 TEACHER_CALLS = {"distillation": 1, "guidance": 2, "trajectory": 0, "consistency": 2, "distribution": 2}
 #: Objective -> keys that it cannot do without.
 NEEDED: dict[str, tuple[str, ...]] = {
-    "distillation": (),
+    "distillation": ("guidance_scale",),
     "guidance": ("guidance_scale",),
     "trajectory": ("guidance_scale", "jumps"),
     "consistency": ("guidance_scale", "jumps"),
@@ -103,10 +108,12 @@ class Stage(Training):
     objective: Objective = Field(
         default="distillation", description="what is minimised: see docs/few-steps.md for the others"
     )
-    guidance_scale: Weight | None = Field(default=None, description="the teacher's; the student learns to need none")
+    guidance_scale: Weight | None = Field(
+        default=None, description="the teacher's; the student learns to need none, unless by distillation"
+    )
     jumps: Steps | None = Field(default=None, description="few steps in which the student learns to draw")
     path_steps: DrawingSteps = Field(default=12, description="of the teacher to draw a path")
-    paths: Steps | None = Field(default=None, description="number of paths; one per sample by default")
+    paths: Steps | None = Field(default=None, description="number of the teacher's paths; by default one per sample")
     jump_weight: Weight = Field(default=1.0, description="distribution only: of the loss of trajectory, which is added")
     plan: PlanValue | None = Field(
         default=None, description="an earlier plan that removes less; the recipe's plan if not given"
@@ -120,12 +127,15 @@ class Stage(Training):
     @model_validator(mode="after")
     def _fits_objective(self) -> "Stage":
         name = self.objective
-        if idle := [key for key in IDLE[name] if getattr(self, key) != type(self).model_fields[key].default]:
+        fields = type(self).model_fields
+        if idle := [k for k in IDLE[name] if not self.has(k) and getattr(self, k) != fields[k].default]:
             raise ValueError(f"{idle[0]!r} has no meaning with objective {name}: leave it out")
-        if missing := [key for key in NEEDED[name] if getattr(self, key) is None]:
+        if missing := [key for key in NEEDED[name] if self.has(key) and getattr(self, key) is None]:
             raise ValueError(f"objective {name} needs {missing[0]!r}")
         if name == "guidance" and self.losses.task:
             raise ValueError("objective guidance needs 'losses.task' 0, because the data teach the unguided output")
+        if name == "distillation" and self.paths and self.losses.task:
+            raise ValueError("'paths' need 'losses.task' 0, because guided paths do not lead to the data")
         if self.jumps and self.has("path_steps") and self.path_steps % self.jumps:
             raise ValueError(f"'jumps' {self.jumps} must divide 'path_steps' {self.path_steps}")
         return self
@@ -136,7 +146,8 @@ class Stage(Training):
 
     def has(self, key: str) -> bool:
         """Whether a key has a meaning for the objective."""
-        return key not in IDLE[self.objective]
+        on_paths = self.paths is not None and key in ON_PATHS.get(self.objective, ())
+        return on_paths or key not in IDLE[self.objective]
 
     @property
     def teacher_calls(self) -> int:

@@ -110,7 +110,7 @@ def _check_models(this: "Run") -> None:
     if own and any(getattr(evaluation, key) != value for key, value in own):
         say(f"[yellow]{escape(this.teachers[-1].source)} was made for {own},[/] but evaluation draws in another way")
     for number, stage in enumerate(this.recipe.stages):
-        if stage.jumps:
+        if stage.has("paths") or stage.jumps:
             check_jumps(this.teachers[number], stage, f"stages.{number}")
 
 
@@ -194,8 +194,8 @@ def _say_what_is_odd(recipe: Recipe) -> None:
     for number, stage in enumerate(recipe.stages, 1):
         if stage.guidance_scale not in (None, drawn := recipe.evaluation.guidance_scale):
             say(
-                f"[yellow]Stage {number} learns guidance {stage.guidance_scale:g},[/] but evaluation draws with the "
-                f"teacher at {drawn:g}"
+                f"[yellow]Stage {number} has the teacher at guidance {stage.guidance_scale:g},[/] but evaluation has "
+                f"it at {drawn:g}"
             )
         if stage.warmup_steps >= stage.steps:
             say(

@@ -31,6 +31,14 @@ def schedule_of(teacher: Teacher) -> dict[str, Any]:
     return {**{name: config[name] for name in SCHEDULE if name in config}, "timestep_spacing": "trailing"}
 
 
+def path_times(teacher: Teacher, steps: int) -> Tensor:
+    """Returns the timesteps (steps,) at which a path was seen by the teacher, from pure noise on."""
+    scheduler = sampler_of(SAMPLER, schedule_of(teacher))
+    scheduler.set_timesteps(steps)
+    times: Tensor = scheduler.timesteps
+    return times
+
+
 @torch.no_grad()
 def draw_path(
     teacher: Teacher, noise: Tensor, condition: Condition, empty: Condition, *, steps: int, guidance_scale: float
