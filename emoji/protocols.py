@@ -2,8 +2,8 @@
 
     python emoji/protocols.py            # into emoji/protocols/; run it again when emoji-clip was trained again
 
-It also writes `known-captions.txt`: every caption of the pairs that the teachers were trained on, for students that are
-trained without pictures.
+It also writes `known-captions.txt`: two captions of each pair that the teachers were trained on, the second in the forms
+in turn, for students that are trained without pictures.
 
 `emoji-train` asks for the (label, style) pairs that the teachers were trained on, `emoji-heldout` for labels that they
 know in styles that they never saw them in. Prompts go round until there are at least `FEWEST`.
@@ -56,8 +56,8 @@ def write(name: str, samples: list[Sample], scorer: Clip, folder: Path) -> None:
 
 
 def write_captions(samples: list[Sample], path: Path) -> None:
-    captions = [text for sample in samples for text in sample.captions]
-    path.write_text("\n".join(dict.fromkeys(captions)) + "\n", encoding="utf-8")
+    turns = [(caption(sample), sample.captions[i % len(sample.captions)]) for i, sample in enumerate(samples)]
+    path.write_text("\n".join(dict.fromkeys(text for pair in turns for text in pair)) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -10,16 +10,16 @@ The folder of a measurement::
 A stopped measurement resumes, and the processes of `accelerate launch` share it out.
 """
 
-import importlib.metadata
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
-from prunet import processes
+from prunet import __version__, processes
 from prunet.disk.files import check_writable, read_label, write_json, write_text
 from prunet.disk.ownership import check_place, hold
 from prunet.errors import UserError
@@ -115,7 +115,7 @@ def measure(
             model=MeasuredModel(source=short(str(model)), fingerprint=spec["model"], drawn=drawn),
             protocol=_as_used(protocol, spec, hashes, reference.content if reference else None),
             measures=compute(protocol, found, theirs),
-            versions={name: importlib.metadata.version(name) for name in ("prunet", "torch", "diffusers")},
+            versions={"prunet": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
         )
         write_text(folder / "measures.md", markdown([result]))
         result.save(folder / "measures.json")
