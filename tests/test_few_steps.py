@@ -381,16 +381,16 @@ def test_stock_pipeline_draws_the_students_own_jumps(made, tmp_path) -> None:
 
 @pytest.fixture(scope="module")
 def finished_fast(sd, pictures, tmp_path_factory) -> Path:
-    """A run whose first stage removes blocks and guidance at once, and whose second makes jumps."""
+    """A run whose first stage removes blocks and guidance at once, and whose second makes jumps, on the same paths."""
     folder = tmp_path_factory.mktemp("fast")
-    pace = {"steps": 1, "batch_size": 2, "warmup_steps": 0}
+    pace = {"steps": 1, "batch_size": 2, "warmup_steps": 0, "guidance_scale": 3, "path_steps": 4, "paths": 4}
     values = {
         "teacher": str(sd),
         "plan": "bk-small",
         "data": {"source": str(pictures), "limit": 4},
         "stages": [
-            {"objective": "guidance", "guidance_scale": 3, "losses": {"task": 0}, **pace},
-            {"objective": "trajectory", "guidance_scale": 3, "jumps": 2, "path_steps": 4, **pace},
+            {"objective": "guidance", "losses": {"task": 0}, **pace},
+            {"objective": "trajectory", "jumps": 2, **pace},
         ],
         "evaluation": {"prompts": ["a cat", "a dog"], "steps": 4, "guidance_scale": 3},
         "export": {"single_file": True},
@@ -413,6 +413,7 @@ def test_nobody_draws_it_wrongly_by_default(finished_fast, sd) -> None:
     assert "num_inference_steps=2, guidance_scale=1" in card
     assert "`sgm_uniform`, 2 steps, cfg 1" in card
     assert "trajectory, 2 jumps, guidance 3" in card
+    assert {folder.name for folder in finished_fast.glob("cache*")} == {"cache", "cache-paths"}
 
 
 def test_from_a_picture_it_begins_at_one_of_its_own_timesteps(finished_fast, capsys) -> None:
