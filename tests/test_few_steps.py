@@ -504,6 +504,9 @@ def test_jumps_that_the_noise_schedule_has_no_times_for_are_refused(sd, sd_v, tm
     stage = TRAJECTORY.model_copy(update={"jumps": 3, "path_steps": 12})
     with pytest.raises(UserError, match=r"stages.1.jumps: 3 do not divide the 1000 timesteps"):
         check_jumps(Teacher(sd), stage, "stages.1")
+    check_jumps(Teacher(sd), CONSISTENCY.model_copy(update={"jumps": 3}), "stages.1")
+    with pytest.raises(UserError, match=r"cannot drive lcm for 60 steps"):
+        check_jumps(Teacher(sd), CONSISTENCY.model_copy(update={"jumps": 60}), "stages.1")
     for source, fits in ((sd, False), (sd_v, True)):
         folder = tmp_path / source.name
         folder.mkdir()
@@ -517,7 +520,7 @@ def test_jumps_that_the_noise_schedule_has_no_times_for_are_refused(sd, sd_v, tm
         if fits:
             check_jumps(Teacher(folder), TRAJECTORY, "stages.0")
         else:
-            with pytest.raises(UserError, match="zero terminal SNR"):
+            with pytest.raises(UserError, match=r"\(zero terminal SNR\): objective trajectory needs"):
                 check_jumps(Teacher(folder), TRAJECTORY, "stages.0")
 
 

@@ -95,7 +95,7 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "distribution": ("guidance_scale", "jumps"),
 }
 #: Objective -> sampler that draws in `jumps` steps.
-SAMPLER = {"trajectory": "ddim-trailing", "consistency": "lcm", "distribution": "ddim-trailing"}
+FEW_STEP_SAMPLER = {"trajectory": "ddim-trailing", "consistency": "lcm", "distribution": "ddim-trailing"}
 
 
 class Stage(Training):
@@ -157,7 +157,7 @@ class Stage(Training):
     def made_for(self, evaluation: Drawing) -> Drawing | None:
         """How the stage's student draws; None: as the teacher. `evaluation`: how the recipe's teacher draws."""
         if self.jumps:
-            return Drawing(steps=self.jumps, guidance_scale=1, sampler=SAMPLER[self.objective])
+            return Drawing(steps=self.jumps, guidance_scale=1, sampler=FEW_STEP_SAMPLER[self.objective])
         if self.objective == "guidance":
             return Drawing(steps=evaluation.steps, guidance_scale=1, sampler=evaluation.sampler)
         return None
