@@ -154,6 +154,11 @@ class Stage(Training):
         """Calls of the teacher per sample."""
         return TEACHER_CALLS[self.objective]
 
+    @property
+    def companions(self) -> int:
+        """Networks of the student's size that are trained beside it: the fake score."""
+        return int(self.objective == "distribution")
+
     def made_for(self, evaluation: Drawing) -> Drawing | None:
         """How the stage's student draws; None: as the teacher. `evaluation`: how the recipe's teacher draws."""
         if self.jumps:

@@ -181,7 +181,8 @@ def checkpoint_bytes(this: "Run", todo: Sequence[str]) -> int:
     for number, (stage, derived) in enumerate(zip(this.recipe.stages, this.steps_down, strict=True), 1):
         if f"stage-{number}" not in todo:
             continue
-        size = 16 * derived.student_size.parameters  # weights, their average and two moments, in fp32
+        # Weights, their average and two moments, in fp32; a network beside has no average.
+        size = (16 + 12 * stage.companions) * derived.student_size.parameters
         need += size * min(this.recipe.keep_checkpoints, -(-stage.steps // this.recipe.checkpoint_every))
         need -= sum(f.stat().st_size for f in this.folder.glob(f"stage-{number}/checkpoints/*/*"))
         largest = max(largest, size)
