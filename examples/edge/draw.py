@@ -46,6 +46,8 @@ def main() -> None:
         picture = pipe.generate(given.prompt, width=size, height=size, rng_seed=seed, **chosen)
         Image.fromarray(picture.data[0]).save(given.output)
         seconds.append(time.perf_counter() - start)
+        if seed == 0:
+            print(f"first picture after {time.perf_counter() - BEGAN:.2f} s")
     print(f"{given.output}: {chosen['num_inference_steps']} steps in {statistics.median(seconds):.2f} s")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
     print(f"peak memory {peak:.0f} MB, torch {'is' if 'torch' in sys.modules else 'is not'} imported")

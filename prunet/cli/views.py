@@ -1,6 +1,7 @@
 """Plans and estimates as text for the terminal: which parts of the denoiser stay, and what a run costs."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -209,7 +210,7 @@ def estimate_view(this: Any, cost: dict[str, Any]) -> RenderableType:
             name, "[green]done[/]" if state == "done" else state, Text(str(this.result_of(name)), style="dim")
         )
     memory = Table(box=None, padding=(0, 2), title="[bold]Memory of distillation[/]", title_justify="left")
-    for name, count in cost["memory_bytes"].items():
+    for name, count in filter(itemgetter(1), cost["memory_bytes"].items()):
         memory.add_row(name, f"{count / 2**30:8.2f} GiB", style="bold" if name == "total" else None)
     hours = cost["distil_hours"]
     time_text = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
