@@ -191,7 +191,7 @@ def test_the_teachers_lora(kind, name, request) -> None:
 
 def test_what_is_said_of_models_of_full_size() -> None:
     """stable-diffusion.cpp, the teacher's ControlNet, and how many attention layers a LoRA would get wrong."""
-    whole, tiny = "no: it knows the whole", "no: it counts the layers"
+    whole, tiny = "no: it knows the whole", "yes: with --for sd.cpp"
     for layout, plan, cpp, controlnet, wrong in (
         ("sd-v1", None, "yes", "yes", ""),
         ("sd-v2", None, "yes", "yes", ""),

@@ -19,7 +19,9 @@ from prunet import Teacher, UserError, generate
 from prunet.exports.openvino import export_openvino, open_decoder
 from prunet.recipe.values import Drawing
 from prunet.sampling.draw import draw
+from prunet.sampling.made_for import write_made_for
 from prunet.sampling.openvino import OpenVinoPipeline
+from prunet.sampling.start import StartPicture
 
 PROMPTS = ["a red cat", "two dogs"]
 #: openvino_genai cuts pixels down to whole numbers, diffusers rounds them.
@@ -62,6 +64,17 @@ def test_draws_what_diffusers_draws_from_the_same_noise(exported) -> None:
             assert _apart(a, b) <= NEAR
         for a, b in zip(rounded.draw(PROMPTS, [3, 4], how, size), theirs, strict=True):
             assert _apart(a, b) <= NEAR_IN_BF16
+
+
+@pytest.mark.processes
+def test_draws_what_diffusers_draws_with_noise_at_every_step(exported, tmp_path) -> None:
+    folder, teacher, how = exported
+    lcm = how.model_copy(update={"sampler": "lcm"})
+    shutil.copytree(folder, tmp_path / "lcm")
+    write_made_for(tmp_path / "lcm", lcm)
+    theirs = draw(teacher.pipeline(), PROMPTS, [3, 4], lcm, size=teacher.native_size)
+    for a, b in zip(OpenVinoPipeline(tmp_path / "lcm", "f32").draw(PROMPTS, [3, 4], lcm), theirs, strict=True):
+        assert _apart(a, b) <= NEAR
 
 
 def _apart(a: Image.Image, b: Image.Image) -> int:
@@ -145,9 +158,9 @@ def test_a_folder_draws_only_as_it_can(exported) -> None:
     with pytest.raises(UserError, match=r"a pipeline for OpenVINO.*give the folder or run"):
         Teacher(folder)
     with pytest.raises(UserError, match=r"sampler: .* draws with its own"):
-        generate(folder, "a cat", sampler="euler")
+        generate(folder, "a cat", drawing=Drawing(sampler="euler"))
     with pytest.raises(UserError, match="draws without image"):
-        generate(folder, "a cat", image=Image.new("RGB", (16, 16)))
+        generate(folder, "a cat", start=StartPicture(Image.new("RGB", (16, 16))))
     with pytest.raises(UserError, match="not a multiple of"):
         generate(folder, "a cat", size=12)
 

@@ -4,7 +4,7 @@ import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,14 @@ def export(
         typer.Option("--output", "-o", help="RUN/pipeline, RUN/student.safetensors or RUN/openvino by default."),
     ] = None,
     single_file: Annotated[bool, typer.Option("--single-file", help="The original LDM layout as one file.")] = False,
+    program: Annotated[
+        Literal["comfyui", "sd.cpp"] | None,
+        typer.Option("--for", help="With --single-file: the program that opens it; comfyui also means diffusers."),
+    ] = None,
+    gguf: Annotated[
+        Literal["q8_0", "q4_0"] | None,
+        typer.Option(help="One GGUF file for stable-diffusion.cpp, matrices in 8 or 4 bits."),
+    ] = None,
     fp16: Annotated[
         bool, typer.Option("--fp16", help="Half precision (a folder gets the fp16 variant as well).")
     ] = False,
@@ -48,27 +56,31 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the student of a run as a stock pipeline, as one .safetensors for ComfyUI and others, or for OpenVINO.
+    """Write the student of a run as a stock pipeline, as one file for ComfyUI or stable-diffusion.cpp, or for OpenVINO.
 
     Example: prunet export runs/demo --openvino --int8
     """
     from prunet.disk.ownership import check_file, check_place
+    from prunet.exports.gguf import need_gguf
     from prunet.exports.hub import check_push, push
-    from prunet.exports.single_file import is_exported
+    from prunet.exports.single_file import check_for_cpp, check_name, is_exported
     from prunet.runs.checks import read_paths
     from prunet.runs.run import Run
     from prunet.teacher.copying import check_other_parts
 
     asked = {"--int8": int8, "--int8-weights": int8_weights, "--decoder": decoder}
-    _check_options(openvino, asked, {"--single-file": single_file, "--fp16": fp16})
+    _check_options(openvino, asked, {"--single-file": single_file, "--gguf": gguf, "--fp16": fp16})
+    single_file = single_file or bool(gguf)
+    _check_form(single_file, program, gguf, fp16)
     _check_run(run_folder)
     bits = "int8" if int8 else "int8-weights" if int8_weights else None
     folder = "openvino" + (f"-{bits}" if bits else "") if openvino else "pipeline"
-    own = run_folder / ("student.safetensors" if single_file else folder)
+    student = f"student-{gguf}.gguf" if gguf else f"student{'-sd-cpp' if program == 'sd.cpp' else ''}.safetensors"
+    own = run_folder / (student if single_file else folder)
     target = output or own
     elsewhere = os.path.realpath(target) != os.path.realpath(own)
-    if single_file and target.suffix != ".safetensors":
-        raise UserError(f"--output {target}: name the single file something.safetensors")
+    if single_file:
+        check_name(target, gguf)
     recipe = open_recipe(run_folder, [f"output={json.dumps(str(run_folder))}"])
     read = [*read_paths(recipe), *([decoder] if decoder else [])]
     what = "openvino" if openvino else "pipeline" if elsewhere else "export"
@@ -81,13 +93,18 @@ def export(
     if not this.result_of("evaluate").is_file():
         raise UserError(f"{run_folder}: not evaluated yet; finish it with {command('run', run_folder)}")
     check_other_parts(this.teachers[-1])
+    if gguf:
+        need_gguf()
+    if gguf or program == "sd.cpp":
+        check_for_cpp(this.derived.student_config)
     if to_hub:
         check_push(to_hub)
     with nullcontext() if elsewhere else this.at_work():
         if openvino:
             facts, text = _for_openvino(this, target, bits, decoder)
         else:
-            facts, text = _stock(this, target, single_file, fp16, what)
+            how = {"fp16": fp16, "program": program or "comfyui", "bits": gguf} if single_file else {"fp16": fp16}
+            facts, text = _stock(this, target, None if single_file else what, how)
     pushed = push(target, to_hub) if to_hub else None
     say(as_json, {"output": str(target), **facts, "pushed": pushed}, f"{pushed}\n{text}" if pushed else text)
 
@@ -134,17 +151,28 @@ def _check_options(openvino: bool, its: dict[str, Any], others: dict[str, Any]) 
         raise UserError("--int8 --int8-weights: choose one of them")
 
 
-def _stock(this: "Run", target: Path, single_file: bool, fp16: bool, what: str) -> tuple[dict[str, Any], str]:
+def _check_form(single_file: bool, program: str | None, gguf: str | None, fp16: bool) -> None:
+    """Refuses options of a single file that do not go together."""
+    if program and not single_file:
+        raise UserError("--for: is for --single-file: add it, or leave --for out")
+    if gguf and program == "comfyui":
+        raise UserError("--gguf --for comfyui: the file is for sd.cpp: leave one of them out")
+    if gguf and fp16:
+        raise UserError("--gguf --fp16: what is not in 8 or 4 bits is in 16: leave --fp16 out")
+
+
+def _stock(this: "Run", target: Path, what: str | None, how: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Writes a folder sealed as `what`, or for None a single file."""
     from prunet.exports.folder import export as export_folder
     from prunet.exports.single_file import export_single_file
     from prunet.runs.card import card_facts
 
-    if single_file:
+    if what is None:
         if not this.is_done("export"):
             this.do("export")
-        written = export_single_file(this.folder / "pipeline", target, fp16=fp16)
+        written = export_single_file(this.folder / "pipeline", target, **how)
     else:
-        how: dict[str, Any] = {"card": card_facts(this), "fp16": fp16, "drawing": this.recipe.made_for, "what": what}
+        how = {**how, "card": card_facts(this), "drawing": this.recipe.made_for, "what": what}
         written = export_folder(this.exported_teacher(), this.last_unet(), target, **how)
     size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.rglob("*.safetensors")))
     loads, works = this.derived.loads_in, this.derived.works_with

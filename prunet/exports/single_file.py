@@ -1,47 +1,93 @@
-"""A pipeline as one `.safetensors` file in the original LDM layout."""
+"""A pipeline as one file in the original LDM layout: `.safetensors`, or GGUF for stable-diffusion.cpp."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
+from prunet.denoisers.known import architecture_of
 from prunet.disk.files import new_file, new_folder
 from prunet.disk.seals import CHANGED, SEAL, file_checksum, known_checksum, read_seal, verify
 from prunet.errors import UserError
+from prunet.exports.gguf import Bits, write_gguf
 from prunet.teacher import ldm, marks
 from prunet.teacher.teacher import Teacher
 
+#: Programs that count a U-Net's layers each in its own way; `comfyui` also stands for diffusers and others.
+Program = Literal["comfyui", "sd.cpp"]
 
-def export_single_file(pipeline: Path | str, path: Path | str, *, fp16: bool = False) -> Path:
+
+def export_single_file(
+    pipeline: Path | str,
+    path: Path | str,
+    *,
+    fp16: bool = False,
+    program: Program = "comfyui",
+    bits: Bits | None = None,
+) -> Path:
     """Writes a pipeline folder as one `.safetensors` in the original LDM layout, with its configs in `NAME.config/`.
 
-    The seal of the configs holds the checksum of the file.
+    `bits` makes it a `.gguf` instead, which stable-diffusion.cpp alone opens. The seal of the configs holds the
+    checksum of the file.
 
     Raises:
-        UserError: not a pipeline folder, or damaged; or `path` does not end in `.safetensors`.
+        UserError: not a pipeline folder, or damaged; `path` does not end in `.safetensors` (`.gguf`); or the program
+            does not know such a U-Net.
         RuntimeError: the U-Net does not load to the same bits; the file is deleted.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path}: name the single file something.safetensors")
+    check_name(path, bits)
     verify(Path(pipeline), f"delete {pipeline} and export it again")
-    source = Teacher(pipeline, dtype=torch.float16 if fp16 else torch.float32)
+    half = fp16 and not bits  # 8 and 4 bits are best rounded once
+    source = Teacher(pipeline, dtype=torch.float16 if half else torch.float32)
+    gaps = bits is not None or program == "sd.cpp"
+    if gaps:
+        check_for_cpp(source.unet_config)
     encoders = {name: source.text_part(name) for name in source.text_encoders}
-    tensors = ldm.to_ldm(source.unet, source.vae, **encoders, dtype=source.dtype)
+    tensors = ldm.to_ldm(source.unet, source.vae, **encoders, dtype=source.dtype, gaps=gaps)
     config = source.noise_scheduler.config
     marked, metadata = marks.mark(config, source.layout, path.stem, source.native_size)
     with new_file(path) as file:
-        marks.save_marked({**tensors, **marked}, metadata, file)
+        if bits:
+            write_gguf({**tensors, **marked}, file, bits)
+        else:
+            marks.save_marked({**tensors, **marked}, metadata, file)
         written = file_checksum(file)
         path.unlink(missing_ok=True)  # a kill must not leave the old file beside the new configs
         with new_folder(path.with_suffix(".config"), "configs", written) as part:
             ignored = shutil.ignore_patterns("*.safetensors", "README.md", SEAL)
             shutil.copytree(pipeline, part, ignore=ignored, dirs_exist_ok=True)
+    if not bits:
+        _check_unet(path, source)
+    return path
+
+
+def check_name(path: Path, bits: str | None) -> None:
+    """Refuses a file's name that does not say its format."""
+    if path.suffix != (suffix := ".gguf" if bits else ".safetensors"):
+        raise UserError(f"{path}: name the single file something{suffix}")
+
+
+def check_for_cpp(config: Mapping[str, Any]) -> None:
+    """Refuses a denoiser that stable-diffusion.cpp does not know.
+
+    Raises:
+        UserError: says why and what to use instead.
+    """
+    answers = architecture_of(config).loads_in(config)
+    said, _, why = answers.get("stable-diffusion.cpp, single file", "no: it has no single file").partition(": ")
+    if said == "no":
+        instead = "export without --for and --gguf, or for a CPU with --openvino"
+        raise UserError(f"stable-diffusion.cpp does not load this student: {why}; {instead}")
+
+
+def _check_unet(path: Path, source: Teacher) -> None:
     again = ldm.from_ldm_unet(path, source.unet_config).state_dict()
     if any(not torch.equal(again[k], v) for k, v in source.unet.state_dict().items()):
         path.unlink()
         raise RuntimeError(f"{path}: the U-Net did not load to the same weights")
-    return path
 
 
 def is_exported(path: Path) -> bool:

@@ -23,6 +23,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "huggingface-hub
 EXTRAS = {
     "data": (("datasets",), "Parquet, saved data sets, data sets of the hub"),
     "eval": (("open_clip", "torch_fidelity"), "FID, IS, KID, CLIP score, LPIPS (prunet measure, prunet evaluate)"),
+    "gguf": (("gguf",), "prunet export --gguf"),
     "memory": (("bitsandbytes", "torchao"), "--use-8bit-adam, --teacher-8bit, --teacher-fp8"),
     "openvino": (("nncf", "openvino", "openvino_genai", "openvino_tokenizers"), "prunet export --openvino"),
     "personalize": (("peft",), "training a LoRA on a student"),

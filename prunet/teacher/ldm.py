@@ -57,17 +57,19 @@ def to_ldm(
     text_encoder: Any,
     text_encoder_2: Any = None,
     dtype: torch.dtype | None = None,
+    gaps: bool = False,
 ) -> dict[str, Tensor]:
     """Returns all tensors of a pipeline under their LDM names, contiguous, as `safetensors.torch.save_file` needs them.
 
     A part that is None is left out. With `dtype=None` each tensor keeps its dtype, and shares memory with the model
-    where possible. `prunet.teacher.marks` adds the marks that say what the model predicts.
+    where possible. `gaps`: the U-Net's layers are counted as stable-diffusion.cpp does.
+    `prunet.teacher.marks` adds the marks that say what the model predicts.
 
     Raises:
         UserError: a part has no form in this layout.
     """
     layout = _layout_for(unet.config, text_encoder, text_encoder_2)
-    parts = [(unet, unet_key_map(unet.config))] + ([(vae, vae_key_map(vae.config))] if vae is not None else [])
+    parts = [(unet, unet_key_map(unet.config, gaps))] + ([(vae, vae_key_map(vae.config))] if vae is not None else [])
     for index, encoder in enumerate((text_encoder, text_encoder_2)):
         if encoder is not None:
             parts.append((encoder, text_key_map(encoder.state_dict(), layout, index)))
@@ -88,7 +90,7 @@ def place(path: str | Path, model: Any, index: int = 0) -> placing.Placed:
         UserError: the file has not exactly the model's tensors.
     """
     if isinstance(model, UNet2DConditionModel | AutoencoderKL):
-        key_map, stem = _key_map(model), UNET if isinstance(model, UNet2DConditionModel) else VAE
+        key_map, stem = _key_map(model, _has_gaps(path)), UNET if isinstance(model, UNet2DConditionModel) else VAE
     else:
         layout = layout_of(path) or "unknown layout"
         if (layout, index) not in TEXT:
@@ -142,9 +144,15 @@ def has_unet(path: str | Path, config: Mapping[str, Any]) -> bool:
 # -- names: diffusers' parameter -> LDM's key
 
 
-def unet_key_map(config: Mapping[str, Any]) -> dict[str, str]:
+def unet_key_map(config: Mapping[str, Any], gaps: bool = False) -> dict[str, str]:
     """Name of each U-Net parameter -> its LDM name (`model.diffusion_model.` ...), one to one, for any plan."""
-    return _key_map(placing.empty(UNet2DConditionModel, config))
+    return _key_map(placing.empty(UNet2DConditionModel, config), gaps)
+
+
+def _has_gaps(path: str | Path) -> bool:
+    """Whether a file's U-Net is counted as stable-diffusion.cpp does: nothing follows the first level's only layer."""
+    found = {placing.bare(key) for key in placing.headers([Path(path)])}
+    return not any(key.startswith(UNET + "input_blocks.2.") for key in found)
 
 
 def vae_key_map(config: Mapping[str, Any]) -> dict[str, str]:
@@ -207,9 +215,9 @@ def _vae_modules(vae: Any) -> Iterator[tuple[str, str]]:
     yield from ((name, name) for name in ("quant_conv", "post_quant_conv") if getattr(vae, name) is not None)
 
 
-def _key_map(model: Any) -> dict[str, str]:
+def _key_map(model: Any, gaps: bool = False) -> dict[str, str]:
     """Parameter -> LDM name, from the pairs of modules that the walks yield; checks that every parameter has one."""
-    modules, prefix, inside = ldm_modules(model), UNET, _UNET_INSIDE
+    modules, prefix, inside = ldm_modules(model, gaps), UNET, _UNET_INSIDE
     if isinstance(model, AutoencoderKL):
         modules, prefix, inside = _vae_modules(model), VAE, _VAE_INSIDE
     key_map, known = {}, dict(model.named_modules())

@@ -1,6 +1,6 @@
 """Where a student works: the programs that load it, and the additions to its teacher that still fit it.
 
-All of it follows from the plan. Each answer is "yes" or begins with "no:" and says why and what helps.
+All of it follows from the plan. Each answer begins with "yes", or with "no:" and says why and what helps.
 """
 
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from typing import Any
 from prunet.denoisers.form import teacher_name
 from prunet.denoisers.unet2d.controlnet import residual_names, residuals, without_form
 
+CPP = "stable-diffusion.cpp, single file"
 ADAPT = "`prunet adapt FILE --to RUN`"
 
 # ComfyUI recognises an SDXL-shaped checkpoint by the transformer depth of each down resnet (its
@@ -16,20 +17,22 @@ ADAPT = "`prunet adapt FILE --to RUN`"
 _COMFY_SDXL_DEPTHS = ([0, 0, 2, 2, 10, 10], [0, 0, 2, 2, 4, 4], [0, 0, 1, 1, 2, 2], [0, 2, 5], [0, 2, 6])
 # stable-diffusion.cpp builds one of these, by a few names in the file: the depths of the down, mid and up layers.
 _CPP_FORMS: tuple[tuple[list[int], list[int], list[int]], ...] = (
-    ([1, 1, 1, 1, 1, 1, 0, 0], [1], [0, 0, 0, *[1] * 9]),  # SD v1 and v2
-    ([0, 0, 2, 2, 10, 10], [10], [10, 10, 10, 2, 2, 2, 0, 0, 0]),
-    ([0, 0, 2, 2, 4, 4], [], [4, 4, 10, 2, 1, 1, 0, 0, 0]),  # SSD-1B
-    ([0, 0, 1, 1, 2, 2], [], [2, 2, 2, 1, 1, 1, 0, 0, 0]),  # Vega
+    ([1, 1, 1, 1, 1, 1, 0, 0], [1, 0], [0, 0, 0, *[1] * 9]),  # SD v1 and v2
+    ([0, 0, 2, 2, 10, 10], [10, 0], [10, 10, 10, 2, 2, 2, 0, 0, 0]),
+    ([0, 0, 2, 2, 4, 4], [0], [4, 4, 10, 2, 1, 1, 0, 0, 0]),  # SSD-1B
+    ([0, 0, 1, 1, 2, 2], [0], [2, 2, 2, 1, 1, 1, 0, 0, 0]),  # Vega
 )
+#: Of SD v1 and v2, and it counts its layers in a way of its own (`ldm_names.ldm_modules`).
 _CPP_TINY = ([1, 1, 1], [], [1, 1, 1, 1, 1, 1])  # type: tuple[list[int], list[int], list[int]]  # bk-tiny
 
 
 def loads_in(student: Mapping[str, Any], net: Any) -> dict[str, str]:
-    """Program -> "yes" or why not, of a config and its skeleton. diffusers is always "yes": a plan without a stock form
-    was refused.
+    """Program -> "yes", with the option of `prunet export` that it takes, or why not, of a config and its skeleton.
+
+    diffusers is always "yes": a plan without a stock form was refused.
     """
     depths = _depths(net.down_blocks)
-    form = depths, [n for n in _depths([net.mid_block] if net.mid_block else []) if n], _depths(net.up_blocks)
+    form = depths, _depths([net.mid_block] if net.mid_block else []), _depths(net.up_blocks)
     comfy = cpp = "yes"
     if student["block_out_channels"][0] != 320 or student.get("cross_attention_dim") not in (768, 1024, 2048):
         comfy = cpp = "no: not the widths of SD v1, v2 or SDXL"
@@ -38,16 +41,16 @@ def loads_in(student: Mapping[str, Any], net: Any) -> dict[str, str]:
             comfy = "no: it knows a checkpoint by an attention on the way down"
         elif student["cross_attention_dim"] == 2048 and depths not in _COMFY_SDXL_DEPTHS:
             comfy = f"no: it knows SDXL students by their down depths, and {depths} is none that it knows"
-        if form == _CPP_TINY:
-            cpp = "no: it counts the layers of this U-Net in another way than this file, which is as ComfyUI wants it"
+        if form == _CPP_TINY and student["cross_attention_dim"] < 2048:
+            cpp = "yes: with --for sd.cpp"
         elif form not in _CPP_FORMS:
-            cpp = "no: it knows the whole SD v1, v2 and SDXL, and SSD-1B and Vega"
+            cpp = "no: it knows the whole SD v1, v2 and SDXL, bk-tiny, SSD-1B and Vega"
     uneven = isinstance(student["layers_per_block"], list)
     return {
         "diffusers": "yes",
         "diffusers, single file": "no: its reader wants as many layers in every level" if uneven else "yes",
         "ComfyUI, single file": comfy,
-        "stable-diffusion.cpp, single file": cpp,
+        CPP: cpp,
     }
 
 

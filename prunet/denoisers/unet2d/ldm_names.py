@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+#: Layers of a level of SD v1, resampling included.
+LEVEL = 3
 #: What is inside a resnet.
 RESNET = {
     "norm1": "in_layers.0",
@@ -14,8 +16,11 @@ RESNET = {
 }
 
 
-def ldm_modules(unet: Any) -> Iterator[tuple[str, str]]:
-    """(module, LDM module): a layer is a resnet with its attention and upsampler, or a downsampler alone."""
+def ldm_modules(unet: Any, gaps: bool = False) -> Iterator[tuple[str, str]]:
+    """(module, LDM module): a layer is a resnet with its attention and upsampler, or a downsampler alone.
+
+    With `gaps`, as stable-diffusion.cpp counts: each level begins, and resamples, at the number that it has in SD v1.
+    """
     for ours, theirs in (("time_embedding", "time_embed"), ("add_embedding", "label_emb.0")):
         if getattr(unet, ours, None) is not None:
             yield f"{ours}.linear_1", f"{theirs}.0"
@@ -24,14 +29,19 @@ def ldm_modules(unet: Any) -> Iterator[tuple[str, str]]:
     for way, theirs, layer in (("down", "input_blocks", 1), ("up", "output_blocks", 0)):
         for b, block in enumerate(unet.get_submodule(f"{way}_blocks")):
             ours, attended = f"{way}_blocks.{b}", bool(getattr(block, "attentions", None))
+            end = layer + LEVEL
             for i in range(len(block.resnets)):
                 yield f"{ours}.resnets.{i}", f"{theirs}.{layer}.0"
                 if attended:
                     yield f"{ours}.attentions.{i}", f"{theirs}.{layer}.1"
                 layer += 1
+            if gaps and way == "down":
+                layer = end - 1
             if way == "down" and block.downsamplers:
                 yield f"{ours}.downsamplers.0.conv", f"{theirs}.{layer}.0.op"
                 layer += 1
+            if gaps and way == "up" and layer < end:
+                layer, attended = end, b > 0  # it has the name that it has in SD v1, whose first level has no attention
             if way == "up" and block.upsamplers:  # within the level's last layer
                 yield f"{ours}.upsamplers.0.conv", f"{theirs}.{layer - 1}.{1 + attended}.conv"
     for kind, first in (("resnets", 0), ("attentions", 1)):  # they alternate, if there are any

@@ -1,0 +1,46 @@
+"""Tensors of a single file as GGUF, with the weights of matrices in 8 or 4 bits."""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from prunet.errors import UserError
+
+#: GGML's types of a matrix: blocks of 32 weights with a scale of 16 bits, so 8.5 and 4.5 bits a weight.
+Bits = Literal["q8_0", "q4_0"]
+BLOCK = 32
+#: stable-diffusion.cpp leaves these as they are when it quantises by itself.
+KEPT = ("time_embed.", "label_emb.", "embedding", "positional_")
+
+
+def need_gguf() -> Any:
+    """Imports `gguf`.
+
+    Raises:
+        UserError: not installed.
+    """
+    try:
+        return importlib.import_module("gguf")
+    except ImportError as error:
+        raise UserError("--gguf: needs gguf, which is not installed: pip install 'prunet[gguf]'") from error
+
+
+def write_gguf(tensors: Mapping[str, Tensor], path: Path, bits: Bits) -> None:
+    """Writes tensors by name: matrices in `bits`, convolutions and embeddings in 16 bits, vectors in 32."""
+    gguf = need_gguf()
+    writer = gguf.GGUFWriter(path, arch="sd")
+    kinds = gguf.GGMLQuantizationType
+    for name, tensor in tensors.items():
+        if not tensor.numel():  # a mark, which counts by its name
+            tensor = tensor.new_zeros(1)
+        kind = kinds.F32 if tensor.ndim < 2 else kinds.F16
+        if tensor.ndim == 2 and tensor.shape[-1] % BLOCK == 0 and not any(word in name for word in KEPT):
+            kind = kinds[bits.upper()]
+        writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
