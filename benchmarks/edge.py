@@ -112,7 +112,7 @@ def draw_with_torch(folder: Path, decoder: Path | None, steps: int, guidance: fl
         seconds.append(time.perf_counter() - start)
         if len(seconds) == 1:
             told += f"first picture after {time.perf_counter() - BEGAN:.2f} s\n"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     return f"{told}{steps} steps in {statistics.median(seconds):.2f} s\npeak memory {peak:.0f} MB"
 
 
@@ -132,6 +132,47 @@ def run(form: str, root: Path, steps: int, threads: int, repeat: int) -> dict[st
         "memory": r"peak memory (\d+) MB",
     }
     return {name: float(re.search(pattern, told)[1]) for name, pattern in found.items()}
+
+
+def peaks(threads: int) -> dict[str, float]:
+    """Operations a second of large matrix products (10^9), of the better of torch's kinds."""
+    import torch
+
+    torch.set_num_threads(threads)
+    n, found = 2048, {}
+    floats, whole = torch.randn(n, n).bfloat16(), torch.randint(-128, 127, (n, n), dtype=torch.int8)
+    for name, call in (
+        ("bf16", lambda: torch.nn.functional.linear(floats, floats)),
+        ("int8", lambda: torch._int_mm(whole, whole)),
+    ):
+        times = []
+        for _ in range(12):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        found[name] = 2 * n**3 / min(times) / 1e9
+    return found
+
+
+def operations(folder: Path) -> float:
+    """What a call of the denoiser computes (10^9 operations, two for a multiply-add)."""
+    from prunet.plan.size import macs_by_kind
+
+    config = json.loads((folder / "unet/config.json").read_text())
+    return 2 * sum(macs_by_kind(config).values()) / 1e9
+
+
+def tell_shares(results: list[dict], root: Path, threads: int) -> None:
+    """Prints what share of the machine's peak the steps reach: the time of one is what more steps take longer."""
+    peak, work = alone(peaks, threads), alone(operations, root / "torch")
+    print("\n| runtime | a step (s) | the rest (s) | operations a second (10^9) | of the peak in |")
+    print("|---|---:|---:|---:|---|")
+    for form in ("torch", *FORMS):
+        few, *_, many = sorted((row["steps"], row["seconds"]) for row in results if row["form"] == form)
+        step = (many[1] - few[1]) / (many[0] - few[0])
+        kind = "int8" if form == "int8" else "bf16"
+        share = f"{work / step / peak[kind]:.0%} of {peak[kind]:.0f} in {kind}"
+        print(f"| {form} | {step:.3f} | {few[1] - few[0] * step:.2f} | {work / step:.0f} | {share} |")
 
 
 def main() -> None:
@@ -155,6 +196,10 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, root: Path) -> None:
     """Makes what is not there yet, and prints the table."""
+    made, asked = root / "made.json", {"source": args.source, "plan": args.plan}
+    if made.exists() and json.loads(made.read_text()) != asked:
+        sys.exit(f"--work {root}: holds the models of {made.read_text()}; give another folder")
+    made.write_text(json.dumps(asked))
     if not (root / "torch").exists():
         alone(make_student, args.source, args.plan, root)
     for form in FORMS:
@@ -164,8 +209,11 @@ def measure(args: argparse.Namespace, root: Path) -> None:
     print("|---|---:|---:|---:|---:|---:|---:|")
     rows = [(form, steps, args.repeat) for steps in args.steps for form in ("torch", *FORMS)]
     if args.teacher:
-        if args.source != "sd-v1" and not (root / "teacher").exists():
-            (root / "teacher").symlink_to(Path(args.source).absolute())
+        if not (root / "teacher").exists():
+            if args.source == "sd-v1":
+                alone(make_teacher, root / "teacher")
+            else:
+                (root / "teacher").symlink_to(Path(args.source).absolute())
         rows.append(("teacher", 25, 1))
     results = []
     for form, steps, repeat in rows:
@@ -173,6 +221,8 @@ def measure(args: argparse.Namespace, root: Path) -> None:
         row = {"form": form, "steps": steps, "disk": sum(path.stat().st_size for path in files) / 1e6}
         results.append(row | run(form, root, steps, args.threads, repeat))
         print(ROW.format(**results[-1]), flush=True)
+    if len(args.steps) > 1:
+        tell_shares(results, root, args.threads)
     print(json.dumps({"source": args.source, "plan": args.plan, "threads": args.threads, "rows": results}))
 
 

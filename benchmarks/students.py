@@ -43,9 +43,14 @@ DRAWN = {
     "distilled": [(25, GUIDANCE), (2, GUIDANCE), (2, 1.0), (4, GUIDANCE), (1, 1.0)],
     "distilled longer": [(25, GUIDANCE), (2, GUIDANCE), (4, GUIDANCE)],
     "guidance": [(25, 1.0), (2, 1.0), (4, 1.0), (1, 1.0)],
+    "distilled longer, on paths": [(25, GUIDANCE), (2, GUIDANCE), (4, GUIDANCE)],
+    "guidance, on paths": [(25, 1.0), (2, 1.0), (4, 1.0), (1, 1.0)],
     "trajectory, 4 jumps": [(4, 1.0), (8, 1.0)],
     "trajectory, 2 jumps": [(2, 1.0), (1, 1.0), (4, 1.0)],
     "trajectory, 1 jump": [(1, 1.0), (2, 1.0)],
+    "consistency": [(2, 1.0), (1, 1.0), (4, 1.0), (8, 1.0)],
+    "distribution": [(2, 1.0), (1, 1.0), (4, 1.0)],
+    "distribution with jumps": [(2, 1.0), (1, 1.0), (4, 1.0)],
 }
 TEACHER = [(25, GUIDANCE), (4, GUIDANCE), (2, GUIDANCE), (1, GUIDANCE)]
 METRICS = {"retrieval": "R@1", "clip_score": "score", "kid": "KID"}

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from prunet.training.loop import distil
     from prunet.training.sheets import Sheets
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Names are imported when they are first used, so that `prunet --help` does not wait for torch.
 _HOME = {

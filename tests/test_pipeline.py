@@ -18,6 +18,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
@@ -159,6 +160,7 @@ STOCK = {
     "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
     "euler": (EulerDiscreteScheduler, {}),
     "euler-a": (EulerAncestralDiscreteScheduler, {}),
+    "lcm": (LCMScheduler, {"set_alpha_to_one": True}),
     "unipc": (UniPCMultistepScheduler, {}),
 }
 

@@ -222,7 +222,7 @@ def generate(
     size: Annotated[int | None, typer.Option(min=8, max=4096, help="Pixels; the model's own by default.")] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(help="dpmsolver++ (the default), ddim, ddim-trailing, pndm, euler, euler-a or unipc."),
+        typer.Option(help="dpmsolver++ (the default), ddim, ddim-trailing, pndm, euler, euler-a, lcm or unipc."),
     ] = None,
     image: Annotated[Path | None, typer.Option(help="Picture to start from (image to image).")] = None,
     strength: Annotated[

@@ -36,7 +36,7 @@ class Drawing(Part):
 
     steps: DrawingSteps = Field(default=25, description="steps of the sampler")
     guidance_scale: Weight = Field(default=7.5, description="up to 1: no guidance, half of the calls")
-    sampler: str = Field(default="dpmsolver++", description="or ddim, ddim-trailing, pndm, euler, euler-a, unipc")
+    sampler: str = Field(default="dpmsolver++", description="or ddim, ddim-trailing, pndm, euler, euler-a, lcm, unipc")
 
     @classmethod
     def given(cls, **values: Any) -> Self:

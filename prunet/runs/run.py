@@ -104,8 +104,8 @@ class Run:
         return micro_batch_of(stage, self.runtime, *configs, self.latent_size, processes.count())
 
     def pairs(self, number: int) -> tuple[Pair, ...]:
-        """Returns the pairs of features that stage `number` compares; none if it calls no teacher."""
-        if not self.recipe.stages[number - 1].teacher_calls:
+        """Returns the pairs of features that stage `number` compares; none if its objective compares none."""
+        if not self.recipe.stages[number - 1].has("losses"):
             return ()
         return self.steps_down[number - 1].pairs(self.recipe.stages[number - 1].losses.level)
 

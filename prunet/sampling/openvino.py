@@ -16,7 +16,7 @@ from prunet.sampling.made_for import overridden, read_made_for
 from prunet.teacher.configs import check_config, read_object
 
 #: Samplers (`prunet.sampling.samplers`) that openvino_genai has, too.
-SAMPLERS = ("ddim", "ddim-trailing", "pndm", "euler", "euler-a")
+SAMPLERS = ("ddim", "ddim-trailing", "pndm", "euler", "euler-a", "lcm")
 
 
 def is_openvino(folder: Path | str) -> bool:
