@@ -5,10 +5,10 @@
     python emoji/train.py emoji/emoji-xl.yaml         one of the SDXL layout; wants emoji-sd first
 
 The stages of a model are the sections of its config, in order: autoencoder, text_encoder(_2), unet, then export
-(pipeline folder, model card, sheet of samples). Each one is resumable: the same command goes on where it was
-stopped and skips what is finished. With a larger budget (--minutes, or the config) a finished stage goes on
-learning. With --from-shipped the U-Net does so from the weights in the repository, on a machine that has nothing else;
-the other parts are then taken as they are.
+(pipeline folder, model card, sheet of samples). The same command resumes a stage that was stopped and
+skips what is finished. With a larger budget (--minutes, or the config) a finished stage is trained further.
+With --from-shipped the U-Net is, from the weights in the repository, on a machine that has nothing else; the
+other parts are then taken as they are.
 
 Works on two CPU cores; uses a GPU if there is one (then with --batch-size 512). On CPU cores the denoiser trains
 fastest with one process per core and one thread each:

@@ -226,7 +226,7 @@ def test_a_subject_is_pictures(sd, subject, clip, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     for given, message in (
         ({}, "give --real PATH"),
-        ({"real": tmp_path / "empty"}, "0 pictures in it; 1 at least"),
+        ({"real": tmp_path / "empty"}, "0 pictures in it; at least 1"),
         ({"real": clip / "model.safetensors"}, "needs the subject's pictures themselves"),
         ({"real": real, "weights": {"dino": tmp_path / "empty"}}, "no DINO model there"),
         ({"real": real, "weights": {"dino": clip}}, "which a ViTModel needs|not a ViT of transformers"),
@@ -339,7 +339,7 @@ def test_prompts_are_checked(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"their hash differs\)\. Here\."):
         protocol_prompts(Protocol(**given), tmp_path, path)
     given["prompts"]["count"] = 3
-    with pytest.raises(UserError, match="2 prompts; protocol x wants 3"):
+    with pytest.raises(UserError, match="2 prompts; protocol x needs 3"):
         protocol_prompts(Protocol(**given), tmp_path, path)
     path.write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="no column of prompts"):
@@ -374,7 +374,7 @@ def test_prompt_files_are_read_as_they_are_meant(tmp_path: Path, name: str, text
     [
         ({"metrics": ["fidd"]}, "no metric 'fidd'"),
         ({"metrics": ["fid"]}, "give 'real'"),
-        ({"metrics": ["clip_score"]}, "want 'clip'"),
+        ({"metrics": ["clip_score"]}, "need 'clip'"),
         ({"name": "../evil"}, "name"),
         ({"seed": 2**70}, "seed"),
         ({"stepz": 3}, "unknown key 'stepz'; did you mean 'steps'"),

@@ -60,13 +60,11 @@ def export(
 
     Example: prunet export runs/demo --openvino --int8
     """
-    from prunet.disk.ownership import check_file, check_place
     from prunet.exports.gguf import need_gguf
     from prunet.exports.hub import check_push, push
-    from prunet.exports.single_file import check_for_cpp, check_name, is_exported
+    from prunet.exports.single_file import check_for_cpp, check_name
     from prunet.runs.checks import read_paths
     from prunet.runs.run import Run
-    from prunet.teacher.copying import check_other_parts
 
     asked = {"--int8": int8, "--int8-weights": int8_weights, "--decoder": decoder}
     _check_options(openvino, asked, {"--single-file": single_file, "--gguf": gguf, "--fp16": fp16})
@@ -84,15 +82,8 @@ def export(
     recipe = open_recipe(run_folder, [f"output={json.dumps(str(run_folder))}"])
     read = [*read_paths(recipe), *([decoder] if decoder else [])]
     what = "openvino" if openvino else "pipeline" if elsewhere else "export"
-    if single_file:
-        check_file(target, "single file", "--output", is_exported, read)
-        check_place(target.with_suffix(".config"), "configs", "--output", read)  # its configs go there
-    else:
-        check_place(target, what, "--output", read)
-    this = Run(recipe)
-    if not this.result_of("evaluate").is_file():
-        raise UserError(f"{run_folder}: not evaluated yet; finish it with {command('run', run_folder)}")
-    check_other_parts(this.teachers[-1])
+    _check_target(target, None if single_file else what, read)
+    this = _evaluated(Run(recipe))
     if gguf:
         need_gguf()
     if gguf or program == "sd.cpp":
@@ -138,6 +129,28 @@ def decoder(
 def _check_run(folder: Path) -> None:
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder}: not a run folder (no recipe.yaml); `prunet run RECIPE` makes one")
+
+
+def _evaluated(run: "Run") -> "Run":
+    """Returns the run, and refuses one without an evaluation, or whose teacher lacks a part of the pipeline."""
+    from prunet.teacher.copying import check_other_parts
+
+    if not run.result_of("evaluate").is_file():
+        raise UserError(f"{run.folder}: not evaluated yet; finish it with {command('run', run.folder)}")
+    check_other_parts(run.teachers[-1])
+    return run
+
+
+def _check_target(target: Path, folder: str | None, read: list[Path]) -> None:
+    """Refuses a place that holds something else. `folder`: its kind; None for a single file."""
+    from prunet.disk.ownership import check_file, check_place
+    from prunet.exports.single_file import is_exported
+
+    if folder is not None:
+        check_place(target, folder, "--output", read)
+        return
+    check_file(target, "single file", "--output", is_exported, read)
+    check_place(target.with_suffix(".config"), "configs", "--output", read)  # its configs go there
 
 
 def _check_options(openvino: bool, its: dict[str, Any], others: dict[str, Any]) -> None:

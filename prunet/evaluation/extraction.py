@@ -150,7 +150,7 @@ class Reference:
             found = (path / under / name for under, names in walk(path) for name in names)
             pictures = tuple(sorted(p for p in found if p.suffix.lower() in PICTURE_FILES and p.is_file()))
             if len(pictures) < (fewest := FEWEST if sets else 1):
-                raise UserError(f"--real {path}: {len(pictures)} pictures in it; {fewest} at least are wanted")
+                raise UserError(f"--real {path}: {len(pictures)} pictures in it; at least {fewest} are needed")
             if wanted.count not in (None, len(pictures)):
                 raise UserError(f"--real {path}: {len(pictures):,} pictures, not {wanted.count:,}. {wanted.source}")
             content = tag(*(file_hash(file) for file in pictures))

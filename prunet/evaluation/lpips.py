@@ -47,7 +47,7 @@ class Lpips:
             UserError: torch-fidelity is not installed, or a file is missing or does not hold these weights.
         """
         if strange := weights.keys() - SOURCES.keys():
-            raise UserError(f"--weights {min(strange)}=...: LPIPS wants vgg=FILE and lpips=FILE")
+            raise UserError(f"--weights {min(strange)}=...: LPIPS needs vgg=FILE and lpips=FILE")
         for name, source in SOURCES.items():
             if name not in weights:
                 raise UserError(f"LPIPS needs the weights of {name}, too: give --weights {name}=FILE. It is {source}")

@@ -128,11 +128,11 @@ class Clip:
         if not weights.is_file():
             raise UserError(f"{folder}: no CLIP model there (model.safetensors): give a transformers folder of one")
         try:
-            net, told = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+            net, info = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
             processor = CLIPImageProcessorPil.from_pretrained(folder)
         except Exception as error:
             raise UserError(f"{folder}: not a CLIP model of transformers ({_first_line(error)})") from error
-        _check_loaded(net, told, weights, "a CLIPModel")
+        _check_loaded(net, info, weights, "a CLIPModel")
         net, tokenizer = net.to(device).float().eval(), open_tokenizer(folder)
 
         def images(pictures: Sequence[Image.Image]) -> Tensor:
@@ -199,13 +199,13 @@ class Dino:
         if not weights.is_file():
             raise UserError(f"{folder}: no DINO model there (model.safetensors): give a transformers folder of one")
         try:
-            net, told = ViTModel.from_pretrained(
+            net, info = ViTModel.from_pretrained(
                 folder, add_pooling_layer=False, use_safetensors=True, output_loading_info=True
             )
             processor = ViTImageProcessorPil.from_pretrained(folder)
         except Exception as error:
             raise UserError(f"{folder}: not a ViT of transformers ({_first_line(error)})") from error
-        _check_loaded(net, told, weights, "a ViTModel")
+        _check_loaded(net, info, weights, "a ViTModel")
         return cls(net.to(device).float().eval(), processor, _folder_hash(folder), torch.device(device))
 
     @torch.no_grad()
@@ -215,9 +215,9 @@ class Dino:
         return {"image": self.net(pixel_values=pixels.to(self.device)).last_hidden_state[:, 0].float().cpu()}
 
 
-def _check_loaded(net: nn.Module, told: Any, weights: Path, what: str) -> None:
+def _check_loaded(net: nn.Module, info: Any, weights: Path, what: str) -> None:
     """Refuses a network for which transformers made random weights, or whose weights are not finite."""
-    if made_up := sorted(told["missing_keys"]):
+    if made_up := sorted(info["missing_keys"]):
         raise UserError(f"{weights} has no {made_up[0]}, which {what} needs: fetch or copy it again")
     if bad := next((name for name, tensor in net.state_dict().items() if not is_finite(tensor)), None):
         raise UserError(f"{weights}: {bad} has NaN or infinity in it: fetch or copy it again")

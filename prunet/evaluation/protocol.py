@@ -110,9 +110,9 @@ class Protocol(Drawing):
         if self.real is None and (wanting := [m for m in self.metrics if m in {*NEED_REAL, *SUBJECT}]):
             raise ValueError(f"{wanting[0]} compares with real pictures: give 'real'")
         if self.clip is None and ({"clip_score", "retrieval", "clip_i"} & set(self.metrics) or self.features == "clip"):
-            raise ValueError("clip_score, retrieval, clip_i and features: clip want 'clip', a model")
+            raise ValueError("clip_score, retrieval, clip_i and features: clip need 'clip', a model")
         if self.dino is None and "dino" in self.metrics:
-            raise ValueError("dino wants 'dino', a model")
+            raise ValueError("dino needs 'dino', a model")
         return self
 
 
@@ -151,7 +151,7 @@ def protocol_prompts(protocol: Protocol, folder: Path, given: Path | None, limit
     prompts = read_prompt_file(path)
     length = wanted.of or wanted.count
     if length not in (None, len(prompts)):
-        raise UserError(f"{path}: {len(prompts):,} prompts; protocol {protocol.name} wants {length:,}. {wanted.source}")
+        raise UserError(f"{path}: {len(prompts):,} prompts; protocol {protocol.name} needs {length:,}. {wanted.source}")
     prompts = prompts[: wanted.count]
     if wanted.sha256 is not None and prompts_hash(prompts) != wanted.sha256:
         raise UserError(f"{path}: not the prompts of protocol {protocol.name} (their hash differs). {wanted.source}")

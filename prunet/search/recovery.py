@@ -27,7 +27,8 @@ def learning_rate_for(error: float, usual: float) -> float:
     """The learning rate for a student by its error before training: `usual` is for one that is broken (error 1).
 
     A rate made for a broken student breaks a good one: on emoji-sd a student of error 0.0001 went to 0.10 at the 1e-3
-    with which bk-small (0.65) learns. Adam moves each weight by about the rate, and errors are squared; hence the root.
+    with which bk-small (0.65) learns. Adam moves each weight by about the rate, and errors are squared; so
+    the root is taken.
     """
     return max(LEAST_RATE, usual * math.sqrt(min(1.0, error)))
 

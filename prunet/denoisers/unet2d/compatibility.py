@@ -48,7 +48,7 @@ def loads_in(student: Mapping[str, Any], net: Any) -> dict[str, str]:
     uneven = isinstance(student["layers_per_block"], list)
     return {
         "diffusers": "yes",
-        "diffusers, single file": "no: its reader wants as many layers in every level" if uneven else "yes",
+        "diffusers, single file": "no: its reader needs the same number of layers in every level" if uneven else "yes",
         "ComfyUI, single file": comfy,
         CPP: cpp,
     }
@@ -74,7 +74,7 @@ def works_with(whole: Any, net: Any, mapping: Mapping[str, str]) -> dict[str, st
         "the teacher's IP-Adapter": _ip_adapter(whole, net, mapping),
         "the teacher's AnimateDiff": "yes"
         if same_layers and mid_attention
-        else "no: it wants each level's layers and the attention of the mid block",
+        else "no: it needs each level's layers and the attention of the mid block",
         "PAG's default layer": "yes"
         if mid_attention
         else "no: that is the attention of the mid block; name others (pag_applied_layers)",
