@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from prunet import Runtime
+from prunet import Drawing, Model, Runtime
 from prunet.console import console
 from prunet.disk.files import write_json, write_text
 from prunet.evaluation.measures import read_measures
 from prunet.evaluation.measuring import measure
-from prunet.evaluation.protocol import load_protocol, protocol_prompts
+from prunet.evaluation.protocol import ProtocolFiles, load_protocol, protocol_prompts
 from prunet.intervals import Measure, summary
 from prunet.recipe.recipe import Recipe
 from prunet.runs.ablation import finish, load_ablation
@@ -43,9 +43,14 @@ DRAWN = {
     "distilled": [(25, GUIDANCE), (2, GUIDANCE), (2, 1.0), (4, GUIDANCE), (1, 1.0)],
     "distilled longer": [(25, GUIDANCE), (2, GUIDANCE), (4, GUIDANCE)],
     "guidance": [(25, 1.0), (2, 1.0), (4, 1.0), (1, 1.0)],
+    "distilled longer, on paths": [(25, GUIDANCE), (2, GUIDANCE), (4, GUIDANCE)],
+    "guidance, on paths": [(25, 1.0), (2, 1.0), (4, 1.0), (1, 1.0)],
     "trajectory, 4 jumps": [(4, 1.0), (8, 1.0)],
     "trajectory, 2 jumps": [(2, 1.0), (1, 1.0), (4, 1.0)],
     "trajectory, 1 jump": [(1, 1.0), (2, 1.0)],
+    "consistency": [(2, 1.0), (1, 1.0), (4, 1.0), (8, 1.0)],
+    "distribution": [(2, 1.0), (1, 1.0), (4, 1.0)],
+    "distribution with jumps": [(2, 1.0), (1, 1.0), (4, 1.0)],
 }
 TEACHER = [(25, GUIDANCE), (4, GUIDANCE), (2, GUIDANCE), (1, GUIDANCE)]
 METRICS = {"retrieval": "R@1", "clip_score": "score", "kid": "KID"}
@@ -80,8 +85,9 @@ def measured(
             chosen, beside = load_protocol(f"emoji/protocols/{protocol}.yaml")
             prompts = protocol_prompts(chosen, beside, None, args.limit)
             chosen = chosen.model_copy(update={"kid_subset_size": min(chosen.kid_subset_size, len(prompts))})
-            asked = {"steps": how[0], "guidance_scale": how[1], "sampler": sampler}
-            measure(model, chosen, prompts, folder, beside=beside, asked=asked, device=args.device, batch_size=100)
+            asked = Drawing(steps=how[0], guidance_scale=how[1], sampler=sampler)
+            opening = Model(model, device=args.device)
+            measure(opening, chosen, prompts, folder, files=ProtocolFiles(beside), drawing=asked, batch_size=100)
         if (best / "measures.json").is_file():
             distance(folder, best)
 
@@ -172,17 +178,20 @@ def common(a: Recipe, b: Recipe) -> int:
 def jobs_of(
     recipes: dict[tuple[str, str, int], Recipe], teacher: Path, args: argparse.Namespace
 ) -> dict[str, tuple[Job, set[str]]]:
-    """The caches, the teacher's pictures, and the students, each after its cache and the one with most stages alike."""
+    """The caches, the teacher's pictures, and the students: after all caches, which nothing else should slow down, and
+    each after the one with most stages alike.
+    """
     every = list(recipes.values())
     jobs: dict[str, tuple[Job, set[str]]] = {}
     for recipe in every:
         jobs.setdefault(f"cache {recipe.cache}", (partial(finished, recipe, every, args, "cache"), set()))
+    caches = set(jobs)
     jobs["teacher"] = (partial(teachers_pictures, teacher, args), set())
     before: list[tuple[str, Recipe]] = []
     for (title, arm, seed), recipe in recipes.items():
         name = f"{title}: {arm}, seed {seed}"
         alike = max(before, key=lambda other: common(recipe, other[1]), default=None)
-        after = {f"cache {recipe.cache}", *([alike[0]] if alike and common(recipe, alike[1]) else [])}
+        after = {*caches, *([alike[0]] if alike and common(recipe, alike[1]) else [])}
         jobs[name] = (partial(trained, recipe, every, drawn_in(arm, recipe), teacher, args), after)
         before.append((name, recipe))
     return jobs

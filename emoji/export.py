@@ -16,8 +16,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image, ImageDraw
+from shards import read_known_labels
 from state import pick_device, read_record, save_record
-from text import read_known_labels
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from prunet import Drawing, Teacher

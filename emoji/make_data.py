@@ -19,6 +19,7 @@ from pathlib import Path
 import resvg_py
 from PIL import Image
 from rich.progress import track
+from shards import SPLITS, STYLES
 
 PACKAGES = {  # name -> (npm spec, tarball, sha256 of the tarball)
     "labels": (
@@ -42,9 +43,7 @@ PACKAGES = {  # name -> (npm spec, tarball, sha256 of the tarball)
         "2278fd609501e20dc646a546c1d7bbcab86a4c38010ded12b45e61f9687b9d0a",
     ),
 }
-STYLES = ("3d", "noto", "flat")
 DEFAULT_STYLE = "3d"  # what a caption without a style word means
-SPLITS = ("train", "heldout-combinations", "heldout-labels")
 SIZE = 128
 COMPONENT_GROUP = 2  # skin tones and hair pieces: not pictures on their own
 

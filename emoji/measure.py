@@ -33,9 +33,8 @@ from export import SAMPLER, draw, load_for_drawing
 from PIL import Image
 from rich.progress import track
 from score import Scorer, kid, retrieval_at_1
-from shards import Sample, read_split, stack_images
+from shards import SPLITS, Sample, known_samples, read_split, stack_images
 from state import atomic_save, save_record
-from text import read_known_labels
 from torch import Tensor
 
 from prunet.sampling.samplers import SAMPLERS
@@ -46,15 +45,11 @@ NUM_FOR_GUIDANCE = 160
 ROWS = ("training", "heldout-combinations", "heldout-labels")
 
 
-def caption(sample: Sample) -> str:
-    return f"{sample.label.lower()}, {sample.style}"
-
-
 def candidate_captions(samples: list[Sample], train: list[Sample]) -> list[str]:
     """A thousand different captions; those of `samples` come first."""
-    others = [caption(sample) for sample in train]
+    others = [sample.caption for sample in train]
     random.Random(0).shuffle(others)
-    return list(dict.fromkeys([caption(sample) for sample in samples] + others))[:NUM_CAPTIONS]
+    return list(dict.fromkeys([sample.caption for sample in samples] + others))[:NUM_CAPTIONS]
 
 
 def weights_hash(folder: Path) -> str:
@@ -106,7 +101,7 @@ def drawn(pool: Executor, prompts: list[str], settings: dict, cache: Path, weigh
 
 def measure_row(samples: list[Sample], train: list[Sample], scorer: Scorer, make, count: int) -> dict:
     order = pair_of(count, len(samples))
-    pictures, real = make([caption(samples[i]) for i in order]), stack_images(samples)
+    pictures, real = make([samples[i].caption for i in order]), stack_images(samples)
     ours, theirs = scorer.embed_images(pictures), scorer.embed_images(real)
     captions = scorer.embed_texts(candidate_captions(samples, train))
     shuffled = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(0))]
@@ -130,7 +125,7 @@ def choose_guidance(samples: list[Sample], train: list[Sample], scorer: Scorer, 
     """R@1 by guidance scale on training pairs, evenly spread."""
     picked = [samples[int(i * len(samples) / NUM_FOR_GUIDANCE)] for i in range(NUM_FOR_GUIDANCE)]
     captions = scorer.embed_texts(candidate_captions(picked, train))
-    prompts = [caption(sample) for sample in picked]
+    prompts = [sample.caption for sample in picked]
     return {scale: retrieval_at_1(scorer.embed_images(make(prompts, scale)), captions) for scale in GUIDANCE_SCALES}
 
 
@@ -148,11 +143,10 @@ def main() -> None:
             f"{args.folder}: give the folder of a pipeline with its settings beside it, such as emoji/emoji-sd"
         )
 
-    known = set(read_known_labels())
-    splits = {split: read_split(args.data, split) for split in ("train", "heldout-combinations", "heldout-labels")}
+    splits = {split: read_split(args.data, split) for split in SPLITS}
     rows = {
-        "training": [sample for sample in splits["train"] if sample.label in known],
-        "heldout-combinations": [sample for sample in splits["heldout-combinations"] if sample.label in known],
+        "training": known_samples(args.data, "train"),
+        "heldout-combinations": known_samples(args.data, "heldout-combinations"),
         "heldout-labels": splits["heldout-labels"],
     }
     scorer = Scorer.load(here / "emoji-clip")

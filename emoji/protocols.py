@@ -2,8 +2,8 @@
 
     python emoji/protocols.py            # into emoji/protocols/; run it again when emoji-clip was trained again
 
-It also writes `known-captions.txt`: two captions of each pair that the teachers were trained on, the second in the forms
-in turn, for students that are trained without pictures.
+It also writes `known-captions.txt`: two captions of each pair that the teachers were trained on, the second in the
+forms in turn, for students that are trained without pictures.
 
 `emoji-train` asks for the (label, style) pairs that the teachers were trained on, `emoji-heldout` for labels that they
 know in styles that they never saw them in. Prompts go round until there are at least `FEWEST`.
@@ -13,10 +13,8 @@ from pathlib import Path
 
 import torch
 import yaml
-from measure import caption
 from PIL import Image
-from shards import Sample, read_split, stack_images
-from text import read_known_labels
+from shards import Sample, known_samples, stack_images
 
 from prunet.evaluation.extraction import preparation, save_features
 from prunet.evaluation.networks import Clip
@@ -28,7 +26,7 @@ HERE = Path(__file__).parent
 
 
 def write(name: str, samples: list[Sample], scorer: Clip, folder: Path) -> None:
-    pairs = [caption(sample) for sample in samples]
+    pairs = [sample.caption for sample in samples]
     prompts = pairs * -(-FEWEST // len(pairs))
     (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n")
     pictures = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in stack_images(samples)]
@@ -56,16 +54,16 @@ def write(name: str, samples: list[Sample], scorer: Clip, folder: Path) -> None:
 
 
 def write_captions(samples: list[Sample], path: Path) -> None:
-    turns = [(caption(sample), sample.captions[i % len(sample.captions)]) for i, sample in enumerate(samples)]
+    turns = [(sample.caption, sample.captions[i % len(sample.captions)]) for i, sample in enumerate(samples)]
     path.write_text("\n".join(dict.fromkeys(text for pair in turns for text in pair)) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    folder, known = HERE / "protocols", set(read_known_labels())
+    folder = HERE / "protocols"
     folder.mkdir(exist_ok=True)
     scorer = Clip.load(HERE / "emoji-clip")
     for name, split in (("emoji-train", "train"), ("emoji-heldout", "heldout-combinations")):
-        samples = [sample for sample in read_split(HERE / "data", split) if sample.label in known]
+        samples = known_samples(HERE / "data", split)
         write(name, samples, scorer, folder)
         if split == "train":
             write_captions(samples, HERE / "known-captions.txt")

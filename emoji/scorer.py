@@ -109,7 +109,7 @@ def train(config: dict, data: Path, root: Path, out: Path, seed: int) -> None:
 def retrieval(scorer: Scorer, samples: list[Sample]) -> dict[str, float]:
     """A picture finds its caption `label, style` among those of its split, or of a thousand of them; and chance."""
     samples = samples[:1000]
-    captions = [f"{sample.label.lower()}, {sample.style}" for sample in samples]
+    captions = [sample.caption for sample in samples]
     found = retrieval_at_1(scorer.embed_images(stack_images(samples)), scorer.embed_texts(captions))
     return {"pictures": len(samples), "captions": len(captions), "r_at_1": found, "chance": 1 / len(captions)}
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+STYLES = ("3d", "noto", "flat")
 SPLITS = ("train", "heldout-combinations", "heldout-labels")
 
 
@@ -21,6 +22,21 @@ class Sample:
     style: str
     captions: list[str]
     image: Tensor  # (3, H, W) uint8
+
+    @property
+    def caption(self) -> str:
+        """The one that measures ask for."""
+        return f"{self.label.lower()}, {self.style}"
+
+
+def read_known_labels() -> list[str]:
+    """The labels the denoiser learns; the text encoders see them more often than the others."""
+    return (Path(__file__).parent / "known-labels.txt").read_text().splitlines()
+
+
+def known_samples(data: Path, split: str) -> list[Sample]:
+    known = set(read_known_labels())
+    return [sample for sample in read_split(data, split) if sample.label in known]
 
 
 def read_split(data: Path, split: str) -> list[Sample]:

@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-from shards import SPLITS, Sample, read_split, stack_images, to_model
+from shards import SPLITS, STYLES, Sample, read_known_labels, read_split, stack_images, to_model
 from state import (
     autocast,
     is_finished,
@@ -35,7 +35,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 TextEncoder: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-STYLES = ("3d", "noto", "flat")
 
 
 def learn_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
@@ -147,11 +146,6 @@ def losses(
 
 
 WEIGHTS = {"contrastive": 0.5, "thumbnail": 10.0, "label": 0.5, "style": 0.5}
-
-
-def read_known_labels() -> list[str]:
-    """The labels the denoiser learns; the text encoders see them more often than the others."""
-    return (Path(__file__).parent / "known-labels.txt").read_text().splitlines()
 
 
 def make_model(config: dict, tokenizer: CLIPTokenizer) -> TextEncoder:

@@ -73,7 +73,7 @@ def main() -> None:
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a model's settings; its folder gets the same name, beside it")
-    parser.add_argument("stage", nargs="?", choices=(*STAGES, "all"), default="all", help="what to run (%(default)s)")
+    parser.add_argument("stage", nargs="?", choices=(*STAGES, "all"), default="all", help="what to run (all)")
     parser.add_argument("--data", type=Path, default=here / "data", help="folder of the shards (%(default)s)")
     parser.add_argument("--state", type=Path, default=Path.home() / ".cache/prunet/emoji", help="(%(default)s)")
     parser.add_argument("--minutes", type=float, help="budget of the stage, in place of the config's")

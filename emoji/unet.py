@@ -12,7 +12,7 @@ from conditioning import empty_condition, encode_captions, unet_arguments
 from copy_start import start_as_copy
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from shards import Sample, read_split, stack_images
+from shards import Sample, known_samples, stack_images
 from state import (
     autocast,
     average_gradients,
@@ -28,15 +28,11 @@ from state import (
     smooth,
     timed_steps,
 )
-from text import read_known_labels
 from torch import Tensor
 
+from prunet.teacher.process import min_snr_weight
+
 Cache = dict[str, Tensor]
-
-
-def known_samples(data: Path, split: str) -> list[Sample]:
-    known = set(read_known_labels())
-    return [sample for sample in read_split(data, split) if sample.label in known]
 
 
 def prepare(samples: list[Sample], root: Path, device: torch.device, tutor: Path | None = None) -> Cache:
@@ -62,8 +58,7 @@ def loss_weights(alphas_cumprod: Tensor, gamma: float, floor: float) -> Tensor:
     With floor 0 this is min-SNR (https://arxiv.org/abs/2303.09556, equation 6), with floor 1 it tends to the loss of
     v-prediction where there is much noise. There the picture's contents are decided, and min-SNR hardly looks.
     """
-    snr = alphas_cumprod / (1 - alphas_cumprod)
-    return (snr.clamp(max=gamma) + floor) / snr
+    return min_snr_weight(alphas_cumprod, gamma, "epsilon") + floor * (1 - alphas_cumprod) / alphas_cumprod
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from prunet.evaluation.evaluation import evaluate
     from prunet.evaluation.measures import Measures
     from prunet.evaluation.measuring import compare, measure
-    from prunet.evaluation.protocol import Protocol, load_protocol
+    from prunet.evaluation.protocol import Protocol, ProtocolFiles, load_protocol
     from prunet.evaluation.results import EvaluationResult
     from prunet.exports.folder import export
     from prunet.plan.derived import Derived, derive
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from prunet.runs.personalization import personalize
     from prunet.runs.run import Run, run
     from prunet.runtime import Runtime
-    from prunet.sampling.draw import generate
+    from prunet.sampling.draw import Model, generate
+    from prunet.sampling.start import StartPicture
     from prunet.student.student import build
     from prunet.teacher.conversion import convert
     from prunet.teacher.teacher import Teacher
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from prunet.training.loop import distil
     from prunet.training.sheets import Sheets
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Names are imported when they are first used, so that `prunet --help` does not wait for torch.
 _HOME = {
@@ -62,9 +63,12 @@ _HOME = {
     "Measures": "evaluation.measures",
     "compare": "evaluation.measuring",
     "Protocol": "evaluation.protocol",
+    "ProtocolFiles": "evaluation.protocol",
     "load_protocol": "evaluation.protocol",
     "export": "exports.folder",
     "adapt": "adapters.adapt",
+    "Model": "sampling.draw",
+    "StartPicture": "sampling.start",
     "generate": "sampling.draw",
     "Personalization": "recipe.personalization",
     "personalize": "runs.personalization",

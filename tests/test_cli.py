@@ -201,6 +201,7 @@ def mistakes(bad: Path, sd: Path, pictures: Path, tmp_path: Path) -> dict[str, t
             *with_recipe("no lpips", "evaluate"),
             *("--weights", f"vgg={bad / 'text.txt'}", "--weights", f"lpips={bad / 'none.pth'}"),
         ),
+        "measuring with endless guidance": measure("--guidance-scale", "inf"),
         "comparison of one": ("compare", bad),
         "comparison of what was not measured": ("compare", bad, tmp_path),
         "comparison that is no page": ("compare", bad, tmp_path, "-o", bad / "text.txt"),

@@ -87,12 +87,12 @@ def test_a_library_user_sees_no_warning_of_other_libraries(sd, tmp_path) -> None
     code = f"""
 import warnings
 warnings.simplefilter("always", FutureWarning)
-from prunet import Teacher, build, export, generate, load_plan
+from prunet import Drawing, Teacher, build, export, generate, load_plan
 teacher = Teacher({str(sd)!r})
 student = build(teacher, load_plan("bk-small"))
 teacher.encode_prompts(["long " * 200])
 export(teacher, student, {str(tmp_path / "out")!r})
-generate({str(tmp_path / "out")!r}, "a cat", steps=1)
+generate({str(tmp_path / "out")!r}, "a cat", drawing=Drawing(steps=1))
 import transformers
 assert transformers.logging.get_verbosity() == transformers.logging.WARNING, "as it was"
 """

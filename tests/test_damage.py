@@ -226,6 +226,8 @@ def test_caches_and_runs_of_older_versions_are_read(folder) -> None:
     for path in folder.rglob("*.json"):
         if "pipeline" not in path.parts and path.name != "config.json":
             value = read_json(path)
+            if path.name == "cache.json":
+                value = {key: value[key] for key in ("counts", "samples", "skipped", "cut", "source")} | {"groups": []}
             path.write_text(json.dumps(value["pairs"] if path.name == "pairs.json" else value))
     steps = read_json(folder / "steps.json")
     (folder / "steps.json").write_text(json.dumps({n: {"inputs": s["inputs"], "seconds": 1} for n, s in steps.items()}))

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import runpy
 import sys
 import tarfile
 from pathlib import Path
@@ -290,3 +291,11 @@ def test_scripts_write_text_encoders_that_every_client_reads(scripts, sdxl, tmp_
             names = set(file.keys())
         assert all(name.startswith(("text_model.", "text_projection.")) for name in names)
         assert "text_model.encoder.layers.1.self_attn.q_proj.weight" in names
+
+
+@pytest.mark.parametrize("script", ["train", "measure", "unpack"])
+def test_a_script_says_how_it_is_called(script: str, scripts, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(EMOJI / f"{script}.py"), run_name="__main__")
+    assert end.value.code == 0 and "usage:" in capsys.readouterr().out

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
-from prunet import Run, Runtime, load_recipe
+from prunet import Run, Runtime, cache, load_recipe
+from prunet.recipe.stage import TeacherSource
 from prunet.runs import estimate as costs
 from prunet.runs.estimate import compared, estimate, memory
 from prunet.training.fit import training_memory
@@ -111,3 +113,21 @@ def test_what_is_done_is_said(finished, timed) -> None:
     recipe = load_recipe(finished / "recipe.yaml", [f"output={json.dumps(str(finished))}"])
     assert set(estimate(Run(recipe, CPU))["steps"].values()) == {"done"}
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_the_cache_takes_what_is_said(kind, opened, timed, pictures, request, tmp_path) -> None:
+    this = opened(STAGE)
+    this = Run(
+        this.recipe.model_copy(update={"teacher": TeacherSource(source=str(request.getfixturevalue(kind)))}), CPU
+    )
+    found = estimate(this)
+    assert found["samples"] == len(list(pictures.glob("*.png")))
+    assert found["cache_bytes"] == found["samples"] * sum(found["cache_bytes_per_sample"].values())
+    made = cache(this.teacher, this.recipe.data, tmp_path / "c")
+    whole = made.folder / "shard-00000.safetensors"
+    stored = {name: tensor.nbytes for name, tensor in load_file(whole).items()}
+    latents = stored["mean"] + stored["std"]
+    assert found["cache_bytes_per_sample"]["latents"] * len(made) == latents
+    sizes = 2 * 6 * len(made) if kind == "sdxl" else 0  # six numbers in four bytes each, not in two
+    assert found["cache_bytes_per_sample"]["text"] * len(made) == sum(stored.values()) - latents - sizes

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prunet import Plan, Teacher, build, evaluate, generate, load_plan
+from prunet import Drawing, Plan, StartPicture, Teacher, build, evaluate, generate, load_plan
 from prunet.disk.files import read_json
 from prunet.evaluation import drawing
 from prunet.evaluation.evaluation import LEVELS, denoiser_errors
@@ -52,8 +52,8 @@ def test_image_to_image_starts_from_the_teachers_pictures(sd, tmp_path) -> None:
     begin, end = (
         Image.open(tmp_path / "two" / kind / "teacher" / "0001.png") for kind in ("pictures", "image-to-image")
     )
-    how = {"steps": 2, "guidance_scale": 3.0, "strength": 0.6}
-    assert generate(sd, "a house", image=begin, seed=7, **how)[0].tobytes() == end.tobytes()
+    how, start = Drawing(steps=2, guidance_scale=3.0), StartPicture(begin, 0.6)
+    assert generate(sd, "a house", drawing=how, start=start, seed=7)[0].tobytes() == end.tobytes()
     assert "| pictures from 2 pictures of the teacher's (image to image) | 0.0000" in markdown(result)
     for folder, changes in (("off", {"image_to_image": 0}), ("few", {"steps": 1})):
         spec = SPEC.model_copy(update=changes)
@@ -140,6 +140,9 @@ def test_memory_estimate_counts_each_parameter_as_it_is_kept() -> None:
     count = 859_520_964
     assert memory["teacher"] == 2 * count
     assert memory["student"] + memory["gradients"] + memory["optimizer"] + memory["ema"] == 20 * count
+    beside = Stage(steps=1, objective="distribution", guidance_scale=2, jumps=2)
+    assert training_memory(config, config, (64, 64), 1, beside, how[1])["companion"] == 16 * count
+    assert not memory["companion"]
     twice = training_memory(config, config, (64, 64), 2, *how)
     casts = 2 * count
     assert twice["activations"] - casts == 2 * (memory["activations"] - casts)

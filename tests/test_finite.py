@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prunet import Teacher, UserError, build, cache, derive, distil, generate, load_plan
+from prunet import Drawing, Teacher, UserError, build, cache, derive, distil, generate, load_plan
 from prunet.evaluation.networks import Clip
 from prunet.recipe.recipe import Data, Stage
 from prunet.runtime import Runtime
@@ -37,7 +37,7 @@ def scaled(teacher: Path, to: Path, part: str, key: str, factor: float) -> Path:
 def test_generate_writes_no_picture_of_nothing(part, key, factor, message, sd, tmp_path) -> None:
     folder = scaled(sd, tmp_path / "t", part, key, factor)
     with pytest.raises(UserError, match=message):
-        generate(folder, "a cat", seed=3, steps=2, save_to=[tmp_path / "a.png"])
+        generate(folder, "a cat", drawing=Drawing(steps=2), seed=3, save_to=[tmp_path / "a.png"])
     assert not (tmp_path / "a.png").exists()
 
 

@@ -16,7 +16,7 @@ from test_pipeline import STOCK
 from prunet import Drawing, Teacher, UserError, build, export, generate, load_plan
 from prunet.denoisers.freeze import freeze
 from prunet.sampling.draw import draw_latents
-from prunet.sampling.start import start_from
+from prunet.sampling.start import StartPicture, start_from
 
 HALF = Image.new("L", (16, 16))
 HALF.paste(255, (0, 0, 8, 16))  # white, which is drawn, on the left
@@ -79,25 +79,27 @@ def test_pure_noise_is_where_strength_1_starts(sd: Path, mask: Image.Image | Non
 
 
 def test_a_picture_does_not_depend_on_its_batch(sd: Path) -> None:
-    together = generate(sd, "a cat", num_images=3, steps=3, image=picture(1), seed=5)
-    alone = generate(sd, "a cat", steps=3, image=picture(1), seed=7)
+    together = generate(sd, "a cat", num_images=3, drawing=Drawing(steps=3), start=StartPicture(picture(1)), seed=5)
+    alone = generate(sd, "a cat", drawing=Drawing(steps=3), start=StartPicture(picture(1)), seed=7)
     assert change(together[2], alone[0]) <= 1
     assert change(together[1], alone[0]) > 1
 
 
 def test_what_is_black_in_the_mask_stays(sd: Path) -> None:
     """But for the VAE, through which it goes: at strength 1 without a mask nothing stays."""
-    before = generate(sd, "a cat", steps=2, image=picture(1), strength=0.5)[0]
+    how = Drawing(steps=2)
+    before = generate(sd, "a cat", drawing=how, start=StartPicture(picture(1), 0.5))[0]
     wide = Image.new("L", (16, 16))
     wide.paste(255, (0, 0, 4, 16))
-    first, second = (generate(sd, "a dog", steps=2, image=before, mask=wide, seed=seed)[0] for seed in (1, 2))
+    start = StartPicture(before, mask=wide)
+    first, second = (generate(sd, "a dog", drawing=how, start=start, seed=seed)[0] for seed in (1, 2))
     assert change(first, second, slice(0, 4)) > 5 * change(first, second, slice(12, 16))
 
 
 def test_a_wide_picture_is_cropped_in_the_middle(sd: Path) -> None:
     wide = Image.new("RGB", (48, 16), "red")
     wide.paste(picture(1), (16, 0))
-    drawn = [generate(sd, "a cat", steps=2, image=given)[0] for given in (wide, picture(1))]
+    drawn = [generate(sd, "a cat", drawing=Drawing(steps=2), start=StartPicture(p))[0] for p in (wide, picture(1))]
     assert drawn[0].tobytes() == drawn[1].tobytes()
 
 
@@ -106,15 +108,18 @@ def test_a_wrong_start_is_refused_before_anything_is_drawn(sd: Path) -> None:
         ({"strength": 0.0}, "strength 0: give a number above 0, up to 1"),
         ({"strength": 1.01}, "strength 1.01: give"),
         ({"strength": float("nan")}, "strength nan: give"),
-        ({"strength": 0.3, "steps": 3}, "of 3 steps that is not one: give 0.34 or more"),
+        ({"strength": 0.3}, "of 3 steps that is not one: give 0.34 or more"),
         ({"mask": Image.new("L", (8, 16), "white")}, "has 8 x 16 px, its picture 16 x 16: give a mask of the pict"),
         ({"mask": Image.new("L", (16, 16))}, "mask: has no white"),
     ):
         with pytest.raises(UserError, match=message):
-            generate(sd, "a cat", image=picture(1), **given)
-    for name, value in (("mask", HALF), ("strength", 0.5)):
-        with pytest.raises(UserError, match=f"{name}: is for a picture to start from"):
-            generate(sd, "a cat", **{name: value})
+            generate(sd, "a cat", drawing=Drawing(steps=3), start=StartPicture(picture(1), **given))
+
+
+@pytest.mark.parametrize("option", ["--mask", "--strength"])
+def test_a_mask_or_strength_without_a_picture_is_refused(option: str, capsys, sd: Path, tmp_path: Path) -> None:
+    code, _, err = call(capsys, "generate", sd, "a cat", option, "0.5", "-o", tmp_path / "out")
+    assert code == 2 and f"{option}: is for a picture to start from: add --image" in err
 
 
 def test_the_verb_draws_what_the_function_draws(capsys, sd: Path, tmp_path: Path) -> None:
@@ -125,7 +130,7 @@ def test_the_verb_draws_what_the_function_draws(capsys, sd: Path, tmp_path: Path
     code, out, _ = call(capsys, "generate", sd, "a cat", *start, *flags)
     assert code == 0
     drawn = [Image.open(path).tobytes() for path in json.loads(out.splitlines()[-1])["pictures"]]
-    ours = generate(sd, "a cat", num_images=2, steps=2, image=picture(1), mask=HALF, strength=0.5)
+    ours = generate(sd, "a cat", num_images=2, drawing=Drawing(steps=2), start=StartPicture(picture(1), 0.5, HALF))
     assert drawn == [p.tobytes() for p in ours]
 
 

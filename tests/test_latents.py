@@ -1,15 +1,19 @@
 """The cache: what it stores, that it can be killed, and that it is refused where it does not belong."""
 
+import io
 import json
 import shutil
+import tarfile
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_pictures, make_pipeline
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from prunet import Cache, Teacher, UserError, cache
 from prunet.data import cache as blocks
@@ -325,3 +329,49 @@ def test_a_saved_dataset_of_pictures_makes_the_cache_of_its_folder(sd, pictures,
     # Not their bytes: a block's checksum is bound to the source that its cache is made of.
     ours, theirs = (load_file(made.folder / "shard-00000.safetensors") for made in caches)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, monkeypatch) -> None:
+    """Captions, pictures and labels are held a block at a time; what is encoded does not matter here."""
+    small = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(small, "PNG")
+
+    def write(teacher, data, path, group, *_) -> None:
+        label = {"captions": [picture.captions[0] for picture in group], "skipped": [], "count": len(group)}
+        save_file({"mean": torch.zeros(1)}, path, metadata={"label": json.dumps(label)})
+
+    monkeypatch.setattr(latents, "encode_block", write)
+    teacher = SimpleNamespace(are_cut=lambda captions: [False] * len(captions))
+
+    def peak(count: int) -> int:
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        with tarfile.open(folder / "a.tar", "w") as tar:
+            for number in range(count):
+                for ending, contents in (("png", small.getvalue()), ("txt", f"{number} {'a' * 2000}".encode())):
+                    member = tarfile.TarInfo(f"{number:06d}.{ending}")
+                    member.size = len(contents)
+                    tar.addfile(member, io.BytesIO(contents))
+        tracemalloc.start()
+        blocks = latents._encode_pictures(teacher, Data(source=str(folder / "a.tar")), folder, 16, 0, lambda _: {})
+        latents.finish(teacher, Data(source=str(folder / "a.tar")), folder, blocks)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    peak(256)  # what is imported and kept once
+    assert peak(3072) < peak(512) + 1_500_000, "all captions together are 6 MB"
+
+
+def test_opening_reads_the_index_alone_and_groups_are_those_of_the_blocks(sdxl, tmp_path, monkeypatch) -> None:
+    folder = make_pictures(tmp_path / "p", count=6, size=40)
+    for number in (1, 4):
+        Image.new("RGB", (80, 40)).save(folder / f"{number:03d}.png")
+    made = cache(Teacher(sdxl), Data(source=str(folder), buckets=True), tmp_path / "c")
+    monkeypatch.setattr(blocks, "safe_open", None)
+    opened = Cache.open(tmp_path / "c")
+    monkeypatch.undo()
+    assert sorted(map(list, opened.groups)) == [[0, 2, 3, 5], [1, 4]]
+    assert [{opened.size_of(i) for i in group} for group in opened.groups] == [
+        {tuple(made.sample(group[0]).mean.shape[1:])} for group in made.groups
+    ]

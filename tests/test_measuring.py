@@ -27,7 +27,7 @@ from prunet.disk.seals import SEAL
 from prunet.evaluation import extraction, metrics
 from prunet.evaluation.measures import Measures, read_measures
 from prunet.evaluation.networks import Clip
-from prunet.evaluation.protocol import Protocol, load_protocol, protocol_names, protocol_prompts
+from prunet.evaluation.protocol import Protocol, ProtocolFiles, load_protocol, protocol_names, protocol_prompts
 from prunet.recipe.prompts import prompts_hash, read_prompt_file
 from prunet.sampling import shards
 from prunet.sampling.shards import draw_shards, read_shard
@@ -94,7 +94,7 @@ def protocol(clip: Path) -> Path:
 
 def run(sd: Path, protocol: Path, folder: Path, **options) -> Measures:
     chosen, beside = load_protocol(protocol)
-    return measure(sd, chosen, protocol_prompts(chosen, beside, None), folder, beside=beside, **options)
+    return measure(sd, chosen, protocol_prompts(chosen, beside, None), folder, files=ProtocolFiles(beside, **options))
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,13 @@ from prunet import Teacher, UserError, generate
 from prunet.exports.openvino import export_openvino, open_decoder
 from prunet.recipe.values import Drawing
 from prunet.sampling.draw import draw
+from prunet.sampling.made_for import write_made_for
 from prunet.sampling.openvino import OpenVinoPipeline
+from prunet.sampling.start import StartPicture
 
 PROMPTS = ["a red cat", "two dogs"]
 #: openvino_genai cuts pixels down to whole numbers, diffusers rounds them.
-NEAR = 2
+NEAR, NEAR_IN_BF16 = 2, 10
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +56,25 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.processes
 def test_draws_what_diffusers_draws_from_the_same_noise(exported) -> None:
     folder, teacher, how = exported
-    ours, pipe = OpenVinoPipeline(folder, "f32"), teacher.pipeline()
+    ours, rounded, pipe = OpenVinoPipeline(folder, "f32"), OpenVinoPipeline(folder, "bf16"), teacher.pipeline()
     assert (ours.made_for, ours.native_size) == (how, teacher.native_size)
     for size in (teacher.native_size, 2 * teacher.native_size):
-        theirs = draw(pipe, PROMPTS, [3, 4], how, size=size)
+        theirs = list(draw(pipe, PROMPTS, [3, 4], how, size=size))
         for a, b in zip(ours.draw(PROMPTS, [3, 4], how, size), theirs, strict=True):
             assert _apart(a, b) <= NEAR
+        for a, b in zip(rounded.draw(PROMPTS, [3, 4], how, size), theirs, strict=True):
+            assert _apart(a, b) <= NEAR_IN_BF16
+
+
+@pytest.mark.processes
+def test_draws_what_diffusers_draws_with_noise_at_every_step(exported, tmp_path) -> None:
+    folder, teacher, how = exported
+    lcm = how.model_copy(update={"sampler": "lcm"})
+    shutil.copytree(folder, tmp_path / "lcm")
+    write_made_for(tmp_path / "lcm", lcm)
+    theirs = draw(teacher.pipeline(), PROMPTS, [3, 4], lcm, size=teacher.native_size)
+    for a, b in zip(OpenVinoPipeline(tmp_path / "lcm", "f32").draw(PROMPTS, [3, 4], lcm), theirs, strict=True):
+        assert _apart(a, b) <= NEAR
 
 
 def _apart(a: Image.Image, b: Image.Image) -> int:
@@ -107,6 +122,9 @@ def test_eight_bits(bits, run_folder, tmp_path, capsys) -> None:
     assert code == 0 and facts["output"] == str(folder) and facts["bits"] == bits
     weights = sum(p.numel() for p in Teacher(run_folder / "pipeline").unet.parameters())
     assert (folder / "unet" / "openvino_model.bin").stat().st_size < 1.5 * weights  # 16 bits are 2 bytes each
+    text = Teacher(run_folder / "pipeline").text_part("text_encoder")
+    weights = sum(p.numel() for p in text.parameters())
+    assert (folder / "text_encoder" / "openvino_model.bin").stat().st_size < 1.5 * weights
     types = re.findall(r'type="(\w+)"', (folder / "unet" / "openvino_model.xml").read_text())
     assert ("FakeQuantize" in types) == (bits == "int8")
     if bits == "int8":
@@ -140,9 +158,9 @@ def test_a_folder_draws_only_as_it_can(exported) -> None:
     with pytest.raises(UserError, match=r"a pipeline for OpenVINO.*give the folder or run"):
         Teacher(folder)
     with pytest.raises(UserError, match=r"sampler: .* draws with its own"):
-        generate(folder, "a cat", sampler="euler")
+        generate(folder, "a cat", drawing=Drawing(sampler="euler"))
     with pytest.raises(UserError, match="draws without image"):
-        generate(folder, "a cat", image=Image.new("RGB", (16, 16)))
+        generate(folder, "a cat", start=StartPicture(Image.new("RGB", (16, 16))))
     with pytest.raises(UserError, match="not a multiple of"):
         generate(folder, "a cat", size=12)
 

@@ -11,8 +11,10 @@ from test_cli import call
 
 from prunet.disk.files import read_json, write_json
 from prunet.disk.ownership import hold, worker_of
+from prunet.report.live import write_live
 from prunet.runs import doctor
 from prunet.runs.listing import find_runs
+from prunet.runs.watching import look
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,3 +78,33 @@ def test_shells_complete_verbs(shell, capfd, monkeypatch) -> None:
     monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
     code, out, _ = call(capfd)
     assert code == 0 and "inspect" in out and "estimate" not in out
+
+
+def test_watch_says_what_a_run_does_and_writes_a_page_that_reads_itself_again(capsys, finished, tmp_path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    now = look(run)
+    assert (now["step"], now["next"], now["worker"]) == (None, [], None)
+    steps = read_json(run / "steps.json")
+    write_json(run / "steps.json", {key: steps[key] for key in ("plan", "build", "cache")})
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("steps: 2\n", "steps: 10\n", 1))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with hold(run, "run"):
+        before |= {run / ".prunet.lock": (run / ".prunet.lock").stat().st_mtime_ns}
+        code, out, _ = call(capsys, "watch", run, "--json")
+        now = json.loads(out.splitlines()[-1])
+        assert code == 0 and "process" in now["worker"]
+        assert (now["step"], now["done"], now["of"]) == ("stage-1", 2, 10)
+        assert now["next"] == ["evaluate", "export", "report"]
+        assert now["seconds"] == pytest.approx(8 * 2 / now["last"]["images_per_s"])
+        assert now["sheet"].endswith("step-0000002.png") and now["devices"][0]["total"] > 0
+        write_live(run, now, [("left", "1 h")], tmp_path / "live.html", 5)
+    page = (tmp_path / "live.html").read_text()
+    assert 'http-equiv="refresh" content="5"' in page and "stage-1, 2 of 10 steps" in page and "data:image/" in page
+    code, out, _ = call(capsys, "watch", run, "--page", tmp_path / "live.html")  # nobody works there any more
+    assert code == 0 and "resumes it" in out and "refresh" not in (tmp_path / "live.html").read_text()
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    (tmp_path / "mine.html").write_text("a page of the user's")
+    assert call(capsys, "watch", run, "--page", tmp_path / "mine.html")[0] == 2
+    assert call(capsys, "watch", tmp_path)[0] == 2

@@ -18,6 +18,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
@@ -28,7 +29,8 @@ from prunet import Drawing, Teacher, UserError, build, export, generate, load_pl
 from prunet.denoisers.freeze import freeze
 from prunet.exports.folder import check_export
 from prunet.exports.single_file import export_single_file
-from prunet.sampling.draw import SAMPLERS, decode, draw, draw_latents, set_sampler
+from prunet.sampling.draw import decode, draw, draw_latents
+from prunet.sampling.samplers import SAMPLERS, set_sampler
 from prunet.student.student import state_hash
 
 KINDS = [("sd", "bk-tiny"), ("sdxl", "ssd-1b")]
@@ -126,7 +128,9 @@ def test_single_file_opens_again(kind, plan, exported, tmp_path) -> None:
     assert again.unet_config == Teacher(made.folder).unet_config
     for a, b in ((again.unet, made.student), (again.vae, made.teacher.vae)):
         assert state_hash(a) == state_hash(b)
-    pictures = [generate(m, "a cat", steps=1)[0].tobytes() for m in (made.folder, tmp_path / "one.safetensors")]
+    pictures = [
+        generate(m, "a cat", drawing=Drawing(steps=1))[0].tobytes() for m in (made.folder, tmp_path / "one.safetensors")
+    ]
     assert pictures[0] == pictures[1]
     config = tmp_path / "one.config" / "vae" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.5}))
@@ -156,6 +160,7 @@ STOCK = {
     "pndm": (PNDMScheduler, {"skip_prk_steps": True}),
     "euler": (EulerDiscreteScheduler, {}),
     "euler-a": (EulerAncestralDiscreteScheduler, {}),
+    "lcm": (LCMScheduler, {"set_alpha_to_one": True}),
     "unipc": (UniPCMultistepScheduler, {}),
 }
 
@@ -180,14 +185,14 @@ def test_every_sampler_draws_what_its_scheduler_draws_in_stock_diffusers(sd, ope
 
 
 def test_same_seed_same_picture(sd) -> None:
-    a, b = (generate(sd, "a cat", num_images=2, steps=1, seed=4) for _ in range(2))
+    a, b = (generate(sd, "a cat", num_images=2, drawing=Drawing(steps=1), seed=4) for _ in range(2))
     assert [x.tobytes() for x in a] == [x.tobytes() for x in b]
     assert a[0].tobytes() != a[1].tobytes()
 
 
 def test_pictures_are_written_as_they_are_drawn(sd, tmp_path, monkeypatch) -> None:
     paths = [tmp_path / f"{i}.png" for i in range(6)]
-    whole = generate(sd, "a cat", num_images=6, steps=1)
+    whole = generate(sd, "a cat", num_images=6, drawing=Drawing(steps=1))
     drawn = []
 
     def second_batch_fails(*args):
@@ -198,14 +203,14 @@ def test_pictures_are_written_as_they_are_drawn(sd, tmp_path, monkeypatch) -> No
 
     monkeypatch.setattr("prunet.sampling.draw.decode", second_batch_fails)
     with pytest.raises(KeyboardInterrupt):
-        generate(sd, "a cat", num_images=6, steps=1, save_to=paths)
+        generate(sd, "a cat", num_images=6, drawing=Drawing(steps=1), save_to=paths)
     assert sorted(tmp_path.iterdir()) == paths[:4]
     assert [Image.open(path).tobytes() for path in paths[:4]] == [x.tobytes() for x in whole[:4]]
 
 
 def test_unknown_sampler_and_size_are_refused(sd) -> None:
     with pytest.raises(UserError, match="dpmsolver"):
-        generate(sd, "a", sampler="best")
+        generate(sd, "a", drawing=Drawing(sampler="best"))
     with pytest.raises(UserError, match="multiple of 16"):
         generate(sd, "a", size=24)
 
@@ -218,7 +223,7 @@ def test_fp16_only_teacher_opens(sd, tmp_path) -> None:
         shutil.copy(tmp_path / "v" / part / f"{name}.fp16.safetensors", folder / part)
     teacher = Teacher(folder)
     assert teacher.unet.dtype == torch.float32
-    assert len(generate(folder, "a", steps=1)) == 1
+    assert len(generate(folder, "a", drawing=Drawing(steps=1))) == 1
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])

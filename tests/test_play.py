@@ -22,6 +22,7 @@ from prunet.play import page as page_file
 from prunet.play.models import Asked, Player, open_players
 from prunet.recipe.values import Drawing
 from prunet.sampling.draw import open_model
+from prunet.sampling.start import StartPicture
 
 HOW = Drawing(steps=2, guidance_scale=2.0, sampler="ddim")
 ASKED = {"prompt": "a cat", "seed": 4, "size": 16, "drawing": HOW}
@@ -36,9 +37,8 @@ def players(finished: Path) -> list[Player]:
 def test_a_run_is_its_teacher_and_its_student_at_equal_noise(players, finished, sd) -> None:
     assert [player.name for player in players] == ["teacher", "student"]
     drawn = [player.draw(Asked(**ASKED)) for player in players]
-    how = HOW.model_dump()
     for one, model in zip(drawn, (sd, finished), strict=True):
-        assert one.picture.tobytes() == generate(model, "a cat", seed=4, **how)[0].tobytes()
+        assert one.picture.tobytes() == generate(model, "a cat", drawing=HOW, seed=4)[0].tobytes()
         assert one.seconds > 0 and one.drawing == HOW
         weights = sum(p.nbytes for p in open_model(model).unet.parameters()) / 2**20
         assert one.peak_memory_mb is None or one.peak_memory_mb > weights
@@ -48,7 +48,7 @@ def test_from_a_picture(players, finished, sd) -> None:
     start = Image.new("RGB", (20, 16), "red")
     for player, model in zip(players, (sd, finished), strict=True):
         drawn = player.draw(Asked(**ASKED, image=start, strength=0.5)).picture
-        expected = generate(model, "a cat", seed=4, image=start, strength=0.5, **HOW.model_dump())[0]
+        expected = generate(model, "a cat", drawing=HOW, start=StartPicture(start, 0.5), seed=4)[0]
         assert drawn.tobytes() == expected.tobytes()
 
 

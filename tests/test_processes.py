@@ -18,13 +18,13 @@ from prunet.training.fsdp import local, piece, whole
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def write_recipe(folder: Path, teacher: Path, pictures: Path) -> Path:
+def write_recipe(folder: Path, teacher: Path, pictures: Path, **stage: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     value = {
         "teacher": str(teacher),
         "plan": "bk-small",
         "data": {"source": str(pictures)},
-        "stages": [{"steps": 6, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 2, "ema_decay": 0.9}],
+        "stages": [{"steps": 6, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 2, "ema_decay": 0.9, **stage}],
         "evaluation": {"prompts": ["a cat", "a dog", "a red square", "two", "three"], "steps": 2},
         "sheet": {"every": 3},
         "checkpoint_every": 2,
@@ -50,10 +50,10 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "stage-1" / "log.jsonl").read_text().splitlines()]
 
 
-def assert_same(one: Path, other: Path) -> None:
+def assert_trained_the_same(one: Path, other: Path) -> None:
     """Equal caches, losses within 1e-5, and students within what so many steps make of the rounding."""
-    for file in sorted((one / "cache").glob("[!.]*")):  # but for the mark and the lock, which tell the time
-        assert file.read_bytes() == (other / "cache" / file.name).read_bytes(), file.name
+    for file in sorted(one.glob("cache*/[!.]*")):  # but for the mark and the lock, which tell the time
+        assert file.read_bytes() == (other / file.relative_to(one)).read_bytes(), file
     ours, theirs = rows(one), rows(other)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs] == [2, 3, 4, 6]
     for a, b in zip(ours, theirs, strict=True):
@@ -63,6 +63,11 @@ def assert_same(one: Path, other: Path) -> None:
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-4, msg=name)
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """The same with equal evaluations."""
+    assert_trained_the_same(one, other)
     before, after = (json.loads((run / "evaluation" / "evaluation.json").read_text()) for run in (one, other))
     assert before["distance"]["before"] == after["distance"]["before"]
     assert before["distance"]["after"]["denoiser"] == pytest.approx(after["distance"]["after"]["denoiser"], rel=1e-3)
@@ -86,6 +91,17 @@ def test_two_processes_equal_one(alone: Path, teacher: Path, pictures: Path, tmp
     do(2, "run", str(recipe))
     assert_same(alone, tmp_path / "run")
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("objective", ["trajectory", "distribution"])
+def test_two_processes_draw_the_same_paths_and_learn_the_same_jumps(objective, teacher, pictures, tmp_path) -> None:
+    few_steps = {"objective": objective, "guidance_scale": 2, "jumps": 2, "path_steps": 4}
+    for processes in (1, 2):
+        do(processes, "distil", str(write_recipe(tmp_path / str(processes), teacher, pictures, **few_steps)))
+    one, two = (tmp_path / str(processes) / "run" for processes in (1, 2))
+    assert len(list(one.glob("cache-paths/shard-*"))) > 1  # so that both have some
+    assert_trained_the_same(one, two)
 
 
 @pytest.mark.processes

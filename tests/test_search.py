@@ -193,7 +193,8 @@ def test_latency_is_timed_and_keeps_its_budget(space, searched, tmp_path, monkey
 def test_students_recover_and_the_untrained_one_may_stay(space, finished, tmp_path, monkeypatch) -> None:
     scores = Scores(space.teacher, open_examples(space.teacher, ["a cat"], file=tmp_path / "examples"), tmp_path)
     students = [derive(space.config, load_plan(name)) for name in ("bk-base", "bk-small")]
-    monkeypatch.setattr(recovery, "RUNGS", ((0.5, 2), (1.0, 1)))
+    for name, value in {"FIRST": 0, "SHARE": 0.5, "LAST": 1}.items():  # presets are trained all the same
+        monkeypatch.setattr(recovery, name, value)
     found = recover(students, scores, finished, 2, tmp_path / "recovery", RUNTIME)
     assert sorted(sorted(steps) for steps in found.values()) == [[1], [1, 2]]
     monkeypatch.setattr(recovery, "_train", lambda *_: pytest.fail("trained again"))

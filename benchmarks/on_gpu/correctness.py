@@ -257,8 +257,9 @@ def _pictures(setting: Setting) -> Iterator[Result]:
     """emoji-sd draws the same twice, and what the CPU draws."""
 
     def pictures(device: str, dtype: torch.dtype) -> np.ndarray:
-        given: dict[str, Any] = {"steps": 4 if setting.smoke else 15, "guidance_scale": 2.0, "seed": 3}
-        drawn = prunet.generate(EMOJI, "a noto emoji of red heart", num_images=2, device=device, dtype=dtype, **given)
+        how = prunet.Drawing(steps=4 if setting.smoke else 15, guidance_scale=2.0)
+        model = prunet.Model(EMOJI, device=device, dtype=dtype)
+        drawn = prunet.generate(model, "a noto emoji of red heart", num_images=2, drawing=how, seed=3)
         return np.stack([np.asarray(picture, dtype=np.float64) / 255 for picture in drawn])
 
     def compared() -> Result:

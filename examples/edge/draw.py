@@ -36,18 +36,22 @@ def main() -> None:
     how = json.loads((given.folder / "model_index.json").read_text())["_made_for"]
     size = given.size or json.loads((given.folder / "openvino.json").read_text())["size"]
     options = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": given.threads}
-    pipe = openvino_genai.Text2ImagePipeline(str(given.folder), "CPU", **options)
+    chosen = {"num_inference_steps": given.steps or how["steps"], "guidance_scale": how["guidance_scale"]}
+    pipe = openvino_genai.Text2ImagePipeline(str(given.folder))
+    pipe.reshape(1, size, size, chosen["guidance_scale"])  # of one known size: a tenth faster, a tenth less memory
+    pipe.compile("CPU", **options)
     print(f"loaded in {time.perf_counter() - BEGAN:.2f} s")
 
     seconds = []
     for seed in range(given.repeat):
         start = time.perf_counter()
-        chosen = {"num_inference_steps": given.steps or how["steps"], "guidance_scale": how["guidance_scale"]}
         picture = pipe.generate(given.prompt, width=size, height=size, rng_seed=seed, **chosen)
         Image.fromarray(picture.data[0]).save(given.output)
         seconds.append(time.perf_counter() - start)
+        if seed == 0:
+            print(f"first picture after {time.perf_counter() - BEGAN:.2f} s")
     print(f"{given.output}: {chosen['num_inference_steps']} steps in {statistics.median(seconds):.2f} s")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
     print(f"peak memory {peak:.0f} MB, torch {'is' if 'torch' in sys.modules else 'is not'} imported")
 
 

@@ -35,7 +35,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: The verbs as `prunet --help` shows them, by what a user wants.
 PANELS = {
     "Begin": ("doctor", "inspect", "plans", "new", "search"),
-    "Make a student": ("run", "estimate", "list", "cache", "distil", "evaluate", "ablate"),
+    "Make a student": ("run", "estimate", "list", "watch", "cache", "distil", "evaluate", "ablate"),
     "Use it": ("generate", "play", "personalize", "adapt", "export", "decoder"),
     "Measure and compare": ("measure", "protocols", "bench", "compare"),
     "Files": ("build", "convert"),

@@ -40,10 +40,12 @@ def export(
     ] = False,
     int8: Annotated[
         bool,
-        typer.Option("--int8", help="With --openvino: the U-Net in 8 bits, activations too; the least exact."),
+        typer.Option(
+            "--int8", help="With --openvino: weights in 8 bits, the U-Net's activations too; the least exact."
+        ),
     ] = False,
     int8_weights: Annotated[
-        bool, typer.Option("--int8-weights", help="With --openvino: only the U-Net's weights in 8 bits.")
+        bool, typer.Option("--int8-weights", help="With --openvino: weights of U-Net and text encoders in 8 bits.")
     ] = False,
     decoder: Annotated[
         Path | None,

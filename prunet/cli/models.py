@@ -1,6 +1,5 @@
 """Verbs for models: inspect a plan, build a student, draw with it."""
 
-import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ from prunet.cli.options import (
     PromptsOption,
     TeacherArgument,
     app,
+    drawing_asked,
     open_recipe,
     say,
     with_runtime,
@@ -222,7 +222,7 @@ def generate(
     size: Annotated[int | None, typer.Option(min=8, max=4096, help="Pixels; the model's own by default.")] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(help="dpmsolver++ (the default), ddim, ddim-trailing, pndm, euler, euler-a or unipc."),
+        typer.Option(help="dpmsolver++ (the default), ddim, ddim-trailing, pndm, euler, euler-a, lcm or unipc."),
     ] = None,
     image: Annotated[Path | None, typer.Option(help="Picture to start from (image to image).")] = None,
     strength: Annotated[
@@ -243,8 +243,9 @@ def generate(
     from prunet.data.pictures import read_picture
     from prunet.disk.files import check_writable
     from prunet.disk.ownership import check_file, check_place, hold
-    from prunet.sampling.draw import PICTURE_FORMATS, is_drawn
+    from prunet.sampling.draw import PICTURE_FORMATS, Model, is_drawn
     from prunet.sampling.draw import generate as draw_pictures
+    from prunet.sampling.start import StartPicture
 
     one_file = output.suffix.lower() in PICTURE_FORMATS
     if one_file and num_images > 1:
@@ -254,29 +255,26 @@ def generate(
     if not one_file:
         check_place(output, "pictures", "--output", [Path(model)])
     check_writable(output.parent if one_file else output, "--output")
-    if guidance_scale is not None and not math.isfinite(guidance_scale):
-        raise UserError(f"--guidance-scale {guidance_scale}: give a number, such as 7.5")
+    drawing = drawing_asked(steps, guidance_scale, sampler)
     paths = [output] if one_file else [output / f"{seed + i:06d}.png" for i in range(num_images)]
     for path in paths:
         check_file(path, "picture", "--output", is_drawn, [read for read in (image, mask) if read])
         if not one_file and path.exists() and not is_drawn(path, prompt):
             raise UserError(f"--output {path}: shows another prompt: give another folder, or another --seed")
-    start = {name: read_picture(path, f"--{name}") for name, path in (("image", image), ("mask", mask)) if path}
+    start = None
+    if image is not None:
+        start = StartPicture(read_picture(image, "--image"), strength, read_picture(mask, "--mask") if mask else None)
+    elif (strength, mask) != (None, None):
+        raise UserError(f"--{'mask' if strength is None else 'strength'}: is for a picture to start from: add --image")
     with nullcontext() if one_file else hold(output, "pictures"):
         draw_pictures(
-            model,
+            Model(model, config, runtime.torch_device, runtime.dtype),
             prompt,
             num_images=num_images,
-            steps=steps,
-            guidance_scale=guidance_scale,
+            drawing=drawing,
+            start=start,
             seed=seed,
             size=size,
-            sampler=sampler,
-            config=config,
-            device=runtime.torch_device,
-            dtype=runtime.dtype,
             save_to=paths,
-            strength=strength,
-            **start,
         )
     say(as_json, {"pictures": [str(p) for p in paths]}, "\n".join(str(p) for p in paths))

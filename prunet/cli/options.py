@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -206,6 +207,19 @@ def _check_tracker(tracker: str) -> None:
     available = [str(t.value if hasattr(t, "value") else t) for t in get_available_trackers()]
     if tracker not in available:
         raise UserError(f"--tracker {tracker}: not installed; available: {', '.join(available) or 'none'}")
+
+
+def drawing_asked(steps: int | None, guidance_scale: float | None, sampler: str | None) -> Any:
+    """Returns a `Drawing` that sets what was asked for.
+
+    Raises:
+        UserError: the guidance is not a finite number.
+    """
+    from prunet.recipe.values import Drawing
+
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise UserError(f"--guidance-scale {guidance_scale}: give a number, such as 7.5")
+    return Drawing.given(steps=steps, guidance_scale=guidance_scale, sampler=sampler)
 
 
 def named_files(given: list[str] | None, examples: str) -> dict[str, Path]:

@@ -1,5 +1,7 @@
 """Verbs that only look: the runs in a folder, and what prunet has to work with here."""
 
+import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +36,82 @@ def _runs_view(runs: list[dict[str, Any]]) -> Any:
         distance = " → ".join(map(number, before_after)) if None not in before_after else ""
         cells = (run["run"], state, run["plan"] or "", size, distance, f"{many(run['bytes'])}B")
         table.add_row(*map(Text, cells))
+    return table
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="A run folder, of a run at work or not.")],
+    every: Annotated[float, typer.Option(min=0.5, max=3600, help="Seconds from one look to the next.")] = 5,
+    page: Annotated[
+        Path | None, typer.Option(help="Also write this page, which a browser reads again by itself.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Watch a run from another terminal: losses, time left, what comes next, device use, the last sheet.
+
+    Looks until nothing works in the run folder any more; once with --json, or where the output is no terminal and no
+    page is asked for. Nothing is written into the run folder.
+    """
+    from rich.live import Live
+
+    from prunet.console import results
+    from prunet.disk.ownership import check_file
+    from prunet.report.charts import is_page
+    from prunet.report.live import write_live
+    from prunet.runs.watching import look
+
+    if page:
+        check_file(page, "page", "--page", lambda path: is_page(path, "live"))
+    now = look(run)
+    once = as_json or not (page or results.is_terminal)
+    shown = Live(console=results, auto_refresh=False) if results.is_terminal and not as_json else nullcontext()
+    with suppress(KeyboardInterrupt), shown as live:  # Ctrl-C ends the watching, not the run
+        while True:
+            if page:
+                write_live(run, now, _watch_lines(now), page, every)
+            if live:
+                live.update(_watch_view(now), refresh=True)
+            if once or not now["worker"]:
+                break
+            time.sleep(every)
+            now = look(run)
+    if not live:
+        say(as_json, now, _watch_view(now))
+
+
+def _watch_lines(now: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is known of a run: names and texts."""
+    from prunet.words import command, duration, number
+
+    again = "" if now["step"] is None else f": {command('run', now['run'])} resumes it"
+    lines = [("at work", now["worker"].rstrip(",") if now["worker"] else f"nobody on this machine{again}")]
+    if row := now["last"]:
+        losses = [name for name in ("loss", "task", "output", "feature") if name in row]
+        first = now["first"] or row
+        lines.append(("losses", ", ".join(f"{n} {number(first.get(n, row[n]))} → {number(row[n])}" for n in losses)))
+        lines.append(("speed", f"{number(row.get('images_per_s', 0))} images/s, at step {row['step']:,}"))
+    if now["step"] is not None:
+        left = f"{duration(now['seconds'])} of training" if now["seconds"] is not None else "not known before training"
+        lines.append(("left", left))
+        lines.append(("next", ", ".join(now["next"]) or "nothing more"))
+    for device in now["devices"]:
+        memory = f"{device['used'] / 2**30:.1f} of {device['total'] / 2**30:.1f} GiB"
+        lines.append(("device", f"{device['name']}: {device['busy']:.0%} busy, {memory}"))
+    return [*lines, ("sheet", now["sheet"] or "none yet")]
+
+
+def _watch_view(now: dict[str, Any]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    from prunet.report.live import title
+
+    table = Table.grid(padding=(0, 2))
+    table.add_row(Text("run", style="bold"), Text(now["run"]))
+    table.add_row(Text("now", style="bold"), Text(title(now)))
+    for name, text in _watch_lines(now):
+        table.add_row(Text(name, style="bold"), Text(text))
     return table
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prunet.cli.options import ConfigOption, Json, app, named_files, say, with_runtime
+from prunet.cli.options import ConfigOption, Json, app, drawing_asked, named_files, say, with_runtime
 from prunet.errors import UserError
 
 
@@ -66,7 +66,8 @@ def measure(
     """
     from prunet.evaluation.measures import markdown
     from prunet.evaluation.measuring import measure as measure_it
-    from prunet.evaluation.protocol import load_protocol, protocol_prompts
+    from prunet.evaluation.protocol import ProtocolFiles, load_protocol, protocol_prompts
+    from prunet.sampling.draw import Model
 
     chosen, beside = load_protocol(protocol)
     texts = protocol_prompts(chosen, beside, prompts, limit)
@@ -75,18 +76,13 @@ def measure(
     is_run = (Path(model) / "recipe.yaml").is_file()
     if output is None and not is_run:
         raise UserError(f"{model}: not a run folder: give a folder for pictures and numbers with --output FOLDER")
-    files = named_files(weights, "inception=FILE, clip=PATH or dino=PATH")
     result = measure_it(
-        model,
+        Model(model, config, runtime.torch_device),
         chosen,
         texts,
         output or Path(model) / "measured" / chosen.name,
-        beside=beside,
-        real=real,
-        weights=files,
-        config=config,
-        asked={"steps": steps, "guidance_scale": guidance_scale, "sampler": sampler},
-        device=runtime.torch_device,
+        files=ProtocolFiles(beside, real, named_files(weights, "inception=FILE, clip=PATH or dino=PATH")),
+        drawing=drawing_asked(steps, guidance_scale, sampler),
         batch_size=batch_size,
     )
     if result:

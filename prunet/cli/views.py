@@ -1,6 +1,7 @@
 """Plans and estimates as text for the terminal: which parts of the denoiser stay, and what a run costs."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -209,7 +210,7 @@ def estimate_view(this: Any, cost: dict[str, Any]) -> RenderableType:
             name, "[green]done[/]" if state == "done" else state, Text(str(this.result_of(name)), style="dim")
         )
     memory = Table(box=None, padding=(0, 2), title="[bold]Memory of distillation[/]", title_justify="left")
-    for name, count in cost["memory_bytes"].items():
+    for name, count in filter(itemgetter(1), cost["memory_bytes"].items()):
         memory.add_row(name, f"{count / 2**30:8.2f} GiB", style="bold" if name == "total" else None)
     hours = cost["distil_hours"]
     time_text = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
@@ -220,7 +221,15 @@ def estimate_view(this: Any, cost: dict[str, Any]) -> RenderableType:
         f"about [bold]{time_text}[/]"
     )
     title = f"{this.teacher.source} by {this.recipe.plan.name}"
-    return Group(plan_view(this.derived, title), steps, memory, lines, _data(cost))
+    return Group(_cache(cost), plan_view(this.derived, title), steps, memory, lines, _data(cost))
+
+
+def _cache(cost: dict[str, Any]) -> Text:
+    """What the cache takes on the disk."""
+    parts = cost["cache_bytes_per_sample"]
+    each = f"{many(sum(parts.values()))}B a sample ({', '.join(f'{many(b)}B {name}' for name, b in parts.items())})"
+    whole = f"about {many(cost['cache_bytes'])}B{' or more' if cost['or_more'] else ''}, " if cost["samples"] else ""
+    return Text.from_markup(f"[bold]Cache[/]  {whole}{each}")
 
 
 def _data(cost: dict[str, Any]) -> Text:
@@ -229,7 +238,8 @@ def _data(cost: dict[str, Any]) -> Text:
     seen = "counted when they are read"
     if samples:
         most, more = ("at most ", " or more") if cost["or_more"] else ("", "")
-        seen = f"{samples:,}{more}, each seen {most}{cost['images'] / samples:,.1f} times"
+        about, times = "about " if cost["about"] else "", cost["images"] / samples
+        seen = f"{about}{samples:,}{more}, each seen {most}{times:,.1f} times"
     text = Text.from_markup(f"[bold]Samples[/]  {seen}; {size} px")
     if size != native:
         text.append(f", not the {native} px that the teacher was trained on (data.size)", style="yellow")

@@ -8,7 +8,10 @@ A cache folder holds:
   `prompt_embeds` (N, 77, D), and for SDXL `pooled` (N, P) and `time_ids` (N, 6). With `buckets` each sample has its own
   `mean.I` and `std.I`, because sizes differ. A cache of paths has `path` instead (`prunet.data.paths`);
 - `unconditional.safetensors`: the condition of the empty prompt;
-- `cache.json`, once the cache is whole: the number of samples, the skipped pictures, the number of cut captions.
+- `files.json`: the number of samples in each file that was read to its end (`prunet.data.stream`);
+- `cache.json`, once the cache is whole: the index, so that opening reads no block. It has the samples and bytes of each
+  block, for each sample the number of its size as a character (`shapes`), the skipped pictures, and the number of cut
+  captions.
 
 A block is whole or not there, and depends on nothing but the spec, so a killed run resumes at the first missing block.
 Each block carries a checksum, which a process verifies when it first reads the block.
@@ -17,12 +20,16 @@ Each block carries a checksum, which a process verifies when it first reads the 
 import bisect
 import itertools
 import json
+import os
+import string
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -36,6 +43,8 @@ from prunet.teacher.teacher import Teacher
 
 FORMAT = 2
 BLOCK = 256  # samples
+MOST_NAMED = 10_000  # skipped pictures in the index; the labels of the blocks name all
+_CHARACTERS = string.digits + string.ascii_letters + "-_"
 STORED = torch.float16
 _verified: set[tuple[Any, ...]] = set()
 
@@ -56,7 +65,7 @@ class Cache:
     folder: Path
     spec: dict[str, Any]
     counts: tuple[int, ...]  # samples in each block
-    skipped: tuple[tuple[str, str], ...]  # key of a picture, and why it could not be used
+    skipped: tuple[tuple[str, str], ...]  # key of a picture, and why it could not be used; the first `MOST_NAMED`
     groups: tuple[Sequence[int], ...]  # numbers of the samples of each size
 
     @classmethod
@@ -64,25 +73,28 @@ class Cache:
         """Opens a finished cache and checks that its blocks are all there and whole.
 
         Raises:
-            UserError: not a cache, not finished, or a block that does not match its label.
+            UserError: not a cache, not finished, or a block that is missing or of another length.
         """
         folder = Path(folder)
         _opened.cache_clear()  # otherwise the old files of a cache that was deleted and made again stay open
         if not (folder / "cache.json").is_file():
             raise UserError(f"{folder}: no finished cache there; make it with `prunet cache RECIPE`")
-        keys = ("counts", "skipped", "groups", "samples")
+        keys = ("counts", "skipped", "samples")
         index = read_label(folder / "cache.json", keys, "delete it and run the cache again")
         cache = cls(
             folder,
             read_spec(folder),
             tuple(index["counts"]),
             tuple(map(tuple, index["skipped"])),
-            tuple(index["groups"] or [range(index["samples"])]),
+            _groups(index),
         )
-        for block, count in enumerate(cache.counts):
-            found = block_label(block_path(folder, block))["count"]
-            if found != count:
-                raise UserError(f"{block_path(folder, block)}: {found} samples, {count} expected: delete {folder}")
+        found = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+        sizes = index.get("bytes") or [None] * len(cache.counts)  # absent in caches of older versions
+        for path, size in zip(map(partial(block_path, folder), itertools.count()), sizes, strict=False):
+            if path.name not in found:
+                raise UserError(f"{path}: missing: {_again(path)}")
+            if size not in (None, found[path.name]):
+                raise UserError(f"{path}: damaged ({found[path.name]:,} bytes of {size:,}): {_again(path)}")
         return cache
 
     def __len__(self) -> int:
@@ -165,6 +177,22 @@ class Cache:
         """The condition that replaces a dropped caption, as one row."""
         file = _opened(self.folder / "unconditional.safetensors")
         return Condition({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
+
+
+def shapes_text(groups: Sequence[int]) -> str:
+    """The number of each sample's size as one character: a million samples are a million characters of `cache.json`."""
+    return "".join(map(_CHARACTERS.__getitem__, groups))
+
+
+def _groups(index: dict[str, Any]) -> tuple[Sequence[int], ...]:
+    """The numbers of the samples of each size."""
+    if "shapes" not in index:  # an older version wrote the numbers
+        return tuple(index["groups"] or [range(index["samples"])])
+    shapes = np.frombuffer(index["shapes"].encode(), np.uint8)
+    if not len(shapes):
+        return (range(index["samples"]),)
+    found = (np.flatnonzero(shapes == ord(character)).astype(np.int32) for character in _CHARACTERS)
+    return tuple(array("i", numbers.tobytes()) for numbers in found if len(numbers))
 
 
 def block_path(folder: Path, block: int) -> Path:

@@ -4,6 +4,8 @@ The fingerprint decides whether a source is still the same. It covers every byte
 or a picture painted over, at the same size. It does not depend on where the files are. All files are read for it, but
 only once: a cache keeps the state of its files (size, times, inode) in `source.json`, and while that state is the same,
 the files are not read again.
+
+Files behind URLs are known by their names, sizes and marks (`ETag` and the like), and are not read for it.
 """
 
 import os
@@ -13,6 +15,7 @@ from prunet.console import progress
 from prunet.data.cache import read_spec
 from prunet.data.captions import CAPTION_FILES, CAPTION_LISTS
 from prunet.data.listing import Source, source_paths, walk
+from prunet.data.remote import Remote, marks
 from prunet.data.rows import picture_paths
 from prunet.data.sources import is_hub_id
 from prunet.disk.files import read_label, write_json
@@ -28,7 +31,7 @@ _known: dict[str, str] = {}  # state of the files -> fingerprint
 def has_files(source: Source) -> bool:
     """Whether a source has files on this machine."""
     try:
-        return bool(source_paths(source))
+        return any(isinstance(path, Path) for path in source_paths(source))
     except UserError:
         return False
 
@@ -40,6 +43,8 @@ def source_fingerprint(source: Source, made: Path | None = None, image_column: s
     """
     if isinstance(source, str) and is_hub_id(source):
         return hub_fingerprint(source)
+    if remote := [path for path in source_paths(source) if isinstance(path, Remote)]:
+        return json_hash([marks(remote), source_files(source, image_column)])
     files = _files(source, image_column)
     state = _state(files)
     if state not in _known:
@@ -86,7 +91,7 @@ def source_files(source: Source, image_column: str = "image") -> list[tuple[str,
 def _files(source: Source, image_column: str) -> Files:
     """(name, file) of all files, with those that Parquet rows refer to; a name is relative to the source's folder."""
     found: Files = []
-    for root in source_paths(source):
+    for root in (path for path in source_paths(source) if isinstance(path, Path)):
         below = (Path(under, name) for under, names in walk(root) for name in names) if root.is_dir() else ()
         found += [(str(name), root / name) for name in sorted(below)] if root.is_dir() else [(root.name, root)]
         if root.is_file() and root.suffix.lower() == ".parquet":

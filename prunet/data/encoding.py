@@ -4,7 +4,8 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import zip_longest
 from pathlib import Path
@@ -17,11 +18,23 @@ from torch import Tensor
 
 from prunet import processes
 from prunet.console import progress, say
-from prunet.data.cache import BLOCK, FORMAT, STORED, Cache, block_checksum, block_label, block_path, read_spec
+from prunet.data.cache import (
+    BLOCK,
+    FORMAT,
+    MOST_NAMED,
+    STORED,
+    Cache,
+    block_checksum,
+    block_label,
+    block_path,
+    read_spec,
+    shapes_text,
+)
 from prunet.data.contents import has_files, hub_fingerprint, remember, source_fingerprint
 from prunet.data.listing import source_name
 from prunet.data.pictures import BrokenPicture, Picture, bucket_sizes, fit, nearest_size
-from prunet.data.sources import check_source, read_pictures
+from prunet.data.sources import check_source
+from prunet.data.stream import numbered
 from prunet.denoisers.condition import EXACT
 from prunet.disk.files import new_file, read_json, write_json
 from prunet.disk.ownership import check_place, hold
@@ -114,32 +127,41 @@ def begin(teacher: Teacher, data: Data, folder: Path, spec: dict[str, Any]) -> N
 
 def finish(teacher: Teacher, data: Data, folder: Path, blocks: int) -> None:
     """Finishes the cache, and reports skipped pictures and cut captions."""
-    labels = [block_label(block_path(folder, block)) for block in range(blocks)]
-    counts = [label["count"] for label in labels]
-    skipped = [(key, why) for label in labels for key, why in label["skipped"]]
-    if not sum(counts):
+    samples, cut, count, skipped = 0, 0, 0, list[tuple[str, str]]()
+    for label in block_labels(folder, blocks):
+        samples, count = samples + label["count"], count + len(label["skipped"])
+        skipped += label["skipped"][: MOST_NAMED - len(skipped)]
+        cut += sum(teacher.are_cut(label["captions"]))
+    if not samples:
         why = f" (first: {skipped[0][0]}: {skipped[0][1]})" if skipped else ""
         raise UserError(f"{source_name(data.source or '')}: no usable picture with a caption{why}")
     if skipped:
-        say(f"[yellow]{len(skipped)} pictures skipped[/], listed in {escape(str(folder / 'cache.json'))}:")
+        say(f"[yellow]{count:,} pictures skipped[/], listed in {escape(str(folder / 'cache.json'))}:")
         for key, why in skipped[:5]:
             say(f"  {escape(f'{key}: {why}')}")
-    if cut := sum(sum(teacher.are_cut(label["captions"])) for label in labels):
+    if cut:
         say(
-            f"[yellow]{cut:,} of {sum(counts):,} captions are cut:[/] they are longer than the text encoder reads "
+            f"[yellow]{cut:,} of {samples:,} captions are cut:[/] they are longer than the text encoder reads "
             f"('cut' in {escape(str(folder / 'cache.json'))})"
         )
-    finish_cache(folder, blocks, source=data.source, skipped=skipped, cut=cut)
+    more = {"skipped_in_all": count} if count > len(skipped) else {}
+    finish_cache(folder, blocks, source=data.source, skipped=skipped, cut=cut, **more)
+
+
+def block_labels(folder: Path, blocks: int) -> Iterator[dict[str, Any]]:
+    """The labels of all blocks, one at a time: together, the captions of a large cache would take gigabytes."""
+    return (block_label(block_path(folder, block)) for block in range(blocks))
 
 
 def finish_cache(folder: Path, blocks: int, **facts: Any) -> None:
     """Writes `cache.json`, which marks the cache as whole, from the labels of all blocks and `facts`."""
-    labels = [block_label(block_path(folder, block)) for block in range(blocks)]
-    counts = [label["count"] for label in labels]
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for number, shape in enumerate(shape for label in labels for shape in label.get("sizes", [])):
-        groups.setdefault(tuple(shape), []).append(number)
-    about = {"counts": counts, "samples": sum(counts), "groups": list(groups.values())}
+    counts: list[int] = []
+    groups, shapes = dict[tuple[int, ...], int](), array("B")
+    for label in block_labels(folder, blocks):
+        counts.append(label["count"])
+        shapes.extend(groups.setdefault(tuple(shape), len(groups)) for shape in label.get("sizes", []))
+    sizes = [block_path(folder, block).stat().st_size for block in range(blocks)]
+    about = {"counts": counts, "bytes": sizes, "samples": sum(counts), "shapes": shapes_text(shapes)}
     write_json(folder / "cache.json", {"source": None, "skipped": [], "cut": 0, **facts, **about})
 
 
@@ -150,18 +172,25 @@ Kept = Callable[[int], dict[str, Tensor]]
 def _encode_pictures(teacher: Teacher, data: Data, folder: Path, size: int, seed: int, kept: Kept) -> int:
     """Writes the blocks of this process; returns the number of blocks of all processes."""
     assert data.source is not None
-    pictures = read_pictures(data.source, image_column=data.image_column, caption_column=data.caption_column)
-    stream = itertools.islice(pictures, data.limit)
+    pictures, count = max(1, BLOCK // data.views), 0  # in a block; seen
+
+    def is_needed(block: int) -> bool:
+        return processes.is_mine(block) and not block_path(folder, block).is_file()
+
+    def are_needed(numbers: range) -> bool:
+        return bool(numbers) and any(map(is_needed, range(numbers[0] // pictures, numbers[-1] // pictures + 1)))
+
     with progress("Encoding pictures", data.limit) as bar:
-        for block in itertools.count():
-            group = list(itertools.islice(stream, max(1, BLOCK // data.views)))
-            if not group:
-                return block
-            path = block_path(folder, block)
-            if processes.is_mine(block) and not path.is_file():
-                encode_block(teacher, data, path, group, size, seed, kept(block))
-            bar.advance(len(group))
-    raise AssertionError("unreachable")
+        for block, group in itertools.groupby(numbered(data, folder, are_needed), key=lambda at: at[0] // pictures):
+            if is_needed(block):
+                whole = [picture for _, picture in group if picture is not None]
+                encode_block(teacher, data, block_path(folder, block), whole, size, seed, kept(block))
+                last = block * pictures + len(whole) - 1
+            else:
+                last = max(number for number, _ in group)
+            bar.advance(last + 1 - count)
+            count = last + 1
+    return -(-count // pictures)
 
 
 def encode_block(

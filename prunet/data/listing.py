@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from prunet.data.pictures import as_text
+from prunet.data.remote import File, is_url, remotes
 from prunet.errors import UserError
 
 MAX_FILES = 100_000  # files that one name may stand for
@@ -19,8 +20,8 @@ MAX_PATTERN = 1_000  # characters between two slashes of a pattern: the time to 
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
-def source_paths(source: Source) -> list[Path]:
-    """The files and folders that a source names.
+def source_paths(source: Source) -> list[File]:
+    """The files and folders that a source names, and files behind URLs.
 
     Raises:
         UserError: an empty list, nothing there, or a range or pattern of more than `MAX_FILES` files.
@@ -59,12 +60,13 @@ def _ranges(text: str) -> Iterator[str]:
     )
 
 
-def _glob(text: str) -> list[Path]:
+def _glob(text: str) -> Sequence[File]:
+    if is_url(text):
+        return remotes(text)
     if os.path.exists(text):  # first, because a file may have [brackets] in its name
         return [Path(text)]
     if not glob.has_magic(text):
-        download = "; download it first" if "://" in text else ""
-        raise UserError(f"{_short(text)}: no such file or folder{download}")
+        raise UserError(f"{_short(text)}: no such file or folder")
     if not (found := sorted(_matches(text))):
         raise UserError(f"{_short(text)}: no file matches this pattern; fix the pattern or the folder")
     return [Path(name) for name in found]
@@ -129,7 +131,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
 
 
-def labels(paths: Sequence[Path]) -> list[str]:
+def labels(paths: Sequence[File]) -> list[str]:
     """A name for each file: its own, or its path below the common folder where two files have the same name.
 
     Raises:

@@ -13,10 +13,11 @@ from typing import Any
 
 from prunet.data.captions import Columns, captions_of, check_columns
 from prunet.data.pictures import Picture, as_text, broken_picture, extra, make_picture, reason_of
+from prunet.data.remote import File
 from prunet.errors import UserError
 
 
-def read_parquet(columns: Columns, path: Path, label: str) -> Iterator[Picture]:
+def read_parquet(columns: Columns, path: File, label: str) -> Iterator[Picture]:
     """Reads the samples of a Parquet file; damage becomes a last, broken sample.
 
     Raises:
@@ -27,11 +28,12 @@ def read_parquet(columns: Columns, path: Path, label: str) -> Iterator[Picture]:
     try:
         if not path.is_file():
             raise OSError("not a file")  # reading a pipe would block
-        with parquet.ParquetFile(path) as file:
+        folder = path.parent if isinstance(path, Path) else None
+        with path.open("rb") as opened, parquet.ParquetFile(opened) as file:
             captions = _check_columns(str(path), file.schema_arrow.names, columns)
             for batch in file.iter_batches(batch_size=16, columns=[columns[0], *captions]):
                 for row in batch.to_pylist():
-                    yield _from_row(f"{label}/{number:08d}", row, columns[0], captions, path.parent)
+                    yield _from_row(f"{label}/{number:08d}", row, columns[0], captions, folder)
                     number += 1
     except (OSError, ValueError, arrow.ArrowException) as error:
         yield broken_picture(label, f"file cut off or damaged after {number} rows ({reason_of(error)})")

@@ -5,7 +5,6 @@ No sample is lost silently: everything in a shard becomes a picture, or a broken
 
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
@@ -20,6 +19,7 @@ from prunet.data.captions import (
     json_object,
 )
 from prunet.data.pictures import MAX_FILE_MIB, PICTURE_FILES, Picture, as_text, broken_picture, make_picture, reason_of
+from prunet.data.remote import File
 from prunet.errors import UserError
 
 SHARDS = (".tar", ".tar.gz", ".tgz")
@@ -32,7 +32,7 @@ LINK = " (a link)"
 Files = dict[str, bytes | None]  # ending, such as ".jpg" or ".txt" -> contents; None is not read
 
 
-def read_shard(columns: Columns, path: Path, label: str) -> Iterator[Picture]:
+def read_shard(columns: Columns, path: File, label: str) -> Iterator[Picture]:
     """Reads the samples of a shard; keys begin with `label`. Damage becomes a last, broken sample."""
     seen: set[str] = set()
     for samples, (name, files) in enumerate(_samples(path)):
@@ -96,7 +96,7 @@ def _captions(files: Files, column: str | None) -> tuple[tuple[str, ...], str]:
     return (), why
 
 
-def _samples(path: Path) -> Iterator[tuple[str, Files | Exception]]:
+def _samples(path: File) -> Iterator[tuple[str, Files | Exception]]:
     """Yields (name, files) of each sample, and at the end the error if the shard is damaged."""
     current, damage = "", None
     files: Files = {}
@@ -106,6 +106,8 @@ def _samples(path: Path) -> Iterator[tuple[str, Files | Exception]]:
                 yield current, files
                 files = {}
             current, files[ending] = name, data
+    except UserError:  # the network, not the shard
+        raise
     except Exception as error:  # tarfile, gzip and zlib each raise their own for a truncated file
         damage = error
     if files:
@@ -114,11 +116,11 @@ def _samples(path: Path) -> Iterator[tuple[str, Files | Exception]]:
         yield "", damage
 
 
-def _members(path: Path) -> Iterator[tuple[str, str, bytes | None]]:
+def _members(path: File) -> Iterator[tuple[str, str, bytes | None]]:
     """Yields (name, ending, contents if they may be useful) of all members, except folders and hidden files."""
     if not path.is_file():
         raise OSError("not a file")  # reading a pipe would block
-    with tarfile.open(path, "r:*", tarinfo=_Member) as tar:
+    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:*", tarinfo=_Member) as tar:
         while (member := tar.next()) is not None:
             folder, slash, base = member.name.removeprefix("./").rpartition("/")
             stem, dot, ending = base.partition(".")
@@ -126,8 +128,8 @@ def _members(path: Path) -> Iterator[tuple[str, str, bytes | None]]:
             if stem and not member.isdir():
                 limit = MAX_FILE_MIB << 20 if ending in PICTURE_FILES else MAX_TEXT
                 is_read = member.isreg() and ending in (*PICTURE_FILES, *CAPTION_FILES, ".json")
-                file = tar.extractfile(member) if is_read else None
-                data = file.read(min(member.size, limit + 1)) if file else None
+                contents = tar.extractfile(member) if is_read else None
+                data = contents.read(min(member.size, limit + 1)) if contents else None
                 yield folder + slash + stem, ending if member.isreg() else ending + LINK, data
             vars(tar)["members"].clear()  # tarfile would keep the headers of all members
         if tar.fileobj is None:

@@ -1,4 +1,5 @@
 """Sources of pictures: folders, tar shards, Parquet, saved datasets and the Hub, each as one deterministic stream.
+Shards and Parquet may lie behind URLs.
 
 Damage does not stop the stream if reading can continue; a truncated shard is a broken picture under the shard's name. A
 mistake in a list of captions (bad JSON, a missing column, a path outside the folder) is a `UserError` with file and
@@ -40,7 +41,8 @@ def read_pictures(
     - a folder with `metadata.jsonl`, `.csv` or `.parquet` that has the column `file_name` and a caption column: the
       listed pictures are read, and consecutive rows of one picture are its captions;
     - a folder with `cat.txt` (or `cat.caption`) beside `cat.png`: each line is a caption;
-    - WebDataset shards: `a.tar`, `dir/train-*.tar`, `train-{0000..0003}.tar` or a list of these;
+    - WebDataset shards: `a.tar`, `dir/train-*.tar`, `train-{0000..0003}.tar` or a list of these; also by URL
+      (`https://`, `s3://`, `hf://` and what else fsspec reads);
     - `.parquet` files, named in the same ways; a folder that `datasets` saved (`save_to_disk`; of several splits it
       reads `train`; for another give its folder); or `owner/name[:split]` of the Hub. These need `prunet[data]`.
 
@@ -50,20 +52,28 @@ def read_pictures(
     Raises:
         UserError: no such source, a package is missing, or (while reading) a mistake in a list of captions.
     """
+    files = picture_files(source, image_column=image_column, caption_column=caption_column)
+    return chain.from_iterable(pictures for _, pictures in files)
+
+
+def picture_files(
+    source: Source, *, image_column: str = "image", caption_column: str | None = None
+) -> list[tuple[str, Iterator[Picture]]]:
+    """The same by file: (name, its samples); a folder or dataset is one. Nothing is opened before it is read."""
     columns = image_column, caption_column
     if isinstance(source, str) and is_hub_id(source):
-        return read_hub(source, columns)
+        return [(source, read_hub(source, columns))]
     paths = source_paths(source)
-    if len(paths) == 1 and paths[0].is_dir():
-        if saved := saved_dataset(paths[0]):
-            return read_saved(saved, columns)
-        return _read_folder(paths[0], _lists(paths[0]), columns)
+    if len(paths) == 1 and isinstance(folder := paths[0], Path) and folder.is_dir():
+        if saved := saved_dataset(folder):
+            return [("", read_saved(saved, columns))]
+        return [("", _read_folder(folder, _lists(folder), columns))]
     names = labels(paths)
     if all(path.name.lower().endswith(SHARDS) for path in paths):
-        return chain.from_iterable(map(partial(read_shard, columns), paths, names))
+        return list(zip(names, map(partial(read_shard, columns), paths, names), strict=True))
     if all(path.suffix.lower() == ".parquet" for path in paths):
         extra("pyarrow.parquet")
-        return chain.from_iterable(map(partial(read_parquet, columns), paths, names))
+        return list(zip(names, map(partial(read_parquet, columns), paths, names), strict=True))
     what = "pictures come from one folder, or from .tar shards, or from .parquet files"
     raise UserError(f"{paths[0]}{' ...' if len(paths) > 1 else ''}: {what}; name one of these")
 
@@ -87,7 +97,7 @@ def check_source(source: Source, *, image_column: str = "image", caption_column:
         name = source_name(source)
         raise UserError(f"{name}: {why}; give pictures with captions, or name the .tar or .parquet files")
     paths = [] if isinstance(source, str) and is_hub_id(source) else source_paths(source)
-    if len(paths) == 1 and _lists(paths[0]):
+    if len(paths) == 1 and isinstance(paths[0], Path) and _lists(paths[0]):
         for _ in pictures:  # a mistake in line 90,000 shows now, not hours later
             pass
 

@@ -24,7 +24,7 @@ from prunet.disk.reading import check_permission
 from prunet.errors import UserError
 from prunet.evaluation.metrics import Moments
 from prunet.evaluation.networks import Features, file_hash, prepared
-from prunet.evaluation.protocol import NEED_REAL, SUBJECT, Protocol
+from prunet.evaluation.protocol import NEED_REAL, SUBJECT, Protocol, ProtocolFiles
 from prunet.hashing import json_hash
 from prunet.intervals import Array
 from prunet.sampling.shards import SHARD, read_shard
@@ -133,8 +133,8 @@ class Reference:
     files: tuple[Path, ...] = ()
 
     @classmethod
-    def open(cls, protocol: Protocol, real: Path | None, beside: Path | None) -> "Reference | None":
-        """Opens the pictures at `real`, by default the protocol's own file in `beside`; None if it needs none.
+    def open(cls, protocol: Protocol, files: ProtocolFiles) -> "Reference | None":
+        """Opens the real pictures, by default those that lie beside the protocol; None if it needs none.
 
         Raises:
             UserError: the protocol needs real pictures, and they are missing or not the right ones.
@@ -143,32 +143,32 @@ class Reference:
         if protocol.real is None or not (sets or subject):
             return None
         wanted = protocol.real
-        path = real or (beside / wanted.file if beside and wanted.file else None)
+        path = files.real or (files.beside / wanted.file if files.beside and wanted.file else None)
         if path is None:
             raise UserError(f"protocol {protocol.name} compares with real pictures: give --real PATH. {wanted.source}")
         if path.is_dir():
             found = (path / under / name for under, names in walk(path) for name in names)
-            files = tuple(sorted(p for p in found if p.suffix.lower() in PICTURE_FILES and p.is_file()))
-            if len(files) < (fewest := FEWEST if sets else 1):
-                raise UserError(f"--real {path}: {len(files)} pictures in it; {fewest} at least are wanted")
-            if wanted.count not in (None, len(files)):
-                raise UserError(f"--real {path}: {len(files):,} pictures, not {wanted.count:,}. {wanted.source}")
-            content = tag(*(file_hash(file) for file in files))
+            pictures = tuple(sorted(p for p in found if p.suffix.lower() in PICTURE_FILES and p.is_file()))
+            if len(pictures) < (fewest := FEWEST if sets else 1):
+                raise UserError(f"--real {path}: {len(pictures)} pictures in it; {fewest} at least are wanted")
+            if wanted.count not in (None, len(pictures)):
+                raise UserError(f"--real {path}: {len(pictures):,} pictures, not {wanted.count:,}. {wanted.source}")
+            content = tag(*(file_hash(file) for file in pictures))
         elif subject:
             raise UserError(f"--real {path}: {min(subject)} needs the subject's pictures themselves: give their folder")
         elif path.is_file() and path.suffix == ".npz":
-            files, content = (), file_hash(path)
+            pictures, content = (), file_hash(path)
             if others := sorted(NEED_REAL & set(protocol.metrics) - {"fid"}):
                 raise UserError(f"--real {path}: mean and covariance are not enough for {others[0]}: give the pictures")
             if protocol.features != "inception" or len(Moments.load(path).mean) != WIDTH:
                 raise UserError(f"--real {path}: not of the {WIDTH} features of the Inception network")
         elif path.is_file() and path.suffix == ".safetensors":
-            files, content = (), _label(path)["content"]
+            pictures, content = (), _label(path)["content"]
         else:
             raise UserError(f"--real {path}: give a folder of pictures, .safetensors of prunet, or pytorch-fid's .npz")
         if wanted.sha256 not in (None, content):
             raise UserError(f"--real {path}: not what protocol {protocol.name} was made with. {wanted.source}")
-        return cls(path, content, files)
+        return cls(path, content, pictures)
 
     def shards(self) -> list[Shard]:
         """Returns the files in shards of `SHARD` pictures."""

@@ -13,10 +13,11 @@ A stopped measurement resumes, and the processes of `accelerate launch` share it
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 
 from prunet import __version__, processes
@@ -27,13 +28,12 @@ from prunet.evaluation.computing import compute
 from prunet.evaluation.extraction import FEWEST, Reference, drawn_shards, extract, gather, preparation, tag
 from prunet.evaluation.measures import MeasuredModel, Measures, markdown, read_measures
 from prunet.evaluation.networks import INCEPTION_SOURCE, Clip, Dino, Inception
-from prunet.evaluation.protocol import NEED_REAL, SUBJECT, Protocol, differences
+from prunet.evaluation.protocol import NEED_REAL, SUBJECT, Protocol, ProtocolFiles, differences
 from prunet.recipe.prompts import prompts_hash
 from prunet.recipe.values import Drawing
 from prunet.runtime import Runtime
-from prunet.sampling.draw import open_model
+from prunet.sampling.draw import Model, open_model
 from prunet.sampling.made_for import drawing_of
-from prunet.sampling.samplers import SAMPLERS
 from prunet.sampling.shards import draw_shards
 from prunet.teacher.space import check_size
 from prunet.teacher.teacher import Teacher
@@ -41,42 +41,34 @@ from prunet.words import short
 
 
 def measure(
-    model: str | Path,
+    model: str | Path | Model,
     protocol: Protocol,
     prompts: Sequence[str],
     folder: Path | str,
     *,
-    beside: Path | None = None,
-    real: Path | None = None,
-    weights: Mapping[str, Path] | None = None,
-    config: str | None = None,
-    asked: Mapping[str, Any] | None = None,
-    device: torch.device | str = "cpu",
+    files: ProtocolFiles | None = None,
+    drawing: Drawing | None = None,
     batch_size: int = 4,
 ) -> Measures | None:
-    """Draws the prompts with the pipeline at `model` and measures the pictures; returns None but in the main process.
+    """Draws the prompts with a pipeline and measures the pictures; returns None but in the main process.
 
-    What a pipeline says that it was made for (`made_for`) overrides how the protocol draws, and `asked`, values of
-    `Drawing`, overrides both; the result says how it was drawn.
-
-    `beside`: the folder of the protocol's own files. `real`: a folder of pictures, features that an earlier measurement
-    saved, or pytorch-fid's .npz (FID only). `weights`: files of `inception`, `clip` and `dino`.
+    `model`: a pipeline, or its source alone; it draws in the protocol's precision. What it was made for overrides how
+    the protocol draws, and what `drawing` sets overrides both; the result says how it was drawn.
 
     Raises:
         UserError: something is missing or does not fit, or the folder holds other pictures; before anything is drawn.
     """
-    folder, state = Path(folder), processes.join(torch.device(device))
-    run = Path(model) / "pipeline"
-    check_place(folder, "measurement", "--output", [run if run.is_dir() else Path(model), *([real] if real else [])])
-    where = state.device if state.num_processes > 1 else torch.device(device)
-    teacher = _open(model, protocol, config, where)
+    files, opening = files or ProtocolFiles(), model if isinstance(model, Model) else Model(model)
+    folder, source, state = Path(folder), Path(opening.source), processes.join(torch.device(opening.device))
+    read = [source / "pipeline" if (source / "pipeline").is_dir() else source, *([files.real] if files.real else [])]
+    check_place(folder, "measurement", "--output", read)
+    device = state.device if state.num_processes > 1 else torch.device(opening.device)
+    dtype = Runtime(precision=protocol.precision).dtype
+    teacher = _open(replace(opening, device=device, dtype=dtype), protocol)
     said = Drawing(**protocol.model_dump(include=set(Drawing.model_fields)))
-    used = drawing_of(teacher, said, **(asked or {}))
-    if used.sampler not in SAMPLERS:
-        raise UserError(f"no sampler {used.sampler!r}: {', '.join(SAMPLERS)}")
+    used = drawing_of(teacher, said, drawing)
     _check_count(protocol, len(prompts))
-    reference = Reference.open(protocol, real, beside)
-    networks = load_networks(protocol, dict(weights or {}), beside, where)
+    reference, networks = Reference.open(protocol, files), load_networks(protocol, files, device)
     spec = {
         "model": teacher.fingerprint(),
         "prompts_sha256": prompts_hash(prompts),
@@ -112,19 +104,19 @@ def measure(
         found = {name: gather(shards, named[name]) for name in networks}
         hashes = {name: net.hash for name, net in networks.items()}
         result = Measures(
-            model=MeasuredModel(source=short(str(model)), fingerprint=spec["model"], drawn=drawn),
+            model=MeasuredModel(source=short(str(source)), fingerprint=spec["model"], drawn=drawn),
             protocol=_as_used(protocol, spec, hashes, reference.content if reference else None),
             measures=compute(protocol, found, theirs),
-            versions={"prunet": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+            versions={"prunet": __version__, "torch": torch.__version__, "diffusers": version("diffusers")},
         )
         write_text(folder / "measures.md", markdown([result]))
         result.save(folder / "measures.json")
         return result
 
 
-def _open(model: str | Path, protocol: Protocol, config: str | None, device: torch.device) -> Teacher:
-    """Opens the pipeline at `model`, and refuses one that cannot draw what the protocol asks for."""
-    teacher = open_model(model, config=config, device=device, dtype=Runtime(precision=protocol.precision).dtype)
+def _open(model: Model, protocol: Protocol) -> Teacher:
+    """Opens a pipeline, and refuses one that cannot draw what the protocol asks for."""
+    teacher = open_model(model)
     check_size(teacher, protocol.size or teacher.native_size, "size")
     teacher.check_weights()
     return teacher
@@ -212,9 +204,7 @@ def _check_disk(folder: Path, drawing: Mapping[str, Any]) -> None:
         raise UserError(f"--output {folder}: {count:,} pictures need about {need / 1e6:,.1f} MB: give another disk")
 
 
-def load_networks(
-    protocol: Protocol, weights: dict[str, Path], beside: Path | None, device: torch.device | str
-) -> dict[str, Any]:
+def load_networks(protocol: Protocol, files: ProtocolFiles, device: torch.device | str) -> dict[str, Any]:
     """Loads the networks that the protocol's metrics need, by name.
 
     Raises:
@@ -225,12 +215,12 @@ def load_networks(
     needed |= {"inception"} if "is" in wanted else set()
     needed |= {"clip"} if wanted & {"clip_score", "retrieval"} else set()
     needed |= {SUBJECT[name] for name in wanted & SUBJECT.keys()}
-    models = {"clip": protocol.clip, "dino": protocol.dino}
+    weights, models = dict(files.weights), {"clip": protocol.clip, "dino": protocol.dino}
     if strange := set(weights) - {"inception", *models}:
         raise UserError(f"--weights {strange.pop()}=...: give inception=FILE, clip=PATH or dino=PATH")
     for name, model in models.items():
-        if name in needed and model and model.file and beside:
-            weights.setdefault(name, beside / model.file)
+        if name in needed and model and model.file and files.beside:
+            weights.setdefault(name, files.beside / model.file)
     for name in sorted(needed - weights.keys()):
         model = models.get(name)
         where = INCEPTION_SOURCE if name == "inception" else model.source if model else ""

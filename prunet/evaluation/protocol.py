@@ -5,6 +5,7 @@ Numbers by different protocols are not compared. prunet's protocols are the YAML
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,6 +34,19 @@ TITLES = {
     "clip_i": ("CLIP-I", "higher"),
     "dino": ("DINO", "higher"),
 }
+
+
+@dataclass(frozen=True)
+class ProtocolFiles:
+    """Files that a measurement by a protocol needs.
+
+    `beside`: the folder of the protocol's own files. `real`: a folder of pictures, features that an earlier measurement
+    saved, or pytorch-fid's .npz (FID only). `weights`: files of `inception`, `clip` and `dino`.
+    """
+
+    beside: Path | None = None
+    real: Path | None = None
+    weights: Mapping[str, Path] = field(default_factory=dict)
 
 
 class Given(Part):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from prunet.console import quiet_libraries
 from prunet.denoisers.architecture import Net, config_of
@@ -59,8 +59,6 @@ def export(
 
 
 def _write_fp16(folder: Path, teacher: Teacher) -> None:
-    from safetensors.torch import load_file
-
     for part in ("unet", "vae", *teacher.text_encoders):
         for file in (folder / part).glob("*.safetensors"):
             half = {k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}

@@ -30,7 +30,7 @@ from prunet.teacher.configs import read_object
 from prunet.teacher.teacher import Teacher
 
 MODEL = "openvino_model.xml"
-#: What of the denoiser is in 8 bits: weights and activations, or weights alone.
+#: What of the denoiser is in 8 bits: weights and activations, or weights alone; of text encoders always these.
 Bits = Literal["int8", "int8-weights"]
 #: Prompts to calibrate with, and others to compare pictures of.
 PROMPTS = 4
@@ -116,19 +116,19 @@ def _write(teacher: Teacher, vae: Any, folder: Path, drawing: Drawing) -> None:
 
 
 def _quantize(teacher: Teacher, folder: Path, bits: Bits, prompts: Sequence[str], drawing: Drawing) -> dict[str, Any]:
-    """Puts the denoiser in `folder` in 8 bits; returns what was chosen."""
-    ov, path = need("openvino"), folder / "unet" / MODEL
-    chosen: dict[str, Any] = {}
-    model = ov.Core().read_model(path)
-    if bits == "int8":
-        inputs = int8.captured(teacher.pipeline(), prompts, drawing, teacher.native_size)
-        model, chosen = int8.quantize(model, *inputs)
-    else:
-        model = int8.weights_only(model)
-    ov.save_model(model, aside := path.with_name("new.xml"))
-    del model  # it reads from the file that is replaced
-    for suffix in (".xml", ".bin"):
-        aside.with_suffix(suffix).replace(path.with_suffix(suffix))
+    """Puts the denoiser in `folder` in 8 bits, and the weights of the text encoders; returns what was chosen."""
+    core, chosen = need("openvino").Core(), {}
+    for name in ("unet", *teacher.text_encoders):
+        model = core.read_model(path := folder / name / MODEL)
+        if name == "unet" and bits == "int8":
+            inputs = int8.captured(teacher.pipeline(), prompts, drawing, teacher.native_size)
+            model, chosen = int8.quantize(model, *inputs)
+        else:
+            model = int8.weights_only(model)
+        need("openvino").save_model(model, aside := path.with_name("new.xml"))
+        del model  # it reads from the file that is replaced
+        for suffix in (".xml", ".bin"):
+            aside.with_suffix(suffix).replace(path.with_suffix(suffix))
     return chosen
 
 

@@ -17,7 +17,7 @@ from prunet.plan.derived import derive
 from prunet.plan.plan import Plan
 from prunet.recipe.recipe import load_recipe
 from prunet.recipe.values import Drawing
-from prunet.sampling.draw import draw, open_model
+from prunet.sampling.draw import Model, draw, open_model
 from prunet.sampling.made_for import drawing_of
 from prunet.sampling.start import start_from
 from prunet.speed.clock import weights_mb, working_mb
@@ -126,16 +126,16 @@ def open_players(models: Sequence[str], *, config: str | None = None, device: An
     Raises:
         UserError: a model cannot be opened, or two that do not draw pictures of one size.
     """
-    place = {"device": device, "dtype": dtype}
     runs = [Path(model) if (Path(model) / "recipe.yaml").is_file() else None for model in models]
     players = [
-        Player(name, open_model(model, config=config, **place), run)
+        Player(name, open_model(Model(model, config, device, dtype)), run)
         for name, model, run in zip(names_of(models), models, runs, strict=True)
     ]
     if len(players) == 1 and runs[0] is not None:
         recipe = load_recipe(runs[0] / "recipe.yaml")
         source = recipe.stages[-1].teacher or recipe.teacher
-        teacher = Teacher(source.source, config=source.config, revision=source.revision, **place)
+        config, revision = source.config, source.revision
+        teacher = Teacher(source.source, config=config, revision=revision, device=device, dtype=dtype)
         players[0].name = "student"
         players.insert(0, Player("teacher", teacher))
     for player in players:

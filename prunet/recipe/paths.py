@@ -79,6 +79,8 @@ def located(text: Any, may_be_id: bool = False) -> Any:
     if (unset := re.search(r"\$(\w+|\{\w+\})", path)) and not os.path.exists(path):
         raise UserError(f"{text}: the environment variable {unset[0]} is not set: set it, or write the path out")
     there = os.path.join(folder, path)
+    if "://" in path:  # a URL
+        return path
     if folder in ("", ".") or path == "" or os.path.isabs(path):
         return path
     if not _exists(there) and _exists(path):
@@ -105,7 +107,7 @@ def _located_prompts(text: Any) -> Any:
 
 def _absolute(path: str, info: SerializationInfo) -> str:
     """Writes a path in full where the context asks for it; a name or hub id stays."""
-    is_name = path in shipped_names(".txt") or (_ID.fullmatch(path) and not _exists(path))
+    is_name = "://" in path or path in shipped_names(".txt") or (_ID.fullmatch(path) and not _exists(path))
     return path if not info.context or is_name else os.path.abspath(path)
 
 

@@ -39,7 +39,7 @@ class Data(Part):
     """Training data: pictures with captions (`source`), or `prompts` that the teacher draws itself."""
 
     source: PathOrId | list[PathOrId] | None = Field(
-        default=None, description="folder, saved dataset, tar shards, parquet or datasets id"
+        default=None, description="folder, saved dataset, tar shards or parquet (or their URLs), or datasets id"
     )
     prompts: PromptsText | list[str] | None = Field(
         default=None, description="prompts, a text file with one per line, or the name of a list that prunet has"

@@ -70,15 +70,32 @@ def _write_plan(plan: Plan) -> dict[str, Any]:
 PlanValue = Annotated[Any, BeforeValidator(_read_plan), PlainSerializer(_write_plan)]
 
 
-Objective = Literal["distillation", "guidance", "trajectory"]
+Objective = Literal["distillation", "guidance", "trajectory", "consistency", "distribution"]
 #: Objective -> keys that have no meaning for it, and are not written down with it.
 IDLE: dict[str, tuple[str, ...]] = {
-    "distillation": ("objective", "guidance_scale", "jumps", "path_steps", "paths"),
-    "guidance": ("min_snr_gamma", "jumps", "path_steps", "paths"),
-    "trajectory": ("min_snr_gamma", "losses", "caption_dropout"),
+    "distillation": ("objective", "guidance_scale", "jumps", "path_steps", "paths", "jump_weight"),
+    "guidance": ("min_snr_gamma", "jumps", "path_steps", "paths", "jump_weight"),
+    "trajectory": ("min_snr_gamma", "losses", "caption_dropout", "jump_weight"),
+    "consistency": ("min_snr_gamma", "losses", "path_steps", "paths", "jump_weight"),
+    "distribution": ("min_snr_gamma", "losses", "caption_dropout"),
+}
+#: Objective -> those of them that have a meaning if `paths` is given: its inputs are then points of paths.
+ON_PATHS: dict[str, tuple[str, ...]] = {
+    "distillation": ("guidance_scale", "path_steps", "paths"),
+    "guidance": ("path_steps", "paths"),
 }
 #: Objective -> calls of the teacher per sample.
-TEACHER_CALLS = {"distillation": 1, "guidance": 2, "trajectory": 0}
+TEACHER_CALLS = {"distillation": 1, "guidance": 2, "trajectory": 0, "consistency": 2, "distribution": 2}
+#: Objective -> keys that it cannot do without.
+NEEDED: dict[str, tuple[str, ...]] = {
+    "distillation": ("guidance_scale",),
+    "guidance": ("guidance_scale",),
+    "trajectory": ("guidance_scale", "jumps"),
+    "consistency": ("guidance_scale", "jumps"),
+    "distribution": ("guidance_scale", "jumps"),
+}
+#: Objective -> sampler that draws in `jumps` steps.
+FEW_STEP_SAMPLER = {"trajectory": "ddim-trailing", "consistency": "lcm", "distribution": "ddim-trailing"}
 
 
 class Stage(Training):
@@ -89,12 +106,15 @@ class Stage(Training):
     """
 
     objective: Objective = Field(
-        default="distillation", description="what is minimised: see docs/few-steps.md for the other two"
+        default="distillation", description="what is minimised: see docs/few-steps.md for the others"
     )
-    guidance_scale: Weight | None = Field(default=None, description="the teacher's; the student learns to need none")
-    jumps: Steps | None = Field(default=None, description="trajectory only: steps of the student to draw a picture")
-    path_steps: DrawingSteps = Field(default=12, description="trajectory only: steps of the teacher to draw a picture")
-    paths: Steps | None = Field(default=None, description="trajectory only: number of paths; one per sample by default")
+    guidance_scale: Weight | None = Field(
+        default=None, description="the teacher's; the student learns to need none, unless by distillation"
+    )
+    jumps: Steps | None = Field(default=None, description="few steps in which the student learns to draw")
+    path_steps: DrawingSteps = Field(default=12, description="of the teacher to draw a path")
+    paths: Steps | None = Field(default=None, description="number of the teacher's paths; by default one per sample")
+    jump_weight: Weight = Field(default=1.0, description="distribution only: of the loss of trajectory, which is added")
     plan: PlanValue | None = Field(
         default=None, description="an earlier plan that removes less; the recipe's plan if not given"
     )
@@ -107,30 +127,42 @@ class Stage(Training):
     @model_validator(mode="after")
     def _fits_objective(self) -> "Stage":
         name = self.objective
-        if idle := [key for key in IDLE[name] if getattr(self, key) != type(self).model_fields[key].default]:
+        fields = type(self).model_fields
+        if idle := [k for k in IDLE[name] if not self.has(k) and getattr(self, k) != fields[k].default]:
             raise ValueError(f"{idle[0]!r} has no meaning with objective {name}: leave it out")
-        wanted = {"guidance": ("guidance_scale",), "trajectory": ("guidance_scale", "jumps")}.get(name, ())
-        if missing := [key for key in wanted if getattr(self, key) is None]:
+        if missing := [key for key in NEEDED[name] if self.has(key) and getattr(self, key) is None]:
             raise ValueError(f"objective {name} needs {missing[0]!r}")
         if name == "guidance" and self.losses.task:
             raise ValueError("objective guidance needs 'losses.task' 0, because the data teach the unguided output")
-        if self.jumps and self.path_steps % self.jumps:
+        if name == "distillation" and self.paths and self.losses.task:
+            raise ValueError("'paths' need 'losses.task' 0, because guided paths do not lead to the data")
+        if self.jumps and self.has("path_steps") and self.path_steps % self.jumps:
             raise ValueError(f"'jumps' {self.jumps} must divide 'path_steps' {self.path_steps}")
         return self
 
     @model_serializer(mode="wrap")
     def _what_has_a_meaning(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if key not in IDLE[self.objective]}
+        return {key: value for key, value in write(self).items() if self.has(key)}
+
+    def has(self, key: str) -> bool:
+        """Whether a key has a meaning for the objective."""
+        on_paths = self.paths is not None and key in ON_PATHS.get(self.objective, ())
+        return on_paths or key not in IDLE[self.objective]
 
     @property
     def teacher_calls(self) -> int:
         """Calls of the teacher per sample."""
         return TEACHER_CALLS[self.objective]
 
+    @property
+    def companions(self) -> int:
+        """Networks of the student's size that are trained beside it: the fake score."""
+        return int(self.objective == "distribution")
+
     def made_for(self, evaluation: Drawing) -> Drawing | None:
         """How the stage's student draws; None: as the teacher. `evaluation`: how the recipe's teacher draws."""
         if self.jumps:
-            return Drawing(steps=self.jumps, guidance_scale=1, sampler="ddim-trailing")
+            return Drawing(steps=self.jumps, guidance_scale=1, sampler=FEW_STEP_SAMPLER[self.objective])
         if self.objective == "guidance":
             return Drawing(steps=evaluation.steps, guidance_scale=1, sampler=evaluation.sampler)
         return None

@@ -1,6 +1,6 @@
 """Types of values in a recipe: numbers within bounds, and parts that refuse unknown keys."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -36,7 +36,12 @@ class Drawing(Part):
 
     steps: DrawingSteps = Field(default=25, description="steps of the sampler")
     guidance_scale: Weight = Field(default=7.5, description="up to 1: no guidance, half of the calls")
-    sampler: str = Field(default="dpmsolver++", description="or ddim, ddim-trailing, pndm, euler, euler-a, unipc")
+    sampler: str = Field(default="dpmsolver++", description="or ddim, ddim-trailing, pndm, euler, euler-a, lcm, unipc")
+
+    @classmethod
+    def given(cls, **values: Any) -> Self:
+        """Returns a drawing that sets only the values that are not None."""
+        return cls.model_validate({name: value for name, value in values.items() if value is not None})
 
     @property
     def rows(self) -> int:

@@ -154,7 +154,7 @@ def _share_cache(recipe: Recipe, folder: Path) -> Recipe:
     paths: list[dict[str, Any]] = []
     for stage in recipe.stages:
         drawn = {"paths": [stage.paths, stage.path_steps, stage.guidance_scale]}
-        if stage.objective == "trajectory" and drawn not in paths:
+        if stage.has("paths") and drawn not in paths:
             paths.append(drawn)
     name = recipe.fingerprint("teacher", "data", "seed", extra=[*teachers, *paths])
     return recipe.model_copy(update={"cache": str(folder / name)})

@@ -110,7 +110,7 @@ def _check_models(this: "Run") -> None:
     if own and any(getattr(evaluation, key) != value for key, value in own):
         say(f"[yellow]{escape(this.teachers[-1].source)} was made for {own},[/] but evaluation draws in another way")
     for number, stage in enumerate(this.recipe.stages):
-        if stage.jumps:
+        if stage.has("paths") or stage.jumps:
             check_jumps(this.teachers[number], stage, f"stages.{number}")
 
 
@@ -181,7 +181,8 @@ def checkpoint_bytes(this: "Run", todo: Sequence[str]) -> int:
     for number, (stage, derived) in enumerate(zip(this.recipe.stages, this.steps_down, strict=True), 1):
         if f"stage-{number}" not in todo:
             continue
-        size = 16 * derived.student_size.parameters  # weights, their average and two moments, in fp32
+        # Weights, their average and two moments, in fp32; a network beside has no average.
+        size = (16 + 12 * stage.companions) * derived.student_size.parameters
         need += size * min(this.recipe.keep_checkpoints, -(-stage.steps // this.recipe.checkpoint_every))
         need -= sum(f.stat().st_size for f in this.folder.glob(f"stage-{number}/checkpoints/*/*"))
         largest = max(largest, size)
@@ -194,8 +195,8 @@ def _say_what_is_odd(recipe: Recipe) -> None:
     for number, stage in enumerate(recipe.stages, 1):
         if stage.guidance_scale not in (None, drawn := recipe.evaluation.guidance_scale):
             say(
-                f"[yellow]Stage {number} learns guidance {stage.guidance_scale:g},[/] but evaluation draws with the "
-                f"teacher at {drawn:g}"
+                f"[yellow]Stage {number} has the teacher at guidance {stage.guidance_scale:g},[/] but evaluation has "
+                f"it at {drawn:g}"
             )
         if stage.warmup_steps >= stage.steps:
             say(

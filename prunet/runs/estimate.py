@@ -1,5 +1,6 @@
 """Estimates what a recipe would cost: memory from shapes, hours from a few real steps with random weights."""
 
+import math
 import time
 from collections.abc import Sequence
 from itertools import islice
@@ -8,8 +9,10 @@ from typing import Any
 import torch
 
 from prunet import processes
-from prunet.data.contents import has_files
-from prunet.data.sources import read_pictures
+from prunet.data.cache import STORED
+from prunet.data.listing import source_paths
+from prunet.data.remote import Remote, marks
+from prunet.data.sources import is_hub_id, picture_files, read_pictures
 from prunet.denoisers.pairs import Pair
 from prunet.disk.files import read_label
 from prunet.plan.derived import Derived
@@ -46,17 +49,21 @@ def estimate(this: Run) -> dict[str, Any]:
             speeds[key] = each_s, timed
         seconds += speeds[key][0] * stage.steps * stage.batch_size
     images = sum(stage.steps * stage.batch_size for stage in stages)
-    samples, or_more = count_samples(this)
+    samples, how = count_samples(this)
+    each = cache_bytes(this)
     most = max(found, key=lambda parts: sum(parts.values()))
     todo = this.todo()
     return {
         "steps": {name: "to do" if name in todo else "done" for name in this.step_names()},
+        "cache_bytes_per_sample": each,
+        "cache_bytes": sum(each.values()) * samples if samples else None,
         "memory_bytes": {**most, "total": sum(most.values())},
         "micro_batch": this.micro_batch(1 + found.index(most)),
         "timed_micro_batch": min(timed for _, timed in speeds.values()),
         "images": images,
         "samples": samples,
-        "or_more": or_more,
+        "or_more": how == "or more",
+        "about": how == "about",
         "size": this.size,
         "native_size": this.teacher.native_size,
         "seconds_per_image": seconds / images,
@@ -64,19 +71,41 @@ def estimate(this: Run) -> dict[str, Any]:
     }
 
 
-def count_samples(this: Run) -> tuple[int | None, bool]:
-    """Returns the samples that the cache has or will have, None if unknown; and whether there may be more than that."""
+def cache_bytes(this: Run) -> dict[str, int]:
+    """Returns the bytes that a sample takes in the caches of all stages, by part, from shapes alone."""
+    found = {"latents": 0, "text": 0}
+    architecture, config = this.teacher.architecture, this.teacher.unet_config
+    inputs = architecture.example_inputs(config, latent_size=this.latent_size, device="meta")
+    given = [value for name, value in inputs.items() if name not in ("sample", "timestep")]
+    tensors = [tensor for value in given for tensor in (value.values() if isinstance(value, dict) else [value])]
+    text = STORED.itemsize * sum(tensor.numel() for tensor in tensors)
+    latents = STORED.itemsize * this.teacher.part_config("vae")["latent_channels"] * math.prod(this.latent_size)
+    for _ in dict.fromkeys(folder for folder, _ in this.cache_specs):
+        found["latents"] += 2 * latents  # mean and standard deviation
+        found["text"] += text
+    return found
+
+
+def count_samples(this: Run) -> tuple[int | None, str]:
+    """Returns the samples that the cache has or will have, None if unknown; and whether it has that many (""), these
+    "or more", or "about" so many (of files behind URLs the first is counted, and the others by their sizes).
+    """
     made, data = this.cache_folder / "cache.json", this.recipe.data
     if made.is_file():
-        return int(read_label(made, ("samples",))["samples"]), False
+        return int(read_label(made, ("samples",))["samples"]), ""
     if data.source is None:
-        return len(read_prompts(data.prompts or [], data.limit)) * data.images_per_prompt, False
-    if not has_files(data.source):
-        return None, False
-    pictures = read_pictures(data.source, image_column=data.image_column, caption_column=data.caption_column)
+        return len(read_prompts(data.prompts or [], data.limit)) * data.images_per_prompt, ""
+    if isinstance(data.source, str) and is_hub_id(data.source):
+        return None, ""
+    columns: dict[str, Any] = {"image_column": data.image_column, "caption_column": data.caption_column}
     wanted = min(data.limit or COUNTED, COUNTED)
-    count = sum(1 for _ in islice(pictures, wanted))
-    return count * data.views, count == COUNTED != data.limit
+    if remote := [path for path in source_paths(data.source) if isinstance(path, Remote)]:
+        (_, pictures), *_ = picture_files(remote[0].url, **columns)
+        sizes = [size for _, size, _ in marks(remote)]
+        count = round(sum(1 for _ in islice(pictures, wanted)) * sum(sizes) / max(1, sizes[0]))
+        return min(count, data.limit or count) * data.views, "about"
+    count = sum(1 for _ in islice(read_pictures(data.source, **columns), wanted))
+    return count * data.views, "or more" if count == COUNTED != data.limit else ""
 
 
 def compared(this: Run, number: int) -> tuple[Pair, ...]:

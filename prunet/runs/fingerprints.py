@@ -89,10 +89,10 @@ def stage_caches(this: "Run") -> list[tuple[Path, dict[str, Any]]]:
 
 
 def stage_paths(this: "Run") -> dict[int, tuple[Path, dict[str, Any]]]:
-    """Returns stage number -> folder and spec of its paths, for stages of trajectory regression; equal ones share."""
+    """Returns stage number -> folder and spec of its paths, for stages that have any; equal ones share."""
     found: dict[int, tuple[Path, dict[str, Any]]] = {}
     for number, stage in enumerate(this.recipe.stages, 1):
-        if stage.objective == "trajectory":
+        if stage.has("paths"):
             spec = paths_spec(this.teachers[number - 1], this.cache_specs[number - 1][1], stage)
             own = Path(f"{this.cache_folder}-paths" + (f"-{number}" if found else ""))
             found[number] = next((other for other in found.values() if other[1] == spec), (own, spec))

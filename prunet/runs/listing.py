@@ -10,6 +10,7 @@ from prunet.disk.ownership import worker_of
 from prunet.disk.reading import load_mapping
 from prunet.disk.steps import read_steps
 from prunet.errors import UserError
+from prunet.training.log import read_log
 
 #: Folders inside one another: of an ablation, runs lie two below its own.
 DEEPEST = 4
@@ -69,7 +70,5 @@ def _state(folder: Path, recipe: Mapping[str, Any], done: Mapping[str, Any]) -> 
 
 
 def _last_step(log: Path) -> int:
-    from prunet.training.log import read_log
-
     rows = read_log(log)
     return int(rows[-1]["step"]) if rows else 0

@@ -39,7 +39,7 @@ from prunet.recipe.personalization import Personalization
 from prunet.recipe.values import Drawing
 from prunet.runs.estimate import seconds_per_image
 from prunet.runtime import Runtime
-from prunet.sampling.draw import collect, draw, is_drawn, open_model
+from prunet.sampling.draw import Model, collect, draw, is_drawn, open_model
 from prunet.sampling.made_for import drawing_of, made_for
 from prunet.sampling.samplers import check_sampler
 from prunet.student.student import inherit
@@ -72,9 +72,7 @@ class Personal:
     def __init__(self, spec: Personalization, runtime: Runtime | None = None) -> None:
         self.spec, self.runtime, self.folder = spec, runtime or Runtime(), Path(spec.output)
         check_place(self.folder, "personalization", "--output", [Path(spec.model), Path(spec.pictures)])
-        self.model = open_model(
-            spec.model, config=spec.config, device=self.runtime.torch_device, dtype=self.runtime.dtype
-        )
+        self.model = open_model(Model(spec.model, spec.config, self.runtime.torch_device, self.runtime.dtype))
         self.derived = derive(self.model.unet_config, Plan("none"))
         self.size = spec.size or self.model.native_size
         check_size(self.model, self.size, "--size")
@@ -153,7 +151,7 @@ class Personal:
 
     @property
     def _drawing(self) -> Drawing:
-        return drawing_of(self.model, Drawing(), guidance_scale=self.spec.guidance_scale)
+        return drawing_of(self.model, Drawing(), Drawing.given(guidance_scale=self.spec.guidance_scale))
 
     def _samples(self) -> Samples:
         """Draws the class, and encodes it and the subject."""
@@ -208,7 +206,7 @@ class Personal:
 
     def _stored(self) -> Teacher:
         """The model in fp32 on the CPU, whatever the precision: training starts from the stored weights."""
-        return open_model(self.spec.model, config=self.spec.config)
+        return open_model(Model(self.spec.model, self.spec.config))
 
     def _net_at_start(self) -> Net:
         net = inherit(self._stored().unet, self.derived)

@@ -31,12 +31,14 @@ from prunet.denoisers.architecture import Net
 from prunet.denoisers.pairs import Pair, StagePairs
 from prunet.disk.files import write_json
 from prunet.disk.ownership import hold
+from prunet.evaluation.evaluation import evaluate
 from prunet.exports.folder import export
 from prunet.exports.single_file import export_single_file
 from prunet.hashing import seed_of
 from prunet.plan.derived import Derived, derive
 from prunet.recipe.recipe import Recipe, read_prompts
 from prunet.recipe.stage import TeacherSource
+from prunet.report.run import write_report
 from prunet.runs import fingerprints, steps
 from prunet.runs.card import card_facts
 from prunet.runs.checks import check_run
@@ -102,8 +104,8 @@ class Run:
         return micro_batch_of(stage, self.runtime, *configs, self.latent_size, processes.count())
 
     def pairs(self, number: int) -> tuple[Pair, ...]:
-        """Returns the pairs of features that stage `number` compares; none if it calls no teacher."""
-        if not self.recipe.stages[number - 1].teacher_calls:
+        """Returns the pairs of features that stage `number` compares; none if its objective compares none."""
+        if not self.recipe.stages[number - 1].has("losses"):
             return ()
         return self.steps_down[number - 1].pairs(self.recipe.stages[number - 1].losses.level)
 
@@ -293,8 +295,6 @@ class Run:
         return self._unet_of(f"stage-{len(self.recipe.stages)}")
 
     def _evaluate(self) -> None:
-        from prunet.evaluation.evaluation import evaluate
-
         evaluate(
             self.teachers[-1],
             {"before": self._unet_of("build"), "after": self.last_unet()},
@@ -328,8 +328,6 @@ class Run:
         return self._stored_teacher(self.recipe.stages[-1].teacher)
 
     def _report(self) -> None:
-        from prunet.report.run import write_report
-
         write_report(self.folder)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,28 @@ from prunet.recipe.recipe import load_recipe
 from prunet.recipe.values import Drawing
 from prunet.sampling.made_for import drawing_of
 from prunet.sampling.openvino import OpenVinoPipeline, is_openvino
-from prunet.sampling.samplers import SAMPLERS, set_sampler
-from prunet.sampling.start import Start, start_from
+from prunet.sampling.samplers import set_sampler
+from prunet.sampling.start import Start, StartPicture, start_from
 from prunet.teacher.space import check_size
 from prunet.teacher.tasks import image_to_image, inpainting
 from prunet.teacher.teacher import Teacher, after_overflow
 from prunet.words import command
 
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline to open: where it lies and what it computes with.
+
+    `source`: folder, single file, hub id, or run (its student). `config`: for a single file, the folder or hub id with
+    configs and tokenizers.
+    """
+
+    source: str | Path
+    config: str | Path | None = None
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
 
 
 def draw(
@@ -127,79 +142,62 @@ def decode(pipe: Any, latents: Tensor) -> list[Image.Image]:
     return pictures
 
 
-def open_model(
-    model: str | Path,
-    *,
-    config: str | Path | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Teacher:
-    """Opens the pipeline at `model`: a folder, single file, hub id, or run (its student).
+def open_model(model: str | Path | Model) -> Teacher:
+    """Opens a pipeline; given by its source alone, on the CPU in full precision.
 
     Raises:
         UserError: nothing to open there, or a run that has not exported its student yet.
     """
-    if (Path(model) / "recipe.yaml").is_file():
-        if not (Path(model) / "pipeline" / "model_index.json").is_file():
-            raise UserError(f"{model}: this run has no pipeline yet: finish it with {command('run', model)}")
-        model = Path(model) / "pipeline"
-        verify(model, f"delete {model} and run {model.parent} again")
-    return Teacher(model, config=config, device=device, dtype=dtype)
+    given = model if isinstance(model, Model) else Model(model)
+    source = given.source
+    if (Path(source) / "recipe.yaml").is_file():
+        if not (Path(source) / "pipeline" / "model_index.json").is_file():
+            raise UserError(f"{source}: this run has no pipeline yet: finish it with {command('run', source)}")
+        source = Path(source) / "pipeline"
+        verify(source, f"delete {source} and run {source.parent} again")
+    return Teacher(source, config=given.config, device=given.device, dtype=given.dtype)
 
 
 def generate(
-    model: str | Path,
+    model: str | Path | Model,
     prompt: str | Sequence[str],
     *,
     num_images: int = 1,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
+    drawing: Drawing | None = None,
+    start: StartPicture | None = None,
     seed: int = 0,
     size: int | None = None,
-    sampler: str | None = None,
-    config: str | Path | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
     save_to: Sequence[Path] = (),
-    image: Image.Image | None = None,
-    strength: float | None = None,
-    mask: Image.Image | None = None,
 ) -> list[Image.Image]:
-    """Draws `num_images` pictures of each prompt with the pipeline at `model` (folder, single file, hub id, run, or a
-    folder for OpenVINO, which draws on the CPU and with its own sampler).
+    """Draws `num_images` pictures of each prompt, the first from `seed`, the next from the next one.
 
-    `steps`, `guidance_scale`, `sampler`: by default what the pipeline was made for, else 25, 7.5 (for a run, its
-    recipe's value) and dpmsolver++. `save_to`: a file for each picture (.png, .jpg, .jpeg or .webp), written as soon as
-    it is drawn.
-
-    `image`: a picture to start from; `strength`: how much of it changes, 0.6 by default; `mask`: draws only where it is
-    white, with strength 1 by default (`Start`).
+    `model`: a pipeline (`Model`), or its source alone; or a folder for OpenVINO, which draws on the CPU with its own
+    sampler. `drawing`: what it sets overrides what the pipeline was made for, or else 25 steps of dpmsolver++ with
+    guidance 7.5 (for a run, its recipe's value). `start`: a picture to start from. `save_to`: a file for each picture
+    (.png, .jpg, .jpeg or .webp), written as soon as it is drawn.
     """
-    if image is None and (strength, mask) != (None, None):
-        raise UserError(f"{'mask' if strength is None else 'strength'}: is for a picture to start from: give image too")
-    if sampler is not None and sampler not in SAMPLERS:
-        raise UserError(f"No sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    opening = model if isinstance(model, Model) else Model(model)
     given = [prompt] if isinstance(prompt, str) else list(prompt)
     prompts = [p for p in given for _ in range(num_images)]
     seeds, text = [seed + i for i in range(len(prompts))], "Drawing" if len(prompts) > 1 else ""
-    if is_openvino(model):
-        if config is not None or image is not None:
-            extra = "image" if config is None else "config"
-            raise UserError(f"{model}: a pipeline for OpenVINO draws without {extra}: leave it out")
+    if is_openvino(opening.source):
+        if opening.config is not None or start is not None:
+            extra = "image" if opening.config is None else "config"
+            raise UserError(f"{opening.source}: a pipeline for OpenVINO draws without {extra}: leave it out")
         check_prompts(given, "prompt")
-        pipe = OpenVinoPipeline(model, "f32" if dtype == torch.float32 else "bf16")
-        how = pipe.drawing_of(steps=steps, guidance_scale=guidance_scale, sampler=sampler)
-        return collect(pipe.draw(prompts, seeds, how, size), prompts, text, save_to)
-    teacher = open_model(model, config=config, device=device, dtype=dtype)
+        pipe = OpenVinoPipeline(opening.source, "f32" if opening.dtype == torch.float32 else "bf16")
+        return collect(pipe.draw(prompts, seeds, pipe.drawing_of(drawing), size), prompts, text, save_to)
+    teacher = open_model(opening)
     if size is not None:
         check_size(teacher, size, "size")
     teacher.check_prompts(given)
-    how = drawing_of(teacher, _usual(Path(model)), steps=steps, guidance_scale=guidance_scale, sampler=sampler)
-    size, start = size or teacher.native_size, None
-    if image is not None:
-        start = start_from(teacher, [image], size=size, steps=how.steps, strength=strength, mask=mask)
-    pictures = draw(teacher.pipeline(), prompts, seeds, how, size=size, start=start)
-    return collect(pictures, prompts, text, save_to)
+    how = drawing_of(teacher, _usual(Path(opening.source)), drawing)
+    size, begin = size or teacher.native_size, None
+    if start is not None:
+        pictures, strength, mask = [start.picture], start.strength, start.mask
+        begin = start_from(teacher, pictures, size=size, steps=how.steps, strength=strength, mask=mask)
+    drawn = draw(teacher.pipeline(), prompts, seeds, how, size=size, start=begin)
+    return collect(drawn, prompts, text, save_to)
 
 
 def _usual(model: Path) -> Drawing:

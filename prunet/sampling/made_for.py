@@ -6,7 +6,6 @@ stock diffusers draws.
 
 import json
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -44,10 +43,21 @@ def read_made_for(path: Path, source: str) -> Drawing | None:
     return found
 
 
-def drawing_of(pipeline: PipelineFiles, default: Drawing, **asked: Any) -> Drawing:
-    """Returns how to draw with a pipeline: as `asked`; where that is None as it was made for, else as `default`."""
-    given = {name: value for name, value in asked.items() if value is not None}
-    return (made_for(pipeline) or default).model_copy(update=given)
+def drawing_of(pipeline: PipelineFiles, default: Drawing, asked: Drawing | None = None) -> Drawing:
+    """Returns how to draw with a pipeline: by the values that `asked` sets, else as it was made for, else by `default`.
+
+    Raises:
+        UserError: no such sampler.
+    """
+    how = overridden(made_for(pipeline) or default, asked)
+    if how.sampler not in SAMPLERS:
+        raise UserError(f"No sampler {how.sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    return how
+
+
+def overridden(drawing: Drawing, asked: Drawing | None) -> Drawing:
+    """Returns `drawing` with the values that `asked` sets; its defaults are none."""
+    return drawing if asked is None else drawing.model_copy(update=asked.model_dump(exclude_unset=True))
 
 
 def write_made_for(folder: Path, drawing: Drawing) -> None:

@@ -12,11 +12,11 @@ from PIL import Image
 from prunet.denoisers.known import architecture_of
 from prunet.errors import UserError
 from prunet.recipe.values import Drawing
-from prunet.sampling.made_for import read_made_for
+from prunet.sampling.made_for import overridden, read_made_for
 from prunet.teacher.configs import check_config, read_object
 
 #: Samplers (`prunet.sampling.samplers`) that openvino_genai has, too.
-SAMPLERS = ("ddim", "ddim-trailing", "pndm", "euler", "euler-a")
+SAMPLERS = ("ddim", "ddim-trailing", "pndm", "euler", "euler-a", "lcm")
 
 
 def is_openvino(folder: Path | str) -> bool:
@@ -68,13 +68,13 @@ class OpenVinoPipeline:
         except RuntimeError as error:
             raise UserError(f"{folder}: openvino_genai cannot open it ({error}): {fix}") from error
 
-    def drawing_of(self, **asked: Any) -> Drawing:
-        """Returns how to draw: as `asked`; where that is None as it was made for.
+    def drawing_of(self, asked: Drawing | None = None) -> Drawing:
+        """Returns how to draw: by the values that `asked` sets, else as it was made for.
 
         Raises:
             UserError: with another sampler than that of the folder.
         """
-        how = self.made_for.model_copy(update={name: value for name, value in asked.items() if value is not None})
+        how = overridden(self.made_for, asked)
         if how.sampler != self.made_for.sampler:
             raise UserError(f"sampler: {self.folder} draws with its own, {self.made_for.sampler}: leave it out")
         return how

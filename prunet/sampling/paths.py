@@ -7,8 +7,8 @@ from torch import Tensor
 
 from prunet.denoisers.condition import Condition
 from prunet.errors import UserError
-from prunet.recipe.stage import Stage
-from prunet.sampling.samplers import sampler_of
+from prunet.recipe.stage import FEW_STEP_SAMPLER, Stage
+from prunet.sampling.samplers import check_sampler, sampler_of
 from prunet.teacher.guidance import guided
 from prunet.teacher.teacher import Teacher
 
@@ -29,6 +29,14 @@ def schedule_of(teacher: Teacher) -> dict[str, Any]:
     """Returns the config of the scheduler, which with the sampler's name decides a path."""
     config = teacher.noise_scheduler.config
     return {**{name: config[name] for name in SCHEDULE if name in config}, "timestep_spacing": "trailing"}
+
+
+def path_times(teacher: Teacher, steps: int) -> Tensor:
+    """Returns the timesteps (steps,) at which a path was seen by the teacher, from pure noise on."""
+    scheduler = sampler_of(SAMPLER, schedule_of(teacher))
+    scheduler.set_timesteps(steps)
+    times: Tensor = scheduler.timesteps
+    return times
 
 
 @torch.no_grad()
@@ -55,8 +63,9 @@ def check_jumps(teacher: Teacher, stage: Stage, where: str) -> None:
     """Refuses jumps that do not fit the teacher's noise schedule. `where`: the stage in the recipe.
 
     Raises:
-        UserError: the jumps do not divide the timesteps; there are fewer timesteps than jumps or steps of the path; or
-            the teacher predicts the noise, which says nothing about the picture at a last timestep of pure noise.
+        UserError: the jumps do not divide the timesteps, or are more than their sampler makes; there are fewer
+            timesteps than jumps or steps of the path; or the teacher predicts the noise, which says nothing about the
+            picture at a last timestep of pure noise.
     """
     process = teacher.process
     for key, count in (("jumps", stage.jumps or 1), ("path_steps", stage.path_steps)):
@@ -64,13 +73,15 @@ def check_jumps(teacher: Teacher, stage: Stage, where: str) -> None:
             raise UserError(
                 f"{where}.{key}: {count} are more than the {process.num_timesteps} timesteps of {teacher.source}"
             )
-    if process.num_timesteps % (stage.jumps or 1):
+    if stage.has("paths") and process.num_timesteps % (stage.jumps or 1):
         raise UserError(
             f"{where}.jumps: {stage.jumps} do not divide the {process.num_timesteps} timesteps of {teacher.source}: a "
             "stock sampler would land between two of them"
         )
+    if stage.jumps:
+        check_sampler(teacher, FEW_STEP_SAMPLER[stage.objective], stage.jumps, where)
     if process.prediction_type == "epsilon" and process.alphas_cumprod[-1] <= 0:
         raise UserError(
             f"{where}: {teacher.source} predicts the noise, and at its last timestep there is nothing else (zero "
-            "terminal SNR): objective trajectory needs prediction_type v_prediction there"
+            f"terminal SNR): objective {stage.objective} needs prediction_type v_prediction there"
         )

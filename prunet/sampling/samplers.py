@@ -7,6 +7,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
@@ -21,6 +22,7 @@ SAMPLERS = {
     "pndm": PNDMScheduler,
     "euler": EulerDiscreteScheduler,
     "euler-a": EulerAncestralDiscreteScheduler,
+    "lcm": LCMScheduler,
     "unipc": UniPCMultistepScheduler,
 }
 # As Stable Diffusion ships them. Without these, diffusers' defaults would clip latents to [-1, 1] (DDIM), and
@@ -29,6 +31,7 @@ SAMPLERS = {
 SAMPLER_OPTIONS: dict[str, dict[str, Any]] = {
     "ddim": {"clip_sample": False},
     "ddim-trailing": {"clip_sample": False, "timestep_spacing": "trailing", "set_alpha_to_one": True},
+    "lcm": {"clip_sample": False, "set_alpha_to_one": True},
     "pndm": {"skip_prk_steps": True},
 }
 

@@ -19,6 +19,19 @@ STRENGTH, STRENGTH_UNDER_MASK = 0.6, 1.0
 
 
 @dataclass(frozen=True, eq=False)
+class StartPicture:
+    """A picture to start from (image to image). It is resized, and cropped in the middle.
+
+    `strength`: how much of it changes, above 0, up to 1; by default 0.6, with a mask 1. `mask`: draws only where it is
+    white (inpainting); of the picture's size.
+    """
+
+    picture: Image.Image
+    strength: float | None = None
+    mask: Image.Image | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Start:
     """What pictures start from: one for all, or one for each.
 

@@ -20,6 +20,7 @@ from prunet.hashing import seed_of
 from prunet.recipe.prompts import prompts_hash
 from prunet.sampling.paths import SAMPLER, draw_path, schedule_of
 from prunet.sampling.samplers import sampler_of
+from prunet.teacher.guidance import guided
 from prunet.teacher.teacher import Teacher
 
 #: Drawn where the user gives no prompts and no cache.
@@ -41,7 +42,8 @@ PROMPTS = (
     "an open book and a cup of tea",
     "a football on the grass",
 )
-STEPS, POINTS, GUIDANCE = 12, 4, 7.5  # of a path; examples taken of each path; the scale at which it is drawn
+STEPS, POINTS = 12, 4  # of a path; examples taken of each path
+GUIDANCE = 7.5  # of the paths, and of the outputs that are compared
 MOST, RANDOM, BATCH = 64, 16, 8  # examples of a cache; random ones; examples at once
 
 
@@ -61,8 +63,8 @@ class Examples:
 
 
 def path_examples(teacher: Teacher, prompts: Sequence[str] | None, file: Path | None = None) -> Examples:
-    """Points of the paths on which the teacher draws `prompts` with guidance, of all noise levels, half of them called
-    without the prompt, as guidance does.
+    """Points of the paths on which the teacher draws `prompts` with guidance, of all noise levels; the output is the
+    guided one, because the prompt is a small part of the plain one.
 
     `file`: where they are kept, so that they are drawn once.
     """
@@ -92,7 +94,7 @@ def _made_from(file: Path) -> str | None:
 
 
 def _draw(teacher: Teacher, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """`noisy` (N, C, h, w), `timestep` (N,), `group` (N,) and the condition of N examples."""
+    """`noisy` (N, C, h, w), `timestep` (N,), `group` (N,), the condition of N examples and that of no prompt."""
     side = teacher.native_size
     shape = (teacher.part_config("vae").get("latent_channels", 4), *(side // teacher.vae_scale,) * 2)
     empty = Condition(teacher.encode_prompts([""], unconditional=True)).to("cpu", torch.float32)
@@ -109,19 +111,22 @@ def _draw(teacher: Teacher, prompts: Sequence[str]) -> dict[str, Tensor]:
                 [torch.randn(shape, generator=torch.Generator().manual_seed(seed_of("example", i))) for i in numbers]
             )
             paths = draw_path(teacher, noise, condition, empty, steps=STEPS, guidance_scale=GUIDANCE)
-            without = condition.without_prompt(empty)
             for place, number in enumerate(numbers):
                 for point in range(POINTS):
                     at = point * STEPS // POINTS + number % (STEPS // POINTS)
-                    told = (condition if (point + number) % 2 else without).row(place)
                     step = {"noisy": paths[place, at], "timestep": scheduler.timesteps[at].float()}
-                    rows.append({**step, "group": torch.tensor(number), **told})
+                    rows.append({**step, "group": torch.tensor(number), **condition.row(place)})
             bar.advance(len(batch))
-    return {name: torch.stack([row[name] for row in rows]).contiguous() for name in rows[0]}
+    return _stacked(rows, empty)
+
+
+def _stacked(rows: Sequence[dict[str, Tensor]], empty: Condition) -> dict[str, Tensor]:
+    tensors = {name: torch.stack([row[name] for row in rows]).contiguous() for name in rows[0]}
+    return tensors | {f"empty.{name}": tensor for name, tensor in empty.items()}
 
 
 def cache_examples(teacher: Teacher, cache: Cache) -> Examples:
-    """Noised pictures of a cache, of all noise levels, each with its caption or, every second one, without.
+    """Noised pictures of a cache, of all noise levels; the output is the guided one.
 
     Raises:
         UserError: the cache is of another teacher.
@@ -136,14 +141,14 @@ def cache_examples(teacher: Teacher, cache: Cache) -> Examples:
         timestep = torch.tensor(process.timestep_at((number * 29 % count + 0.5) / count))
         noise = torch.randn(sample.mean.shape, generator=rng)
         noisy = process.add_noise(sample.mean[None], noise[None], timestep[None])[0]
-        told = sample.condition if number % 2 else Condition(sample.condition | cache.unconditional.row(0))
-        rows.append({"noisy": noisy, "timestep": timestep.float(), "group": torch.tensor(number), **told})
-    tensors = {name: torch.stack([row[name] for row in rows]).contiguous() for name in rows[0]}
-    return _examples(teacher, tensors, f"{count} samples of the cache in {cache.folder}", {"cache": cache.spec})
+        rows.append({"noisy": noisy, "timestep": timestep.float(), "group": torch.tensor(number), **sample.condition})
+    source = f"{count} samples of the cache in {cache.folder}"
+    return _examples(teacher, _stacked(rows, cache.unconditional), source, {"cache": cache.spec})
 
 
 def _examples(teacher: Teacher, tensors: dict[str, Tensor], source: str, label: dict[str, Any]) -> Examples:
-    named = dict(tensors)
+    empty = Condition({name.removeprefix("empty."): t for name, t in tensors.items() if name.startswith("empty.")})
+    named = {name: tensor for name, tensor in tensors.items() if not name.startswith("empty.")}
     noisy, timestep, groups = named.pop("noisy"), named.pop("timestep"), named.pop("group").tolist()
     device, dtype, call = teacher.device, teacher.dtype, teacher.architecture.call
 
@@ -152,12 +157,14 @@ def _examples(teacher: Teacher, tensors: dict[str, Tensor], source: str, label: 
         condition = Condition({name: tensor[at] for name, tensor in named.items()})
 
         def give(net: Net) -> Tensor:
-            told = condition.to(device, dtype)
-            return call(net, noisy[at].to(device, dtype), timestep[at].to(device), told)
+            step = noisy[at].to(device, dtype), timestep[at].to(device)
+            return guided(call, net, *step, condition.to(device, dtype), empty.to(device, dtype), GUIDANCE)
 
         return give
 
-    return Examples([rows(start) for start in range(0, len(groups), BATCH)], groups, source, label)
+    return Examples(
+        [rows(start) for start in range(0, len(groups), BATCH)], groups, source, {**label, "output": "guided"}
+    )
 
 
 def noise_examples(teacher: Teacher) -> Examples:

@@ -7,6 +7,7 @@ from pathlib import Path
 from prunet.console import say
 from prunet.data.cache import Cache
 from prunet.plan.derived import Derived
+from prunet.plan.plan import preset_names
 from prunet.recipe.recipe import load_recipe
 from prunet.recipe.stage import Stage
 from prunet.runtime import Runtime
@@ -16,8 +17,8 @@ from prunet.student.student import inherit
 from prunet.training.checkpoints import Saving
 from prunet.training.loop import distil
 
-#: Share of the steps, and how many students are trained for it.
-RUNGS = ((0.25, 6), (1.0, 3))
+#: How many students are trained for a share of the steps, beside the presets, and how many of all for the whole.
+FIRST, SHARE, LAST = 6, 0.25, 3
 #: Below this learning rate training does next to nothing.
 LEAST_RATE = 1e-6
 
@@ -41,23 +42,24 @@ def usual_rate(cache: Path | None) -> float:
 def recover(
     students: Sequence[Derived], scores: Scores, cache: Path, steps: int, folder: Path, runtime: Runtime
 ) -> dict[str, dict[int, float]]:
-    """Distils the students, which begin with the least error before, and returns the errors after training:
-    `key_of` a student -> steps -> error.
+    """Distils the students of least error before, and all presets among them, and returns the errors after training:
+    `key_of` a student -> steps -> error. A preset can end as the best of them however it begins.
 
     Resumes in `folder`. At each rung the best of the one before it are trained further, from where they are.
     """
     samples, found = Cache.open(cache_folder(cache)), dict[str, dict[int, float]]()
     left = sorted(students, key=lambda student: scores.error(student).value)
-    for share, most in RUNGS:
-        rung = max(1, round(share * steps))
-        for student in left[:most]:
+    left = [student for i, student in enumerate(left) if i < FIRST or student.plan.name in preset_names()]
+    for rung, most in ((max(1, round(SHARE * steps)), len(left)), (steps, LAST)):
+        left = left[:most]
+        for student in left:
             key = f"{key_of(student)} {rung}"
             if key not in scores.kept("after"):
                 scores.keep("after", key, _train(student, scores, samples, rung, folder, usual_rate(cache), runtime))
             error = scores.measure(scores.kept("after")[key]).value
             found.setdefault(key_of(student), {})[rung] = error
             say(f"  {student.plan.name}: {scores.error(student).value:.4g} before, {error:.4g} after {rung} steps")
-        left = sorted(left[:most], key=lambda student: found[key_of(student)][rung])
+        left = sorted(left, key=lambda student: found[key_of(student)][rung])
     return found
 
 

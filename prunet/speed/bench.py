@@ -23,7 +23,7 @@ from prunet.plan.derived import derive
 from prunet.plan.plan import load_plan
 from prunet.plan.size import macs_by_kind, size_of
 from prunet.recipe.values import Drawing
-from prunet.sampling.draw import open_model
+from prunet.sampling.draw import Model, open_model
 from prunet.sampling.made_for import drawing_of
 from prunet.speed.clock import Call, denoiser_call, device_name, seconds_of, times_in_turn, weights_mb, working_mb
 from prunet.speed.profiling import times_by_kind
@@ -114,7 +114,7 @@ def open_pipelines(
             not fit the first model. All of this is checked before weights are loaded.
     """
     names = names_of(models)
-    teachers = [open_model(model, config=config, device=device, dtype=dtype) for model in models]
+    teachers = [open_model(Model(model, config, device, dtype)) for model in models]
     first = teachers[0]
     for teacher in teachers:
         check_size(teacher, size or first.native_size, "size")
@@ -128,8 +128,14 @@ def open_pipelines(
 
 def drawings(models: Sequence[str], *, config: str | None = None, steps: int | None = None) -> dict[str, Drawing]:
     """Returns how to draw with each model, by name: as it was made for, else in 25 guided steps; `steps` if given."""
-    opened = (open_model(model, config=config) for model in models)
-    return dict(zip(names_of(models), (drawing_of(model, Drawing(), steps=steps) for model in opened), strict=True))
+    opened = (open_model(Model(model, config)) for model in models)
+    return dict(
+        zip(
+            names_of(models),
+            (drawing_of(model, Drawing(), Drawing.given(steps=steps)) for model in opened),
+            strict=True,
+        )
+    )
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from prunet.denoisers.architecture import Architecture
 from prunet.denoisers.known import architecture_of
 from prunet.errors import UserError
 from prunet.hashing import file_hash, hash_of
-from prunet.teacher import hub, placing, scheduler
+from prunet.teacher import hub, marks, placing, scheduler
 from prunet.teacher.configs import check_config, read_object
 from prunet.teacher.known import LAYOUTS, layout_config
 from prunet.teacher.weight_files import WEIGHTS, find_weights
@@ -122,7 +122,7 @@ class PipelineFiles:
                 )
             self._check_marks(path, str(config))
             return
-        from prunet.teacher import ldm, marks
+        from prunet.teacher import ldm
 
         layout = ldm.layout_of(path)
         if layout is None:
@@ -148,8 +148,6 @@ class PipelineFiles:
 
     def _check_marks(self, path: Path, config: str) -> None:
         """Refuses a config if its scheduler disagrees with the marks of the file."""
-        from prunet.teacher import marks
-
         if marks.read_marks(path):
             marks.check_marks(path, self.part_config("scheduler"), f"the scheduler of {config}", self.layout)
 

@@ -3,7 +3,7 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -31,14 +31,30 @@ class Saving:
     keep: int = 2
 
 
+class Companion(Protocol):
+    """A network that is trained beside the student, with an optimizer of its own; equal in all processes."""
+
+    def step(self, learning_rate: float) -> None:
+        """Its training that belongs to a step of the student, after it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers that decide how it goes on."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts such a state in place."""
+
+
 @dataclass
 class State:
-    """What a checkpoint keeps: what is trained of the student, its optimizer, its average, fp16's loss scaler."""
+    """What a checkpoint keeps: what is trained of the student, its optimizer, its average, fp16's loss scaler, and the
+    network beside it.
+    """
 
     student: Net
     optimizer: Any
     ema: EMAModel | None
     scaler: Any
+    companion: Companion | None = None
 
 
 def trained_parameters(student: Net) -> dict[str, nn.Parameter]:
@@ -71,6 +87,8 @@ def save(now: State, folder: Path, step: int, stage: Training, keep: int, unlogg
         if average:
             save_file(average, part / "ema.safetensors")
         torch.save(moments, part / "optimizer.pt")
+        if now.companion:
+            torch.save(now.companion.state_dict(), part / "companion.pt")
         scaler = now.scaler.state_dict() if now.scaler is not None else None
         label = {"step": step, "stage": stage.settings(), "scaler": scaler, "unlogged": unlogged}
         write_json(part / "state.json", label)
@@ -129,6 +147,15 @@ def check_stage(folder: Path, stage: Training) -> tuple[dict[str, Any], list[str
     if state["step"] > stage.steps:
         raise UserError(f"{saved[-1]}: already past steps {stage.steps}: raise it, or delete {folder / 'checkpoints'}")
     return state, changed
+
+
+def resume_companion(companion: Companion, folder: Path) -> None:
+    """Puts its state in the last checkpoint in place."""
+    saved = checkpoints(folder)
+    try:
+        companion.load_state_dict(torch.load(saved[-1] / "companion.pt", weights_only=True, map_location="cpu"))
+    except Exception as error:
+        raise UserError(f"{saved[-1]}: damaged or of another student ({error}): {_before(saved)}") from error
 
 
 def _before(saved: list[Path]) -> str:

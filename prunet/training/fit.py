@@ -53,8 +53,8 @@ def training_memory(
 
     The student is kept in fp32, and what is trained of it has gradients and AdamW's two moments; the teacher is in the
     runtime's precision. In half precision a step's activations hold the student's weights in half precision as well.
-    `activations` are counted as if all of them lived at once; `prunet.training.memory.step_memory` goes through the
-    step, which takes seconds.
+    `companion`: a network that is trained beside it. `activations` are counted as if all of them lived at once;
+    `prunet.training.memory.step_memory` goes through the step, which takes seconds.
     """
     t, s, trained = size_of(teacher).parameters, size_of(student).parameters, trained_count(student, stage.rank)
     half, shards = runtime.mixed_precision != "no", processes.count() if runtime.fsdp else 1
@@ -67,6 +67,7 @@ def training_memory(
         "gradients": trained * 4 // shards,
         "optimizer": trained * (2 if runtime.use_8bit_adam else 8) // shards,
         "ema": trained * 4 // shards if stage.ema_decay is not None and not runtime.offload_ema else 0,
+        "companion": s * 16 * stage.companions,
         "activations": int(elements * (2 if half else 4) * kept) + (s * 2 if half else 0),
     }
 

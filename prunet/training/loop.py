@@ -14,15 +14,18 @@ from prunet.errors import UserError
 from prunet.recipe.stage import Stage
 from prunet.recipe.training import Training
 from prunet.runtime import Runtime
+from prunet.sampling.paths import path_times
 from prunet.teacher.teacher import Teacher
 from prunet.training.checkpoints import Saving, checkpoints
 from prunet.training.fit import micro_batch_of
 from prunet.training.log import Log, log_note
+from prunet.training.objectives.consistency import Consistency
 from prunet.training.objectives.distillation import Distillation
+from prunet.training.objectives.distribution import Distribution
 from prunet.training.objectives.guidance import Guidance
 from prunet.training.objectives.objective import Objective
 from prunet.training.objectives.trajectory import Trajectory
-from prunet.training.samples import PathSamples, Samples, batches
+from prunet.training.samples import DistributionSamples, PathSamples, Samples, SamplesOnPaths, batches
 from prunet.training.session import Session
 from prunet.training.sheets import Sheets
 from prunet.training.stopping import stops_after_step
@@ -53,7 +56,7 @@ def distil(
     """Trains `student` to draw as `teacher` does; returns it with its EMA weights (if the stage has an EMA).
 
     Args:
-        cache: of latents; for the objective `trajectory` one of paths.
+        cache: of latents; of paths if the stage has any.
         how: `runtime`, `sheets`, `saving`: see `train`.
 
     Raises:
@@ -78,9 +81,18 @@ def _objective(
     """What the stage minimises, and of what."""
     if stage.objective == "trajectory":
         return Trajectory(teacher, student), PathSamples(cache, stage, seed, teacher.process)
-    samples = Samples(cache, stage, seed, teacher.process)
+    if stage.objective == "distribution":
+        objective = Distribution(teacher, student, stage, cache.unconditional)
+        return objective, DistributionSamples(cache, stage, seed, teacher.process)
+    if stage.has("paths"):
+        times = path_times(teacher, stage.path_steps)
+        samples: Samples = SamplesOnPaths(cache, stage, seed, teacher.process, times)
+    else:
+        samples = Samples(cache, stage, seed, teacher.process)
     if stage.objective == "guidance":
         return Guidance(teacher, student, pairs, stage, cache.unconditional), samples
+    if stage.objective == "consistency":
+        return Consistency(teacher, student, stage, cache.unconditional), samples
     return Distillation(teacher, student, pairs, stage), samples
 
 

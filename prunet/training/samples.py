@@ -16,6 +16,8 @@ from prunet.recipe.stage import Stage
 from prunet.recipe.training import Training
 from prunet.teacher.process import DDPM
 
+FAKE_UPDATES = 2  # of the fake score for one of the student, if the objective is `distribution`
+
 
 class Samples(Dataset[dict[str, Any]]):
     """What the denoiser sees at (step, position in the batch): a pure function of these two and the seed.
@@ -30,15 +32,20 @@ class Samples(Dataset[dict[str, Any]]):
 
     def __getitem__(self, at: tuple[int, int]) -> dict[str, Any]:
         step, position = at
-        sample = self.cache.sample(self._choose(step, position))
         rng = torch.Generator().manual_seed(seed_of(self.seed, step, position))
+        item = self._item(self._choose(step, position), rng)
+        if torch.rand((), generator=rng) < self.stage.caption_dropout:
+            # The picture keeps its sizes.
+            item["condition"] = Condition(item["condition"] | self.unconditional.row(0))
+        return item
+
+    def _item(self, number: int, rng: torch.Generator) -> dict[str, Any]:
+        """What is seen of a sample, with its caption."""
+        sample = self.cache.sample(number)
         latents = sample.mean + sample.std * torch.randn(sample.mean.shape, generator=rng)
         noise = torch.randn(sample.mean.shape, generator=rng)
         timestep = self.process.random_timestep(rng)
-        dropped = bool(torch.rand((), generator=rng) < self.stage.caption_dropout)
-        # The picture keeps its sizes.
-        condition = Condition(sample.condition | self.unconditional.row(0)) if dropped else sample.condition
-        return {"latents": latents, "noise": noise, "timestep": timestep, "condition": condition}
+        return {"latents": latents, "noise": noise, "timestep": timestep, "condition": sample.condition}
 
     def _choose(self, step: int, position: int) -> int:
         """The number of a sample. A batch has one size; an epoch has about as many batches of a size as it has samples,
@@ -79,6 +86,46 @@ class PathSamples(Samples):
         timestep, after = (torch.tensor(self.process.jump_time(jumps, number)) for number in (jump, jump + 1))
         noisy, landed = path[jump * length], path[(jump + 1) * length]
         return {"noisy": noisy, "landed": landed, "timestep": timestep, "after": after, "condition": condition}
+
+
+class SamplesOnPaths(Samples):
+    """The same as `Samples` for a cache of paths: with this noise, the latents that a path ends in are at this timestep
+    where the path is.
+
+    `times` (n,): the timesteps of a path's points but the last.
+    """
+
+    def __init__(self, cache: Cache, stage: Training, seed: int, process: DDPM, times: Tensor) -> None:
+        super().__init__(cache, stage, seed, process)
+        self._times = times
+
+    def _item(self, number: int, rng: torch.Generator) -> dict[str, Any]:
+        path, condition = self.cache.path(number)
+        point = int(torch.randint(len(self._times), (), generator=rng))
+        signal, noise = (factor[0] for factor in self.process.signal_and_noise(self._times[point, None]))
+        latents, timestep = path[-1], self._times[point]
+        given = {"latents": latents, "noise": (path[point] - signal * latents) / noise}
+        return {**given, "timestep": timestep, "condition": condition}
+
+
+class DistributionSamples(PathSamples):
+    """The same with where the student begins, `start` (C, h, w), and `noises` (n, C, h, w) and `timesteps` (n,) at
+    which what it draws is judged (the first), and the fake score learns (the rest).
+    """
+
+    def __getitem__(self, at: tuple[int, int]) -> dict[str, Any]:
+        item = super().__getitem__(at)
+        rng = torch.Generator().manual_seed(seed_of(self.seed, "distribution", *at))
+        fresh, *noises = torch.randn(2 + FAKE_UPDATES, *item["noisy"].shape, generator=rng)
+        path, _ = self.cache.path(self._choose(*at))
+        edge = self.process.num_timesteps // 50  # at both ends of the schedule the judgement says nothing
+        judged = torch.randint(edge, self.process.num_timesteps - edge, (), generator=rng)
+        timesteps = [judged, *(self.process.random_timestep(rng) for _ in range(FAKE_UPDATES))]
+        return item | {
+            "start": path[0] if self.stage.jump_weight else fresh,
+            "noises": torch.stack(noises),
+            "timesteps": torch.stack(timesteps),
+        }
 
 
 class LatentSamples(Samples):

@@ -69,10 +69,7 @@ class Distillation:
         latents, noise, timestep, condition = (batch[k] for k in ("latents", "noise", "timestep", "condition"))
         weights, process, call = self._stage.losses, self._process, self._teacher.architecture.call
         noisy, target = process.add_noise(latents, noise, timestep), process.target(latents, noise, timestep)
-        with torch.no_grad():
-            dtype = self.nets[0].dtype
-            theirs = self._teach(noisy.to(dtype), timestep, condition.to(noisy.device, dtype))
-            self._overflows += ~theirs.isfinite().all()
+        theirs = self._taught(noisy, timestep, condition)
         ours = call(model, noisy, timestep, condition)
         # Min-SNR weighs what is learned from the data, never what is learned from the teacher.
         gamma = self._stage.min_snr_gamma
@@ -85,6 +82,14 @@ class Distillation:
             loss = loss + weights.feature * (self._scale * features).sum()
             terms = torch.cat([terms, features])
         return loss, terms
+
+    @torch.no_grad()
+    def _taught(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        """What the teacher teaches, in its own precision."""
+        dtype = self.nets[0].dtype
+        theirs = self._teach(noisy.to(dtype), timestep, condition.to(noisy.device, dtype))
+        self._overflows += ~theirs.isfinite().all()
+        return theirs
 
     def _teach(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """What the student's output is compared with; the teacher's features are those of its last call."""

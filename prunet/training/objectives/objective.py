@@ -19,7 +19,7 @@ class Objective(Protocol):
 
     @property
     def nets(self) -> Sequence[Net]:
-        """Frozen models that it calls, from `start` on."""
+        """Other models that it calls, from `start` on."""
 
     def start(self, session: Session) -> None:
         """Puts what it needs on the session's device."""

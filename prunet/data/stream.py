@@ -1,0 +1,45 @@
+"""The samples of a source with their numbers, of which those that are needed are read.
+
+How many samples each file has is written down (`files.json`) when its end is reached. So a cache that resumes reads no
+file again whose samples it has, and what lies behind a slow network is fetched once.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from prunet import processes
+from prunet.data.pictures import Picture
+from prunet.data.sources import picture_files
+from prunet.disk.files import read_json, write_json
+from prunet.recipe.recipe import Data
+
+COUNTS = "files.json"
+
+
+def numbered(data: Data, folder: Path, needed: Callable[[range], bool]) -> Iterator[tuple[int, Picture | None]]:
+    """Yields (number, picture) of the samples in order, and (number, None) for the last sample of a skipped file.
+
+    A file is skipped if its count is known in `folder` and its numbers are not `needed`.
+    """
+    assert data.source is not None
+    counts: dict[str, int] = read_json(folder / COUNTS) if (folder / COUNTS).is_file() else {}
+    start, end = 0, data.limit
+    for name, pictures in picture_files(
+        data.source, image_column=data.image_column, caption_column=data.caption_column
+    ):
+        if end is not None and start >= end:
+            return
+        if name in counts and not needed(range(start, start + counts[name])):
+            start += counts[name]
+            if counts[name]:
+                yield start - 1, None
+            continue
+        first = start
+        for picture in pictures:
+            if start == end:
+                return
+            yield start, picture
+            start += 1
+        if processes.is_main() and name not in counts:
+            counts[name] = start - first
+            write_json(folder / COUNTS, counts)
