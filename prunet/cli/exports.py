@@ -60,7 +60,6 @@ def export(
 
     Example: prunet export runs/demo --openvino --int8
     """
-    from prunet.exports.gguf import need_gguf
     from prunet.exports.hub import check_push, push
     from prunet.exports.single_file import check_for_cpp, check_name
     from prunet.runs.checks import read_paths
@@ -68,13 +67,12 @@ def export(
 
     asked = {"--int8": int8, "--int8-weights": int8_weights, "--decoder": decoder}
     _check_options(openvino, asked, {"--single-file": single_file, "--gguf": gguf, "--fp16": fp16})
-    single_file = single_file or bool(gguf)
+    single_file |= bool(gguf)
     _check_form(single_file, program, gguf, fp16)
     _check_run(run_folder)
     bits = "int8" if int8 else "int8-weights" if int8_weights else None
-    folder = "openvino" + (f"-{bits}" if bits else "") if openvino else "pipeline"
-    student = f"student-{gguf}.gguf" if gguf else f"student{'-sd-cpp' if program == 'sd.cpp' else ''}.safetensors"
-    own = run_folder / (student if single_file else folder)
+    name = _file_name(program, gguf) if single_file else "-".join(filter(None, ("openvino", bits)))
+    own = run_folder / (name if single_file or openvino else "pipeline")
     target = output or own
     elsewhere = os.path.realpath(target) != os.path.realpath(own)
     if single_file:
@@ -84,8 +82,6 @@ def export(
     what = "openvino" if openvino else "pipeline" if elsewhere else "export"
     _check_target(target, None if single_file else what, read)
     this = _evaluated(Run(recipe))
-    if gguf:
-        need_gguf()
     if gguf or program == "sd.cpp":
         check_for_cpp(this.derived.student_config)
     if to_hub:
@@ -94,8 +90,8 @@ def export(
         if openvino:
             facts, text = _for_openvino(this, target, bits, decoder)
         else:
-            how = {"fp16": fp16, "program": program or "comfyui", "bits": gguf} if single_file else {"fp16": fp16}
-            facts, text = _stock(this, target, None if single_file else what, how)
+            file = {"program": program or "comfyui", "bits": gguf} if single_file else None
+            facts, text = _stock(this, target, what, fp16, file)
     pushed = push(target, to_hub) if to_hub else None
     say(as_json, {"output": str(target), **facts, "pushed": pushed}, f"{pushed}\n{text}" if pushed else text)
 
@@ -166,26 +162,34 @@ def _check_options(openvino: bool, its: dict[str, Any], others: dict[str, Any]) 
 
 def _check_form(single_file: bool, program: str | None, gguf: str | None, fp16: bool) -> None:
     """Refuses options of a single file that do not go together."""
+    from prunet.exports.gguf import need_gguf
+
     if program and not single_file:
         raise UserError("--for: is for --single-file: add it, or leave --for out")
     if gguf and program == "comfyui":
         raise UserError("--gguf --for comfyui: the file is for sd.cpp: leave one of them out")
     if gguf and fp16:
         raise UserError("--gguf --fp16: what is not in 8 or 4 bits is in 16: leave --fp16 out")
+    if gguf:
+        need_gguf()
 
 
-def _stock(this: "Run", target: Path, what: str | None, how: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Writes a folder sealed as `what`, or for None a single file."""
+def _file_name(program: str | None, gguf: str | None) -> str:
+    return f"student-{gguf}.gguf" if gguf else f"student{'-sd-cpp' if program == 'sd.cpp' else ''}.safetensors"
+
+
+def _stock(this: "Run", target: Path, what: str, fp16: bool, file: dict[str, Any] | None) -> tuple[dict[str, Any], str]:
+    """Writes a folder sealed as `what`, or a single file of the form `file`."""
     from prunet.exports.folder import export as export_folder
     from prunet.exports.single_file import export_single_file
     from prunet.runs.card import card_facts
 
-    if what is None:
+    if file:
         if not this.is_done("export"):
             this.do("export")
-        written = export_single_file(this.folder / "pipeline", target, **how)
+        written = export_single_file(this.folder / "pipeline", target, fp16=fp16, **file)
     else:
-        how = {**how, "card": card_facts(this), "drawing": this.recipe.made_for, "what": what}
+        how: dict[str, Any] = {"card": card_facts(this), "fp16": fp16, "drawing": this.recipe.made_for, "what": what}
         written = export_folder(this.exported_teacher(), this.last_unet(), target, **how)
     size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.rglob("*.safetensors")))
     loads, works = this.derived.loads_in, this.derived.works_with
