@@ -60,7 +60,6 @@ def export(
 
     Example: prunet export runs/demo --openvino --int8
     """
-    from prunet.exports.gguf import need_gguf
     from prunet.exports.hub import check_push, push
     from prunet.exports.single_file import check_for_cpp, check_name
     from prunet.runs.checks import read_paths
@@ -84,8 +83,6 @@ def export(
     what = "openvino" if openvino else "pipeline" if elsewhere else "export"
     _check_target(target, None if single_file else what, read)
     this = _evaluated(Run(recipe))
-    if gguf:
-        need_gguf()
     if gguf or program == "sd.cpp":
         check_for_cpp(this.derived.student_config)
     if to_hub:
@@ -165,13 +162,17 @@ def _check_options(openvino: bool, its: dict[str, Any], others: dict[str, Any]) 
 
 
 def _check_form(single_file: bool, program: str | None, gguf: str | None, fp16: bool) -> None:
-    """Refuses options of a single file that do not go together."""
+    """Refuses options of a single file that do not go together, and GGUF without its package."""
+    from prunet.exports.gguf import need_gguf
+
     if program and not single_file:
         raise UserError("--for: is for --single-file: add it, or leave --for out")
     if gguf and program == "comfyui":
         raise UserError("--gguf --for comfyui: the file is for sd.cpp: leave one of them out")
     if gguf and fp16:
         raise UserError("--gguf --fp16: what is not in 8 or 4 bits is in 16: leave --fp16 out")
+    if gguf:
+        need_gguf()
 
 
 def _stock(this: "Run", target: Path, what: str | None, how: dict[str, Any]) -> tuple[dict[str, Any], str]:
