@@ -178,17 +178,20 @@ def common(a: Recipe, b: Recipe) -> int:
 def jobs_of(
     recipes: dict[tuple[str, str, int], Recipe], teacher: Path, args: argparse.Namespace
 ) -> dict[str, tuple[Job, set[str]]]:
-    """The caches, the teacher's pictures, and the students, each after its cache and the one with most stages alike."""
+    """The caches, the teacher's pictures, and the students: after all caches, which nothing else should slow down, and
+    each after the one with most stages alike.
+    """
     every = list(recipes.values())
     jobs: dict[str, tuple[Job, set[str]]] = {}
     for recipe in every:
         jobs.setdefault(f"cache {recipe.cache}", (partial(finished, recipe, every, args, "cache"), set()))
+    caches = set(jobs)
     jobs["teacher"] = (partial(teachers_pictures, teacher, args), set())
     before: list[tuple[str, Recipe]] = []
     for (title, arm, seed), recipe in recipes.items():
         name = f"{title}: {arm}, seed {seed}"
         alike = max(before, key=lambda other: common(recipe, other[1]), default=None)
-        after = {f"cache {recipe.cache}", *([alike[0]] if alike and common(recipe, alike[1]) else [])}
+        after = {*caches, *([alike[0]] if alike and common(recipe, alike[1]) else [])}
         jobs[name] = (partial(trained, recipe, every, drawn_in(arm, recipe), teacher, args), after)
         before.append((name, recipe))
     return jobs
