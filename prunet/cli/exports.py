@@ -161,7 +161,7 @@ def _check_options(openvino: bool, its: dict[str, Any], others: dict[str, Any]) 
 
 
 def _check_form(single_file: bool, program: str | None, gguf: str | None, fp16: bool) -> None:
-    """Refuses options of a single file that do not go together."""
+    """Refuses options of a single file that do not go together, and GGUF without its package."""
     from prunet.exports.gguf import need_gguf
 
     if program and not single_file:
