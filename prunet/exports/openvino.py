@@ -117,7 +117,8 @@ def _write(teacher: Teacher, vae: Any, folder: Path, drawing: Drawing) -> None:
 
 def _quantize(teacher: Teacher, folder: Path, bits: Bits, prompts: Sequence[str], drawing: Drawing) -> dict[str, Any]:
     """Puts the denoiser in `folder` in 8 bits, and the weights of the text encoders; returns what was chosen."""
-    core, chosen = need("openvino").Core(), {}
+    core = need("openvino").Core()
+    chosen: dict[str, Any] = {}
     for name in ("unet", *teacher.text_encoders):
         model = core.read_model(path := folder / name / MODEL)
         if name == "unet" and bits == "int8":
