@@ -39,10 +39,7 @@ def export(
         bool, typer.Option("--openvino", help="A folder that OpenVINO GenAI draws on CPUs, without torch.")
     ] = False,
     int8: Annotated[
-        bool,
-        typer.Option(
-            "--int8", help="With --openvino: weights in 8 bits, the U-Net's activations too; the least exact."
-        ),
+        bool, typer.Option("--int8", help="With --openvino: also the U-Net's activations in 8 bits; least exact.")
     ] = False,
     int8_weights: Annotated[
         bool, typer.Option("--int8-weights", help="With --openvino: weights of U-Net and text encoders in 8 bits.")
