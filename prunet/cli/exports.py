@@ -61,7 +61,7 @@ def export(
     Example: prunet export runs/demo --openvino --int8
     """
     from prunet.exports.hub import check_push, push
-    from prunet.exports.single_file import check_for_cpp, check_name
+    from prunet.exports.single_file import check_for_cpp
     from prunet.runs.checks import read_paths
     from prunet.runs.run import Run
     from prunet.teacher.copying import check_other_parts
@@ -76,12 +76,10 @@ def export(
     own = run_folder / (name if single_file or openvino else "pipeline")
     target = output or own
     elsewhere = os.path.realpath(target) != os.path.realpath(own)
-    if single_file:
-        check_name(target, gguf)
     recipe = open_recipe(run_folder, [f"output={json.dumps(str(run_folder))}"])
     read = [*read_paths(recipe), *([decoder] if decoder else [])]
     what = "openvino" if openvino else "pipeline" if elsewhere else "export"
-    _check_target(target, "single file" if single_file else what, read)
+    _check_target(target, "single file" if single_file else what, gguf, read)
     this = Run(recipe)
     if not this.result_of("evaluate").is_file():
         raise UserError(f"{run_folder}: not evaluated yet; finish it with {command('run', run_folder)}")
@@ -131,11 +129,12 @@ def _check_run(folder: Path) -> None:
         raise UserError(f"{folder}: not a run folder (no recipe.yaml); `prunet run RECIPE` makes one")
 
 
-def _check_target(target: Path, what: str, read: list[Path]) -> None:
+def _check_target(target: Path, what: str, gguf: str | None, read: list[Path]) -> None:
     from prunet.disk.ownership import check_file, check_place
-    from prunet.exports.single_file import is_exported
+    from prunet.exports.single_file import check_name, is_exported
 
     if what == "single file":
+        check_name(target, gguf)
         check_file(target, what, "--output", is_exported, read)
         target, what = target.with_suffix(".config"), "configs"  # its configs go there
     check_place(target, what, "--output", read)
