@@ -58,7 +58,7 @@ def export(
     Example: prunet export runs/demo --openvino --int8
     """
     from prunet.exports.hub import check_push, push
-    from prunet.exports.single_file import check_for_cpp, check_name
+    from prunet.exports.single_file import check_for_cpp
     from prunet.runs.checks import read_paths
     from prunet.runs.run import Run
 
@@ -72,12 +72,10 @@ def export(
     own = run_folder / (name if single_file or openvino else "pipeline")
     target = output or own
     elsewhere = os.path.realpath(target) != os.path.realpath(own)
-    if single_file:
-        check_name(target, gguf)
     recipe = open_recipe(run_folder, [f"output={json.dumps(str(run_folder))}"])
     read = [*read_paths(recipe), *([decoder] if decoder else [])]
     what = "openvino" if openvino else "pipeline" if elsewhere else "export"
-    _check_target(target, None if single_file else what, read)
+    _check_target(target, None if single_file else what, gguf, read)
     this = _evaluated(Run(recipe))
     if gguf or program == "sd.cpp":
         check_for_cpp(this.derived.student_config)
@@ -134,14 +132,15 @@ def _evaluated(run: "Run") -> "Run":
     return run
 
 
-def _check_target(target: Path, folder: str | None, read: list[Path]) -> None:
-    """Refuses a place that holds something else. `folder`: its kind; None for a single file."""
+def _check_target(target: Path, folder: str | None, gguf: str | None, read: list[Path]) -> None:
+    """Refuses a place that holds something else, or a name of another form. `folder`: its kind; None: a single file."""
     from prunet.disk.ownership import check_file, check_place
-    from prunet.exports.single_file import is_exported
+    from prunet.exports.single_file import check_name, is_exported
 
     if folder is not None:
         check_place(target, folder, "--output", read)
         return
+    check_name(target, gguf)
     check_file(target, "single file", "--output", is_exported, read)
     check_place(target.with_suffix(".config"), "configs", "--output", read)  # its configs go there
 
