@@ -52,8 +52,9 @@ def stock_latents(folder: Path, sampler: str, mask: Image.Image | None, strength
 
 
 #: Stock diffusers encodes the picture under the mask too, after it has drawn the noise: where the sampler draws more
-#: noise at each step (euler-a), that of inpainting is another.
-CASES = [("sd", None, sampler) for sampler in STOCK] + [("sd", HALF, s) for s in STOCK if s != "euler-a"]
+#: noise at each step (euler-a, lcm), that of inpainting is another.
+CASES = [("sd", None, sampler) for sampler in STOCK]
+CASES += [("sd", HALF, sampler) for sampler in STOCK if sampler not in ("euler-a", "lcm")]
 CASES += [(model, mask, "dpmsolver++") for model in ("sdxl", "student") for mask in (None, HALF)]
 
 

@@ -1,0 +1,96 @@
+"""Ships the student of a finished run: its pipeline with the U-Net in half precision, measured beside its teacher.
+
+    prunet run emoji/emoji-sd-small.yaml && python emoji/student.py runs/emoji-sd-small emoji/emoji-sd-small
+
+Writes the folder, its card with the measures of both by the two protocols, and a sheet of the fixed prompts: the
+teacher's pictures above the student's. Measures are kept in RUN/measured, so that the same command resumes.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from export import make_sheet, read_sheet_prompts
+
+from prunet import Drawing, generate
+from prunet.evaluation.measures import Measures
+from prunet.evaluation.measuring import measure
+from prunet.evaluation.protocol import ProtocolFiles, load_protocol, protocol_prompts
+from prunet.recipe.recipe import load_recipe
+from prunet.student.folder import write_unet
+
+HERE = Path(__file__).parent
+TEACHER = HERE / "emoji-sd"
+PROTOCOLS = ("emoji-train", "emoji-heldout")
+METRICS = {"retrieval": "R@1", "clip_score": "score", "kid": "KID"}
+COLUMNS = 8
+ABOUT = HERE / "student-card.md"
+
+
+def write_pipeline(run: Path, out: Path) -> UNet2DConditionModel:
+    """Copies the run's pipeline, with the U-Net's weights in fp16; returns the U-Net."""
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(run / "pipeline", out, ignore=shutil.ignore_patterns("*.fp16.*", ".prunet.json"))
+    unet = UNet2DConditionModel.from_pretrained(run / "pipeline" / "unet", torch_dtype=torch.float16)
+    (out / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    write_unet(unet, out / "unet")
+    shutil.copy(TEACHER / "labels.txt", out / "labels.txt")
+    return unet
+
+
+def measured(model: Path, name: str, folder: Path) -> Measures:
+    """Measures a pipeline by a whole protocol, unless that was done."""
+    if (folder / "measures.json").is_file():
+        return Measures.load(folder / "measures.json")
+    protocol, beside = load_protocol(str(HERE / "protocols" / f"{name}.yaml"))
+    prompts = protocol_prompts(protocol, beside, None, None)
+    found = measure(model, protocol, prompts, folder, files=ProtocolFiles(beside), batch_size=100)
+    assert found is not None
+    return found
+
+
+def table(models: dict[str, Path], run: Path) -> str:
+    lines = ["| | protocol | " + " | ".join(METRICS.values()) + " |", "|---|---|" + "---:|" * len(METRICS)]
+    for protocol in PROTOCOLS:
+        for name, model in models.items():
+            found = measured(model, protocol, run / "measured" / f"{name}-{protocol}").measures
+            cells = [f"{(m := found[metric]).value:.3f} [{m.low:.3f}, {m.high:.3f}]" for metric in METRICS]
+            lines.append(f"| {name} | `{protocol}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_sheet(models: dict[str, Path], path: Path) -> None:
+    prompts = read_sheet_prompts()
+    asked = {"teacher": Drawing(steps=25, guidance_scale=1.5, sampler="dpmsolver++")}
+    drawn = {name: generate(model, prompts, drawing=asked.get(name)) for name, model in models.items()}
+    rows = range(0, len(prompts), COLUMNS)
+    pictures = [picture for row in rows for name in models for picture in drawn[name][row : row + COLUMNS]]
+    titles = [title for row in rows for _ in models for title in prompts[row : row + COLUMNS]]
+    make_sheet(pictures, titles).save(path, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a finished run")
+    parser.add_argument("out", type=Path, help="the folder that ships")
+    args = parser.parse_args()
+    unet, recipe = write_pipeline(args.run, args.out), load_recipe(args.run / "recipe.yaml")
+    models = {"teacher": TEACHER, "student": args.out}
+    stages = ", then ".join(f"{s.steps:,} steps of {s.batch_size} ({s.objective})" for s in recipe.stages)
+    card = args.out / "README.md"
+    about = ABOUT.read_text().format(
+        table=table(models, args.run),
+        drawing=str(recipe.made_for),
+        parameters=unet.num_parameters() / 1e6,
+        teachers=UNet2DConditionModel.from_pretrained(TEACHER / "unet").num_parameters() / 1e6,
+        plan=recipe.plan.name,
+        stages=stages,
+    )
+    card.write_text(card.read_text().rstrip() + "\n\n" + about)
+    write_sheet(models, args.out / "samples.png")
+
+
+if __name__ == "__main__":
+    main()
