@@ -40,22 +40,23 @@ def write_pipeline(run: Path, out: Path) -> UNet2DConditionModel:
     return unet
 
 
-def measured(model: Path, name: str, folder: Path) -> Measures:
-    """Measures a pipeline by a whole protocol, unless that was done."""
+def measured(model: Path, name: str, folder: Path, limit: int) -> Measures:
+    """Measures a pipeline by the first prompts of a protocol, unless that was done."""
     if (folder / "measures.json").is_file():
         return Measures.load(folder / "measures.json")
     protocol, beside = load_protocol(str(HERE / "protocols" / f"{name}.yaml"))
-    prompts = protocol_prompts(protocol, beside, None, None)
+    prompts = protocol_prompts(protocol, beside, None, limit)
+    protocol = protocol.model_copy(update={"kid_subset_size": min(protocol.kid_subset_size, len(prompts))})
     found = measure(model, protocol, prompts, folder, files=ProtocolFiles(beside), batch_size=100)
     assert found is not None
     return found
 
 
-def table(models: dict[str, Path], run: Path) -> str:
+def table(models: dict[str, Path], run: Path, limit: int) -> str:
     lines = ["| | protocol | " + " | ".join(METRICS.values()) + " |", "|---|---|" + "---:|" * len(METRICS)]
     for protocol in PROTOCOLS:
         for name, model in models.items():
-            found = measured(model, protocol, run / "measured" / f"{name}-{protocol}").measures
+            found = measured(model, protocol, run / "measured" / f"{name}-{protocol}", limit).measures
             cells = [f"{(m := found[metric]).value:.3f} [{m.low:.3f}, {m.high:.3f}]" for metric in METRICS]
             lines.append(f"| {name} | `{protocol}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -75,13 +76,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a finished run")
     parser.add_argument("out", type=Path, help="the folder that ships")
+    parser.add_argument("--limit", type=int, default=200, help="prompts of each protocol (%(default)s)")
     args = parser.parse_args()
     unet, recipe = write_pipeline(args.run, args.out), load_recipe(args.run / "recipe.yaml")
     models = {"teacher": TEACHER, "student": args.out}
     stages = ", then ".join(f"{s.steps:,} steps of {s.batch_size} ({s.objective})" for s in recipe.stages)
     card = args.out / "README.md"
     about = ABOUT.read_text().format(
-        table=table(models, args.run),
+        table=table(models, args.run, args.limit),
+        limit=args.limit,
         drawing=str(recipe.made_for),
         parameters=unet.num_parameters() / 1e6,
         teachers=UNet2DConditionModel.from_pretrained(TEACHER / "unet").num_parameters() / 1e6,

@@ -101,8 +101,9 @@ def verdict(best: Speed, theirs: Speed, job: Job, peak: float, name: str, settin
 
 def memory(job: Job, made: object, batch: int, reference: Speed, steps: int, setting: Setting) -> Iterator[Result]:
     """At equal batch, by micro-batches and what else saves memory, the cheapest first."""
-    ways = {"micro-batch 4": {"micro_batch": 4}}
-    ways["micro-batch 4, average on the CPU"] = {"micro_batch": 4, "offload_ema": True}
+    micro = max(1, batch // 4)
+    ways = {f"micro-batch {micro}": {"micro_batch": micro}}
+    ways[f"micro-batch {micro}, average on the CPU"] = {"micro_batch": micro, "offload_ema": True}
     for name, options in list(ways.items())[-1:] if setting.smoke else ways.items():
         try:
             found = job.prunet(made, batch, steps, **options)  # type: ignore[arg-type]
