@@ -203,7 +203,7 @@ def test_what_a_carried_file_says(tmp_path, run) -> None:
     adapt(path, run("bk-tiny"), once)  # what it made it may make again
     with pytest.raises(UserError, match="carried over to a student already"):
         adapt(once, run("bk-tiny"), twice)
-    with pytest.raises(UserError, match="as prunet made it"):
+    with pytest.raises(UserError, match="not an unchanged carried adapter"):
         adapt(path, run("bk-tiny"), write_lora(tmp_path / "mine.safetensors", "sd", "kohya")[0])
 
 

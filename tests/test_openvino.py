@@ -140,8 +140,8 @@ def test_eight_bits(bits, run_folder, tmp_path, capsys) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--int8"], "--int8: is for --openvino"),
-        (["--decoder", "x"], "--decoder: is for --openvino"),
+        (["--int8"], "--int8: needs --openvino"),
+        (["--decoder", "x"], "--decoder: needs --openvino"),
         (["--openvino", "--fp16"], "--openvino --fp16: one export at a time"),
         (["--openvino", "--int8", "--int8-weights"], "choose one"),
         (["--openvino", "--decoder", "none"], "none is not a decoder"),

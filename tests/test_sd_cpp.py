@@ -48,10 +48,10 @@ def test_other_models_that_it_knows_have_no_gaps(layout, plan) -> None:
 @pytest.mark.parametrize(
     ("layout", "plan", "why"),
     [
-        ("sd-v1", "bk-small", "it knows the whole SD v1"),
-        ("sdxl", "koala-700m", "it knows the whole SD v1"),
-        ("sd-v2", ["mid_block"], "it knows the whole SD v1"),
-        ("sdxl", ["mid_block"], "it knows the whole SD v1"),
+        ("sd-v1", "bk-small", "it knows only the whole SD v1"),
+        ("sdxl", "koala-700m", "it knows only the whole SD v1"),
+        ("sd-v2", ["mid_block"], "it knows only the whole SD v1"),
+        ("sdxl", ["mid_block"], "it knows only the whole SD v1"),
     ],
 )
 def test_what_it_does_not_know_is_refused(layout, plan, why) -> None:

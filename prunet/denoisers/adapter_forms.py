@@ -1,4 +1,4 @@
-"""How the adapters of a class of denoisers are made: what `prunet adapt` asks of it."""
+"""The forms of a denoiser's adapters, for `prunet adapt`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -11,29 +11,29 @@ from prunet.denoisers.form import Form
 
 @dataclass(frozen=True)
 class Residuals:
-    """Which residuals of the teacher's ControlNet a student has a place for."""
+    """The residuals of the teacher's ControlNet that a student has a place for."""
 
-    down: tuple[int, ...]  # for each of the student's, in order, the place among the teacher's
-    mid: bool
+    down: tuple[int, ...]  # for each residual of the student, in order, its number among the teacher's
+    mid: bool  # whether the student has a place for the residual of the mid block
 
 
 class AdapterForms(ABC):
     """LoRA, IP-Adapter and ControlNet of one class of denoisers. Works on skeletons (models on the meta device)."""
 
-    controlnet: str  # diffusers' name of the class of its ControlNets
-    controlnet_loader: Path  # a file that loads one of the teacher's for a student without a stock one
+    controlnet: str  # diffusers' class of its ControlNets
+    controlnet_loader: Path  # code that loads a teacher's ControlNet for a student that has no stock one
 
     @abstractmethod
     def original_names(self, net: Any) -> dict[str, str]:
-        """Module -> its name in the files of the model's authors, of all modules with weights."""
+        """Maps each module with weights to its name in the files of the model's authors."""
 
     @abstractmethod
     def attentions(self, net: Any) -> list[str]:
-        """The attention modules in the order in which an IP-Adapter counts them."""
+        """Lists the attention modules in the order in which an IP-Adapter numbers them."""
 
     @abstractmethod
     def empty_controlnet(self, config: Mapping[str, Any], teacher: Any) -> Any:
-        """The ControlNet of `config` on the meta device.
+        """Makes the ControlNet of `config` on the meta device.
 
         Raises:
             UserError: diffusers cannot make it, or it was made for another model than `teacher`.
@@ -41,8 +41,8 @@ class AdapterForms(ABC):
 
     @abstractmethod
     def residuals(self, teacher: Any, student: Any, form: Form) -> Residuals:
-        """Which of the residuals of a ControlNet made for `teacher` the student has a place for."""
+        """Returns the residuals of a ControlNet of `teacher` that the student has a place for."""
 
     @abstractmethod
     def cut_controlnet(self, control: Any, teacher: Any, student: Any, form: Form) -> Any:
-        """The stock ControlNet that the plan leaves of the teacher's; None where diffusers has no such form."""
+        """Cuts the teacher's ControlNet by the plan into a stock ControlNet; None if diffusers has no such form."""

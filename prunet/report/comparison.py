@@ -62,8 +62,8 @@ def open_runs(folders: Sequence[Path | str]) -> list[Compared]:
     for run in runs[1:]:
         if apart := differences(first, _protocol(run)):
             raise UserError(
-                f"{run.folder}: evaluated differently from {runs[0].folder}: they differ in {', '.join(apart)}, so their "
-                "numbers cannot be compared: evaluate both in the same way"
+                f"{run.folder}: evaluated differently from {runs[0].folder}: they differ in {', '.join(apart)}, so "
+                "their numbers cannot be compared: evaluate both in the same way"
             )
     return runs
 
