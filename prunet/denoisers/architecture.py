@@ -38,7 +38,7 @@ class Architecture(ABC):
     last_layer: str  # the module that computes the output
     parts_help: str  # the parts that a plan may name, for messages
     only_form: bool = False  # True: prunet plans and builds its students, but cannot train or draw with them yet
-    adapters: AdapterForms | None = None  # None: prunet cannot carry its adapters over
+    adapters: AdapterForms
 
     @property
     @abstractmethod

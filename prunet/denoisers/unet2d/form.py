@@ -149,7 +149,7 @@ def _mid_type(net: Any, removed: Mapping[str, str]) -> tuple[str | None, list[in
     part = next(name for name in removed if name.startswith("mid_block."))
     raise UserError(
         f"Pattern {removed[part]!r} leaves a mid block with {len(resnets)} resnets and {len(attentions)} attentions, "
-        "and diffusers has no form for that: remove mid_block, or nothing of it, or its attention and one of its resnets"
+        "which diffusers has no form for: remove mid_block, or nothing of it, or its attention and one of its resnets"
     )
 
 
