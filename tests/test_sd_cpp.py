@@ -115,7 +115,7 @@ def run_folder(finished, tmp_path_factory) -> Path:
         (["--gguf", "q8_0", "--for", "comfyui"], "--gguf --for comfyui: a GGUF file is for sd.cpp"),
         (["--gguf", "q8_0", "--fp16"], "leave --fp16 out"),
         (["--gguf", "q8_0", "--openvino"], "--openvino --gguf: one export at a time"),
-        (["--gguf", "q8_0", "-o", "a.safetensors"], "name the single file something.gguf"),
+        (["--gguf", "q8_0", "-o", "a.safetensors"], "give NAME.gguf"),
         (["--gguf", "q2_k"], "q2_k"),
     ],
 )
