@@ -62,9 +62,7 @@ def removed_parts(
                 + (f"; the nearest part is {near[0]}" if near else "")
             )
         if fixed := next((name for name in found if name not in can_go), None):
-            raise UserError(
-                f"Pattern {pattern!r} matches {fixed}, which cannot be removed: remove some of {parts_help}"
-            )
+            raise UserError(f"Pattern {pattern!r} matches {fixed}, which cannot be removed: choose from {parts_help}")
         for name in found:
             removed.setdefault(name, pattern)
     return removed
