@@ -13,13 +13,14 @@ from rich.text import Text
 from prunet.denoisers.diagram import STEPS, Diagram, Part, Section
 from prunet.plan.derived import Derived
 from prunet.plan.size import Size
+from prunet.search.results import SearchResult, Sensitivity
 from prunet.words import many, number
 
 STAYS, GOES = "bold green", "red strike"
-#: Kind of part -> its sign where it stays and where it goes.
 #: Style of a part by the colour of its error, from one that is not missed to one without which nothing works.
 COLOURS = ("bold green", "bold cyan", "bold yellow", "bold dark_orange", "bold red")
 DIGITS = "₀₁₂₃₄"
+#: Kind of part -> its sign where it stays and where it goes.
 SIGNS = {"resnet": ("R", "r"), "attention": ("A", "a"), "downsampler": ("↓", "·"), "upsampler": ("↑", "·")}
 
 
@@ -36,8 +37,8 @@ def plan_view(derived: Derived, title: str) -> RenderableType:
     )
 
 
-def sensitivity_view(result: Mapping[str, Any]) -> RenderableType:
-    """What each unit costs and hurts (`prunet.search.sensitivity`): the coloured diagram, and a table."""
+def sensitivity_view(result: Sensitivity) -> RenderableType:
+    """What each unit costs and hurts: the coloured diagram, and a table."""
     from prunet.report.sensitivity import coloured_diagram, columns, conditions, label, rows
 
     legend = Text("Error without it: ")
@@ -51,7 +52,7 @@ def sensitivity_view(result: Mapping[str, Any]) -> RenderableType:
         value, low, high = (number(part, 2) for part in error)
         table.add_row(value, f"{low} to {high}", *shares, Text(label(name)))
     return Group(
-        Rule(Text(f"{result['teacher']}: what each removal hurts", style="bold"), align="left"),
+        Rule(Text(f"{result.teacher}: what each removal hurts", style="bold"), align="left"),
         Padding(_denoiser(coloured_diagram(result)), (0, 0, 1, 0)),
         legend,
         Text(),
@@ -61,21 +62,21 @@ def sensitivity_view(result: Mapping[str, Any]) -> RenderableType:
     )
 
 
-def search_view(result: Mapping[str, Any], folder: Any) -> RenderableType:
+def search_view(result: SearchResult, folder: Any) -> RenderableType:
     """The plans of a search, the chosen one first, and its files."""
     table = Table(box=None, padding=(0, 1))
-    kinds = [kind for kind in ("parameters", "macs", "latency") if kind in result["costs"]]
-    for title in ("error", *(["after"] if result["recover_steps"] else []), *kinds):
+    kinds = [kind for kind in ("parameters", "macs", "latency") if kind in result.costs]
+    for title in ("error", *(["after"] if result.recover_steps else []), *kinds):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("removed", overflow="fold")
-    for row in [*result["plans"][:8], *result["presets"]]:
-        after = [number(list(row["after"].values())[-1], 2) if row["after"] else ""] if result["recover_steps"] else []
-        shares = [f"{100 * row['costs'][kind] / result['costs'][kind]:.0f} %" for kind in kinds]
-        name = ", ".join(row["remove"]) if row["name"] == "found" else row["name"]
-        style = "bold" if row is result["plans"][0] else None
-        table.add_row(number(row["error"], 2), *after, *shares, Text(name), style=style)
+    for row in [*result.plans[:8], *result.presets]:
+        after = ["" if row.trained is None else number(row.trained, 2)] if result.recover_steps else []
+        shares = [f"{100 * row.costs[kind] / result.costs[kind]:.0f} %" for kind in kinds]
+        name = ", ".join(row.remove) if row.name == "found" else row.name
+        style = "bold" if row is result.plans[0] else None
+        table.add_row(number(row.error, 2), *after, *shares, Text(name), style=style)
     files = f"Page: {folder}/search.html\nPlan: {folder}/plan.yaml\nRun it: prunet run {folder}/recipe.yaml"
-    title = f"{result['teacher']} within {', '.join(result['budgets'])}"
+    title = f"{result.teacher} within {', '.join(result.budgets)}"
     return Group(Rule(Text(title, style="bold"), align="left"), table, Text(), Text(files))
 
 
