@@ -138,7 +138,10 @@ def bench(
     runtime: Any,
     models: Annotated[
         list[str],
-        typer.Argument(help="Pipeline folders, .safetensors files, hub ids or run folders; the first is the baseline."),
+        typer.Argument(
+            help="Pipeline folders (also for OpenVINO), .safetensors files, hub ids or run folders; the first is the "
+            "baseline."
+        ),
     ],
     plans: Annotated[
         list[str] | None,
@@ -179,8 +182,12 @@ def bench(
     from prunet.disk.files import check_writable
     from prunet.disk.ownership import check_place, hold
     from prunet.report.speeds import markdown, write_speeds
+    from prunet.sampling.draw import Model
+    from prunet.sampling.openvino import is_openvino
     from prunet.speed.bench import bench as time_all
-    from prunet.speed.bench import check_compiler, drawings, open_pipelines
+    from prunet.speed.bench import check_compiler
+    from prunet.speed.models import drawings, open_models
+    from prunet.words import names_of
 
     if output is not None:
         check_place(output, "bench", "--output", map(Path, models))
@@ -188,14 +195,18 @@ def bench(
     if compiled:
         check_compiler(runtime.torch_device)
     where = {"device": runtime.torch_device, "dtype": runtime.dtype}
+    opened = open_models(models, plans or (), size=size, config=config, **where)
+    # What only a process can tell takes opening each model once more: of torch alone, `working_mb` tells it.
+    sources = {name: Model(model, config, **where) for name, model in zip(names_of(models), models, strict=True)}
     result = time_all(
-        open_pipelines(models, plans or (), size=size, config=config, **where),
+        opened,
         size=size,
         batch_sizes=list(dict.fromkeys(batch_sizes or [1])),
         drawn=drawings(models, config=config, steps=steps),
         steps=steps or 25,
         repeats=repeats,
         compiled=compiled,
+        sources=sources if any(map(is_openvino, models)) else None,
     )
     if output is not None:
         with hold(output, "bench"):

@@ -25,7 +25,7 @@ from prunet.hashing import file_hash, json_hash
 KNOWN = "source.json"
 SLOW = 1 << 30  # bytes from which on a progress bar is shown
 Files = list[tuple[str, Path]]
-_known: dict[str, str] = {}  # state of the files -> fingerprint
+known_here: dict[str, str] = {}  # in this process: state of the files -> fingerprint
 
 
 def has_files(source: Source) -> bool:
@@ -47,11 +47,11 @@ def source_fingerprint(source: Source, made: Path | None = None, image_column: s
         return json_hash([marks(remote), source_files(source, image_column)])
     files = _files(source, image_column)
     state = _state(files)
-    if state not in _known:
+    if state not in known_here:
         if known := made and _remembered(made, files, state):
             return known
-        _known[state] = json_hash(source_files(source, image_column))
-    return _known[state]
+        known_here[state] = json_hash(source_files(source, image_column))
+    return known_here[state]
 
 
 def hub_fingerprint(source: Source) -> str:
@@ -61,7 +61,7 @@ def hub_fingerprint(source: Source) -> str:
 
 def remember(source: Source, made: Path, fingerprint: str, image_column: str = "image") -> None:
     """Writes the state of a source's files into the cache `made`, if they still have `fingerprint`."""
-    if has_files(source) and _known.get(state := _state(_files(source, image_column))) == fingerprint:
+    if has_files(source) and known_here.get(state := _state(_files(source, image_column))) == fingerprint:
         write_json(made / KNOWN, {"state": state, "fingerprint": fingerprint})
 
 

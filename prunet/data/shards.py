@@ -35,7 +35,7 @@ Files = dict[str, bytes | None]  # ending, such as ".jpg" or ".txt" -> contents;
 def read_shard(columns: Columns, path: File, label: str) -> Iterator[Picture]:
     """Reads the samples of a shard; keys begin with `label`. Damage becomes a last, broken sample."""
     seen: set[str] = set()
-    for samples, (name, files) in enumerate(_samples(path)):
+    for samples, (name, files) in enumerate(read_samples(path)):
         if isinstance(files, Exception):
             yield broken_picture(label, f"shard cut off or damaged after {samples} samples ({reason_of(files)})")
             return
@@ -96,8 +96,8 @@ def _captions(files: Files, column: str | None) -> tuple[tuple[str, ...], str]:
     return (), why
 
 
-def _samples(path: File) -> Iterator[tuple[str, Files | Exception]]:
-    """Yields (name, files) of each sample, and at the end the error if the shard is damaged."""
+def read_samples(path: File) -> Iterator[tuple[str, Files | Exception]]:
+    """Yields (name, files) of each sample of a shard, and at the end the error if it is damaged."""
     current, damage = "", None
     files: Files = {}
     try:

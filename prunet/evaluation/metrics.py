@@ -125,11 +125,15 @@ def likeness(images: Array, subject: Array) -> Array:
     return out
 
 
-def retrieved(images: Array, texts: Array) -> Array:
-    """(N,) 1.0 if the nearest of all prompts is the picture's own (equal prompts count as one)."""
-    unique, own = np.unique(texts.round(5), axis=0, return_inverse=True)
+def retrieved(images: Array, texts: Array, others: Array | None = None) -> Array:
+    """(N,) 1.0 if the nearest of all prompts is the picture's own (equal prompts count as one).
+
+    `others` (M, D): prompts of no picture, among which it is found too.
+    """
+    given = texts if others is None else np.concatenate([texts, others])
+    unique, own = np.unique(given.round(5), axis=0, return_inverse=True)
     nearest = (_unit(images) @ _unit(unique).T).argmax(axis=1)
-    return np.asarray(nearest == own.reshape(-1), dtype=np.float64)
+    return np.asarray(nearest == own.reshape(-1)[: len(texts)], dtype=np.float64)
 
 
 def _unit(values: Array) -> Array:

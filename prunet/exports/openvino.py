@@ -24,14 +24,12 @@ from prunet.exports import int8
 from prunet.exports.card import model_card
 from prunet.recipe.values import Drawing
 from prunet.sampling.made_for import write_made_for
-from prunet.sampling.openvino import SAMPLERS, OpenVinoPipeline, need
+from prunet.sampling.openvino import MODEL, SAMPLERS, OpenVinoPipeline, need
 from prunet.sampling.pictures import picture_rmse
 from prunet.teacher.configs import read_object
 from prunet.teacher.teacher import Teacher
 
-MODEL = "openvino_model.xml"
-#: What is in 8 bits: weights and activations of the denoiser, or only weights; text encoders only have weights in 8
-#: bits.
+#: What is in 8 bits: weights and activations of the denoiser, or only weights; for text encoders always only weights.
 Bits = Literal["int8", "int8-weights"]
 #: Number of prompts for calibration, and of other prompts for comparison.
 PROMPTS = 4

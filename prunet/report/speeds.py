@@ -5,7 +5,7 @@ from pathlib import Path
 
 from prunet.disk.files import write_text
 from prunet.report.bars import Bar, Panel, draw_bars
-from prunet.speed.bench import Bench, Row
+from prunet.speed.bench import Bench, BenchModel, Row
 from prunet.words import many, number
 
 #: Below this share of the limit the report says which operations take the rest of the time.
@@ -47,6 +47,7 @@ def markdown(result: Bench) -> str:
         f"{conditions(result)} Denoiser: one call; all: text, {_how(result)} and VAE; memory: the peak.",
         "",
     ]
+    lines += _of_processes(result)
     others = _others(result)
     if others:
         lines += _against_limit(others)
@@ -63,8 +64,35 @@ def markdown(result: Bench) -> str:
 
 def conditions(result: Bench) -> str:
     """Names device, precision, size of pictures and number of repeats."""
-    precisions = sorted({model.precision for model in result.models.values()})
+    precisions = sorted({_precision(model) for model in result.models.values()})
     return f"{result.device}, {' and '.join(precisions)}, {result.size} px; medians of {result.repeats} calls in turn."
+
+
+def _precision(model: BenchModel) -> str:
+    runtime = {"torch": "", "openvino": "OpenVINO "}[model.runtime]
+    return f"{runtime}{model.precision}"
+
+
+def _of_processes(result: Bench) -> list[str]:
+    """The table of what pictures took that were drawn in processes of their own, if there are any."""
+    rows = [(name, model) for name, model in result.models.items() if model.process_mb is not None]
+    if not rows:
+        return []
+    lines = [
+        "| model | computed by | weights (MB) | memory of a process (MB) | picture apart |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for name, model in rows:
+        apart = "" if model.apart is None else number(model.apart)
+        memory = f"{number(model.weights_mb or 0)} | {number(model.process_mb or 0)}"
+        lines.append(f"| {name} | {_precision(model)} | {memory} | {apart} |")
+    return [
+        *lines,
+        "",
+        "Memory: by how much a process of its own grows that opens the model and draws a picture. Apart: root mean "
+        "squared error, 0 to 1, to the picture that torch draws with the same U-Net in the same way from equal noise.",
+        "",
+    ]
 
 
 def _against_limit(rows: Sequence[Row]) -> list[str]:
@@ -84,7 +112,7 @@ def _against_limit(rows: Sequence[Row]) -> list[str]:
 def _explain(row: Row, result: Bench) -> list[str]:
     """Explains the time that a student takes beyond its limit: in one sentence, and by kind of operation."""
     head = f"**{_name(row, result)} reaches {100 * row.share:.0f} % of its limit by MACs**"
-    if not row.kinds_ms:
+    if not row.over_ms:
         return [f"{head}; the times of single operations are not available on this device."]
     baseline = _baseline(row, result)
     ours, theirs = (result.models[name].macs for name in (row.model, baseline.model))
@@ -117,14 +145,14 @@ def _others(result: Bench) -> list[Row]:
 
 
 def _baseline(row: Row, result: Bench) -> Row:
-    """Returns the baseline's row at the same batch size and in the same mode."""
-    same = (r for r in result.rows if (r.mode, r.batch_size) == (row.mode, row.batch_size))
-    return next(same)
+    """Returns the baseline's row at the same batch size, in the same mode if it has one."""
+    own = [r for r in result.rows if (r.model, r.batch_size) == (result.baseline, row.batch_size)]
+    return next((r for r in own if r.mode == row.mode), own[0])
 
 
 def _note(row: Row, result: Bench) -> str:
     """Returns mode and batch size where they distinguish rows of a model."""
-    parts = [row.mode] if any(r.mode == "compiled" for r in result.rows) else []
+    parts = [mode] if (mode := _mode(row, result.rows)) else []
     parts += [f"batch {row.batch_size}"] if len({r.batch_size for r in result.rows}) > 1 else []
     return ", ".join(parts)
 
@@ -223,7 +251,7 @@ def _how(result: Bench) -> str:
 
 
 def _mode(row: Row, rows: Sequence[Row]) -> str:
-    return row.mode if any(r.mode == "compiled" for r in rows) else ""
+    return row.mode if len({r.mode for r in rows}) > 1 else ""
 
 
 def _lengths(title: str, unit: str, kind: str, field: str, rows: Sequence[Row], result: Bench) -> Panel:

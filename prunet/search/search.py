@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from prunet.runtime import Runtime
 from prunet.search.budgets import costs_of
 from prunet.search.choice import Problem, best_sets, total
 from prunet.search.recovery import recover
+from prunet.search.results import ScoredPlan, SearchResult
 from prunet.search.scores import Scores, key_of
 from prunet.search.sensitivity import open_examples, sensitivity
 from prunet.search.space import ROUNDING, Space
@@ -50,8 +50,8 @@ def find_plan(
     prompts: Sequence[str] | None = None,
     cache: Path | None = None,
     recover_steps: int = 0,
-) -> tuple[Plan, dict[str, Any]]:
-    """Finds the plan; returns it and all results as plain JSON types. Resumes in `folder`.
+) -> tuple[Plan, SearchResult]:
+    """Finds the plan; returns it and all results. Resumes in `folder`.
 
     Args:
         prompts, cache: see `open_examples`; with `recover_steps` students learn from the cache and are scored on
@@ -66,7 +66,7 @@ def find_plan(
     )
     units = sensitivity(space.units, scores, timed=bool(space.timed))
     problem = space.problem(
-        [unit["error"] for unit in units["units"]],
+        [unit.error for unit in units.units],
         [scores.latency(unit.derived) for unit in space.units] if space.timed else [],
         scores.teacher_latency if space.timed else 1.0,
     )
@@ -82,19 +82,19 @@ def find_plan(
     best = found[0]
     plan = Plan("found", best.derived.plan.remove, _described(space, best))
     frontier = _frontier(space, problem, scores)
-    return plan, {
-        **units,
-        "budgets": list(map(str, space.budgets)),
-        "limits": space.all_limits(scores.teacher_latency if space.timed else 0.0),
-        "recover_steps": recover_steps,
-        "error_before": best.error.value,
-        "trained_is_better": best.best < best.error.value,
-        "plans": [_row(one) for one in found],
-        "presets": [_row(one) for one in presets],
-        "frontier": [_row(one) for one in frontier],
-        "remove": list(plan.remove),
-        "plan": derive(space.config, plan).result().facts(),
-    }
+    return plan, SearchResult(
+        **dict(units),
+        budgets=list(map(str, space.budgets)),
+        limits=space.all_limits(scores.teacher_latency if space.timed else 0.0),
+        recover_steps=recover_steps,
+        error_before=best.error.value,
+        trained_is_better=best.best < best.error.value,
+        plans=[_row(one) for one in found],
+        presets=[_row(one) for one in presets],
+        frontier=[_row(one) for one in frontier],
+        remove=list(plan.remove),
+        plan=derive(space.config, plan).result(),
+    )
 
 
 def _score(space: Space, derived: Derived, scores: Scores) -> Scored:
@@ -178,16 +178,17 @@ def _frontier(space: Space, problem: Problem, scores: Scores) -> list[Scored]:
     return [_score(space, derived, scores) for derived in found.values()]
 
 
-def _row(scored: Scored) -> dict[str, Any]:
-    return {
-        "name": scored.derived.plan.name,
-        "remove": list(scored.derived.plan.remove),
-        "costs": scored.costs,
-        "error": scored.error.value,
-        "low": scored.error.low,
-        "high": scored.error.high,
-        "after": {str(steps): error for steps, error in scored.after.items()},
-    }
+def _row(scored: Scored) -> ScoredPlan:
+    plan, error = scored.derived.plan, scored.error
+    return ScoredPlan(
+        name=plan.name,
+        remove=list(plan.remove),
+        costs=scored.costs,
+        error=error.value,
+        low=error.low,
+        high=error.high,
+        after=scored.after,
+    )
 
 
 def _described(space: Space, best: Scored) -> str:

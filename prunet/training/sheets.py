@@ -20,24 +20,30 @@ GAP, CAPTION, LABEL = 6, 34, 92
 INK, PAPER = (32, 32, 38), (255, 255, 255)
 
 
-def grid(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], captions: Sequence[str]) -> Image.Image:
-    """Makes one picture from `rows` of equal length, with a label left of each row and a caption under each column."""
+def grid(
+    rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], captions: Sequence[str], columns: int | None = None
+) -> Image.Image:
+    """Makes one picture from `rows` of equal length, with a label left of each row and a caption under each column.
+
+    All labels may be empty. After `columns` pictures (by default after all) the rows continue below.
+    """
     cell = rows[0][0].width
-    scale = max(1, 96 // cell)
-    cell *= scale
-    width = LABEL + len(rows[0]) * (cell + GAP)
-    sheet = Image.new("RGB", (width, len(rows) * (cell + GAP) + GAP + CAPTION), PAPER)
+    cell *= max(1, 96 // cell)
+    columns, left = columns or len(rows[0]), LABEL if any(labels) else GAP
+    height = len(rows) * (cell + GAP) + GAP + CAPTION
+    size = left + columns * (cell + GAP), -(-len(rows[0]) // columns) * height
+    sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=12)
-    for r, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        top = GAP + r * (cell + GAP)
-        pen.multiline_text((8, top + cell // 2 - 14), "\n".join(textwrap.wrap(label, 12)), fill=INK, font=font)
-        for c, picture in enumerate(row):
-            sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (LABEL + c * (cell + GAP), top))
-    for c, caption in enumerate(captions):
-        lines = textwrap.wrap(caption, max(8, cell // 7))[:2]
-        place = (LABEL + c * (cell + GAP), len(rows) * (cell + GAP) + GAP)
-        pen.multiline_text(place, "\n".join(lines), fill=INK, font=font, spacing=2)
+    for i in range(len(rows[0])):
+        x, y = left + i % columns * (cell + GAP), i // columns * height + GAP
+        for row, label in zip(rows, labels, strict=True):
+            if i % columns == 0:
+                pen.multiline_text((8, y + cell // 2 - 14), "\n".join(textwrap.wrap(label, 12)), fill=INK, font=font)
+            sheet.paste(row[i].resize((cell, cell), Image.Resampling.LANCZOS), (x, y))
+            y += cell + GAP
+        lines = textwrap.wrap(captions[i], max(8, cell // 7))[:2]
+        pen.multiline_text((x, y), "\n".join(lines), fill=INK, font=font, spacing=2)
     return sheet
 
 
