@@ -190,7 +190,7 @@ def test_a_folder_draws_only_as_it_can(exported) -> None:
     folder = exported[0]
     with pytest.raises(UserError, match=r"a pipeline for OpenVINO.*give the folder or run"):
         Teacher(folder)
-    with pytest.raises(UserError, match=r"sampler: .* draws with its own"):
+    with pytest.raises(UserError, match=r"sampler: .* draws only with"):
         generate(folder, "a cat", drawing=Drawing(sampler="euler"))
     with pytest.raises(UserError, match="draws without image"):
         generate(folder, "a cat", start=StartPicture(Image.new("RGB", (16, 16))))

@@ -1,11 +1,11 @@
 """The contents of a source: whether its files are here, and a fingerprint of their names and contents.
 
-The fingerprint decides whether a source is still the same. It covers every byte, because a shard can be packed again,
-or a picture painted over, at the same size. It does not depend on where the files are. All files are read for it, but
-only once: a cache keeps the state of its files (size, times, inode) in `source.json`, and while that state is the same,
-the files are not read again.
+The fingerprint shows whether a source is still the same. It covers every byte, because a shard can be packed again, or
+a picture painted over, at the same size. It does not depend on where the files are. All files are read for it, but only
+once: a cache keeps the state of its files (size, times, inode) in `source.json`, and while this state is the same, the
+files are not read again.
 
-Files behind URLs are known by their names, sizes and marks (`ETag` and the like), and are not read for it.
+Files behind URLs are not read for it; their names, sizes and marks (such as `ETag`) count instead.
 """
 
 import os
@@ -37,7 +37,7 @@ def has_files(source: Source) -> bool:
 
 
 def source_fingerprint(source: Source, made: Path | None = None, image_column: str = "image") -> str:
-    """A hash of the names and contents of a source's files; for a dataset of the Hub, of its name alone.
+    """Returns a hash of the names and contents of a source's files; for a dataset of the Hub, only of its name.
 
     `made`: the folder of a cache of this source, if there is one; it remembers files that have not changed.
     """
@@ -55,7 +55,7 @@ def source_fingerprint(source: Source, made: Path | None = None, image_column: s
 
 
 def hub_fingerprint(source: Source) -> str:
-    """The fingerprint of a dataset of the Hub."""
+    """Returns the fingerprint of a dataset of the Hub."""
     return json_hash([(source, 0)])
 
 
@@ -77,7 +77,7 @@ def _remembered(made: Path, files: Files, state: str) -> str | None:
 
 
 def source_files(source: Source, image_column: str = "image") -> list[tuple[str, str]]:
-    """The local files of a source: (name, SHA-256 of the contents or why the file cannot be read)."""
+    """Yields the local files of a source: (name, SHA-256 of the contents or why the file cannot be read)."""
     files = _files(source, image_column)
     is_slow = sum(file.stat().st_size for _, file in files) > SLOW
     found = []
