@@ -113,7 +113,7 @@ def test_a_scorer_with_random_weights_or_without_words_is_refused(tmp_path) -> N
     special = {token: number for token, number in words["model"]["vocab"].items() if token.startswith("<|")}
     words["model"] |= {"vocab": special, "merges": []}
     (folder / "tokenizer.json").write_text(json.dumps(words))
-    with pytest.raises(UserError, match="its tokenizer makes the same tokens of all words"):
+    with pytest.raises(UserError, match="its tokenizer gives the same tokens for all words"):
         Clip.load(folder)
 
 

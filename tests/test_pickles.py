@@ -240,7 +240,7 @@ def wrong(folder: Path) -> dict[str, tuple[Path, str]]:
         "no mapping": (save([torch.ones(1)], folder / "list.ckpt"), "holds list"),
         "a whole module": (save(nn.Linear(2, 2), folder / "module.ckpt"), "holds torch.nn"),
         "nothing in it": (save({}, folder / "nothing.ckpt"), "nothing"),
-        "no tensors": (save({"state_dict": {"a": 1}}, folder / "numbers.ckpt"), "no state_dict among"),
+        "no tensors": (save({"state_dict": {"a": 1}}, folder / "numbers.ckpt"), "no state_dict in it, but"),
         "two of them": (
             save({"g": {"a": torch.ones(1)}, "d": {"a": torch.ones(1)}}, folder / "2.ckpt"),
             "no state_dict",
