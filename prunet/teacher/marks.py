@@ -151,7 +151,7 @@ def mark(scheduler: Mapping[str, Any], layout: str, title: str, size: int) -> tu
 
 
 def save_marked(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """Writes a safetensors file with sorted metadata, so that equal contents give equal bytes; the library varies them."""
+    """Writes a safetensors file with sorted metadata, so equal contents give equal bytes; the library varies them."""
     save_file(dict(tensors), path, metadata=dict(metadata))
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
