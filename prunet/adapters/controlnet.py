@@ -29,7 +29,7 @@ def open_controlnet(folder: Path, derived: Derived) -> Any:
     """
     config, forms = read_object(folder / CONFIG, str(folder)), derived.architecture.adapters
     if forms.controlnet is None:
-        raise UserError(f"{folder}: prunet carries over no ControlNet of a {derived.architecture.class_name}")
+        raise UserError(f"{folder}: prunet cannot carry over a ControlNet of a {derived.architecture.class_name}")
     if (name := config.get("_class_name")) != (wanted := forms.controlnet):
         raise UserError(f"{folder}: a {name}: give a folder with a {wanted}")
     check_config(derived.architecture.part, {**derived.teacher_config, **config}, folder / CONFIG)
@@ -44,7 +44,7 @@ def open_controlnet(folder: Path, derived: Derived) -> Any:
 
 
 def write_controlnet(control: Any, derived: Derived, output: Path, mark: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes it for the student as a folder; what is said of it in `MARK` is returned."""
+    """Writes the ControlNet for the student as a folder; returns the facts that `MARK` records about it."""
     forms, nets = derived.architecture.adapters, (derived.teacher_skeleton, derived.student_skeleton, derived.form)
     small = forms.cut_controlnet(control, *nets)
     facts = {**mark, "form": "whole" if small is None else "cut"}

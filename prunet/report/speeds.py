@@ -74,7 +74,7 @@ def _precision(model: BenchModel) -> str:
 
 
 def _of_processes(result: Bench) -> list[str]:
-    """The table of what pictures took that were drawn in processes of their own, if there are any."""
+    """Formats the table of pictures drawn in separate processes, if there are any."""
     rows = [(name, model) for name, model in result.models.items() if model.process_mb is not None]
     if not rows:
         return []

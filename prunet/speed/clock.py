@@ -90,7 +90,7 @@ def random_inputs(config: Mapping[str, Any], batch_size: int, **given: Any) -> d
     The latents are random, because a GPU that multiplies zeros uses less power and runs faster than on a picture.
     """
     inputs = architecture_of(config).example_inputs(config, batch_size, **given)
-    generator = torch.Generator(inputs["sample"].device).manual_seed(0)
+    generator = torch.Generator(given.get("device", "cpu")).manual_seed(0)
     for value in inputs.values():
         if isinstance(value, Tensor) and value.is_floating_point():
             value.normal_(generator=generator)
