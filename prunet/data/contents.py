@@ -25,11 +25,11 @@ from prunet.hashing import file_hash, json_hash
 KNOWN = "source.json"
 SLOW = 1 << 30  # bytes from which on a progress bar is shown
 Files = list[tuple[str, Path]]
-known_here: dict[str, str] = {}  # in this process: state of the files -> fingerprint
+known_here: dict[str, str] = {}  # fingerprints by state of the files, in this process
 
 
 def has_files(source: Source) -> bool:
-    """Whether a source has files on this machine."""
+    """Returns whether a source has files on this machine."""
     try:
         return any(isinstance(path, Path) for path in source_paths(source))
     except UserError:
@@ -89,7 +89,7 @@ def source_files(source: Source, image_column: str = "image") -> list[tuple[str,
 
 
 def _files(source: Source, image_column: str) -> Files:
-    """(name, file) of all files, with those that Parquet rows refer to; a name is relative to the source's folder."""
+    """Yields (name, file) of all files, also those that Parquet rows refer to; names are relative to the source."""
     found: Files = []
     for root in (path for path in source_paths(source) if isinstance(path, Path)):
         below = (Path(under, name) for under, names in walk(root) for name in names) if root.is_dir() else ()

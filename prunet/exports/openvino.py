@@ -211,7 +211,7 @@ class _Denoiser(nn.Module):
 
 
 class _TextEncoder(nn.Module):
-    """`hidden`: whether it also returns the output of each layer; SDXL uses the second to last."""
+    """A text encoder. `hidden`: also returns the output of each layer; SDXL uses the second to last."""
 
     def __init__(self, encoder: nn.Module, hidden: bool) -> None:
         super().__init__()

@@ -236,7 +236,7 @@ def finish(
     until: str = "evaluate",
     like: Run | None = None,
 ) -> Run:
-    """Does one run up to `until`. Stages that another of the `recipes` has finished are copied from its run."""
+    """Does one run up to `until`. Stages that the run of another recipe has finished are copied."""
     run = Run(recipe, runtime, like=like)
     run.check(until)  # checked again, because the disk may be full by now
     others = [Run(other, runtime, like=run) for other in recipes if other.output != recipe.output]

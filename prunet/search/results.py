@@ -53,7 +53,7 @@ class ScoredPlan(Value):
 
 
 class SearchResult(Sensitivity):
-    """What a search found: plans within the budgets, the chosen one first; presets; plans for easier budgets."""
+    """The result of a search: plans within the budgets, the chosen one first; presets; plans for easier budgets."""
 
     budgets: list[str]
     limits: Costs

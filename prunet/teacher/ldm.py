@@ -34,7 +34,7 @@ from prunet.errors import UserError
 from prunet.teacher import placing
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-TEXT = {  # (layout, index of the text encoder) -> prefix; OpenCLIP's names follow `model.`, CLIP's follow the others
+TEXT = {  # prefixes by layout and index of the text encoder; OpenCLIP's names follow `model.`, CLIP's the others
     ("sd-v1", 0): "cond_stage_model.transformer.",
     ("sd-v2", 0): "cond_stage_model.model.",
     ("sdxl", 0): "conditioner.embedders.0.transformer.",
@@ -141,7 +141,7 @@ def has_unet(path: str | Path, config: Mapping[str, Any]) -> bool:
     return keys == set(unet_key_map(config).values()) and channels == (config.get("in_channels", 4),)
 
 
-# -- names: diffusers' parameter -> LDM's key
+# -- names: from diffusers' parameters to LDM's keys
 
 
 def unet_key_map(config: Mapping[str, Any], gaps: bool = False) -> dict[str, str]:
@@ -183,7 +183,7 @@ _OPENCLIP = {
     "self_attn.k_proj.": "attn.in_proj_", "self_attn.v_proj.": "attn.in_proj_",
     "self_attn.out_proj": "attn.out_proj", "text_projection.weight": "text_projection",
 }  # fmt: skip
-# Type of a module that the walks below visit -> names inside it; modules of other types have no LDM form.
+# Names inside the modules that the walks below visit, by type; modules of other types have no LDM form.
 _UNET_INSIDE: dict[type, dict[str, str]] = {
     ResnetBlock2D: RESNET, Transformer2DModel: {}, nn.Conv2d: {}, nn.Linear: {}, nn.GroupNorm: {},
 }  # fmt: skip

@@ -33,7 +33,7 @@ LARGEST_GROWTH = 4  # output bytes per input byte; tied tensors are written once
 AGAIN = "fetch or copy it again"
 IP_ADAPTER = {"image_proj", "ip_adapter"}  # the two mappings in such a file; safetensors joins their keys by dots
 
-Places = Mapping[str, tuple[int, int]]  # record -> its start in the file and its length, in bytes
+Places = Mapping[str, tuple[int, int]]  # start and length of each record in the file, in bytes
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class _Unpickler(pickle.Unpickler):
 
     def __init__(self, file: Any) -> None:
         super().__init__(file, encoding="latin1")  # this encoding reads any string of Python 2
-        self.itemsizes: dict[str, int] = {}  # record -> bytes per number
+        self.itemsizes: dict[str, int] = {}  # bytes per number of each record
 
     @override
     def find_class(self, module: str, name: str) -> Any:

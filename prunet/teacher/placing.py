@@ -180,7 +180,7 @@ def place(
             f"{found[scale].file}: {scale} in it says that weights are stored scaled (fp8), which prunet does not "
             f"undo: give the {what} in half or full precision"
         )
-    keys = {name: name for name in names.values() if name in ours}  # name -> the key that stands for it
+    keys = {name: name for name in names.values() if name in ours}  # the key that stands for each name
     for key in sorted(ours.keys() - keys.keys()):
         if name := next((n for n in _meanings(key) if n in names.values() and n not in keys), None):
             keys[name] = key
