@@ -162,7 +162,7 @@ class Stage(Training):
         return int(self.objective == "distribution")
 
     def made_for(self, evaluation: Drawing) -> Drawing | None:
-        """Returns how the stage's student draws; None: like the teacher. `evaluation`: how the recipe's teacher draws."""
+        """Returns how the stage's student draws; None: like the teacher. `evaluation`: how the teacher draws."""
         if self.jumps:
             return Drawing(steps=self.jumps, guidance_scale=1, sampler=FEW_STEP_SAMPLER[self.objective])
         if self.objective == "guidance":
