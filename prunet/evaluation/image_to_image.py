@@ -43,7 +43,7 @@ def image_to_image(
     if not pictures:
         return None
     if not int(fewest * STRENGTH):
-        say(f"  image to image is not measured: strength {STRENGTH} of {fewest} step is none")
+        say(f"  image to image is not measured: strength {STRENGTH} of {fewest} step leaves none")
         return None
     wanted = [prompts[(i + 1) % len(prompts)] for i in range(len(pictures))]
     first = seed + len(prompts)

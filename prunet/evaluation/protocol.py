@@ -125,7 +125,7 @@ def protocol_names() -> list[str]:
 
 
 def load_protocol(name: str | Path) -> tuple[Protocol, Path]:
-    """Loads one of prunet's protocols by name, or one in a YAML file; also returns the folder of its own files.
+    """Loads one of prunet's protocols by name, or a YAML file; also returns the folder of the protocol's files.
 
     Raises:
         UserError: there is no such protocol, or a value does not fit (the message names its key).

@@ -89,8 +89,8 @@ def _of_processes(result: Bench) -> list[str]:
     return [
         *lines,
         "",
-        "Memory: by how much a process of its own grows that opens the model and draws a picture. Apart: root mean "
-        "squared error, 0 to 1, to the picture that torch draws with the same U-Net in the same way from equal noise.",
+        "Memory: the growth of a separate process that opens the model and draws a picture. Apart: root mean squared "
+        "error, 0 to 1, from the picture that torch draws with the same U-Net in the same way from equal noise.",
         "",
     ]
 

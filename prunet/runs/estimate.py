@@ -72,7 +72,7 @@ def estimate(this: Run) -> dict[str, Any]:
 
 
 def cache_bytes(this: Run) -> dict[str, int]:
-    """Returns the bytes that a sample takes in the caches of all stages, by part, from shapes alone."""
+    """Returns the bytes of a sample in the caches of all stages, by part, computed from shapes."""
     found = {"latents": 0, "text": 0}
     architecture, config = this.teacher.architecture, this.teacher.unet_config
     inputs = architecture.example_inputs(config, latent_size=this.latent_size, device="meta")

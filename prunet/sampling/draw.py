@@ -143,10 +143,10 @@ def decode(pipe: Any, latents: Tensor) -> list[Image.Image]:
 
 
 def open_model(model: str | Path | Model) -> Teacher:
-    """Opens a pipeline; given by its source alone, on the CPU in full precision.
+    """Opens a pipeline; if only its source is given, on the CPU in full precision.
 
     Raises:
-        UserError: nothing to open there, or a run that has not exported its student yet.
+        UserError: there is nothing to open, or a run has not exported its student yet.
     """
     given = model if isinstance(model, Model) else Model(model)
     source = given.source
@@ -183,12 +183,12 @@ def generate(
     size: int | None = None,
     save_to: Sequence[Path] = (),
 ) -> list[Image.Image]:
-    """Draws `num_images` pictures of each prompt, the first from `seed`, the next from the next one.
+    """Draws `num_images` pictures of each prompt; the first uses `seed`, and each next one a seed larger by one.
 
-    `model`: a pipeline (`Model`), or its source alone; or a folder for OpenVINO, which draws on the CPU with its own
-    sampler. `drawing`: what it sets overrides what the pipeline was made for, or else 25 steps of dpmsolver++ with
+    `model`: a pipeline (`Model`), or only its source; or a folder for OpenVINO, which draws on the CPU with its own
+    sampler. `drawing`: settings that override those that the pipeline was made for, or else 25 steps of dpmsolver++ with
     guidance 7.5 (for a run, its recipe's value). `start`: a picture to start from. `save_to`: a file for each picture
-    (.png, .jpg, .jpeg or .webp), written as soon as it is drawn.
+    (.png, .jpg, .jpeg or .webp), written as soon as the picture is drawn.
     """
     opening = model if isinstance(model, Model) else Model(model)
     given = [prompt] if isinstance(prompt, str) else list(prompt)

@@ -84,7 +84,7 @@ def from_ldm_unet(path: str | Path, config: Mapping[str, Any]) -> UNet2DConditio
 
 
 def place(path: str | Path, model: Any, index: int = 0) -> placing.Placed:
-    """Finds each tensor of an empty model in a single file, from its header alone; `index`: that of a text encoder.
+    """Finds each tensor of an empty model in a single file, from its header; `index`: that of a text encoder.
 
     Raises:
         UserError: the tensors of the file are not exactly those of the model.
@@ -102,7 +102,7 @@ def place(path: str | Path, model: Any, index: int = 0) -> placing.Placed:
 
 
 def layout_of(path: str | Path) -> str | None:
-    """Returns `sd-v1`, `sd-v2`, `sdxl` or None (something else), from the file's header alone.
+    """Returns `sd-v1`, `sd-v2`, `sdxl` or None (something else), from the file's header.
 
     The names of the text encoder's tensors decide; in a file without a text encoder, the U-Net's context width.
     """

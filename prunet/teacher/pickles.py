@@ -296,14 +296,14 @@ class _Tensor(Inert):
 
 
 class _Parameter(Inert):
-    """Stands for the functions that make a parameter: the tensor alone."""
+    """Stands for the functions that make a parameter; returns only the tensor."""
 
     def __new__(cls, tensor: Any, *rest: Any) -> Any:
         return tensor
 
 
 class _Subclass(Inert):
-    """Stands for the function that makes a tensor of a subclass: the tensor alone."""
+    """Stands for the function that makes a tensor of a subclass; returns only the tensor."""
 
     def __new__(cls, make: Any, kind: Any, arguments: Any, *rest: Any) -> Any:
         return make(*arguments) if make in STAND_INS.values() else Inert()

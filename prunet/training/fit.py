@@ -86,7 +86,7 @@ def micro_batch_of(
     if rest or not share or (asked and share % asked):
         fits = [str(m) for m in range(1, share + 1) if share % m == 0] if share and not rest else []
         raise UserError(
-            f"batch_size {stage.batch_size} on {ranks} process(es) cannot be shared out"
+            f"batch_size {stage.batch_size} cannot be divided among {ranks} process(es)"
             + (
                 f" in micro-batches of {asked}: choose --micro-batch {', '.join(fits)}"
                 if fits
