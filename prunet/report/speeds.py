@@ -90,7 +90,7 @@ def _of_processes(result: Bench) -> list[str]:
         *lines,
         "",
         "Memory: the growth of a separate process that opens the model and draws a picture. Apart: root mean squared "
-        "error, 0 to 1, from the picture that torch draws with the same U-Net in the same way from equal noise.",
+        "error, 0 to 1, from the picture of torch with the same U-Net, drawn in the same way from equal noise.",
         "",
     ]
 

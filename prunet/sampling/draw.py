@@ -186,7 +186,7 @@ def generate(
     """Draws `num_images` pictures of each prompt; the first uses `seed`, and each next one a seed larger by one.
 
     `model`: a pipeline (`Model`), or only its source; or a folder for OpenVINO, which draws on the CPU with its own
-    sampler. `drawing`: settings that override those that the pipeline was made for, or else 25 steps of dpmsolver++ with
+    sampler. `drawing`: settings that override those of the pipeline, or else 25 steps of dpmsolver++ with
     guidance 7.5 (for a run, its recipe's value). `start`: a picture to start from. `save_to`: a file for each picture
     (.png, .jpg, .jpeg or .webp), written as soon as the picture is drawn.
     """
