@@ -14,7 +14,7 @@ SHEET_SIDE = 1600  # longest side in pixels
 
 @dataclass(frozen=True)
 class Device:
-    """How busy a device is (0 to 1), and bytes of its memory."""
+    """A device: the share of time that it is `busy` (0 to 1), and the `used` and `total` bytes of its memory."""
 
     name: str
     busy: float
@@ -24,10 +24,10 @@ class Device:
 
 @dataclass(frozen=True)
 class Activity:
-    """What a run does.
+    """The state of a run.
 
-    `step`: None if all are done; of one that counts, how many `unit`s are `done`, and `of` how many. `next`: the steps
-    after it. `seconds`: left of all training steps, None if not known yet. `first`, `last`: rows of the log. `worker`:
+    `step`: the current step (None: all are done), with `done` of `of` pieces of the kind `unit`. `next`: the steps
+    after it. `seconds`: left of all training steps (None: not known yet). `first`, `last`: rows of the log. `worker`:
     the process that works in the run.
     """
 

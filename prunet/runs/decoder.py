@@ -29,16 +29,16 @@ if TYPE_CHECKING:
     from prunet.runs.run import Run
 
 BATCH = MICRO_BATCH = 8
-#: One of so many samples, at most `MOST` in all, is held out to measure on.
+#: One in this number of samples, at most `MOST` in all, is held out for measuring.
 HELD_OUT, MOST = 8, 64
 FACTS = "decoder.json"
 
 
 class DecoderResult(Value):
-    """How near the decoder's pictures are to those of the VAE, on the held-out samples, and what a call of both takes.
+    """The distance of the decoder's pictures from the VAE's on held-out samples, and the time of both.
 
     `psnr` (dB): the mean over the samples. `ms`: milliseconds of `vae` and `small`, medians of calls in turn with batch
-    1; `share`: the decoder's part of the VAE's.
+    1; `share`: the small decoder's time, divided by the VAE's.
     """
 
     psnr: float
@@ -55,7 +55,7 @@ def make_decoder(this: "Run", steps: int) -> DecoderResult:
     Checkpoints and log lie in RUN/decoder-training; the result is also in `decoder.json`.
 
     Raises:
-        UserError: the cache was deleted, or is of another VAE; or it has too few samples to hold some out.
+        UserError: the cache was deleted, is of another VAE, or has too few samples to hold some out.
     """
     folder = this.folder / "decoder"
     check_place(folder, "decoder", "decoder")
@@ -70,7 +70,7 @@ def make_decoder(this: "Run", steps: int) -> DecoderResult:
     groups = tuple([i for i in group if i not in set(held)] for group in cache.groups)
     kept = replace(cache, groups=tuple(group for group in groups if group))
     if not kept.groups:
-        raise UserError(f"{cache.folder}: {len(cache)} samples are too few to train on and to measure on")
+        raise UserError(f"{cache.folder}: {len(cache)} samples are too few: give a run with more")
     training = Training(
         steps=steps,
         batch_size=BATCH,
@@ -104,7 +104,7 @@ def make_decoder(this: "Run", steps: int) -> DecoderResult:
 def _measure(
     vae: Any, small: Any, cache: Cache, held: list[int], scaling_factor: float
 ) -> tuple[DecoderResult, Image.Image]:
-    """Compares both decoders on held-out samples: the facts, and a sheet of the first pictures of both."""
+    """Compares both decoders on held-out samples; returns the facts, and a sheet of the first pictures of both."""
     decibels, rows = [], ([], [])  # type: ignore[var-annotated]
     for index in held:
         latents = cache.sample(index).mean[None]

@@ -1,4 +1,4 @@
-"""What a search leaves: the plan as a file, and the recipe that makes its student."""
+"""The files of a search: the plan, and the recipe that makes its student."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def write_plan(
 
 
 def _recipe(plan: Plan, result: SearchResult, folder: Path, cache: Path | None, config: str | None) -> dict[str, Any]:
-    """That of the run that `cache` is, with the plan in place of its own; else one with few prompts, to be extended.
+    """Returns the recipe of the run `cache` with the new plan; without a run, a recipe with a few prompts.
 
     The learning rate follows from the student's error before training.
     """
@@ -60,5 +60,5 @@ def _recipe(plan: Plan, result: SearchResult, folder: Path, cache: Path | None, 
 
 
 def _in_full(source: str) -> str:
-    """A path as an absolute one, which means the same wherever the recipe lies; a hub id as it is."""
+    """Returns an absolute path, which is valid wherever the recipe lies; a hub id is returned unchanged."""
     return str(Path(source).absolute()) if Path(source).exists() else source

@@ -1,7 +1,7 @@
-"""What is found of a denoiser's units (`sensitivity.json`), and by a search (`search.json`).
+"""The results of scoring a denoiser's units (`sensitivity.json`), and of a search (`search.json`).
 
-Costs are amounts by kind, as `prunet.search.budgets.costs_of` gives them. Errors are squared errors of the output over
-the teacher's squared output, before training, with their 95 % interval from `low` to `high`.
+Costs are amounts by kind, from `prunet.search.budgets.costs_of`. Errors are squared errors of the output divided by the
+teacher's squared output, before training, with their 95 % interval from `low` to `high`.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ Costs = dict[str, int | float]
 
 
 class UnitResult(Value):
-    """A unit: the parts that it removes, what that saves, and the error."""
+    """A unit: the parts that it removes, the costs that this saves, and its error."""
 
     name: str
     remove: list[str]
@@ -24,7 +24,7 @@ class UnitResult(Value):
 
 
 class Sensitivity(Value):
-    """What each unit of a denoiser costs and hurts, in the denoiser's order, and on what that was measured."""
+    """The costs and errors of a denoiser's units, in the denoiser's order, and the conditions of the measurement."""
 
     teacher: str
     teacher_config: dict[str, Any]
@@ -36,7 +36,7 @@ class Sensitivity(Value):
 
 
 class ScoredPlan(Value):
-    """A plan: the patterns that it removes, the student's costs, and its error before and `after` so many steps."""
+    """A plan: its patterns, the student's costs, its error before training, and its errors `after` some steps."""
 
     name: str
     remove: list[str]
@@ -53,7 +53,7 @@ class ScoredPlan(Value):
 
 
 class SearchResult(Sensitivity):
-    """What a search found: plans within the budgets, the chosen one first; presets; plans for easier budgets."""
+    """The result of a search: plans within the budgets, the chosen one first; presets; plans for easier budgets."""
 
     budgets: list[str]
     limits: Costs

@@ -1,4 +1,4 @@
-"""Sensitivity: what each unit of a denoiser costs, and what its removal hurts."""
+"""Sensitivity: the cost of each unit of a denoiser, and the error of its removal."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,16 +19,16 @@ from prunet.teacher.teacher import Teacher
 
 
 def check_samples(teacher: Teacher, prompts: Sequence[str] | None, cache: Path | None) -> None:
-    """Refuses prompts or a cache from which no examples can be made, before weights are loaded.
+    """Refuses prompts or a cache that cannot give examples, before weights are loaded.
 
     Raises:
-        UserError: both, no finished cache, one of another teacher, or a teacher that cannot draw.
+        UserError: both are given, the cache is not finished or of another teacher, or the teacher cannot draw.
     """
     if prompts and cache:
         raise UserError("--prompts and --cache: give one of them")
     if teacher.architecture.only_form and (prompts or cache):
         raise UserError(
-            f"{teacher.source}: prunet knows the form of a {teacher.architecture.class_name} alone, and tries it on "
+            f"{teacher.source}: prunet cannot draw with a {teacher.architecture.class_name} yet, and scores it on "
             "random inputs: leave --prompts and --cache out"
         )
     if cache is not None:
@@ -38,7 +38,7 @@ def check_samples(teacher: Teacher, prompts: Sequence[str] | None, cache: Path |
 def open_examples(
     teacher: Teacher, prompts: Sequence[str] | None = None, cache: Path | None = None, file: Path | None = None
 ) -> Examples:
-    """The examples on which students of `teacher` are scored: of a cache, or of prompts that the teacher draws.
+    """Opens the examples on which students are scored: from a cache, or from prompts that the teacher draws.
 
     `cache`: a cache folder, or a run. `file`: where drawn examples are kept.
     """
@@ -50,7 +50,7 @@ def open_examples(
 
 
 def cache_folder(path: Path) -> Path:
-    """The folder of the cache at `path`, which may be a run."""
+    """Returns the folder of the cache at `path`, which may be a run."""
     if not (path / "recipe.yaml").is_file():
         return path
     return Path(load_recipe(path / "recipe.yaml").cache or path / "cache")

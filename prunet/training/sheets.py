@@ -23,9 +23,9 @@ INK, PAPER = (32, 32, 38), (255, 255, 255)
 def grid(
     rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], captions: Sequence[str], columns: int | None = None
 ) -> Image.Image:
-    """One picture: `rows` of equal length, a label left of each row (all may be empty), a caption under each column.
+    """Makes one picture from `rows` of equal length, with a label left of each row and a caption under each column.
 
-    After `columns` pictures, all by default, the rows continue below.
+    All labels may be empty. After `columns` pictures (by default after all) the rows continue below.
     """
     cell = rows[0][0].width
     cell *= max(1, 96 // cell)
@@ -49,7 +49,7 @@ def grid(
 
 @dataclass
 class Sheets:
-    """Teacher over student at the same prompts and the same noise, every `every` steps, into `folder`."""
+    """Sheets of teacher above student, with the same prompts and noise, every `every` steps, in `folder`."""
 
     teacher: Teacher
     folder: Path
@@ -58,13 +58,14 @@ class Sheets:
     seed: int
     size: int
     drawing: Drawing = field(default_factory=Drawing)
-    students: Drawing | None = None  # how the student is drawn, if not as the teacher
+    students: Drawing | None = None  # how the student draws, if not like the teacher
     labels: tuple[str, str] = ("teacher", "student")
     _teacher_row: list[Image.Image] = field(default_factory=list)
 
     def draw(self, step: int, student: Net) -> None:
-        """Draws the sheet of this step. All processes draw, since a student that is shared out needs them all; one
-        writes.
+        """Draws the sheet of this step.
+
+        All processes draw, because a divided student needs them all; the main process writes.
         """
         if not self.prompts or not self.every:
             return
