@@ -52,11 +52,11 @@ def timed(monkeypatch) -> dict[str, Any]:
 def test_hours_are_those_of_all_stages(opened, timed) -> None:
     timed["seconds"] = lambda plan, count: {"bk-base": 0.3, "bk-small": 0.2}[plan]
     found = estimate(opened({**STAGE, "plan": "bk-base"}, STAGE, {**STAGE, "steps": 10}))
-    assert found["images"] == (3 + 3 + 10) * 8
+    assert found.images == (3 + 3 + 10) * 8
     seconds = 3 * 8 * 0.3 + 13 * 8 * 0.2
-    assert found["distil_hours"] == pytest.approx(seconds / 3600)
-    assert found["seconds_per_image"] == pytest.approx(seconds / found["images"])
-    assert set(found["steps"]) == {
+    assert found.distil_hours == pytest.approx(seconds / 3600)
+    assert found.seconds_per_image == pytest.approx(seconds / found.images)
+    assert set(found.steps) == {
         "plan",
         "build",
         "cache",
@@ -67,20 +67,20 @@ def test_hours_are_those_of_all_stages(opened, timed) -> None:
         "export",
         "report",
     }
-    assert set(found["steps"].values()) == {"to do"}
+    assert set(found.steps.values()) == {"to do"}
 
 
 def test_equal_stages_are_timed_once_and_a_few_images_first(opened, timed) -> None:
     found = estimate(opened(STAGE, STAGE))
     assert timed["asked"] == [("bk-small", False, 4), ("bk-small", False, 8)]
-    assert found["timed_micro_batch"] == found["micro_batch"] == 8
+    assert found.timed_micro_batch == found.micro_batch == 8
 
 
 def test_what_would_take_long_is_timed_by_a_few_images(opened, timed) -> None:
     timed["seconds"] = lambda plan, count: 1.0  # 8 s for all of them
     found = estimate(opened(STAGE))
     assert timed["asked"] == [("bk-small", False, 4)]
-    assert (found["timed_micro_batch"], found["micro_batch"]) == (4, 8)
+    assert (found.timed_micro_batch, found.micro_batch) == (4, 8)
 
 
 def test_features_are_compared_where_they_weigh_something(opened, timed) -> None:
@@ -96,7 +96,7 @@ def test_memory_is_that_of_the_stage_that_needs_most(opened, timed) -> None:
     this = opened({**STAGE, "plan": "bk-base"}, STAGE)
     first, second = memory(this, 1), memory(this, 2)
     assert first["student"] > second["student"]
-    found = estimate(this)["memory_bytes"]
+    found = estimate(this).memory_bytes
     assert found == {**first, "total": sum(first.values())}
     derived = this.steps_down[0]
     stage, configs = this.recipe.stages[0], (derived.teacher_config, derived.student_config)
@@ -111,7 +111,7 @@ def test_memory_is_that_of_the_stage_that_needs_most(opened, timed) -> None:
 def test_what_is_done_is_said(finished, timed) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     recipe = load_recipe(finished / "recipe.yaml", [f"output={json.dumps(str(finished))}"])
-    assert set(estimate(Run(recipe, CPU))["steps"].values()) == {"done"}
+    assert set(estimate(Run(recipe, CPU)).steps.values()) == {"done"}
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
@@ -122,12 +122,12 @@ def test_the_cache_takes_what_is_said(kind, opened, timed, pictures, request, tm
         this.recipe.model_copy(update={"teacher": TeacherSource(source=str(request.getfixturevalue(kind)))}), CPU
     )
     found = estimate(this)
-    assert found["samples"] == len(list(pictures.glob("*.png")))
-    assert found["cache_bytes"] == found["samples"] * sum(found["cache_bytes_per_sample"].values())
+    assert found.samples == len(list(pictures.glob("*.png")))
+    assert found.cache_bytes == found.samples * sum(found.cache_bytes_per_sample.values())
     made = cache(this.teacher, this.recipe.data, tmp_path / "c")
     whole = made.folder / "shard-00000.safetensors"
     stored = {name: tensor.nbytes for name, tensor in load_file(whole).items()}
     latents = stored["mean"] + stored["std"]
-    assert found["cache_bytes_per_sample"]["latents"] * len(made) == latents
+    assert found.cache_bytes_per_sample["latents"] * len(made) == latents
     sizes = 2 * 6 * len(made) if kind == "sdxl" else 0  # six numbers in four bytes each, not in two
-    assert found["cache_bytes_per_sample"]["text"] * len(made) == sum(stored.values()) - latents - sizes
+    assert found.cache_bytes_per_sample["text"] * len(made) == sum(stored.values()) - latents - sizes

@@ -228,8 +228,8 @@ def test_a_subject_is_pictures(sd, subject, clip, tmp_path) -> None:
         ({}, "give --real PATH"),
         ({"real": tmp_path / "empty"}, "0 pictures in it: give at least 1"),
         ({"real": clip / "model.safetensors"}, "needs the subject's pictures themselves"),
-        ({"real": real, "weights": {"dino": tmp_path / "empty"}}, "no DINO model there"),
-        ({"real": real, "weights": {"dino": clip}}, "which a ViTModel needs|not a ViT of transformers"),
+        ({"real": real, "weights": {"dino": tmp_path / "empty"}}, "no ViTModel there"),
+        ({"real": real, "weights": {"dino": clip}}, "which a ViTModel needs|not a ViTModel of transformers"),
     ):
         with pytest.raises(UserError, match=message):
             run(sd, protocol, tmp_path / "measured", **given)

@@ -28,14 +28,14 @@ def test_runs_with_their_state_plan_distance_and_size(capsys, finished, tmp_path
     shutil.copytree(finished, runs / "hurt")
     (runs / "hurt" / "plan.json").write_text("{")
     with hold(runs / "done", "run"):
-        found = {Path(run["run"]).name: run for run in find_runs(runs)}
-        assert "process" in found["done"]["worker"] and found["seed-1"]["worker"] is None
+        found = {Path(run.run).name: run for run in find_runs(runs)}
+        assert "process" in found["done"].worker and found["seed-1"].worker is None
     assert worker_of(runs / "done") is None
-    assert found.keys() == {"seed-1", "done", "hurt"} and found["hurt"]["state"].startswith("damaged: ")
-    assert (found["done"]["state"], found["seed-1"]["state"]) == ("done", "stage-1, step 2 of 2")
+    assert found.keys() == {"seed-1", "done", "hurt"} and found["hurt"].state.startswith("damaged: ")
+    assert (found["done"].state, found["seed-1"].state) == ("done", "stage-1, step 2 of 2")
     distance = read_json(runs / "done" / "evaluation" / "evaluation.json")["distance"]
-    assert found["done"]["after"] == distance["after"]["denoiser"] and found["seed-1"]["after"] is None
-    assert found["done"]["plan"] == "bk-small" and found["done"]["bytes"] > 10**5
+    assert found["done"].after == distance["after"]["denoiser"] and found["seed-1"].after is None
+    assert found["done"].plan == "bk-small" and found["done"].bytes > 10**5
     code, out, _ = call(capsys, "list", runs / "done")
     assert code == 0 and "bk-small" in out and "→" in out
     code, out, _ = call(capsys, "list", tmp_path / "runs" / "done" / "evaluation")
@@ -84,7 +84,7 @@ def test_watch_says_what_a_run_does_and_writes_a_page_that_reads_itself_again(ca
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     now = look(run)
-    assert (now["step"], now["next"], now["worker"]) == (None, [], None)
+    assert (now.step, now.next, now.worker) == (None, [], None)
     steps = read_json(run / "steps.json")
     write_json(run / "steps.json", {key: steps[key] for key in ("plan", "build", "cache")})
     recipe = (run / "recipe.yaml").read_text()
@@ -99,7 +99,7 @@ def test_watch_says_what_a_run_does_and_writes_a_page_that_reads_itself_again(ca
         assert now["next"] == ["evaluate", "export", "report"]
         assert now["seconds"] == pytest.approx(8 * 2 / now["last"]["images_per_s"])
         assert now["sheet"].endswith("step-0000002.png") and now["devices"][0]["total"] > 0
-        write_live(run, now, [("left", "1 h")], tmp_path / "live.html", 5)
+        write_live(run, look(run), [("left", "1 h")], tmp_path / "live.html", 5)
     page = (tmp_path / "live.html").read_text()
     assert 'http-equiv="refresh" content="5"' in page and "stage-1, 2 of 10 steps" in page and "data:image/" in page
     code, out, _ = call(capsys, "watch", run, "--page", tmp_path / "live.html")  # nobody works there any more

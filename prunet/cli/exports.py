@@ -110,11 +110,11 @@ def decoder(
     _check_run(run_folder)
     this = Run(open_recipe(run_folder, [f"output={json.dumps(str(run_folder))}"]), runtime)
     with this.at_work():
-        facts = make_decoder(this, steps)
+        found = make_decoder(this, steps)
     folder = run_folder / "decoder"
-    text = f"PSNR {facts['psnr']:.1f} dB against the VAE's pictures on {facts['held_out']} held-out samples"
-    time = f"{percent(facts['share'])} of its time ({facts['ms']['small']:.1f} ms)"
-    say(as_json, {"output": str(folder), **facts}, f"{folder}: {text}, {time}")
+    text = f"PSNR {found.psnr:.1f} dB against the VAE's pictures on {found.held_out} held-out samples"
+    time = f"{percent(found.share)} of its time ({found.ms['small']:.1f} ms)"
+    say(as_json, {"output": str(folder), **found.facts()}, f"{folder}: {text}, {time}")
 
 
 def _check_run(folder: Path) -> None:

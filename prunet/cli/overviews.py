@@ -2,12 +2,17 @@
 
 import time
 from contextlib import nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prunet.cli.options import Json, app, say
+
+if TYPE_CHECKING:
+    from prunet.report.live import Activity
+    from prunet.runs.listing import FoundRun
 
 
 @app.command("list")
@@ -19,10 +24,14 @@ def list_runs(
     from prunet.runs.listing import find_runs
 
     runs = find_runs(folder)
-    say(as_json, {"runs": runs}, _runs_view(runs) if runs else f"{folder}: no runs here; `prunet run RECIPE` makes one")
+    say(
+        as_json,
+        {"runs": [asdict(run) for run in runs]},
+        _runs_view(runs) if runs else f"{folder}: no runs here; `prunet run RECIPE` makes one",
+    )
 
 
-def _runs_view(runs: list[dict[str, Any]]) -> Any:
+def _runs_view(runs: "list[FoundRun]") -> Any:
     from rich.table import Table
     from rich.text import Text
 
@@ -30,11 +39,13 @@ def _runs_view(runs: list[dict[str, Any]]) -> Any:
 
     table = Table("run", "state", "plan", "parameters", "distance", "disk", box=None)
     for run in runs:
-        state = run["state"] + (f", at work: {run['worker']}" if run["worker"] else "")
-        size = f"{many(run['parameters'])} ({percent(run['share'])})" if run["parameters"] else ""
-        before_after = [run[name] for name in ("before", "after")]
-        distance = " → ".join(map(number, before_after)) if None not in before_after else ""
-        cells = (run["run"], state, run["plan"] or "", size, distance, f"{many(run['bytes'])}B")
+        state = run.state + (f", at work: {run.worker}" if run.worker else "")
+        size, distance = "", ""
+        if run.parameters and run.share:
+            size = f"{many(run.parameters)} ({percent(run.share)})"
+        if run.before is not None and run.after is not None:
+            distance = f"{number(run.before)} → {number(run.after)}"
+        cells = (run.run, state, run.plan or "", size, distance, f"{many(run.bytes)}B")
         table.add_row(*map(Text, cells))
     return table
 
@@ -70,43 +81,43 @@ def watch(
                 write_live(run, now, _watch_lines(now), page, every)
             if live:
                 live.update(_watch_view(now), refresh=True)
-            if once or not now["worker"]:
+            if once or not now.worker:
                 break
             time.sleep(every)
             now = look(run)
     if not live:
-        say(as_json, now, _watch_view(now))
+        say(as_json, asdict(now), _watch_view(now))
 
 
-def _watch_lines(now: dict[str, Any]) -> list[tuple[str, str]]:
+def _watch_lines(now: "Activity") -> list[tuple[str, str]]:
     """Returns the lines about a run: names and texts."""
     from prunet.words import command, duration, number
 
-    again = "" if now["step"] is None else f": {command('run', now['run'])} resumes it"
-    lines = [("at work", now["worker"].rstrip(",") if now["worker"] else f"nobody on this machine{again}")]
-    if row := now["last"]:
+    again = "" if now.step is None else f": {command('run', now.run)} resumes it"
+    lines = [("at work", now.worker.rstrip(",") if now.worker else f"nobody on this machine{again}")]
+    if row := now.last:
         losses = [name for name in ("loss", "task", "output", "feature") if name in row]
-        first = now["first"] or row
+        first = now.first or row
         lines.append(("losses", ", ".join(f"{n} {number(first.get(n, row[n]))} → {number(row[n])}" for n in losses)))
         lines.append(("speed", f"{number(row.get('images_per_s', 0))} images/s, at step {row['step']:,}"))
-    if now["step"] is not None:
-        left = f"{duration(now['seconds'])} of training" if now["seconds"] is not None else "not known before training"
+    if now.step is not None:
+        left = f"{duration(now.seconds)} of training" if now.seconds is not None else "not known before training"
         lines.append(("left", left))
-        lines.append(("next", ", ".join(now["next"]) or "nothing more"))
-    for device in now["devices"]:
-        memory = f"{device['used'] / 2**30:.1f} of {device['total'] / 2**30:.1f} GiB"
-        lines.append(("device", f"{device['name']}: {device['busy']:.0%} busy, {memory}"))
-    return [*lines, ("sheet", now["sheet"] or "none yet")]
+        lines.append(("next", ", ".join(now.next) or "nothing more"))
+    for device in now.devices:
+        memory = f"{device.used / 2**30:.1f} of {device.total / 2**30:.1f} GiB"
+        lines.append(("device", f"{device.name}: {device.busy:.0%} busy, {memory}"))
+    return [*lines, ("sheet", now.sheet or "none yet")]
 
 
-def _watch_view(now: dict[str, Any]) -> Any:
+def _watch_view(now: "Activity") -> Any:
     from rich.table import Table
     from rich.text import Text
 
     from prunet.report.live import title
 
     table = Table.grid(padding=(0, 2))
-    table.add_row(Text("run", style="bold"), Text(now["run"]))
+    table.add_row(Text("run", style="bold"), Text(now.run))
     table.add_row(Text("now", style="bold"), Text(title(now)))
     for name, text in _watch_lines(now):
         table.add_row(Text(name, style="bold"), Text(text))

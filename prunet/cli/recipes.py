@@ -1,5 +1,6 @@
 """Verbs that run a recipe: all of it, up to some step, or in several variants."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,7 +116,7 @@ def estimate(
     this = Run(open_recipe(recipe, overrides), runtime)
     this.check()
     cost = cost_of(this)
-    say(as_json, cost, estimate_view(this, cost))
+    say(as_json, asdict(cost), estimate_view(this, cost))
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -15,6 +15,9 @@ from prunet.plan.derived import Derived
 from prunet.plan.size import Size
 from prunet.search.results import SearchResult, Sensitivity
 from prunet.words import many, number
+
+if TYPE_CHECKING:
+    from prunet.runs.estimate import Estimate
 
 STAYS, GOES = "bold green", "red strike"
 #: Styles for the error of a removal, from no error to a broken model, and a digit for each style.
@@ -203,43 +206,43 @@ def _programs(derived: Derived) -> Table:
     return table
 
 
-def estimate_view(this: Any, cost: dict[str, Any]) -> RenderableType:
+def estimate_view(this: Any, cost: "Estimate") -> RenderableType:
     """Shows the steps and costs of a run (`prunet estimate`)."""
     steps = Table(box=None, padding=(0, 2), title="[bold]Steps[/]", title_justify="left")
-    for name, state in cost["steps"].items():
+    for name, state in cost.steps.items():
         steps.add_row(
             name, "[green]done[/]" if state == "done" else state, Text(str(this.result_of(name)), style="dim")
         )
     memory = Table(box=None, padding=(0, 2), title="[bold]Memory of distillation[/]", title_justify="left")
-    for name, count in filter(itemgetter(1), cost["memory_bytes"].items()):
+    for name, count in filter(itemgetter(1), cost.memory_bytes.items()):
         memory.add_row(name, f"{count / 2**30:8.2f} GiB", style="bold" if name == "total" else None)
-    hours = cost["distil_hours"]
+    hours = cost.distil_hours
     time_text = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-    speed = number(1 / cost["seconds_per_image"])
+    speed = number(1 / cost.seconds_per_image)
     lines = Text.from_markup(
-        f"[bold]Distillation[/]  {cost['images']:,} images, {speed} images/s timed on "
-        f"{this.runtime.torch_device} ({this.runtime.mixed_precision}, micro-batch {cost['timed_micro_batch']}): "
+        f"[bold]Distillation[/]  {cost.images:,} images, {speed} images/s timed on "
+        f"{this.runtime.torch_device} ({this.runtime.mixed_precision}, micro-batch {cost.timed_micro_batch}): "
         f"about [bold]{time_text}[/]"
     )
     title = f"{this.teacher.source} by {this.recipe.plan.name}"
     return Group(_cache(cost), plan_view(this.derived, title), steps, memory, lines, _data(cost))
 
 
-def _cache(cost: dict[str, Any]) -> Text:
+def _cache(cost: "Estimate") -> Text:
     """Shows the size of the cache on the disk."""
-    parts = cost["cache_bytes_per_sample"]
+    parts = cost.cache_bytes_per_sample
     each = f"{many(sum(parts.values()))}B a sample ({', '.join(f'{many(b)}B {name}' for name, b in parts.items())})"
-    whole = f"about {many(cost['cache_bytes'])}B{' or more' if cost['or_more'] else ''}, " if cost["samples"] else ""
+    whole = f"about {many(cost.cache_bytes)}B{' or more' if cost.or_more else ''}, " if cost.cache_bytes else ""
     return Text.from_markup(f"[bold]Cache[/]  {whole}{each}")
 
 
-def _data(cost: dict[str, Any]) -> Text:
+def _data(cost: "Estimate") -> Text:
     """Shows how often training sees each sample, and at which size."""
-    size, native, samples = cost["size"], cost["native_size"], cost["samples"]
+    size, native, samples = cost.size, cost.native_size, cost.samples
     seen = "counted when they are read"
     if samples:
-        most, more = ("at most ", " or more") if cost["or_more"] else ("", "")
-        about, times = "about " if cost["about"] else "", cost["images"] / samples
+        most, more = ("at most ", " or more") if cost.or_more else ("", "")
+        about, times = "about " if cost.about else "", cost.images / samples
         seen = f"{about}{samples:,}{more}, each seen {most}{times:,.1f} times"
     text = Text.from_markup(f"[bold]Samples[/]  {seen}; {size} px")
     if size != native:

@@ -123,15 +123,7 @@ class Clip:
         from transformers import CLIPModel
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-        weights = folder / "model.safetensors"
-        if not weights.is_file():
-            raise UserError(f"{folder}: no CLIP model there (model.safetensors): give a transformers folder of one")
-        try:
-            net, info = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-            processor = CLIPImageProcessorPil.from_pretrained(folder)
-        except Exception as error:
-            raise UserError(f"{folder}: not a CLIP model of transformers ({_first_line(error)})") from error
-        _check_loaded(net, info, weights, "a CLIPModel")
+        net, processor = _open(folder, CLIPModel, CLIPImageProcessorPil)
         net, tokenizer = net.to(device).float().eval(), open_tokenizer(folder)
 
         def images(pictures: Sequence[Image.Image]) -> Tensor:
@@ -194,17 +186,7 @@ class Dino:
         from transformers import ViTModel
         from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-        weights = folder / "model.safetensors"
-        if not weights.is_file():
-            raise UserError(f"{folder}: no DINO model there (model.safetensors): give a transformers folder of one")
-        try:
-            net, info = ViTModel.from_pretrained(
-                folder, add_pooling_layer=False, use_safetensors=True, output_loading_info=True
-            )
-            processor = ViTImageProcessorPil.from_pretrained(folder)
-        except Exception as error:
-            raise UserError(f"{folder}: not a ViT of transformers ({_first_line(error)})") from error
-        _check_loaded(net, info, weights, "a ViTModel")
+        net, processor = _open(folder, ViTModel, ViTImageProcessorPil, add_pooling_layer=False)
         return cls(net.to(device).float().eval(), processor, _folder_hash(folder), torch.device(device))
 
     @torch.no_grad()
@@ -214,12 +196,25 @@ class Dino:
         return {"image": self.net(pixel_values=pixels.to(self.device)).last_hidden_state[:, 0].float().cpu()}
 
 
-def _check_loaded(net: nn.Module, info: Any, weights: Path, what: str) -> None:
-    """Refuses a network with random weights by transformers, or with weights that are not finite."""
+def _open(folder: Path, kind: Any, processor: Any, **options: Any) -> tuple[Any, Any]:
+    """Opens a transformers folder with a model of the class `kind` and its image processor.
+
+    Raises:
+        UserError: not such a folder, or weights that are missing or not finite.
+    """
+    weights, what = folder / "model.safetensors", kind.__name__
+    if not weights.is_file():
+        raise UserError(f"{folder}: no {what} there (model.safetensors): give a transformers folder of one")
+    try:
+        net, info = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+        images = processor.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(f"{folder}: not a {what} of transformers ({_first_line(error)})") from error
     if made_up := sorted(info["missing_keys"]):
-        raise UserError(f"{weights} has no {made_up[0]}, which {what} needs: fetch or copy it again")
+        raise UserError(f"{weights} has no {made_up[0]}, which a {what} needs: fetch or copy it again")
     if bad := next((name for name, tensor in net.state_dict().items() if not is_finite(tensor)), None):
         raise UserError(f"{weights}: {bad} has NaN or infinity in it: fetch or copy it again")
+    return net, images
 
 
 def _folder_hash(folder: Path) -> str:

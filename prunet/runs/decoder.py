@@ -10,9 +10,10 @@ from PIL import Image
 from prunet.console import say
 from prunet.data.cache import Cache
 from prunet.denoisers.freeze import freeze
-from prunet.disk.files import new_folder, read_json, write_json
+from prunet.disk.files import new_folder
 from prunet.disk.ownership import check_place
 from prunet.disk.seals import verify
+from prunet.disk.values import Value
 from prunet.errors import UserError
 from prunet.exports.card import origin
 from prunet.recipe.training import Training
@@ -33,12 +34,25 @@ HELD_OUT, MOST = 8, 64
 FACTS = "decoder.json"
 
 
-def make_decoder(this: "Run", steps: int) -> dict[str, Any]:
+class DecoderResult(Value):
+    """The distance of the decoder's pictures from the VAE's on held-out samples, and the time of both.
+
+    `psnr` (dB): the mean over the samples. `ms`: milliseconds of `vae` and `small`, medians of calls in turn with batch
+    1; `share`: the small decoder's time, divided by the VAE's.
+    """
+
+    psnr: float
+    psnr_worst: float
+    held_out: int
+    ms: dict[str, float]
+    share: float
+    parameters: int
+
+
+def make_decoder(this: "Run", steps: int) -> DecoderResult:
     """Distils a small decoder into RUN/decoder, a stock `AutoencoderTiny`; the same call resumes one that was stopped.
 
-    Checkpoints and log lie in RUN/decoder-training. Returns what it also writes into `decoder.json`: `psnr` (dB) of its
-    pictures against those of the VAE, mean over the held-out samples, and the `share` of the VAE's time that it takes
-    (median of calls in turn, batch 1).
+    Checkpoints and log lie in RUN/decoder-training; the result is also in `decoder.json`.
 
     Raises:
         UserError: the cache was deleted, is of another VAE, or has too few samples to hold some out.
@@ -51,7 +65,7 @@ def make_decoder(this: "Run", steps: int) -> dict[str, Any]:
     if (folder / FACTS).is_file():
         verify(folder, f"delete {folder} and {folder}-training and give the same command again", made_from)
         say(f"{folder} is done")
-        return dict(read_json(folder / FACTS))
+        return DecoderResult.load(folder / FACTS)
     held = list(range(0, len(cache), max(HELD_OUT, len(cache) // MOST)))
     groups = tuple([i for i in group if i not in set(held)] for group in cache.groups)
     kept = replace(cache, groups=tuple(group for group in groups if group))
@@ -80,7 +94,7 @@ def make_decoder(this: "Run", steps: int) -> dict[str, Any]:
     facts, sheet = _measure(teacher.vae.to("cpu"), freeze(trained), cache, held, teacher.scaling_factor)
     with new_folder(folder, "decoder", made_from) as part:
         trained.save_pretrained(part, safe_serialization=True)
-        write_json(part / FACTS, facts)
+        facts.save(part / FACTS)
         sheet.save(part / "sheet.png")
         (part / "README.md").write_text(_card(facts, origin(teacher)["teacher"]), encoding="utf-8")
     return facts
@@ -89,7 +103,7 @@ def make_decoder(this: "Run", steps: int) -> dict[str, Any]:
 @torch.no_grad()
 def _measure(
     vae: Any, small: Any, cache: Cache, held: list[int], scaling_factor: float
-) -> tuple[dict[str, Any], Image.Image]:
+) -> tuple[DecoderResult, Image.Image]:
     """Compares both decoders on held-out samples; returns the facts, and a sheet of the first pictures of both."""
     decibels, rows = [], ([], [])  # type: ignore[var-annotated]
     for index in held:
@@ -102,25 +116,25 @@ def _measure(
     latents = cache.sample(held[0]).mean[None]
     calls = {"vae": lambda: decoded(vae, latents, scaling_factor), "small": lambda: decoded(small, latents, 1)}
     times = {name: statistics.median(found) for name, found in times_in_turn(calls, 15, torch.device("cpu")).items()}
-    facts = {
-        "psnr": statistics.mean(decibels),
-        "psnr_worst": min(decibels),
-        "held_out": len(held),
-        "ms": times,
-        "share": times["small"] / times["vae"],
-        "parameters": sum(parameter.numel() for parameter in small.decoder.parameters()),
-    }
+    facts = DecoderResult(
+        psnr=statistics.mean(decibels),
+        psnr_worst=min(decibels),
+        held_out=len(held),
+        ms=times,
+        share=times["small"] / times["vae"],
+        parameters=sum(parameter.numel() for parameter in small.decoder.parameters()),
+    )
     chosen = [index for index in range(len(held)) if rows[0][index].size == rows[0][0].size][:8]
     shown = [[row[index] for index in chosen] for row in rows]
     return facts, grid(shown, ["VAE", "small decoder"], [f"{decibels[index]:.1f} dB" for index in chosen])
 
 
-def _card(facts: dict[str, Any], teacher: str) -> str:
+def _card(facts: DecoderResult, teacher: str) -> str:
     return f"""# A small decoder for the latents of {teacher}
 
-A stock `AutoencoderTiny` of diffusers with {facts["parameters"]:,} parameters in its decoder, distilled from the VAE.
-Its pictures have a PSNR of {facts["psnr"]:.1f} dB against the VAE's, mean over {facts["held_out"]} held-out samples; on
-a CPU it takes {percent(facts["share"])} of the VAE's time. Its encoder is empty (all zeros): it cannot encode pictures.
+A stock `AutoencoderTiny` of diffusers with {facts.parameters:,} parameters in its decoder, distilled from the VAE.
+Its pictures have a PSNR of {facts.psnr:.1f} dB against the VAE's, mean over {facts.held_out} held-out samples; on
+a CPU it takes {percent(facts.share)} of the VAE's time. Its encoder is empty (all zeros): it cannot encode pictures.
 
 ```python
 from diffusers import AutoencoderTiny, DiffusionPipeline

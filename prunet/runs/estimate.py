@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -31,7 +32,33 @@ COUNTED = 10_000  # most pictures that are counted, because counting a shard rea
 QUICK_S = 5.0  # a whole micro-batch, where an image takes less time, is timed if it takes no longer
 
 
-def estimate(this: Run) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would cost.
+
+    `steps`: `done` or `to do`. `cache_bytes_per_sample`: by part; `cache_bytes`: of all samples. `memory_bytes`: the
+    peak by part, and `total`, of the stage that needs most, whose micro-batch is `micro_batch`. `images`: how many
+    training sees in all stages. `samples`: how many different ones there are (None: counted when they are read),
+    `or_more`, or `about` so many.
+    """
+
+    steps: dict[str, str]
+    cache_bytes_per_sample: dict[str, int]
+    cache_bytes: int | None
+    memory_bytes: dict[str, int]
+    micro_batch: int
+    timed_micro_batch: int
+    images: int
+    samples: int | None
+    or_more: bool
+    about: bool
+    size: int
+    native_size: int
+    seconds_per_image: float
+    distil_hours: float
+
+
+def estimate(this: Run) -> Estimate:
     """Returns the peak memory by part (of the stage that needs most) and the hours of all stages, on this device."""
     runtime, stages = this.runtime, this.recipe.stages
     found = [memory(this, number) for number in range(1, len(stages) + 1)]
@@ -53,22 +80,22 @@ def estimate(this: Run) -> dict[str, Any]:
     each = cache_bytes(this)
     most = max(found, key=lambda parts: sum(parts.values()))
     todo = this.todo()
-    return {
-        "steps": {name: "to do" if name in todo else "done" for name in this.step_names()},
-        "cache_bytes_per_sample": each,
-        "cache_bytes": sum(each.values()) * samples if samples else None,
-        "memory_bytes": {**most, "total": sum(most.values())},
-        "micro_batch": this.micro_batch(1 + found.index(most)),
-        "timed_micro_batch": min(timed for _, timed in speeds.values()),
-        "images": images,
-        "samples": samples,
-        "or_more": how == "or more",
-        "about": how == "about",
-        "size": this.size,
-        "native_size": this.teacher.native_size,
-        "seconds_per_image": seconds / images,
-        "distil_hours": seconds / 3600,
-    }
+    return Estimate(
+        steps={name: "to do" if name in todo else "done" for name in this.step_names()},
+        cache_bytes_per_sample=each,
+        cache_bytes=sum(each.values()) * samples if samples else None,
+        memory_bytes={**most, "total": sum(most.values())},
+        micro_batch=this.micro_batch(1 + found.index(most)),
+        timed_micro_batch=min(timed for _, timed in speeds.values()),
+        images=images,
+        samples=samples,
+        or_more=how == "or more",
+        about=how == "about",
+        size=this.size,
+        native_size=this.teacher.native_size,
+        seconds_per_image=seconds / images,
+        distil_hours=seconds / 3600,
+    )
 
 
 def cache_bytes(this: Run) -> dict[str, int]:

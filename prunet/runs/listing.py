@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,28 @@ from prunet.training.log import read_log
 DEEPEST = 4
 
 
-def find_runs(folder: Path) -> list[dict[str, Any]]:
-    """Describes each run in a folder and those below it, or the folder itself if it is a run, in order of names.
+@dataclass(frozen=True)
+class FoundRun:
+    """A run as its files describe it. Values that do not exist yet are None.
 
-    Keys: `run` (its path), `state`, `worker` (the process that works in it, or None), `teacher`, `plan`, `parameters`
-    (the student's), `share` (of the teacher's), `before` and `after` (relative squared error of the denoiser's output),
-    `bytes` (of all files). Values that do not exist yet are None.
+    `run`: its path. `worker`: the process that works in it. `parameters`: the student's, and their `share` of the
+    teacher's. `before` and `after`: relative squared error of the denoiser's output. `bytes`: of all files.
+    """
+
+    run: str
+    state: str
+    worker: str | None
+    bytes: int
+    teacher: str | None = None
+    plan: str | None = None
+    parameters: int | None = None
+    share: float | None = None
+    before: float | None = None
+    after: float | None = None
+
+
+def find_runs(folder: Path) -> list[FoundRun]:
+    """Describes each run in a folder and those below it, or the folder itself if it is a run, in order of names.
 
     Raises:
         UserError: there is no such folder.
@@ -40,8 +57,8 @@ def _runs_in(folder: Path, depth: int) -> Iterator[Path]:
                 yield from _runs_in(inside, depth - 1)
 
 
-def _summary(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = dict.fromkeys(("teacher", "plan", "parameters", "share", "before", "after"))
+def _summary(folder: Path) -> FoundRun:
+    found: dict[str, Any] = {}
     try:
         recipe, plan = load_mapping(folder / "recipe.yaml", "a recipe"), read_json(folder / "plan.json")
         done = read_steps(folder)
@@ -55,7 +72,7 @@ def _summary(folder: Path) -> dict[str, Any]:
         found["state"] = f"damaged: {error}"
     files = (Path(top) / name for top, _, names in os.walk(folder) for name in names)
     size = sum(file.lstat().st_size for file in files)
-    return {"run": str(folder), "worker": worker_of(folder), **found, "bytes": size}
+    return FoundRun(run=str(folder), worker=worker_of(folder), bytes=size, **found)
 
 
 def _state(folder: Path, recipe: Mapping[str, Any], done: Mapping[str, Any]) -> str:

@@ -14,17 +14,15 @@ from prunet.disk.ownership import worker_of
 from prunet.disk.steps import read_steps
 from prunet.errors import UserError
 from prunet.recipe.recipe import Recipe, load_recipe
+from prunet.report.live import Activity, Device
 from prunet.runs.steps import step_names
 from prunet.training.log import read_log
 
 QUERY = ("name", "utilization.gpu", "memory.used", "memory.total")
 
 
-def look(folder: Path) -> dict[str, Any]:
-    """Returns the state of a run, with these keys:
-
-    `step` (None: all are done), `done` of `of` pieces (of the kind `unit`), `next` steps, `seconds` left of all
-    training steps (None: not known yet), `first` and `last` row of the log, `sheet`, `worker`, `devices`.
+def look(folder: Path) -> Activity:
+    """Returns the state of a run.
 
     Raises:
         UserError: the folder is not a run, or a file is damaged.
@@ -41,27 +39,38 @@ def look(folder: Path) -> dict[str, Any]:
     speed = rows[-1].get("images_per_s") if rows else None
     left = sum((s.steps - step) * s.batch_size for s, step in zip(stages, steps, strict=True))
     worker = worker_of(folder)
-    found: dict[str, Any] = {"run": str(folder), "worker": worker, "step": todo[0] if todo else None, "next": todo[1:]}
-    found |= _progress(folder, recipe, found["step"], steps)
-    found |= {"seconds": left / speed if speed else None, "first": rows[0] if rows else None}
     sheets = sorted(folder.glob("stage-*/sheets/step-*.png"), key=lambda path: path.stat().st_mtime)
-    found |= {"last": rows[-1] if rows else None, "sheet": str(sheets[-1]) if sheets else None}
-    return found | {"devices": devices(worker)}
+    step = todo[0] if todo else None
+    done, of, unit = _progress(folder, recipe, step, steps)
+    return Activity(
+        run=str(folder),
+        worker=worker,
+        step=step,
+        next=todo[1:],
+        done=done,
+        of=of,
+        unit=unit,
+        seconds=left / speed if speed else None,
+        first=rows[0] if rows else None,
+        last=rows[-1] if rows else None,
+        sheet=str(sheets[-1]) if sheets else None,
+        devices=devices(worker),
+    )
 
 
-def _progress(folder: Path, recipe: Recipe, step: str | None, steps: list[int]) -> dict[str, Any]:
+def _progress(folder: Path, recipe: Recipe, step: str | None, steps: list[int]) -> tuple[int | None, int | None, str]:
     """Returns `done`, `of` and `unit` of a step with progress."""
     if step == "cache":
         blocks = len(list(Path(recipe.cache or folder / "cache").glob("shard-*.safetensors")))
-        return {"done": blocks * BLOCK, "of": None, "unit": "samples"}
+        return blocks * BLOCK, None, "samples"
     if step and step.startswith("stage-"):
         number = int(step.removeprefix("stage-")) - 1
-        return {"done": steps[number], "of": recipe.stages[number].steps, "unit": "steps"}
-    return {"done": None, "of": None, "unit": ""}
+        return steps[number], recipe.stages[number].steps, "steps"
+    return None, None, ""
 
 
-def devices(worker: str | None) -> list[dict[str, Any]]:
-    """Returns the devices: `name`, `busy` (0 to 1), `used` and `total` bytes of memory.
+def devices(worker: str | None) -> list[Device]:
+    """Returns the devices and their use.
 
     These are the GPUs that `nvidia-smi` reports; without one, the processor with the memory of the process that works.
     """
@@ -71,8 +80,7 @@ def devices(worker: str | None) -> list[dict[str, Any]]:
             text = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout
             rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines()]
             return [
-                {"name": name, "busy": int(busy) / 100, "used": int(used) << 20, "total": int(total) << 20}
-                for name, busy, used, total in rows
+                Device(name, int(busy) / 100, int(used) << 20, int(total) << 20) for name, busy, used, total in rows
             ]
         except (OSError, ValueError, subprocess.SubprocessError):  # nvidia-smi without a driver
             pass
@@ -80,4 +88,4 @@ def devices(worker: str | None) -> list[dict[str, Any]]:
     with suppress(IndexError, psutil.Error):  # no process works, or it works on another machine
         used = psutil.Process(int(re.findall(r"\d+", worker or "")[0])).memory_info().rss
     total = psutil.virtual_memory().total
-    return [{"name": "CPU", "busy": psutil.cpu_percent(0.2) / 100, "used": used, "total": total}]
+    return [Device("CPU", psutil.cpu_percent(0.2) / 100, used, total)]

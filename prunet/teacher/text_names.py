@@ -10,6 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from prunet.teacher.marks import save_marked
+
 PREFIX = "text_model."
 BARE = ("embeddings.", "encoder.", "final_layer_norm.")
 
@@ -27,11 +32,6 @@ def save_text_encoder(model: Any, folder: Path) -> None:
 
 def copy(source: Path, target: Path) -> None:
     """Copies a file of a text encoder's weights, or their index; byte for byte if the names have the prefix."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
-    from prunet.teacher.marks import save_marked
-
     if source.suffix == ".json":
         index = json.loads(source.read_text(encoding="utf-8"))
         index["weight_map"] = {classical(name): file for name, file in index["weight_map"].items()}
