@@ -3,11 +3,11 @@
     git clone --depth 1 https://github.com/huggingface/diffusers
     python benchmarks/stock_scripts.py diffusers --out stock
 
-`train_dreambooth_lora.py` teaches a student, a stock folder, a subject, and stock `load_lora_weights` loads the LoRA that
-it writes. `train_controlnet.py` trains a ControlNet from the U-Net of another student (`bk-base`: diffusers has no
-ControlNet without a mid block), and a stock pipeline draws with it. Both scripts run as they are, but for their check of
-diffusers' version. The pictures that this makes show the subject or the edges, what is drawn without, and what is drawn
-with, at equal noise. Needs torchvision and datasets.
+`train_dreambooth_lora.py` teaches a student a subject, and stock `load_lora_weights` loads the LoRA that it writes.
+`train_controlnet.py` trains a ControlNet from the U-Net of another student (`bk-base`: diffusers has no ControlNet
+without a mid block), and a stock pipeline draws with it. Both scripts run as they are, except for their check of
+diffusers' version. Each picture shows the subject or the edges, a drawing without and a drawing with, at equal noise.
+Needs torchvision and datasets.
 """
 
 import argparse
