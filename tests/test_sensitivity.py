@@ -9,7 +9,7 @@ from test_blocks import SMALL, config_of, make_folder
 from test_cli import call
 
 from prunet import Plan, Teacher, UserError, derive, load_plan
-from prunet.denoisers.diagram import STEPS
+from prunet.diagram import STEPS
 from prunet.disk.files import read_json
 from prunet.report.sensitivity import chart, coloured_diagram
 from prunet.search.scores import Scores

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -10,10 +10,12 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from prunet.denoisers.diagram import STEPS, Diagram, Part, Section
-from prunet.plan.derived import Derived
-from prunet.plan.size import Size
+from prunet.diagram import STEPS, Diagram, Part, Section
+from prunet.plan.effect import Effect, Size
 from prunet.words import many, number
+
+if TYPE_CHECKING:  # a plan's effect is shown without torch
+    from prunet.plan.derived import Derived
 
 STAYS, GOES = "bold green", "red strike"
 #: Kind of part -> its sign where it stays and where it goes.
@@ -23,16 +25,15 @@ DIGITS = "₀₁₂₃₄"
 SIGNS = {"resnet": ("R", "r"), "attention": ("A", "a"), "downsampler": ("↓", "·"), "upsampler": ("↑", "·")}
 
 
-def plan_view(derived: Derived, title: str) -> RenderableType:
+def plan_view(effect: Effect, title: str) -> RenderableType:
     """A plan's effect on the teacher: the denoiser's diagram, sizes, and programs that load the student."""
-    diagram = derived.diagram()
     return Group(
         Rule(Text(title, style="bold"), align="left"),
-        Padding(_denoiser(diagram), (0, 0, 1, 0)),
-        Text.from_markup(_legend(diagram)),
+        Padding(_denoiser(effect.diagram), (0, 0, 1, 0)),
+        Text.from_markup(_legend(effect.diagram)),
         Text(),
-        _sizes(derived),
-        _programs(derived),
+        _sizes(effect),
+        _programs(effect),
     )
 
 
@@ -79,7 +80,7 @@ def search_view(result: Mapping[str, Any], folder: Any) -> RenderableType:
     return Group(Rule(Text(title, style="bold"), align="left"), table, Text(), Text(files))
 
 
-def stairs_view(steps: Sequence[Derived], notes: Sequence[str]) -> RenderableType:
+def stairs_view(steps: "Sequence[Derived]", notes: Sequence[str]) -> RenderableType:
     """The stages of a recipe: parameters and MACs after each stage's removal, and the parts that it removes."""
     table = Table(box=None, padding=(0, 2), title="[bold]Stages[/]", title_justify="left")
     for column in ("", "plan", "parameters", "MACs (G)", ""):
@@ -171,11 +172,11 @@ def _mark(part: Part) -> Text:
     return text.append(f"/{depth}", style="red") if kept < depth else text
 
 
-def _sizes(derived: Derived) -> Table:
+def _sizes(effect: Effect) -> Table:
     table = Table(box=None, padding=(0, 2))
     for column in ("", "teacher", "student", ""):
         table.add_column(column, justify="left" if not column else "right")
-    teacher, student = derived.teacher_size, derived.student_size
+    teacher, student = effect.teacher, effect.student
     for label, a, b, form in (
         ("parameters", teacher.parameters, student.parameters, "{:,.0f}"),
         ("size in fp16 (MB)", teacher.parameters * 2 / 1e6, student.parameters * 2 / 1e6, "{:,.1f}"),
@@ -191,9 +192,9 @@ def _all(size: Size) -> float:
     return (size.macs + size.attention_macs) / 1e9
 
 
-def _programs(derived: Derived) -> Table:
+def _programs(effect: Effect) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2))
-    for title, answers in (("loads in", derived.loads_in), ("works with", derived.works_with)):
+    for title, answers in (("loads in", effect.loads_in), ("works with", effect.works_with)):
         table.add_row()
         table.add_row(Text(title, style="bold"))
         for name, answer in answers.items():
@@ -221,7 +222,7 @@ def estimate_view(this: Any, cost: dict[str, Any]) -> RenderableType:
         f"about [bold]{time_text}[/]"
     )
     title = f"{this.teacher.source} by {this.recipe.plan.name}"
-    return Group(_cache(cost), plan_view(this.derived, title), steps, memory, lines, _data(cost))
+    return Group(_cache(cost), plan_view(this.derived.effect(), title), steps, memory, lines, _data(cost))
 
 
 def _cache(cost: dict[str, Any]) -> Text:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prunet import __version__
-from prunet.denoisers.diagram import STEPS
+from prunet.diagram import STEPS
 from prunet.disk.files import write_text
 from prunet.plan.result import PlanResult
 from prunet.report import sensitivity

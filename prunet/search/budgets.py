@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from prunet.errors import UserError
-from prunet.plan.size import Size
+from prunet.plan.effect import Size
 from prunet.words import many, number
 
 #: Kind of cost -> suffixes of its numbers and what they stand for; `%` is a share of the teacher's.

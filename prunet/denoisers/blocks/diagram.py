@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prunet.denoisers.diagram import Diagram, Part, Row, Section
+from prunet.diagram import Diagram, Part, Row, Section
 
 #: Blocks a line, so that a block's number can be read from its place.
 LINE = 10
