@@ -12,7 +12,7 @@ from rich.text import Text
 
 from prunet.diagram import STEPS, Diagram, Part, Section
 from prunet.plan.effect import Effect, Size
-from prunet.words import many, number
+from prunet.words import many, number, percent
 
 if TYPE_CHECKING:  # a plan's effect is shown without torch
     from prunet.plan.derived import Derived
@@ -221,6 +221,8 @@ def estimate_view(this: Any, cost: dict[str, Any]) -> RenderableType:
         f"{this.runtime.torch_device} ({this.runtime.mixed_precision}, micro-batch {cost['timed_micro_batch']}): "
         f"about [bold]{time_text}[/]"
     )
+    if text_s := cost["text_seconds_per_image"]:
+        lines.append(f"; {percent(text_s / cost['seconds_per_image'])} of it embeds captions (data.text: live)")
     title = f"{this.teacher.source} by {this.recipe.plan.name}"
     return Group(_cache(cost), plan_view(this.derived.effect(), title), steps, memory, lines, _data(cost))
 

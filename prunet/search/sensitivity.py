@@ -23,7 +23,7 @@ def check_samples(teacher: Teacher, prompts: Sequence[str] | None, cache: Path |
     """Refuses prompts or a cache from which no examples can be made, before weights are loaded.
 
     Raises:
-        UserError: both, no finished cache, one of another teacher, or a teacher that cannot draw.
+        UserError: both, no finished cache, one of another teacher or without text, or a teacher that cannot draw.
     """
     if prompts and cache:
         raise UserError("--prompts and --cache: give one of them")
@@ -33,7 +33,10 @@ def check_samples(teacher: Teacher, prompts: Sequence[str] | None, cache: Path |
             "random inputs: leave --prompts and --cache out"
         )
     if cache is not None:
-        Cache.open(cache_folder(cache)).check(teacher)
+        opened = Cache.open(cache_folder(cache))
+        opened.check(teacher)
+        if not opened.has_text:
+            raise UserError(f"--cache {cache}: holds no text embeddings (its data.text is live): give another")
 
 
 def open_examples(
