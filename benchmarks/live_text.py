@@ -2,8 +2,8 @@
 
     python benchmarks/live_text.py                      # the shipped teachers, one CPU core
 
-For each teacher the same distillation from both caches, in turn; what counts is the time of the processor, which
-other programs of the machine disturb least. The last line is JSON.
+For each teacher the same distillation from both caches, in turn; the time is that of the processor, which
+other programs on the machine disturb least. The last line is JSON.
 """
 
 import argparse
@@ -39,8 +39,9 @@ def compare(teacher: str, plan: str, args: argparse.Namespace) -> dict[str, obje
         for turn in range(args.rounds + 1):
             for text, found in times.items():
                 stages = [{"steps": args.steps, "batch_size": args.batch, "ema_decay": None, "warmup_steps": 0}]
-                values = {"teacher": teacher, "plan": plan, "stages": stages, "output": f"{temporary}/run"}
-                values |= {"data": {"source": "emoji/data/train-0000.tar", "limit": 64, "text": text}}
+                data = {"source": "emoji/data/train-0000.tar", "limit": 64, "text": text}
+                values: dict[str, object] = {"teacher": teacher, "plan": plan, "data": data, "stages": stages}
+                values["output"] = f"{temporary}/run"
                 run = Run(
                     load_recipe("demo", values=values), Runtime(device="cpu", precision="no", micro_batch=args.batch)
                 )

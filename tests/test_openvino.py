@@ -17,6 +17,7 @@ from test_cli import call
 
 from prunet import Teacher, UserError, generate
 from prunet.exports.openvino import export_openvino, open_decoder
+from prunet.play.models import Asked, open_players
 from prunet.recipe.values import Drawing
 from prunet.sampling.draw import draw
 from prunet.sampling.made_for import write_made_for
@@ -135,6 +136,38 @@ def test_eight_bits(bits, run_folder, tmp_path, capsys) -> None:
         capsys, "generate", str(folder), "a cat", "-o", str(tmp_path / "a.png"), "--steps", "1", "--seed", "7"
     )
     assert code == 0 and Image.open(tmp_path / "a.png").size == (16, 16)
+
+
+@pytest.mark.processes
+def test_bench_and_play_beside_torch(exported, tmp_path, capsys) -> None:
+    folder, teacher, how = exported
+    flags = ("--device", "cpu", "--precision", "no", "--repeats", "3", "--batch-size", "2", "--steps", "2", "--json")
+    code, out, err = call(capsys, "bench", teacher.source, folder, *flags, "-o", tmp_path / "out")
+    assert code == 0, err
+    facts = json.loads(out.splitlines()[-1])
+    torchs, ours = facts["models"].values()
+    assert (torchs["runtime"], ours["runtime"], ours["precision"]) == ("torch", "openvino", "f32")
+    assert (ours["parameters"], ours["macs"], ours["steps"]) == (torchs["parameters"], torchs["macs"], 2)
+    assert (ours["rows"], torchs["rows"]) == (how.rows, 2)
+    # The pictures of a folder with another decoder than the teacher's are far from the teacher's.
+    assert "apart" not in torchs and (ours["apart"] < NEAR / 255) == (teacher.kind == "sdxl")
+    assert ours["process_mb"] > 1 and torchs["process_mb"] > 1
+    first, second = facts["rows"]
+    assert (first["mode"], second["mode"], second["batch_size"]) == ("eager", "openvino", 2)
+    assert second["seconds"] == pytest.approx((second["text_ms"] + 2 * second["denoiser_ms"] + second["vae_ms"]) / 1000)
+    assert second["speed_up"] == pytest.approx(first["denoiser_ms"] / second["denoiser_ms"])
+    players = open_players([teacher.source, str(folder)], device="cpu", dtype=torch.float32)
+    size = teacher.native_size
+    drawn = players[1].draw(Asked("a cat", 3, size, Drawing()))
+    assert drawn.picture.tobytes() == generate(folder, "a cat", seed=3)[0].tobytes() and drawn.drawing == how
+    with pytest.raises(UserError, match="draws without picture to start from: leave it out"):
+        players[1].draw(Asked("a cat", 3, size, Drawing(), image=Image.new("RGB", (16, 16))))
+    for args, message in (
+        (("bench", folder, "--plan", "bk-tiny"), "is for OpenVINO: give that second"),
+        (("bench", folder, "--size", "12"), "size: 12 is not a multiple of"),
+    ):
+        code, _, err = call(capsys, *args, "--device", "cpu")
+        assert code == 2 and message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,8 @@ def run_folder(finished, tmp_path_factory) -> Path:
     ("options", "message"),
     [
         (["--single-file", "--for", "sd.cpp"], "stable-diffusion.cpp does not load this student: not the widths"),
-        (["--for", "sd.cpp"], "--for: is for --single-file"),
-        (["--gguf", "q8_0", "--for", "comfyui"], "--gguf --for comfyui: the file is for sd.cpp"),
+        (["--for", "sd.cpp"], "--for: needs --single-file"),
+        (["--gguf", "q8_0", "--for", "comfyui"], "--gguf --for comfyui: a GGUF file is for sd.cpp"),
         (["--gguf", "q8_0", "--fp16"], "leave --fp16 out"),
         (["--gguf", "q8_0", "--openvino"], "--openvino --gguf: one export at a time"),
         (["--gguf", "q8_0", "-o", "a.safetensors"], "name the single file something.gguf"),
