@@ -10,7 +10,7 @@ from prunet.disk.values import Value
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters of a denoiser, and multiply-adds of one call at its native size (batch 1, all text tokens)."""
+    """Parameters of a denoiser, and multiply-adds (MACs) of one call at its native size (batch 1, all text tokens)."""
 
     parameters: int
     macs: int  # without the matmuls inside attention, as the papers count
