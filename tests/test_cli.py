@@ -54,6 +54,21 @@ def test_inspect_json_has_the_facts(capsys) -> None:
     assert {"macs", "student_config", "pairs", "weight_map", "loads_in"} <= facts.keys()
 
 
+def test_inspect_of_a_published_plan_needs_no_torch(capsys, monkeypatch) -> None:
+    found = {plan: call(capsys, "inspect", "sd-v1", "--plan", plan) for plan in ("bk-tiny", "none")}
+    monkeypatch.setattr("prunet.plan.effect.shipped_effect", lambda *_: None)
+    assert found == {plan: call(capsys, "inspect", "sd-v1", "--plan", plan) for plan in ("bk-tiny", "none")}
+    assert [code for code, *_ in found.values()] == [0, 0] and "323,384,964" in found["bk-tiny"][1]
+    program = "import sys; from prunet.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program, "inspect", "sd-v1", "--plan", "bk-tiny"], capture_output=True)
+    assert done.returncode == 0 and b"323,384,964" in done.stdout, done.stderr
+
+
+def test_inspect_takes_options_that_compute_for_sensitivity_alone(capsys) -> None:
+    code, _, err = call(capsys, "inspect", "sd-v1", "--device", "cpu")
+    assert code == 2 and "--device" in err and "--sensitivity" in err
+
+
 def test_inspect_of_a_recipe_draws_the_stairs(capsys, tmp_path) -> None:
     path = recipe(tmp_path, "sdxl", tmp_path, plan="vega", stages=[{"steps": 5, "plan": "ssd-1b"}, {"steps": 7}])
     code, out, _ = call(capsys, "inspect", path)

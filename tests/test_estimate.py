@@ -108,6 +108,18 @@ def test_memory_is_that_of_the_stage_that_needs_most(opened, timed) -> None:
     assert first["heap"] == (first["gradients"] + 1000) // 2
 
 
+def test_text_that_is_embedded_while_training_costs_time_and_memory(opened, timed, sd) -> None:
+    this = opened(STAGE)
+    before = estimate(this)
+    this = Run(this.recipe.model_copy(update={"data": this.recipe.data.model_copy(update={"text": "live"})}), CPU)
+    found = estimate(this)
+    assert found["cache_bytes_per_sample"] == {**before["cache_bytes_per_sample"], "text": 0}
+    encoder = sum(tensor.nbytes for tensor in load_file(sd / "text_encoder" / "model.safetensors").values())
+    assert found["memory_bytes"]["text encoders"] == encoder
+    assert found["text_seconds_per_image"] > 0 == before["text_seconds_per_image"]
+    assert found["seconds_per_image"] == pytest.approx(before["seconds_per_image"] + found["text_seconds_per_image"])
+
+
 def test_what_is_done_is_said(finished, timed) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     recipe = load_recipe(finished / "recipe.yaml", [f"output={json.dumps(str(finished))}"])

@@ -332,7 +332,8 @@ def test_classical_names_whatever_the_transformers_version():
 
 def test_openclip_fuses_q_k_v_in_that_order():
     encoder = text_encoder_of()
-    layer = encoder.encoder.layers[1].self_attn
+    modules = encoder.named_modules()  # transformers before 5.6 has `text_model.` before this name
+    layer = next(module for name, module in modules if name.endswith("encoder.layers.1.self_attn"))
     file = file_of("sd-v2 bk-base")
     fused = file["cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight"]
     assert torch.equal(fused, torch.cat([layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight]))

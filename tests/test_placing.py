@@ -154,7 +154,7 @@ def changed_headers(found: dict[str, Header], key: str) -> Iterator[dict[str, He
 def test_any_tensor_changed_is_refused(part, form, teachers, monkeypatch) -> None:
     """By its headers, for all tensors; `refusal` writes files with some of these changes, which takes long for all."""
     teacher, keys = Teacher(teachers[form]), keys_of(form, teachers[form], part)
-    model, read = teacher._empty(part), placing.headers
+    model, read = teacher.empty(part), placing.headers
     for key in keys:
         file = file_with(form, teachers[form], part, key)
         for found in changed_headers(read([file]), key):

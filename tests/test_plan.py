@@ -10,6 +10,7 @@ from prunet import Plan, UserError, derive, load_plan
 from prunet.denoisers.patterns import expand, match
 from prunet.denoisers.unet2d.architecture import UNET2D
 from prunet.denoisers.unet2d.form import make_unet
+from prunet.plan.effect import shipped_effect
 from prunet.plan.plan import preset_names
 from prunet.teacher.known import layout_config
 
@@ -37,11 +38,13 @@ def plan_of(layout: str, name: str):
 
 @pytest.mark.parametrize(("layout", "name"), PUBLISHED)
 def test_size_is_the_published_one(layout: str, name: str) -> None:
-    size = plan_of(layout, name).student_size
+    derived = plan_of(layout, name)
+    size = derived.student_size
     parameters, macs, with_attention = PUBLISHED[layout, name]
     assert size.parameters == parameters
     assert size.macs / 1e9 == pytest.approx(macs, abs=0.5 if macs > 1000 else 0.05)
     assert (size.macs + size.attention_macs) / 1e9 == pytest.approx(with_attention, abs=0.06)
+    assert shipped_effect(layout, name) == derived.effect(), "run: python tests/effects.py"
 
 
 # What Nota published as the config of its three students; the rest are SD v1.4's own values.

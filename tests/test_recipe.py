@@ -62,6 +62,13 @@ BAD = {
     "plan of numbers": ({"plan": 3}, "preset"),
     "no prompts": ({"evaluation": {"prompts": []}}, "at least one"),
     "no prompts to draw": ({"data": {"prompts": []}}, "data.prompts.*at least one"),
+    "live text of paths": (
+        {
+            "data": {"source": "x", "text": "live"},
+            "stages": [{"steps": 1, "objective": "trajectory", "guidance_scale": 2, "jumps": 2}],
+        },
+        r"data\.text.*stages\.0",
+    ),
     "dropout": ({"stages": [{"steps": 1, "caption_dropout": 1.5}]}, "caption_dropout"),
 }
 

@@ -11,7 +11,7 @@ from test_cli import call
 
 from prunet import Plan, Teacher, UserError, derive, load_plan
 from prunet.data.cache import Cache
-from prunet.denoisers.diagram import STEPS
+from prunet.diagram import STEPS
 from prunet.disk.files import read_json
 from prunet.report.sensitivity import chart, coloured_diagram
 from prunet.search.scores import Scores

@@ -24,13 +24,14 @@ from prunet.evaluation.evaluation import denoiser_errors
 from prunet.recipe.recipe import Data, Losses, Stage
 from prunet.recipe.values import Drawing
 from prunet.runtime import Runtime
+from prunet.search.sensitivity import check_samples
 from prunet.student.student import state_hash
 from prunet.teacher.process import DDPM, min_snr_weight
 from prunet.training import session as training
 from prunet.training.checkpoints import Saving, checkpoints
 from prunet.training.loop import learning_rate_at
 from prunet.training.objectives import distillation
-from prunet.training.samples import Samples, _permutation, batches
+from prunet.training.samples import LiveSamples, Samples, _permutation, batches
 from prunet.training.sheets import Sheets
 
 PROCESS = DDPM(torch.linspace(0.99, 0.01, 1000), "epsilon")
@@ -393,6 +394,35 @@ def test_draws_depend_on_step_and_position_alone(made) -> None:
     shares = [list(batches(samples, 0, 2, rank, 2)) for rank in (0, 1)]
     assert torch.equal(torch.cat([shares[0][1]["latents"], shares[1][1]["latents"]]), whole[1]["latents"])
     assert not torch.equal(whole[0]["noise"][0], whole[0]["noise"][1])
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_text_embedded_while_training_is_that_of_a_cache(kind, pictures, request, tmp_path) -> None:
+    teacher = Teacher(request.getfixturevalue(kind))
+    stage = STAGE.model_copy(update={"caption_dropout": 0.3})
+    data = [Data(source=str(pictures), text=text) for text in ("cached", "live")]
+    made = [cache(teacher, one, tmp_path / one.text, seed=1) for one in data]
+    stored = [set(load_file(opened.folder / "shard-00000.safetensors")) for opened in made]
+    assert stored[0] - stored[1] == {"prompt_embeds", "pooled"} - ({"pooled"} if kind == "sd" else set())
+    known = list(batches(Samples(made[0], stage, 3, teacher.process), 0, 2))
+    for before, now in zip(known, batches(LiveSamples(made[1], stage, 3, teacher), 0, 2), strict=True):
+        assert now.keys() == before.keys() and now["condition"].keys() == before["condition"].keys()
+        for name, value in before["condition"].items():
+            torch.testing.assert_close(now["condition"][name], value, rtol=2e-3, atol=2e-3)
+        assert torch.equal(now["noise"], before["noise"]) and torch.equal(now["latents"], before["latents"])
+    with pytest.raises(UserError, match=r"data\.text is live"):
+        check_samples(teacher, None, made[1].folder)
+
+
+def test_live_text_learns_the_same_and_resumes(sd, pictures, whole, tmp_path) -> None:
+    made = cache(Teacher(sd), Data(source=str(pictures), flip=True, text="live"), tmp_path / "cache", seed=1)
+    student, _ = train(sd, made, tmp_path / "run")
+    for row, known in zip(losses(tmp_path / "run"), losses(whole.folder), strict=True):
+        assert row == pytest.approx(known, rel=1e-3)
+    train(sd, made, tmp_path / "again", stage=STAGE.model_copy(update={"steps": 3}))
+    resumed, _ = train(sd, made, tmp_path / "again")
+    assert state_hash(resumed) == state_hash(student)
+    assert losses(tmp_path / "again") == losses(tmp_path / "run")
 
 
 def test_no_draw_of_one_seed_is_one_of_another(made) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from prunet.cli.options import (
+    RUNTIME,
     CacheOption,
     ConfigOption,
     Json,
@@ -23,7 +24,7 @@ from prunet.errors import UserError
 
 
 @app.command()
-@with_runtime("device", "precision")
+@with_runtime("device", "precision", later=True)
 def inspect(
     runtime: Any,
     teacher: TeacherArgument,
@@ -47,14 +48,13 @@ def inspect(
 
     The cost and the error of each removal: prunet inspect my-model --sensitivity
     """
-    from prunet.cli.views import plan_view
-    from prunet.plan.derived import derive
-    from prunet.plan.plan import Plan, load_plan
     from prunet.recipe.paths import shipped_names
-    from prunet.teacher.teacher import Teacher
 
-    if not sensitivity and (prompts or cache or output):
-        raise UserError("--prompts, --cache and --output are for --sensitivity: add it, or leave them out")
+    computes = any(value != RUNTIME[name][1] for name, value in runtime.keywords.items())
+    if not sensitivity and (prompts or cache or output or computes):
+        raise UserError(
+            "--prompts, --cache, --output, --device and --precision are for --sensitivity: add it, or leave them out"
+        )
     is_recipe = teacher.endswith((".yaml", ".yml")) or teacher in shipped_names(".yaml")
     if is_recipe or (Path(teacher) / "recipe.yaml").is_file():
         if plan != "none" or config is not None or sensitivity:
@@ -67,14 +67,33 @@ def inspect(
     if sensitivity:
         if plan != "none":
             raise UserError("--sensitivity: measures all parts of a model: leave --plan out")
-        _inspect_sensitivity(teacher, runtime, prompts, cache, output, config, as_json)
+        _inspect_sensitivity(teacher, runtime(), prompts, cache, output, config, as_json)
         return
+    _inspect_plan(teacher, plan, config, as_json)
+
+
+def _inspect_plan(source: str, plan: str, config: str | None, as_json: bool) -> None:
+    from prunet.cli.views import plan_view
+    from prunet.plan.effect import shipped_effect
+    from prunet.plan.plan import Plan, load_plan
+    from prunet.teacher.known import LAYOUTS
+
     chosen = Plan("none") if plan == "none" else load_plan(plan)
-    opened = Teacher(teacher, config=config, only_form=True)
-    derived = derive(opened.unet_config, chosen)
-    opened.check_weights(headers_only=True)
-    title = teacher if plan == "none" else f"{teacher} by {chosen.name}"
-    say(as_json, derived.result().facts() if as_json else {}, None if as_json else plan_view(derived, title))
+    title = source if plan == "none" else f"{source} by {chosen.name}"
+    is_layout = source in LAYOUTS and config is None and not Path(source).exists()
+    effect = shipped_effect(source, plan) if is_layout and not as_json else None
+    if effect is None:
+        from prunet.plan.derived import derive
+        from prunet.teacher.teacher import Teacher
+
+        opened = Teacher(source, config=config, only_form=True)
+        derived = derive(opened.unet_config, chosen)
+        opened.check_weights(headers_only=True)
+        if as_json:
+            say(as_json, derived.result().facts())
+            return
+        effect = derived.effect()
+    say(as_json, {}, plan_view(effect, title))
 
 
 def _inspect_sensitivity(
@@ -130,7 +149,11 @@ def _inspect_recipe(path: Path, as_json: bool) -> None:
     notes = [f"{stage.steps:,} x {stage.batch_size}" for stage in recipe.stages]
     title = f"{source.source} by {recipe.plan.name}"
     facts = derived.result().facts() | {"stages": [step.result().facts() for step in steps]} if as_json else {}
-    say(as_json, facts, None if as_json else Group(plan_view(derived, title), Text(), stairs_view(steps, notes)))
+    say(
+        as_json,
+        facts,
+        None if as_json else Group(plan_view(derived.effect(), title), Text(), stairs_view(steps, notes)),
+    )
 
 
 @app.command()

@@ -117,13 +117,17 @@ LOOP = tuple(RUNTIME)
 COUNTED = tuple(name for name in LOOP if name not in FAST)
 
 
-def with_runtime(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a verb these options of `RUNTIME`; the verb receives them as a checked `Runtime` in `runtime`."""
+def with_runtime(*names: str, later: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a verb these options of `RUNTIME`; the verb receives them as a checked `Runtime` in `runtime`.
+
+    `later`: the verb receives a function that makes the `Runtime`, and can work without importing torch.
+    """
 
     def wrap(verb: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(verb)
         def call(**given: Any) -> None:
-            verb(runtime=make_runtime(**{name: given.pop(name) for name in names}), **given)
+            make = functools.partial(make_runtime, **{name: given.pop(name) for name in names})
+            verb(runtime=make if later else make(), **given)
 
         own = [p for p in inspect.signature(verb).parameters.values() if p.name != "runtime"]
         kind = inspect.Parameter.KEYWORD_ONLY

@@ -10,11 +10,13 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from prunet.denoisers.diagram import STEPS, Diagram, Part, Section
-from prunet.plan.derived import Derived
-from prunet.plan.size import Size
-from prunet.search.results import SearchResult, Sensitivity
-from prunet.words import many, number
+from prunet.diagram import STEPS, Diagram, Part, Section
+from prunet.plan.effect import Effect, Size
+from prunet.words import many, number, percent
+
+if TYPE_CHECKING:  # these import torch, which a plan's effect does not need
+    from prunet.plan.derived import Derived
+    from prunet.search.results import SearchResult, Sensitivity
 
 if TYPE_CHECKING:
     from prunet.runs.estimate import Estimate
@@ -27,20 +29,19 @@ DIGITS = "₀₁₂₃₄"
 SIGNS = {"resnet": ("R", "r"), "attention": ("A", "a"), "downsampler": ("↓", "·"), "upsampler": ("↑", "·")}
 
 
-def plan_view(derived: Derived, title: str) -> RenderableType:
+def plan_view(effect: Effect, title: str) -> RenderableType:
     """Shows a plan's effect on the teacher: the denoiser's diagram, sizes, and programs that load the student."""
-    diagram = derived.diagram()
     return Group(
         Rule(Text(title, style="bold"), align="left"),
-        Padding(_denoiser(diagram), (0, 0, 1, 0)),
-        Text.from_markup(_legend(diagram)),
+        Padding(_denoiser(effect.diagram), (0, 0, 1, 0)),
+        Text.from_markup(_legend(effect.diagram)),
         Text(),
-        _sizes(derived),
-        _programs(derived),
+        _sizes(effect),
+        _programs(effect),
     )
 
 
-def sensitivity_view(result: Sensitivity) -> RenderableType:
+def sensitivity_view(result: "Sensitivity") -> RenderableType:
     """Shows the cost and error of removing each unit (`prunet.search.sensitivity`): a coloured diagram and a table."""
     from prunet.report.sensitivity import coloured_diagram, columns, conditions, label, rows
 
@@ -65,7 +66,7 @@ def sensitivity_view(result: Sensitivity) -> RenderableType:
     )
 
 
-def search_view(result: SearchResult, folder: Any) -> RenderableType:
+def search_view(result: "SearchResult", folder: Any) -> RenderableType:
     """Shows the plans of a search, the chosen one first, and the files that the search wrote."""
     table = Table(box=None, padding=(0, 1))
     kinds = [kind for kind in ("parameters", "macs", "latency") if kind in result.costs]
@@ -83,7 +84,7 @@ def search_view(result: SearchResult, folder: Any) -> RenderableType:
     return Group(Rule(Text(title, style="bold"), align="left"), table, Text(), Text(files))
 
 
-def stairs_view(steps: Sequence[Derived], notes: Sequence[str]) -> RenderableType:
+def stairs_view(steps: "Sequence[Derived]", notes: Sequence[str]) -> RenderableType:
     """Shows the stages of a recipe: parameters and MACs after each stage's removal, and the removed parts."""
     table = Table(box=None, padding=(0, 2), title="[bold]Stages[/]", title_justify="left")
     for column in ("", "plan", "parameters", "MACs (G)", ""):
@@ -175,11 +176,11 @@ def _mark(part: Part) -> Text:
     return text.append(f"/{depth}", style="red") if kept < depth else text
 
 
-def _sizes(derived: Derived) -> Table:
+def _sizes(effect: Effect) -> Table:
     table = Table(box=None, padding=(0, 2))
     for column in ("", "teacher", "student", ""):
         table.add_column(column, justify="left" if not column else "right")
-    teacher, student = derived.teacher_size, derived.student_size
+    teacher, student = effect.teacher, effect.student
     for label, a, b, form in (
         ("parameters", teacher.parameters, student.parameters, "{:,.0f}"),
         ("size in fp16 (MB)", teacher.parameters * 2 / 1e6, student.parameters * 2 / 1e6, "{:,.1f}"),
@@ -195,9 +196,9 @@ def _all(size: Size) -> float:
     return (size.macs + size.attention_macs) / 1e9
 
 
-def _programs(derived: Derived) -> Table:
+def _programs(effect: Effect) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2))
-    for title, answers in (("loads in", derived.loads_in), ("works with", derived.works_with)):
+    for title, answers in (("loads in", effect.loads_in), ("works with", effect.works_with)):
         table.add_row()
         table.add_row(Text(title, style="bold"))
         for name, answer in answers.items():
@@ -224,8 +225,10 @@ def estimate_view(this: Any, cost: "Estimate") -> RenderableType:
         f"{this.runtime.torch_device} ({this.runtime.mixed_precision}, micro-batch {cost.timed_micro_batch}): "
         f"about [bold]{time_text}[/]"
     )
+    if text_s := cost.text_seconds_per_image:
+        lines.append(f"; {percent(text_s / cost.seconds_per_image)} of it embeds captions (data.text: live)")
     title = f"{this.teacher.source} by {this.recipe.plan.name}"
-    return Group(_cache(cost), plan_view(this.derived, title), steps, memory, lines, _data(cost))
+    return Group(_cache(cost), plan_view(this.derived.effect(), title), steps, memory, lines, _data(cost))
 
 
 def _cache(cost: "Estimate") -> Text:

@@ -6,7 +6,8 @@ A cache folder holds:
 - `source.json`: the state of the picture files, so that they are read again only after a change;
 - `shard-00000.safetensors` ...: blocks of 256 samples, with `mean` and `std` (N, 4, h, w) of the scaled latents,
   `prompt_embeds` (N, 77, D), and for SDXL `pooled` (N, P) and `time_ids` (N, 6). With `buckets` each sample has its own
-  `mean.I` and `std.I`, because sizes differ. A cache of paths has `path` instead (`prunet.data.paths`);
+  `mean.I` and `std.I`, because sizes differ. A cache of paths has `path` instead (`prunet.data.paths`); with
+  `text: live` there are no `prompt_embeds` and `pooled`, but the captions in the block's label;
 - `unconditional.safetensors`: the condition of the empty prompt;
 - `files.json`: the number of samples in each file that was read to its end (`prunet.data.stream`);
 - `cache.json`, once the cache is whole: the index, so that opening the cache reads no block. It has the samples and
@@ -115,6 +116,16 @@ class Cache:
         height, width = tensors["path" if "path" in tensors else "mean"].shape[-2:]
         return height, width
 
+    @property
+    def has_text(self) -> bool:
+        """Whether samples have their prompt embeddings; if not, captions are embedded while training."""
+        return bool(self.spec["data"].get("text", "cached") == "cached")
+
+    def caption(self, index: int) -> str:
+        """Reads the caption of a sample."""
+        file, row = self._place(index)
+        return _captions(file)[row]
+
     def check(self, teacher: Teacher) -> None:
         """Refuses a cache that another teacher made.
 
@@ -157,11 +168,14 @@ class Cache:
         tensors = self._tensors(index)
         return tensors.pop("path"), Condition(tensors)
 
+    def _place(self, index: int) -> tuple[Any, int]:
+        """The opened block of a sample, and its row there."""
+        block = bisect.bisect_right(self._ends, index)
+        return _opened(block_path(self.folder, block)), index - self._ends[block] + self.counts[block]
+
     def _tensors(self, index: int) -> dict[str, Tensor]:
         """Reads everything stored for a sample, by name."""
-        block = bisect.bisect_right(self._ends, index)
-        index -= self._ends[block] - self.counts[block]
-        file = _opened(block_path(self.folder, block))
+        file, index = self._place(index)
         keys = set(file.keys())
 
         def row(name: str) -> Tensor:
@@ -218,6 +232,13 @@ def _opened(path: Path) -> Any:
         return file
     except Exception as error:
         raise UserError(f"{path}: missing, damaged or of another cache ({error}): {_again(path)}") from error
+
+
+@lru_cache(maxsize=512)
+def _captions(file: Any) -> list[str]:
+    """The captions of an opened block."""
+    captions: list[str] = json.loads(file.metadata()["label"])["captions"]
+    return captions
 
 
 def block_checksum(path: Path, tensors: dict[str, Tensor], label: dict[str, Any]) -> str:

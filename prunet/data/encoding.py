@@ -58,6 +58,8 @@ def cache_spec(teacher: Teacher, data: Data, seed: int, made: Path | None = None
     else:
         content = source_fingerprint(data.source or [], made, data.image_column)
     chosen = data.model_dump(mode="json", exclude={"prompts"} if data.prompts is not None else {"source"})
+    if chosen["text"] == "cached":
+        del chosen["text"]  # so that caches made before there was this key stay the same
     empty = "zeros" if teacher.zeros_for_empty_prompt else "encoded"
     return {
         "format": FORMAT,
@@ -214,7 +216,7 @@ def encode_block(
     tensors = dict(kept)
     if not any(name.startswith("mean") for name in kept):
         tensors |= _encode(teacher, [f.pixels for f in fitted], data.buckets)
-    if "prompt_embeds" not in kept:
+    if data.text == "cached" and "prompt_embeds" not in kept:
         tensors |= _concat([teacher.encode_prompts(captions[at]) for at in _slices(len(captions))])
     tensors |= teacher.size_condition([(*f.original_size, *f.crop_top_left, *f.pixels.shape[1:]) for f in fitted])
     if data.buckets:
@@ -289,7 +291,8 @@ def _draw_batch(
         output_type="latent",
     ).images.float()
     sizes = teacher.size_condition([(size, size, 0, 0, size, size)] * len(texts))
-    return {"mean": latents, "std": torch.zeros_like(latents), **teacher.encode_prompts(texts), **sizes}
+    embeddings = teacher.encode_prompts(texts) if data.text == "cached" else {}
+    return {"mean": latents, "std": torch.zeros_like(latents), **embeddings, **sizes}
 
 
 def _concat(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

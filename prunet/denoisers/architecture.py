@@ -17,11 +17,11 @@ from torch import Tensor
 from prunet.console import quiet_libraries
 from prunet.denoisers.adapter_forms import AdapterForms
 from prunet.denoisers.condition import Condition
-from prunet.denoisers.diagram import Diagram
 from prunet.denoisers.form import Form
 from prunet.denoisers.pairs import Level, Pair
 from prunet.denoisers.patterns import removed_parts
 from prunet.denoisers.taps import tap
+from prunet.diagram import Diagram
 from prunet.errors import UserError
 
 #: A denoiser: a stock diffusers model, which has a config and can be saved.

@@ -10,7 +10,7 @@ from prunet.disk.seals import file_checksum
 from prunet.disk.steps import Step
 from prunet.disk.values import Value
 from prunet.errors import UserError
-from prunet.plan.size import Size
+from prunet.plan.effect import Size
 from prunet.recipe.values import Drawing
 from prunet.speed.clock import Speeds
 

@@ -7,13 +7,14 @@ from functools import cached_property
 from typing import Any
 
 from prunet.denoisers.architecture import Architecture
-from prunet.denoisers.diagram import Diagram
 from prunet.denoisers.form import Form
 from prunet.denoisers.known import architecture_of
 from prunet.denoisers.pairs import Level, Pair
+from prunet.diagram import Diagram
+from prunet.plan.effect import Effect, Size
 from prunet.plan.plan import Plan
 from prunet.plan.result import PlanResult
-from prunet.plan.size import Size, size_of
+from prunet.plan.size import size_of
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,16 @@ class Derived:
     def diagram(self) -> Diagram:
         """Returns the teacher's diagram without the parts that the plan removes."""
         return self.architecture.diagram(self.teacher_config, [*self.removed, *self.form.implied])
+
+    def effect(self) -> Effect:
+        """What `prunet inspect` shows."""
+        return Effect(
+            diagram=self.diagram(),
+            teacher=self.teacher_size,
+            student=self.student_size,
+            loads_in=self.loads_in,
+            works_with=self.works_with,
+        )
 
     def result(self) -> PlanResult:
         """Returns everything as a value (`prunet inspect --json`, `plan.json` in a run)."""

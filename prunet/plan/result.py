@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from prunet.denoisers.diagram import Diagram
 from prunet.denoisers.known import architecture_of
 from prunet.denoisers.pairs import Pair
+from prunet.diagram import Diagram
 from prunet.disk.values import Value
 from prunet.plan.plan import Plan
 

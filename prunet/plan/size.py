@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunet.denoisers.architecture import Architecture, config_text
 from prunet.denoisers.known import architecture_of
+from prunet.plan.effect import Size
 
 #: Kinds of operations and patterns of their names; the first match counts (`bmm` is a matmul, but inside attention).
 KINDS = {
@@ -19,15 +19,6 @@ KINDS = {
     "matmul": r"mm$|matmul|(\b|_)linear",
     "normalisation": r"norm|silu|gelu",
 }
-
-
-@dataclass(frozen=True)
-class Size:
-    """Parameters of a denoiser, and multiply-adds (MACs) of one call at its native size (batch 1, all text tokens)."""
-
-    parameters: int
-    macs: int  # without the matmuls inside attention, as the papers count
-    attention_macs: int
 
 
 def size_of(config: Mapping[str, Any]) -> Size:

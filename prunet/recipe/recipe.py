@@ -53,6 +53,9 @@ class Data(Part):
     views: Copies = Field(default=1, description="samples of each picture, with different crops, flips and captions")
     limit: Steps | None = Field(default=None, description="use only the first N pictures or prompts")
     image_column: str = Field(default="image", description="column of a list of captions, parquet or a dataset")
+    text: Literal["cached", "live"] = Field(
+        default="cached", description="live: embed captions while training, if their embeddings take too much disk"
+    )
     caption_column: str | None = Field(
         default=None, description="if not given, the first of text, caption, captions, prompt, description, sentences"
     )
@@ -134,6 +137,13 @@ class Recipe(Part):
     def _last_plan(self) -> "Recipe":
         if self.stage_plans[-1].remove != self.plan.remove:
             raise ValueError("the last stage must train the recipe's own plan: leave its 'plan' out")
+        return self
+
+    @model_validator(mode="after")
+    def _text_of_paths(self) -> "Recipe":
+        on_paths = next((number for number, stage in enumerate(self.stages) if stage.has("paths")), None)
+        if self.data.text == "live" and on_paths is not None:
+            raise ValueError(f"'data.text' live: not with stages.{on_paths}, whose paths are cached with their text")
         return self
 
     @property

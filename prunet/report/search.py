@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prunet import __version__
-from prunet.denoisers.diagram import STEPS
+from prunet.diagram import STEPS
 from prunet.disk.files import write_text
 from prunet.report import sensitivity
 from prunet.report.charts import render

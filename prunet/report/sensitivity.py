@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from prunet import __version__
-from prunet.denoisers.diagram import STEPS, Diagram
 from prunet.denoisers.known import architecture_of
 from prunet.denoisers.patterns import is_within
+from prunet.diagram import STEPS, Diagram
 from prunet.disk.files import write_text
 from prunet.report.bars import Bar, Panel, draw_bars
 from prunet.report.charts import render

@@ -11,6 +11,7 @@ import torch
 
 from prunet import processes
 from prunet.data.cache import STORED
+from prunet.data.encoding import ENCODE_BATCH
 from prunet.data.listing import source_paths
 from prunet.data.remote import Remote, marks
 from prunet.data.sources import is_hub_id, picture_files, read_pictures
@@ -55,6 +56,7 @@ class Estimate:
     size: int
     native_size: int
     seconds_per_image: float
+    text_seconds_per_image: float
     distil_hours: float
 
 
@@ -63,6 +65,7 @@ def estimate(this: Run) -> Estimate:
     runtime, stages = this.runtime, this.recipe.stages
     found = [memory(this, number) for number in range(1, len(stages) + 1)]
     speeds: dict[tuple[Any, ...], tuple[float, int]] = {}
+    text_s = text_seconds(this, min(this.micro_batch(1), ENCODE_BATCH)) if is_live(this) else 0.0
     seconds = 0.0
     for number, stage in enumerate(stages, 1):
         derived, micro, pairs = this.steps_down[number - 1], this.micro_batch(number), compared(this, number)
@@ -74,7 +77,7 @@ def estimate(this: Run) -> Estimate:
             if timed < micro and each_s * micro < QUICK_S:
                 timed, each_s = micro, seconds_per_image(derived, pairs, this.latent_size, micro, runtime, calls)
             speeds[key] = each_s, timed
-        seconds += speeds[key][0] * stage.steps * stage.batch_size
+        seconds += (speeds[key][0] + text_s) * stage.steps * stage.batch_size
     images = sum(stage.steps * stage.batch_size for stage in stages)
     samples, how = count_samples(this)
     each = cache_bytes(this)
@@ -94,6 +97,7 @@ def estimate(this: Run) -> Estimate:
         size=this.size,
         native_size=this.teacher.native_size,
         seconds_per_image=seconds / images,
+        text_seconds_per_image=text_s,
         distil_hours=seconds / 3600,
     )
 
@@ -109,8 +113,32 @@ def cache_bytes(this: Run) -> dict[str, int]:
     latents = STORED.itemsize * this.teacher.part_config("vae")["latent_channels"] * math.prod(this.latent_size)
     for _ in dict.fromkeys(folder for folder, _ in this.cache_specs):
         found["latents"] += 2 * latents  # mean and standard deviation
-        found["text"] += text
+        found["text"] += 0 if is_live(this) else text
     return found
+
+
+def is_live(this: Run) -> bool:
+    """Returns whether captions are embedded while training."""
+    return this.recipe.data.text == "live"
+
+
+def text_seconds(this: Run, count: int) -> float:
+    """Times the text encoders, with random weights, on `count` captions at once; returns seconds per caption."""
+    device, seconds = this.runtime.torch_device, 0.0
+    for part in this.teacher.text_encoders:
+        empty = this.teacher.empty(part)
+        with device:
+            model = type(empty)(empty.config).to(this.runtime.dtype).eval()
+            ids = torch.zeros(count, empty.config.max_position_embeddings, dtype=torch.long)
+        with torch.no_grad():
+            for step in range(STEPS + 1):
+                if step == 1:  # the first one warms up
+                    start = time.perf_counter()
+                model(ids, output_hidden_states=True)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+        seconds += time.perf_counter() - start
+    return seconds / STEPS / count
 
 
 def count_samples(this: Run) -> tuple[int | None, str]:
@@ -160,7 +188,10 @@ def memory(this: Run, number: int) -> dict[str, int]:
         runtime=this.runtime,
     )
     heap = (parts["gradients"] + activations) // 2 if this.runtime.torch_device.type == "cpu" else 0
-    return {**parts, "activations": activations, "heap": heap}
+    encoders = [this.teacher.empty(part) for part in this.teacher.text_encoders] if is_live(this) else []
+    count = sum(parameter.numel() for encoder in encoders for parameter in encoder.parameters())
+    text = {"text encoders": count * this.runtime.dtype.itemsize} if encoders else {}
+    return {**parts, "activations": activations, "heap": heap, **text}
 
 
 def seconds_per_image(

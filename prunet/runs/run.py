@@ -239,8 +239,8 @@ class Run:
             write_json(folder / "inputs.json", fingerprints.stage_label(self, number))
             StagePairs(pairs=list(pairs)).save(folder / "pairs.json")
         prompts = recipe.sheet.prompts or read_prompts(recipe.evaluation.prompts)[:6]
-        if not recipe.sheet.every:
-            teacher.release("vae", "text")  # the loop needs no other parts
+        if not recipe.sheet.every:  # the loop needs no other parts
+            teacher.release("vae", *(["text"] if recipe.data.text == "cached" else []))
         sheets = Sheets(
             teacher,
             folder / "sheets",

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from prunet.errors import UserError
-from prunet.plan.size import Size
+from prunet.plan.effect import Size
 from prunet.words import many, number
 
 #: Maps each kind of cost to the units of its amounts, with their values; `%` is a share of the teacher's cost.

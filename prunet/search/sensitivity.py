@@ -22,7 +22,8 @@ def check_samples(teacher: Teacher, prompts: Sequence[str] | None, cache: Path |
     """Refuses prompts or a cache that cannot give examples, before weights are loaded.
 
     Raises:
-        UserError: both are given, the cache is not finished or of another teacher, or the teacher cannot draw.
+        UserError: both are given, the cache is not finished, of another teacher or without text, or the teacher cannot
+            draw.
     """
     if prompts and cache:
         raise UserError("--prompts and --cache: give one of them")
@@ -32,7 +33,10 @@ def check_samples(teacher: Teacher, prompts: Sequence[str] | None, cache: Path |
             "random inputs: leave --prompts and --cache out"
         )
     if cache is not None:
-        Cache.open(cache_folder(cache)).check(teacher)
+        opened = Cache.open(cache_folder(cache))
+        opened.check(teacher)
+        if not opened.has_text:
+            raise UserError(f"--cache {cache}: holds no text embeddings (its data.text is live): give another")
 
 
 def open_examples(

@@ -7,9 +7,9 @@ from itertools import combinations
 from typing import Any
 
 from prunet.console import progress
-from prunet.denoisers.diagram import Diagram, Row
 from prunet.denoisers.known import architecture_of
 from prunet.denoisers.patterns import is_within
+from prunet.diagram import Diagram, Row
 from prunet.errors import UserError
 from prunet.plan.derived import Derived, derive
 from prunet.plan.plan import Plan

@@ -108,7 +108,7 @@ class Teacher(PipelineFiles):
 
         if model is None:
             is_denoiser = part == self.architecture.part
-            model = self.architecture.skeleton(self.unet_config) if is_denoiser else self._empty(part)
+            model = self.architecture.skeleton(self.unet_config) if is_denoiser else self.empty(part)
         if self.file is None:
             files = self.weight_files(part)
             placed = placing.place(model, placing.headers(files))
@@ -129,7 +129,8 @@ class Teacher(PipelineFiles):
             say_once(f"{self.file}: tensors that belong to no part of a pipeline are not used: {counts}")
         return placed
 
-    def _empty(self, part: str) -> Any:
+    def empty(self, part: str) -> Any:
+        """A part without its weights, which are on the meta device."""
         if part == self.architecture.part:
             return self.architecture.empty(self.unet_config)
         where = f"{self.source}: {part}/config.json"
@@ -148,7 +149,7 @@ class Teacher(PipelineFiles):
         return placing.empty(cls, text_config, where)
 
     def _load(self, part: str, dtype: torch.dtype | None = None) -> nn.Module:
-        model, dtype = self._empty(part), dtype or self.dtype
+        model, dtype = self.empty(part), dtype or self.dtype
         placed = self.place(part, model)
         module = nn.Module.to(placing.fill(model, placed), self.device, dtype)
         if bad := next((name for name, tensor in module.state_dict().items() if not placing.is_finite(tensor)), None):

@@ -25,7 +25,7 @@ from prunet.training.objectives.distribution import Distribution
 from prunet.training.objectives.guidance import Guidance
 from prunet.training.objectives.objective import Objective
 from prunet.training.objectives.trajectory import Trajectory
-from prunet.training.samples import DistributionSamples, PathSamples, Samples, SamplesOnPaths, batches
+from prunet.training.samples import DistributionSamples, LiveSamples, PathSamples, Samples, SamplesOnPaths, batches
 from prunet.training.session import Session
 from prunet.training.sheets import Sheets
 from prunet.training.stopping import stops_after_step
@@ -87,6 +87,8 @@ def _objective(
     if stage.has("paths"):
         times = path_times(teacher, stage.path_steps)
         samples: Samples = SamplesOnPaths(cache, stage, seed, teacher.process, times)
+    elif not cache.has_text:
+        samples = LiveSamples(cache, stage, seed, teacher)
     else:
         samples = Samples(cache, stage, seed, teacher.process)
     if stage.objective == "guidance":

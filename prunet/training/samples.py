@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from prunet.data.cache import Cache
+from prunet.data.cache import STORED, Cache
 from prunet.denoisers.condition import Condition
 from prunet.errors import UserError
 from prunet.hashing import seed_of
 from prunet.recipe.stage import Stage
 from prunet.recipe.training import Training
 from prunet.teacher.process import DDPM
+from prunet.teacher.teacher import Teacher
 
 FAKE_UPDATES = 2  # updates of the fake score for each step of the student, with the objective `distribution`
 
@@ -39,6 +40,10 @@ class Samples(Dataset[dict[str, Any]]):
             item["condition"] = Condition(item["condition"] | self.unconditional.row(0))
         return item
 
+    def complete(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the objective gets of a batch of items."""
+        return batch
+
     def _item(self, number: int, rng: torch.Generator) -> dict[str, Any]:
         """Returns the inputs made from a sample, with its caption."""
         sample = self.cache.sample(number)
@@ -60,6 +65,33 @@ class Samples(Dataset[dict[str, Any]]):
         group = self.cache.groups[chosen]
         turn, place = divmod((epoch * shares[chosen] + before) * size + position, len(group))
         return group[int(_permutation(self.seed, turn, len(group))[place])]
+
+
+class LiveSamples(Samples):
+    """The same for a cache without text, whose captions `teacher` embeds when a batch is complete, rounded as in a
+    cache.
+    """
+
+    def __init__(self, cache: Cache, stage: Training, seed: int, teacher: Teacher) -> None:
+        super().__init__(cache, stage, seed, teacher.process)
+        self._teacher = teacher
+
+    def __getitem__(self, at: tuple[int, int]) -> dict[str, Any]:
+        item = super().__getitem__(at)
+        dropped = "prompt_embeds" in item["condition"]  # that of the empty prompt
+        condition = Condition(self.unconditional.row(0) | item["condition"])
+        caption = self.cache.caption(self._choose(*at))
+        return item | {"condition": condition, "caption": caption, "dropped": torch.tensor(dropped)}
+
+    def complete(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with its captions embedded."""
+        captions, rows = batch.pop("caption"), (~batch.pop("dropped")).nonzero().flatten()
+        if len(rows):
+            condition = batch["condition"].to(self._teacher.device)
+            for name, told in self._teacher.encode_prompts([captions[row] for row in rows]).items():
+                condition[name][rows.to(told.device)] = told.to(STORED).float()
+            batch["condition"] = condition
+        return batch
 
 
 class SubjectSamples(Samples):
@@ -173,6 +205,7 @@ def batches(samples: Samples, start: int, micro_batch: int, rank: int = 0, ranks
 
     cuda = torch.cuda.is_available()
     try:
-        yield from DataLoader(samples, batch_sampler=places(), num_workers=4 if cuda else 0, pin_memory=cuda)
+        loader = DataLoader(samples, batch_sampler=places(), num_workers=4 if cuda else 0, pin_memory=cuda)
+        yield from map(samples.complete, loader)
     except UserError as error:  # from a worker process; torch puts a traceback before the message
         raise UserError(str(error).rpartition("prunet.errors.UserError: ")[2]) from error

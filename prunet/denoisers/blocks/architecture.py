@@ -13,9 +13,9 @@ from prunet.denoisers.blocks.compatibility import loads_in, works_with
 from prunet.denoisers.blocks.diagram import lists_diagram
 from prunet.denoisers.blocks.form import kept_blocks, weight_map
 from prunet.denoisers.blocks.inputs import Inputs, Shape
-from prunet.denoisers.diagram import Diagram
 from prunet.denoisers.form import Form
 from prunet.denoisers.pairs import Level, Pair
+from prunet.diagram import Diagram
 from prunet.errors import UserError
 
 #: Most blocks in a list; the longest published list has 60.

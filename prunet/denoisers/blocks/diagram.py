@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prunet.denoisers.diagram import Diagram, Part, Row, Section
+from prunet.diagram import Diagram, Part, Row, Section
 
 #: Blocks in a line; with ten, the place of a block shows its number.
 LINE = 10

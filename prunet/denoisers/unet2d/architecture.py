@@ -10,7 +10,6 @@ from typing_extensions import override
 
 from prunet.denoisers.architecture import Architecture, Config, Net, check_shapes
 from prunet.denoisers.condition import Condition
-from prunet.denoisers.diagram import Diagram
 from prunet.denoisers.form import Form
 from prunet.denoisers.pairs import Level, Pair
 from prunet.denoisers.unet2d import attention, compatibility, form, inputs
@@ -18,6 +17,7 @@ from prunet.denoisers.unet2d.adapters import UNetAdapters
 from prunet.denoisers.unet2d.diagram import unet_diagram
 from prunet.denoisers.unet2d.pairs import find_pairs
 from prunet.denoisers.unet2d.weights import check_form, weight_map
+from prunet.diagram import Diagram
 
 
 class UNet2D(Architecture):

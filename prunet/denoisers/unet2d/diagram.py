@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from prunet.denoisers.diagram import Diagram, Part, Row, Section
 from prunet.denoisers.patterns import is_within
+from prunet.diagram import Diagram, Part, Row, Section
 
 
 def unet_diagram(net: Any, gone: Iterable[str]) -> Diagram:
