@@ -226,7 +226,7 @@ def test_a_subject_is_pictures(sd, subject, clip, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     for given, message in (
         ({}, "give --real PATH"),
-        ({"real": tmp_path / "empty"}, "0 pictures in it; at least 1"),
+        ({"real": tmp_path / "empty"}, "0 pictures in it: give at least 1"),
         ({"real": clip / "model.safetensors"}, "needs the subject's pictures themselves"),
         ({"real": real, "weights": {"dino": tmp_path / "empty"}}, "no DINO model there"),
         ({"real": real, "weights": {"dino": clip}}, "which a ViTModel needs|not a ViT of transformers"),
@@ -357,7 +357,7 @@ def test_prompts_are_checked(tmp_path: Path) -> None:
         ("a.csv", "n,text\n1,a\n2,\n", "row 2 has no prompt"),
         ("a.csv", f"text\n{'x' * 200_000}\n", "not readable as CSV"),
         ("a.txt", "a\0b\n", "zero byte"),
-        ("a.txt", "# only this\n", "no prompt in it"),
+        ("a.txt", "# only this\n", "contains no prompt"),
     ],
 )
 def test_prompt_files_are_read_as_they_are_meant(tmp_path: Path, name: str, text: str, found: object) -> None:

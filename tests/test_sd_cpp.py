@@ -48,10 +48,10 @@ def test_other_models_that_it_knows_have_no_gaps(layout, plan) -> None:
 @pytest.mark.parametrize(
     ("layout", "plan", "why"),
     [
-        ("sd-v1", "bk-small", "it knows the whole SD v1"),
-        ("sdxl", "koala-700m", "it knows the whole SD v1"),
-        ("sd-v2", ["mid_block"], "it knows the whole SD v1"),
-        ("sdxl", ["mid_block"], "it knows the whole SD v1"),
+        ("sd-v1", "bk-small", "it knows only the whole SD v1"),
+        ("sdxl", "koala-700m", "it knows only the whole SD v1"),
+        ("sd-v2", ["mid_block"], "it knows only the whole SD v1"),
+        ("sdxl", ["mid_block"], "it knows only the whole SD v1"),
     ],
 )
 def test_what_it_does_not_know_is_refused(layout, plan, why) -> None:
@@ -111,11 +111,11 @@ def run_folder(finished, tmp_path_factory) -> Path:
     ("options", "message"),
     [
         (["--single-file", "--for", "sd.cpp"], "stable-diffusion.cpp does not load this student: not the widths"),
-        (["--for", "sd.cpp"], "--for: is for --single-file"),
-        (["--gguf", "q8_0", "--for", "comfyui"], "--gguf --for comfyui: the file is for sd.cpp"),
+        (["--for", "sd.cpp"], "--for: needs --single-file"),
+        (["--gguf", "q8_0", "--for", "comfyui"], "--gguf --for comfyui: a GGUF file is for sd.cpp"),
         (["--gguf", "q8_0", "--fp16"], "leave --fp16 out"),
         (["--gguf", "q8_0", "--openvino"], "--openvino --gguf: one export at a time"),
-        (["--gguf", "q8_0", "-o", "a.safetensors"], "name the single file something.gguf"),
+        (["--gguf", "q8_0", "-o", "a.safetensors"], "give NAME.gguf"),
         (["--gguf", "q2_k"], "q2_k"),
     ],
 )

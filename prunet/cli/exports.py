@@ -1,4 +1,4 @@
-"""Verbs that write a run's student for others: as a stock pipeline, a single file, a folder for OpenVINO."""
+"""Verbs that write a run's student for other programs: as a stock pipeline, a single file, a folder for OpenVINO."""
 
 import json
 import os
@@ -26,17 +26,17 @@ def export(
     single_file: Annotated[bool, typer.Option("--single-file", help="The original LDM layout as one file.")] = False,
     program: Annotated[
         Literal["comfyui", "sd.cpp"] | None,
-        typer.Option("--for", help="With --single-file: the program that opens it; comfyui also means diffusers."),
+        typer.Option("--for", help="With --single-file: the program that opens it; comfyui includes diffusers."),
     ] = None,
     gguf: Annotated[
         Literal["q8_0", "q4_0"] | None,
-        typer.Option(help="One GGUF file for stable-diffusion.cpp, matrices in 8 or 4 bits."),
+        typer.Option(help="One GGUF file for stable-diffusion.cpp, with matrices in 8 or 4 bits."),
     ] = None,
     fp16: Annotated[
         bool, typer.Option("--fp16", help="Half precision (a folder gets the fp16 variant as well).")
     ] = False,
     openvino: Annotated[
-        bool, typer.Option("--openvino", help="A folder that OpenVINO GenAI draws on CPUs, without torch.")
+        bool, typer.Option("--openvino", help="A folder for OpenVINO GenAI, which draws on CPUs without torch.")
     ] = False,
     int8: Annotated[
         bool, typer.Option("--int8", help="With --openvino: also the U-Net's activations in 8 bits; least exact.")
@@ -46,10 +46,10 @@ def export(
     ] = False,
     decoder: Annotated[
         Path | None,
-        typer.Option(help="With --openvino: an AutoencoderTiny, of `prunet decoder` or TAESD, in place of the VAE."),
+        typer.Option(help="With --openvino: an AutoencoderTiny in place of the VAE, by `prunet decoder` or TAESD."),
     ] = None,
     to_hub: Annotated[
-        str | None, typer.Option("--push", help="Also upload it to owner/name of the hub, private where that is new.")
+        str | None, typer.Option("--push", help="Also upload it to owner/name on the hub; a new repository is private.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -101,8 +101,8 @@ def decoder(
 ) -> None:
     """Distil a small decoder from the VAE of a run's teacher, on the run's cached latents, into RUN/decoder.
 
-    It draws in a fraction of the VAE's time: in diffusers (vae=), or by prunet export --openvino --decoder RUN/decoder.
-    The same command resumes. Where there is a TAESD for the teacher, that needs no training.
+    The decoder draws in a fraction of the VAE's time: in diffusers (vae=), or with prunet export --openvino --decoder
+    RUN/decoder. The same command resumes. If a TAESD exists for the teacher, use it: it needs no training.
     """
     from prunet.runs.decoder import make_decoder
     from prunet.runs.run import Run
@@ -123,7 +123,7 @@ def _check_run(folder: Path) -> None:
 
 
 def _evaluated(run: "Run") -> "Run":
-    """Returns the run, and refuses one without an evaluation, or whose teacher lacks a part of the pipeline."""
+    """Returns the run; refuses it if it has no evaluation, or if its teacher lacks a part of the pipeline."""
     from prunet.teacher.copying import check_other_parts
 
     if not run.result_of("evaluate").is_file():
@@ -133,7 +133,7 @@ def _evaluated(run: "Run") -> "Run":
 
 
 def _check_target(target: Path, folder: str | None, gguf: str | None, read: list[Path]) -> None:
-    """Refuses a place that holds something else, or a name of another form. `folder`: its kind; None: a single file."""
+    """Refuses a target that holds something else or has a wrong name. `folder`: its kind; None: a single file."""
     from prunet.disk.ownership import check_file, check_place
     from prunet.exports.single_file import check_name, is_exported
 
@@ -142,14 +142,14 @@ def _check_target(target: Path, folder: str | None, gguf: str | None, read: list
         return
     check_name(target, gguf)
     check_file(target, "single file", "--output", is_exported, read)
-    check_place(target.with_suffix(".config"), "configs", "--output", read)  # its configs go there
+    check_place(target.with_suffix(".config"), "configs", "--output", read)  # the file's configs go there
 
 
 def _check_options(openvino: bool, its: dict[str, Any], others: dict[str, Any]) -> None:
-    """Refuses options that do not go together, by their names and values."""
+    """Refuses options that exclude each other. `its`: options of --openvino and their values; `others`: of the rest."""
     given = [[name for name, value in options.items() if value] for options in (its, others)]
     if given[0] and not openvino:
-        raise UserError(f"{given[0][0]}: is for --openvino: add it, or leave {given[0][0]} out")
+        raise UserError(f"{given[0][0]}: needs --openvino: add it, or leave {given[0][0]} out")
     if openvino and given[1]:
         raise UserError(f"--openvino {given[1][0]}: one export at a time: leave one of them out")
     if its["--int8"] and its["--int8-weights"]:
@@ -157,15 +157,15 @@ def _check_options(openvino: bool, its: dict[str, Any], others: dict[str, Any]) 
 
 
 def _check_form(single_file: bool, program: str | None, gguf: str | None, fp16: bool) -> None:
-    """Refuses options of a single file that do not go together, and GGUF without its package."""
+    """Refuses options of a single file that exclude each other, and GGUF without its package."""
     from prunet.exports.gguf import need_gguf
 
     if program and not single_file:
-        raise UserError("--for: is for --single-file: add it, or leave --for out")
+        raise UserError("--for: needs --single-file: add it, or leave --for out")
     if gguf and program == "comfyui":
-        raise UserError("--gguf --for comfyui: the file is for sd.cpp: leave one of them out")
+        raise UserError("--gguf --for comfyui: a GGUF file is for sd.cpp: leave one of them out")
     if gguf and fp16:
-        raise UserError("--gguf --fp16: what is not in 8 or 4 bits is in 16: leave --fp16 out")
+        raise UserError("--gguf --fp16: weights of a GGUF file have 8, 4 or 16 bits already: leave --fp16 out")
     if gguf:
         need_gguf()
 
@@ -212,6 +212,6 @@ def _for_openvino(this: "Run", target: Path, bits: Any, decoder: Path | None) ->
     return (
         facts,
         f"{target}: {facts['bytes'] / 1e6:,.1f} MB of models, {facts['seconds']:.2f} s a picture\n"
-        f"  its pictures against those of 16-bit weights in f32: PSNR {facts['psnr']:.1f} dB, root mean squared error "
-        f"{facts['picture']:.4f}, over {facts['prompts']} prompts",
+        f"  pictures compared with those of 16-bit weights in f32: PSNR {facts['psnr']:.1f} dB, root mean squared "
+        f"error {facts['picture']:.4f}, over {facts['prompts']} prompts",
     )

@@ -1,4 +1,4 @@
-"""A pipeline as a folder for OpenVINO, which openvino_genai's `Text2ImagePipeline` draws without torch."""
+"""A pipeline as a folder for OpenVINO; openvino_genai's `Text2ImagePipeline` draws with it, without torch."""
 
 import json
 import math
@@ -29,9 +29,9 @@ from prunet.sampling.pictures import picture_rmse
 from prunet.teacher.configs import read_object
 from prunet.teacher.teacher import Teacher
 
-#: What of the denoiser is in 8 bits: weights and activations, or weights alone; of text encoders always these.
+#: What is in 8 bits: weights and activations of the denoiser, or only weights; for text encoders always only weights.
 Bits = Literal["int8", "int8-weights"]
-#: Prompts to calibrate with, and others to compare pictures of.
+#: Number of prompts for calibration, and of other prompts for comparison.
 PROMPTS = 4
 
 
@@ -47,20 +47,20 @@ def export_openvino(
     card: dict[str, Any] | None = None,
     what: str = "openvino",
 ) -> dict[str, Any]:
-    """Writes a pipeline folder for OpenVINO, and measures its pictures against those of 16-bit weights in f32.
+    """Writes a pipeline folder for OpenVINO, and compares its pictures with those of 16-bit weights in f32.
 
     Args:
-        prompts: the first `PROMPTS` calibrate 8 bits, the next ones are drawn to compare.
-        drawing: how to draw with it; a sampler that openvino_genai lacks is replaced by DDIM.
-        decoder: a folder of an `AutoencoderTiny`, which decodes instead of the pipeline's VAE.
-        card: more facts for the README (`openvino.md.j2`).
+        prompts: the first `PROMPTS` calibrate 8 bits, the next ones are drawn for comparison.
+            drawing: how to draw with it; a sampler that openvino_genai lacks is replaced by DDIM.
+            decoder: a folder with an `AutoencoderTiny`, which replaces the pipeline's VAE.
+            card: more facts for the README (`openvino.md.j2`).
 
-    Returns what it also writes into `openvino.json`: `bytes` of all models, `psnr` (dB) and `picture` (root mean
-    squared error, 0 to 1) as means over the compared prompts, `seconds` a picture (median), and with `bits` "int8" what
-    `prunet.exports.int8.quantize` chose.
+        Returns the content of `openvino.json`: `bytes` of all models, `psnr` (dB) and `picture` (root mean squared
+        error, 0 to 1) as means over the compared prompts, `seconds` per picture (median), and with `bits` "int8" the
+        choices of `prunet.exports.int8.quantize`.
 
-    Raises:
-        UserError: the extra `openvino` is not installed, or the decoder does not fit.
+        Raises:
+            UserError: the extra `openvino` is not installed, or the decoder does not fit.
     """
     for package in ("openvino", "openvino_genai", "openvino_tokenizers", *(["nncf"] if bits else [])):
         need(package)
@@ -115,7 +115,7 @@ def _write(teacher: Teacher, vae: Any, folder: Path, drawing: Drawing) -> None:
 
 
 def _quantize(teacher: Teacher, folder: Path, bits: Bits, prompts: Sequence[str], drawing: Drawing) -> dict[str, Any]:
-    """Puts the denoiser in `folder` in 8 bits, and the weights of the text encoders; returns what was chosen."""
+    """Converts the denoiser in `folder` to 8 bits, and the weights of the text encoders; returns what was chosen."""
     core = need("openvino").Core()
     chosen: dict[str, Any] = {}
     for name in ("unet", *teacher.text_encoders):
@@ -126,7 +126,7 @@ def _quantize(teacher: Teacher, folder: Path, bits: Bits, prompts: Sequence[str]
         else:
             model = int8.weights_only(model)
         need("openvino").save_model(model, aside := path.with_name("new.xml"))
-        del model  # it reads from the file that is replaced
+        del model  # the model still reads from the file that is replaced
         for suffix in (".xml", ".bin"):
             aside.with_suffix(suffix).replace(path.with_suffix(suffix))
     return chosen
@@ -157,19 +157,19 @@ def _bytes(folder: Path) -> int:
 
 
 def open_decoder(folder: Path | str, teacher: Teacher) -> Any:
-    """Opens a small decoder for a teacher's latents: a folder of diffusers' `AutoencoderTiny`, as TAESD is.
+    """Opens a small decoder for a teacher's latents: a folder with diffusers' `AutoencoderTiny`, such as TAESD.
 
     Raises:
-        UserError: not such a folder, or made for other latents.
+        UserError: the folder has no such model, or the model is for other latents.
     """
     from diffusers import AutoencoderTiny
 
     config = read_object(Path(folder) / "config.json", f"{folder} is not a decoder")
     if config.get("_class_name") != AutoencoderTiny.__name__:
-        raise UserError(f"{folder}: its config.json says {config.get('_class_name')}; give an AutoencoderTiny")
+        raise UserError(f"{folder}: a {config.get('_class_name')}: give an AutoencoderTiny")
     try:
         vae = AutoencoderTiny.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    except Exception as error:  # of any kind: diffusers takes the values as they are
+    except Exception as error:  # any kind of error, since diffusers does not check the values
         raise UserError(f"{folder}: diffusers cannot open this AutoencoderTiny ({error}): fetch or copy it") from error
     theirs = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
     ours = teacher.part_config("vae").get("latent_channels", 4), teacher.vae_scale
@@ -179,11 +179,11 @@ def open_decoder(folder: Path | str, teacher: Teacher) -> Any:
     return freeze(vae)
 
 
-# -- the parts as they are traced
+# -- the parts, for tracing
 
 
 class Part(NamedTuple):
-    """A model of the pipeline as it is traced: example inputs, and for each input its name and shape (-1: any)."""
+    """A model of the pipeline for tracing, with example inputs, and the name and shape (-1: any) of each input."""
 
     model: nn.Module
     example: tuple[Tensor, ...]
@@ -211,7 +211,7 @@ class _Denoiser(nn.Module):
 
 
 class _TextEncoder(nn.Module):
-    """`hidden`: whether it also gives the output of each layer, of which SDXL takes the last but one."""
+    """A text encoder. `hidden`: also returns the output of each layer; SDXL uses the second to last."""
 
     def __init__(self, encoder: nn.Module, hidden: bool) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ def _parts(teacher: Teacher, vae: Any) -> Iterator[tuple[str, Part]]:
     for name in teacher.text_encoders:
         yield name, _text_encoder(teacher, name)
     channels = vae.config.latent_channels
-    # Small latents: only their number of channels counts, and tracing takes as long as drawing.
+    # Small latents, because only their number of channels matters, and tracing takes as long as drawing.
     example, shape = torch.zeros(1, channels, 4, 4), [-1, channels, -1, -1]
     yield "vae_decoder", Part(_Decoder(vae), (example,), [("latent_sample", shape)], ["sample"], dict(vae.config))
 
@@ -251,7 +251,7 @@ def _denoiser(teacher: Teacher) -> Part:
     names = [name for name in ("text_embeds", "time_ids") if name in added]
     inputs = [
         ("sample", [-1, config["in_channels"], -1, -1]),
-        ("timestep", [-1]),  # openvino_genai refuses timesteps that are not whole
+        ("timestep", [-1]),  # openvino_genai refuses fractional timesteps
         ("encoder_hidden_states", [-1, -1, context.shape[-1]]),
         *((name, [-1, added[name].shape[1]]) for name in names),
     ]
@@ -273,7 +273,7 @@ def _text_encoder(teacher: Teacher, name: str) -> Part:
 def _convert(part: Part) -> Any:
     """Converts a part to a model of OpenVINO."""
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tracer, about checks of shapes, which hold for all sizes
+        warnings.simplefilter("ignore")  # the tracer warns about checks of shapes, which hold for all sizes
         model = need("openvino").convert_model(part.model.eval(), example_input=part.example, input=part.inputs)
     for output, name in zip(model.outputs, part.outputs, strict=True):
         output.get_tensor().set_names({name})

@@ -32,7 +32,7 @@ def write_speeds(result: Bench, folder: Path) -> None:
 
 
 def markdown(result: Bench) -> str:
-    """Formats latency by part, speed-up beside its limit, and what takes the time of models that do not reach it."""
+    """Formats latency by part, speed-ups beside their limits, and the operations that keep a model from its limit."""
     rows = result.rows
     lines = [
         "| model | mode | batch | text (ms) | denoiser (ms) | VAE (ms) | all (s) | pictures/s | memory (MB) |",
@@ -74,7 +74,7 @@ def _precision(model: BenchModel) -> str:
 
 
 def _of_processes(result: Bench) -> list[str]:
-    """The table of what pictures took that were drawn in processes of their own, if there are any."""
+    """Formats the table of pictures drawn in separate processes, if there are any."""
     rows = [(name, model) for name, model in result.models.items() if model.process_mb is not None]
     if not rows:
         return []
@@ -89,15 +89,15 @@ def _of_processes(result: Bench) -> list[str]:
     return [
         *lines,
         "",
-        "Memory: by how much a process of its own grows that opens the model and draws a picture. Apart: root mean "
-        "squared error, 0 to 1, to the picture that torch draws with the same U-Net in the same way from equal noise.",
+        "Memory: the growth of a separate process that opens the model and draws a picture. Apart: root mean squared "
+        "error, 0 to 1, from the picture of torch with the same U-Net, drawn in the same way from equal noise.",
         "",
     ]
 
 
 def _against_limit(rows: Sequence[Row]) -> list[str]:
     lines = [
-        "| denoiser | mode | batch | speed-up | 95 % interval | its MACs allow | reached |",
+        "| denoiser | mode | batch | speed-up | 95 % interval | limit by MACs | reached |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
@@ -111,9 +111,9 @@ def _against_limit(rows: Sequence[Row]) -> list[str]:
 
 def _explain(row: Row, result: Bench) -> list[str]:
     """Explains the time that a student takes beyond its limit: in one sentence, and by kind of operation."""
-    head = f"**{_name(row, result)} reaches {100 * row.share:.0f} % of what its MACs allow**"
+    head = f"**{_name(row, result)} reaches {100 * row.share:.0f} % of its limit by MACs**"
     if not row.over_ms:
-        return [f"{head}; operations cannot be told apart there."]
+        return [f"{head}; the times of single operations are not available on this device."]
     baseline = _baseline(row, result)
     ours, theirs = (result.models[name].macs for name in (row.model, baseline.model))
     over = row.over_ms
@@ -121,8 +121,8 @@ def _explain(row: Row, result: Bench) -> list[str]:
     time = row.kinds_ms[worst] / baseline.kinds_ms[worst] if baseline.kinds_ms[worst] else None
     sentence = f"{head}: most of the time over the limit goes into {KIND_NAMES[worst]}"
     if time is not None:
-        sentence += f", whose time is {100 * time:.0f} % of the baseline's"
-        sentence += f" for {100 * ours[worst] / theirs[worst]:.0f} % of its MACs" if theirs.get(worst) else ""
+        macs = f" for {100 * ours[worst] / theirs[worst]:.0f} % of its MACs" if theirs.get(worst) else ""
+        sentence += f" ({100 * time:.0f} % of the baseline's time{macs})"
     lines = [
         f"{sentence}.",
         "",
@@ -151,7 +151,7 @@ def _baseline(row: Row, result: Bench) -> Row:
 
 
 def _note(row: Row, result: Bench) -> str:
-    """Names what tells a model's rows apart, if it has several."""
+    """Returns mode and batch size where they distinguish rows of a model."""
     parts = [mode] if (mode := _mode(row, result.rows)) else []
     parts += [f"batch {row.batch_size}"] if len({r.batch_size for r in result.rows}) > 1 else []
     return ", ".join(parts)
@@ -166,7 +166,7 @@ def _name(row: Row, result: Bench) -> str:
 
 
 def chart(result: Bench) -> str:
-    """Returns an SVG: speed-ups in their limits, a picture by part, a call by kind of operation, throughput, memory."""
+    """Returns an SVG: speed-ups and limits, a picture by part, a call by kind of operation, throughput, memory."""
     rows, others = result.rows, _others(result)
     first = [row for row in rows if row.batch_size == rows[0].batch_size]
     panels = [[_speed_ups(others, result)]] if others else []
@@ -195,12 +195,12 @@ def _speed_ups(rows: Sequence[Row], result: Bench) -> Panel:
         for row in rows
     ]
     key = {
-        "reached": f"at least {100 * ENOUGH:.0f} % of that",
+        "reached": f"at least {100 * ENOUGH:.0f} % of the limit",
         "missed": "less",
     }
     return Panel(
         "Speed-up of a denoiser call",
-        f"over {result.baseline}; the line is what its multiply-adds allow",
+        f"over {result.baseline}; the line is the limit by multiply-adds",
         bars,
         key,
     )
@@ -225,7 +225,7 @@ def _kinds(rows: Sequence[Row], result: Bench) -> Panel:
         allowed = _baseline(row, result).denoiser_ms / row.limit if row.limit != 1 else None
         text = f"{number(row.denoiser_ms)} ms, {many(_macs(row, result))} MACs"
         bars.append(Bar(row.model, segments, text, note=_mode(row, rows), mark=allowed))
-    soft = "the line is what its multiply-adds allow" if any(bar.mark for bar in bars) else ""
+    soft = "the line is the limit by multiply-adds" if any(bar.mark for bar in bars) else ""
     return Panel("A denoiser call by operations", soft, bars, KIND_NAMES)
 
 
@@ -240,7 +240,7 @@ def _steps(row: Row, result: Bench) -> int:
 
 
 def _how(result: Bench) -> str:
-    """Says how the models draw: `25 steps with guidance`, and which models draw in another way."""
+    """Returns how the models draw, such as `25 steps with guidance`, and which models draw in another way."""
     ways: dict[str, list[str]] = {}
     for name, model in result.models.items():
         steps, guidance = model.steps, "with" if model.rows > 1 else "without"

@@ -1,4 +1,4 @@
-"""What prunet has to work with: versions, device, memory and disk, the hub, optional parts."""
+"""What this machine has for prunet: versions, device, memory and disk, the hub, optional packages."""
 
 import importlib.util
 import os
@@ -19,7 +19,7 @@ from prunet.runtime import Runtime
 from prunet.training.gpu import has_fp8
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "huggingface-hub", "safetensors", "pydantic")
-#: Extra of the package -> the modules that it brings, and what they are for.
+#: Maps each extra of the package to its modules, and their purpose.
 EXTRAS = {
     "data": (("datasets",), "Parquet, saved data sets, data sets of the hub"),
     "eval": (("open_clip", "torch_fidelity"), "FID, IS, KID, CLIP score, LPIPS (prunet measure, prunet evaluate)"),
@@ -79,7 +79,7 @@ def _cuda(device: torch.device) -> dict[str, int]:
 
 
 def reach(endpoint: str) -> str:
-    """Says whether the hub answers within `HUB_S` seconds; what is in its cache works without it."""
+    """Returns whether the hub answers within `HUB_S` seconds; files in its cache work without it."""
     if constants.HF_HUB_OFFLINE:
         return "offline, as HF_HUB_OFFLINE asks: only what is in its cache can be used"
     try:

@@ -1,12 +1,13 @@
-"""A denoiser whose blocks lie in lists of which its config holds the lengths."""
+"""Denoisers with lists of blocks; the config has the length of each list."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import diffusers
 import torch
 from typing_extensions import override
 
+from prunet.denoisers.adapter_forms import AdapterForms
 from prunet.denoisers.architecture import Architecture, Config, Net
 from prunet.denoisers.blocks.compatibility import loads_in, works_with
 from prunet.denoisers.blocks.diagram import lists_diagram
@@ -17,27 +18,29 @@ from prunet.denoisers.form import Form
 from prunet.denoisers.pairs import Level, Pair
 from prunet.errors import UserError
 
-#: Blocks in a list; the deepest published one has 60.
+#: Most blocks in a list; the longest published list has 60.
 DEEPEST = 200
 
 
-def nothing(config: Config, count: int) -> Iterable[int]:
-    """Returns no block: all of them may go."""
-    return ()
+class Stays(NamedTuple):
+    """Blocks of the first list that must stay: their `numbers` from config and length, and `why`, for messages."""
+
+    numbers: Callable[[Config, int], Iterable[int]] = lambda config, count: ()
+    why: str = ""
 
 
 class Blocks(Architecture):
     """A diffusers class of transformers.
 
     Args:
-        class_name: diffusers' name of it.
-        lists: config field -> the lists of blocks whose length it is; of several each loses as many.
-        inputs: examples of its arguments.
-        size: (height, width) of the latents that it was made for, where its config does not say it.
-        packs: latents along a side of a token, where they are packed before the model sees them.
+        class_name: its name in diffusers.
+        lists: maps each config field to the lists with this length; several lists must lose equally many blocks.
+        inputs: makes examples of its arguments.
+        size: (height, width) of the latents that it was made for, if its config does not have them.
+        packs: latents along a side of a token, if they are packed before the model sees them.
         numbers: a config field that names blocks of the first list by their numbers.
-        stays: (config, blocks) -> the numbers of those of the first list that must stay.
-        why: why they must, for messages.
+        stays: the blocks that must stay in the first list.
+        adapters: its adapters, if prunet carries over more than LoRAs.
     """
 
     part = "transformer"
@@ -53,12 +56,13 @@ class Blocks(Architecture):
         size: tuple[int, int] = (128, 128),
         packs: int | None = None,
         numbers: str | None = None,
-        stays: Callable[[Config, int], Iterable[int]] = nothing,
-        why: str = "",
+        stays: Stays = Stays(),
+        adapters: AdapterForms | None = None,
     ) -> None:
         self.class_name, self._lists, self._inputs = class_name, lists, inputs
         self._size, self._packs, self._numbers, self._stays = size, packs, numbers, stays
-        self.parts_help = f"blocks of {', '.join(name for names in lists.values() for name in names)}{why}"
+        self.adapters = adapters or AdapterForms()
+        self.parts_help = f"blocks of {', '.join(name for names in lists.values() for name in names)}{stays.why}"
 
     @override
     @property
@@ -75,12 +79,12 @@ class Blocks(Architecture):
         return net
 
     def lists(self, config: Config) -> dict[str, tuple[str, ...]]:
-        """Config field -> the lists whose length it is, of those that this config has."""
+        """Maps each config field to the lists with this length, among the lists that this config has."""
         net = self.skeleton(config)
         return {field: tuple(name for name in names if getattr(net, name)) for field, names in self._lists.items()}
 
     def counts(self, config: Config) -> dict[str, int]:
-        """List -> its blocks."""
+        """Maps each list to its number of blocks."""
         net = self.skeleton(config)
         return {name: len(getattr(net, name)) for names in self.lists(config).values() for name in names}
 
@@ -88,14 +92,14 @@ class Blocks(Architecture):
     def parts(self, config: Config) -> list[str]:
         counts = self.counts(config)
         first = next(iter(counts))
-        stay = {f"{first}.{number}" for number in self._stays(self.skeleton(config).config, counts[first])}
+        stay = {f"{first}.{number}" for number in self._stays.numbers(self.skeleton(config).config, counts[first])}
         names = (f"{name}.{number}" for name, count in counts.items() for number in range(count))
         return [name for name in names if name not in stay]
 
     @override
     def outline(self, config: Config) -> str:
         counts = self.counts(config).items()
-        return f"{self.class_name}, whose blocks are " + ", ".join(f"{n}.0 to .{count - 1}" for n, count in counts)
+        return f"{self.class_name} with the blocks " + ", ".join(f"{n}.0 to .{count - 1}" for n, count in counts)
 
     @override
     def form(self, config: Config, removed: Mapping[str, str]) -> Form:
@@ -119,7 +123,7 @@ class Blocks(Architecture):
 
     @override
     def works_with(self, teacher: Config, form: Form) -> dict[str, str]:
-        return works_with(self.skeleton(teacher), form.module_map)
+        return works_with(self.skeleton(teacher), form.module_map, self.adapters.controlnet)
 
     @override
     def diagram(self, config: Config, gone: Iterable[str]) -> Diagram:
@@ -152,4 +156,4 @@ class Blocks(Architecture):
 
     @override
     def call(self, *_: Any) -> NoReturn:
-        raise UserError(f"{self.class_name}: prunet knows its form alone, and cannot draw or train with it yet")
+        raise UserError(f"{self.class_name}: prunet only plans and builds its students; it cannot draw or train yet")
