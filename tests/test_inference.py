@@ -179,7 +179,7 @@ def test_another_runtime_stands_beside_torch(result) -> None:
     models = {**result.models, "small": result.models["small"].model_copy(update=changes)}
     both = Bench.model_validate_json(result.model_copy(update={"rows": rows, "models": models}).model_dump_json())
     text = markdown(both)
-    assert "OpenVINO int8 in bf16 and float32, 16 px" in text
+    assert "OpenVINO int8 in bf16, float32, 16 px" in text
     assert re.search(r"\| small \| OpenVINO int8 in bf16 \| [\d.]+ \| 321 \| 0.0123 \|", text)
     assert "| small | openvino | 1 |" in text and "not measured" in text
     words = " ".join(ElementTree.fromstring(chart(both)).itertext())

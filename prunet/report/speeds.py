@@ -65,7 +65,7 @@ def markdown(result: Bench) -> str:
 def conditions(result: Bench) -> str:
     """Names device, precision, size of pictures and number of repeats."""
     precisions = sorted({_precision(model) for model in result.models.values()})
-    return f"{result.device}, {' and '.join(precisions)}, {result.size} px; medians of {result.repeats} calls in turn."
+    return f"{result.device}, {', '.join(precisions)}, {result.size} px; medians of {result.repeats} calls in turn."
 
 
 def _precision(model: BenchModel) -> str:
