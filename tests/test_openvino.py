@@ -16,7 +16,8 @@ from PIL import Image
 from test_cli import call
 
 from prunet import Teacher, UserError, generate
-from prunet.exports.openvino import export_openvino, open_decoder
+from prunet.exports.openvino import export_openvino
+from prunet.exports.traced import open_decoder
 from prunet.recipe.values import Drawing
 from prunet.sampling.draw import draw
 from prunet.sampling.made_for import write_made_for
@@ -142,7 +143,7 @@ def test_eight_bits(bits, run_folder, tmp_path, capsys) -> None:
     [
         (["--int8"], "--int8: is for --openvino"),
         (["--decoder", "x"], "--decoder: is for --openvino"),
-        (["--openvino", "--fp16"], "--openvino --fp16: one export at a time"),
+        (["--openvino", "--fp16"], "--openvino --fp16: --fp16 is for --single-file: leave one of them out"),
         (["--openvino", "--int8", "--int8-weights"], "choose one"),
         (["--openvino", "--decoder", "none"], "none is not a decoder"),
     ],

@@ -1,6 +1,5 @@
 """Pictures from a folder that `prunet export --openvino` wrote, drawn by openvino_genai on the CPU."""
 
-import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from prunet import extras
 from prunet.denoisers.known import architecture_of
 from prunet.errors import UserError
 from prunet.recipe.values import Drawing
 from prunet.sampling.made_for import overridden, read_made_for
 from prunet.teacher.configs import check_config, read_object
+from prunet.teacher.runtimes import runtime_of
 
 #: Samplers (`prunet.sampling.samplers`) that openvino_genai has, too.
 SAMPLERS = ("ddim", "ddim-trailing", "pndm", "euler", "euler-a", "lcm")
@@ -21,7 +22,7 @@ SAMPLERS = ("ddim", "ddim-trailing", "pndm", "euler", "euler-a", "lcm")
 
 def is_openvino(folder: Path | str) -> bool:
     """Returns whether a folder is a pipeline for OpenVINO."""
-    return (Path(folder) / "unet" / "openvino_model.xml").is_file()
+    return runtime_of(folder) == "OpenVINO"
 
 
 def need(package: str) -> Any:
@@ -30,10 +31,7 @@ def need(package: str) -> Any:
     Raises:
         UserError: not installed.
     """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise UserError(f"OpenVINO needs {package}, which is not installed: pip install 'prunet[openvino]'") from error
+    return extras.need(package, "openvino", "OpenVINO")
 
 
 class OpenVinoPipeline:
