@@ -5,7 +5,7 @@ How the data flows::
     Teacher ── config ──> Plan ──> derive() ──> build() ──> student
        └── cache() ──> latents and prompt embeddings ──> distil() ──> evaluate() ──> export()
 
-Every arrow is one function; every box can be saved and opened again.
+Each arrow is one function. The result of each can be saved and opened again.
 """
 
 import importlib
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-# Names are imported when they are first used, so that `prunet --help` does not wait for torch.
+# A name is imported at its first use, so that `prunet --help` does not wait for torch.
 _HOME = {
     "UserError": "errors",
     "Teacher": "teacher.teacher",

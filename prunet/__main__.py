@@ -1,4 +1,4 @@
-"""The command `prunet`. While it imports, Ctrl-C just ends it; after that `prunet.cli` handles Ctrl-C."""
+"""The command `prunet`. Ctrl-C simply ends it during the imports; after that `prunet.cli` handles Ctrl-C."""
 
 import signal
 

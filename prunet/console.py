@@ -25,7 +25,7 @@ from prunet.processes import is_main
 
 
 class _Printable(Console):
-    """A console that obeys rich's styles, but no control characters in a text: a file name could clear the screen."""
+    """A console that shows rich's styles but writes out control characters: a file name could clear the screen."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Returns rich's segments, with their texts made printable."""
@@ -33,9 +33,9 @@ class _Printable(Console):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
-#: Where several processes share the work, only the main one prints.
+#: If several processes share the work, only the main process prints.
 console = _Printable(stderr=True, highlight=False, quiet=not is_main())
-#: For results that are more than lines: tables and diagrams.
+#: For results with styles: tables and diagrams.
 results = _Printable()
 
 #: Seconds between two lines of progress where stderr is not a terminal.
@@ -45,7 +45,7 @@ LINE_EVERY = 60
 @contextmanager
 def progress(text: str, total: float | None) -> Iterator["Bar"]:
     """Shows a bar with count, elapsed and remaining time; on a file or pipe, a line every `LINE_EVERY` seconds."""
-    # Where the terminal is narrow the note is cut, not the count or the time: it comes last, and takes what is left.
+    # The note comes last and takes the remaining width, so a narrow terminal cuts the note, not the count or the time.
     columns = (
         SpinnerColumn(),
         TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True)),
@@ -73,7 +73,7 @@ class Bar:
     def advance(self, steps: float = 1, note: str | None = None) -> None:
         """Adds `steps` to the count; `note` replaces the text beside it, if given."""
         if not self._done and steps > 1:
-            self._printed_at = steps  # an earlier process did these
+            self._printed_at = steps  # these were done before the command was resumed
         self._done += steps
         self._note = self._note if note is None else escape(note)
         self._shown.update(self._task, advance=steps, note=self._note)
@@ -94,10 +94,10 @@ def say(text: str) -> None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keeps diffusers and transformers from printing anything but errors.
+    """Lets diffusers and transformers print only errors.
 
-    Their warnings (a processor that is not used, a text that is cut, an argument of later versions) are about what
-    prunet does on purpose or reports itself.
+    Their warnings (a processor that is not used, a text that is cut, an argument of later versions) are about things
+    that prunet does on purpose or reports itself.
     """
     import diffusers.utils.logging as of_diffusers
     import transformers.utils.logging as of_transformers
@@ -106,7 +106,7 @@ def quiet_libraries() -> Iterator[None]:
     before = [(logging, logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in both]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        # The hub's bars may be fixed by an environment variable, which it would warn of.
+        # An environment variable may fix the hub's progress bars; the hub then warns at each change.
         warnings.filterwarnings("ignore", "Cannot (dis|en)able progress bars", UserWarning)
         for logging in both:
             logging.set_verbosity_error()

@@ -1,21 +1,22 @@
-"""The one exception that a user is meant to read, and texts made safe for a terminal."""
+"""The exception with messages for users, and texts made safe for a terminal."""
 
 import re
 
-#: Characters that a terminal obeys instead of showing, that reverse the direction of a line, or that no encoding has.
+#: Control characters of a terminal, characters that reverse the direction of a line, and unpaired surrogates.
 _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-#: Characters of the longest message. Of a longer one the middle is left out, not what is wrong or how to fix it.
+#: Characters of the longest message. A longer message loses its middle, because its ends say what is wrong and how to
+#: fix it.
 LONGEST = 800
 
 
 def printable(text: str) -> str:
-    r"""Returns `text` with the characters that a terminal would obey written out (`\x1b`); line ends and tabs stay."""
+    r"""Returns `text` with control characters written out (`\x1b`); line ends and tabs stay."""
     return _OBEYED.sub(lambda found: found[0].encode("unicode-escape").decode(), text)
 
 
 def one_line(text: str) -> str:
-    """Returns `text` as one printable line of at most about `LONGEST` characters, its middle left out if need be."""
-    # Cut before it is split: a message may quote megabytes.
+    """Returns `text` as one printable line; if it is longer than about `LONGEST` characters, its middle is left out."""
+    # The text is cut before it is split, because a message may quote megabytes.
     line = " ".join(_cut(text, 100 * LONGEST).split())
     return _cut(printable(line), LONGEST)
 
@@ -28,8 +29,8 @@ def _cut(text: str, longest: int) -> str:
 class UserError(Exception):
     """Something that the user can fix: one line saying what is wrong, where, and how to fix it.
 
-    The command line prints it without a traceback and exits with code 2; library users catch it by name. The line is
-    printable and of a readable length, whatever a message quotes.
+    The command line prints the line without a traceback and exits with code 2; library users catch the exception by
+    name. The line is printable and of a readable length, whatever it quotes.
     """
 
     def __init__(self, message: str) -> None:

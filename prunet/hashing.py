@@ -1,4 +1,4 @@
-"""SHA-256 hashes in hexadecimal, and seeds made of them."""
+"""SHA-256 hashes in hexadecimal, and seeds made from them."""
 
 import hashlib
 import json
@@ -27,5 +27,5 @@ def json_hash(value: Any, **how: Any) -> str:
 
 
 def seed_of(*names: int | str) -> int:
-    """Returns a seed of 56 bits for what has these names, such as a picture's key and view; seeds are unrelated."""
+    """Returns a seed of 56 bits from names, such as a picture's key and view; other names give an unrelated seed."""
     return int(hash_of([" ".join(map(str, names)).encode()])[:14], 16)

@@ -1,4 +1,4 @@
-"""Numbers with the interval that says how far to trust them: bootstrap, jackknife, Student's t."""
+"""Numbers with 95 % intervals: bootstrap, jackknife, Student's t."""
 
 import math
 import statistics
@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-GROUPS = 20  # of the jackknife
-RESAMPLES = 2000  # of the bootstrap
+GROUPS = 20  # groups that the jackknife leaves out in turn
+RESAMPLES = 2000  # resamples of the bootstrap
 
 
 def parts_of(values: NDArray[Any], rows: int) -> list[NDArray[Any]]:
@@ -21,9 +21,9 @@ def parts_of(values: NDArray[Any], rows: int) -> list[NDArray[Any]]:
 
 @dataclass(frozen=True)
 class Measure:
-    """A number and its 95 % interval over the drawn pictures; the real pictures count as given.
+    """A number and its 95 % interval over the drawn pictures; the real pictures are taken as fixed.
 
-    Recall is the exception: it is a mean over the real pictures, and its interval is over them.
+    Recall is the exception: it is a mean over the real pictures, and so is its interval.
     """
 
     value: float
@@ -38,7 +38,7 @@ def mean_of(values: Sequence[float] | Array) -> Measure:
 
 
 def bootstrap(count: int, measure: Callable[[NDArray[np.int64]], Any]) -> Measure:
-    """Returns a measure of `count` pictures; its interval comes from percentiles over resampled pictures.
+    """Returns a measure of `count` pictures, with an interval from percentiles over resampled pictures.
 
     `measure` gets the indices of the pictures to use, (..., count), and returns a value for each row.
     """
@@ -50,7 +50,7 @@ def bootstrap(count: int, measure: Callable[[NDArray[np.int64]], Any]) -> Measur
 
 
 def jackknife(value: float, count: int, measure: Callable[[NDArray[np.int64]], float]) -> Measure:
-    """Returns `value` with an interval for what is not a mean: leaves out each of `GROUPS` random groups once.
+    """Returns `value`, which need not be a mean, with an interval from leaving out each of `GROUPS` random groups once.
 
     Resampling with replacement would repeat pictures, which FID and KID take for a lack of variety.
     """
@@ -68,7 +68,7 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 @dataclass(frozen=True)
 class Summary:
-    """Values, their mean (None of no values), and half the width of its 95 % interval (None below two values)."""
+    """Values, their mean (None without values), and half the width of its 95 % interval (None below two values)."""
 
     values: list[float]
     mean: float | None
@@ -76,7 +76,7 @@ class Summary:
 
 
 def summary(values: Sequence[float]) -> Summary:
-    """Summarises values by their mean, with an interval by Student's t."""
+    """Returns the mean of values with an interval by Student's t."""
     interval = None
     if len(values) > 1:
         t = T_975[min(len(values) - 2, len(T_975) - 1)]

@@ -1,7 +1,7 @@
 """The processes that share the work of one command (`accelerate launch`, torchrun). Usually there is only one.
 
-Process r of n does pieces r, r + n, r + 2 n, ... The main process does what only one process may do, while the others
-wait. No result depends on the number of processes.
+Process r of n does pieces r, r + n, r + 2 n, ... Work for only one process is done by the main process, while the
+others wait. No result depends on the number of processes.
 """
 
 import os
@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-if TYPE_CHECKING:  # these imports take seconds, and printing needs only the rank
+if TYPE_CHECKING:  # these imports take seconds, and most commands need only the rank
     import torch
     from accelerate import PartialState
 
 T = TypeVar("T")
 
-#: How long the others wait while one process works alone (exports a pipeline, say). If a process dies, the launcher
-#: stops the others.
+#: How long the others wait while one process works alone, for example exports a pipeline. If a process dies, the
+#: launcher stops the others.
 PATIENCE = timedelta(hours=6)
 
 
@@ -54,7 +54,7 @@ def join(device: "torch.device") -> "PartialState":
 
 
 def leave() -> None:
-    """Disconnects once all processes are done: a process that just ends can abort one that still talks to it."""
+    """Disconnects when all processes are done: a process that simply ends can abort one that still talks to it."""
     torch_distributed = sys.modules.get("torch.distributed")
     if count() > 1 and torch_distributed and torch_distributed.is_initialized():
         torch_distributed.barrier()
@@ -62,7 +62,7 @@ def leave() -> None:
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """Calls `make` in the main process once all processes are here; returns its result in each."""
+    """Waits for all processes, calls `make` in the main process, and returns its result in each process."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
@@ -74,7 +74,7 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def gather(mine: Sequence[tuple[int, *tuple[Any, ...]]]) -> list[Any]:
-    """Returns the pieces of all processes, each a tuple that begins with its number, in order of these numbers."""
+    """Returns the pieces of all processes, sorted by their numbers. A piece is a tuple that begins with its number."""
     from accelerate.utils import gather_object
 
     return sorted(gather_object(list(mine)), key=lambda piece: piece[0])

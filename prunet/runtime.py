@@ -12,18 +12,18 @@ Precision = Literal["auto", "no", "bf16", "fp16"]
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how prunet computes; results depend on it only by rounding.
+    """Where and how prunet computes; it changes results only by rounding.
 
     `micro_batch`: samples at once on each device (None: the most that fits). `log_every`: steps between two reads of
     the losses, the only points where the CPU waits for the device.
 
     Options that save memory: `gradient_checkpointing` (costs time), `offload_ema` (the average stays on the CPU),
     `use_8bit_adam` (bitsandbytes), `teacher_8bit` (torchao: weights of the teacher's linear layers in 8 bits), `fsdp`
-    (processes share out the student's weights, gradients, moments and average).
+    (the student's weights, gradients, moments and average are divided among the processes).
 
-    Options that save time: `compile` (teacher and student by torch.compile, features included), `compile_blocks` (only
-    their transformer blocks, in seconds instead of minutes), `channels_last` (the memory format in which a GPU's
-    convolutions work), `teacher_fp8` (torchao: the teacher's linear layers multiply in fp8, on Hopper GPUs or later).
+    Options that save time: `compile` (torch.compile of teacher and student, features included), `compile_blocks` (only
+    their transformer blocks, in seconds instead of minutes), `channels_last` (the memory format of a GPU's
+    convolutions), `teacher_fp8` (torchao: the teacher's linear layers multiply in fp8, on Hopper GPUs or later).
     """
 
     device: str | None = None
@@ -50,7 +50,7 @@ class Runtime:
         return torch.device(kind)
 
     def use_device(self) -> None:
-        """Makes this device CUDA's current one, which accelerate uses whatever number was named."""
+        """Makes this device CUDA's current one, because accelerate ignores the number in `device`."""
         if self.torch_device.type == "cuda" and self.torch_device.index is not None:
             torch.cuda.set_device(self.torch_device)
 

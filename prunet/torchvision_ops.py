@@ -1,17 +1,18 @@
-"""torchvision beside a torch that it was not built for."""
+"""torchvision with a torch that it was not built for."""
 
 import importlib
 import importlib.util
 from typing import Any
 
-_ops: Any = None  # operators last as long as this does
+_ops: Any = None  # torch forgets the operators when this object is deleted
 
 
 def declare_torchvision_ops() -> None:
     """Declares torchvision's compiled operators if they do not load, so that torchvision can be imported.
 
-    They do not load with a CPU wheel of torch, and torchvision's import fails where it refers to them. prunet uses only
-    its transforms, so declaring them is enough. Call this before diffusers or transformers, which import torchvision.
+    These operators do not load with a CPU wheel of torch, and then torchvision's import fails. prunet uses only
+    torchvision's transforms, so a declaration is enough. Call this before diffusers or transformers, which import
+    torchvision.
     """
     global _ops
     if importlib.util.find_spec("torchvision") is None:

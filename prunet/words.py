@@ -1,4 +1,4 @@
-"""Numbers, names and times as people read them."""
+"""Numbers, names and times in readable form."""
 
 import math
 import shlex
@@ -35,7 +35,7 @@ def duration(seconds: float) -> str:
 
 
 def short(source: str) -> str:
-    """Returns a hub id as it is, and only the last name of a path: the folders above it are private."""
+    """Returns a hub id unchanged, and only the last name of a path, because the folders above it are private."""
     parts = source.replace("\\", "/").rstrip("/").split("/")
     return source if len(parts) == 2 and parts[0] not in (".", "..", "", "~") else parts[-1]
 
@@ -46,15 +46,15 @@ def command(*words: object) -> str:
 
 
 def without_home(text: str) -> str:
-    """Writes the user's home folder as `~`, since its name is private; a recipe reads it so."""
+    """Returns `text` with the user's home folder as `~`, because its name is private; recipes expand `~`."""
     return text.replace(f"{Path.home()}/", "~/")
 
 
 def names_of(sources: Sequence[Path | str]) -> list[str]:
-    """Returns the shortest ends of paths that tell them apart.
+    """Returns the shortest ends of paths that are all different.
 
     Raises:
-        UserError: one is given twice.
+        UserError: a path is given twice.
     """
     parts = [Path(source).resolve().parts for source in sources]
     for depth in range(1, max(map(len, parts)) + 1):
@@ -66,7 +66,7 @@ def names_of(sources: Sequence[Path | str]) -> list[str]:
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """Names the first value where two nested mappings differ: `data.flip False, now True`; None if they are equal."""
+    """Returns the first difference of two nested mappings as `data.flip False, now True`; None if they are equal."""
     before, now = _leaves(old), _leaves(new)
     key = next((key for key in now | before if before.get(key) != now.get(key)), None)
     if key is None:

@@ -54,7 +54,7 @@ def test_every_run_is_there_by_a_name_that_tells_it_apart(long_runs: list[Path],
 
 def test_runs_that_were_measured_otherwise_are_refused(runs: list[Path], tmp_path: Path) -> None:
     change(runs[2], "protocol", guidance_scale=3.0, student="another")
-    with pytest.raises(UserError, match=r"third/run: evaluated differently .*: they differ in guidance_scale;"):
+    with pytest.raises(UserError, match=r"third/run: evaluated differently .*: they differ in guidance_scale,"):
         write_comparison(runs, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
 

@@ -47,6 +47,7 @@ def test_every_option_is_described_and_in_the_reference() -> None:
     text = reference.cli_page()
     for name, verb in VERBS.items():
         assert f"## {name}\n" in text
+        assert "\n" not in verb.help.replace("\n\n", ""), f"prunet {name}: its help breaks a line in mid-sentence"
         for parameter in verb.params:
             assert parameter.help, f"prunet {name}: {parameter.name} has no help"
             assert parameter.name == "help" or any(

@@ -32,7 +32,7 @@ from prunet.recipe.values import Drawing
 from prunet.sampling.made_for import made_for
 from prunet.sampling.paths import check_jumps, schedule_of
 from prunet.sampling.start import StartPicture
-from prunet.speed.bench import drawings
+from prunet.speed.models import drawings
 from prunet.student.student import state_hash
 from prunet.training import session
 from prunet.training.checkpoints import Saving, checkpoints

@@ -120,7 +120,7 @@ def test_a_wrong_start_is_refused_before_anything_is_drawn(sd: Path) -> None:
 @pytest.mark.parametrize("option", ["--mask", "--strength"])
 def test_a_mask_or_strength_without_a_picture_is_refused(option: str, capsys, sd: Path, tmp_path: Path) -> None:
     code, _, err = call(capsys, "generate", sd, "a cat", option, "0.5", "-o", tmp_path / "out")
-    assert code == 2 and f"{option}: is for a picture to start from: add --image" in err
+    assert code == 2 and f"{option}: needs a picture to start from: add --image" in err
 
 
 def test_the_verb_draws_what_the_function_draws(capsys, sd: Path, tmp_path: Path) -> None:

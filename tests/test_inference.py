@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from typing import Any
@@ -15,8 +16,9 @@ from prunet import Teacher, UserError, build, export, load_plan
 from prunet.disk.files import read_json
 from prunet.plan.size import kind_of, macs_by_kind, size_of
 from prunet.report.speeds import chart, markdown, write_speeds
-from prunet.speed.bench import Bench, bench, open_pipelines
+from prunet.speed.bench import Bench, bench
 from prunet.speed.clock import times_in_turn
+from prunet.speed.models import open_models
 from prunet.speed.profiling import PARTS, times_by_kind
 
 CPU = torch.device("cpu")
@@ -37,7 +39,7 @@ def student(sd, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(sd, student) -> Bench:
-    pipelines = open_pipelines([str(sd), str(student)], ["bk-tiny"])
+    pipelines = open_models([str(sd), str(student)], ["bk-tiny"])
     return bench(pipelines, batch_sizes=(1, 2), steps=7, repeats=3)
 
 
@@ -167,8 +169,25 @@ def test_bars_of_a_call_are_as_long_as_its_kinds(result) -> None:
         assert b / a == pytest.approx(y / x, rel=0.02)
 
 
+def test_another_runtime_stands_beside_torch(result) -> None:
+    """Its rows have no kinds of operations and no memory of calls, and are compared with the baseline in torch."""
+    at = [i for i, row in enumerate(result.rows) if row.model == "small"]
+    rows = list(result.rows)
+    for i in at:
+        rows[i] = replace(rows[i], mode="openvino", kinds_ms={}, over_ms={}, peak_memory_mb=None, share=0.5)
+    changes = {"runtime": "openvino", "precision": "int8 in bf16", "process_mb": 321.0, "apart": 0.0123}
+    models = {**result.models, "small": result.models["small"].model_copy(update=changes)}
+    both = Bench.model_validate_json(result.model_copy(update={"rows": rows, "models": models}).model_dump_json())
+    text = markdown(both)
+    assert "OpenVINO int8 in bf16 and float32, 16 px" in text
+    assert re.search(r"\| small \| OpenVINO int8 in bf16 \| [\d.]+ \| 321 \| 0.0123 \|", text)
+    assert "| small | openvino | 1 |" in text and "not measured" in text
+    words = " ".join(ElementTree.fromstring(chart(both)).itertext())
+    assert "openvino" in words and "Throughput" in words and "Peak memory" not in words
+
+
 def test_one_model_alone_has_nothing_to_be_compared_with(sd) -> None:
-    result = bench(open_pipelines([str(sd)], size=32), size=32, repeats=3)
+    result = bench(open_models([str(sd)], size=32), size=32, repeats=3)
     assert result.size == 32
     assert result.models["sd"].macs == macs_by_kind(Teacher(sd).unet_config, (16, 16))
     assert "speed-up" not in markdown(result)
@@ -201,19 +220,19 @@ def test_pipelines_are_refused_before_weights_load(sd, student, monkeypatch) -> 
         ([sd, student / "unet"], {}, "not a diffusers pipeline folder"),
     ):
         with pytest.raises(UserError, match=message):
-            open_pipelines([str(model) for model in models], **options)
+            open_models([str(model) for model in models], **options)
 
 
 @pytest.mark.slow
 def test_compiled_denoisers_compute_the_same_and_are_compared_with_compiled_ones(sd) -> None:
-    pipelines = open_pipelines([str(sd)], ["bk-tiny"])
+    pipelines = open_models([str(sd)], ["bk-tiny"])
     result = bench(pipelines, repeats=3, compiled=True)
     assert [(row.model, row.mode) for row in result.rows] == [
         (name, mode) for mode in ("eager", "compiled") for name in ("sd", "plan bk-tiny")
     ]
     assert all(row.compile_s > 0 for row in result.rows if row.mode == "compiled")
     assert "(compiled)" in markdown(result)
-    net = pipelines["sd"].unet
+    net = pipelines["sd"].pipe.unet
     inputs = {"timestep": torch.tensor([5, 5]), "encoder_hidden_states": torch.randn(2, 77, 16)}
     with torch.no_grad():
         sample = torch.randn(2, 4, 8, 8)

@@ -357,7 +357,7 @@ def test_prompts_are_checked(tmp_path: Path) -> None:
         ("a.csv", "n,text\n1,a\n2,\n", "row 2 has no prompt"),
         ("a.csv", f"text\n{'x' * 200_000}\n", "not readable as CSV"),
         ("a.txt", "a\0b\n", "zero byte"),
-        ("a.txt", "# only this\n", "no prompt in it"),
+        ("a.txt", "# only this\n", "contains no prompt"),
     ],
 )
 def test_prompt_files_are_read_as_they_are_meant(tmp_path: Path, name: str, text: str, found: object) -> None:

@@ -130,7 +130,7 @@ def test_a_run_with_a_small_decoder(run_folder, tmp_path, capsys) -> None:
     [
         (["--onnx", "--openvino"], "--openvino --onnx: one export at a time"),
         (["--onnx", "--int8"], "--onnx --int8: --int8 is for --openvino: leave one of them out"),
-        (["--onnx", "--fp16"], "--fp16 is for --single-file"),
+        (["--onnx", "--fp16"], "--fp16 is for a stock folder or --single-file"),
         (["--onnx", "--decoder", "none"], "none is not a decoder"),
     ],
 )

@@ -18,6 +18,7 @@ from test_cli import call
 from prunet import Teacher, UserError, generate
 from prunet.exports.openvino import export_openvino
 from prunet.exports.traced import open_decoder
+from prunet.play.models import Asked, open_players
 from prunet.recipe.values import Drawing
 from prunet.sampling.draw import draw
 from prunet.sampling.made_for import write_made_for
@@ -138,12 +139,47 @@ def test_eight_bits(bits, run_folder, tmp_path, capsys) -> None:
     assert code == 0 and Image.open(tmp_path / "a.png").size == (16, 16)
 
 
+@pytest.mark.processes
+def test_bench_and_play_beside_torch(exported, tmp_path, capsys) -> None:
+    folder, teacher, how = exported
+    flags = ("--device", "cpu", "--precision", "no", "--repeats", "3", "--batch-size", "2", "--steps", "2", "--json")
+    code, out, err = call(capsys, "bench", teacher.source, folder, *flags, "-o", tmp_path / "out")
+    assert code == 0, err
+    facts = json.loads(out.splitlines()[-1])
+    torchs, ours = facts["models"].values()
+    assert (torchs["runtime"], ours["runtime"], ours["precision"]) == ("torch", "openvino", "f32")
+    assert (ours["parameters"], ours["macs"], ours["steps"]) == (torchs["parameters"], torchs["macs"], 2)
+    assert (ours["rows"], torchs["rows"]) == (how.rows, 2)
+    # The pictures of a folder with another decoder than the teacher's are far from the teacher's.
+    assert "apart" not in torchs and (ours["apart"] < NEAR / 255) == (teacher.kind == "sdxl")
+    assert ours["process_mb"] > 1 and torchs["process_mb"] > 1
+    first, second = facts["rows"]
+    assert (first["mode"], second["mode"], second["batch_size"]) == ("eager", "openvino", 2)
+    assert second["seconds"] == pytest.approx((second["text_ms"] + 2 * second["denoiser_ms"] + second["vae_ms"]) / 1000)
+    assert second["speed_up"] == pytest.approx(first["denoiser_ms"] / second["denoiser_ms"])
+    players = open_players([teacher.source, str(folder)], device="cpu", dtype=torch.float32)
+    size = teacher.native_size
+    drawn = players[1].draw(Asked("a cat", 3, size, Drawing()))
+    assert drawn.picture.tobytes() == generate(folder, "a cat", seed=3)[0].tobytes() and drawn.drawing == how
+    with pytest.raises(UserError, match="draws without picture to start from: leave it out"):
+        players[1].draw(Asked("a cat", 3, size, Drawing(), image=Image.new("RGB", (16, 16))))
+    for args, message in (
+        (("bench", folder, "--plan", "bk-tiny"), "is for OpenVINO: give that second"),
+        (("bench", folder, "--size", "12"), "size: 12 is not a multiple of"),
+    ):
+        code, _, err = call(capsys, *args, "--device", "cpu")
+        assert code == 2 and message in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--int8"], "--int8: is for --openvino"),
-        (["--decoder", "x"], "--decoder: is for --openvino"),
-        (["--openvino", "--fp16"], "--openvino --fp16: --fp16 is for --single-file: leave one of them out"),
+        (["--int8"], "--int8: needs --openvino"),
+        (["--decoder", "x"], "--decoder: needs --openvino or --onnx"),
+        (
+            ["--openvino", "--fp16"],
+            "--openvino --fp16: --fp16 is for a stock folder or --single-file: leave one of them out",
+        ),
         (["--openvino", "--int8", "--int8-weights"], "choose one"),
         (["--openvino", "--decoder", "none"], "none is not a decoder"),
     ],

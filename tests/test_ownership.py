@@ -26,6 +26,7 @@ from prunet.runs import ablation
 from prunet.runs import run as runs
 from prunet.sampling import draw
 from prunet.speed import bench as inference
+from prunet.speed import models
 from prunet.student import folder as student_folder
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
@@ -152,7 +153,7 @@ def begins(monkeypatch: pytest.MonkeyPatch) -> None:
         (inference, "bench"),
     ):
         monkeypatch.setattr(module, name, begin)
-    monkeypatch.setattr(inference, "open_pipelines", lambda *args, **options: [])
+    monkeypatch.setattr(models, "open_models", lambda *args, **options: [])
 
 
 @each_verb

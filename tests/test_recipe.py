@@ -177,7 +177,7 @@ def test_a_path_as_older_versions_meant_it_is_told_in_one_line(tmp_path, monkeyp
     (tmp_path / "runs" / "x").mkdir(parents=True)
     path = write(tmp_path / "recipes", output="runs/x")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"runs/x: .* begin at its folder, .*recipes, .*: write \.\./runs/x$"):
+    with pytest.raises(UserError, match=r"runs/x: .* are relative to its folder, .*recipes, .*: write \.\./runs/x$"):
         load_recipe(path)
     assert load_recipe(path, ["output=runs/x"]).output == "runs/x"
     (tmp_path / "recipes" / "plan.json").touch()  # a run's own recipe, which an older version wrote

@@ -299,7 +299,7 @@ def test_what_is_missing_is_said_or_left_out(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path))
     assert "not measured" in page.text
     assert "no picture" in page.text
-    assert "Pictures while training" not in page.text
+    assert "Pictures during training" not in page.text
 
 
 def test_losses_and_distances_of_nothing(tmp_path: Path) -> None:

@@ -111,9 +111,9 @@ def run_folder(finished, tmp_path_factory) -> Path:
     ("options", "message"),
     [
         (["--single-file", "--for", "sd.cpp"], "stable-diffusion.cpp does not load this student: not the widths"),
-        (["--for", "sd.cpp"], "--for: is for --single-file"),
+        (["--for", "sd.cpp"], "--for: needs --single-file"),
         (["--gguf", "q8_0", "--for", "comfyui"], "--gguf --for: --for is for --single-file"),
-        (["--gguf", "q8_0", "--fp16"], "--gguf --fp16: --fp16 is for --single-file"),
+        (["--gguf", "q8_0", "--fp16"], "--gguf --fp16: --fp16 is for a stock folder or --single-file"),
         (["--gguf", "q8_0", "--openvino"], "--gguf --openvino: one export at a time"),
         (["--gguf", "q8_0", "-o", "a.safetensors"], "name the single file something.gguf"),
         (["--gguf", "q2_k"], "q2_k"),

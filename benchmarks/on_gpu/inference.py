@@ -12,8 +12,9 @@ from small_models import make_pipeline
 from on_gpu.results import Result, Setting, goal
 from prunet import Runtime, Teacher, derive, load_plan
 from prunet.denoisers.unet2d.form import make_unet
-from prunet.speed.bench import PROMPT, Bench, bench
+from prunet.speed.bench import Bench, bench
 from prunet.speed.clock import wait
+from prunet.speed.models import PROMPT
 
 PLANS = ("bk-base", "bk-small", "bk-tiny")
 

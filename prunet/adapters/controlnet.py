@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prunet.adapters.carried import forms_of
 from prunet.disk.files import new_folder, write_json
 from prunet.errors import UserError
 from prunet.plan.derived import Derived
@@ -28,13 +27,14 @@ def open_controlnet(folder: Path, derived: Derived) -> Any:
     Raises:
         UserError: none there, damaged, or made for another model than the teacher.
     """
-    config = read_object(folder / CONFIG, str(folder))
-    wanted = forms_of(derived).controlnet
-    if (name := config.get("_class_name")) != wanted:
+    config, forms = read_object(folder / CONFIG, str(folder)), derived.architecture.adapters
+    if forms.controlnet is None:
+        raise UserError(f"{folder}: prunet carries over no ControlNet of a {derived.architecture.class_name}")
+    if (name := config.get("_class_name")) != (wanted := forms.controlnet):
         raise UserError(f"{folder}: holds a {name}; of folders prunet carries over those of a {wanted}")
     check_config(derived.architecture.part, {**derived.teacher_config, **config}, folder / CONFIG)
     try:
-        control = forms_of(derived).empty_controlnet(config, derived.teacher_skeleton)
+        control = forms.empty_controlnet(config, derived.teacher_skeleton)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     files = find_weights(folder, STEM, str(folder.parent), folder.name)
@@ -45,16 +45,14 @@ def open_controlnet(folder: Path, derived: Derived) -> Any:
 
 def write_controlnet(control: Any, derived: Derived, output: Path, mark: Mapping[str, Any]) -> dict[str, Any]:
     """Writes it for the student as a folder; what is said of it in `MARK` is returned."""
-    nets = derived.teacher_skeleton, derived.student_skeleton, derived.form
-    small = forms_of(derived).cut_controlnet(control, *nets)
-    places = forms_of(derived).residuals(*nets)
+    forms, nets = derived.architecture.adapters, (derived.teacher_skeleton, derived.student_skeleton, derived.form)
+    small = forms.cut_controlnet(control, *nets)
     facts = {**mark, "form": "whole" if small is None else "cut"}
     if small is None:
-        facts |= {"residuals": list(places.down), "mid_residual": places.mid}
+        facts |= forms.residuals(control, *nets)
     with new_folder(output, "adapter") as part:
         write_unet(small or control, part)
         write_json(part / MARK, facts)
         if small is None:
-            loader = forms_of(derived).controlnet_loader
-            shutil.copyfile(loader, part / loader.name)
+            shutil.copyfile(forms.controlnet_loader, part / forms.controlnet_loader.name)
     return facts

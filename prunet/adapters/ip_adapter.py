@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from prunet.adapters.carried import Carried, forms_of
+from prunet.adapters.carried import Carried
 from prunet.adapters.lora import check_layers
 from prunet.adapters.names import shapes
 from prunet.denoisers.form import teacher_name
@@ -29,7 +29,7 @@ def carry_ip_adapter(found: Mapping[str, Header], metadata: Mapping[str, str], d
         UserError: for another model, or a tensor is missing.
     """
     weights, nets = shapes(derived), (derived.teacher_skeleton, derived.student_skeleton)
-    theirs, ours = map(forms_of(derived).attentions, nets)
+    theirs, ours = map(derived.architecture.adapters.attentions, nets)
     places = {teacher_name(name, derived.form.module_map): place for place, name in enumerate(ours)}
     names = {key: key for key in found if key.startswith(IMAGE)}
     attentions: dict[str, set[str]] = {}  # attention of the teacher -> its layers for the image

@@ -11,7 +11,6 @@ Four formats, in any mixture:
 import re
 from typing import Any, NamedTuple
 
-from prunet.adapters.carried import forms_of
 from prunet.denoisers.adapter_forms import AdapterForms
 from prunet.denoisers.form import teacher_name
 from prunet.plan.derived import Derived
@@ -53,7 +52,7 @@ def read_key(key: str, part: str) -> Key | None:
 
 def layers(derived: Derived) -> dict[str, Layer]:
     """Every name that a file may give to a layer of the teacher -> that layer."""
-    forms, mapping = forms_of(derived), derived.form.module_map
+    forms, mapping = derived.architecture.adapters, derived.form.module_map
     theirs, ours = (_written(forms, net) for net in (derived.teacher_skeleton, derived.student_skeleton))
     here: dict[str, tuple[str | None, ...]] = {teacher_name(m, mapping): names for m, names in ours.items()}
     found: dict[str, Layer] = {}

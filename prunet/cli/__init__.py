@@ -1,6 +1,7 @@
 """The command line. Each verb is one public function; `--json` makes the last line of stdout one JSON object."""
 
 import errno
+import inspect
 import io
 import os
 import re
@@ -30,9 +31,9 @@ from prunet.errors import UserError, one_line
 UsageError: Any = typer.BadParameter.__mro__[1]
 #: Exit code of a command that was stopped by Ctrl-C; typer returns it instead of raising.
 INTERRUPTED = 128 + signal.SIGINT
-#: Signals that stop a command: from Ctrl-C; from a batch system or a service manager; from a closed terminal.
+#: Signals that stop a command, sent by Ctrl-C, by a batch system or a service manager, and by a closed terminal.
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-#: The verbs as `prunet --help` shows them, by what a user wants.
+#: The verbs in the order of `prunet --help`, grouped by the user's aim.
 PANELS = {
     "Begin": ("doctor", "inspect", "plans", "new", "search"),
     "Make a student": ("run", "estimate", "list", "watch", "cache", "distil", "evaluate", "ablate"),
@@ -45,15 +46,17 @@ SHARED = ("run", "cache", "distil", "evaluate", "measure")
 
 
 def _arrange() -> None:
-    """Puts the verbs in the order of `PANELS`."""
+    """Puts the verbs in the order of `PANELS`, and joins the lines of each paragraph of their help."""
     verbs: dict[str, Any] = {
         str(command.name or getattr(command.callback, "__name__", "")): command for command in app.registered_commands
     }
     app.registered_commands = []
     for panel, names in PANELS.items():
         for name in names:
-            verbs[name].rich_help_panel = panel
-            app.registered_commands.append(verbs.pop(name))
+            verb = verbs.pop(name)
+            verb.rich_help_panel = panel
+            verb.help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(verb.callback) or "")  # rich keeps line ends
+            app.registered_commands.append(verb)
     assert not verbs, f"not in PANELS: {', '.join(verbs)}"
 
 
@@ -69,15 +72,15 @@ def _root(
         raise typer.Exit
     if processes.count() > 1 and context.invoked_subcommand not in SHARED:
         raise UserError(
-            f"prunet {context.invoked_subcommand}: works in one process; accelerate launch and torchrun are for "
-            f"{', '.join(SHARED)}"
+            f"prunet {context.invoked_subcommand}: runs in one process: start it without accelerate launch or "
+            f"torchrun, which are for {', '.join(SHARED)}"
         )
 
 
 def main() -> None:
     """Runs the command line; a `UserError` becomes one line on stderr and exit code 2."""
     _quiet()
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows its number
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows its code
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     _listen()
@@ -110,7 +113,7 @@ def _call() -> int:
         return INTERRUPTED
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _fail(f"No space left ({error.filename or 'output'}); what was finished before is kept")
+            _fail(f"No space left ({error.filename or 'output'}): free some; finished files are kept")
         if error.filename is None:
             raise
         _fail(f"{error.filename}: {error.strerror}; give another path, or fix this one")
@@ -126,7 +129,7 @@ def _call() -> int:
 
 
 def _at_home(argument: str) -> str:
-    """Expands `~/`, which some shells do not expand after `=`, and other programs not at all."""
+    """Expands `~/`, since some shells do not expand it after `=`, and other programs never do."""
     option, sign, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     return option + sign + (os.path.expanduser(value) if value.startswith("~/") else value)
 

@@ -1,7 +1,7 @@
 """The verb for adapters of the teacher: LoRA, IP-Adapter, ControlNet."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,9 +20,9 @@ def adapt(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert a LoRA, an IP-Adapter or a ControlNet of the teacher for a student.
+    """Convert a LoRA, an IP-Adapter or a ControlNet of the teacher for its student.
 
-    Without conversion it would change the wrong layers of the student, usually without an error.
+    Without conversion, an adapter changes the wrong layers of the student, usually without an error.
 
     Example: prunet adapt style.safetensors --to runs/demo
     """
@@ -43,9 +43,8 @@ def _layers_text(facts: dict[str, list[str]]) -> str:
     return text
 
 
-def _controlnet_text(facts: dict[str, list[int]]) -> str:
-    if "residuals" in facts:
-        count = len(facts["residuals"])
-        return f", whole; the student uses {count} of its residuals: load it with student_controlnet.py in that folder"
+def _controlnet_text(facts: dict[str, Any]) -> str:
+    if facts["form"] == "whole":
+        return ", whole; load it with student_controlnet.py in that folder, which leaves out or adds up its residuals"
     hint = "; the original also fits this student" if facts["fits_unchanged"] else ""
-    return f", cut to the student's form and not trained since{hint}"
+    return f", cut to the student's form and not trained after that{hint}"

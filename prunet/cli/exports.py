@@ -1,4 +1,4 @@
-"""Verbs that write a run's student for others: as a stock pipeline, a single file, a folder for another runtime."""
+"""Verbs that write a run's student for other programs: a stock pipeline, a single file, a folder for a runtime."""
 
 import json
 import os
@@ -39,17 +39,17 @@ def export(
     single_file: Annotated[bool, typer.Option("--single-file", help="The original LDM layout as one file.")] = False,
     program: Annotated[
         Literal["comfyui", "sd.cpp"] | None,
-        typer.Option("--for", help="With --single-file: the program that opens it; comfyui also means diffusers."),
+        typer.Option("--for", help="With --single-file: the program that opens it; comfyui includes diffusers."),
     ] = None,
     gguf: Annotated[
         Literal["q8_0", "q4_0"] | None,
-        typer.Option(help="One GGUF file for stable-diffusion.cpp, matrices in 8 or 4 bits."),
+        typer.Option(help="One GGUF file for stable-diffusion.cpp, with matrices in 8 or 4 bits."),
     ] = None,
     fp16: Annotated[
         bool, typer.Option("--fp16", help="Half precision (a folder gets the fp16 variant as well).")
     ] = False,
     openvino: Annotated[
-        bool, typer.Option("--openvino", help="A folder that OpenVINO GenAI draws on CPUs, without torch.")
+        bool, typer.Option("--openvino", help="A folder for OpenVINO GenAI, which draws on CPUs without torch.")
     ] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="A folder of ONNX models of any batch and size.")] = False,
     int8: Annotated[
@@ -61,10 +61,10 @@ def export(
     ] = False,
     decoder: Annotated[
         Path | None,
-        typer.Option(help="With --openvino, --onnx: an AutoencoderTiny (`prunet decoder`) instead of the VAE."),
+        typer.Option(help="With --openvino, --onnx: an AutoencoderTiny (`prunet decoder`, TAESD) for the VAE."),
     ] = None,
     to_hub: Annotated[
-        str | None, typer.Option("--push", help="Also upload it to owner/name of the hub, private where that is new.")
+        str | None, typer.Option("--push", help="Also upload it to owner/name on the hub; a new repository is private.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -116,8 +116,8 @@ def decoder(
 ) -> None:
     """Distil a small decoder from the VAE of a run's teacher, on the run's cached latents, into RUN/decoder.
 
-    It draws in a fraction of the VAE's time: in diffusers (vae=), or by prunet export --openvino --decoder RUN/decoder.
-    The same command resumes. Where there is a TAESD for the teacher, that needs no training.
+    The decoder draws in a fraction of the VAE's time: in diffusers (vae=), or with prunet export --openvino --decoder
+    RUN/decoder. The same command resumes. If a TAESD exists for the teacher, use it: it needs no training.
     """
     from prunet.runs.decoder import make_decoder
     from prunet.runs.run import Run
@@ -138,7 +138,7 @@ def _check_run(folder: Path) -> None:
 
 
 def _evaluated(run: "Run") -> "Run":
-    """Returns the run, and refuses one without an evaluation, or whose teacher lacks a part of the pipeline."""
+    """Returns the run; refuses it if it has no evaluation, or if its teacher lacks a part of the pipeline."""
     from prunet.teacher.copying import check_other_parts
 
     if not run.result_of("evaluate").is_file():
@@ -148,7 +148,7 @@ def _evaluated(run: "Run") -> "Run":
 
 
 def _check_target(target: Path, folder: str | None, gguf: str | None, read: list[Path]) -> None:
-    """Refuses a place that holds something else, or a name of another form. `folder`: its kind; None: a single file."""
+    """Refuses a target that holds something else or has a wrong name. `folder`: its kind; None: a single file."""
     from prunet.disk.ownership import check_file, check_place
     from prunet.exports.single_file import check_name, is_exported
 
@@ -157,7 +157,7 @@ def _check_target(target: Path, folder: str | None, gguf: str | None, read: list
         return
     check_name(target, gguf)
     check_file(target, "single file", "--output", is_exported, read)
-    check_place(target.with_suffix(".config"), "configs", "--output", read)  # its configs go there
+    check_place(target.with_suffix(".config"), "configs", "--output", read)  # the file's configs go there
 
 
 def _form_of(forms: dict[str, Any]) -> str:
@@ -180,10 +180,10 @@ def _check_options(form: str, options: dict[str, Any]) -> None:
     """Refuses an option that the form of export does not have, and a form whose packages are not installed."""
     for name, forms in FITS.items():
         if options[name] and form not in forms:
-            wanted = " or ".join(filter(None, forms))
+            wanted = " or ".join(form or "a stock folder" for form in forms)
             if form:
                 raise UserError(f"{form} {name}: {name} is for {wanted}: leave one of them out")
-            raise UserError(f"{name}: is for {wanted}: add it, or leave {name} out")
+            raise UserError(f"{name}: needs {wanted}: add it, or leave {name} out")
     if (extra := form[2:]) in EXTRAS:
         check_extra(extra, form)
 
@@ -239,7 +239,7 @@ def _for_runtime(this: "Run", form: str, target: Path, bits: Any, decoder: Path 
         facts = export_openvino(*given, **how, bits=bits)
         more = (
             f", {facts['seconds']:.2f} s a picture\n"
-            f"  its pictures against those of 16-bit weights in f32: PSNR {facts['psnr']:.1f} dB, root mean squared "
+            f"  pictures compared with those of 16-bit weights in f32: PSNR {facts['psnr']:.1f} dB, root mean squared "
             f"error {facts['picture']:.4f}, over {facts['prompts']} prompts"
         )
     return facts, f"{target}: {facts['bytes'] / 1e6:,.1f} MB of models{more}"

@@ -29,7 +29,7 @@ def inspect(
     teacher: TeacherArgument,
     plan: PlanOption = "none",
     sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="Measure what each part that can go costs and hurts (reads weights).")
+        bool, typer.Option("--sensitivity", help="Measure the cost and the error of each removal (reads weights).")
     ] = False,
     prompts: PromptsOption = None,
     cache: CacheOption = None,
@@ -41,10 +41,11 @@ def inspect(
 ) -> None:
     """Show what a plan does to a model, without reading weights.
 
-    Example: prunet inspect sdxl --plan ssd-1b. For a recipe (.yaml) or a run folder it shows the recipe's plan on its
-    teacher, and what each stage removes.
+    For a recipe (.yaml) or a run folder, it shows the recipe's plan on its teacher, and what each stage removes.
 
-    What each part costs and hurts: prunet inspect my-model --sensitivity
+    Example: prunet inspect sdxl --plan ssd-1b
+
+    The cost and the error of each removal: prunet inspect my-model --sensitivity
     """
     from prunet.cli.views import plan_view
     from prunet.plan.derived import derive
@@ -65,7 +66,7 @@ def inspect(
         return
     if sensitivity:
         if plan != "none":
-            raise UserError("--sensitivity measures all parts of a model: leave --plan out")
+            raise UserError("--sensitivity: measures all parts of a model: leave --plan out")
         _inspect_sensitivity(teacher, runtime, prompts, cache, output, config, as_json)
         return
     chosen = Plan("none") if plan == "none" else load_plan(plan)
@@ -158,9 +159,9 @@ def build(
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
-    """Make a student of a plan with the teacher's weights, not yet distilled.
+    """Make a plan's student with the teacher's weights, not yet distilled.
 
-    Writes a stock diffusers folder of the denoiser (load it with its class: UNet2DConditionModel.from_pretrained).
+    The output is a stock diffusers folder of the denoiser (load it with UNet2DConditionModel.from_pretrained).
     """
     from prunet.disk.ownership import check_place
     from prunet.plan.derived import derive
@@ -190,7 +191,7 @@ def convert(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the tensors of a pickled checkpoint as .safetensors, without running the code that is in it."""
+    """Write the tensors of a pickled checkpoint as .safetensors, without running the code in the pickle."""
     from prunet.teacher.conversion import convert as convert_pickle
 
     facts = convert_pickle(checkpoint, output)
@@ -210,19 +211,19 @@ def generate(
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture, or folder: a file for each seed.")] = Path(
         "generated"
     ),
-    num_images: Annotated[int, typer.Option("-n", "--num-images", min=1, help="Pictures.")] = 1,
+    num_images: Annotated[int, typer.Option("-n", "--num-images", min=1, help="Number of pictures.")] = 1,
     steps: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Sampling steps: 25, or as many as the model was made for.")
     ] = None,
     guidance_scale: Annotated[
         float | None,
-        typer.Option("--guidance-scale", "-g", min=0, help="7.5, or what the model was made for."),
+        typer.Option("--guidance-scale", "-g", min=0, help="7.5, or the scale that the model was made for."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the first picture; the next has the next one.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the first picture; each next has one more.")] = 0,
     size: Annotated[int | None, typer.Option(min=8, max=4096, help="Pixels; the model's own by default.")] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(help="dpmsolver++ (the default), ddim, ddim-trailing, pndm, euler, euler-a, lcm or unipc."),
+        typer.Option(help="dpmsolver++, or the model's own; ddim, ddim-trailing, pndm, euler, euler-a, lcm, unipc."),
     ] = None,
     image: Annotated[Path | None, typer.Option(help="Picture to start from (image to image).")] = None,
     strength: Annotated[
@@ -234,7 +235,7 @@ def generate(
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
-    """Draw pictures of a prompt with a pipeline: a teacher, a student, or the student of a run.
+    """Draw pictures of a prompt with a teacher, a student, or the student of a run.
 
     Example: prunet generate runs/demo "a red apple" -n 4
 
@@ -251,7 +252,7 @@ def generate(
     if one_file and num_images > 1:
         raise UserError(f"--output {output}: {num_images} pictures need a folder, not one file")
     if not one_file and output.is_file():
-        raise UserError(f"--output {output}: is a file, but not a picture; give a folder or something.png")
+        raise UserError(f"--output {output}: a file that is not a picture: give a folder or NAME.png")
     if not one_file:
         check_place(output, "pictures", "--output", [Path(model)])
     check_writable(output.parent if one_file else output, "--output")
@@ -260,12 +261,12 @@ def generate(
     for path in paths:
         check_file(path, "picture", "--output", is_drawn, [read for read in (image, mask) if read])
         if not one_file and path.exists() and not is_drawn(path, prompt):
-            raise UserError(f"--output {path}: shows another prompt: give another folder, or another --seed")
+            raise UserError(f"--output {path}: a picture of another prompt: give another folder, or another --seed")
     start = None
     if image is not None:
         start = StartPicture(read_picture(image, "--image"), strength, read_picture(mask, "--mask") if mask else None)
     elif (strength, mask) != (None, None):
-        raise UserError(f"--{'mask' if strength is None else 'strength'}: is for a picture to start from: add --image")
+        raise UserError(f"--{'mask' if strength is None else 'strength'}: needs a picture to start from: add --image")
     with nullcontext() if one_file else hold(output, "pictures"):
         draw_pictures(
             Model(model, config, runtime.torch_device, runtime.dtype),

@@ -19,7 +19,7 @@ app = typer.Typer(
     name="prunet",
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="Make a Stable Diffusion model smaller and faster: remove blocks of its U-Net, distil what is left.\n\n"
+    help="Make a Stable Diffusion model smaller and faster: remove blocks of its U-Net, then distil the rest.\n\n"
     "Start with [bold]prunet new --teacher MODEL --data PICTURES > mine.yaml[/], then [bold]prunet run mine.yaml[/].",
 )
 
@@ -33,10 +33,10 @@ ConfigOption = Annotated[
     typer.Option("--config", help="For a single file: folder or hub id with configs and tokenizers."),
 ]
 PromptsOption = Annotated[
-    Path | None, typer.Option(help="Prompts that the teacher draws, to see what a removal hurts: .txt, .csv or .tsv.")
+    Path | None, typer.Option(help="Prompts that the teacher draws, to score removals on: .txt, .csv or .tsv.")
 ]
 CacheOption = Annotated[
-    Path | None, typer.Option(help="Samples to see it on instead: a run, or a cache that prunet made.")
+    Path | None, typer.Option(help="Score removals on these samples instead: a run, or a cache that prunet made.")
 ]
 RecipeArgument = Annotated[Path, typer.Argument(help="A YAML recipe, the name of a shipped one, or a run folder.")]
 SetOption = Annotated[
@@ -65,17 +65,17 @@ RUNTIME: dict[str, tuple[Any, Any]] = {
         False,
     ),
     "use_8bit_adam": (
-        Annotated[bool, typer.Option("--use-8bit-adam", help="Optimizer's state in 8 bits (GPU, bitsandbytes).")],
+        Annotated[bool, typer.Option("--use-8bit-adam", help="Keep Adam's state in 8 bits (GPU, bitsandbytes).")],
         False,
     ),
     "teacher_8bit": (
-        Annotated[bool, typer.Option("--teacher-8bit", help="Teacher's linear layers in 8 bits (torchao).")],
+        Annotated[bool, typer.Option("--teacher-8bit", help="Keep the teacher's linear layers in 8 bits (torchao).")],
         False,
     ),
     "teacher_fp8": (
         Annotated[
             bool,
-            typer.Option("--teacher-fp8", help="Teacher's linear layers multiply in fp8 (Hopper GPUs, torchao)."),
+            typer.Option("--teacher-fp8", help="Run the teacher's linear layers in fp8 (Hopper GPUs, torchao)."),
         ],
         False,
     ),
@@ -100,7 +100,7 @@ RUNTIME: dict[str, tuple[Any, Any]] = {
     "channels_last": (
         Annotated[
             bool,
-            typer.Option("--channels-last", help="Store convolutions in the GPU's own order; on most a little faster."),
+            typer.Option("--channels-last", help="Store convolutions in the GPU's own order; usually a little faster."),
         ],
         False,
     ),
@@ -118,7 +118,7 @@ COUNTED = tuple(name for name in LOOP if name not in FAST)
 
 
 def with_runtime(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a verb these options of `RUNTIME`; it receives them as a checked `Runtime`, its argument `runtime`."""
+    """Gives a verb these options of `RUNTIME`; the verb receives them as a checked `Runtime` in `runtime`."""
 
     def wrap(verb: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(verb)
@@ -144,7 +144,7 @@ def make_runtime(device: str | None = None, precision: str = "auto", tracker: st
     """Makes a `Runtime` from options (its fields) after checking them.
 
     Raises:
-        UserError: not available here, or options that exclude each other.
+        UserError: an option is not available here, or two options exclude each other.
     """
     from prunet.torchvision_ops import declare_torchvision_ops
 
@@ -176,7 +176,7 @@ def make_runtime(device: str | None = None, precision: str = "auto", tracker: st
     if runtime.compile and runtime.compile_blocks:
         raise UserError("--compile compiles the blocks as well: leave out --compile-blocks, or --compile")
     if runtime.fsdp and processes.count() == 1:
-        raise UserError("--fsdp: shares the student out among several processes: start them with accelerate launch")
+        raise UserError("--fsdp: divides the student among several processes: start them with accelerate launch")
     if runtime.fsdp and (runtime.mixed_precision == "fp16" or runtime.use_8bit_adam):
         raise UserError("--fsdp: works only with --precision bf16 or no, and without --use-8bit-adam")
     if runtime.compile or runtime.compile_blocks:
@@ -210,7 +210,7 @@ def _check_tracker(tracker: str) -> None:
 
 
 def drawing_asked(steps: int | None, guidance_scale: float | None, sampler: str | None) -> Any:
-    """Returns a `Drawing` that sets what was asked for.
+    """Returns a `Drawing` with the settings that the user gave.
 
     Raises:
         UserError: the guidance is not a finite number.
@@ -223,10 +223,10 @@ def drawing_asked(steps: int | None, guidance_scale: float | None, sampler: str 
 
 
 def named_files(given: list[str] | None, examples: str) -> dict[str, Path]:
-    """Parses texts like NAME=PATH.
+    """Parses texts of the form NAME=PATH.
 
     Raises:
-        UserError: not of this form; the message shows `examples`.
+        UserError: a text has another form; the message shows `examples`.
     """
     files = {}
     for text in given or []:
@@ -238,7 +238,7 @@ def named_files(given: list[str] | None, examples: str) -> dict[str, Path]:
 
 
 def open_recipe(path: Path, overrides: list[str] | None) -> Any:
-    """Reads a recipe, or that of a run folder; its output is then this folder, which may have been moved or copied."""
+    """Reads a recipe, or the recipe of a run folder; its output is then that folder, even if it was moved or copied."""
     from prunet.recipe.recipe import load_recipe
 
     if path.is_dir():
@@ -247,13 +247,13 @@ def open_recipe(path: Path, overrides: list[str] | None) -> Any:
 
 
 def say(as_json: bool, facts: dict[str, Any], text: Any = None) -> None:
-    """Prints a verb's result in the main process: `facts` as JSON, or else `text` (a string or something of rich)."""
+    """Prints a verb's result in the main process: `facts` as JSON, or else `text` (a string or a rich renderable)."""
     if not processes.is_main():
         return
     if as_json:
         print(json.dumps(facts))
     elif isinstance(text, str):
-        print(printable(text))  # without rich: a path may be long, or have [brackets] in it
+        print(printable(text))  # without rich, because a path may be long or contain [brackets]
     elif text is not None:
         from prunet.console import results
 

@@ -1,4 +1,4 @@
-"""Verbs that only look: the runs in a folder, and what prunet has to work with here."""
+"""Verbs that only read: the runs in a folder, the progress of a run, and what this machine has for prunet."""
 
 import time
 from contextlib import nullcontext, suppress
@@ -12,10 +12,10 @@ from prunet.cli.options import Json, app, say
 
 @app.command("list")
 def list_runs(
-    folder: Annotated[Path, typer.Argument(help="A folder with runs in it, or in folders of it.")] = Path(),
+    folder: Annotated[Path, typer.Argument(help="A folder that contains runs, itself or in its folders.")] = Path(),
     as_json: Json = False,
 ) -> None:
-    """List runs: how far each is, its plan, the student's size and its distance from the teacher."""
+    """List runs with their progress, plan, size of the student and distance from the teacher."""
     from prunet.runs.listing import find_runs
 
     runs = find_runs(folder)
@@ -41,17 +41,15 @@ def _runs_view(runs: list[dict[str, Any]]) -> Any:
 
 @app.command()
 def watch(
-    run: Annotated[Path, typer.Argument(help="A run folder, of a run at work or not.")],
-    every: Annotated[float, typer.Option(min=0.5, max=3600, help="Seconds from one look to the next.")] = 5,
-    page: Annotated[
-        Path | None, typer.Option(help="Also write this page, which a browser reads again by itself.")
-    ] = None,
+    run: Annotated[Path, typer.Argument(help="A run folder; the run may be at work or stopped.")],
+    every: Annotated[float, typer.Option(min=0.5, max=3600, help="Seconds between two updates.")] = 5,
+    page: Annotated[Path | None, typer.Option(help="Also write this page, which a browser reloads by itself.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Watch a run from another terminal: losses, time left, what comes next, device use, the last sheet.
+    """Watch a run from another terminal: losses, time left, the next steps, device use, the last sheet.
 
-    Looks until nothing works in the run folder any more; once with --json, or where the output is no terminal and no
-    page is asked for. Nothing is written into the run folder.
+    Updates until no command works in the run folder any more. With --json, and if the output is not a terminal and
+    --page is not given, it prints once. Nothing is written into the run folder.
     """
     from rich.live import Live
 
@@ -81,7 +79,7 @@ def watch(
 
 
 def _watch_lines(now: dict[str, Any]) -> list[tuple[str, str]]:
-    """What is known of a run: names and texts."""
+    """Returns the lines about a run: names and texts."""
     from prunet.words import command, duration, number
 
     again = "" if now["step"] is None else f": {command('run', now['run'])} resumes it"
@@ -117,9 +115,9 @@ def _watch_view(now: dict[str, Any]) -> Any:
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Show what prunet has to work with: versions, device, memory, disk, the hub, optional parts.
+    """Show what this machine has for prunet: versions, device, memory, disk, the hub, optional packages.
 
-    Put its output into a report of a problem.
+    Add the output when you report a problem.
     """
     from prunet.runs.doctor import examine
 
@@ -148,10 +146,10 @@ def _doctor_view(facts: dict[str, Any]) -> Any:
             for i, (name, free) in enumerate(facts["disk"].items())
         ),
         ("hub", f"{facts['hub']['endpoint']}: {facts['hub']['state']}"),
-        ("compiler", facts["compiler"] or "none, so that --compile does not work"),
+        ("compiler", facts["compiler"] or "none, so --compile does not work"),
     ]
     for at, (extra, found) in enumerate(facts["extras"].items()):
-        state = f"pip install 'prunet[{extra}]'" if found["missing"] else "there"
+        state = f"pip install 'prunet[{extra}]'" if found["missing"] else "installed"
         rows.append(("optional" if not at else "", f"{extra}: {state} ({found['for']})"))
     table = Table.grid(padding=(0, 2))
     for name, text in rows:

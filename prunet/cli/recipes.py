@@ -56,11 +56,11 @@ def new(
     data: Annotated[
         str, typer.Option(help="Pictures with captions (docs/recipes.md), or a text file of prompts.")
     ] = ...,  # type: ignore[assignment]
-    budget: Annotated[str | None, typer.Option(help="Memory of the GPU that is to train it, such as 24GB.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Memory of the GPU that will train it, such as 24GB.")] = None,
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
-    """Write a commented recipe that fits a model, data and the memory of a device, on stdout.
+    """Print a commented recipe that fits a model, its data and the memory of a device.
 
     Example: prunet new bk-tiny --teacher model.safetensors --data pictures --budget 24GB > mine.yaml
     """
@@ -68,7 +68,7 @@ def new(
 
     from prunet.runs.new import new_recipe, parse_budget
 
-    if budget and runtime.device is None and runtime.torch_device.type == "cpu":  # for a GPU that is not here
+    if budget and runtime.device is None and runtime.torch_device.type == "cpu":  # a GPU of another machine
         runtime = replace(runtime, device="cuda", precision="bf16")
     text = new_recipe(
         teacher,
@@ -104,9 +104,9 @@ def estimate(
     overrides: SetOption = None,
     as_json: Json = False,
 ) -> None:
-    """Estimate what a recipe does and costs: steps, peak memory by part, hours on this device.
+    """Show the steps of a recipe, and estimate its peak memory by part and its hours on this device.
 
-    Memory comes from shapes, hours from a few steps of the real loop with random weights. Nothing is written.
+    Memory is computed from shapes, hours from a few steps of the real loop with random weights. Nothing is written.
     """
     from prunet.cli.views import estimate_view
     from prunet.runs.estimate import estimate as cost_of
@@ -151,10 +151,11 @@ def evaluate(
     weights: Annotated[list[str] | None, typer.Option(help="vgg=FILE and lpips=FILE: also measure LPIPS.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Run a recipe up to its evaluation: sizes, speeds, and distance from the teacher before and after.
+    """Run a recipe up to its evaluation: sizes, speeds, and distance from the teacher before and after distillation.
 
-    With its weights given, LPIPS is measured too, and added to a finished run: prunet evaluate RUN --weights vgg=FILE
-    --weights lpips=FILE
+    With --weights, LPIPS is measured too; a finished run gets it added.
+
+    Example: prunet evaluate RUN --weights vgg=FILE --weights lpips=FILE
     """
     from prunet.evaluation.lpips import Lpips, add_lpips
     from prunet.evaluation.results import markdown, read_evaluation
@@ -180,7 +181,7 @@ def ablate(
     runtime: Any,
     ablation: Annotated[Path, typer.Argument(help="A YAML file: recipe, seeds and arms (see benchmarks/).")],
     overrides: SetOption = None,
-    workers: Annotated[int, typer.Option(min=1, help="Runs at once: one per GPU, or sharing the CPU's cores.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time: one per GPU, or sharing the CPU.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Run a recipe in several variants with several seeds each, and write one table with intervals.

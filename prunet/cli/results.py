@@ -43,26 +43,29 @@ def measure(
         list[str] | None, typer.Option(help="The metrics' networks: inception=FILE, clip=PATH, dino=PATH.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=2, help="Only the first N prompts, for a trial (KID in smaller subsets).")
+        int | None, typer.Option(min=2, help="Only the first N prompts, for a trial (KID uses smaller subsets).")
     ] = None,
     steps: Annotated[
         int | None,
         typer.Option(min=1, max=1000, help="Sampling steps, in place of the protocol's and the model's own."),
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option("--guidance-scale", "-g", min=0, help="Likewise; up to 1: no guidance.")
+        float | None, typer.Option("--guidance-scale", "-g", min=0, help="In place of theirs; up to 1: no guidance.")
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help="Likewise, such as dpmsolver++ or ddim-trailing.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="In place of theirs, such as dpmsolver++ or ddim-trailing.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 4,
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
     """Draw a protocol's prompts and measure the pictures: FID, KID, CLIP score and others, with intervals.
 
-    The same command resumes. Several processes share the work: accelerate launch -m prunet measure MODEL --protocol
-    NAME -o FOLDER. The numbers of a run also go into its report.
+    The same command resumes. The numbers of a run also go into its report.
 
     Example: prunet measure runs/demo --protocol emoji/protocols/emoji-train.yaml
+
+    In several processes: accelerate launch -m prunet measure MODEL --protocol NAME -o FOLDER
     """
     from prunet.evaluation.measures import markdown
     from prunet.evaluation.measuring import measure as measure_it
@@ -105,7 +108,7 @@ def compare(
 ) -> None:
     """Show several runs side by side on one page, or the numbers of several measured models in one table.
 
-    Refuses runs or numbers that were not measured in the same way, and says what differs.
+    Runs or numbers that were measured in different ways are refused, with the difference.
     """
     from prunet.disk.ownership import check_file
     from prunet.evaluation.measures import markdown
@@ -117,13 +120,13 @@ def compare(
         from rich.markdown import Markdown
 
         if output is not None:
-            raise UserError(f"--output {output}: pages are for run folders; measured models are one table, printed")
+            raise UserError(f"--output {output}: only run folders give a page, measured models a table: leave it out")
         results = side_by_side(folders)
         say(as_json, {"results": [result.facts() for result in results]}, Markdown(markdown(results)))
         return
     output = output or Path("comparison.html")
     if output.suffix != ".html" or output.is_dir():
-        raise UserError(f"--output {output}: name the page something.html")
+        raise UserError(f"--output {output}: not the name of a page: give NAME.html")
     check_file(output, "comparison", "--output", lambda path: is_page(path, "comparison"))
     page = write_comparison(folders, output)
     say(as_json, {"page": str(page)}, f"Page: {page}")
@@ -135,22 +138,25 @@ def bench(
     runtime: Any,
     models: Annotated[
         list[str],
-        typer.Argument(help="Pipeline folders, .safetensors files, hub ids or run folders; the first is the baseline."),
+        typer.Argument(
+            help="Pipeline folders (also for OpenVINO), .safetensors files, hub ids or run folders; the first is the "
+            "baseline."
+        ),
     ],
     plans: Annotated[
         list[str] | None,
-        typer.Option("--plan", "-p", help="Also time what this plan leaves of the baseline; several times."),
+        typer.Option("--plan", "-p", help="Also time this plan's student of the baseline; repeatable."),
     ] = None,
     size: Annotated[int | None, typer.Option(min=8, max=4096, help="Pixels; the baseline's own by default.")] = None,
     batch_sizes: Annotated[
-        list[int] | None, typer.Option("--batch-size", min=1, help="Pictures at once (1); may be given several times.")
+        list[int] | None, typer.Option("--batch-size", min=1, help="Pictures at once: 1; repeatable.")
     ] = None,
     steps: Annotated[
         int | None,
         typer.Option(min=1, max=1000, help="Sampling steps of a picture: 25, or as many as a model was made for."),
     ] = None,
     repeats: Annotated[
-        int, typer.Option(min=3, help="Calls of each, of which the median counts; after a minute fewer, at least 3.")
+        int, typer.Option(min=3, help="Calls of each part; the median counts. Slow parts get fewer, at least 3.")
     ] = 15,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Also time the denoisers with torch.compile (minutes each on a CPU).")
@@ -163,9 +169,9 @@ def bench(
 ) -> None:
     """Time a teacher and its students side by side: text, denoiser, VAE, pictures a second, peak memory.
 
-    All calls take turns, so that a disturbance of the machine affects all of them. A student's speed-up is beside what
-    its multiply-adds (MACs) allow: twice as fast for half the MACs. Where it is less than 90 % of that, the table shows
-    which operations take the rest of the time.
+    All calls take turns, so a disturbance of the machine affects all of them. Beside a student's speed-up is its limit
+    by multiply-adds (MACs): twice as fast for half the MACs. Where a student reaches less than 90 % of its limit, a
+    table shows which operations take the rest of the time.
 
     Example: prunet bench my-model runs/mine --batch-size 1 --batch-size 4 -o runs/bench
 
@@ -176,8 +182,12 @@ def bench(
     from prunet.disk.files import check_writable
     from prunet.disk.ownership import check_place, hold
     from prunet.report.speeds import markdown, write_speeds
+    from prunet.sampling.draw import Model
+    from prunet.sampling.openvino import is_openvino
     from prunet.speed.bench import bench as time_all
-    from prunet.speed.bench import check_compiler, drawings, open_pipelines
+    from prunet.speed.bench import check_compiler
+    from prunet.speed.models import drawings, open_models
+    from prunet.words import names_of
 
     if output is not None:
         check_place(output, "bench", "--output", map(Path, models))
@@ -185,14 +195,18 @@ def bench(
     if compiled:
         check_compiler(runtime.torch_device)
     where = {"device": runtime.torch_device, "dtype": runtime.dtype}
+    opened = open_models(models, plans or (), size=size, config=config, **where)
+    # What only a process can tell takes opening each model once more: of torch alone, `working_mb` tells it.
+    sources = {name: Model(model, config, **where) for name, model in zip(names_of(models), models, strict=True)}
     result = time_all(
-        open_pipelines(models, plans or (), size=size, config=config, **where),
+        opened,
         size=size,
         batch_sizes=list(dict.fromkeys(batch_sizes or [1])),
         drawn=drawings(models, config=config, steps=steps),
         steps=steps or 25,
         repeats=repeats,
         compiled=compiled,
+        sources=sources if any(map(is_openvino, models)) else None,
     )
     if output is not None:
         with hold(output, "bench"):

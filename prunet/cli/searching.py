@@ -19,25 +19,25 @@ def search(
     ],
     budget: Annotated[
         list[str] | None,
-        typer.Option("--budget", "-b", help="parameters=50%, macs=60%, latency=40% or size=1GB; several times."),
+        typer.Option("--budget", "-b", help="Such as parameters=50%, macs=60%, latency=40% or size=1GB; repeatable."),
     ] = None,
     keep: Annotated[
-        list[str] | None, typer.Option("--keep", help="A pattern of parts that must stay; several times.")
+        list[str] | None, typer.Option("--keep", help="A pattern of parts that must stay; repeatable.")
     ] = None,
     prompts: PromptsOption = None,
     cache: CacheOption = None,
     recover: Annotated[
         int,
-        typer.Option(min=0, help="Distil the best plans for so many steps on --cache, and choose by the error after."),
+        typer.Option(min=0, help="Distil the best plans for this many steps on --cache; choose by the error after it."),
     ] = 0,
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
-    """Find the plan that hurts a model least within a budget.
+    """Find the plan with the least error within a budget.
 
-    Every unit is scored alone, the best sets of them by the sums are scored really, and with --recover distilled for
-    some steps. The budget is a share of the teacher's, or an amount; size is that of the denoiser in half precision,
-    latency is timed on this device. The same command resumes.
+    Scores the removal of every unit alone, then the best sets of units as a whole. With --recover it also distils the
+    best sets for some steps. A budget is a share of the teacher's cost, or an amount. Size means the denoiser in half
+    precision; latency is timed on this device. The same command resumes.
 
     Example: prunet search my-model --budget macs=60% -o runs/search, then prunet run runs/search/recipe.yaml
     """
@@ -59,7 +59,7 @@ def search(
     texts = read_prompt_file(prompts) if prompts else None
     teacher = Teacher(model, config=config, device=runtime.torch_device, dtype=runtime.dtype, only_form=True)
     if recover and cache is None:
-        raise UserError("--recover: students learn from samples: give a run or a cache with --cache")
+        raise UserError("--recover: needs samples for training: give a run or a cache with --cache")
     check_samples(teacher, None if recover else texts, cache)
     teacher.check_weights()
     space = Space(teacher, budgets, keep or [])

@@ -16,15 +16,15 @@ from prunet.plan.size import Size
 from prunet.words import many, number
 
 STAYS, GOES = "bold green", "red strike"
-#: Kind of part -> its sign where it stays and where it goes.
-#: Style of a part by the colour of its error, from one that is not missed to one without which nothing works.
+#: Styles for the error of a removal, from no error to a broken model, and a digit for each style.
 COLOURS = ("bold green", "bold cyan", "bold yellow", "bold dark_orange", "bold red")
 DIGITS = "₀₁₂₃₄"
+#: Signs of each kind of part: if it stays, and if it is removed.
 SIGNS = {"resnet": ("R", "r"), "attention": ("A", "a"), "downsampler": ("↓", "·"), "upsampler": ("↑", "·")}
 
 
 def plan_view(derived: Derived, title: str) -> RenderableType:
-    """A plan's effect on the teacher: the denoiser's diagram, sizes, and programs that load the student."""
+    """Shows a plan's effect on the teacher: the denoiser's diagram, sizes, and programs that load the student."""
     diagram = derived.diagram()
     return Group(
         Rule(Text(title, style="bold"), align="left"),
@@ -37,7 +37,7 @@ def plan_view(derived: Derived, title: str) -> RenderableType:
 
 
 def sensitivity_view(result: Mapping[str, Any]) -> RenderableType:
-    """What each unit costs and hurts (`prunet.search.sensitivity`): the coloured diagram, and a table."""
+    """Shows the cost and error of removing each unit (`prunet.search.sensitivity`): a coloured diagram and a table."""
     from prunet.report.sensitivity import coloured_diagram, columns, conditions, label, rows
 
     legend = Text("Error without it: ")
@@ -51,7 +51,7 @@ def sensitivity_view(result: Mapping[str, Any]) -> RenderableType:
         value, low, high = (number(part, 2) for part in error)
         table.add_row(value, f"{low} to {high}", *shares, Text(label(name)))
     return Group(
-        Rule(Text(f"{result['teacher']}: what each removal hurts", style="bold"), align="left"),
+        Rule(Text(f"{result['teacher']}: the error of each removal", style="bold"), align="left"),
         Padding(_denoiser(coloured_diagram(result)), (0, 0, 1, 0)),
         legend,
         Text(),
@@ -62,7 +62,7 @@ def sensitivity_view(result: Mapping[str, Any]) -> RenderableType:
 
 
 def search_view(result: Mapping[str, Any], folder: Any) -> RenderableType:
-    """The plans of a search, the chosen one first, and its files."""
+    """Shows the plans of a search, the chosen one first, and the files that the search wrote."""
     table = Table(box=None, padding=(0, 1))
     kinds = [kind for kind in ("parameters", "macs", "latency") if kind in result["costs"]]
     for title in ("error", *(["after"] if result["recover_steps"] else []), *kinds):
@@ -80,7 +80,7 @@ def search_view(result: Mapping[str, Any], folder: Any) -> RenderableType:
 
 
 def stairs_view(steps: Sequence[Derived], notes: Sequence[str]) -> RenderableType:
-    """The stages of a recipe: parameters and MACs after each stage's removal, and the parts that it removes."""
+    """Shows the stages of a recipe: parameters and MACs after each stage's removal, and the removed parts."""
     table = Table(box=None, padding=(0, 2), title="[bold]Stages[/]", title_justify="left")
     for column in ("", "plan", "parameters", "MACs (G)", ""):
         table.add_column(column, justify="right" if column in ("parameters", "MACs (G)") else "left", no_wrap=True)
@@ -136,7 +136,7 @@ def _legend(diagram: Diagram) -> str:
 
 
 def _denoiser(diagram: Diagram) -> Table:
-    """The sections of the denoiser: mirrored ones side by side, others below each other."""
+    """Shows the sections of the denoiser: mirrored ones side by side, others below each other."""
     table = Table.grid(padding=(0, 1))
     for _ in range(5):
         table.add_column(no_wrap=True)
@@ -154,7 +154,7 @@ def _name(section: Section) -> Text:
 
 
 def _section(section: Section) -> Text:
-    """The layers of a section in order. Removed parts also have other signs, for readers who see no colours."""
+    """Shows the layers of a section in order. Removed parts have their own signs, for readers who see no colours."""
     lines = [Text(" ").join(map(_mark, layer)) for layer in section.layers]
     return Text("\n" if section.is_list else " ").join(lines)
 
@@ -203,7 +203,7 @@ def _programs(derived: Derived) -> Table:
 
 
 def estimate_view(this: Any, cost: dict[str, Any]) -> RenderableType:
-    """The steps and costs of a run (`prunet estimate`)."""
+    """Shows the steps and costs of a run (`prunet estimate`)."""
     steps = Table(box=None, padding=(0, 2), title="[bold]Steps[/]", title_justify="left")
     for name, state in cost["steps"].items():
         steps.add_row(
@@ -225,7 +225,7 @@ def estimate_view(this: Any, cost: dict[str, Any]) -> RenderableType:
 
 
 def _cache(cost: dict[str, Any]) -> Text:
-    """What the cache takes on the disk."""
+    """Shows the size of the cache on the disk."""
     parts = cost["cache_bytes_per_sample"]
     each = f"{many(sum(parts.values()))}B a sample ({', '.join(f'{many(b)}B {name}' for name, b in parts.items())})"
     whole = f"about {many(cost['cache_bytes'])}B{' or more' if cost['or_more'] else ''}, " if cost["samples"] else ""
@@ -233,7 +233,7 @@ def _cache(cost: dict[str, Any]) -> Text:
 
 
 def _data(cost: dict[str, Any]) -> Text:
-    """How often training sees each sample, and at what size."""
+    """Shows how often training sees each sample, and at which size."""
     size, native, samples = cost["size"], cost["native_size"], cost["samples"]
     seen = "counted when they are read"
     if samples:

@@ -38,7 +38,7 @@ class Architecture(ABC):
     last_layer: str  # the module that gives the output
     parts_help: str  # what a plan may name, for messages
     only_form: bool = False  # whether prunet plans and builds its students, but cannot train or draw with it yet
-    adapters: AdapterForms | None = None  # how its adapters are made, if prunet can carry them over
+    adapters: AdapterForms  # how its adapters are made
 
     @property
     @abstractmethod

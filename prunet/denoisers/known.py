@@ -8,7 +8,8 @@ import torch
 
 from prunet.denoisers.architecture import Architecture, Net, config_of
 from prunet.denoisers.blocks import inputs
-from prunet.denoisers.blocks.architecture import Blocks
+from prunet.denoisers.blocks.adapters import BlockControlNets, runs, shares, turns
+from prunet.denoisers.blocks.architecture import Blocks, Stays
 from prunet.denoisers.unet2d.architecture import UNET2D
 from prunet.errors import UserError
 
@@ -20,17 +21,39 @@ _REFINERS = ("noise_refiner", "context_refiner")
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     UNET2D,
-    Blocks("FluxTransformer2DModel", _DOUBLES_AND_SINGLES, inputs.flux, packs=2),
+    Blocks(
+        "FluxTransformer2DModel",
+        _DOUBLES_AND_SINGLES,
+        inputs.flux,
+        packs=2,
+        adapters=BlockControlNets(
+            "FluxControlNetModel",
+            {
+                "controlnet_block_samples": ("transformer_blocks", "num_layers", turns),
+                "controlnet_single_block_samples": ("single_transformer_blocks", "num_single_layers", runs),
+            },
+        ),
+    ),
     Blocks("Flux2Transformer2DModel", _DOUBLES_AND_SINGLES, inputs.flux, packs=2),
     Blocks(
         "SD3Transformer2DModel",
         {"num_layers": ("transformer_blocks",)},
         inputs.sd3,
         numbers="dual_attention_layers",
-        stays=lambda config, count: (count - 1,),
-        why=", but for the last one, which has another form",
+        stays=Stays(lambda config, count: (count - 1,), ", but for the last one, which has another form"),
+        adapters=BlockControlNets(
+            "SD3ControlNetModel", {"controlnet_block_samples": ("transformer_blocks", "num_layers", shares)}
+        ),
     ),
-    Blocks("QwenImageTransformer2DModel", {"num_layers": ("transformer_blocks",)}, inputs.qwen_image, packs=2),
+    Blocks(
+        "QwenImageTransformer2DModel",
+        {"num_layers": ("transformer_blocks",)},
+        inputs.qwen_image,
+        packs=2,
+        adapters=BlockControlNets(
+            "QwenImageControlNetModel", {"controlnet_block_samples": ("transformer_blocks", "num_layers", runs)}
+        ),
+    ),
     Blocks(
         "ZImageTransformer2DModel",
         {"n_layers": ("layers",), "n_refiner_layers": (*_REFINERS, "siglip_refiner")},
@@ -53,8 +76,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         inputs.wan,
         size=inputs.WAN_SIZE,
         numbers="vace_layers",
-        stays=lambda config, count: config["vace_layers"],
-        why=", but for those of vace_layers, to which its control adds",
+        stays=Stays(
+            lambda config, count: config["vace_layers"], ", but for those of vace_layers, to which its control adds"
+        ),
     ),
 )
 #: Classes that look like lists of blocks and of which none can go.

@@ -19,11 +19,10 @@ from prunet.exports import int8
 from prunet.exports.runtime_folder import open_source, write_facts, write_pipeline
 from prunet.exports.traced import Part
 from prunet.recipe.values import Drawing
-from prunet.sampling.openvino import SAMPLERS, OpenVinoPipeline, need
+from prunet.sampling.openvino import MODEL, SAMPLERS, OpenVinoPipeline, need
 from prunet.sampling.pictures import picture_rmse
 from prunet.teacher.teacher import Teacher
 
-MODEL = "openvino_model.xml"
 #: What of the denoiser is in 8 bits: weights and activations, or weights alone; of text encoders always these.
 Bits = Literal["int8", "int8-weights"]
 #: Prompts to calibrate with, and others to compare pictures of.

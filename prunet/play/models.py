@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
@@ -15,10 +15,12 @@ from prunet.adapters.adapt import adapt, carry
 from prunet.errors import UserError, one_line
 from prunet.plan.derived import derive
 from prunet.plan.plan import Plan
+from prunet.recipe.prompts import check_prompts
 from prunet.recipe.recipe import load_recipe
 from prunet.recipe.values import Drawing
-from prunet.sampling.draw import Model, draw, open_model
-from prunet.sampling.made_for import drawing_of
+from prunet.sampling.draw import Model, draw, open_any
+from prunet.sampling.made_for import drawing_of, made_for
+from prunet.sampling.openvino import OpenVinoFolder, OpenVinoPipeline, precision_of
 from prunet.sampling.start import start_from
 from prunet.speed.clock import weights_mb, working_mb
 from prunet.teacher.space import check_size
@@ -50,7 +52,7 @@ class Drawn:
 
 
 @dataclass
-class Player:
+class TorchPlayer:
     """A model with its name on the page. `run`: the run whose student it is, if it is one."""
 
     name: str
@@ -62,6 +64,11 @@ class Player:
     def pipe(self) -> Any:
         """The stock pipeline; a LoRA stays loaded in it until another is asked for."""
         return self.opened.pipeline()
+
+    @property
+    def made_for(self) -> Drawing | None:
+        """How it draws whatever is asked for, if it was made for that."""
+        return made_for(self.opened)
 
     def draw(self, asked: Asked) -> Drawn:
         """Draws the picture.
@@ -120,6 +127,42 @@ class Player:
         self._lora = lora
 
 
+@dataclass
+class OpenVinoPlayer:
+    """A folder for OpenVINO with its name on the page. It computes in `precision`."""
+
+    name: str
+    opened: OpenVinoFolder
+    precision: str
+
+    @cached_property
+    def pipe(self) -> OpenVinoPipeline:
+        """The folder, opened to draw."""
+        return OpenVinoPipeline(self.opened.folder, self.precision)
+
+    @property
+    def made_for(self) -> Drawing:
+        """How it draws."""
+        return self.opened.made_for
+
+    def draw(self, asked: Asked) -> Drawn:
+        """Draws the picture.
+
+        Raises:
+            UserError: a picture to start from or a LoRA was asked for.
+        """
+        extra = "picture to start from" if asked.image is not None else "LoRA" if asked.lora is not None else None
+        if extra is not None:
+            raise UserError(f"{self.name}: a pipeline for OpenVINO draws without {extra}: leave it out")
+        check_prompts([asked.prompt], "prompt")
+        pipe, began = self.pipe, time.perf_counter()
+        [picture] = pipe.draw([asked.prompt], [asked.seed], self.made_for, asked.size)
+        return Drawn(picture, time.perf_counter() - began, None, self.made_for)
+
+
+Player: TypeAlias = TorchPlayer | OpenVinoPlayer
+
+
 def open_players(models: Sequence[str], *, config: str | None = None, device: Any, dtype: torch.dtype) -> list[Player]:
     """Opens one model or two; of a run alone, its teacher and its student.
 
@@ -127,17 +170,20 @@ def open_players(models: Sequence[str], *, config: str | None = None, device: An
         UserError: a model cannot be opened, or two that do not draw pictures of one size.
     """
     runs = [Path(model) if (Path(model) / "recipe.yaml").is_file() else None for model in models]
-    players = [
-        Player(name, open_model(Model(model, config, device, dtype)), run)
-        for name, model, run in zip(names_of(models), models, runs, strict=True)
-    ]
+    players: list[Player] = []
+    for name, model, run in zip(names_of(models), models, runs, strict=True):
+        opened = open_any(Model(model, config, device, dtype))
+        if isinstance(opened, OpenVinoFolder):
+            players.append(OpenVinoPlayer(name, opened, precision_of(dtype)))
+        else:
+            players.append(TorchPlayer(name, opened, run))
     if len(players) == 1 and runs[0] is not None:
         recipe = load_recipe(runs[0] / "recipe.yaml")
         source = recipe.stages[-1].teacher or recipe.teacher
         config, revision = source.config, source.revision
         teacher = Teacher(source.source, config=config, revision=revision, device=device, dtype=dtype)
         players[0].name = "student"
-        players.insert(0, Player("teacher", teacher))
+        players.insert(0, TorchPlayer("teacher", teacher))
     for player in players:
         check_size(player.opened, players[0].opened.native_size, "size")
         player.opened.check_weights()

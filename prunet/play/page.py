@@ -16,7 +16,6 @@ from prunet.data.pictures import read_picture
 from prunet.errors import UserError
 from prunet.play.models import Asked, Drawn, Player
 from prunet.recipe.values import Drawing
-from prunet.sampling.made_for import made_for
 from prunet.sampling.pictures import picture_rmse
 from prunet.sampling.samplers import SAMPLERS
 from prunet.sampling.start import STRENGTH
@@ -92,7 +91,7 @@ def _shown(gr: Any, player: Player) -> tuple[Any, Any]:
 def _settings(gr: Any, players: Sequence[Player]) -> list[Any]:
     """Returns the controls of `Asked` and `Drawing` that have defaults."""
     default = Drawing()
-    own = {player.name: how for player in players if (how := made_for(player.opened))}
+    own = {player.name: how for player in players if (how := player.made_for)}
     if own:
         gr.Markdown("; ".join(f"{name} draws as it was made for: {how}" for name, how in own.items()))
     with gr.Row():

@@ -1,1 +1,1 @@
-"""The recipe, one YAML page, as values: teacher, plan, data, stages, evaluation."""
+"""The recipe, one YAML page, as values: teacher, plan, data, stages and evaluation."""

@@ -1,7 +1,7 @@
-"""The paths in a recipe: they begin at its folder, and `~` and environment variables stand for what they say.
+"""The paths in a recipe. They are relative to its folder; `~` and environment variables in them are expanded.
 
-A YAML page is read as texts that know their folder (`from_folder`), so that the types of the fields, which know what is
-a path, can join the two. Values of the command line (`--set`) begin at the current folder.
+`from_folder` gives every text of a YAML page its folder. The types of path fields then join folder and text. Paths on
+the command line (`--set`) are relative to the current folder.
 """
 
 import os
@@ -16,18 +16,18 @@ from prunet.errors import UserError
 
 #: Recipes and lists of prompts that come with prunet.
 SHIPPED = Path(str(resources.files("prunet.recipe"))) / "shipped"
-#: What may also be the name of something elsewhere: owner/name of the hub, owner/name:split, or a layout.
+#: A text that may be a name instead of a path: owner/name on the hub, owner/name:split, or a layout.
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
 class _Text(str):
-    """A text of a YAML page in `folder`."""
+    """A text from a YAML page in `folder`."""
 
     folder: str
 
 
 def from_folder(value: Any, folder: str) -> Any:
-    """Returns a parsed YAML value in which every text knows its folder; "" is the current one."""
+    """Returns a parsed YAML value in which every text knows its folder; "" is the current folder."""
     if isinstance(value, dict):
         return {key: from_folder(item, folder) for key, item in value.items()}
     if isinstance(value, list):
@@ -40,9 +40,9 @@ def from_folder(value: Any, folder: str) -> Any:
 
 
 def moved(value: Any, old: str, new: str) -> Any:
-    """Returns a parsed run's recipe whose paths follow the run from folder `old` to `new`.
+    """Returns the parsed recipe of a run that was moved from folder `old` to `new`, with its paths adjusted.
 
-    A path that is not there any more is taken to have moved along, if it is there as seen from the new folder.
+    A path that no longer exists is replaced if it exists at the same place relative to the new folder.
     """
     if isinstance(value, dict):
         return {key: moved(item, old, new) for key, item in value.items()}
@@ -60,18 +60,18 @@ def shipped_names(ending: str) -> list[str]:
 
 
 def shipped_or(path: str | Path, ending: str) -> Path:
-    """Returns the path of the shipped file of that name, or else `path`."""
+    """Returns the path of the shipped file with this name, or else `path`."""
     return SHIPPED / f"{path}{ending}" if str(path) in shipped_names(ending) else Path(path)
 
 
 def located(text: Any, may_be_id: bool = False) -> Any:
-    """Returns a path of a recipe as the current folder sees it; what is no text is left to the type's own check.
+    """Returns a path of a recipe relative to the current folder; values that are not texts are returned unchanged.
 
-    `may_be_id`: a name without such a file is left as it is.
+    `may_be_id`: a name is returned unchanged if no file has this name.
 
     Raises:
-        UserError: an environment variable is not set; or nothing is there, but in the current folder, where the paths
-            of a recipe used to begin.
+        UserError: an environment variable is not set; or the path exists only relative to the current folder, as older
+            versions read it.
     """
     if not isinstance(text, str):
         return text
@@ -85,14 +85,14 @@ def located(text: Any, may_be_id: bool = False) -> Any:
         return path
     if not _exists(there) and _exists(path):
         raise UserError(
-            f"{text}: paths in a recipe begin at its folder, {folder}, where no {text} is, but in the current folder "
-            f"is one: write {os.path.relpath(path, os.path.realpath(folder))}"
+            f"{text}: paths in a recipe are relative to its folder, {folder}, which has no {text}, but the current "
+            f"folder has one: write {os.path.relpath(path, os.path.realpath(folder))}"
         )
     return path if may_be_id and _ID.fullmatch(path) and not _exists(there) else there
 
 
 def _exists(path: str) -> bool:
-    """Whether a path is there; of a pattern (`train-*.tar`, `{0000..0099}`), the folder before it."""
+    """Returns whether a path exists; for a pattern (`train-*.tar`, `{0000..0099}`), whether its folder exists."""
     plain = re.split(r"[*?\[{]", path)[0]
     return os.path.exists(path if plain == path else os.path.dirname(plain) or ".")
 
@@ -106,7 +106,7 @@ def _located_prompts(text: Any) -> Any:
 
 
 def _absolute(path: str, info: SerializationInfo) -> str:
-    """Writes a path in full where the context asks for it; a name or hub id stays."""
+    """Returns the absolute path if the serialization has a context; a name or hub id is returned unchanged."""
     is_name = "://" in path or path in shipped_names(".txt") or (_ID.fullmatch(path) and not _exists(path))
     return path if not info.context or is_name else os.path.abspath(path)
 

@@ -1,4 +1,4 @@
-"""What decides a personalised model: the model, a few pictures of a subject, and how it is trained on them."""
+"""The settings of a personalisation: the model, a few pictures of a subject, and the training on them."""
 
 from typing import Annotated, Any
 
@@ -10,7 +10,7 @@ from prunet.recipe.recipe import explain
 from prunet.recipe.training import Training
 from prunet.recipe.values import Fraction, Integer, Number, Positive, Seed, Size, Steps, Weight
 
-#: Fields that decide where a personalisation lies and what is shown of it, not what is learned.
+#: Fields that do not change what is learned: paths, and how often sheets and checkpoints are written.
 PLACES = ("model", "config", "pictures", "output", "sheet_every", "checkpoint_every")
 
 
@@ -20,21 +20,29 @@ class Personalization(Training):
     model: PathOrId = Field(description="pipeline folder, .safetensors file, hub id or run folder")
     config: PathOrId | None = Field(default=None, description="for a single file: folder or hub id with configs")
     pictures: PathText = Field(description="folder with pictures of the subject")
-    output: PathText = Field(description="folder for all that is made")
-    prompt: Annotated[str, Field(min_length=1)] = Field(description="what the pictures show, with a rare word for it")
-    class_prompt: Annotated[str, Field(min_length=1)] | None = Field(default=None, description="without the word")
-    class_pictures: Steps = Field(default=200, description="pictures of the class that the model draws")
-    prior_weight: Weight = Field(default=1.0, description="of the class in the loss")
-    lora: Steps | None = Field(default=None, description="rank; null: all weights of the denoiser are trained")
-    size: Size | None = Field(default=None, description="pixels; the model's own if not given")
-    guidance_scale: Weight | None = Field(default=None, description="for pictures of the class, and sheets")
-    seed: Seed = Field(default=1234, description="of the class, the noise and the LoRA's first weights")
-    batch_size: Annotated[Integer, Field(ge=1, le=1_000_000)] = Field(
-        default=1, description="pictures of the subject a step; as many of the class come to them"
+    output: PathText = Field(description="folder for the results")
+    prompt: Annotated[str, Field(min_length=1)] = Field(
+        description="what the pictures show, with a rare word for the subject"
     )
-    learning_rate: Positive = Field(default=5e-6, description="AdamW's; of a LoRA 1e-4")
-    warmup_steps: Annotated[Integer, Field(ge=0, le=1_000_000_000)] = Field(default=0, description="none by default")
-    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(default=None, description="null: no average")
+    class_prompt: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="the prompt without the rare word"
+    )
+    class_pictures: Steps = Field(default=200, description="pictures of the class that the model draws")
+    prior_weight: Weight = Field(default=1.0, description="weight of the class in the loss")
+    lora: Steps | None = Field(default=None, description="rank of the LoRA; null: all weights are trained")
+    size: Size | None = Field(default=None, description="pixels; if not given, the model's native size")
+    guidance_scale: Weight | None = Field(default=None, description="for pictures of the class and for sheets")
+    seed: Seed = Field(default=1234, description="seed of the class pictures, the noise and the LoRA's first weights")
+    batch_size: Annotated[Integer, Field(ge=1, le=1_000_000)] = Field(
+        default=1, description="pictures of the subject in a step; equally many of the class are added"
+    )
+    learning_rate: Positive = Field(default=5e-6, description="learning rate of AdamW; for a LoRA 1e-4")
+    warmup_steps: Annotated[Integer, Field(ge=0, le=1_000_000_000)] = Field(
+        default=0, description="steps in which the learning rate rises from 0"
+    )
+    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="decay of the average of the weights; null: no average"
+    )
     caption_dropout: Fraction = Field(default=0.0, description="share of samples that see the empty prompt")
     sheet_every: Annotated[Integer, Field(ge=0)] = Field(default=200, description="steps between two sheets; 0: none")
     checkpoint_every: Steps = Field(default=200, description="steps between two checkpoints")
@@ -55,12 +63,12 @@ class Personalization(Training):
         return self
 
     def settings(self, *without: str) -> dict[str, Any]:
-        """The keys that decide the result, `without` some, as plain JSON types."""
+        """Returns the keys that decide the result as plain JSON types, except those in `without`."""
         return super().settings(*PLACES, *without)
 
     @property
     def rows(self) -> int:
-        """Inputs of the denoiser per sample: a picture of the class beside each of the subject."""
+        """Inputs of the denoiser per sample: a picture of the subject, and with a class one of the class."""
         return 1 if self.class_prompt is None else 2
 
     @property
@@ -70,10 +78,10 @@ class Personalization(Training):
 
 
 def personalization(**values: Any) -> Personalization:
-    """A checked `Personalization`; values that are None count as not given.
+    """Returns a checked `Personalization`; values that are None count as not given.
 
     Raises:
-        UserError: the first value that does not fit.
+        UserError: a value does not fit (the first such value).
     """
     try:
         return Personalization.model_validate({name: value for name, value in values.items() if value is not None})

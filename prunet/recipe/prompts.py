@@ -9,28 +9,30 @@ from prunet.errors import UserError
 from prunet.hashing import hash_of
 from prunet.recipe.paths import shipped_names
 
-#: Characters of a prompt or caption. Text encoders read 77 tokens of fewer than 100 characters each.
+#: Most characters of a prompt or caption. Text encoders read 77 tokens of fewer than 100 characters each.
 LONGEST_PROMPT = 10_000
 PROMPT_COLUMNS = ("text", "caption", "prompt", "prompts", "captions")
 
 
 def read_prompt_file(path: Path) -> list[str]:
-    """Reads a text file with one prompt per line (except empty lines and `#` comments), or a column of a .csv or .tsv.
+    """Reads a text file with one prompt per line (empty lines and `#` comments are skipped), or a column of a table.
+
+    A table is a .csv or .tsv file with one of the columns `PROMPT_COLUMNS`.
 
     Raises:
-        UserError: no such file, not UTF-8, empty, no such column, or a row without a prompt.
+        UserError: the file is missing, not UTF-8 or empty, has no such column, or has a row without a prompt.
     """
     if not path.is_file():
         raise UserError(
-            f"No prompt file at {path}: give a text file with one prompt a line, a .csv or .tsv, or the name of a list "
-            f"that prunet has ({', '.join(shipped_names('.txt'))})"
+            f"No prompt file at {path}: give a text file with one prompt per line, a .csv or .tsv, or the name of a "
+            f"shipped list ({', '.join(shipped_names('.txt'))})"
         )
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: not readable as UTF-8 text: {error}") from error
     if "\0" in text:
-        raise UserError(f"{path}: holds a zero byte, so it is not a text file: give another")
+        raise UserError(f"{path}: contains a zero byte, so it is not a text file: give another")
     kind = path.suffix.lower()
     if kind in (".csv", ".tsv"):
         return _column(path, text, tabs=kind == ".tsv")
@@ -38,7 +40,7 @@ def read_prompt_file(path: Path) -> list[str]:
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not prompts:
-        raise UserError(f"{path}: no prompt in it")
+        raise UserError(f"{path}: contains no prompt: write one per line")
     check_prompts(prompts, str(path))
     return prompts
 
@@ -47,16 +49,16 @@ def check_prompts(prompts: Sequence[str], where: str) -> None:
     """Refuses prompts that are too long or not text; `where` begins the message.
 
     Raises:
-        UserError: the first such prompt.
+        UserError: a prompt is too long or not text (the first such prompt).
     """
     for prompt in prompts:
         if len(prompt) > LONGEST_PROMPT:
             raise UserError(
                 f"{where}: a prompt of {len(prompt):,} characters ({prompt[:40]!r}...), more than {LONGEST_PROMPT:,}: "
-                "shorten it, or give one prompt a line"
+                "shorten it, or give one prompt per line"
             )
         if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise UserError(f"{where}: {prompt!r} is not UTF-8 text: write it again")
+            raise UserError(f"{where}: {prompt!r} is not UTF-8 text: save it as UTF-8")
 
 
 def _column(path: Path, text: str, *, tabs: bool) -> list[str]:
@@ -66,7 +68,7 @@ def _column(path: Path, text: str, *, tabs: bool) -> list[str]:
     except csv.Error as error:
         raise UserError(f"{path}: not readable as {path.suffix[1:].upper()}: {error}") from error
     if not rows:
-        raise UserError(f"{path}: no prompt in it")
+        raise UserError(f"{path}: contains no prompt: write one per line")
     column = next((name for name in rows[0] if name and name.strip().lower() in PROMPT_COLUMNS), None)
     if column is None:
         found = ", ".join(str(name) for name in rows[0])
@@ -79,5 +81,5 @@ def _column(path: Path, text: str, *, tabs: bool) -> list[str]:
 
 
 def prompts_hash(prompts: Sequence[str]) -> str:
-    """A SHA-256 of prompts in their order."""
+    """Returns a SHA-256 of prompts in their order."""
     return hash_of(["\n".join(prompts).encode()])

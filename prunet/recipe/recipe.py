@@ -1,7 +1,7 @@
 """The recipe: one YAML page with teacher, plan, data, stages and evaluation.
 
-Device, precision, micro-batch and the number of processes are not part of it, because results do not depend on them.
-They are options of the command line.
+Device, precision, micro-batch and the number of processes are options of the command line, because results do not
+depend on them.
 """
 
 import copy
@@ -24,7 +24,7 @@ from prunet.recipe.prompts import check_prompts, read_prompt_file
 from prunet.recipe.stage import Losses, PlanValue, Stage, TeacherSource, TeacherValue
 from prunet.recipe.values import Copies, Drawing, DrawingSteps, Integer, Part, Seed, Size, Steps, Weight
 
-#: Keys of `Data` that are for pictures only, and for prompts only.
+#: Keys of `Data` for pictures only, and keys for prompts only.
 OF_PICTURES = ("crop", "flip", "buckets", "views", "image_column", "caption_column")
 OF_PROMPTS = ("steps", "guidance_scale", "images_per_prompt")
 
@@ -42,21 +42,25 @@ class Data(Part):
         default=None, description="folder, saved dataset, tar shards or parquet (or their URLs), or datasets id"
     )
     prompts: PromptsText | list[str] | None = Field(
-        default=None, description="prompts, a text file with one per line, or the name of a list that prunet has"
+        default=None, description="a list, a text file with one prompt per line, or the name of a shipped list"
     )
-    size: Size | None = Field(None, description="pixels; the teacher's own if not given")
-    crop: Literal["center", "random"] = Field(default="center", description="of pictures of another shape")
+    size: Size | None = Field(None, description="pixels; if not given, the teacher's native size")
+    crop: Literal["center", "random"] = Field(
+        default="center", description="where pictures of other shapes are cropped"
+    )
     flip: bool = Field(default=False, description="mirror half of the pictures")
     buckets: bool = Field(default=False, description="crop each picture to the nearest of several shapes of one area")
-    views: Copies = Field(default=1, description="samples of each picture, with other crops, flips and captions")
+    views: Copies = Field(default=1, description="samples of each picture, with different crops, flips and captions")
     limit: Steps | None = Field(default=None, description="use only the first N pictures or prompts")
-    image_column: str = Field(default="image", description="of a list of captions, parquet or a dataset")
+    image_column: str = Field(default="image", description="column of a list of captions, parquet or a dataset")
     caption_column: str | None = Field(
-        default=None, description="the first of text, caption, captions, prompt, description, sentences if not given"
+        default=None, description="if not given, the first of text, caption, captions, prompt, description, sentences"
     )
     steps: DrawingSteps = Field(default=25, description="prompts only: steps of the sampler, dpmsolver++")
-    guidance_scale: Weight = Field(default=7.5, description="prompts only: how far the teacher is guided")
-    images_per_prompt: Copies = Field(default=1, description="prompts only: latents from each prompt, with other noise")
+    guidance_scale: Weight = Field(default=7.5, description="prompts only: guidance scale of the teacher")
+    images_per_prompt: Copies = Field(
+        default=1, description="prompts only: latents of each prompt, from different noise"
+    )
 
     _some_prompts = field_validator("prompts")(_not_empty)
 
@@ -65,31 +69,31 @@ class Data(Part):
         if (self.source is None) == (self.prompts is None):
             raise ValueError("give either 'source' (pictures with captions) or 'prompts'")
         kind, names = ("pictures", OF_PROMPTS) if self.source is not None else ("prompts", OF_PICTURES)
-        # Defaults are no mistake: the recipe.yaml of a run folder contains all values.
+        # Default values are allowed, because the recipe.yaml of a run folder contains all values.
         if idle := [name for name in names if getattr(self, name) != type(self).model_fields[name].default]:
-            raise ValueError(f"{idle[0]!r} has no meaning where the data are {kind}: leave it out")
+            raise ValueError(f"{idle[0]!r} has no meaning if the data are {kind}: leave it out")
         if self.size is not None and self.size % 8:
             raise ValueError(f"'size' must be a multiple of 8, not {self.size}")
         return self
 
 
 class Sheet(Part):
-    """The sheet of pictures drawn while training: teacher and student, with fixed prompts and fixed noise."""
+    """The sheet of pictures drawn during training: teacher and student, with fixed prompts and fixed noise."""
 
-    prompts: list[str] | None = Field(default=None, description="the first evaluation prompts if not given")
-    every: Annotated[Integer, Field(ge=0)] = Field(default=1000, description="steps; 0: never")
+    prompts: list[str] | None = Field(default=None, description="if not given, the first evaluation prompts")
+    every: Annotated[Integer, Field(ge=0)] = Field(default=1000, description="steps between two sheets; 0: no sheets")
 
 
 class Evaluation(Drawing):
-    """How pictures of the teacher are drawn, and those of the student unless its last stage decides (`made_for`)."""
+    """How teacher and student draw for the evaluation; a student's last stage may decide otherwise (`made_for`)."""
 
     prompts: PromptsText | list[str] = Field(
-        description="held-out prompts, a text file with one per line, or the name of a list that prunet has"
+        description="held-out prompts: a list, a text file with one per line, or the name of a shipped list"
     )
     limit: Steps | None = Field(default=None, description="use only the first N prompts")
     seed: Seed = Field(default=1234, description="seed of the pictures' noise; independent of the run's seed")
     image_to_image: Annotated[Integer, Field(ge=0, le=1000)] = Field(
-        default=4, description="pictures of the teacher from which all draw too; 0: none"
+        default=4, description="number of the teacher's pictures that teacher and student draw from; 0: none"
     )
 
     _some_prompts = field_validator("prompts")(_not_empty)
@@ -100,31 +104,31 @@ class Export(Part):
 
     fp16: bool = Field(default=False, description="also write the fp16 variant into the folder; single file in fp16")
     single_file: bool = Field(default=False, description="also write the original LDM layout as one file")
-    license: str | None = Field(default=None, description="the student's licence; usually the teacher's")
+    license: str | None = Field(default=None, description="the student's licence, usually that of the teacher")
 
 
 class Recipe(Part):
     """Everything that decides a student: one YAML page (docs/recipes.md)."""
 
-    teacher: TeacherValue = Field(description="the original: its source alone, or a mapping")
-    plan: PlanValue = Field(description="what is removed: a preset's name, a file, or a list of patterns")
+    teacher: TeacherValue = Field(description="the original model: its source, or a mapping")
+    plan: PlanValue = Field(description="the blocks to remove: a preset's name, a file, or a list of patterns")
     initialisation: Literal["inherited", "random"] = Field(
         default="inherited", description="the student's first weights: the teacher's, or random (for comparison)"
     )
-    data: Data = Field(description="what is learned from")
+    data: Data = Field(description="the training data")
     stages: Annotated[list[Stage], Field(min_length=1, max_length=100)] = Field(
         description="pieces of training, one after another"
     )
     evaluation: Evaluation = Field(description="how the student is compared with its teacher")
-    sheet: Sheet = Field(default=Sheet(), description="pictures drawn while training")
-    export: Export = Field(default=Export(), description="what is written beside the pipeline folder")
+    sheet: Sheet = Field(default=Sheet(), description="pictures drawn during training")
+    export: Export = Field(default=Export(), description="files beside the pipeline folder")
     output: PathText = Field(description="the run folder")
     cache: PathText | None = Field(
-        default=None, description="folder of the latents, to share them between runs; in the run folder if not given"
+        default=None, description="folder for the latents, to share them between runs; if not given, in the run folder"
     )
     seed: Seed = Field(default=1234, description="seed of training; pictures have `evaluation.seed`")
-    checkpoint_every: Steps = Field(default=1000, description="steps of training from one checkpoint to the next")
-    keep_checkpoints: Steps = Field(default=2, description="checkpoints that stay: the last ones")
+    checkpoint_every: Steps = Field(default=1000, description="steps between two checkpoints")
+    keep_checkpoints: Steps = Field(default=2, description="number of checkpoints to keep, the newest ones")
 
     @model_validator(mode="after")
     def _last_plan(self) -> "Recipe":
@@ -134,7 +138,7 @@ class Recipe(Part):
 
     @property
     def made_for(self) -> Drawing | None:
-        """How the student of the last stage draws; None: as the teacher."""
+        """How the student of the last stage draws; None: in the same way as the teacher."""
         return self.stages[-1].made_for(self.evaluation)
 
     @property
@@ -156,17 +160,18 @@ def _plain(value: Any) -> Any:
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = (), values: Mapping[str, Any] | None = None) -> Recipe:
-    """Reads a YAML recipe, or a shipped one by its name. Relative paths in it begin at its folder (`folder_of`).
+    """Reads a YAML recipe from a file, or a shipped one by its name.
 
-    Paths of a run's own recipe that moved together with the run are found where they are now.
+    Paths in a recipe are relative to its folder (`folder_of`). If a run was moved, paths in its own recipe that moved
+    with it are found at their new place.
 
     Args:
         path: the recipe's file, or a name.
-        overrides: `key.sub=value` strings (`stages.0.steps=100`) in YAML; their paths begin at the current folder.
-        values: keys and parsed values, which replace the recipe's before `overrides` do.
+        overrides: `key.sub=value` strings (`stages.0.steps=100`) in YAML, with paths relative to the current folder.
+        values: keys and parsed values that replace the recipe's, before `overrides` do.
 
     Raises:
-        UserError: not readable, an unknown key (with the nearest known one), or a value that does not fit.
+        UserError: the file is not readable, a key is unknown (with the nearest known one), or a value does not fit.
     """
     path = shipped_or(path, ".yaml")
     if not path.is_file():
@@ -193,16 +198,17 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), values: Mapping
     if path.parent == SHIPPED and recipe.teacher.source.startswith("emoji/") and not Path("emoji").is_dir():
         raise UserError(
             f"recipe {path.stem}: its teacher and pictures lie in emoji/ of prunet's repository, not in the package: "
-            "clone that (git clone --depth 1) and give the same command in its folder; for your own model, `prunet new`"
+            "clone it (git clone --depth 1) and run this command in its folder; for your own model, use `prunet new`"
         )
     return recipe
 
 
 def folder_of(path: Path) -> str:
-    """The folder at which the paths of a recipe begin: its own.
+    """Returns the folder that the paths of a recipe are relative to, usually its own; "" is the current folder.
 
-    That of a shipped recipe is the current one, since nothing is to be written where prunet is installed. So is that of
-    a run's own `recipe.yaml`, where `recipe_yaml` wrote the paths in full and older versions as the command had them.
+    Paths of a shipped recipe are relative to the current folder, because nothing may be written where prunet is
+    installed. So are those of a run's own `recipe.yaml`: `recipe_yaml` writes absolute paths, and older versions wrote
+    them as they were in the command.
     """
     return "" if _is_of_run(path) or path.parent.resolve() == SHIPPED.resolve() else str(path.parent)
 
@@ -212,12 +218,12 @@ def _is_of_run(path: Path) -> bool:
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """The recipe with all its values, and paths in full, as YAML, which `load_recipe` reads."""
+    """Returns the recipe as YAML for `load_recipe`, with all its values and absolute paths."""
     return yaml.safe_dump(recipe.model_dump(mode="json", context="full"), sort_keys=False, allow_unicode=True)
 
 
 def _parse_override(text: str) -> tuple[str, Any, str]:
-    """(key, value, its name in messages) of a `--set`."""
+    """Returns key and value of a `--set`, and its name in messages."""
     key, sign, raw = text.partition("=")
     if not sign or not key.strip():
         raise UserError(f"--set {text!r}: write key=value, such as stages.0.steps=100")
@@ -227,7 +233,7 @@ def _parse_override(text: str) -> tuple[str, Any, str]:
 def _override(value: Any, key: str, new: Any, name: str) -> None:
     *parents, last = key.strip().split(".")
     if len(parents) > DEEPEST:
-        raise UserError(f"{name}: no key has more than {DEEPEST} parts")
+        raise UserError(f"{name}: a key with more than {DEEPEST} parts: give a key of the recipe")
     for parent in parents:
         if isinstance(value, list) and parent in _places(value):
             value = value[int(parent)]
@@ -261,9 +267,9 @@ _PARTS: dict[str, type[Part]] = {
 
 
 def explain(error: ValidationError, whole: type[Part] = Recipe) -> str:
-    """The first error of pydantic as one line, with the key and, if that is unknown, the nearest known one."""
+    """Returns pydantic's first error as one line with its key, and for an unknown key the nearest known one."""
     first = error.errors()[0]
-    # If a value may have several types, pydantic adds the one that it tried, in its own words.
+    # If a value may have several types, pydantic adds the type that it tried, in its own words.
     where = ".".join(str(name) for name in first["loc"] if not re.search(r"[-\[(]", str(name)))
     if first["type"] == "extra_forbidden":
         parents = [str(p) for p in first["loc"][:-1] if not isinstance(p, int)]
@@ -279,7 +285,7 @@ def explain(error: ValidationError, whole: type[Part] = Recipe) -> str:
 
 
 def read_prompts(value: str | list[str], limit: int | None = None) -> list[str]:
-    """The first `limit` prompts of a list, a file (`prunet.recipe.prompts`) or a shipped list."""
+    """Returns the first `limit` prompts of a list, a file (`prunet.recipe.prompts`) or a shipped list."""
     if isinstance(value, str):
         return read_prompt_file(shipped_or(value, ".txt"))[:limit]
     check_prompts(value[:limit], "prompts")

@@ -26,27 +26,27 @@ class TeacherSource(Part):
     config: PathOrId | None = Field(
         default=None, description="for a single file: folder or hub id with configs and tokenizers"
     )
-    revision: str | None = Field(default=None, description="revision of a hub id")
+    revision: str | None = Field(default=None, description="for a hub id: a branch, tag or commit")
 
 
 def _read_teacher(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value
 
 
-#: A teacher in a recipe: its source alone, or a mapping.
+#: A teacher in a recipe: its source, or a mapping.
 TeacherValue = Annotated[TeacherSource, BeforeValidator(_read_teacher)]
 
 
 class Losses(Part):
     """Weights of the three loss terms (arXiv 2305.15798, equation 4), and the details of the feature term."""
 
-    task: Weight = Field(default=1.0, description="of the distance from what the data teach")
-    output: Weight = Field(default=1.0, description="of the distance from the teacher's output")
-    feature: Weight = Field(default=1.0, description="of the distances between features of student and teacher")
+    task: Weight = Field(default=1.0, description="weight of the distance from the data's target")
+    output: Weight = Field(default=1.0, description="weight of the distance from the teacher's output")
+    feature: Weight = Field(default=1.0, description="weight of the distances between features of student and teacher")
     level: Level = Field(default="block", description="which modules are compared: see docs/recipes.md")
     normalize: bool = Field(default=False, description="divide each feature term by the teacher's mean square")
     weights: dict[str, Weight] = Field(
-        default={}, max_length=1000, description="pattern for the teacher's modules: factor of their terms"
+        default={}, max_length=1000, description="maps patterns over the teacher's modules to factors of their terms"
     )
 
     @model_validator(mode="after")
@@ -71,7 +71,7 @@ PlanValue = Annotated[Any, BeforeValidator(_read_plan), PlainSerializer(_write_p
 
 
 Objective = Literal["distillation", "guidance", "trajectory", "consistency", "distribution"]
-#: Objective -> keys that have no meaning for it, and are not written down with it.
+#: Maps an objective to the keys that have no meaning for it and are not saved with it.
 IDLE: dict[str, tuple[str, ...]] = {
     "distillation": ("objective", "guidance_scale", "jumps", "path_steps", "paths", "jump_weight"),
     "guidance": ("min_snr_gamma", "jumps", "path_steps", "paths", "jump_weight"),
@@ -79,14 +79,14 @@ IDLE: dict[str, tuple[str, ...]] = {
     "consistency": ("min_snr_gamma", "losses", "path_steps", "paths", "jump_weight"),
     "distribution": ("min_snr_gamma", "losses", "caption_dropout"),
 }
-#: Objective -> those of them that have a meaning if `paths` is given: its inputs are then points of paths.
+#: Maps an objective to the keys of `IDLE` that have a meaning if `paths` is given: its inputs are then points of paths.
 ON_PATHS: dict[str, tuple[str, ...]] = {
     "distillation": ("guidance_scale", "path_steps", "paths"),
     "guidance": ("path_steps", "paths"),
 }
-#: Objective -> calls of the teacher per sample.
+#: Maps an objective to the calls of the teacher per sample.
 TEACHER_CALLS = {"distillation": 1, "guidance": 2, "trajectory": 0, "consistency": 2, "distribution": 2}
-#: Objective -> keys that it cannot do without.
+#: Maps an objective to the keys that it requires.
 NEEDED: dict[str, tuple[str, ...]] = {
     "distillation": ("guidance_scale",),
     "guidance": ("guidance_scale",),
@@ -94,34 +94,36 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "consistency": ("guidance_scale", "jumps"),
     "distribution": ("guidance_scale", "jumps"),
 }
-#: Objective -> sampler that draws in `jumps` steps.
+#: Maps an objective to the sampler that draws in `jumps` steps.
 FEW_STEP_SAMPLER = {"trajectory": "ddim-trailing", "consistency": "lcm", "distribution": "ddim-trailing"}
 
 
 class Stage(Training):
-    """A stage of distillation. Defaults are BK-SDM's; its scripts have no warm-up and no caption dropout.
+    """A stage of distillation. Defaults are BK-SDM's, except that its scripts have no warm-up and no caption dropout.
 
-    `settings` leaves out the keys without a meaning for the objective, and `objective: distillation`, so that stages
-    trained before there were other objectives stay the same.
+    `settings` leaves out the keys without a meaning for the objective. It also leaves out `objective: distillation`, so
+    that stages that were trained before other objectives existed keep their fingerprints.
     """
 
     objective: Objective = Field(
-        default="distillation", description="what is minimised: see docs/few-steps.md for the others"
+        default="distillation", description="what the stage minimises: see docs/few-steps.md for the others"
     )
     guidance_scale: Weight | None = Field(
-        default=None, description="the teacher's; the student learns to need none, unless by distillation"
+        default=None, description="of the teacher; the student then draws without guidance, except with distillation"
     )
-    jumps: Steps | None = Field(default=None, description="few steps in which the student learns to draw")
-    path_steps: DrawingSteps = Field(default=12, description="of the teacher to draw a path")
+    jumps: Steps | None = Field(default=None, description="number of steps in which the student learns to draw")
+    path_steps: DrawingSteps = Field(default=12, description="steps of the teacher in a path")
     paths: Steps | None = Field(default=None, description="number of the teacher's paths; by default one per sample")
-    jump_weight: Weight = Field(default=1.0, description="distribution only: of the loss of trajectory, which is added")
-    plan: PlanValue | None = Field(
-        default=None, description="an earlier plan that removes less; the recipe's plan if not given"
+    jump_weight: Weight = Field(
+        default=1.0, description="distribution only: weight of the loss of trajectory, which is added"
     )
-    losses: Losses = Field(default=Losses(), description="what is added up in the loss")
+    plan: PlanValue | None = Field(
+        default=None, description="an earlier plan that removes less; if not given, the recipe's plan"
+    )
+    losses: Losses = Field(default=Losses(), description="the terms of the loss")
     teacher: TeacherValue | None = Field(default=None, description="another teacher for this stage, of the same layout")
     min_snr_gamma: Positive | None = Field(
-        default=None, description="weighs the task loss by the signal-to-noise ratio, up to this; 5 is usual"
+        default=None, description="the task loss is weighed by the signal-to-noise ratio, up to this value; 5 is usual"
     )
 
     @model_validator(mode="after")
@@ -160,7 +162,7 @@ class Stage(Training):
         return int(self.objective == "distribution")
 
     def made_for(self, evaluation: Drawing) -> Drawing | None:
-        """How the stage's student draws; None: as the teacher. `evaluation`: how the recipe's teacher draws."""
+        """How the stage's student draws; None: like the teacher. `evaluation`: how the recipe's teacher draws."""
         if self.jumps:
             return Drawing(steps=self.jumps, guidance_scale=1, sampler=FEW_STEP_SAMPLER[self.objective])
         if self.objective == "guidance":

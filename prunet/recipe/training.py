@@ -1,4 +1,4 @@
-"""What every training has, whatever it minimises: steps, batches, optimizer, average."""
+"""The settings of every training, for any objective: steps, batches, optimizer, average."""
 
 from typing import Annotated, Any, Literal
 
@@ -12,22 +12,22 @@ class Training(Part):
 
     steps: Steps = Field(description="updates of the weights")
     batch_size: Annotated[Integer, Field(ge=1, le=1_000_000)] = Field(
-        default=256, description="samples a step, over all processes and micro-batches"
+        default=256, description="samples in a step, over all processes and micro-batches"
     )
-    learning_rate: Positive = Field(default=5e-5, description="AdamW's, after the warm-up")
-    schedule: Literal["constant", "cosine"] = Field(default="constant", description="of the learning rate")
+    learning_rate: Positive = Field(default=5e-5, description="learning rate of AdamW after the warm-up")
+    schedule: Literal["constant", "cosine"] = Field(default="constant", description="schedule of the learning rate")
     warmup_steps: Annotated[Integer, Field(ge=0, le=1_000_000_000)] = Field(
         default=500, description="steps in which the learning rate rises from 0"
     )
-    weight_decay: Weight = Field(default=1e-2, description="AdamW's")
+    weight_decay: Weight = Field(default=1e-2, description="weight decay of AdamW")
     max_grad_norm: Positive = Field(default=1.0, description="norm to which gradients are clipped")
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
-        default=0.9999, description="of the average of the weights, which is exported; null: no average"
+        default=0.9999, description="decay of the average of the weights, which is exported; null: no average"
     )
     caption_dropout: Fraction = Field(default=0.1, description="share of samples that see the empty prompt")
 
     def settings(self, *without: str) -> dict[str, Any]:
-        """The keys that decide the result, `without` some, as plain JSON types."""
+        """Returns the keys that decide the result as plain JSON types, except those in `without`."""
         return self.model_dump(mode="json", exclude=set(without))
 
     @property

@@ -16,7 +16,7 @@ Number = Annotated[float, BeforeValidator(_no_truth)]
 Steps = Annotated[Integer, Field(ge=1, le=1_000_000_000)]
 #: Steps of a sampler; Stable Diffusion's noise schedules have no more.
 DrawingSteps = Annotated[Integer, Field(ge=1, le=1000)]
-#: Samples made of each picture or prompt.
+#: Number of samples from each picture or prompt.
 Copies = Annotated[Integer, Field(ge=1, le=1000)]
 Size = Annotated[Integer, Field(ge=8, le=4096)]
 Seed = Annotated[Integer, Field(ge=0, le=2**62)]
@@ -36,7 +36,9 @@ class Drawing(Part):
 
     steps: DrawingSteps = Field(default=25, description="steps of the sampler")
     guidance_scale: Weight = Field(default=7.5, description="up to 1: no guidance, half of the calls")
-    sampler: str = Field(default="dpmsolver++", description="or ddim, ddim-trailing, pndm, euler, euler-a, lcm, unipc")
+    sampler: str = Field(
+        default="dpmsolver++", description="dpmsolver++, ddim, ddim-trailing, pndm, euler, euler-a, lcm or unipc"
+    )
 
     @classmethod
     def given(cls, **values: Any) -> Self:
@@ -45,7 +47,7 @@ class Drawing(Part):
 
     @property
     def rows(self) -> int:
-        """Inputs of the denoiser per step and picture; with guidance 2, because it compares with the empty prompt."""
+        """Inputs of the denoiser per step and picture: 1, or 2 with guidance, which also needs the empty prompt."""
         return 2 if self.guidance_scale > 1 else 1
 
     def __str__(self) -> str:

@@ -14,9 +14,9 @@ LETTER, BOLD = 7.0, 7.9  # widths of a letter at 13 px, rounded up
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar. `segments`: kind (its colour) and length; `note`: small print after the label; `text`: after the bar.
+    """A bar. `segments`: kinds (colours) and lengths; `note`: small print after the label; `text`: after the bar.
 
-    `mark`: a line across the bar; `whisker`: an interval; `track`: the length of a pale bar behind it.
+    `mark`: place of a line across the bar; `whisker`: an interval; `track`: length of a pale bar behind it.
     """
 
     label: str
@@ -36,9 +36,9 @@ class Bar:
 
 @dataclass(frozen=True)
 class Panel:
-    """Bars on one scale. `key`: kind -> name, in the order of the legend; `soft`: what the panel shows, in words.
+    """Bars on one scale. `key`: maps kinds to names, in the order of the legend; `soft`: a subtitle.
 
-    `floor`: the scale is logarithmic and begins here.
+    `floor`: where a logarithmic scale begins; None: the scale is linear.
     """
 
     title: str
@@ -48,7 +48,7 @@ class Panel:
     floor: float | None = None
 
     def length(self, value: float) -> float:
-        """A value on the panel's scale."""
+        """Returns a value on the panel's scale."""
         return value if self.floor is None else math.log10(max(1.0, value / self.floor))
 
 

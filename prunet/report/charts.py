@@ -29,7 +29,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def is_page(path: Path, kind: str = "") -> bool:
-    """Returns whether a file is a page that `render` made, of `kind` (`report`, `comparison`) if one is given."""
+    """Returns whether a file is a page that `render` made, and, if `kind` is given, a page of this kind."""
     with path.open("rb") as file:
         found = re.search(rb'name="generator" content="prunet ([^"]*)"', file.read(4096))
     return found is not None and found[1].decode(errors="replace").endswith(kind)
@@ -39,7 +39,7 @@ def is_page(path: Path, kind: str = "") -> bool:
 
 
 def inline(path: Path, side: int) -> dict[str, Any] | None:
-    """Returns a picture as a data URI with sides of at most `side` (PNG if tiny, else WebP); None if it is missing."""
+    """Returns a picture as a data URI, at most `side` wide and high (PNG if tiny, else WebP); None if it is missing."""
     if not path.is_file():
         return None
     try:
@@ -90,7 +90,7 @@ def draw_chart(
 
 
 def _smooth(points: list[Point]) -> list[Point]:
-    """Returns a centred moving geometric mean; it begins at the first value, so that a steep start stays steep."""
+    """Returns a centred moving geometric mean. It begins at the first value, so a steep start stays steep."""
     sums = [0.0, *accumulate(math.log(y) for _, y in points)]
     out = []
     for i, (x, _) in enumerate(points):

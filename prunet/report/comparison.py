@@ -1,4 +1,4 @@
-"""One page with several runs side by side, refused unless their evaluations have one protocol."""
+"""One page with several runs side by side, for runs with the same protocol of evaluation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ from prunet.report.curves import level_chart, read_logs, segments, step_ticks
 from prunet.report.run import PICTURE_SIDE
 from prunet.words import command, names_of, short, without_home
 
-MOST_RUNS = 8  # a page has colours and columns for no more
+MOST_RUNS = 8  # the colours and columns of a page
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A finished run: its name on the page, its folder, and the contents of that."""
+    """A finished run: its name on the page, its folder, and the folder's contents."""
 
     name: str
     kind: str  # its colour
@@ -47,10 +47,11 @@ class Compared:
 
 
 def open_runs(folders: Sequence[Path | str]) -> list[Compared]:
-    """Opens the runs in `folders`; their evaluations must have one protocol.
+    """Opens the runs in `folders`; their evaluations must have the same protocol.
 
     Raises:
-        UserError: not two to eight runs, a run is not evaluated, or protocols differ (the message names the keys).
+        UserError: fewer than 2 or more than 8 runs, a run that is not evaluated, or protocols that differ (the message
+            names the keys).
     """
     paths = [Path(folder) for folder in folders]
     if not 2 <= len(paths) <= MOST_RUNS:
@@ -61,8 +62,8 @@ def open_runs(folders: Sequence[Path | str]) -> list[Compared]:
     for run in runs[1:]:
         if apart := differences(first, _protocol(run)):
             raise UserError(
-                f"{run.folder}: evaluated differently from {runs[0].folder}: they differ in {', '.join(apart)}; such "
-                "numbers cannot be compared"
+                f"{run.folder}: evaluated differently from {runs[0].folder}: they differ in {', '.join(apart)}, so "
+                "their numbers cannot be compared: evaluate both in the same way"
             )
     return runs
 
@@ -74,11 +75,11 @@ def _open_run(folder: Path, name: str, kind: str) -> Compared:
         UserError: the evaluation is missing or of another student, or a file is damaged.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder: give runs that `prunet run` or `prunet measure` left")
+        raise UserError(f"{folder}: no such folder: give folders that `prunet run` or `prunet measure` wrote")
     try:
         steps = read_steps(folder)
         if "evaluate" not in steps:
-            raise UserError(f"{folder}: not evaluated, or trained since: finish it with {command('run', folder)}")
+            raise UserError(f"{folder}: not evaluated after its training: finish it with {command('run', folder)}")
         plan, evaluation = PlanResult.load(folder / "plan.json"), read_evaluation(folder / "evaluation", steps)
         check_permission(folder / "recipe.yaml")
         recipe_text = without_home((folder / "recipe.yaml").read_text(encoding="utf-8"))
@@ -88,7 +89,7 @@ def _open_run(folder: Path, name: str, kind: str) -> Compared:
         _ = (plan.diagram(), run.teacher, run.distance)
         return run
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"{folder}: damaged ({error!r}): finish it again with its recipe") from error
+        raise UserError(f"{folder}: damaged ({error!r}): delete the damaged file and run the recipe again") from error
 
 
 def _protocol(run: Compared) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def _protocol(run: Compared) -> dict[str, Any]:
 
 
 def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
-    """Writes one page about all runs to `path`; it needs no other file and no network."""
+    """Writes one page about all runs to `path`; the page needs no other file and no network."""
     runs, path = open_runs(folders), Path(path)
     protocol = runs[0].evaluation.protocol
     page = render(
@@ -135,7 +136,7 @@ def _pictures(runs: list[Compared], prompts: list[str]) -> list[dict[str, Any]]:
 
 
 def _loss_chart(runs: list[Compared]) -> dict[str, Any] | None:
-    """Plots the output loss of each run by step: the one term that is the same whatever else a run minimised."""
+    """Plots the output loss of each run by step, the one term that means the same in all runs."""
     ways = {run.kind: segments(run.axis, "output") for run in runs}
     right = max((x for way in ways.values() for segment in way for x, _ in segment), default=0)
     chart = draw_chart(ways, right, [], smooth=True)

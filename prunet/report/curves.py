@@ -1,4 +1,4 @@
-"""The curves of a run, from the logs of all its stages."""
+"""The curves of a run, made from the logs of all its stages."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from prunet.report.charts import Point, Row, draw_chart, thin
 from prunet.training.log import read_log
 from prunet.words import number
 
-Axis = list[list[tuple[float, Row]]]  # for each stage the rows of its log, each with its step counted over all stages
+Axis = list[list[tuple[float, Row]]]  # for each stage the rows of its log, with steps counted over all stages
 SERIES = {"loss": "total", "task": "task", "output": "output", "feature": "feature"}
 MOST_TIPS = 80  # in a chart
 
@@ -32,7 +32,7 @@ def read_logs(stages: list[Path], steps: Mapping[str, Step]) -> Axis:
         log, step = stage / "log.jsonl", steps.get(stage.name)
         if step and step.log and log.is_file() and file_checksum(log) != step.log:
             raise UserError(
-                f"{log}: damaged or changed (its checksum is another than when the stage ended): delete it (the charts "
+                f"{log}: damaged or changed (its checksum differs from the end of the stage): delete it (the charts "
                 f"will lack its rows), or delete {stage} to train it again"
             )
     logs = [read_log(log) if (log := stage / "log.jsonl").is_file() else [] for stage in stages]
@@ -44,7 +44,7 @@ def read_logs(stages: list[Path], steps: Mapping[str, Step]) -> Axis:
 
 
 def segments(axis: Axis, key: str) -> list[list[Point]]:
-    """Returns one line for each stage, without values that a logarithmic scale cannot show (0: an unused loss)."""
+    """Returns one line for each stage, without values that a logarithmic scale cannot show (an unused loss is 0)."""
     return [[(x, row[key]) for x, row in stage if 0 < row.get(key, 0) < math.inf] for stage in axis]
 
 

@@ -1,4 +1,4 @@
-"""The live page of a run: one file that its browser reads again every few seconds, with no server."""
+"""The live page of a run: one file that a browser reloads every few seconds, without a server."""
 
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ SHEET_SIDE = 1600  # longest side in pixels
 
 
 def write_live(folder: Path, now: dict[str, Any], lines: list[tuple[str, str]], path: Path, every: float) -> None:
-    """Writes the page of a run as `now` says (`prunet.runs.watching.look`), to be read again after `every` seconds.
+    """Writes the page of a run in the state `now` (`prunet.runs.watching.look`), which reloads after `every` seconds.
 
-    `lines`: names and texts, as the terminal shows them.
+    `lines`: names and texts, as in the terminal.
     """
     stages = sorted(folder.glob("stage-*"), key=lambda stage: (len(stage.name), stage.name))
     page = render(
@@ -32,7 +32,7 @@ def write_live(folder: Path, now: dict[str, Any], lines: list[tuple[str, str]], 
 
 
 def title(now: dict[str, Any]) -> str:
-    """What a run does, in a few words: `stage-1, 40 of 100 steps`."""
+    """Returns what a run is doing, in a few words: `stage-1, 40 of 100 steps`."""
     if now["step"] is None:
         return "done"
     counted = f", {now['done']:,}" if now["done"] is not None else ""

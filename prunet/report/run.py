@@ -1,4 +1,4 @@
-"""The report of a run: one page that needs no other file, made from the run folder alone."""
+"""The report of a run: one page that needs no other file, made only from the run folder."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def write_report(folder: Path | str) -> Path:
     """Writes `report.html` into a run folder from its files; the page needs no other file and no network.
 
     Raises:
-        UserError: the plan or the evaluation is missing (the run is not that far) or not readable.
+        UserError: the plan or the evaluation is missing (the run has not reached it) or not readable.
     """
     folder = Path(folder)
     plan, steps = PlanResult.load(folder / "plan.json"), read_steps(folder)
@@ -61,7 +61,7 @@ def write_report(folder: Path | str) -> Path:
 
 
 def _measured(folder: Path) -> list[Measures]:
-    """Reads what `prunet measure` found about the run's present student, by each protocol."""
+    """Returns the results of `prunet measure` for the run's present student, one for each protocol."""
     paths = sorted((folder / "measured").glob("*/measures.json"))
     if not paths or not (folder / "pipeline" / "model_index.json").is_file():
         return []
@@ -87,7 +87,7 @@ def _pictures(folder: Path, evaluation: EvaluationResult) -> list[dict[str, Any]
 
 
 def _changed(folder: Path, evaluation: EvaluationResult) -> list[dict[str, Any]]:
-    """Returns what was drawn from pictures: each start, with the pictures of teacher and student, and their errors."""
+    """Returns the results of image to image: each start with the pictures of teacher and student and their errors."""
     found = evaluation.image_to_image
     if found is None:
         return []
@@ -105,7 +105,7 @@ def _changed(folder: Path, evaluation: EvaluationResult) -> list[dict[str, Any]]
 
 
 def _sheets(folder: Path) -> list[dict[str, Any]]:
-    """Returns some of the sheets drawn while training, with the first and the last."""
+    """Returns some of the sheets drawn during training, the first and the last among them."""
     drawn = [p for p in folder.glob("step-*.png") if p.is_file() and p.stem.removeprefix("step-").isdigit()]
     chosen = thin(sorted(drawn), MOST_SHEETS)
     return [{"step": int(p.stem.removeprefix("step-")), **(inline(p, SHEET_SIDE) or {})} for p in chosen]

@@ -1,4 +1,4 @@
-"""A search as a page: the frontier of cost against error, the plan that was found, and what each part hurts."""
+"""A search as a page: the frontier of cost against error, the plan that was found, and the error of each removal."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from prunet.words import many, number, short
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 560, 84, 40, 104, 72  # pixels; the last four are margins
 NAMES = {"parameters": "parameters", "macs": "MACs of a call", "size": "size in half precision", "latency": "latency"}
 MOST_ROWS = 8  # found plans in the table
-#: Kinds of points in the order in which they are drawn: class -> name in the legend.
+#: Kinds of points in the order in which they are plotted, and their names in the legend.
 KINDS = {
     "single": "one unit removed",
     "sum": "found for an easier budget",
@@ -62,7 +62,7 @@ def write_search(result: Mapping[str, Any], folder: Path) -> None:
 
 
 def rows(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The chosen plan, some others within the budget, and the presets."""
+    """Returns the chosen plan, some others within the budget, and the presets."""
     best, *others = result["plans"]
     found = [row for row in others if row["name"] == "found"]
     trained = {row["name"]: row for row in result["plans"]}
@@ -71,19 +71,19 @@ def rows(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def kind_of(result: Mapping[str, Any]) -> str:
-    """The kind of cost of the first budget, which the frontier shows."""
+    """Returns the kind of cost of the first budget, which the frontier shows."""
     return str(next(iter(result["limits"])))
 
 
 def amount(kind: str, value: float) -> str:
-    """An amount of a kind of cost with its unit."""
+    """Formats an amount of a kind of cost with its unit."""
     if kind == "latency":
         return f"{number(value)} ms"
     return f"{number(value / 1e6)} MB" if kind == "size" else many(value)
 
 
 def dots(result: Mapping[str, Any]) -> list[Dot]:
-    """All plans that were scored, the chosen one last."""
+    """Returns a point for each plan that was scored, the chosen one last."""
     kind = kind_of(result)
     whole = result["costs"][kind]
 
@@ -112,7 +112,7 @@ def dots(result: Mapping[str, Any]) -> list[Dot]:
 
 
 def frontier(result: Mapping[str, Any]) -> str:
-    """Draws cost against error, which is on a logarithmic scale; what is below its lowest tick lies on that tick."""
+    """Charts cost against error on a logarithmic scale; errors below the lowest tick lie on this tick."""
     points, kind = dots(result), kind_of(result)
     low = max(1e-6, min(point.error for point in points if point.error > 0))
     bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(max(1.0, *(point.error for point in points))))
@@ -128,7 +128,7 @@ def frontier(result: Mapping[str, Any]) -> str:
         return HEIGHT - BOTTOM - height * (HEIGHT - TOP - BOTTOM)
 
     marks = [
-        # Names of presets that are near each other are drawn one above the other.
+        # Names of presets that are near each other stand one above the other.
         {"dot": point, "x": x(point.cost), "y": y(point.error), "up": 8 + 15 * (place % 3)}
         for place, point in enumerate(points)
     ]

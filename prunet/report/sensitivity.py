@@ -1,4 +1,4 @@
-"""What each unit of a denoiser costs and hurts, as a table, a chart and a page."""
+"""The cost and error of removing each unit of a denoiser, as a table, a chart and a page."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from prunet.report.bars import Bar, Panel, draw_bars
 from prunet.report.charts import render
 from prunet.words import number, percent, short
 
-#: Errors below this are not told apart in the chart: half precision gives as much.
+#: The chart does not distinguish errors below this, because half precision has errors of this size.
 FLOOR = 1e-5
 COLUMNS = {"parameters": "parameters", "macs": "MACs", "latency": "latency"}
 
@@ -37,12 +37,12 @@ def write_sensitivity(result: Mapping[str, Any], folder: Path) -> None:
 
 
 def columns(result: Mapping[str, Any]) -> dict[str, str]:
-    """The kinds of costs that are shown, and their titles."""
+    """Returns the kinds of costs that the result has, and their titles."""
     return {kind: title for kind, title in COLUMNS.items() if kind in result["costs"]}
 
 
 def rows(result: Mapping[str, Any]) -> list[tuple[str, list[str], tuple[float, float, float]]]:
-    """For each unit its name, the shares of the teacher's costs that go with it, and its error with the interval."""
+    """Returns for each unit its name, the shares of the teacher's costs that it saves, and its error and interval."""
     return [
         (
             unit["name"],
@@ -54,7 +54,7 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, list[str], tuple[float, f
 
 
 def share(value: float) -> str:
-    """A share, which may be below 0: a removal can also cost."""
+    """Formats a share, which is below 0 if a removal makes a call slower."""
     return f"−{percent(-value)}" if value < -0.0005 else percent(max(0.0, value))
 
 
@@ -69,16 +69,16 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def conditions(result: Mapping[str, Any]) -> str:
-    """Says what the numbers are and on what they were measured."""
+    """Explains the numbers, and says on which inputs they were measured."""
     timed = f"; latency: {result['device']}, a call with batch 2" if "latency" in result["costs"] else ""
     return (
-        "Share of the teacher's costs that goes with each unit, and the squared error of the output over the teacher's "
-        f"squared output when it alone is removed, untrained: {result['examples']}, {result['precision']}{timed}."
+        "Share of the teacher's costs that each removal saves, and the squared error of the output divided by the "
+        f"teacher's squared output, untrained: {result['examples']}, {result['precision']}{timed}."
     )
 
 
 def chart(result: Mapping[str, Any]) -> str:
-    """Draws a bar for each unit, the one that hurts least first."""
+    """Charts a bar for each unit, the least error first."""
     bars = []
     for unit in sorted(result["units"], key=lambda unit: float(unit["error"])):
         colour = sum(unit["error"] >= step for step in STEPS)
@@ -93,17 +93,17 @@ def chart(result: Mapping[str, Any]) -> str:
         )
     soft = "relative squared error of the output, logarithmic; the line is the 95 % interval"
     return draw_bars(
-        f"What each removal from {short(result['teacher'])} hurts", soft, [[Panel("Error", "", bars, {}, FLOOR)]]
+        f"The error of each removal from {short(result['teacher'])}", soft, [[Panel("Error", "", bars, {}, FLOOR)]]
     )
 
 
 def label(name: str) -> str:
-    """A unit's name in short: `down.0.layer.1 + up.3.layer.2`; a layer is a resnet with its attention."""
+    """Shortens a unit's name: `down.0.layer.1 + up.3.layer.2`; a layer is a resnet with its attention."""
     return name.replace("_blocks", "").replace("{attentions,resnets}", "layer").replace("transformer.", "block ")
 
 
 def coloured_diagram(result: Mapping[str, Any]) -> Diagram:
-    """The teacher; each part has the least error of the units with which it goes."""
+    """Returns the teacher's diagram; each part has the least error of the units that remove it."""
     config = result["teacher_config"]
     diagram = architecture_of(config).diagram(config, ())
     errors: dict[str, float] = {}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from prunet.disk.files import write_text
 from prunet.report.bars import Bar, Panel, draw_bars
-from prunet.speed.bench import Bench, Row
+from prunet.speed.bench import Bench, BenchModel, Row
 from prunet.words import many, number
 
 #: Below this share of the limit the report says which operations take the rest of the time.
@@ -32,7 +32,7 @@ def write_speeds(result: Bench, folder: Path) -> None:
 
 
 def markdown(result: Bench) -> str:
-    """Formats latency by part, speed-up beside its limit, and what takes the time of models that do not reach it."""
+    """Formats latency by part, speed-ups beside their limits, and the operations that keep a model from its limit."""
     rows = result.rows
     lines = [
         "| model | mode | batch | text (ms) | denoiser (ms) | VAE (ms) | all (s) | pictures/s | memory (MB) |",
@@ -47,6 +47,7 @@ def markdown(result: Bench) -> str:
         f"{conditions(result)} Denoiser: one call; all: text, {_how(result)} and VAE; memory: the peak.",
         "",
     ]
+    lines += _of_processes(result)
     others = _others(result)
     if others:
         lines += _against_limit(others)
@@ -63,13 +64,40 @@ def markdown(result: Bench) -> str:
 
 def conditions(result: Bench) -> str:
     """Names device, precision, size of pictures and number of repeats."""
-    precisions = sorted({model.precision for model in result.models.values()})
+    precisions = sorted({_precision(model) for model in result.models.values()})
     return f"{result.device}, {' and '.join(precisions)}, {result.size} px; medians of {result.repeats} calls in turn."
+
+
+def _precision(model: BenchModel) -> str:
+    runtime = {"torch": "", "openvino": "OpenVINO "}[model.runtime]
+    return f"{runtime}{model.precision}"
+
+
+def _of_processes(result: Bench) -> list[str]:
+    """The table of what pictures took that were drawn in processes of their own, if there are any."""
+    rows = [(name, model) for name, model in result.models.items() if model.process_mb is not None]
+    if not rows:
+        return []
+    lines = [
+        "| model | computed by | weights (MB) | memory of a process (MB) | picture apart |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for name, model in rows:
+        apart = "" if model.apart is None else number(model.apart)
+        memory = f"{number(model.weights_mb or 0)} | {number(model.process_mb or 0)}"
+        lines.append(f"| {name} | {_precision(model)} | {memory} | {apart} |")
+    return [
+        *lines,
+        "",
+        "Memory: by how much a process of its own grows that opens the model and draws a picture. Apart: root mean "
+        "squared error, 0 to 1, to the picture that torch draws with the same U-Net in the same way from equal noise.",
+        "",
+    ]
 
 
 def _against_limit(rows: Sequence[Row]) -> list[str]:
     lines = [
-        "| denoiser | mode | batch | speed-up | 95 % interval | its MACs allow | reached |",
+        "| denoiser | mode | batch | speed-up | 95 % interval | limit by MACs | reached |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
@@ -83,9 +111,9 @@ def _against_limit(rows: Sequence[Row]) -> list[str]:
 
 def _explain(row: Row, result: Bench) -> list[str]:
     """Explains the time that a student takes beyond its limit: in one sentence, and by kind of operation."""
-    head = f"**{_name(row, result)} reaches {100 * row.share:.0f} % of what its MACs allow**"
-    if not row.kinds_ms:
-        return [f"{head}; operations cannot be told apart on this device."]
+    head = f"**{_name(row, result)} reaches {100 * row.share:.0f} % of its limit by MACs**"
+    if not row.over_ms:
+        return [f"{head}; the times of single operations are not available on this device."]
     baseline = _baseline(row, result)
     ours, theirs = (result.models[name].macs for name in (row.model, baseline.model))
     over = row.over_ms
@@ -93,8 +121,8 @@ def _explain(row: Row, result: Bench) -> list[str]:
     time = row.kinds_ms[worst] / baseline.kinds_ms[worst] if baseline.kinds_ms[worst] else None
     sentence = f"{head}: most of the time over the limit goes into {KIND_NAMES[worst]}"
     if time is not None:
-        sentence += f", whose time is {100 * time:.0f} % of the baseline's"
-        sentence += f" for {100 * ours[worst] / theirs[worst]:.0f} % of its MACs" if theirs.get(worst) else ""
+        macs = f" for {100 * ours[worst] / theirs[worst]:.0f} % of its MACs" if theirs.get(worst) else ""
+        sentence += f" ({100 * time:.0f} % of the baseline's time{macs})"
     lines = [
         f"{sentence}.",
         "",
@@ -117,14 +145,14 @@ def _others(result: Bench) -> list[Row]:
 
 
 def _baseline(row: Row, result: Bench) -> Row:
-    """Returns the baseline's row at the same batch size and in the same mode."""
-    same = (r for r in result.rows if (r.mode, r.batch_size) == (row.mode, row.batch_size))
-    return next(same)
+    """Returns the baseline's row at the same batch size, in the same mode if it has one."""
+    own = [r for r in result.rows if (r.model, r.batch_size) == (result.baseline, row.batch_size)]
+    return next((r for r in own if r.mode == row.mode), own[0])
 
 
 def _note(row: Row, result: Bench) -> str:
-    """Names what tells a model's rows apart, if it has several."""
-    parts = [row.mode] if any(r.mode == "compiled" for r in result.rows) else []
+    """Returns mode and batch size where they distinguish rows of a model."""
+    parts = [mode] if (mode := _mode(row, result.rows)) else []
     parts += [f"batch {row.batch_size}"] if len({r.batch_size for r in result.rows}) > 1 else []
     return ", ".join(parts)
 
@@ -138,7 +166,7 @@ def _name(row: Row, result: Bench) -> str:
 
 
 def chart(result: Bench) -> str:
-    """Returns an SVG: speed-ups in their limits, a picture by part, a call by kind of operation, throughput, memory."""
+    """Returns an SVG: speed-ups and limits, a picture by part, a call by kind of operation, throughput, memory."""
     rows, others = result.rows, _others(result)
     first = [row for row in rows if row.batch_size == rows[0].batch_size]
     panels = [[_speed_ups(others, result)]] if others else []
@@ -167,12 +195,12 @@ def _speed_ups(rows: Sequence[Row], result: Bench) -> Panel:
         for row in rows
     ]
     key = {
-        "reached": f"at least {100 * ENOUGH:.0f} % of that",
+        "reached": f"at least {100 * ENOUGH:.0f} % of the limit",
         "missed": "less",
     }
     return Panel(
         "Speed-up of a denoiser call",
-        f"over {result.baseline}; the line is what its multiply-adds allow",
+        f"over {result.baseline}; the line is the limit by multiply-adds",
         bars,
         key,
     )
@@ -197,7 +225,7 @@ def _kinds(rows: Sequence[Row], result: Bench) -> Panel:
         allowed = _baseline(row, result).denoiser_ms / row.limit if row.limit != 1 else None
         text = f"{number(row.denoiser_ms)} ms, {many(_macs(row, result))} MACs"
         bars.append(Bar(row.model, segments, text, note=_mode(row, rows), mark=allowed))
-    soft = "the line is what its multiply-adds allow" if any(bar.mark for bar in bars) else ""
+    soft = "the line is the limit by multiply-adds" if any(bar.mark for bar in bars) else ""
     return Panel("A denoiser call by operations", soft, bars, KIND_NAMES)
 
 
@@ -212,7 +240,7 @@ def _steps(row: Row, result: Bench) -> int:
 
 
 def _how(result: Bench) -> str:
-    """Says how the models draw: `25 steps with guidance`, and which models draw in another way."""
+    """Returns how the models draw, such as `25 steps with guidance`, and which models draw in another way."""
     ways: dict[str, list[str]] = {}
     for name, model in result.models.items():
         steps, guidance = model.steps, "with" if model.rows > 1 else "without"
@@ -223,7 +251,7 @@ def _how(result: Bench) -> str:
 
 
 def _mode(row: Row, rows: Sequence[Row]) -> str:
-    return row.mode if any(r.mode == "compiled" for r in rows) else ""
+    return row.mode if len({r.mode for r in rows}) > 1 else ""
 
 
 def _lengths(title: str, unit: str, kind: str, field: str, rows: Sequence[Row], result: Bench) -> Panel:

@@ -19,7 +19,7 @@ from prunet.recipe.prompts import check_prompts
 from prunet.recipe.recipe import load_recipe
 from prunet.recipe.values import Drawing
 from prunet.sampling.made_for import drawing_of
-from prunet.sampling.openvino import OpenVinoPipeline, is_openvino
+from prunet.sampling.openvino import OpenVinoFolder, OpenVinoPipeline, is_openvino, need, precision_of
 from prunet.sampling.samplers import set_sampler
 from prunet.sampling.start import Start, StartPicture, start_from
 from prunet.teacher.space import check_size
@@ -158,6 +158,20 @@ def open_model(model: str | Path | Model) -> Teacher:
     return Teacher(source, config=given.config, device=given.device, dtype=given.dtype)
 
 
+def open_any(model: Model) -> Teacher | OpenVinoFolder:
+    """Opens a pipeline, or a folder for OpenVINO.
+
+    Raises:
+        UserError: nothing to open there, or a runtime that is not installed.
+    """
+    if not is_openvino(model.source):
+        return open_model(model)
+    if model.config is not None:
+        raise UserError(f"{model.source}: a pipeline for OpenVINO draws without config: leave it out")
+    need("openvino_genai")
+    return OpenVinoFolder(model.source)
+
+
 def generate(
     model: str | Path | Model,
     prompt: str | Sequence[str],
@@ -180,16 +194,15 @@ def generate(
     given = [prompt] if isinstance(prompt, str) else list(prompt)
     prompts = [p for p in given for _ in range(num_images)]
     seeds, text = [seed + i for i in range(len(prompts))], "Drawing" if len(prompts) > 1 else ""
-    if is_openvino(opening.source):
-        if opening.config is not None or start is not None:
-            extra = "image" if opening.config is None else "config"
-            raise UserError(f"{opening.source}: a pipeline for OpenVINO draws without {extra}: leave it out")
-        check_prompts(given, "prompt")
-        pipe = OpenVinoPipeline(opening.source, "f32" if opening.dtype == torch.float32 else "bf16")
-        return collect(pipe.draw(prompts, seeds, pipe.drawing_of(drawing), size), prompts, text, save_to)
-    teacher = open_model(opening)
+    teacher = open_any(opening)
     if size is not None:
         check_size(teacher, size, "size")
+    if isinstance(teacher, OpenVinoFolder):
+        if start is not None:
+            raise UserError(f"{opening.source}: a pipeline for OpenVINO draws without image: leave it out")
+        check_prompts(given, "prompt")
+        how, pipe = teacher.drawing_of(drawing), OpenVinoPipeline(opening.source, precision_of(opening.dtype))
+        return collect(pipe.draw(prompts, seeds, how, size), prompts, text, save_to)
     teacher.check_prompts(given)
     how = drawing_of(teacher, _usual(Path(opening.source)), drawing)
     size, begin = size or teacher.native_size, None

@@ -15,7 +15,10 @@ from prunet.recipe.values import Drawing
 from prunet.sampling.made_for import overridden, read_made_for
 from prunet.teacher.configs import check_config, read_object
 from prunet.teacher.runtimes import runtime_of
+from prunet.teacher.space import check_size
 
+#: The name of a part's model in its folder.
+MODEL = "openvino_model.xml"
 #: Samplers (`prunet.sampling.samplers`) that openvino_genai has, too.
 SAMPLERS = ("ddim", "ddim-trailing", "pndm", "euler", "euler-a", "lcm")
 
@@ -34,37 +37,49 @@ def need(package: str) -> Any:
     return extras.need(package, "openvino", "OpenVINO")
 
 
-class OpenVinoPipeline:
-    """A folder for OpenVINO, opened to draw with as many threads as torch has.
+def precision_of(dtype: torch.dtype) -> str:
+    """Returns what OpenVINO computes in where torch would in `dtype`."""
+    return "f32" if dtype == torch.float32 else "bf16"
 
-    `precision`: of the computation, `bf16` or `f32`; a CPU without bf16 computes in f32.
+
+def properties(precision: str) -> dict[str, Any]:
+    """Returns how OpenVINO computes: in `bf16` or `f32`, with as many threads as torch has."""
+    return {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+
+
+class OpenVinoFolder:
+    """What the files of a folder for OpenVINO say, without opening its models.
+
+    `made_for`: how to draw with it; `native_size`: the side of its pictures in pixels. The other names are a teacher's.
 
     Raises:
-        UserError: openvino_genai is not installed, or the folder is not one that prunet wrote, or damaged.
+        UserError: the folder is not one that prunet wrote, or damaged.
     """
 
-    def __init__(self, folder: Path | str, precision: str = "bf16") -> None:
+    def __init__(self, folder: Path | str) -> None:
         folder = self.folder = Path(folder)
-        genai, self._ov = need("openvino_genai"), need("openvino")
-        fix = f"{folder}: export it again with `prunet export RUN --openvino`"
+        self._fix = fix = f"{folder}: export it again with `prunet export RUN --openvino`"
         made_for = read_made_for(folder / "model_index.json", fix)
         if made_for is None or made_for.sampler not in SAMPLERS:
             raise UserError(f"{folder}: its model_index.json does not say how to draw with it: {fix}")
-        #: How to draw with it, and the side of its pictures in pixels.
         self.made_for: Drawing = made_for
-        unet, decoder = (read_object(folder / part / "config.json", fix) for part in ("unet", "vae_decoder"))
+        self.unet_config, decoder = (read_object(folder / p / "config.json", fix) for p in ("unet", "vae_decoder"))
+        check_config("unet", self.unet_config, folder / "unet" / "config.json")
         check_config("vae", decoder, folder / "vae_decoder" / "config.json")
-        architecture, scale = architecture_of(unet), 2 ** (len(decoder.get("block_out_channels", ())) - 1)
-        self.native_size = int(scale * architecture.native_latent_size(unet)[0])
-        self._step = int(scale * architecture.side_step(unet))
-        self._noise = _noise(genai, self._ov)
-        threads = torch.get_num_threads()
-        try:
-            self._pipe = genai.Text2ImagePipeline(
-                str(folder), "CPU", INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=threads
-            )
-        except RuntimeError as error:
-            raise UserError(f"{folder}: openvino_genai cannot open it ({error}): {fix}") from error
+        self.architecture = architecture_of(self.unet_config)
+        self.vae_scale = int(2 ** (len(decoder.get("block_out_channels", ())) - 1))
+        self.native_size = self.vae_scale * self.architecture.native_latent_size(self.unet_config)[0]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its export measured (`prunet.exports.openvino.export_openvino`)."""
+        return read_object(self.folder / "openvino.json", self._fix)
+
+    def check_weights(self) -> None:
+        """Refuses a folder that lacks the weights of a part."""
+        for path in self.folder.glob(f"*/{MODEL}"):
+            if not path.with_suffix(".bin").is_file():
+                raise UserError(f"{path}: no {path.with_suffix('.bin').name} beside it: {self._fix}")
 
     def drawing_of(self, asked: Drawing | None = None) -> Drawing:
         """Returns how to draw: by the values that `asked` sets, else as it was made for.
@@ -77,6 +92,25 @@ class OpenVinoPipeline:
             raise UserError(f"sampler: {self.folder} draws with its own, {self.made_for.sampler}: leave it out")
         return how
 
+
+class OpenVinoPipeline(OpenVinoFolder):
+    """A folder for OpenVINO, opened to draw with as many threads as torch has.
+
+    `precision`: of the computation, `bf16` or `f32`; a CPU without bf16 computes in f32.
+
+    Raises:
+        UserError: openvino_genai is not installed, or cannot open the folder.
+    """
+
+    def __init__(self, folder: Path | str, precision: str = "bf16") -> None:
+        genai, ov = need("openvino_genai"), need("openvino")
+        super().__init__(folder)
+        self._noise = _noise(genai, ov)
+        try:
+            self._pipe = genai.Text2ImagePipeline(str(folder), "CPU", **properties(precision))
+        except RuntimeError as error:
+            raise UserError(f"{folder}: openvino_genai cannot open it ({error}): {self._fix}") from error
+
     def draw(
         self, prompts: Sequence[str], seeds: Sequence[int], how: Drawing, size: int | None = None
     ) -> Iterator[Image.Image]:
@@ -86,8 +120,7 @@ class OpenVinoPipeline:
             UserError: a size in pixels that the levels of the U-Net cannot halve.
         """
         size = size or self.native_size
-        if size % self._step:
-            raise UserError(f"size: {size} is not a multiple of {self._step}, which the levels of this U-Net need")
+        check_size(self, size, "size")
         for prompt, seed in zip(prompts, seeds, strict=True):
             drawn = self._pipe.generate(
                 prompt,

@@ -78,19 +78,23 @@ def denoiser_call(
     latent_size: tuple[int, int] | None = None,
     device: torch.device,
 ) -> Call:
-    """Returns a call of the denoiser in its own precision, on random latents (B, C, h, w), by default of native size.
+    """Returns a call of the denoiser in its own precision (see `random_inputs`)."""
+    dtype = next(net.parameters()).dtype
+    inputs = random_inputs(config_of(net), batch_size, latent_size=latent_size, device=device, dtype=dtype)
+    return lambda: net(**inputs)
+
+
+def random_inputs(config: Mapping[str, Any], batch_size: int, **given: Any) -> dict[str, Any]:
+    """Returns arguments of a denoiser (`Architecture.example_inputs`) with random latents and prompt embeddings.
 
     They are random because a GPU that multiplies zeros uses less power and runs faster than it ever will on a picture.
     """
-    dtype = next(net.parameters()).dtype
-    config = config_of(net)
-    given: dict[str, Any] = {"latent_size": latent_size, "device": device, "dtype": dtype}
     inputs = architecture_of(config).example_inputs(config, batch_size, **given)
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(inputs["sample"].device).manual_seed(0)
     for value in inputs.values():
         if isinstance(value, Tensor) and value.is_floating_point():
             value.normal_(generator=generator)
-    return lambda: net(**inputs)
+    return inputs
 
 
 def times_in_turn(calls: Mapping[K, Call], repeats: int, device: torch.device) -> dict[K, list[float]]:

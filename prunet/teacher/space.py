@@ -1,13 +1,31 @@
 """Sizes that a teacher can draw, and whether two teachers have the same latents and noise."""
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
+from prunet.denoisers.architecture import Architecture
 from prunet.errors import UserError
 from prunet.teacher.teacher import Teacher
 
 
-def check_size(teacher: Teacher, size: int, name: str = "data.size") -> None:
+class Sized(Protocol):
+    """What has a denoiser and a decoder: a teacher, or a folder of another runtime."""
+
+    @property
+    def unet_config(self) -> Mapping[str, Any]:
+        """The denoiser's config."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """The architecture of the denoiser."""
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels per latent, along one side."""
+
+
+def check_size(teacher: Sized, size: int, name: str = "data.size") -> None:
     """Refuses a picture size (the value of `name`) that the levels of the U-Net cannot halve.
 
     Raises:
@@ -18,7 +36,7 @@ def check_size(teacher: Teacher, size: int, name: str = "data.size") -> None:
         raise UserError(f"{name}: {size} is not a multiple of {step}, which the levels of this U-Net need")
 
 
-def side_step(teacher: Teacher) -> int:
+def side_step(teacher: Sized) -> int:
     """The number of pixels that sides must be multiples of, so that each level of the U-Net can halve them."""
     return teacher.vae_scale * teacher.architecture.side_step(teacher.unet_config)
 

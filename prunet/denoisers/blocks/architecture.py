@@ -1,12 +1,13 @@
 """A denoiser whose blocks lie in lists of which its config holds the lengths."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import diffusers
 import torch
 from typing_extensions import override
 
+from prunet.denoisers.adapter_forms import AdapterForms
 from prunet.denoisers.architecture import Architecture, Config, Net
 from prunet.denoisers.blocks.compatibility import loads_in, works_with
 from prunet.denoisers.blocks.diagram import lists_diagram
@@ -21,9 +22,11 @@ from prunet.errors import UserError
 DEEPEST = 200
 
 
-def nothing(config: Config, count: int) -> Iterable[int]:
-    """Returns no block: all of them may go."""
-    return ()
+class Stays(NamedTuple):
+    """Blocks of the first list that must stay: (config, blocks) -> their numbers; why, for messages."""
+
+    numbers: Callable[[Config, int], Iterable[int]] = lambda config, count: ()
+    why: str = ""
 
 
 class Blocks(Architecture):
@@ -36,8 +39,8 @@ class Blocks(Architecture):
         size: (height, width) of the latents that it was made for, where its config does not say it.
         packs: latents along a side of a token, where they are packed before the model sees them.
         numbers: a config field that names blocks of the first list by their numbers.
-        stays: (config, blocks) -> the numbers of those of the first list that must stay.
-        why: why they must, for messages.
+        stays: those of the first list that must stay.
+        adapters: how its adapters are made, where it has more than LoRAs.
     """
 
     part = "transformer"
@@ -53,12 +56,13 @@ class Blocks(Architecture):
         size: tuple[int, int] = (128, 128),
         packs: int | None = None,
         numbers: str | None = None,
-        stays: Callable[[Config, int], Iterable[int]] = nothing,
-        why: str = "",
+        stays: Stays = Stays(),
+        adapters: AdapterForms | None = None,
     ) -> None:
         self.class_name, self._lists, self._inputs = class_name, lists, inputs
         self._size, self._packs, self._numbers, self._stays = size, packs, numbers, stays
-        self.parts_help = f"blocks of {', '.join(name for names in lists.values() for name in names)}{why}"
+        self.adapters = adapters or AdapterForms()
+        self.parts_help = f"blocks of {', '.join(name for names in lists.values() for name in names)}{stays.why}"
 
     @override
     @property
@@ -88,7 +92,7 @@ class Blocks(Architecture):
     def parts(self, config: Config) -> list[str]:
         counts = self.counts(config)
         first = next(iter(counts))
-        stay = {f"{first}.{number}" for number in self._stays(self.skeleton(config).config, counts[first])}
+        stay = {f"{first}.{number}" for number in self._stays.numbers(self.skeleton(config).config, counts[first])}
         names = (f"{name}.{number}" for name, count in counts.items() for number in range(count))
         return [name for name in names if name not in stay]
 
@@ -119,7 +123,7 @@ class Blocks(Architecture):
 
     @override
     def works_with(self, teacher: Config, form: Form) -> dict[str, str]:
-        return works_with(self.skeleton(teacher), form.module_map)
+        return works_with(self.skeleton(teacher), form.module_map, self.adapters.controlnet)
 
     @override
     def diagram(self, config: Config, gone: Iterable[str]) -> Diagram:

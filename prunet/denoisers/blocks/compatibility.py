@@ -21,24 +21,26 @@ def loads_in(net: Any) -> dict[str, str]:
     return out
 
 
-def works_with(whole: Any, mapping: Mapping[str, str]) -> dict[str, str]:
+def works_with(whole: Any, mapping: Mapping[str, str], controlnet: str | None) -> dict[str, str]:
     """What was made for the teacher -> "yes" or why not.
 
     Args:
         whole: the skeleton of the teacher.
         mapping: student block -> teacher block.
+        controlnet: the class of the ControlNets that `prunet adapt` carries over.
     """
     moved = sum(ours != theirs for ours, theirs in mapping.items())
     takes = inspect.signature(whole.forward).parameters
     why = (
-        f"no: {moved} of {len(mapping)} blocks would get another block's delta, without an error; carry it over: "
-        "rename its blocks by the plan's weight map, and drop those that are gone"
+        f"no: {moved} of {len(mapping)} blocks would get another block's delta, without an error; `prunet adapt` "
+        "carries it over"
     )
     out = {"the teacher's LoRA": why if moved else "yes"}
     first = next(iter(mapping)).rpartition(".")[0]
     same = sum(name.startswith(f"{first}.") for name in mapping) == len(whole.get_submodule(first))
     if any("controlnet" in name for name in takes):
         why = "no: its residuals are spread over the blocks by their count, so that they would meet others"
+        why += "; `prunet adapt` carries it over" if controlnet else ""
         out["the teacher's ControlNet"] = "yes" if same else why
     if "skip_layers" in takes:
         out["skip-layer guidance"] = "no: it names blocks by number; name others" if moved else "yes"

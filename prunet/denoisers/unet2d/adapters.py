@@ -6,7 +6,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from prunet.denoisers.adapter_forms import AdapterForms, Residuals
+from prunet.denoisers.adapter_forms import AdapterForms
 from prunet.denoisers.form import Form
 from prunet.denoisers.unet2d import controlnet
 from prunet.denoisers.unet2d.ldm_names import ldm_names
@@ -31,11 +31,13 @@ class UNetAdapters(AdapterForms):
         return controlnet.empty_controlnet(config, teacher)
 
     @override
-    def residuals(self, teacher: Any, student: Any, form: Form) -> Residuals:
-        return controlnet.residuals(teacher, student, form.module_map)
+    def residuals(self, control: Any, teacher: Any, student: Any, form: Form) -> dict[str, Any]:
+        taken = controlnet.residuals(teacher, student, form.module_map)
+        return {"residuals": list(taken.down), "mid_residual": taken.mid}
 
     @override
     def cut_controlnet(self, control: Any, teacher: Any, student: Any, form: Form) -> Any:
         if controlnet.without_form(student):
             return None
-        return controlnet.cut_controlnet(control, form.config, self.residuals(teacher, student, form), form.module_map)
+        taken = controlnet.residuals(teacher, student, form.module_map)
+        return controlnet.cut_controlnet(control, form.config, taken, form.module_map)

@@ -1,11 +1,11 @@
 """What a ControlNet of the teacher adds to, what of it a student has a place for, and the ControlNet cut by a plan."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from prunet.denoisers.adapter_forms import Residuals
 from prunet.denoisers.form import teacher_name
 from prunet.errors import UserError
 
@@ -15,6 +15,14 @@ FORM_FIELDS = (
     *("cross_attention_dim", "attention_head_dim", "num_attention_heads", "only_cross_attention"),
 )
 ZERO_CONVOLUTIONS = "controlnet_down_blocks."
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Which residuals of the teacher's ControlNet a student has a place for."""
+
+    down: tuple[int, ...]  # for each of the student's, in order, the place among the teacher's
+    mid: bool
 
 
 def residual_names(net: Any) -> list[str]:

@@ -1,0 +1,37 @@
+"""Pictures that models draw each in a process of its own, so that nothing else is counted to its memory."""
+
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+
+import torch
+from PIL import Image
+
+from prunet.errors import UserError
+from prunet.recipe.values import Drawing
+from prunet.sampling.draw import Model, generate
+from prunet.speed.clock import reset_peak, resident_kb
+
+
+def draw_alone(model: Model, prompt: str, how: Drawing, size: int) -> tuple[Image.Image, float | None]:
+    """Opens a model in a process of its own and draws a picture from seed 0, with as many threads as here.
+
+    Returns the picture, and by how much the process grew for it at most, in MiB (None if the system does not tell).
+
+    Raises:
+        UserError: the model cannot be opened, or the system ended the process.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(_draw, model, prompt, how, size, torch.get_num_threads()).result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"{model.source}: the process that drew with it was killed (out of memory?): give a smaller --size"
+            ) from error
+
+
+def _draw(model: Model, prompt: str, how: Drawing, size: int, threads: int) -> tuple[Image.Image, float | None]:
+    torch.set_num_threads(threads)
+    before = resident_kb("VmRSS") if reset_peak() else None
+    [picture] = generate(model, prompt, drawing=Drawing.given(**how.model_dump()), size=size)
+    return picture, None if before is None else ((resident_kb("VmHWM") or before) - before) / 1024

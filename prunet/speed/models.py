@@ -1,0 +1,144 @@
+"""Models as they are timed: what a stock pipeline of torch and a folder for OpenVINO have in common."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from prunet.denoisers.architecture import config_of
+from prunet.errors import UserError
+from prunet.plan.derived import Derived, derive
+from prunet.plan.plan import load_plan
+from prunet.recipe.values import Drawing
+from prunet.sampling.draw import Model, open_any
+from prunet.sampling.made_for import drawing_of
+from prunet.sampling.openvino import MODEL, OpenVinoFolder, need, precision_of, properties
+from prunet.speed.clock import Call, denoiser_call, random_inputs, weights_mb
+from prunet.student.student import inherit
+from prunet.teacher.space import check_size
+from prunet.teacher.teacher import Teacher
+from prunet.words import names_of
+
+PROMPT = "a photograph of an astronaut riding a horse"
+
+
+class TorchModel:
+    """A stock pipeline, on its device and in its precision.
+
+    `mode`: how its denoiser runs without a compiler; `config`: of the denoiser; `scale`: pixels to one of its latents;
+    `precision`: of weights and computation; `weights_mb`: of all parts (MiB).
+    """
+
+    runtime, mode = "torch", "eager"
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.device, self.scale = pipe, pipe.device, pipe.vae_scale_factor
+        self.config: Mapping[str, Any] = config_of(pipe.unet)
+        self.precision = str(pipe.unet.dtype).removeprefix("torch.")
+        self.weights_mb = sum(weights_mb(part) for part in pipe.components.values() if isinstance(part, nn.Module))
+
+    def calls(self, batch: int, rows: int, latent_size: tuple[int, int]) -> dict[str, Call]:
+        """Returns what is called for a batch of pictures, on random inputs: `text`, tokenizing included, the denoiser
+        (`mode`) with `rows` latents a picture, and `vae`.
+        """
+        pipe, device = self.pipe, self.device
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (batch, pipe.vae.config.latent_channels, *latent_size)
+        latents = torch.randn(shape, generator=generator, device=device, dtype=pipe.vae.dtype)
+        text = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": rows > 1}
+        return {
+            "text": partial(pipe.encode_prompt, [PROMPT] * batch, **text),
+            self.mode: denoiser_call(pipe.unet, rows * batch, latent_size=latent_size, device=device),
+            "vae": partial(pipe.vae.decode, latents),
+        }
+
+
+class OpenVinoModel:
+    """A folder for OpenVINO on the CPU, with as many threads as torch has. What it has is what `TorchModel` has."""
+
+    runtime = mode = "openvino"
+
+    def __init__(self, folder: OpenVinoFolder, precision: str) -> None:
+        self._folder, self._hint = folder, precision
+        self.device, self.scale, self.config = torch.device("cpu"), folder.vae_scale, folder.unet_config
+        facts = folder.facts
+        self.precision = f"{facts['bits']} in {precision}" if facts.get("bits") else precision
+        self.weights_mb = facts["bytes"] / 2**20
+
+    @cached_property
+    def _parts(self) -> dict[str, Any]:
+        core = need("openvino").Core()
+        paths = sorted(self._folder.folder.glob(f"*/{MODEL}"))
+        return {path.parent.name: core.compile_model(path, "CPU", properties(self._hint)) for path in paths}
+
+    def calls(self, batch: int, rows: int, latent_size: tuple[int, int]) -> dict[str, Call]:
+        """Returns the same calls; tokenizing is no part of `text`."""
+        texts = [part for name, part in self._parts.items() if name.startswith("text_encoder")]
+        ids = [np.zeros((rows * batch, part.input(0).partial_shape[1].get_length()), np.int64) for part in texts]
+        given = random_inputs(self.config, rows * batch, latent_size=latent_size)
+        given |= given.pop("added_cond_kwargs", {})
+        arrays = {name: value.numpy() for name, value in given.items()}
+        arrays["timestep"] = arrays["timestep"][:1]  # as openvino_genai gives it
+        return {
+            "text": lambda: [part([tokens]) for part, tokens in zip(texts, ids, strict=True)],
+            self.mode: partial(self._parts["unet"], arrays),
+            "vae": partial(self._parts["vae_decoder"], [arrays["sample"][:batch]]),
+        }
+
+
+TimedModel: TypeAlias = TorchModel | OpenVinoModel
+
+
+def open_models(
+    models: Sequence[str],
+    plans: Sequence[str] = (),
+    *,
+    size: int | None = None,
+    config: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, TimedModel]:
+    """Opens the models (see `open_any`), and the first one reduced by each of `plans`, by
+    name.
+
+    Raises:
+        UserError: a model cannot be opened, is given twice, or cannot draw pictures of `size` pixels on `device`; or a
+            plan does not fit the first model. All of this is checked before weights are loaded.
+    """
+    names, opened = names_of(models), [open_any(Model(model, config, device, dtype)) for model in models]
+    first = opened[0]
+    for one in opened:
+        if isinstance(one, OpenVinoFolder) and torch.device(device).type != "cpu":
+            raise UserError(f"--device {device}: {one.folder} draws on the CPU: give cpu, or leave this folder out")
+        check_size(one, size or first.native_size, "size")
+        one.check_weights()
+    students = {}
+    if plans:
+        if isinstance(first, OpenVinoFolder):
+            raise UserError(f"--plan: is for a model of torch, and {models[0]} is for OpenVINO: give that second")
+        students = {f"plan {p}": partial(_reduced, first, derive(first.unet_config, load_plan(p))) for p in plans}
+    timed: dict[str, TimedModel] = {
+        name: OpenVinoModel(one, precision_of(dtype)) if isinstance(one, OpenVinoFolder) else TorchModel(one.pipeline())
+        for name, one in zip(names, opened, strict=True)
+    }
+    return timed | {name: make() for name, make in students.items()}
+
+
+def _reduced(teacher: Teacher, derived: Derived) -> TorchModel:
+    return TorchModel(
+        teacher.pipeline(unet=nn.Module.to(inherit(teacher.unet, derived), teacher.device, teacher.dtype))
+    )
+
+
+def drawings(models: Sequence[str], *, config: str | None = None, steps: int | None = None) -> dict[str, Drawing]:
+    """Returns how to draw with each model, by name: as it was made for, else in 25 guided steps; `steps` if given."""
+    asked = Drawing.given(steps=steps)
+    opened = (open_any(Model(model, config)) for model in models)
+    ways = (
+        one.drawing_of(asked) if isinstance(one, OpenVinoFolder) else drawing_of(one, Drawing(), asked)
+        for one in opened
+    )
+    return dict(zip(names_of(models), ways, strict=True))
