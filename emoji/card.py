@@ -4,13 +4,15 @@ python emoji/card.py emoji/emoji-sd.yaml writes it again, after measure.py.
 """
 
 import json
-import math
 import sys
 from pathlib import Path
 
 import yaml
 
+from prunet.report.charts import draw_chart
+
 TEMPLATE = Path(__file__).with_name("card.md")
+CURVE = Path(__file__).with_name("training-curve.svg")
 LAYOUTS = {
     "emoji-sd": "the Stable Diffusion v1 layout (four stages of two layers, cross-attention in three)",
     "emoji-xl": (
@@ -60,38 +62,14 @@ def guidance_line(measures: dict) -> str:
     return f"Guidance scale {measures['guidance_scale']:g}, the best on training pairs (R@1 by scale: {by})."
 
 
-def curve(log: list[dict], width: int = 640, height: int = 300) -> str:
+def curve(log: list[dict]) -> str:
     """The two losses of training-log.jsonl over hours, on a logarithmic axis, as SVG."""
-    left, bottom, top = 46, 34, 14
-    values = [point[key] for point in log for key in ("train", "heldout")]
-    low, high, hours = math.log(min(values)), math.log(max(values)), log[-1]["hours"]
-
-    def at(point: dict, key: str) -> str:
-        x = left + (width - left - 10) * point["hours"] / hours
-        y = top + (height - bottom - top) * (high - math.log(point[key])) / (high - low)
-        return f"{x:.1f},{y:.1f}"
-
-    def text(x: float, y: float, words: str, more: str = "") -> str:
-        return f'<text x="{x:.0f}" y="{y:.0f}" {more}>{words}</text>'
-
-    lines = [
-        f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{" ".join(at(p, key) for p in log)}"/>'
-        for key, color in (("train", "#2266cc"), ("heldout", "#cc5522"))
-    ]
-    end = 'text-anchor="end"'
-    labels = [
-        text(left - 6, top + 8, f"{math.exp(high):.2f}", end),
-        text(left - 6, height - bottom, f"{math.exp(low):.2f}", end),
-        text(left, height - 12, "0"),
-        text(width - 10, height - 12, f"{hours:.1f} hours, {log[-1]['images']:,.0f} pictures", end),
-        text(width - 12, top + 14, "training pairs", end + ' fill="#2266cc"'),
-        text(width - 12, top + 32, "held-out combinations", end + ' fill="#cc5522"'),
-    ]
-    frame = f'<path d="M{left} {top}V{height - bottom}H{width - 10}" fill="none" stroke="#888"/>'
-    view = f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {view}>'
-    back = '<rect width="100%" height="100%" fill="white"/>'
-    return "\n".join([head, back, frame, *lines, *labels, "</svg>"]) + "\n"
+    losses = {key: [[(point["hours"], point[key]) for point in log]] for key in ("train", "heldout")}
+    chart = draw_chart(losses, log[-1]["hours"], [])
+    assert chart
+    lines = {line["name"]: " ".join(line["points"][0]) for line in chart["lines"]}
+    ticks = [f'<text x="40" y="{18 + 2.52 * at:.0f}" text-anchor="end">{text}</text>' for at, text in chart["y_ticks"]]
+    return CURVE.read_text().format(**lines, ticks="\n".join(ticks), hours=log[-1]["hours"], images=log[-1]["images"])
 
 
 def write_card(out: Path, config: dict) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,14 +14,13 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from PIL import Image, ImageDraw
 from shards import read_known_labels
 from state import pick_device, read_record, save_record
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from prunet import Drawing, Teacher
-from prunet.sampling import draw as sampling
+from prunet import Drawing, Model, generate
 from prunet.teacher.text_names import save_text_encoder
+from prunet.training.sheets import grid
 
 SHEET_COLUMNS = 8
 SAMPLER = "dpmsolver++"  # of all measures and sheets
@@ -101,27 +99,9 @@ def save_pipeline(pipe: DiffusionPipeline, out: Path) -> None:
     aside.rmdir()
 
 
-def load_for_drawing(folder: Path) -> DiffusionPipeline:
-    """A shipped folder as a stock pipeline, in fp32."""
-    return Teacher(folder, device=pick_device()).pipeline()
-
-
-def draw(pipe: DiffusionPipeline, prompts: list[str], settings: dict, first_seed: int = 0) -> Iterator[Image.Image]:
-    """One seed per picture, from its place in the list: sheets of two models can be compared."""
-    how = Drawing(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], sampler=SAMPLER)
-    return sampling.draw(pipe, prompts, range(first_seed, first_seed + len(prompts)), how, batch_size=32)
-
-
-def make_sheet(images: list[Image.Image], titles: list[str], columns: int = SHEET_COLUMNS) -> Image.Image:
-    side, text_height = images[0].width, 14
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * side, rows * (side + text_height)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for index, (image, title) in enumerate(zip(images, titles, strict=True)):
-        x, y = index % columns * side, index // columns * (side + text_height)
-        sheet.paste(image, (x, y + text_height))
-        pen.text((x + 3, y + 1), title[: side // 6], fill="black")
-    return sheet
+def drawing(settings: dict) -> Drawing:
+    """How all measures and sheets are drawn, with the settings of a teacher."""
+    return Drawing(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], sampler=SAMPLER)
 
 
 def read_sheet_prompts() -> list[str]:
@@ -138,9 +118,10 @@ def export(config: dict, data: Path, root: Path, out: Path) -> None:
     lines = (root / "unet-log.jsonl").read_text().splitlines()
     log = {json.loads(line)["step"]: line for line in lines}
     (out / "training-log.jsonl").write_text("".join(f"{line}\n" for line in log.values()))
-    prompts = read_sheet_prompts()
-    images = draw(load_for_drawing(out), prompts, config["samples"], config["samples"]["seed"])
-    make_sheet(sampling.collect(images, prompts, "Drawing"), prompts).save(out / "samples.png", optimize=True)
+    prompts, settings = read_sheet_prompts(), config["samples"]
+    model = Model(out, device=pick_device())
+    pictures = generate(model, prompts, drawing=drawing(settings), seed=settings["seed"])
+    grid([pictures], [""], prompts, SHEET_COLUMNS).save(out / "samples.png", optimize=True)
     write_card(out, config)
     for path in out.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that only their owner can read

@@ -11,38 +11,41 @@ Three rows of at least a thousand pictures each, all with one guidance scale, wh
 A picture is right if its own caption is the nearest of a thousand (cosine of emoji-clip's embeddings); the other
 captions are pairs of the training split. The real pictures of the same pairs are the ceiling, the same pictures with
 shuffled captions the floor. KID is against those real pictures, and for the ceiling, between two halves of them.
-Pictures already drawn with the same weights and settings are not drawn again.
+Pictures already drawn with the same weights and settings are not drawn again. On CPU cores they are drawn fastest with
+one process per core and one thread each:
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 emoji/measure.py emoji/emoji-sd
 """
 
 import argparse
-import hashlib
 import json
-import os
 import random
-from collections.abc import Iterable
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from autoencoder import psnr_db
-from diffusers import DiffusionPipeline
-from export import SAMPLER, draw, load_for_drawing
+from export import SAMPLER, drawing
 from PIL import Image
-from rich.progress import track
-from score import Scorer, kid, retrieval_at_1
 from shards import SPLITS, Sample, known_samples, read_split, stack_images
-from state import atomic_save, save_record
+from state import pick_device, save_record
 from torch import Tensor
 
+from prunet import Teacher, processes
+from prunet.evaluation.metrics import cosines, retrieved, squared_mmd
+from prunet.evaluation.networks import Clip
+from prunet.hashing import hash_of, json_hash
+from prunet.intervals import Array
 from prunet.sampling.samplers import SAMPLERS
+from prunet.sampling.shards import draw_shards, read_shard
 
 NUM_CAPTIONS = 1000
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
 NUM_FOR_GUIDANCE = 160
 ROWS = ("training", "heldout-combinations", "heldout-labels")
+
+Make = Callable[[list[str], float], list[Image.Image]]
 
 
 def candidate_captions(samples: list[Sample], train: list[Sample]) -> list[str]:
@@ -54,8 +57,7 @@ def candidate_captions(samples: list[Sample], train: list[Sample]) -> list[str]:
 
 def weights_hash(folder: Path) -> str:
     """Of all weights in a folder: measures say which ones they are of."""
-    files = sorted(folder.rglob("*.safetensors"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return hash_of(file.read_bytes() for file in sorted(folder.rglob("*.safetensors")))
 
 
 def pair_of(count: int, num_pairs: int) -> Tensor:
@@ -63,47 +65,20 @@ def pair_of(count: int, num_pairs: int) -> Tensor:
     return torch.arange(max(count, num_pairs)) % num_pairs
 
 
-def to_tensor(images: Iterable[Image.Image]) -> Tensor:
-    return torch.from_numpy(np.stack([np.array(image.convert("RGB")) for image in images])).permute(0, 3, 1, 2)
+@torch.no_grad()
+def embed(network: Callable[[Sequence], Tensor], values: Sequence, batch_size: int = 100) -> Array:
+    """Embeddings (N, D) of pictures or texts, of length sqrt(D): the kernel of KID then is (cosine + 1)^3."""
+    parts = [network(values[at : at + batch_size]) for at in range(0, len(values), batch_size)]
+    features = torch.nn.functional.normalize(torch.cat(parts).double().cpu(), dim=1)
+    return (features * features.shape[1] ** 0.5).numpy()
 
 
-# --- drawing, in several processes of one thread each: on a CPU that is faster than one process of several threads
-
-CHUNK = 64
-
-
-_pipe: DiffusionPipeline
-
-
-def _start_worker(folder: Path) -> None:
-    global _pipe
-    torch.set_num_threads(1)
-    _pipe = load_for_drawing(folder)
-
-
-def _draw_chunk(prompts: list[str], settings: dict, first_seed: int, path: Path) -> None:
-    atomic_save(to_tensor(draw(_pipe, prompts, settings, first_seed)), path)
-
-
-def drawn(pool: Executor, prompts: list[str], settings: dict, cache: Path, weights: str) -> Tensor:
-    """(N, 3, 128, 128) uint8; each chunk is kept in `cache` under the name of all that it depends on."""
-    paths, work = [], []
-    for start in range(0, len(prompts), CHUNK):
-        chunk = prompts[start : start + CHUNK]
-        name = hashlib.sha256(json.dumps([chunk, settings, start, weights]).encode()).hexdigest()[:16]
-        paths.append(cache / f"{name}.pt")
-        if not paths[-1].exists():
-            work.append(pool.submit(_draw_chunk, chunk, settings, start, paths[-1]))
-    for done in track(as_completed(work), total=len(work), description=f"drawing {len(prompts)} pictures"):
-        done.result()
-    return torch.cat([torch.load(path, weights_only=True) for path in paths])
-
-
-def measure_row(samples: list[Sample], train: list[Sample], scorer: Scorer, make, count: int) -> dict:
+def measure_row(samples: list[Sample], train: list[Sample], scorer: Clip, make: Make, scale: float, count: int) -> dict:
     order = pair_of(count, len(samples))
-    pictures, real = make([samples[i].caption for i in order]), stack_images(samples)
-    ours, theirs = scorer.embed_images(pictures), scorer.embed_images(real)
-    captions = scorer.embed_texts(candidate_captions(samples, train))
+    pictures = make([samples[i].caption for i in order], scale)
+    ours, theirs = embed(scorer.images, pictures), embed(scorer.images, [sample.picture for sample in samples])
+    captions = embed(scorer.texts, candidate_captions(samples, train))
+    asked, own = captions[order], captions[: len(samples)]
     shuffled = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(0))]
     mixed = torch.randperm(len(theirs), generator=torch.Generator().manual_seed(0))
     half = len(theirs) // 2
@@ -111,22 +86,24 @@ def measure_row(samples: list[Sample], train: list[Sample], scorer: Scorer, make
         "pictures": len(pictures),
         "pairs": len(samples),
         "captions": len(captions),
-        "r_at_1": retrieval_at_1(ours, captions, order),
-        "real_r_at_1": retrieval_at_1(theirs, captions),
-        "shuffled_r_at_1": retrieval_at_1(ours, captions, shuffled),
-        "score": (ours * captions[order]).sum(1).mean().item(),
-        "real_score": (theirs * captions[: len(theirs)]).sum(1).mean().item(),
-        "kid": kid(ours, theirs),
-        "real_kid": kid(theirs[mixed[:half]], theirs[mixed[half:]]),
+        "r_at_1": retrieved(ours, asked, captions).mean(),
+        "real_r_at_1": retrieved(theirs, own, captions).mean(),
+        "shuffled_r_at_1": retrieved(ours, captions[shuffled], captions).mean(),
+        "score": cosines(ours, asked).mean(),
+        "real_score": cosines(theirs, own).mean(),
+        "kid": squared_mmd(ours, theirs),
+        "real_kid": squared_mmd(theirs[mixed[:half]], theirs[mixed[half:]]),
     }
 
 
-def choose_guidance(samples: list[Sample], train: list[Sample], scorer: Scorer, make) -> dict[float, float]:
+def choose_guidance(samples: list[Sample], train: list[Sample], scorer: Clip, make: Make) -> dict[float, float]:
     """R@1 by guidance scale on training pairs, evenly spread."""
     picked = [samples[int(i * len(samples) / NUM_FOR_GUIDANCE)] for i in range(NUM_FOR_GUIDANCE)]
-    captions = scorer.embed_texts(candidate_captions(picked, train))
+    captions = embed(scorer.texts, candidate_captions(picked, train))
     prompts = [sample.caption for sample in picked]
-    return {scale: retrieval_at_1(scorer.embed_images(make(prompts, scale)), captions) for scale in GUIDANCE_SCALES}
+    found = {scale: embed(scorer.images, make(prompts, scale)) for scale in GUIDANCE_SCALES}
+    own = captions[: len(picked)]
+    return {scale: retrieved(images, own, captions).mean() for scale, images in found.items()}
 
 
 def main() -> None:
@@ -149,14 +126,19 @@ def main() -> None:
         "heldout-combinations": known_samples(args.data, "heldout-combinations"),
         "heldout-labels": splits["heldout-labels"],
     }
-    scorer = Scorer.load(here / "emoji-clip")
-    processes = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (args.folder,))
+    device = pick_device()
+    scorer, group = Clip.load(here / "emoji-clip", device), processes.join(device)
     settings = yaml.safe_load(args.folder.with_suffix(".yaml").read_text())["samples"]
-    weights = weights_hash(args.folder)
+    weights, teacher = weights_hash(args.folder), Teacher(args.folder, device=device)
 
-    def make(prompts: list[str], scale: float) -> Tensor:
-        return drawn(pool, prompts, {**settings, "guidance_scale": scale}, args.state / "drawn", weights)
+    def make(prompts: list[str], scale: float) -> list[Image.Image]:
+        """Drawn by all processes, each with all of them; kept under the name of all that they depend on."""
+        how = drawing({**settings, "guidance_scale": scale})
+        folder = args.state / "drawn" / json_hash([prompts, str(how), weights])
+        size = teacher.native_size
+        paths = draw_shards(teacher.pipeline, prompts, folder, how, seed=0, size=size, batch_size=25)
+        group.wait_for_everyone()
+        return [picture for path in paths for picture, _ in read_shard(path)]
 
     measures: dict = {"weights": weights, "scorer": weights_hash(here / "emoji-clip")}
     measures |= {"steps": settings["num_inference_steps"], "sampler": SAMPLERS[SAMPLER].__name__}
@@ -165,15 +147,15 @@ def main() -> None:
         measures["r_at_1_by_guidance"] = choose_guidance(rows["training"], splits["train"], scorer, make)
         scale = max(measures["r_at_1_by_guidance"], key=measures["r_at_1_by_guidance"].get)
     measures["guidance_scale"] = scale
-    print(measures, flush=True)
+    print(json.dumps(measures), flush=True)
     heldout = stack_images(splits["heldout-combinations"] + splits["heldout-labels"])
-    measures["psnr_db"], measures["psnr_pictures"] = psnr_db(load_for_drawing(args.folder).vae, heldout), len(heldout)
+    measures["psnr_db"], measures["psnr_pictures"] = psnr_db(teacher.vae, heldout), len(heldout)
     for name in ROWS:
-        measures[name] = measure_row(
-            rows[name], splits["train"], scorer, lambda prompts: make(prompts, scale), args.pictures
-        )
+        measures[name] = measure_row(rows[name], splits["train"], scorer, make, scale, args.pictures)
         print(name, json.dumps(measures[name], indent=2), flush=True)
-    save_record(measures, args.folder / "measures.json")
+    if processes.is_main():
+        save_record(measures, args.folder / "measures.json")
+    processes.leave()
 
 
 if __name__ == "__main__":

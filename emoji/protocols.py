@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from PIL import Image
-from shards import Sample, known_samples, stack_images
+from shards import Sample, known_samples
 
 from prunet.evaluation.extraction import preparation, save_features
 from prunet.evaluation.networks import Clip
@@ -29,7 +28,7 @@ def write(name: str, samples: list[Sample], scorer: Clip, folder: Path) -> None:
     pairs = [sample.caption for sample in samples]
     prompts = pairs * -(-FEWEST // len(pairs))
     (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n")
-    pictures = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in stack_images(samples)]
+    pictures = [sample.picture for sample in samples]
     parts = [scorer(pictures[at : at + 100])["image"] for at in range(0, len(pictures), 100)]
     protocol = {
         "name": name,

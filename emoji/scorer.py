@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from score import Scorer, resize, retrieval_at_1
-from shards import SPLITS, Sample, read_split, stack_images
+from measure import embed
+from shards import SPLITS, Sample, read_split, stack_images, to_model
 from state import (
     autocast,
     is_finished,
@@ -23,7 +23,15 @@ from text import contrastive_loss, make_tokenizer, tokenize
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
+from prunet.evaluation.metrics import retrieved
+from prunet.evaluation.networks import Clip
+
 TEMPLATE = Path(__file__).with_name("emoji-clip-card.md")
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """uint8 (B, 3, H, W) -> [-1, 1] (B, 3, side, side), as the preprocessor of the folder does it."""
+    return F.interpolate(to_model(images), size=side, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def disturb(images: Tensor, dice: torch.Generator) -> Tensor:
@@ -106,18 +114,16 @@ def train(config: dict, data: Path, root: Path, out: Path, seed: int) -> None:
     publish(model, tokenizer, data, state, out)
 
 
-def retrieval(scorer: Scorer, samples: list[Sample]) -> dict[str, float]:
+def retrieval(scorer: Clip, samples: list[Sample]) -> dict[str, float]:
     """A picture finds its caption `label, style` among those of its split, or of a thousand of them; and chance."""
     samples = samples[:1000]
     captions = [sample.caption for sample in samples]
-    found = retrieval_at_1(scorer.embed_images(stack_images(samples)), scorer.embed_texts(captions))
+    found = retrieved(embed(scorer.images, [s.picture for s in samples]), embed(scorer.texts, captions)).mean()
     return {"pictures": len(samples), "captions": len(captions), "r_at_1": found, "chance": 1 / len(captions)}
 
 
 def publish(model: CLIPModel, tokenizer: CLIPTokenizer, data: Path, state: dict, out: Path) -> None:
     """fp16 weights that say float32, the tokenizer, the preprocessing, the measures and the card."""
-    model.eval().half().float()  # what is measured is what is stored
-    measured = {split: retrieval(Scorer(model, tokenizer), read_split(data, split)) for split in SPLITS}
     model.half().save_pretrained(out)
     settings = json.loads((out / "config.json").read_text())
     for part in (settings, settings["text_config"], settings["vision_config"]):
@@ -141,6 +147,7 @@ def publish(model: CLIPModel, tokenizer: CLIPTokenizer, data: Path, state: dict,
         "image_std": half,
     }
     (out / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
+    measured = {split: retrieval(Clip.load(out), read_split(data, split)) for split in SPLITS}
     record = {"images": state["images"], "steps": state["step"], "hours": state["seconds"] / 3600}
     record |= {"parameters": sum(p.numel() for p in model.parameters()), "retrieval": measured}
     save_record(record, out / "training.json")

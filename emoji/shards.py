@@ -1,15 +1,14 @@
 """Read the WebDataset shards of make_data.py. The set is small: everything is read at once."""
 
 import io
-import json
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
+from unpack import read_shard
+
+from prunet.evaluation.networks import pixels_of
 
 STYLES = ("3d", "noto", "flat")
 SPLITS = ("train", "heldout-combinations", "heldout-labels")
@@ -17,11 +16,10 @@ SPLITS = ("train", "heldout-combinations", "heldout-labels")
 
 @dataclass
 class Sample:
-    key: str
     label: str
     style: str
     captions: list[str]
-    image: Tensor  # (3, H, W) uint8
+    picture: Image.Image
 
     @property
     def caption(self) -> str:
@@ -43,23 +41,15 @@ def read_split(data: Path, split: str) -> list[Sample]:
     shards = sorted(data.glob(f"{split}-*.tar"))
     if not shards:
         raise SystemExit(f"no {split}-*.tar in {data}: run make_data.py first")
-    samples = []
-    for shard in shards:
-        files: dict[str, dict[str, bytes]] = {}
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                key, _, suffix = member.name.partition(".")
-                files.setdefault(key, {})[suffix] = tar.extractfile(member).read()
-        for key, parts in files.items():
-            record = json.loads(parts["json"])
-            pixels = np.array(Image.open(io.BytesIO(parts["webp"])).convert("RGB"))
-            image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-            samples.append(Sample(key, record["label"], record["style"], record["captions"], image))
-    return samples
+    return [
+        Sample(record["label"], record["style"], record["captions"], Image.open(io.BytesIO(webp)).convert("RGB"))
+        for shard in shards
+        for _, webp, record in read_shard(shard)
+    ]
 
 
 def stack_images(samples: list[Sample]) -> Tensor:
-    return torch.stack([sample.image for sample in samples])  # (N, 3, H, W) uint8
+    return pixels_of([sample.picture for sample in samples])  # (N, 3, H, W) uint8
 
 
 def to_model(images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from export import make_sheet, read_sheet_prompts
+from export import SHEET_COLUMNS, read_sheet_prompts
 
 from prunet import Drawing, generate
 from prunet.evaluation.measures import Measures
@@ -20,12 +20,12 @@ from prunet.evaluation.measuring import measure
 from prunet.evaluation.protocol import ProtocolFiles, load_protocol, protocol_prompts
 from prunet.recipe.recipe import load_recipe
 from prunet.student.folder import write_unet
+from prunet.training.sheets import grid
 
 HERE = Path(__file__).parent
 TEACHER = HERE / "emoji-sd"
 PROTOCOLS = ("emoji-train", "emoji-heldout")
 METRICS = {"retrieval": "R@1", "clip_score": "score", "kid": "KID"}
-COLUMNS = 8
 ABOUT = HERE / "student-card.md"
 
 
@@ -65,11 +65,8 @@ def table(models: dict[str, Path], run: Path, limit: int) -> str:
 def write_sheet(models: dict[str, Path], path: Path) -> None:
     prompts = read_sheet_prompts()
     asked = {"teacher": Drawing(steps=25, guidance_scale=1.5, sampler="dpmsolver++")}
-    drawn = {name: generate(model, prompts, drawing=asked.get(name)) for name, model in models.items()}
-    rows = range(0, len(prompts), COLUMNS)
-    pictures = [picture for row in rows for name in models for picture in drawn[name][row : row + COLUMNS]]
-    titles = [title for row in rows for _ in models for title in prompts[row : row + COLUMNS]]
-    make_sheet(pictures, titles).save(path, optimize=True)
+    drawn = [generate(model, prompts, drawing=asked.get(name)) for name, model in models.items()]
+    grid(drawn, list(models), prompts, SHEET_COLUMNS).save(path, optimize=True)
 
 
 def main() -> None:

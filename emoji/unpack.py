@@ -4,27 +4,32 @@ python emoji/unpack.py emoji/data/train-0000.tar pictures --limit 256
 """
 
 import argparse
+import itertools
 import json
-import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from prunet.data.shards import read_samples
+
+
+def read_shard(shard: Path) -> Iterator[tuple[str, bytes, dict]]:
+    """Yields of each sample its name, its picture as WebP, and what is known of it."""
+    for name, files in read_samples(shard):
+        if isinstance(files, Exception):
+            raise files
+        webp, text = files[".webp"], files[".json"]
+        assert webp and text
+        yield name, webp, json.loads(text)
 
 
 def unpack(shard: Path, folder: Path, limit: int | None = None) -> int:
     """Writes `NAME.webp` and `NAME.txt` (one caption a line) of the first `limit` samples; returns their number."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = 0
-    with tarfile.open(shard) as tar:
-        for member in tar:
-            name, content = Path(member.name), tar.extractfile(member)
-            if content is None:
-                continue
-            if name.suffix == ".webp":
-                if pictures == limit:
-                    break
-                (folder / name.name).write_bytes(content.read())
-                pictures += 1
-            elif name.suffix == ".json":  # follows its picture
-                (folder / name.with_suffix(".txt").name).write_text("\n".join(json.load(content)["captions"]) + "\n")
+    for name, webp, record in itertools.islice(read_shard(shard), limit):
+        (folder / f"{name}.webp").write_bytes(webp)
+        (folder / f"{name}.txt").write_text("\n".join(record["captions"]) + "\n")
+        pictures += 1
     return pictures
 
 

@@ -1,4 +1,4 @@
-"""What the terminal shows: progress and remarks on stderr, results on stdout."""
+"""Output in the terminal: progress and remarks on stderr, results on stdout."""
 
 import time
 import warnings

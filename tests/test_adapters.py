@@ -203,7 +203,7 @@ def test_what_a_carried_file_says(tmp_path, run) -> None:
     adapt(path, run("bk-tiny"), once)  # what it made it may make again
     with pytest.raises(UserError, match="carried over to a student already"):
         adapt(once, run("bk-tiny"), twice)
-    with pytest.raises(UserError, match="as prunet made it"):
+    with pytest.raises(UserError, match="not an unchanged carried adapter"):
         adapt(path, run("bk-tiny"), write_lora(tmp_path / "mine.safetensors", "sd", "kohya")[0])
 
 
@@ -390,19 +390,19 @@ def saved(**tensors):
 
 IP = "ip_adapter.1.to_k_ip.weight"
 REFUSED = {
-    "no file": (lambda path: path, "nothing there"),
+    "no file": (lambda path: path, "no such file"),
     "a pickle": (lambda path: torn(path.with_suffix(".bin")), "`prunet convert"),
     "no safetensors": (torn, "cut off, damaged"),
-    "no adapter": (saved(a__weight=torch.ones(2)), r"no adapter by the names of its tensors \(the first is a.weight\)"),
-    "a whole model": (saved(conv_in__weight=torch.ones(2), conv_in__bias=torch.ones(2)), "no adapter by the names"),
+    "no adapter": (saved(a__weight=torch.ones(2)), r"are not those of an adapter \(the first is a.weight\)"),
+    "a whole model": (saved(conv_in__weight=torch.ones(2), conv_in__bias=torch.ones(2)), "are not those of an adapter"),
     "of SDXL": (other_model, "for the student's teacher"),
-    "DoRA": (lambda path: lora_with(path, dora_scale=torch.ones(32)), "is of DoRA"),
-    "LoKr": (lambda path: lora_with(path, lokr_w1=torch.ones(2)), "is of LoKr"),
-    "LoHa": (lambda path: lora_with(path, hada_w1_a=torch.ones(2)), "is of LoHa"),
-    "biases": (lambda path: lora_with(path, lora_B__bias=torch.ones(2)), "is of a LoRA with biases"),
-    "PEFT's DoRA": (peft_metadata('{"unet.use_dora": 1, "unet.lora_alpha": 4}'), "say use_dora"),
-    "no alpha": (peft_metadata('{"unet.lora_alpha": null}'), "no config of PEFT's"),
-    "no config": (peft_metadata("[1]"), "no config of PEFT's"),
+    "DoRA": (lambda path: lora_with(path, dora_scale=torch.ones(32)), "belongs to DoRA"),
+    "LoKr": (lambda path: lora_with(path, lokr_w1=torch.ones(2)), "belongs to LoKr"),
+    "LoHa": (lambda path: lora_with(path, hada_w1_a=torch.ones(2)), "belongs to LoHa"),
+    "biases": (lambda path: lora_with(path, lora_B__bias=torch.ones(2)), "belongs to a LoRA with biases"),
+    "PEFT's DoRA": (peft_metadata('{"unet.use_dora": 1, "unet.lora_alpha": 4}'), "have use_dora"),
+    "no alpha": (peft_metadata('{"unet.lora_alpha": null}'), "not a config of PEFT"),
+    "no config": (peft_metadata("[1]"), "not a config of PEFT"),
     "half a layer": (lambda path: lora_with(path, lora_up__weight=None), "its up is missing"),
     "another width": (
         lambda path: lora_with(path, lora_up__weight=torch.ones(16, 4, 1, 1)),
@@ -413,13 +413,13 @@ REFUSED = {
         lambda path: lora_with(path, lora_up__weight=torch.ones(32, 4, 1, 1, dtype=torch.int8)),
         "stored as I8",
     ),
-    "more in it": (lambda path: lora_with(path, x=torch.ones(1)), "no part of a LoRA"),
-    "text alone": (saved(lora_te_a__lora_up__weight=torch.ones(2, 2)), "text encoders alone"),
+    "more in it": (lambda path: lora_with(path, x=torch.ones(1)), "does not belong to a LoRA"),
+    "text alone": (saved(lora_te_a__lora_up__weight=torch.ones(2, 2)), "only text encoders"),
     "no image keys": (saved(**{IP: torch.ones(16, 16)}), "no keys and values of the image"),
     "IP-Adapter of another": (saved(**{IP: torch.ones(16, 40)}), r"is \[16, 40\], its attention"),
     "too many attentions": (
         saved(**{IP.replace("1", "999"): torch.ones(2)}),
-        "no attention of the teacher, which has 32",
+        "that the teacher does not have, out of 32",
     ),
 }
 
@@ -445,7 +445,7 @@ def test_a_controlnet_of_another_model_is_refused(tmp_path, run) -> None:
     with pytest.raises(UserError, match="control: a ControlNet of another model: "):
         adapt(tmp_path / "control", run("bk-base"), tmp_path / "new")
     make_unet(SMALL_UNETS["sd"]).save_pretrained(tmp_path / "unet")
-    with pytest.raises(UserError, match="holds a UNet2DConditionModel"):
+    with pytest.raises(UserError, match="a UNet2DConditionModel: give a folder"):
         adapt(tmp_path / "unet", run("bk-base"), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

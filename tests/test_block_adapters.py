@@ -167,5 +167,5 @@ def test_a_controlnet_steers_the_student_as_the_teacher_without_those_blocks(nam
 def test_a_transformers_ip_adapter_is_refused(tmp_path) -> None:
     run = run_of(derived_of("FluxTransformer2DModel"), tmp_path / "run")
     save_file({"image_proj.weight": torch.ones(2)}, tmp_path / "ip.safetensors")
-    with pytest.raises(UserError, match="no IP-Adapter of a FluxTransformer2DModel, only LoRAs and ControlNets"):
+    with pytest.raises(UserError, match="no IP-Adapter of a FluxTransformer2DModel: give a LoRA or a ControlNet"):
         adapt(tmp_path / "ip.safetensors", run)

@@ -248,7 +248,7 @@ def test_where_a_shallower_sd3_loads() -> None:
     whole = derive(layout_config("sd3.5-medium"), Plan("none"))
     assert whole.loads_in["ComfyUI"] == whole.works_with["skip-layer guidance"] == "yes"
     less = derive(layout_config("sd3.5-medium"), load_plan(["transformer_blocks.1"]))
-    assert less.loads_in["ComfyUI"].startswith("no: it takes 24 blocks from the width, and this one has 23")
+    assert less.loads_in["ComfyUI"].startswith("no: it expects 24 blocks at this width, and the student has 23")
     assert all(answer.startswith("no: ") for answer in less.works_with.values())
 
 
@@ -256,11 +256,11 @@ def test_where_a_shallower_sd3_loads() -> None:
     ("name", "patterns", "message"),
     [
         ("FluxTransformer2DModel", ["transformer_blocks.*"], "leaves no block of transformer_blocks"),
-        ("FluxTransformer2DModel", ["transformer_blocks"], "cannot be removed; what can: blocks of transformer_blocks"),
+        ("FluxTransformer2DModel", ["transformer_blocks"], "removed: choose from blocks of transformer_blocks"),
         ("FluxTransformer2DModel", ["transformer_blocks.0.attn"], "cannot be removed"),
-        ("FluxTransformer2DModel", ["down_blocks.0"], r"whose blocks are transformer_blocks.0 to .3, single"),
-        ("SD3Transformer2DModel", ["transformer_blocks.4"], "but for the last one"),
-        ("WanVACETransformer3DModel", ["blocks.3"], "but for those of vace_layers"),
+        ("FluxTransformer2DModel", ["down_blocks.0"], r"with the blocks transformer_blocks.0 to .3, single"),
+        ("SD3Transformer2DModel", ["transformer_blocks.4"], "except the last one"),
+        ("WanVACETransformer3DModel", ["blocks.3"], "except those in vace_layers"),
         ("ZImageTransformer2DModel", ["noise_refiner.0"], "1 of noise_refiner and 2 of context_refiner; diffusers has"),
     ],
 )
@@ -272,7 +272,7 @@ def test_plan_without_a_form_is_refused(name, patterns, message) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_class_without_such_a_form_is_refused(name) -> None:
     assert hasattr(diffusers, name)
-    with pytest.raises(UserError, match=f"The denoiser is a {name}: no block of it can be removed, as "):
+    with pytest.raises(UserError, match=f"The denoiser is a {name}: no block of it can be removed, because "):
         derive({"_class_name": name}, Plan("none"))
 
 

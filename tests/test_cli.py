@@ -73,7 +73,7 @@ def test_inspect_of_a_recipe_says_the_stairs_as_json(capsys, sd, tmp_path) -> No
     path = recipe(tmp_path, sd, tmp_path, plan="bk-base", stages=[{"steps": 5, "plan": "bk-small"}, {"steps": 5}])
     code, _, err = call(capsys, "inspect", path)
     assert code == 2
-    assert "can only remove more" in err
+    assert "remove it in the later plan too" in err
 
 
 def test_inspect_draws_what_goes_in_lower_case(capsys) -> None:
@@ -351,7 +351,7 @@ def test_a_path_below_the_home_folder_lies_there(capsys, sd, tmp_path, monkeypat
 def test_no_folder_is_named_like_a_file(verb, capsys, sd, tmp_path) -> None:
     rest = {"generate": ("a", "--device", "cpu"), "bench": ("--device", "cpu"), "build": ("--plan", "bk-tiny")}[verb]
     code, _, err = call(capsys, verb, sd, *rest, "-o", tmp_path / "q.gif")
-    assert code == 2 and "q.gif is named like a file" in err and not (tmp_path / "q.gif").exists()
+    assert code == 2 and "q.gif has the name of a file" in err and not (tmp_path / "q.gif").exists()
 
 
 def test_ctrl_c_while_it_imports_leaves_no_traceback() -> None:

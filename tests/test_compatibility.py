@@ -90,7 +90,7 @@ def test_a_controlnet_of_its_own(kind, name) -> None:
 
 def test_no_controlnet_has_uneven_stages() -> None:
     derived = derived_of("sd", UNEVEN)
-    assert derived.works_with["a ControlNet of its own"].startswith("no: diffusers has no ControlNet whose levels")
+    assert derived.works_with["a ControlNet of its own"].startswith("no: diffusers has no ControlNet with")
     assert outcome(lambda: ControlNetModel.from_unet(make_unet(derived.student_config))) == "no"
 
 
@@ -191,7 +191,7 @@ def test_the_teachers_lora(kind, name, request) -> None:
 
 def test_what_is_said_of_models_of_full_size() -> None:
     """stable-diffusion.cpp, the teacher's ControlNet, and how many attention layers a LoRA would get wrong."""
-    whole, tiny = "no: it knows the whole", "yes: with --for sd.cpp"
+    whole, tiny = "no: it knows only the whole", "yes: with --for sd.cpp"
     for layout, plan, cpp, controlnet, wrong in (
         ("sd-v1", None, "yes", "yes", ""),
         ("sd-v2", None, "yes", "yes", ""),

@@ -73,15 +73,20 @@ def test_it_keeps_few_scores(tokens: int) -> None:
 def test_a_unet_computes_the_same_and_has_its_own_again(sd: Path) -> None:
     net = UNet2DConditionModel.from_pretrained(sd / "unet")
     given = example_inputs(dict(net.config), 2)
+    given["encoder_hidden_states"].normal_(generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         fused = net(**given).sample
+        mask = torch.ones(2, given["encoder_hidden_states"].shape[1])
+        mask[:, 1:] = 0
+        expected = net(**given, encoder_attention_mask=mask).sample
         with fast_attention([net], CPU, half=True):
             assert {type(p).__name__ for p in net.attn_processors.values()} == {"_Processor"}
             plain = net(**given).sample
-            mask = torch.ones(2, given["encoder_hidden_states"].shape[1])
-            assert torch.isfinite(net(**given, encoder_attention_mask=mask).sample).all()  # by the stock processor
+            masked = net(**given, encoder_attention_mask=mask).sample  # by the stock processor
         assert torch.equal(net(**given).sample, fused)
         with fast_attention([net], CPU, half=False):
             assert {type(p).__name__ for p in net.attn_processors.values()} == {"AttnProcessor2_0"}
     torch.testing.assert_close(plain, fused, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(masked, expected, rtol=1e-4, atol=1e-5)
+    assert (expected - fused).abs().max() > 1e-3
     assert {type(p).__name__ for p in net.attn_processors.values()} == {"AttnProcessor2_0"}

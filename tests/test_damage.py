@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from test_cli import call
 from torch._utils import ExceptionWrapper
@@ -221,6 +222,7 @@ def test_files_of_another_run_are_noticed(folder, finished, tmp_path) -> None:
 
 def test_caches_and_runs_of_older_versions_are_read(folder) -> None:
     """Without marks and checksums."""
+    latents = Cache.open(folder / "cache").sample(2).mean
     for mark in (*folder.rglob(SEAL), *folder.rglob(LOCK)):
         mark.unlink()
     for path in folder.rglob("*.json"):
@@ -238,8 +240,7 @@ def test_caches_and_runs_of_older_versions_are_read(folder) -> None:
     blocks._opened.cache_clear()
     this = opened(folder)
     assert not this.todo()
-    before = Cache.open(folder / "cache").sample(2)
-    assert before.mean.isfinite().all()
+    assert torch.equal(Cache.open(folder / "cache").sample(2).mean, latents)
     this._export()
     write_report(folder)
 

@@ -228,9 +228,9 @@ def test_contents_that_change_at_equal_size_make_another_source(tmp_path, form, 
     write(cache / "spec.json", "{}")
     shutil.copytree(source, tmp_path / "copy")
     assert source_fingerprint(tmp_path / "copy") == before, "where it lies does not matter"
-    monkeypatch.setattr(contents, "_known", {})
+    contents.known_here.clear()  # as in a new process
     with monkeypatch.context() as patch:
-        patch.setattr(contents, "_sha256", lambda file: pytest.fail("it is known"))
+        patch.setattr(contents, "file_hash", lambda file: pytest.fail("it is known"))
         assert source_fingerprint(source, cache) == before
     data, when = bytearray(file.read_bytes()), file.stat()
     data[len(data) // 2] ^= 1

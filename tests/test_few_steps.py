@@ -152,7 +152,7 @@ def test_killed_and_resumed_paths_are_the_same_bytes_and_others_are_refused(
         assert file.read_bytes() == (tmp_path / "parts" / file.name).read_bytes()
     for key, value in (("guidance_scale", 3.0), ("path_steps", 8), ("paths", 9)):
         other = TRAJECTORY.model_copy(update={key: value})
-        with pytest.raises(UserError, match=r"holds paths of another (guidance_scale|steps|count): delete it"):
+        with pytest.raises(UserError, match=r"paths of another (guidance_scale|steps|count): delete it"):
             cache_paths(teacher, latents, other, tmp_path / "parts")
 
 

@@ -143,7 +143,7 @@ def test_where_nothing_can_be_written_is_one_line(tmp_path) -> None:
     assert check_writable(tmp_path / "a" / "b", "output") == tmp_path
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"^output: .*/file is a file; a folder is needed there$"):
+    with pytest.raises(UserError, match=r"^output: .*/file is a file, not a folder: give another path$"):
         check_writable(tmp_path / "file" / "a", "output")
     for path in (tmp_path / "file" / "a", tmp_path / ("x" * 300)):
         with pytest.raises(UserError, match=r"Cannot write .*; give another path"):

@@ -30,8 +30,8 @@ def scaled(teacher: Path, to: Path, part: str, key: str, factor: float) -> Path:
     [
         ("unet", "conv_out.bias", NAN, r"unet/\S+: conv_out\.bias has NaN or infinity"),
         ("vae", "encoder.conv_in.weight", float("inf"), r"vae/\S+: encoder\.conv_in\.weight has NaN or infinity"),
-        ("unet", "conv_out.weight", 1e38, r"'a cat' \(seed 3\): what the U-Net drew is not finite in torch\.float32"),
-        ("vae", "decoder.conv_out.weight", 3e38, r"What the VAE decoded is not finite in torch\.float32"),
+        ("unet", "conv_out.weight", 1e38, r"'a cat' \(seed 3\): the latents are not finite in torch\.float32"),
+        ("vae", "decoder.conv_out.weight", 3e38, r"The decoded picture is not finite in torch\.float32"),
     ],
 )
 def test_generate_writes_no_picture_of_nothing(part, key, factor, message, sd, tmp_path) -> None:
@@ -113,7 +113,7 @@ def test_a_scorer_with_random_weights_or_without_words_is_refused(tmp_path) -> N
     special = {token: number for token, number in words["model"]["vocab"].items() if token.startswith("<|")}
     words["model"] |= {"vocab": special, "merges": []}
     (folder / "tokenizer.json").write_text(json.dumps(words))
-    with pytest.raises(UserError, match="its tokenizer makes the same tokens of all words"):
+    with pytest.raises(UserError, match="its tokenizer gives the same tokens for all words"):
         Clip.load(folder)
 
 

@@ -137,7 +137,7 @@ def test_what_is_below_the_limit_is_explained_by_its_largest_part(result) -> Non
 
     assert "small (batch 2): the interval is too wide to judge" in text(interval=(0.1, 10.0))
     judged = text(interval=(0.4 * limit, 0.6 * limit))
-    words = "**small (batch 2) reaches 50 % of what its MACs allow**: most of the time over the limit goes into att"
+    words = "**small (batch 2) reaches 50 % of its limit by MACs**: most of the time over the limit goes into att"
     assert words in judged
     macs = {name: model.macs["attention"] for name, model in result.models.items()}
     assert f"| {100 * macs['small'] / macs['sd']:.0f} % | +1.5 |" in judged

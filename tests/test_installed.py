@@ -10,7 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.processes
@@ -93,8 +95,10 @@ def test_from_an_empty_folder_to_a_student_in_five_commands(prunet, sd, pictures
     said = [new, *(run(tmp_path, prunet, *command) for command in commands)]
     foreign = [line for done in said for line in done.stderr.splitlines() if "warn" in line.lower()]
     assert not foreign and (tmp_path / "cat.png").is_file()
-    assert DiffusionPipeline.from_pretrained(tmp_path / "runs" / "model-bk-small" / "pipeline").unet is not None
-    assert (tmp_path / "runs" / "model-bk-small" / "student.safetensors").is_file()
+    student = DiffusionPipeline.from_pretrained(tmp_path / "runs" / "model-bk-small" / "pipeline").unet
+    single = load_file(tmp_path / "runs" / "model-bk-small" / "student.safetensors")
+    assert student.config["layers_per_block"] == 1  # bk-small's
+    assert torch.equal(single["model.diffusion_model.input_blocks.0.0.weight"].float(), student.conv_in.weight)
     assert "model-bk-small" in run(tmp_path, prunet, "list").stdout
 
 

@@ -398,7 +398,7 @@ def test_what_has_no_ldm_form_is_refused():
         to_ldm(unet_of("sd-v1 bk-base"), None, text_encoder_of(), text_encoder_of())
     with pytest.raises(UserError, match="24 layers, SD v2 uses 23"):
         to_ldm(unet_of("sd-v2 bk-base"), None, text_encoder_of(layers=24))
-    with pytest.raises(UserError, match="no part of a CLIP text encoder"):
+    with pytest.raises(UserError, match="does not belong to a CLIP text encoder"):
         to_ldm(unet_of("sd-v1 bk-base"), None, torch.nn.Linear(2, 2))
 
 

@@ -1,7 +1,5 @@
 """Losses and the diffusion process against values computed by hand or written another way."""
 
-import math
-
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -54,7 +52,6 @@ def test_min_snr_by_hand() -> None:
     abar = torch.tensor([0.9, 0.5, 0.0])  # SNR 9, 1, 0
     assert min_snr_weight(abar, 5.0, "epsilon").tolist() == pytest.approx([5 / 9, 1, 1])
     assert min_snr_weight(abar, 5.0, "v_prediction").tolist() == pytest.approx([5 / 10, 1 / 2, 0])
-    assert all(math.isfinite(w) for w in min_snr_weight(abar, 5.0, "epsilon").tolist())
 
 
 def test_taps_catch_outputs_and_are_gone_afterwards() -> None:

@@ -226,7 +226,7 @@ def test_a_subject_is_pictures(sd, subject, clip, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     for given, message in (
         ({}, "give --real PATH"),
-        ({"real": tmp_path / "empty"}, "0 pictures in it; at least 1"),
+        ({"real": tmp_path / "empty"}, "0 pictures in it: give at least 1"),
         ({"real": clip / "model.safetensors"}, "needs the subject's pictures themselves"),
         ({"real": real, "weights": {"dino": tmp_path / "empty"}}, "no DINO model there"),
         ({"real": real, "weights": {"dino": clip}}, "which a ViTModel needs|not a ViT of transformers"),

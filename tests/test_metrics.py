@@ -61,6 +61,13 @@ def test_retrieval_counts_equal_prompts_as_one() -> None:
     assert metrics.retrieved(np.eye(4)[[0, 1, 1, 0]], texts).tolist() == [1, 1, 0, 1]
 
 
+def test_retrieval_among_other_prompts_finds_those_too() -> None:
+    images, others = np.array([[1.0, 0.2], [0.2, 1.0]]), np.array([[1.0, 0.3], [1.0, 0.0]])
+    assert metrics.retrieved(images, np.eye(2)).tolist() == [1, 1]
+    assert metrics.retrieved(images, np.eye(2), others).tolist() == [0, 1]
+    assert metrics.retrieved(images, np.eye(2), np.eye(2)).tolist() == [1, 1]
+
+
 def test_intervals_hold_what_they_say() -> None:
     """Of 200 samples about 95 % have the true mean within their interval; likewise for the jackknife of a variance."""
     rng, hits, jack = np.random.default_rng(4), 0, 0

@@ -19,13 +19,14 @@ from prunet.exports.onnx import export_onnx
 from prunet.recipe.values import Drawing
 from prunet.sampling.samplers import set_sampler
 
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
 EXAMPLE = Path(__file__).parent.parent / "examples" / "edge" / "draw_onnx.py"
 NEAR = 2  # of 255
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Teacher]:
-    pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     source = request.getfixturevalue(request.param)
     folder = tmp_path_factory.mktemp("onnx") / "folder"
     facts = export_onnx(source, folder, ["a cat"], Drawing(steps=2, guidance_scale=3), card={"teacher": "sd"})
@@ -113,7 +114,6 @@ def run_folder(finished, tmp_path_factory) -> Path:
 
 
 def test_a_run_with_a_small_decoder(run_folder, tmp_path, capsys) -> None:
-    pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     forms = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     torch.manual_seed(0)
     AutoencoderTiny(**forms, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(tmp_path / "tiny")
@@ -122,7 +122,7 @@ def test_a_run_with_a_small_decoder(run_folder, tmp_path, capsys) -> None:
     assert code == 0 and facts["output"] == str(run_folder / "onnx") and facts["decoder"] == "AutoencoderTiny"
     assert ours(run_folder / "onnx", "a cat", 0).size == (16, 16)
     code, _, err = call(capsys, "export", run_folder, "--openvino", "-o", run_folder / "onnx")
-    assert code == 2 and "holds an onnx of prunet, not an openvino" in err
+    assert code == 2 and "is an onnx of prunet, not an openvino" in err
 
 
 @pytest.mark.parametrize(

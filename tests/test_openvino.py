@@ -164,7 +164,7 @@ def test_bench_and_play_beside_torch(exported, tmp_path, capsys) -> None:
     with pytest.raises(UserError, match="draws without picture to start from: leave it out"):
         players[1].draw(Asked("a cat", 3, size, Drawing(), image=Image.new("RGB", (16, 16))))
     for args, message in (
-        (("bench", folder, "--plan", "bk-tiny"), "is for OpenVINO: give that second"),
+        (("bench", folder, "--plan", "bk-tiny"), "is for OpenVINO: give it second"),
         (("bench", folder, "--size", "12"), "size: 12 is not a multiple of"),
     ):
         code, _, err = call(capsys, *args, "--device", "cpu")
@@ -194,7 +194,7 @@ def test_a_folder_draws_only_as_it_can(exported) -> None:
     folder = exported[0]
     with pytest.raises(UserError, match=r"a pipeline for OpenVINO.*give the folder or run"):
         Teacher(folder)
-    with pytest.raises(UserError, match=r"sampler: .* draws with its own"):
+    with pytest.raises(UserError, match=r"sampler: .* draws only with"):
         generate(folder, "a cat", drawing=Drawing(sampler="euler"))
     with pytest.raises(UserError, match="draws without image"):
         generate(folder, "a cat", start=StartPicture(Image.new("RGB", (16, 16))))
@@ -211,7 +211,7 @@ def test_decoders_of_other_latents_are_refused(sd, tiny, tmp_path) -> None:
     AutoencoderTiny(num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4).save_pretrained(tmp_path / "larger")
     with pytest.raises(UserError, match=r"1/8 of the side, those of .* have 4 channels of 1/2"):
         open_decoder(tmp_path / "larger", Teacher(sd))
-    with pytest.raises(UserError, match=r"its config\.json says UNet2DConditionModel; give an AutoencoderTiny"):
+    with pytest.raises(UserError, match=r"a UNet2DConditionModel: give an AutoencoderTiny"):
         open_decoder(sd / "unet", Teacher(sd))
 
 

@@ -227,10 +227,10 @@ def test_single_files(files, capsys, monkeypatch) -> None:
     assert call(capsys, *compare, files / "page.html")[0] == 0
     report = files / "finished" / "report.html"
     for path, words in (
-        (write(files / "mine.html", "<html>"), "exists, and is not a comparison as prunet made it"),
+        (write(files / "mine.html", "<html>"), "exists, and is not an unchanged comparison of prunet"),
         (files / "teacher" / "page.html", "which is a model"),
-        (report, f"is kept for the run {files / 'finished'} itself"),
-        (files / "again" / "evaluation" / "page.html", f"is kept for the run {files / 'again'} itself"),
+        (report, f"is a name for the run {files / 'finished'} itself"),
+        (files / "again" / "evaluation" / "page.html", f"is a name for the run {files / 'again'} itself"),
     ):
         before = tree(files)
         code, _, err = call(capsys, *compare, path)
@@ -247,7 +247,7 @@ def test_pictures_of_another_prompt_are_not_replaced(files, capsys) -> None:
         assert call(capsys, *draw, prompt)[0] == code
     (files / "drawn" / "000001.png").write_text("mine")
     before = tree(files / "drawn")
-    for arguments, words in ((("a dog",), "another prompt"), (("a cät", "-n", 2), "as prunet made it")):
+    for arguments, words in ((("a dog",), "another prompt"), (("a cät", "-n", 2), "not an unchanged picture")):
         code, _, err = call(capsys, *draw, *arguments)
         assert code == 2 and words in err and err.count("\n") == 1
     assert tree(files / "drawn") == before
@@ -268,7 +268,7 @@ def test_a_folder_is_not_prunets_by_a_name_that_others_give_too(names, tmp_path)
     for name in names:
         (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text("{}")
     assert kind_of(tmp_path) is None
-    with pytest.raises(UserError, match="holds what prunet did not make"):
+    with pytest.raises(UserError, match="contains files that prunet did not make"):
         check_place(tmp_path, "run", "output")
 
 

@@ -79,7 +79,7 @@ def test_factor_is_that_of_the_last_pattern_around_the_module() -> None:
     assert factors[Pair("up_blocks.1.resnets.0", "up_blocks.1.resnets.0")] == 2.0
     assert factors[Pair("up_blocks.0.attentions.2", "up_blocks.0.attentions.2")] == 0.5
     assert factors[Pair("down_blocks.0.resnets.0", "down_blocks.0.resnets.0")] == 1.0
-    with pytest.raises(UserError, match="names no module"):
+    with pytest.raises(UserError, match="matches no module"):
         term_factors(pairs, {"up_blocks.7": 1.0})
 
 

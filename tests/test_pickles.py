@@ -237,10 +237,10 @@ def wrong(folder: Path) -> dict[str, tuple[Path, str]]:
         "another zip": (_zip(folder / "zip.ckpt", {"a/b.txt": b"x"}), "not a checkpoint"),
         "bomb": (_zip(folder / "bomb.ckpt", {"a/data.pkl": bytes(1 << 24)}, packed=True), "compressed"),
         "TorchScript": (script, "TorchScript"),
-        "no mapping": (save([torch.ones(1)], folder / "list.ckpt"), "holds list"),
-        "a whole module": (save(nn.Linear(2, 2), folder / "module.ckpt"), "holds torch.nn"),
+        "no mapping": (save([torch.ones(1)], folder / "list.ckpt"), "contains list"),
+        "a whole module": (save(nn.Linear(2, 2), folder / "module.ckpt"), "contains torch.nn"),
         "nothing in it": (save({}, folder / "nothing.ckpt"), "nothing"),
-        "no tensors": (save({"state_dict": {"a": 1}}, folder / "numbers.ckpt"), "no state_dict among"),
+        "no tensors": (save({"state_dict": {"a": 1}}, folder / "numbers.ckpt"), "no state_dict in it, but"),
         "two of them": (
             save({"g": {"a": torch.ones(1)}, "d": {"a": torch.ones(1)}}, folder / "2.ckpt"),
             "no state_dict",
@@ -289,7 +289,7 @@ def test_a_file_that_is_there_is_kept(tmp_path) -> None:
     with pytest.raises(UserError, match="exists"):
         convert(path)
     for name in ("a.ckpt", "model-v1.5"):
-        with pytest.raises(UserError, match=r"something\.safetensors"):
+        with pytest.raises(UserError, match=r"NAME\.safetensors"):
             convert(path, tmp_path / name)
     (tmp_path / "link.safetensors").symlink_to("nowhere")
     with pytest.raises(UserError, match="exists"):

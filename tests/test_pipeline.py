@@ -252,7 +252,7 @@ def test_a_teacher_that_cannot_read_is_refused(sd, tmp_path) -> None:
     value["model"]["vocab"] = {"<|startoftext|>": 0, "<|endoftext|>": 1}
     words.write_text(json.dumps(value))
     assert Teacher(folder).fingerprint(["text_encoder"]) != before
-    with pytest.raises(UserError, match="its tokenizer makes the same tokens of all words"):
+    with pytest.raises(UserError, match="its tokenizer gives the same tokens for all words"):
         Teacher(folder).encode_prompts(["a cat"])
     for file in (folder / "tokenizer").iterdir():
         if file.name in ("tokenizer.json", "vocab.json", "merges.txt"):

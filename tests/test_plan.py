@@ -151,7 +151,7 @@ def test_every_preset_fits_a_layout_and_says_where_it_loads() -> None:
 
 def test_sdxl_student_that_comfyui_does_not_know_says_so() -> None:
     plan = load_plan(["down_blocks.2.attentions.*.transformer_blocks.9", "mid_block"])
-    assert derive(layout_config("sdxl"), plan).loads_in["ComfyUI, single file"].startswith("no: it knows SDXL")
+    assert derive(layout_config("sdxl"), plan).loads_in["ComfyUI, single file"].startswith("no: it recognises SDXL")
 
 
 def test_stages_of_different_length_do_not_load_from_one_file_in_diffusers() -> None:

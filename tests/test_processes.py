@@ -117,7 +117,7 @@ def test_alone_then_sharded_then_alone_equals_one(alone: Path, teacher: Path, pi
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plans"], "plans: works in one process"),
+        (["plans"], "plans: runs in one process"),
         (
             ["run", "recipe.yaml", "--device", "cpu", "--precision", "fp16", "--fsdp"],
             "--fsdp: works only with --precision bf16",

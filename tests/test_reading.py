@@ -33,7 +33,7 @@ TOO_MUCH = {
         "more than 50,000 values",
     ),
     "merged mappings": (laughs("{<<: [" + ", ".join(["%s"] * 10) + "]}"), "more than 50,000 values"),
-    "an alias of itself": ("a: &a [1, *a]", "an alias of a list or mapping that it stands in"),
+    "an alias of itself": ("a: &a [1, *a]", "an alias of a list or mapping that contains the alias"),
     "brackets": ("a: " + "[" * 40 + "]" * 40, "inside one another"),
     "many brackets": ("a: " + "[" * 5000, "inside one another"),
     "braces": ("a: " + "{b: " * 30 + "1" + "}" * 30, "inside one another"),
@@ -122,7 +122,7 @@ def test_a_pattern_stands_for_no_more_than_it_should(patterns: list[str]) -> Non
 
 @pytest.mark.parametrize("value", [{"remove": ["mid_block"], "name": ["x"]}, {"remove": [], "source": True}])
 def test_the_texts_of_a_plan_are_texts(value: dict) -> None:
-    with pytest.raises(UserError, match="of a plan is a text"):
+    with pytest.raises(UserError, match="of a plan must be a text"):
         load_plan(value)
 
 

@@ -129,7 +129,7 @@ def test_a_finished_step_needs_nothing_that_it_has_read(folder, finished, capsys
     assert opened(folder).todo() == []
     assert opened(folder, "evaluation.steps=2").todo() == ["build", "stage-1", "evaluate", "export", "report"]
     code, _, err = call(capsys, "export", folder, "-o", folder.parent / "again")
-    assert code == 2 and err.endswith(f"stage-1/unet: deleted since the run: `prunet distil {folder}` makes it again\n")
+    assert code == 2 and err.endswith(f"stage-1/unet: deleted after the run: `prunet distil {folder}` makes it again\n")
 
 
 @pytest.mark.parametrize(

@@ -339,7 +339,7 @@ def test_progressive_stages_cut_what_the_stage_before_trained(sd, pictures, tmp_
 
 def test_stage_that_brings_a_part_back_is_refused(sdxl, pictures, tmp_path) -> None:
     stages = [{"steps": 1, "plan": "vega"}, {"steps": 1}]
-    with pytest.raises(UserError, match="can only remove more"):
+    with pytest.raises(UserError, match="remove it in the later plan too"):
         Run(load_recipe(recipe_file(tmp_path, sdxl, pictures, plan="ssd-1b", stages=stages)), CPU).check()
     with pytest.raises(UserError, match="last stage must train the recipe's own plan"):
         load_recipe(recipe_file(tmp_path, sdxl, pictures, plan="ssd-1b", stages=stages[:1]))

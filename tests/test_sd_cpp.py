@@ -48,10 +48,10 @@ def test_other_models_that_it_knows_have_no_gaps(layout, plan) -> None:
 @pytest.mark.parametrize(
     ("layout", "plan", "why"),
     [
-        ("sd-v1", "bk-small", "it knows the whole SD v1"),
-        ("sdxl", "koala-700m", "it knows the whole SD v1"),
-        ("sd-v2", ["mid_block"], "it knows the whole SD v1"),
-        ("sdxl", ["mid_block"], "it knows the whole SD v1"),
+        ("sd-v1", "bk-small", "it knows only the whole SD v1"),
+        ("sdxl", "koala-700m", "it knows only the whole SD v1"),
+        ("sd-v2", ["mid_block"], "it knows only the whole SD v1"),
+        ("sdxl", ["mid_block"], "it knows only the whole SD v1"),
     ],
 )
 def test_what_it_does_not_know_is_refused(layout, plan, why) -> None:
@@ -115,7 +115,7 @@ def run_folder(finished, tmp_path_factory) -> Path:
         (["--gguf", "q8_0", "--for", "comfyui"], "--gguf --for: --for is for --single-file"),
         (["--gguf", "q8_0", "--fp16"], "--gguf --fp16: --fp16 is for a stock folder or --single-file"),
         (["--gguf", "q8_0", "--openvino"], "--gguf --openvino: one export at a time"),
-        (["--gguf", "q8_0", "-o", "a.safetensors"], "name the single file something.gguf"),
+        (["--gguf", "q8_0", "-o", "a.safetensors"], "give NAME.gguf"),
         (["--gguf", "q2_k"], "q2_k"),
     ],
 )

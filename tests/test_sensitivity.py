@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from test_blocks import SMALL, config_of, make_folder
 from test_cli import call
 
 from prunet import Plan, Teacher, UserError, derive, load_plan
+from prunet.data.cache import Cache
 from prunet.denoisers.diagram import STEPS
 from prunet.disk.files import read_json
 from prunet.report.sensitivity import chart, coloured_diagram
@@ -97,16 +99,16 @@ def test_what_removes_nothing_hurts_nothing(scored) -> None:
     scores = Scores(teacher, open_examples(teacher, ["a cat", "a dog"]), folder)
     nothing = scores.error(derive(teacher.unet_config, Plan("none")))
     assert (nothing.value, nothing.low, nothing.high) == (0, 0, 0)
-    for unit, row in zip(units, result["units"], strict=True):
-        assert 0 < row["low"] <= row["error"] <= row["high"]
-        assert row["saves"]["parameters"] == unit.derived.teacher_size.parameters - unit.derived.student_size.parameters
-        assert row["saves"]["size"] == 2 * row["saves"]["parameters"]
+    for unit, row in zip(units, result.units, strict=True):
+        assert 0 < row.low <= row.error <= row.high
+        assert row.saves["parameters"] == unit.derived.teacher_size.parameters - unit.derived.student_size.parameters
+        assert row.saves["size"] == 2 * row.saves["parameters"]
 
 
 def test_scores_are_measured_once(scored, monkeypatch) -> None:
     teacher, units, result, folder = scored
     scores = Scores(teacher, open_examples(teacher, ["a cat", "a dog"]), folder)
-    monkeypatch.setattr(scores, "_student", lambda derived: pytest.fail("measured again"))
+    monkeypatch.setattr("prunet.search.scores.inherit", lambda *_: pytest.fail("measured again"))
     assert sensitivity(units, scores) == result
     if not teacher.architecture.only_form:
         with pytest.raises(UserError, match="scores of another search: prompts"):
@@ -116,7 +118,7 @@ def test_scores_are_measured_once(scored, monkeypatch) -> None:
 def test_the_diagram_shows_the_least_error_of_a_part(scored) -> None:
     _, units, result, _ = scored
     parts = {p.name: p for s in coloured_diagram(result).sections for layer in s.layers for p in layer}
-    errors = {unit.name: row["error"] for unit, row in zip(units, result["units"], strict=True)}
+    errors = {unit.name: row.error for unit, row in zip(units, result.units, strict=True)}
     for unit in units:
         for part in set(unit.parts) & parts.keys():
             least = min(errors[other.name] for other in units if part in other.parts)
@@ -141,11 +143,19 @@ def test_inspect_shows_it(sd, tmp_path, capsys, monkeypatch) -> None:
     assert (tmp_path / "out" / "sensitivity.md").read_text().count("\n| ") == len(facts["units"])
 
 
-def test_a_cache_gives_the_samples(sd, finished) -> None:
-    teacher = Teacher(sd)
+def test_a_cache_gives_its_samples_with_noise_of_all_levels(sd, finished) -> None:
+    teacher, samples = Teacher(sd), Cache.open(finished / "cache")
     examples = open_examples(teacher, cache=finished)
-    assert len(examples.groups) == len(set(examples.groups)) == 12
-    assert Scores(teacher, examples).error(derive(teacher.unet_config, load_plan("bk-tiny"))).value > 0
+    assert len(examples.groups) == len(set(examples.groups)) == len(samples) == 12
+    # Guided, a net that gives back what it is asked gives just that.
+    noisy = torch.cat([call(lambda noisy, *_, **__: (noisy,)) for call in examples.calls]).flatten(1)
+    steps = torch.cat([call(lambda noisy, t, **_: (t.view(-1, 1, 1, 1).expand_as(noisy),)) for call in examples.calls])
+    steps, latents = steps[:, 0, 0, 0].round(), torch.stack([samples.sample(i).mean for i in range(12)]).flatten(1)
+    assert [int(step * 12 / 1000) for step in steps.sort().values] == list(range(12))
+    alphas = teacher.noise_scheduler.alphas_cumprod[steps.long()][:, None]
+    noise = (noisy - alphas.sqrt() * latents) / (1 - alphas).sqrt()
+    assert noise.std().item() == pytest.approx(1, abs=0.05) and abs(noise.mean().item()) < 0.05
+    assert abs(torch.corrcoef(torch.stack([noise.flatten(), latents.flatten()]))[0, 1].item()) < 0.06
 
 
 @pytest.mark.parametrize(

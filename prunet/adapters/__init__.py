@@ -1,1 +1,1 @@
-"""The teacher's adapters on its student: in goes a LoRA, an IP-Adapter or a ControlNet, out comes one that fits."""
+"""The teacher's adapters on its student. In: a LoRA, an IP-Adapter or a ControlNet. Out: one that fits the student."""

@@ -1,4 +1,4 @@
-"""One function for all kinds of adapters: what the file is, whom it is for, where the new one goes."""
+"""One function for all kinds of adapters: recognises the file, carries it over, and writes the new one."""
 
 import json
 from pathlib import Path
@@ -20,9 +20,9 @@ from prunet.teacher.configs import check_config
 from prunet.teacher.pickles import PICKLES
 from prunet.words import command, short
 
-#: In the metadata of a file that was carried over: to which run.
+#: Key in the metadata of a file that was carried over; its value names the run.
 MARK = "prunet.adapted"
-#: The name of a LoRA in a folder, where diffusers looks for it.
+#: The name under which diffusers looks for a LoRA in a folder.
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KINDS = "a LoRA or an IP-Adapter (a .safetensors file), or a ControlNet (its diffusers folder)"
 
@@ -36,11 +36,11 @@ def adapt(file: Path | str, to: Path | str, output: Path | str | None = None) ->
         output: the new file or folder; by default beside `file`, with the run's name at its end.
 
     Returns:
-        `output`, `kind`, and of a LoRA or IP-Adapter the teacher's layers that were `kept` and `dropped`; of a
+        `output` and `kind`. For a LoRA or IP-Adapter also the teacher's layers that were `kept` and `dropped`; for a
         ControlNet its `form` (`cut` or `whole`) and the `residuals` that are taken.
 
     Raises:
-        UserError: no adapter, of a form that cannot be carried over, or made for another model.
+        UserError: the file is not an adapter, has a form that cannot be carried over, or is for another model.
     """
     source, student = Path(file), Path(to)
     derived = _open_student(student)
@@ -58,7 +58,7 @@ def adapt(file: Path | str, to: Path | str, output: Path | str | None = None) ->
         return {"output": str(target), "kind": "ControlNet", **facts, "fits_unchanged": fits}
     carried = carry(source, derived)
     if target.suffix != ".safetensors":
-        raise UserError(f"--output {target}: name the new file something.safetensors")
+        raise UserError(f"--output {target}: not the name of the new file: give NAME.safetensors")
     check_file(target, "carried adapter", "--output", is_adapted, [source])
     check_writable(target.parent, "--output")
     _write(source, carried, target, mark)
@@ -66,7 +66,7 @@ def adapt(file: Path | str, to: Path | str, output: Path | str | None = None) ->
 
 
 def is_adapted(path: Path) -> bool:
-    """Whether `adapt` wrote a file."""
+    """Returns whether `adapt` wrote a file."""
     return MARK in _metadata(path)
 
 
@@ -74,8 +74,7 @@ def _open_student(folder: Path) -> Derived:
     path = folder / "plan.json"
     if not path.is_file():
         raise UserError(
-            f"--to {folder}: no plan.json there, which says what was removed; give the run folder of the student (that "
-            "in which `prunet run` made it)"
+            f"--to {folder}: no plan.json there, which lists the removed blocks: give the run folder of the student"
         )
     result = PlanResult.load(path)
     config = result.teacher_config
@@ -87,20 +86,20 @@ def _open_student(folder: Path) -> Derived:
 
 
 def carry(path: Path, derived: Derived) -> Carried:
-    """Reads a LoRA or an IP-Adapter of the teacher, and how it is carried over; the file of a plan "none" as it is.
+    """Reads a LoRA or an IP-Adapter of the teacher, and decides which tensors stay under which names.
 
     Raises:
-        UserError: no such adapter, of a form that cannot be carried over, or made for another model.
+        UserError: the file is not an adapter, has a form that cannot be carried over, or is for another model.
     """
     if path.suffix in PICKLES:
         raise UserError(
-            f"{path}: a pickle, which can hold code; {command('convert', path)} writes its tensors without it"
+            f"{path}: a pickle, which can contain code; {command('convert', path)} writes its tensors without it"
         )
     if not path.is_file():
-        raise UserError(f"{path}: nothing there; give {KINDS}")
+        raise UserError(f"{path}: no such file: give {KINDS}")
     found, said = placing.headers([path]), _metadata(path)
     if MARK in said:
-        raise UserError(f"{path}: was carried over to a student already ({said[MARK]}); give the teacher's own")
+        raise UserError(f"{path}: carried over to a student already ({said[MARK]}): give the teacher's own file")
     try:
         if ip_adapter.is_ip_adapter(list(found)):
             return ip_adapter.carry_ip_adapter(found, said, derived)
@@ -109,7 +108,7 @@ def carry(path: Path, derived: Derived) -> Carried:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     first = next(iter(sorted(found)), "nothing")
-    raise UserError(f"{path}: no adapter by the names of its tensors (the first is {first}); give {KINDS}")
+    raise UserError(f"{path}: its tensors are not those of an adapter (the first is {first}): give {KINDS}")
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""A ControlNet of the teacher for the student: cut by the plan, or whole, with the residuals that have a place.
+"""A ControlNet of the teacher for the student: cut by the plan, or whole.
 
-Cut, it is a stock model of the student's form. Where diffusers has none (without a mid block), the whole one is copied,
-with the file that loads it, and `adapted.json`, which says what of it is taken.
+If it is cut, it is a stock model of the student's form. If diffusers has no such form, the whole ControlNet is copied,
+with the code that loads it, and `adapted.json`, which lists the residuals that the student takes.
 """
 
 import shutil
@@ -22,16 +22,16 @@ STEM = "diffusion_pytorch_model"
 
 
 def open_controlnet(folder: Path, derived: Derived) -> Any:
-    """The ControlNet in a stock folder, in the precision of its file.
+    """Loads the ControlNet in a stock folder, in the precision of its file.
 
     Raises:
-        UserError: none there, damaged, or made for another model than the teacher.
+        UserError: the folder has no ControlNet, is damaged, or is for another model than the teacher.
     """
     config, forms = read_object(folder / CONFIG, str(folder)), derived.architecture.adapters
     if forms.controlnet is None:
-        raise UserError(f"{folder}: prunet carries over no ControlNet of a {derived.architecture.class_name}")
+        raise UserError(f"{folder}: prunet cannot carry over a ControlNet of a {derived.architecture.class_name}")
     if (name := config.get("_class_name")) != (wanted := forms.controlnet):
-        raise UserError(f"{folder}: holds a {name}; of folders prunet carries over those of a {wanted}")
+        raise UserError(f"{folder}: a {name}: give a folder with a {wanted}")
     check_config(derived.architecture.part, {**derived.teacher_config, **config}, folder / CONFIG)
     try:
         control = forms.empty_controlnet(config, derived.teacher_skeleton)
@@ -44,7 +44,7 @@ def open_controlnet(folder: Path, derived: Derived) -> Any:
 
 
 def write_controlnet(control: Any, derived: Derived, output: Path, mark: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes it for the student as a folder; what is said of it in `MARK` is returned."""
+    """Writes the ControlNet for the student as a folder; returns the facts that `MARK` records about it."""
     forms, nets = derived.architecture.adapters, (derived.teacher_skeleton, derived.student_skeleton, derived.form)
     small = forms.cut_controlnet(control, *nets)
     facts = {**mark, "form": "whole" if small is None else "cut"}

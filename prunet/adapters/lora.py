@@ -1,4 +1,4 @@
-"""A LoRA of the teacher for the student: layers renamed, those of removed blocks dropped, numbers as they are."""
+"""A LoRA of the teacher for the student: layers are renamed, those of removed blocks dropped, numbers unchanged."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from prunet.errors import UserError
 from prunet.plan.derived import Derived
 from prunet.teacher.placing import FLOATS, Header
 
-#: What only a file has that changes layers in another way than by down and up -> the name of that way.
+#: Parts of keys that show another form than down and up matrices, and the name of that form.
 OTHER_FORMS = {
     r"lora_magnitude_vector|dora_scale": "DoRA",
     r"\.lokr_": "LoKr",
@@ -24,9 +24,9 @@ OTHER_FORMS = {
     r"\.diff(_b)?$": "a difference of whole weights",
     r"\.lora_\w+(\.\w+)?\.bias$": "a LoRA with biases",
 }
-#: Hashes of what the file was, in kohya's metadata and in that of the model specification.
+#: Hashes of the old file, in kohya's metadata and in that of the model specification.
 HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
-#: Where diffusers keeps PEFT's config of each part.
+#: Key of the metadata where diffusers keeps PEFT's config of each part.
 PEFT = "lora_adapter_metadata"
 MODELS = "give a LoRA that was made for the student's teacher"
 
@@ -37,19 +37,19 @@ def is_lora(keys: Sequence[str], part: str) -> bool:
 
 
 def carry_lora(found: Mapping[str, Header], metadata: Mapping[str, str], derived: Derived) -> Carried:
-    """The keys and the metadata of a LoRA's file for the student. Alphas, ranks and what a text encoder has stay.
+    """Returns keys and metadata of a LoRA's file for the student. Alphas, ranks and text encoders stay the same.
 
     Raises:
-        UserError: of another form or for another model, half of a layer is missing, or nothing of it is left.
+        UserError: the LoRA has another form or is for another model, lacks half of a layer, or would be empty.
     """
     part, known = derived.architecture.part, layers(derived)
     names = {key: key for key in found if TEXT.match(key)}
-    pieces: dict[str, dict[str, Header]] = {}  # layer of the teacher -> down, up, alpha
-    here: dict[str, str] = {}  # layer of the teacher -> the student's
+    pieces: dict[str, dict[str, Header]] = {}  # for each layer of the teacher: down, up, alpha
+    here: dict[str, str] = {}  # for each layer of the teacher: the student's
     for key in sorted(found.keys() - names.keys()):
         prefix, written, suffix, role = _read(key, part)
         if written not in known:
-            raise UserError(f"{key} is of no layer of the teacher: {MODELS}")
+            raise UserError(f"{key} names a layer that the teacher does not have: {MODELS}")
         layer = known[written]
         if role in pieces.setdefault(layer.module, {}):
             raise UserError(f"{key} is there twice, in two formats: give a file with one of them")
@@ -58,7 +58,7 @@ def carry_lora(found: Mapping[str, Header], metadata: Mapping[str, str], derived
             names[key], here[layer.module] = prefix + layer.name + suffix, layer.here
     check_layers(pieces, shapes(derived))
     if not pieces:
-        raise UserError("it changes text encoders alone, which the student has unchanged: load it as it is")
+        raise UserError("it changes only text encoders, which the student shares with its teacher: load it as it is")
     if not here:
         raise UserError(f"all {len(pieces)} layers that it changes are gone: the student has no place for it")
     said = {key: value for key, value in metadata.items() if key not in HASHES}
@@ -71,15 +71,15 @@ def carry_lora(found: Mapping[str, Header], metadata: Mapping[str, str], derived
 def _read(key: str, part: str) -> Key:
     for pattern, form in OTHER_FORMS.items():
         if re.search(pattern, key):
-            raise UserError(f"{key} is of {form}, which has no form for a student here: give a plain LoRA")
+            raise UserError(f"{key} belongs to {form}, which prunet cannot carry over: give a plain LoRA")
     read = read_key(key, part)
     if read is None:
-        raise UserError(f"{key} is no part of a LoRA: give a file with a LoRA alone")
+        raise UserError(f"{key} does not belong to a LoRA: give a file with only a LoRA")
     return read
 
 
 def check_layers(pieces: Mapping[str, Mapping[str, Header]], weights: Mapping[str, tuple[int, ...]]) -> None:
-    """Each layer has down (r, in, ...) and up (out, r, ...), whose product has the size of the teacher's weight."""
+    """Checks down (r, in, ...) and up (out, r, ...) of each layer; their product must fit the teacher's weight."""
     for module, roles in pieces.items():
         if missing := {"down", "up"} - roles.keys():
             raise UserError(f"{module}: its {missing.pop()} is missing in the file: fetch or copy it again")
@@ -87,7 +87,7 @@ def check_layers(pieces: Mapping[str, Mapping[str, Header]], weights: Mapping[st
             raise UserError(f"{module} is stored as {wrong}, not as floating-point numbers: {MODELS}")
         down, up, weight = roles["down"].shape, roles["up"].shape, weights[module]
         if len(weight) < 2 or not down or len(up) < 2:
-            raise UserError(f"{module} is no layer that a LoRA changes: {MODELS}")
+            raise UserError(f"{module} is not a layer that a LoRA can change: {MODELS}")
         product = up[0], math.prod(up[1:]), down[0], math.prod(down[1:])
         if product != (weight[0], down[0], down[0], math.prod(weight[1:])):
             raise UserError(
@@ -95,13 +95,13 @@ def check_layers(pieces: Mapping[str, Mapping[str, Header]], weights: Mapping[st
                 f"{MODELS}"
             )
         if "alpha" in roles and math.prod(roles["alpha"].shape) != 1:
-            raise UserError(f"{module}: its alpha is no single number: fetch or copy it again")
+            raise UserError(f"{module}: its alpha is not a single number: fetch or copy it again")
 
 
 def _peft_config(text: str, part: str, kept: Mapping[str, tuple[str, int]]) -> str:
-    """PEFT's config for the student, as JSON: for each layer rank and alpha of the teacher's, by its new name.
+    """Returns PEFT's config for the student, as JSON, with rank and alpha of each layer under its new name.
 
-    `kept`: layer of the teacher -> its new name and its rank.
+    `kept`: new name and rank for each layer of the teacher.
     """
     try:
         config = parse_json(text)
@@ -111,9 +111,9 @@ def _peft_config(text: str, part: str, kept: Mapping[str, tuple[str, int]]) -> s
         if odd := [alpha for alpha in alphas.values() if own and not (_is_number(alpha) and math.isfinite(alpha))]:
             raise ValueError(f"alpha {odd[0]!r}")
         if more := next((f for f in ("use_dora", "lora_bias", "modules_to_save") if own.get(f"{part}.{f}")), None):
-            raise UserError(f"its metadata say {more}, which has no form for a student here: give a plain LoRA")
+            raise UserError(f"its metadata have {more}, which prunet cannot carry over: give a plain LoRA")
     except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"its metadata {PEFT} are no config of PEFT's ({error}): fetch or copy it again") from error
+        raise UserError(f"its metadata {PEFT} are not a config of PEFT ({error}): fetch or copy it again") from error
     if own:
         for field, pattern, values in (
             ("r", "rank_pattern", dict(kept.values())),
@@ -131,7 +131,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _of_pattern(module: str, patterns: Mapping[str, Any], usual: Any) -> Any:
-    """PEFT's rule: a pattern is the end of a layer's name."""
+    """Applies PEFT's rule: a pattern matches the end of a layer's name."""
     for pattern, value in patterns.items():
         name = pattern.removeprefix("^").removesuffix("$").replace("\\", "")
         if f".{module}".endswith(f".{name}"):

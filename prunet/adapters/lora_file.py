@@ -1,4 +1,4 @@
-"""Writes a LoRA as stock `load_lora_weights`, ComfyUI and the WebUIs read it, and checks that diffusers does."""
+"""Writes a LoRA that stock `load_lora_weights`, ComfyUI and the WebUIs read, and checks it with diffusers."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,13 +19,13 @@ def write_lora(layers: Layers, path: Path, part: str, metadata: Mapping[str, str
     """Writes a LoRA with kohya's names, the one format that all programs read.
 
     Args:
-        layers: layer of the denoiser -> its matrices down (rank, in) and up (out, rank), whose product is added.
+        layers: for each layer of the denoiser the matrices down (rank, in) and up (out, rank); up @ down is added.
         part: the denoiser's name in its pipeline (`unet`).
     """
     tensors: dict[str, Tensor] = {}
     for layer, (down, up) in layers.items():
         name = f"lora_{part}_{layer.replace('.', '_')}"
-        # Alpha is the rank: the product is not scaled.
+        # Alpha equals the rank, so the product is not scaled.
         alpha = torch.tensor(float(len(down)))
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
     save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata={"format": "pt", **metadata})
@@ -33,11 +33,12 @@ def write_lora(layers: Layers, path: Path, part: str, metadata: Mapping[str, str
 
 @quiet_libraries()
 def check_lora(pipe: Any, net: Net, path: Path) -> None:
-    """Loads the LoRA in a file into the stock pipeline `pipe` and compares what its denoiser computes with `net`, which
-    has the LoRA as it was trained.
+    """Loads the LoRA in a file into the stock pipeline `pipe`, and compares its denoiser's output with that of `net`.
+
+    `net` has the LoRA as it was trained.
 
     Raises:
-        RuntimeError: they differ.
+        RuntimeError: the outputs differ.
     """
     pipe.load_lora_weights(str(path.parent), weight_name=path.name)
     config = config_of(net)

@@ -1,4 +1,4 @@
-"""The names that files of LoRAs give to a denoiser's layers, and whose layer each of them is in the student.
+"""The names of a denoiser's layers in files of LoRAs, and the student's layer for each of them.
 
 Four formats, in any mixture:
 
@@ -15,16 +15,16 @@ from prunet.denoisers.adapter_forms import AdapterForms
 from prunet.denoisers.form import teacher_name
 from prunet.plan.derived import Derived
 
-#: Text encoders' layers, which a student has as its teacher has them.
+#: Layers of text encoders, which a student shares with its teacher.
 TEXT = re.compile(r"(base_model\.model\.)?(text_encoder(_\d)?\.|lora_te\d?_|te\d?\.)")
-#: What comes after a layer's name.
+#: Suffixes after a layer's name.
 _SUFFIX = re.compile(r"\.(?:lora(?:_linear_layer)?\.)?(?:lora_)?(A|B|down|up)(?:\.\w+)?\.weight\Z|\.alpha\Z")
 _PREFIX = r"(?:base_model\.model\.)?(?:{part}\.|lora_{part}_|(?:model\.)?diffusion_model\.)?"
 _ROLES = {"A": "down", "B": "up", "down": "down", "up": "up", None: "alpha"}
 
 
 class Key(NamedTuple):
-    """A tensor's name in pieces: `prefix + layer + suffix` is the whole."""
+    """A tensor's name in pieces; `prefix + layer + suffix` is the whole name."""
 
     prefix: str
     layer: str
@@ -33,15 +33,15 @@ class Key(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A layer of the teacher as a file names it."""
+    """A layer of the teacher, as named in a file."""
 
     module: str
-    here: str | None  # the student's module that comes from it; None: it is gone
-    name: str | None  # the name of that one in the same format
+    here: str | None  # the student's module that inherits from it; None: the layer is gone
+    name: str | None  # the name of the student's module in the same format
 
 
 def read_key(key: str, part: str) -> Key | None:
-    """The pieces of a LoRA's key; None where it is none. `part`: the denoiser's name in its pipeline (`unet`)."""
+    """Splits a LoRA's key; None if it is not one. `part`: the denoiser's name in its pipeline (`unet`)."""
     found = _SUFFIX.search(key)
     if found is None:
         return None
@@ -51,7 +51,7 @@ def read_key(key: str, part: str) -> Key | None:
 
 
 def layers(derived: Derived) -> dict[str, Layer]:
-    """Every name that a file may give to a layer of the teacher -> that layer."""
+    """Maps every name that a file may use for a layer of the teacher to this layer."""
     forms, mapping = derived.architecture.adapters, derived.form.module_map
     theirs, ours = (_written(forms, net) for net in (derived.teacher_skeleton, derived.student_skeleton))
     here: dict[str, tuple[str | None, ...]] = {teacher_name(m, mapping): names for m, names in ours.items()}
@@ -64,7 +64,7 @@ def layers(derived: Derived) -> dict[str, Layer]:
 
 
 def shapes(derived: Derived) -> dict[str, tuple[int, ...]]:
-    """Layer of the teacher that a LoRA may change -> shape of its weight."""
+    """Maps each layer of the teacher that a LoRA may change to the shape of its weight."""
     return {name: tuple(module.weight.shape) for name, module in _layers(derived.teacher_skeleton)}
 
 
@@ -73,7 +73,7 @@ def _layers(net: Any) -> list[tuple[str, Any]]:
 
 
 def _written(forms: AdapterForms, net: Any) -> dict[str, tuple[str, ...]]:
-    """Layer -> its names, those of a format always at the same place."""
+    """Maps each layer to its names, one for each format, always in the same order."""
     originals = forms.original_names(net)
     found: dict[str, tuple[str, ...]] = {}
     for name, _ in _layers(net):

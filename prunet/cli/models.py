@@ -108,7 +108,7 @@ def _inspect_sensitivity(
         result = measure(units, Scores(teacher, examples, output))
         if output is not None:
             write_sensitivity(result, output)
-    say(as_json, result, None if as_json else sensitivity_view(result))
+    say(as_json, result.facts(), None if as_json else sensitivity_view(result))
 
 
 def _inspect_recipe(path: Path, as_json: bool) -> None:

@@ -196,7 +196,7 @@ def bench(
         check_compiler(runtime.torch_device)
     where = {"device": runtime.torch_device, "dtype": runtime.dtype}
     opened = open_models(models, plans or (), size=size, config=config, **where)
-    # What only a process can tell takes opening each model once more: of torch alone, `working_mb` tells it.
+    # The memory of a process needs each model opened once more; with only torch, `working_mb` measures memory.
     sources = {name: Model(model, config, **where) for name, model in zip(names_of(models), models, strict=True)}
     result = time_all(
         opened,

@@ -67,5 +67,5 @@ def search(
         plan, result = find_plan(space, output, runtime, prompts=texts, cache=cache, recover_steps=recover)
         write_plan(plan, result, output, cache, config)
         write_search(result, output)
-    facts = {key: result[key] for key in ("budgets", "costs", "plans", "presets")} | {"output": str(output)}
+    facts = result.model_dump(include={"budgets", "costs", "plans", "presets"}) | {"output": str(output)}
     say(as_json, facts, None if as_json else search_view(result, output))

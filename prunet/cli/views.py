@@ -13,6 +13,7 @@ from rich.text import Text
 from prunet.denoisers.diagram import STEPS, Diagram, Part, Section
 from prunet.plan.derived import Derived
 from prunet.plan.size import Size
+from prunet.search.results import SearchResult, Sensitivity
 from prunet.words import many, number
 
 STAYS, GOES = "bold green", "red strike"
@@ -36,7 +37,7 @@ def plan_view(derived: Derived, title: str) -> RenderableType:
     )
 
 
-def sensitivity_view(result: Mapping[str, Any]) -> RenderableType:
+def sensitivity_view(result: Sensitivity) -> RenderableType:
     """Shows the cost and error of removing each unit (`prunet.search.sensitivity`): a coloured diagram and a table."""
     from prunet.report.sensitivity import coloured_diagram, columns, conditions, label, rows
 
@@ -51,7 +52,7 @@ def sensitivity_view(result: Mapping[str, Any]) -> RenderableType:
         value, low, high = (number(part, 2) for part in error)
         table.add_row(value, f"{low} to {high}", *shares, Text(label(name)))
     return Group(
-        Rule(Text(f"{result['teacher']}: the error of each removal", style="bold"), align="left"),
+        Rule(Text(f"{result.teacher}: the error of each removal", style="bold"), align="left"),
         Padding(_denoiser(coloured_diagram(result)), (0, 0, 1, 0)),
         legend,
         Text(),
@@ -61,21 +62,21 @@ def sensitivity_view(result: Mapping[str, Any]) -> RenderableType:
     )
 
 
-def search_view(result: Mapping[str, Any], folder: Any) -> RenderableType:
+def search_view(result: SearchResult, folder: Any) -> RenderableType:
     """Shows the plans of a search, the chosen one first, and the files that the search wrote."""
     table = Table(box=None, padding=(0, 1))
-    kinds = [kind for kind in ("parameters", "macs", "latency") if kind in result["costs"]]
-    for title in ("error", *(["after"] if result["recover_steps"] else []), *kinds):
+    kinds = [kind for kind in ("parameters", "macs", "latency") if kind in result.costs]
+    for title in ("error", *(["after"] if result.recover_steps else []), *kinds):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("removed", overflow="fold")
-    for row in [*result["plans"][:8], *result["presets"]]:
-        after = [number(list(row["after"].values())[-1], 2) if row["after"] else ""] if result["recover_steps"] else []
-        shares = [f"{100 * row['costs'][kind] / result['costs'][kind]:.0f} %" for kind in kinds]
-        name = ", ".join(row["remove"]) if row["name"] == "found" else row["name"]
-        style = "bold" if row is result["plans"][0] else None
-        table.add_row(number(row["error"], 2), *after, *shares, Text(name), style=style)
+    for row in [*result.plans[:8], *result.presets]:
+        after = ["" if row.trained is None else number(row.trained, 2)] if result.recover_steps else []
+        shares = [f"{100 * row.costs[kind] / result.costs[kind]:.0f} %" for kind in kinds]
+        name = ", ".join(row.remove) if row.name == "found" else row.name
+        style = "bold" if row is result.plans[0] else None
+        table.add_row(number(row.error, 2), *after, *shares, Text(name), style=style)
     files = f"Page: {folder}/search.html\nPlan: {folder}/plan.yaml\nRun it: prunet run {folder}/recipe.yaml"
-    title = f"{result['teacher']} within {', '.join(result['budgets'])}"
+    title = f"{result.teacher} within {', '.join(result.budgets)}"
     return Group(Rule(Text(title, style="bold"), align="left"), table, Text(), Text(files))
 
 

@@ -2,19 +2,19 @@
 
 A cache folder holds:
 
-- `spec.json`: what decides its bytes;
+- `spec.json`: everything that its bytes depend on;
 - `source.json`: the state of the picture files, so that they are read again only after a change;
 - `shard-00000.safetensors` ...: blocks of 256 samples, with `mean` and `std` (N, 4, h, w) of the scaled latents,
   `prompt_embeds` (N, 77, D), and for SDXL `pooled` (N, P) and `time_ids` (N, 6). With `buckets` each sample has its own
   `mean.I` and `std.I`, because sizes differ. A cache of paths has `path` instead (`prunet.data.paths`);
 - `unconditional.safetensors`: the condition of the empty prompt;
 - `files.json`: the number of samples in each file that was read to its end (`prunet.data.stream`);
-- `cache.json`, once the cache is whole: the index, so that opening reads no block. It has the samples and bytes of each
-  block, for each sample the number of its size as a character (`shapes`), the skipped pictures, and the number of cut
-  captions.
+- `cache.json`, once the cache is whole: the index, so that opening the cache reads no block. It has the samples and
+  bytes of each block, for each sample the number of its size as a character (`shapes`), the skipped pictures, and the
+  number of cut captions.
 
-A block is whole or not there, and depends on nothing but the spec, so a killed run resumes at the first missing block.
-Each block carries a checksum, which a process verifies when it first reads the block.
+A block is whole or absent, and depends only on the spec, so a killed run resumes at the first missing block. Each block
+has a checksum, which a process verifies when it first reads the block.
 """
 
 import bisect
@@ -51,7 +51,7 @@ _verified: set[tuple[Any, ...]] = set()
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture as the denoiser gets it: mean and std (C, h, w) of its latents, and its condition."""
+    """One picture as the denoiser's input: mean and std (C, h, w) of its latents, and its condition."""
 
     mean: Tensor
     std: Tensor
@@ -60,7 +60,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Cache:
-    """A finished cache folder, opened for reading; samples are read from disk when asked for."""
+    """A finished cache folder, opened for reading; samples are read from disk on demand."""
 
     folder: Path
     spec: dict[str, Any]
@@ -70,13 +70,13 @@ class Cache:
 
     @classmethod
     def open(cls, folder: Path | str) -> "Cache":
-        """Opens a finished cache and checks that its blocks are all there and whole.
+        """Opens a finished cache, and checks that all its blocks exist and are whole.
 
         Raises:
-            UserError: not a cache, not finished, or a block that is missing or of another length.
+            UserError: the folder is not a finished cache, or a block is missing or has another length.
         """
         folder = Path(folder)
-        _opened.cache_clear()  # otherwise the old files of a cache that was deleted and made again stay open
+        _opened.cache_clear()  # otherwise files of a cache that was deleted and made again stay open
         if not (folder / "cache.json").is_file():
             raise UserError(f"{folder}: no finished cache there; make it with `prunet cache RECIPE`")
         keys = ("counts", "skipped", "samples")
@@ -106,11 +106,11 @@ class Cache:
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        """(h, w) of the latents; the largest where sizes differ."""
+        """(h, w) of the latents; the largest if sizes differ."""
         return max((self.size_of(group[0]) for group in self.groups), key=lambda size: size[0] * size[1])
 
     def size_of(self, index: int) -> tuple[int, int]:
-        """(h, w) of a sample."""
+        """Returns (h, w) of a sample."""
         tensors = self._tensors(index)
         height, width = tensors["path" if "path" in tensors else "mean"].shape[-2:]
         return height, width
@@ -129,9 +129,10 @@ class Cache:
             )
 
     def kept(self, spec: dict[str, Any], block: int) -> dict[str, Tensor]:
-        """Returns what a cache of `spec` can take over from a block of this one.
+        """Returns the tensors that a cache of `spec` can copy from a block of this one.
 
-        That is: latents if the VAE is the same, embeddings if the text encoders are, nothing if the data differ.
+        These are latents if the VAE is the same, embeddings if the text encoders are the same, and none if the data
+        differ.
         """
         ours, theirs = self.spec, spec
         if (
@@ -180,13 +181,13 @@ class Cache:
 
 
 def shapes_text(groups: Sequence[int]) -> str:
-    """The number of each sample's size as one character: a million samples are a million characters of `cache.json`."""
+    """The number of each sample's size as one character, so that a million samples take a million characters."""
     return "".join(map(_CHARACTERS.__getitem__, groups))
 
 
 def _groups(index: dict[str, Any]) -> tuple[Sequence[int], ...]:
     """The numbers of the samples of each size."""
-    if "shapes" not in index:  # an older version wrote the numbers
+    if "shapes" not in index:  # older versions wrote the numbers
         return tuple(index["groups"] or [range(index["samples"])])
     shapes = np.frombuffer(index["shapes"].encode(), np.uint8)
     if not len(shapes):
@@ -196,7 +197,7 @@ def _groups(index: dict[str, Any]) -> tuple[Sequence[int], ...]:
 
 
 def block_path(folder: Path, block: int) -> Path:
-    """The file of a block."""
+    """Returns the file of a block."""
     return folder / f"shard-{block:05d}.safetensors"
 
 
@@ -212,7 +213,7 @@ def _opened(path: Path) -> Any:
             expected = label.pop(CHECKSUM, None)  # absent in caches of older versions
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if expected not in (None, block_checksum(path, tensors, label)):
-                raise ValueError("its checksum is not the one it was written with")
+                raise ValueError("its checksum differs from when it was written")
             _verified.add(as_it_is)
         return file
     except Exception as error:
@@ -220,7 +221,7 @@ def _opened(path: Path) -> Any:
 
 
 def block_checksum(path: Path, tensors: dict[str, Tensor], label: dict[str, Any]) -> str:
-    """A checksum of everything in a block, of the file's name and of the cache's spec."""
+    """Returns a checksum of everything in a block, of the file's name and of the cache's spec."""
     spec = read_spec(path.parent)
     about = [path.name, spec, label, {name: [str(t.dtype), *t.shape] for name, t in sorted(tensors.items())}]
     data = (tensors[name].view(-1).view(torch.uint8).numpy() for name in sorted(tensors))
@@ -231,7 +232,7 @@ def block_label(path: Path) -> dict[str, Any]:
     """Reads the label of a block: `count`, `captions`, `skipped` and, with buckets, the `sizes` (h, w) of the samples.
 
     Raises:
-        UserError: missing or damaged.
+        UserError: the block is missing or damaged.
     """
     if not path.is_file():
         raise UserError(f"{path}: missing: {_again(path)}")
@@ -246,7 +247,7 @@ def block_label(path: Path) -> dict[str, Any]:
 
 
 def _again(path: Path) -> str:
-    # Without `cache.json` the cache resumes at the first missing file.
+    # After `cache.json` is deleted, the cache resumes at the first missing file.
     it = f"{path} and " if path.exists() else ""
     return f"delete {it}{path.parent / 'cache.json'} and run the cache again"
 
@@ -255,7 +256,7 @@ def read_spec(folder: Path) -> dict[str, Any]:
     """Reads the spec of the cache in a folder.
 
     Raises:
-        UserError: damaged.
+        UserError: the spec is damaged.
     """
     keys = ("format", "parts", "data", "content", "empty_prompt", "seed")
     return read_label(folder / "spec.json", keys, f"delete {folder}, or give another cache with 'cache:'")

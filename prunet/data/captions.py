@@ -1,7 +1,7 @@
 """Captions from text files, JSON, columns of tables, and lists in folders (`metadata.jsonl`, ...).
 
-Values that are not captions are dropped here; the reader of a sample reports when none is left. The size of the text
-that is read is limited.
+Values that are not captions are dropped here; the reader of a sample reports samples without any. The size of the text
+is limited.
 """
 
 import csv
@@ -25,28 +25,28 @@ Columns = tuple[str, str | None]  # the picture's column, and the caption's if t
 
 
 def caption_columns(named: str | None) -> tuple[str, ...]:
-    """The columns to look for captions in."""
+    """Returns the columns that may contain captions."""
     return CAPTION_COLUMNS if named is None else (named,)
 
 
 def captions_of(row: dict[str, Any], columns: Iterable[str]) -> tuple[str, ...]:
-    """The captions of the first column that has any; a column holds one string or a list of strings."""
+    """Returns the captions of the first column that has any; a column has one string or a list of strings."""
     values = (row.get(column) for column in columns)
     found = (clean_captions(value if isinstance(value, list | tuple) else [value]) for value in values)
     return next(filter(None, found), ())
 
 
 def caption_lines(data: bytes) -> tuple[str, ...]:
-    """The captions in the contents of a text file, one per line.
+    """Returns the captions in the contents of a text file, one per line.
 
     Raises:
-        ValueError: not UTF-8, or larger than `MAX_TEXT`.
+        ValueError: the contents are not UTF-8, or larger than `MAX_TEXT`.
     """
     return clean_captions(re.split(r"\r\n|\r|\n", _decoded(data)))
 
 
 def caption_file(path: Path) -> tuple[str, ...]:
-    """The captions in a text file, one per line; errors as of `caption_lines`."""
+    """Returns the captions in a text file, one per line; raises the errors of `caption_lines`."""
     with path.open("rb") as file:
         return caption_lines(file.read(MAX_TEXT + 1))
 
@@ -63,7 +63,7 @@ def json_object(data: bytes | str, where: str) -> dict[str, Any]:
     """Parses one JSON object; `where` begins messages.
 
     Raises:
-        UserError: not an object, nested too deeply, not UTF-8, or larger than `MAX_TEXT`.
+        UserError: the text is not an object, nested too deeply, not UTF-8, or larger than `MAX_TEXT`.
     """
     try:
         text = data if isinstance(data, str) else _decoded(data)
@@ -84,10 +84,10 @@ def _decoded(data: bytes) -> str:
 
 
 def check_columns(where: str, columns: Sequence[str], named: str | None) -> tuple[str, ...]:
-    """The caption columns among `columns`.
+    """Returns the caption columns among `columns`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no caption column.
     """
     wanted = caption_columns(named)
     if not (found := tuple(column for column in wanted if column in columns)):

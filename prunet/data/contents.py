@@ -1,11 +1,11 @@
 """The contents of a source: whether its files are here, and a fingerprint of their names and contents.
 
-The fingerprint decides whether a source is still the same. It covers every byte, because a shard can be packed again,
-or a picture painted over, at the same size. It does not depend on where the files are. All files are read for it, but
-only once: a cache keeps the state of its files (size, times, inode) in `source.json`, and while that state is the same,
-the files are not read again.
+The fingerprint shows whether a source is still the same. It covers every byte, because a shard can be packed again, or
+a picture painted over, at the same size. It does not depend on where the files are. All files are read for it, but only
+once: a cache keeps the state of its files (size, times, inode) in `source.json`, and while this state is the same, the
+files are not read again.
 
-Files behind URLs are known by their names, sizes and marks (`ETag` and the like), and are not read for it.
+Files behind URLs are not read for it; their names, sizes and marks (such as `ETag`) count instead.
 """
 
 import os
@@ -25,11 +25,11 @@ from prunet.hashing import file_hash, json_hash
 KNOWN = "source.json"
 SLOW = 1 << 30  # bytes from which on a progress bar is shown
 Files = list[tuple[str, Path]]
-_known: dict[str, str] = {}  # state of the files -> fingerprint
+known_here: dict[str, str] = {}  # fingerprints by state of the files, in this process
 
 
 def has_files(source: Source) -> bool:
-    """Whether a source has files on this machine."""
+    """Returns whether a source has files on this machine."""
     try:
         return any(isinstance(path, Path) for path in source_paths(source))
     except UserError:
@@ -37,7 +37,7 @@ def has_files(source: Source) -> bool:
 
 
 def source_fingerprint(source: Source, made: Path | None = None, image_column: str = "image") -> str:
-    """A hash of the names and contents of a source's files; for a dataset of the Hub, of its name alone.
+    """Returns a hash of the names and contents of a source's files; for a dataset of the Hub, only of its name.
 
     `made`: the folder of a cache of this source, if there is one; it remembers files that have not changed.
     """
@@ -47,21 +47,21 @@ def source_fingerprint(source: Source, made: Path | None = None, image_column: s
         return json_hash([marks(remote), source_files(source, image_column)])
     files = _files(source, image_column)
     state = _state(files)
-    if state not in _known:
+    if state not in known_here:
         if known := made and _remembered(made, files, state):
             return known
-        _known[state] = json_hash(source_files(source, image_column))
-    return _known[state]
+        known_here[state] = json_hash(source_files(source, image_column))
+    return known_here[state]
 
 
 def hub_fingerprint(source: Source) -> str:
-    """The fingerprint of a dataset of the Hub."""
+    """Returns the fingerprint of a dataset of the Hub."""
     return json_hash([(source, 0)])
 
 
 def remember(source: Source, made: Path, fingerprint: str, image_column: str = "image") -> None:
     """Writes the state of a source's files into the cache `made`, if they still have `fingerprint`."""
-    if has_files(source) and _known.get(state := _state(_files(source, image_column))) == fingerprint:
+    if has_files(source) and known_here.get(state := _state(_files(source, image_column))) == fingerprint:
         write_json(made / KNOWN, {"state": state, "fingerprint": fingerprint})
 
 
@@ -77,7 +77,7 @@ def _remembered(made: Path, files: Files, state: str) -> str | None:
 
 
 def source_files(source: Source, image_column: str = "image") -> list[tuple[str, str]]:
-    """The local files of a source: (name, SHA-256 of the contents or why the file cannot be read)."""
+    """Yields the local files of a source: (name, SHA-256 of the contents or why the file cannot be read)."""
     files = _files(source, image_column)
     is_slow = sum(file.stat().st_size for _, file in files) > SLOW
     found = []
@@ -89,7 +89,7 @@ def source_files(source: Source, image_column: str = "image") -> list[tuple[str,
 
 
 def _files(source: Source, image_column: str) -> Files:
-    """(name, file) of all files, with those that Parquet rows refer to; a name is relative to the source's folder."""
+    """Yields (name, file) of all files, also those that Parquet rows refer to; names are relative to the source."""
     found: Files = []
     for root in (path for path in source_paths(source) if isinstance(path, Path)):
         below = (Path(under, name) for under, names in walk(root) for name in names) if root.is_dir() else ()

@@ -49,7 +49,7 @@ ENCODE_BATCH = 16
 
 
 def cache_spec(teacher: Teacher, data: Data, seed: int, made: Path | None = None) -> dict[str, Any]:
-    """Everything that decides the bytes of a cache. `made`: a finished cache; its pictures may be deleted."""
+    """Returns everything that a cache's bytes depend on. `made`: a finished cache; its pictures may be deleted."""
     parts = ["vae", *teacher.text_encoders] + (["unet"] if data.prompts is not None else [])
     if data.prompts is not None:
         content = json_hash([read_prompts(data.prompts, data.limit), teacher.part_config("scheduler")])
@@ -70,7 +70,7 @@ def cache_spec(teacher: Teacher, data: Data, seed: int, made: Path | None = None
 
 
 def pictures_are_gone(data: Data, made: Path) -> bool:
-    """Whether the cache in `made` is finished and its pictures were deleted from this machine, which is allowed."""
+    """Returns whether the cache in `made` is finished and its pictures were deleted, which is allowed."""
     if data.source is None or not (made / "cache.json").is_file() or has_files(data.source):
         return False
     of_the_hub = read_spec(made)["content"] == hub_fingerprint(data.source)
@@ -78,7 +78,7 @@ def pictures_are_gone(data: Data, made: Path) -> bool:
 
 
 def _same_places(cached: Any, now: str | list[str]) -> bool:
-    """Whether sources that are gone are those of a cache, which may have been given from another folder."""
+    """Returns whether sources that are gone are those of a cache; their paths may be relative to another folder."""
     then, paths = ([value] if isinstance(value, str) else value for value in (cached or [], now))
     pairs = [(os.path.abspath(a), b) for a, b in zip_longest(then, paths, fillvalue="")]
     return all(a == os.path.abspath(b) or a.endswith(os.sep + os.path.normpath(b)) for a, b in pairs)
@@ -87,11 +87,11 @@ def _same_places(cached: Any, now: str | list[str]) -> bool:
 def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234, like: Cache | None = None) -> Cache:
     """Encodes pictures and captions, or lets the teacher draw prompts, into `folder`; resumes where it was stopped.
 
-    What is the same in `like`, another teacher's cache of the same pictures, is copied from there (`Cache.kept`).
-    Several processes divide the blocks among them.
+    Tensors that are the same in `like`, another teacher's cache of the same pictures, are copied from there
+    (`Cache.kept`). Several processes divide the blocks among them.
 
     Raises:
-        UserError: nothing to read, no usable picture, another cache in the folder, or no space left.
+        UserError: there is nothing to read, no usable picture, another cache in the folder, or no space left.
     """
     folder = Path(folder)
     processes.join(teacher.device)
@@ -101,7 +101,7 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
     if (folder / "spec.json").is_file():
         if read_spec(folder) != spec:
             raise UserError(
-                f"{folder}: holds a cache of another teacher or other data: delete it, or give another with 'cache:'"
+                f"{folder}: a cache of another teacher or other data: delete it, or give another folder with 'cache:'"
             )
         if (folder / "cache.json").is_file():
             return Cache.open(folder)
@@ -117,7 +117,7 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
 
 
 def begin(teacher: Teacher, data: Data, folder: Path, spec: dict[str, Any]) -> None:
-    """Writes what a cache of `spec` begins with: the spec, and the condition of the empty prompt."""
+    """Writes the first files of a cache of `spec`: the spec, and the condition of the empty prompt."""
     write_json(folder / "spec.json", spec)
     if data.source is not None:
         remember(data.source, folder, spec["content"], data.image_column)
@@ -165,14 +165,14 @@ def finish_cache(folder: Path, blocks: int, **facts: Any) -> None:
     write_json(folder / "cache.json", {"source": None, "skipped": [], "cut": 0, **facts, **about})
 
 
-#: Block -> the tensors to copy from another teacher's cache.
+#: Returns for a block the tensors to copy from another teacher's cache.
 Kept = Callable[[int], dict[str, Tensor]]
 
 
 def _encode_pictures(teacher: Teacher, data: Data, folder: Path, size: int, seed: int, kept: Kept) -> int:
     """Writes the blocks of this process; returns the number of blocks of all processes."""
     assert data.source is not None
-    pictures, count = max(1, BLOCK // data.views), 0  # in a block; seen
+    pictures, count = max(1, BLOCK // data.views), 0  # keys in a block; all keys
 
     def is_needed(block: int) -> bool:
         return processes.is_mine(block) and not block_path(folder, block).is_file()
@@ -196,7 +196,7 @@ def _encode_pictures(teacher: Teacher, data: Data, folder: Path, size: int, seed
 def encode_block(
     teacher: Teacher, data: Data, path: Path, group: list[Picture], size: int, seed: int, kept: dict[str, Tensor]
 ) -> None:
-    """Writes a block of pictures with their captions; `kept`: its tensors that another cache has already."""
+    """Writes a block of pictures with their captions; `kept`: tensors that another cache has already."""
     fitted, captions, skipped, keys = [], [], [], []
     sizes = bucket_sizes(size, side_step(teacher)) if data.buckets else [(size, size)]
     for picture in group:
@@ -223,7 +223,7 @@ def encode_block(
 
 
 def draw_batch(height: int, width: int) -> int:
-    """How many latents of this size the teacher draws at once: small ones would leave a GPU idle."""
+    """Returns how many latents of this size the teacher draws at once: more if they are small, to use the GPU well."""
     return ENCODE_BATCH * max(1, 64 * 64 // (height * width))
 
 
@@ -232,7 +232,7 @@ def _slices(count: int) -> list[slice]:
 
 
 def _encode(teacher: Teacher, pixels: list[Tensor], buckets: bool) -> dict[str, Tensor]:
-    """`mean` and `std` (N, 4, h, w); with buckets `mean.I` and `std.I` (4, h, w). Batches are of one size."""
+    """Returns `mean` and `std` (N, 4, h, w); with buckets `mean.I` and `std.I` (4, h, w). A batch has one size."""
     numbers = sorted(range(len(pixels)), key=lambda i: tuple(pixels[i].shape))
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for _, same in itertools.groupby(numbers, key=lambda i: tuple(pixels[i].shape)):
@@ -247,7 +247,7 @@ def _encode(teacher: Teacher, pixels: list[Tensor], buckets: bool) -> dict[str, 
 
 
 def _draw_prompts(teacher: Teacher, data: Data, folder: Path, size: int, seed: int, kept: Kept) -> int:
-    """As `_encode_pictures`, for latents that the teacher draws from prompts; their standard deviation is 0."""
+    """Does the same as `_encode_pictures` for latents that the teacher draws from prompts; their std is 0."""
     from prunet.sampling.samplers import set_sampler
 
     assert data.prompts is not None
@@ -321,5 +321,5 @@ def write_block(
         raise UserError(f"No space left while writing {path}; what was finished before is kept")
     label = {**label, CHECKSUM: block_checksum(path, stored, label)}
     with new_file(path) as part:
-        # One entry, because safetensors writes several in random order, and equal caches should be equal files.
+        # Only one entry, because safetensors writes several in random order, and equal caches should be equal files.
         save_file(stored, part, metadata={"label": json.dumps(label)})

@@ -1,4 +1,4 @@
-"""The files that the name of a source stands for: ranges, patterns, folders and links, each within a limit."""
+"""The files of a source: ranges, patterns, folders and links, each within a limit."""
 
 import glob
 import itertools
@@ -21,10 +21,10 @@ Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 def source_paths(source: Source) -> list[File]:
-    """The files and folders that a source names, and files behind URLs.
+    """Lists the files and folders of a source, and files behind URLs.
 
     Raises:
-        UserError: an empty list, nothing there, or a range or pattern of more than `MAX_FILES` files.
+        UserError: a list is empty, a file is missing, or a range or pattern has more than `MAX_FILES` files.
     """
     items = _items(source)
     if not items:
@@ -34,7 +34,7 @@ def source_paths(source: Source) -> list[File]:
 
 
 def source_name(source: Source) -> str:
-    """A source as messages name it: a list by its first item."""
+    """Returns the name of a source for messages; a list is named by its first item."""
     first, *others = _items(source)
     return f"{first} and {len(others)} more" if others else str(first)
 
@@ -63,7 +63,7 @@ def _ranges(text: str) -> Iterator[str]:
 def _glob(text: str) -> Sequence[File]:
     if is_url(text):
         return remotes(text)
-    if os.path.exists(text):  # first, because a file may have [brackets] in its name
+    if os.path.exists(text):  # checked first, because a file may have [brackets] in its name
         return [Path(text)]
     if not glob.has_magic(text):
         raise UserError(f"{_short(text)}: no such file or folder")
@@ -132,7 +132,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def labels(paths: Sequence[File]) -> list[str]:
-    """A name for each file: its own, or its path below the common folder where two files have the same name.
+    """Returns a label for each file: its name, or its path below the common folder if two files have the same name.
 
     Raises:
         UserError: a file is given twice.

@@ -29,7 +29,7 @@ BLOCK = 64  # samples; fewer than in a cache of latents, because a path is many 
 
 
 def paths_spec(teacher: Teacher, latents: dict[str, Any], stage: Stage) -> dict[str, Any]:
-    """Everything that decides the bytes of a cache of paths: the latents' spec, the U-Net, and how it draws."""
+    """Returns everything that a cache of paths depends on: the latents' spec, the U-Net, and how it draws."""
     how = {"guidance_scale": stage.guidance_scale, "steps": stage.path_steps, "count": stage.paths}
     return {
         **latents,
@@ -44,7 +44,7 @@ def cache_paths(teacher: Teacher, latents: Cache, stage: Stage, folder: Path | s
     Several processes divide the blocks among them.
 
     Raises:
-        UserError: other paths in the folder, what the teacher draws is not finite, or no space left.
+        UserError: the folder has other paths, the teacher's latents are not finite, or no space is left.
     """
     folder = Path(folder)
     processes.join(teacher.device)
@@ -75,7 +75,7 @@ def check_paths(folder: Path, spec: dict[str, Any]) -> None:
     """Refuses a folder with other paths than those of `spec`.
 
     Raises:
-        UserError: which keys of the spec differ.
+        UserError: the folder has other paths; the message names the keys that differ.
     """
     found = read_spec(folder)
     apart = sorted(key for key in spec if found.get(key) != spec[key])
@@ -83,7 +83,7 @@ def check_paths(folder: Path, spec: dict[str, Any]) -> None:
         apart = sorted(key for key in spec["paths"] if found["paths"].get(key) != spec["paths"][key])
     if apart:
         raise UserError(
-            f"{folder}: holds paths of another {', '.join(apart)}: delete it, or give another folder with 'cache:'"
+            f"{folder}: paths of another {', '.join(apart)}: delete it, or give another folder with 'cache:'"
         )
 
 
@@ -118,7 +118,7 @@ def _draw_block(teacher: Teacher, latents: Cache, stage: Stage, path: Path, numb
 
 
 def _caption_of(latents: Cache, number: int) -> int:
-    """The sample that gives path `number` its caption: all samples in random order, then all in another order, ..."""
+    """Returns the sample with the caption of path `number`: all samples in random order, then in another order, ..."""
     turn, place = divmod(number, len(latents))
     rng = torch.Generator().manual_seed(seed_of(latents.spec["seed"], "captions of paths", turn))
     return int(torch.randperm(len(latents), generator=rng)[place])

@@ -1,4 +1,4 @@
-"""Pictures with captions: how one is opened, what makes it unusable, and how it is fitted to a size.
+"""Pictures with captions: opening them, recognising unusable ones, and fitting them to a size.
 
 An unusable sample keeps its place and its key, and its `open` raises `BrokenPicture(key, why)`, so that one `except`
 can skip, count and name all of them. `captions` is empty if the caption or the picture is missing.
@@ -65,7 +65,7 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A picture that was resized and cropped, with what SDXL's micro-conditioning says about it."""
+    """A picture that was resized and cropped, with the values for SDXL's micro-conditioning."""
 
     pixels: torch.Tensor  # (3, height, width), float32 in [-1, 1]
     original_size: tuple[int, int]  # (height, width) before the resize
@@ -122,7 +122,7 @@ def bucket_sizes(size: int, step: int) -> list[tuple[int, int]]:
 
 
 def nearest_size(image: Image.Image, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The size with the aspect ratio nearest to the picture's."""
+    """Returns the size with the aspect ratio nearest to the picture's."""
     width, height = image.size
     return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - math.log(height / width)))
 
@@ -131,7 +131,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Converts to 8-bit RGB: 16-bit grey is divided by 257, transparency is over white, colour profiles are ignored.
 
     Raises:
-        ValueError: pixels in float or 32 bits, with an unknown range.
+        ValueError: the pixels are float or 32-bit numbers of unknown range.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -152,22 +152,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def make_picture(key: str, captions: tuple[str, ...], why: str, file: Path | bytes | str) -> Picture:
-    """A sample from a file, the bytes of a file, or a URL of the Hub; broken by reason `why` if it has no captions."""
+    """Makes a sample from a file, bytes or a URL of the Hub; without captions it is broken for the reason `why`."""
     return Picture(key, captions, partial(_decode, key, file)) if captions else broken_picture(key, why)
 
 
 def read_picture(path: Path, name: str) -> Image.Image:
-    """Opens one picture that a user names by the option `name`, as RGB.
+    """Opens a picture that the user gave with the option `name`, as RGB.
 
     Raises:
-        UserError: not a picture that prunet reads, or of more than `MOST_PIXELS`.
+        UserError: prunet cannot read the picture, or it has more than `MOST_PIXELS`.
     """
     try:
         with Image.open(path, formats=_formats()) as image:
             if math.prod(image.size) > MOST_PIXELS:
                 raise UserError(f"{name} {path}: more than {MOST_PIXELS:,} pixels: make it smaller")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        pass  # `_decode` says why, or reads it all the same
+        pass  # `_decode` says why it cannot be read, or reads it
     try:
         return _decode(str(path), path)
     except BrokenPicture as error:
@@ -175,7 +175,7 @@ def read_picture(path: Path, name: str) -> Image.Image:
 
 
 def broken_picture(key: str, why: str) -> Picture:
-    """A sample that cannot be used; its `open` raises."""
+    """Makes a sample that cannot be used; its `open` raises."""
     return Picture(key, (), partial(_refuse, key, why))
 
 
@@ -184,7 +184,7 @@ def _refuse(key: str, why: str) -> Image.Image:
 
 
 def _decode(key: str, file: Path | bytes | str) -> Image.Image:
-    if isinstance(file, str):  # on the Hub; a lost connection is raised as it is, because the picture is not broken
+    if isinstance(file, str):  # on the Hub; a lost connection is raised unchanged, because the picture is not broken
         with extra("fsspec").open(file, "rb") as remote:
             return _decode(key, remote.read())
     try:
@@ -225,7 +225,7 @@ def _decoded(file: io.BytesIO | Path) -> Image.Image:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Hides what libtiff writes directly to file descriptor 2; Pillow raises an error as well."""
+    """Hides libtiff's messages on file descriptor 2; Pillow also raises an error."""
     try:
         saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     except OSError:  # closed already
@@ -261,10 +261,10 @@ def _lean_pngs(file: Path | bytes) -> Iterator[bytes]:
 
 
 def existing_file(path: Path) -> Path:
-    """The file of that name, in composed Unicode (as typed) or decomposed (as macOS writes it).
+    """Returns the file of this name, in composed Unicode (as typed) or decomposed (as macOS writes it).
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such file.
     """
     for form in (str(path), *(unicodedata.normalize(form, str(path)) for form in ("NFC", "NFD"))):
         if os.path.isfile(form):  # not a folder called cat.png or a pipe, which would block
@@ -286,12 +286,12 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def as_text(name: str) -> str:
-    """A file name as text that can be stored, even if the name is not UTF-8."""
+    """Returns a file name as text that can be stored, even if the name is not UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def reason_of(error: Exception) -> str:
-    """The message of an error as one line, or its type if it has none."""
+    """Returns the message of an error as one line, or its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

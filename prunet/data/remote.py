@@ -1,7 +1,7 @@
 """Files behind URLs (`https://`, `s3://`, `hf://`, ...), read through fsspec block by block.
 
-A read that fails (a lost connection, fewer bytes than there are) is tried again from the same byte. What fails to the
-end is a `UserError`, never a damaged file: the same command resumes when the network is back.
+A read that fails (a lost connection, too few bytes) is repeated from the same byte. If it fails every time, it raises a
+`UserError` and never counts as a damaged file: the same command resumes when the network is back.
 """
 
 import io
@@ -22,10 +22,10 @@ from prunet.console import say
 from prunet.errors import UserError
 
 BLOCK = 4 << 20  # bytes of one request
-WAITS_S = (0.5, 1, 2, 4)  # before a second, third, ... try
-SILENCE_S = 60  # a connection on which nothing comes for so long is lost
-AT_ONCE = 16  # files that are asked for their marks at the same time
-#: What filesystems call the mark that changes with a file's contents, the surest first.
+WAITS_S = (0.5, 1, 2, 4)  # seconds before the second, third, ... try
+SILENCE_S = 60  # seconds without data after which a connection counts as lost
+AT_ONCE = 16  # files with requests for their marks at the same time
+#: Names in filesystems of the mark that changes with a file's contents, the most reliable first.
 MARKS = ("ETag", "etag", "md5Hash", "Content-MD5", "content_md5", "blob_id", "LastModified", "Last-Modified", "mtime")
 
 _T = TypeVar("_T")
@@ -33,13 +33,13 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Remote:
-    """A file behind a URL, with as much of a `Path` as readers of shards and tables use."""
+    """A file behind a URL, with the methods of a `Path` that readers of shards and tables use."""
 
     url: str
 
     @override
     def __str__(self) -> str:
-        return self.url.partition("?")[0]  # what follows may be a signature that nobody else should see
+        return self.url.partition("?")[0]  # the rest may be a secret signature
 
     @property
     def name(self) -> str:
@@ -52,48 +52,48 @@ class Remote:
         return self.absolute().suffix
 
     def absolute(self) -> PurePosixPath:
-        """The place of the file, as a path that can be compared with others."""
+        """The address of the file, as a path that can be compared with others."""
         parts = urlsplit(self.url)
         return PurePosixPath("/", parts.scheme, parts.netloc, parts.path.lstrip("/"))
 
     def is_file(self) -> bool:
-        """True, as far as one can know without asking the server."""
+        """Returns True, since the server is not asked."""
         return True
 
     def is_dir(self) -> bool:
-        """False: only files are read by URL."""
+        """Returns False, since only files are read by URL."""
         return False
 
     def open(self, mode: str = "rb") -> io.BufferedReader:
         """Opens the file for reading.
 
         Raises:
-            UserError: there is no such file, its server does not say how long it is, or a package is missing.
+            UserError: there is no such file, its server does not report its length, or a package is missing.
         """
         assert mode == "rb"
         return io.BufferedReader(_Reader(self), BLOCK // 4)
 
     def facts(self) -> dict[str, Any]:
-        """What its server says of the file; `size` in bytes."""
+        """What the server reports about the file; `size` in bytes."""
         return _facts(self)
 
     def mark(self) -> tuple[str, int, str]:
-        """Name, bytes, and what its server says changes with the contents."""
+        """Name, bytes, and the server's mark that changes with the contents."""
         facts = self.facts()
         return self.name, int(facts["size"]), str(next((facts[key] for key in MARKS if facts.get(key)), ""))
 
 
-#: A file on this machine or elsewhere.
+#: A file on this machine or on a server.
 File = Path | Remote
 
 
 def is_url(text: str) -> bool:
-    """Whether a source is a URL."""
+    """Returns whether a source is a URL."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
 
 
 def remotes(url: str) -> list[Remote]:
-    """The files that a URL stands for, which may have a pattern: `s3://bucket/train-*.tar`.
+    """Lists the files of a URL, which may have a pattern: `s3://bucket/train-*.tar`.
 
     Raises:
         UserError: no file matches the pattern.
@@ -108,7 +108,7 @@ def remotes(url: str) -> list[Remote]:
 
 
 def marks(files: list[Remote]) -> list[tuple[str, int, str]]:
-    """The marks of many files."""
+    """Returns the marks of several files."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(Remote.mark, files))
 
@@ -118,12 +118,12 @@ def _facts(file: Remote) -> dict[str, Any]:
     system = _system(file)
     facts: dict[str, Any] = _again(file, lambda: system.info(file.url))
     if facts.get("size") is None:
-        raise UserError(f"{file}: its server does not say how long it is, so that a part could pass for the whole")
+        raise UserError(f"{file}: its server does not report its length, so a part could pass for the whole")
     return facts
 
 
 def _system(file: Remote) -> Any:
-    """The filesystem of a URL's protocol.
+    """Returns the filesystem of a URL's protocol.
 
     Raises:
         UserError: an unknown protocol, or a package that it needs is not installed.
@@ -133,7 +133,7 @@ def _system(file: Remote) -> Any:
     protocol = file.url.partition("://")[0]
     try:
         options: dict[str, Any] = {}
-        if protocol in ("http", "https"):  # aiohttp would end every request after 5 minutes, however fast it is
+        if protocol in ("http", "https"):  # otherwise aiohttp ends every request after 5 minutes
             from aiohttp import ClientTimeout
 
             limits = ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)
@@ -148,35 +148,35 @@ def _system(file: Remote) -> Any:
 
 
 def _again(file: Remote, ask: Callable[[], _T]) -> _T:
-    """Does what may fail on the network, again after each of `WAITS_S`.
+    """Calls a function that may fail on the network; if it fails, again after each of `WAITS_S`.
 
     Raises:
-        UserError: it failed each time, or the server says that it always will.
+        UserError: the function failed each time, or the server says that it always will.
     """
     for wait in (*WAITS_S, None):
         try:
             return ask()
         except UserError:
             raise
-        except Exception as error:  # every filesystem has errors of its own
+        except Exception as error:  # every filesystem has its own errors
             status = getattr(error.__cause__ or error, "status", None)
             why = f"{status}" if status else " ".join(str(error.__cause__ or error).split()) or type(error).__name__
             if wait is None or (isinstance(status, int) and 400 <= status < 500) or isinstance(error, PermissionError):
                 fix = "check the address, your right to read it and the network; the same command resumes"
                 raise UserError(f"{file}: cannot be read ({why.replace(file.url, str(file))}): {fix}") from None
             if wait != WAITS_S[0]:
-                say(f"[yellow]{escape(str(file))}:[/] {escape(why.replace(file.url, str(file)))}; tries again")
+                say(f"[yellow]{escape(str(file))}:[/] {escape(why.replace(file.url, str(file)))}; trying again")
             time.sleep(wait)
     raise AssertionError("unreachable")
 
 
 class _Reader(io.RawIOBase):
-    """Reads a remote file at any place; each failed read is done again with a new connection."""
+    """Reads a remote file at any place; each failed read is repeated with a new connection."""
 
     def __init__(self, file: Remote) -> None:
         self._file, self._system = file, _system(file)
         self._size, self._at = int(file.facts()["size"]), 0
-        self._block = BLOCK  # 0: the server gives no parts, only the whole from its beginning
+        self._block = BLOCK  # 0: the server sends no parts, only the whole file
         self._opened: Any = None
 
     @override
@@ -229,7 +229,7 @@ class _Reader(io.RawIOBase):
             raise
 
     def close_connection(self) -> None:
-        """Drops the connection, and what was read ahead of it."""
+        """Drops the connection, and data that were read ahead."""
         if self._opened is not None:
             self._opened.close()
         self._opened = None

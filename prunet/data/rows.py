@@ -1,7 +1,7 @@
 """Pictures in columns of Parquet files, of datasets saved to disk, and of datasets of the Hub.
 
-`datasets` writes a picture as its bytes, or only as a path. Rows may contain any path; only paths below the folder of
-the data, or on the Hub, are followed.
+`datasets` writes a picture as its bytes, or only as a path. Rows may contain any path, but prunet follows only paths
+below the folder of the data, or on the Hub.
 """
 
 import os
@@ -40,7 +40,7 @@ def read_parquet(columns: Columns, path: File, label: str) -> Iterator[Picture]:
 
 
 def picture_paths(path: Path, image_column: str) -> list[Path]:
-    """The picture files that rows of a Parquet file refer to, below its folder; none if the file is damaged."""
+    """Lists the picture files that rows of a Parquet file refer to, below its folder; none if the file is damaged."""
     parquet, arrow = extra("pyarrow.parquet"), extra("pyarrow")
     try:
         with parquet.ParquetFile(path) as file:
@@ -57,10 +57,10 @@ def picture_paths(path: Path, image_column: str) -> list[Path]:
 
 
 def saved_dataset(folder: Path) -> Path | None:
-    """The folder of a saved `datasets.Dataset`, or that of the split to read of a saved `DatasetDict`, or None.
+    """Returns the folder of a saved `datasets.Dataset`, or of the split of a saved `DatasetDict`, or None.
 
     Raises:
-        UserError: several splits, and none is called `train`.
+        UserError: there are several splits, and none is called `train`.
     """
     if _is_dataset(folder):
         return folder
@@ -81,12 +81,12 @@ def read_saved(folder: Path, columns: Columns) -> Iterator[Picture]:
     """Reads the samples of a saved `datasets.Dataset`; damage becomes a last, broken sample.
 
     Raises:
-        UserError: not readable, or a column is missing or does not hold pictures.
+        UserError: the dataset is not readable, or a column is missing or does not contain pictures.
     """
     datasets = extra("datasets", f"{folder}: a saved dataset; ")
     try:
         rows = datasets.load_from_disk(str(folder)).with_format(None)
-        rows.data.validate(full=True)  # Arrow trusts its files: wrong offsets would crash the process
+        rows.data.validate(full=True)  # Arrow trusts its files, so wrong offsets would crash the process
     except Exception as error:  # from pyarrow, from JSON, from unknown features
         raise UserError(f"{folder}: not a readable dataset; save it again ({reason_of(error)})") from None
     captions = _check_columns(str(folder), rows.column_names, columns)
@@ -107,7 +107,7 @@ def read_hub(source: str, columns: Columns) -> Iterator[Picture]:
     """Streams the samples of a dataset of the Hub, `owner/name[:split]`.
 
     Raises:
-        UserError: not available, or a column is missing or does not hold pictures.
+        UserError: the dataset is not available, or a column is missing or does not contain pictures.
     """
     datasets = extra("datasets", f"{source}: no such folder here; ")
     name, _, split = source.partition(":")
@@ -115,7 +115,7 @@ def read_hub(source: str, columns: Columns) -> Iterator[Picture]:
     try:
         rows = datasets.load_dataset(name, split=split, streaming=True)
         names = rows.column_names or list(next(iter(rows)))
-    except Exception as error:  # no network, name, split, right to read it, ...
+    except Exception as error:  # no network, a wrong name or split, no right to read it, ...
         why = f"{type(error).__name__}: {reason_of(error)}"
         what = "no such folder here, and the Hub cannot provide it; check owner/name:split and the network"
         raise UserError(f"{source}: {what} ({why})") from None

@@ -24,18 +24,18 @@ from prunet.errors import UserError
 
 SHARDS = (".tar", ".tar.gz", ".tgz")
 MAX_HEADER = 1 << 20  # bytes of a name or of a header's extras
-AFTER_END = 1 << 20  # bytes after the end mark that are searched for another tar; padding is about 10 KiB of zeros
+AFTER_END = 1 << 20  # bytes after the end mark that are searched for a second tar; padding is about 10 KiB of zeros
 
 EXTRA_HEADERS = (b"x", b"g", b"X", tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 LINK = " (a link)"
 
-Files = dict[str, bytes | None]  # ending, such as ".jpg" or ".txt" -> contents; None is not read
+Files = dict[str, bytes | None]  # contents by ending, such as ".jpg" or ".txt"; None: not read
 
 
 def read_shard(columns: Columns, path: File, label: str) -> Iterator[Picture]:
     """Reads the samples of a shard; keys begin with `label`. Damage becomes a last, broken sample."""
     seen: set[str] = set()
-    for samples, (name, files) in enumerate(_samples(path)):
+    for samples, (name, files) in enumerate(read_samples(path)):
         if isinstance(files, Exception):
             yield broken_picture(label, f"shard cut off or damaged after {samples} samples ({reason_of(files)})")
             return
@@ -53,7 +53,7 @@ def read_shard(columns: Columns, path: File, label: str) -> Iterator[Picture]:
 
 
 def _new_key(key: str, seen: set[str]) -> str:
-    """Adds a number to a key that was used before: a name that returns later in a shard is another sample."""
+    """Adds a number to a key that was used before, because a name that returns later in a shard is another sample."""
     new, number = key, 1
     while new in seen:
         number += 1
@@ -63,7 +63,7 @@ def _new_key(key: str, seen: set[str]) -> str:
 
 
 def _is_dotted_picture(ending: str, files: Files, alone: bool) -> bool:
-    """Whether a file is a separate sample with a dot in its name; `.seg.png` of a sample with a picture is not."""
+    """Returns whether a file is a separate sample with a dot in its name; `.seg.png` beside a picture is not one."""
     stem, _, kind = ending[1:].rpartition(".")
     captioned = any(f".{stem}{text}" in files for text in (*CAPTION_FILES, ".json"))
     return stem != "" and f".{kind}" in PICTURE_FILES and (alone or captioned)
@@ -77,7 +77,7 @@ def _no_picture(files: Files) -> str:
 
 
 def _captions(files: Files, column: str | None) -> tuple[tuple[str, ...], str]:
-    """(captions, why there are none); a column that the user named is looked up only in the .json."""
+    """Returns (captions, why there are none); a column that the user named is looked up only in the .json."""
     why = f"no caption ({' '.join(CAPTION_FILES)} .json)" if column is None else f"no {column!r} in its .json"
     for ending in (*CAPTION_FILES, ".json") if column is None else (".json",):
         if ending + LINK in files:
@@ -96,8 +96,8 @@ def _captions(files: Files, column: str | None) -> tuple[tuple[str, ...], str]:
     return (), why
 
 
-def _samples(path: File) -> Iterator[tuple[str, Files | Exception]]:
-    """Yields (name, files) of each sample, and at the end the error if the shard is damaged."""
+def read_samples(path: File) -> Iterator[tuple[str, Files | Exception]]:
+    """Yields (name, files) of each sample of a shard, and at the end the error if it is damaged."""
     current, damage = "", None
     files: Files = {}
     try:
@@ -106,9 +106,9 @@ def _samples(path: File) -> Iterator[tuple[str, Files | Exception]]:
                 yield current, files
                 files = {}
             current, files[ending] = name, data
-    except UserError:  # the network, not the shard
+    except UserError:  # the network failed; the shard is not damaged
         raise
-    except Exception as error:  # tarfile, gzip and zlib each raise their own for a truncated file
+    except Exception as error:  # tarfile, gzip and zlib each raise their own errors for a truncated file
         damage = error
     if files:
         yield current, files
@@ -131,10 +131,10 @@ def _members(path: File) -> Iterator[tuple[str, str, bytes | None]]:
                 contents = tar.extractfile(member) if is_read else None
                 data = contents.read(min(member.size, limit + 1)) if contents else None
                 yield folder + slash + stem, ending if member.isreg() else ending + LINK, data
-            vars(tar)["members"].clear()  # tarfile would keep the headers of all members
+            vars(tar)["members"].clear()  # otherwise tarfile keeps the headers of all members
         if tar.fileobj is None:
             return
-        # tarfile silently ignores a missing end mark, a broken header, and a second tar after the end.
+        # tarfile silently ignores a missing end mark, a broken header, and a second tar after the end mark.
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(512) != bytes(512):
             raise tarfile.ReadError(f"no end mark at byte {tar.offset:,}")

@@ -1,10 +1,10 @@
 """Sources of pictures: folders, tar shards, Parquet, saved datasets and the Hub, each as one deterministic stream.
 Shards and Parquet may lie behind URLs.
 
-Damage does not stop the stream if reading can continue; a truncated shard is a broken picture under the shard's name. A
-mistake in a list of captions (bad JSON, a missing column, a path outside the folder) is a `UserError` with file and
-line, and `check_source` finds it before anything expensive. Only keys stay in memory (those of a folder's metadata, or
-of one shard).
+Damage does not stop the stream if reading can continue; a truncated shard becomes a broken picture with the shard's
+name. A mistake in a list of captions (bad JSON, a missing column, a path outside the folder) is a `UserError` with file
+and line, and `check_source` finds it before anything expensive. Only keys stay in memory (those of a folder's metadata,
+or of one shard).
 """
 
 import os
@@ -42,15 +42,16 @@ def read_pictures(
       listed pictures are read, and consecutive rows of one picture are its captions;
     - a folder with `cat.txt` (or `cat.caption`) beside `cat.png`: each line is a caption;
     - WebDataset shards: `a.tar`, `dir/train-*.tar`, `train-{0000..0003}.tar` or a list of these; also by URL
-      (`https://`, `s3://`, `hf://` and what else fsspec reads);
-    - `.parquet` files, named in the same ways; a folder that `datasets` saved (`save_to_disk`; of several splits it
-      reads `train`; for another give its folder); or `owner/name[:split]` of the Hub. These need `prunet[data]`.
+      (`https://`, `s3://`, `hf://` and others that fsspec reads);
+    - `.parquet` files, named in the same ways; a folder that `datasets` saved (`save_to_disk`; from several splits
+      `train` is read; for another split, give its folder); or `owner/name[:split]` of the Hub. These need
+      `prunet[data]`.
 
     The columns are those of the metadata, of a shard's .json, or of Parquet. Keys begin with the file's name, or with
-    its path below the common folder where two files have the same name.
+    its path below the common folder if two files have the same name.
 
     Raises:
-        UserError: no such source, a package is missing, or (while reading) a mistake in a list of captions.
+        UserError: there is no such source, a package is missing, or (while reading) a list of captions has a mistake.
     """
     files = picture_files(source, image_column=image_column, caption_column=caption_column)
     return chain.from_iterable(pictures for _, pictures in files)
@@ -59,7 +60,7 @@ def read_pictures(
 def picture_files(
     source: Source, *, image_column: str = "image", caption_column: str | None = None
 ) -> list[tuple[str, Iterator[Picture]]]:
-    """The same by file: (name, its samples); a folder or dataset is one. Nothing is opened before it is read."""
+    """Returns (name, samples) of each file; a folder or dataset counts as one file. Files are opened only when read."""
     columns = image_column, caption_column
     if isinstance(source, str) and is_hub_id(source):
         return [(source, read_hub(source, columns))]
@@ -82,7 +83,7 @@ def check_source(source: Source, *, image_column: str = "image", caption_column:
     """Refuses a source with nothing to read. Decodes one picture, and parses all metadata files to their end.
 
     Raises:
-        UserError: no usable picture, or a mistake in a list of captions.
+        UserError: there is no usable picture, or a list of captions has a mistake.
     """
     pictures = read_pictures(source, image_column=image_column, caption_column=caption_column)
     unusable, why = 0, "no pictures here"
@@ -98,12 +99,12 @@ def check_source(source: Source, *, image_column: str = "image", caption_column:
         raise UserError(f"{name}: {why}; give pictures with captions, or name the .tar or .parquet files")
     paths = [] if isinstance(source, str) and is_hub_id(source) else source_paths(source)
     if len(paths) == 1 and isinstance(paths[0], Path) and _lists(paths[0]):
-        for _ in pictures:  # a mistake in line 90,000 shows now, not hours later
+        for _ in pictures:  # finds a mistake in line 90,000 now, not hours later
             pass
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a source is the name of a dataset of the Hub."""
+    """Returns whether a source is the name of a dataset of the Hub."""
     is_file = text.lower().endswith((*SHARDS, *PICTURE_FILES, ".parquet", ".jsonl", ".csv", ".zip"))
     is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?", text) is not None
     return is_id and not is_file and not os.path.exists(text)
@@ -113,7 +114,7 @@ def is_hub_id(text: str) -> bool:
 
 
 def _lists(root: Path) -> dict[str, str]:
-    """Folder below `root` -> the name of its caption list, for folders that have one."""
+    """Maps each folder below `root` that has a caption list to the list's name."""
     lists: dict[str, str] = {}
     for under, names in walk(root) if root.is_dir() else ():
         found = [name for name in CAPTION_LISTS if name in names]
@@ -129,7 +130,7 @@ def _read_folder(root: Path, lists: dict[str, str], columns: Columns) -> Iterato
     if columns[1] is not None and not lists:
         named = f"no {' or '.join(CAPTION_LISTS)} to find column {columns[1]} in; leave caption_column out"
         raise UserError(f"{root}: {named}")
-    listed = None  # the highest folder above that has a list
+    listed = None  # the highest folder above it that has a list
     seen: set[str] = set()
     for under, names in walk(root):
         if listed is None or not under.startswith(listed):
@@ -154,7 +155,7 @@ def _read_beside(folder: Path, under: str, names: Sequence[str], column: str | N
 
 
 def _captions_beside(stem: str, beside: Sequence[Path], column: str | None) -> tuple[tuple[str, ...], str]:
-    """(captions, why there are none)."""
+    """Returns (captions, why there are none)."""
     if column is not None:
         return (), f"no caption: no list of captions to find column {column} in"
     why = f"no caption: no {' or '.join(CAPTION_LISTS)}, and nothing in a {as_text(stem)}.txt beside it"

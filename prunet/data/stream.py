@@ -1,7 +1,7 @@
-"""The samples of a source with their numbers, of which those that are needed are read.
+"""The samples of a source with their numbers; only the needed ones are read.
 
-How many samples each file has is written down (`files.json`) when its end is reached. So a cache that resumes reads no
-file again whose samples it has, and what lies behind a slow network is fetched once.
+When the end of a file is reached, its number of samples is recorded (`files.json`). So a cache that resumes skips the
+files that it has finished, and files behind a slow network are fetched only once.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""A folder of pictures with one prompt for all of them: to a cache."""
+"""A cache from a folder of pictures with one prompt for all of them."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from prunet.teacher.teacher import Teacher
 
 
 def subject_pictures(folder: Path, prompt: str) -> list[Picture]:
-    """All pictures in `folder` and in those below, each with `prompt` as its caption.
+    """Returns all pictures in `folder` and the folders below, each with `prompt` as its caption.
 
     Raises:
-        UserError: no such folder, no picture in it, or one that cannot be read.
+        UserError: the folder is missing or has no pictures, or a picture cannot be read.
     """
     if not folder.is_dir():
         raise UserError(f"--pictures {folder}: no such folder: give a folder with pictures of the subject")
@@ -39,14 +39,14 @@ def cache_subject(teacher: Teacher, source: Path, prompt: str, folder: Path, *, 
     """Encodes all pictures in `source` with one prompt into `folder`; resumes where it was stopped.
 
     Raises:
-        UserError: what `subject_pictures` refuses, another cache in the folder, or no space left.
+        UserError: `subject_pictures` refuses the pictures, the folder has another cache, or no space is left.
     """
     data = Data(source=str(source), size=size)
     spec = cache_spec(teacher, data, seed, folder) | {"caption": prompt}
     if (folder / "spec.json").is_file():
         if read_spec(folder) != spec:
             raise UserError(
-                f"{folder}: holds other pictures, or those of another model: delete it, or give another --output"
+                f"{folder}: a cache of other pictures or another model: delete it, or give another --output"
             )
         if (folder / "cache.json").is_file():
             return Cache.open(folder)

@@ -1,5 +1,5 @@
-"""What a denoiser is made of, what of it can go, and how its features are caught."""
+"""Denoisers: their parts, which of these a plan can remove, and their features."""
 
 from prunet.torchvision_ops import declare_torchvision_ops
 
-declare_torchvision_ops()  # before diffusers is imported, which happens in this room first
+declare_torchvision_ops()  # before diffusers is imported; this room imports it first

@@ -1,4 +1,4 @@
-"""What all denoisers have in common: the interface behind which each diffusers class keeps what is peculiar to it."""
+"""The interface of all denoisers; each diffusers class of denoisers implements it."""
 
 import json
 from abc import ABC, abstractmethod
@@ -24,7 +24,7 @@ from prunet.denoisers.patterns import removed_parts
 from prunet.denoisers.taps import tap
 from prunet.errors import UserError
 
-#: A denoiser: a stock diffusers model with its config and its way to be saved.
+#: A denoiser: a stock diffusers model, which has a config and can be saved.
 Net: TypeAlias = ModelMixin
 Config = Mapping[str, Any]
 
@@ -32,34 +32,34 @@ Config = Mapping[str, Any]
 class Architecture(ABC):
     """One diffusers class of denoisers. Works on configs and holds no weights."""
 
-    class_name: str  # diffusers' name of the class
+    class_name: str  # the name of the class in diffusers
     part: str  # the name of the denoiser's folder in a pipeline: `unet` or `transformer`
-    levels: tuple[Level, ...]
-    last_layer: str  # the module that gives the output
-    parts_help: str  # what a plan may name, for messages
-    only_form: bool = False  # whether prunet plans and builds its students, but cannot train or draw with it yet
-    adapters: AdapterForms  # how its adapters are made
+    levels: tuple[Level, ...]  # for the feature losses
+    last_layer: str  # the module that computes the output
+    parts_help: str  # the parts that a plan may name, for messages
+    only_form: bool = False  # True: prunet plans and builds its students, but cannot train or draw with them yet
+    adapters: AdapterForms
 
     @property
     @abstractmethod
     def blocks(self) -> tuple[str, ...]:
-        """Classes of the repeated blocks: what FSDP gathers together."""
+        """Classes of the repeated blocks; FSDP gathers the weights of a block together."""
 
     @abstractmethod
     def make(self, config: Config) -> Net:
-        """A model of `config` with random weights."""
+        """Makes a model of `config` with random weights."""
 
     @abstractmethod
     def parts(self, config: Config) -> list[str]:
-        """The names of the modules that a plan may remove."""
+        """Lists the names of the modules that a plan may remove."""
 
     @abstractmethod
     def outline(self, config: Config) -> str:
-        """Where its parts are, for a pattern that matches none of them."""
+        """Describes where its parts are, for the message about a pattern that matches no part."""
 
     @abstractmethod
     def form(self, config: Config, removed: Mapping[str, str]) -> Form:
-        """The stock denoiser that is left without the parts `removed`, each with the pattern that named it.
+        """Returns the stock denoiser without the parts `removed`; each part is mapped to its pattern.
 
         Raises:
             UserError: diffusers has no form for it.
@@ -67,7 +67,7 @@ class Architecture(ABC):
 
     @abstractmethod
     def pairs(self, teacher: Config, form: Form, level: Level) -> tuple[Pair, ...]:
-        """The modules that distillation compares at `level`, one of `levels`.
+        """Returns the modules that distillation compares at `level`, one of `levels`.
 
         Raises:
             UserError: the outputs of a pair have different shapes.
@@ -75,23 +75,23 @@ class Architecture(ABC):
 
     @abstractmethod
     def loads_in(self, config: Config) -> dict[str, str]:
-        """Program -> "yes", or "no: " and why a student of `config` does not load there."""
+        """Maps each program to "yes", or to "no: " and the reason why a student of `config` does not load there."""
 
     @abstractmethod
     def works_with(self, teacher: Config, form: Form) -> dict[str, str]:
-        """Addition to the teacher (a ControlNet, say) -> "yes", or "no: " and why it does not fit the student."""
+        """Maps each addition to the teacher (such as a ControlNet) to "yes", or to "no: " and why it does not fit."""
 
     @abstractmethod
     def diagram(self, config: Config, gone: Iterable[str]) -> Diagram:
-        """The denoiser as terminal and page show it, without the parts `gone`."""
+        """Returns the diagram of the denoiser for terminal and page, with the parts `gone` marked as removed."""
 
     @abstractmethod
     def native_latent_size(self, config: Config) -> tuple[int, int]:
-        """(height, width) of the latents that the model was made for."""
+        """Returns (height, width) of the latents that the model was made for."""
 
     @abstractmethod
     def side_step(self, config: Config) -> int:
-        """The number of which each side of the latents must be a multiple."""
+        """Returns the number that both sides of the latents must be multiples of."""
 
     @abstractmethod
     def example_inputs(
@@ -103,22 +103,23 @@ class Architecture(ABC):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> dict[str, Any]:
-        """Keyword arguments of the model's `forward`: zeros (or meta tensors) of the right shapes."""
+        """Returns keyword arguments for the model's `forward`: zeros (or meta tensors) of the right shapes."""
 
     @abstractmethod
     def call(self, net: Any, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """The prediction (B, C, h, w) of `net`, which may be wrapped, for `noisy` latents (B, C, h, w) at `timestep`
-        (B,), as the noise scheduler counts it.
+        """Returns the prediction (B, C, h, w) of `net` for `noisy` latents (B, C, h, w) at `timestep` (B,).
+
+        `net` may be wrapped. Timesteps are those of the noise scheduler.
         """
 
     def fast_attention(self, nets: Iterable[Net], device: torch.device, *, half: bool) -> AbstractContextManager[None]:
-        """A faster attention of `nets` on `device` while it lasts, where prunet has one."""
+        """Gives `nets` a faster attention on `device` inside the `with` block, if prunet has one."""
         return nullcontext()
 
-    # -- what follows from the above
+    # -- derived from the above
 
     def random_inputs(self, config: Config) -> dict[str, Any]:
-        """An example call on the CPU with the smallest latents that fit: always the same random numbers for zeros."""
+        """Returns an example call on the CPU with the smallest latents that fit; its random numbers are fixed."""
         side = self.side_step(config)
         inputs = self.example_inputs(config, latent_size=(side, side))
         generator = torch.Generator().manual_seed(0)
@@ -128,19 +129,22 @@ class Architecture(ABC):
         return inputs
 
     def skeleton(self, config: Config) -> Any:
-        """The model of `config` on the meta device: names and shapes without storage. Shared: do not change it.
+        """Returns the model of `config` on the meta device: names and shapes without storage. Do not change it.
 
         Raises:
             UserError: diffusers cannot make it.
         """
         try:
             return _skeleton(self, config_text(config))
-        except Exception as error:  # of any kind: diffusers takes the values as they are
-            raise UserError(f"diffusers cannot make a {self.class_name} of this config: {error}") from error
+        except Exception as error:  # any kind of error, since diffusers does not check the values
+            raise UserError(
+                f"diffusers cannot make a {self.class_name} of this config: {error}: fetch or copy it again"
+            ) from error
 
     def empty(self, config: Config) -> Net:
-        """A model to be filled by assignment: its parameters are on the meta device; what no state dict holds, such as
-        tables of positions, is real, since nothing would fill it.
+        """Makes a model on the meta device, to be filled by assignment.
+
+        Tensors that a state dict does not contain, such as tables of positions, are real.
 
         Raises:
             UserError: diffusers cannot make it.
@@ -151,20 +155,20 @@ class Architecture(ABC):
 
     @quiet_libraries()
     def load(self, folder: Path) -> Net:
-        """The model of a stock folder, in fp32."""
+        """Loads the model of a stock folder, in fp32."""
         cls = getattr(diffusers, self.class_name)
         net: Net = cls.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32)
         return net
 
     def module_names(self, config: Config) -> list[str]:
-        """All modules of the model of `config`, by their dotted names."""
+        """Lists the dotted names of all modules of the model of `config`."""
         return [name for name, _ in self.skeleton(config).named_modules() if name]
 
     def removed_parts(self, config: Config, patterns: Iterable[str]) -> dict[str, str]:
-        """Part -> the pattern that removes it.
+        """Maps each part that `patterns` remove to its pattern.
 
         Raises:
-            UserError: a pattern matches nothing, or what cannot be removed.
+            UserError: a pattern matches nothing, or a module that cannot be removed.
         """
         parts = self.parts(config)
         return removed_parts(
@@ -173,7 +177,7 @@ class Architecture(ABC):
 
     @torch.no_grad()
     def call_skeleton(self, config: Config, latent_size: tuple[int, int] | None = None) -> None:
-        """One call on the meta device, for what watches it; the only place where a config can turn out not to work.
+        """Calls the skeleton once on the meta device, for taps and counters. Here a config that does not work shows.
 
         Raises:
             UserError: the denoiser of this config cannot be called.
@@ -181,25 +185,27 @@ class Architecture(ABC):
         net = self.skeleton(config)
         try:
             net(**self.example_inputs(config, latent_size=latent_size, device="meta"))
-        except Exception as error:  # of any kind: diffusers takes the values as they are
+        except Exception as error:  # any kind of error, since diffusers does not check the values
             why = str(error) or type(error).__name__
-            raise UserError(f"The {self.class_name} of this config cannot be called: {why}") from error
+            raise UserError(
+                f"The {self.class_name} of this config cannot be called: {why}: fetch or copy it again"
+            ) from error
 
     def output_shapes(self, config: Config, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-        """Module -> shape of its output without the batch, of one call at the native size."""
+        """Maps each module to the shape of its output, without the batch, in one call at the native size."""
         return dict(_output_shapes(self, config_text(config), tuple(names)))
 
 
 def config_of(net: Net) -> dict[str, Any]:
-    """The config of a model, which may be compiled, with the name of its class."""
+    """Returns the config of a model, which may be compiled, with the name of its class."""
     bare = getattr(net, "_orig_mod", net)
-    # FSDP gives a model a class of its own, made of diffusers'.
+    # FSDP replaces the class of a model by a subclass of diffusers' class.
     stock = next(cls for cls in type(bare).__mro__ if cls.__module__.startswith("diffusers."))
     return {**bare.config, "_class_name": stock.__name__}
 
 
 def config_text(config: Config) -> str:
-    """A config as a key for a cache."""
+    """Returns a config as a text that can be the key of a cache."""
     return json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True)
 
 
@@ -219,7 +225,7 @@ def _skeleton(architecture: Architecture, text: str) -> Any:
 
 
 def check_shapes(architecture: Architecture, teacher: Config, student: Config, pairs: Sequence[Pair]) -> None:
-    """Compares what the modules of each pair give, on the meta device, so that nothing fails at step 1.
+    """Compares the output shapes of each pair on the meta device, so that training does not fail at step 1.
 
     Raises:
         UserError: the outputs of a pair have different shapes.
@@ -230,5 +236,5 @@ def check_shapes(architecture: Architecture, teacher: Config, student: Config, p
         if ours[pair.student] != theirs[pair.teacher]:
             raise UserError(
                 f"{pair.student} of the student gives {ours[pair.student]} and {pair.teacher} of the teacher "
-                f"{theirs[pair.teacher]}: they cannot be compared; choose another level of losses"
+                f"{theirs[pair.teacher]}, which cannot be compared: choose another losses.level"
             )

@@ -1,9 +1,9 @@
-"""What tells the denoiser what to draw."""
+"""The condition: the inputs that tell the denoiser what to draw."""
 
 import torch
 from torch import Tensor
 
-#: Numbers that half precision cannot hold (sizes in pixels) stay in fp32.
+#: Tensors that stay in fp32, because half precision cannot represent their numbers (sizes in pixels).
 EXACT = frozenset({"time_ids"})
 
 
@@ -17,15 +17,15 @@ class Condition(dict[str, Tensor]):
     def to(
         self, device: torch.device | str, dtype: torch.dtype | None = None, non_blocking: bool = False
     ) -> "Condition":
-        """On `device`; in `dtype` if one is given, but for what needs full precision."""
+        """Returns the condition on `device`, and in `dtype` if given, except for tensors in `EXACT`."""
         kinds = {name: tensor.dtype if name in EXACT else dtype or tensor.dtype for name, tensor in self.items()}
         return Condition({n: t.to(device, kinds[n], non_blocking=non_blocking) for n, t in self.items()})
 
     def without_prompt(self, empty: "Condition") -> "Condition":
-        """The same with the empty prompt's one row for each sample; sizes stay."""
+        """Returns the condition with the empty prompt (one row) for each sample; sizes stay."""
         same = {name: row.to(self[name]).expand_as(self[name]) for name, row in empty.items()}
         return Condition({**self, **same})
 
     def row(self, number: int) -> "Condition":
-        """That of one sample."""
+        """Returns the condition of one sample."""
         return Condition({name: tensor[number] for name, tensor in self.items()})

@@ -1,9 +1,9 @@
-"""A denoiser as terminal and page show it."""
+"""The diagram of a denoiser, for terminal and page."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-#: Relative squared errors between two colours of a diagram.
+#: Relative squared errors at which the colour of a part changes.
 STEPS = (0.001, 0.01, 0.1, 1.0)
 
 
@@ -15,18 +15,18 @@ class Part:
     name: str
     gone: bool
     parameters: int
-    blocks: tuple[bool, ...] = ()  # of each transformer block in it, whether it stays
-    error: float | None = None  # what the least removal that it is part of hurts, if that was measured
+    blocks: tuple[bool, ...] = ()  # for each transformer block in it, whether it stays
+    error: float | None = None  # the least error of the removals that include it, if measured
 
     @property
     def colour(self) -> int | None:
-        """How many of `STEPS` its error reaches; None if it was not measured."""
+        """The number of `STEPS` that its error reaches; None if it was not measured."""
         return None if self.error is None else sum(self.error >= step for step in STEPS)
 
 
 @dataclass(frozen=True)
 class Section:
-    """Parts that follow each other, in layers of parts that belong together."""
+    """Parts in order, grouped in layers that belong together."""
 
     name: str
     gone: bool
@@ -36,21 +36,21 @@ class Section:
 
     @property
     def is_list(self) -> bool:
-        """Whether it is a list of equal blocks, known by their numbers; its layers are then lines of them."""
+        """Whether the section is a list of equal blocks, shown by numbers; its layers are then lines of blocks."""
         return all(part.kind == "block" for layer in self.layers for part in layer)
 
     @property
     def stays(self) -> tuple[int, int]:
-        """How many of its parts stay, and how many there are."""
+        """The number of parts that stay, and the number of all parts."""
         gone = [part.gone for layer in self.layers for part in layer]
         return gone.count(False), len(gone)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Stages side by side: a down section and its mirrored up section, or one alone."""
+    """Sections side by side: a down section and its mirrored up section, or one section alone."""
 
-    width: int | None  # channels, where the sections differ in them
+    width: int | None  # channels; None if all sections have the same
     sections: tuple[Section, ...]
 
     @property
@@ -71,7 +71,7 @@ class Diagram:
         return [section for row in self.rows for section in row.sections]
 
     def coloured(self, errors: Mapping[str, float]) -> "Diagram":
-        """The same with the error of each part, by its name."""
+        """Returns the diagram with the error of each part, given by name."""
 
         def layer(parts: tuple[Part, ...]) -> tuple[Part, ...]:
             return tuple(replace(part, error=errors.get(part.name)) for part in parts)
@@ -88,7 +88,10 @@ class Diagram:
 
     @property
     def tally(self) -> dict[str, tuple[int, int]]:
-        """Kind -> how many of its parts stay and how many there are; transformer blocks if an attention has several."""
+        """Maps each kind of part to the number that stay and the number of all.
+
+        Transformer blocks are a kind if an attention has several.
+        """
         parts = [part for section in self.sections for layer in section.layers for part in layer]
         counts: dict[str, list[bool]] = {}
         for part in parts:

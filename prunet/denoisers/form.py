@@ -1,4 +1,4 @@
-"""What a plan leaves of a denoiser, as a value."""
+"""The form of a student: its config and where its weights come from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,16 +7,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Form:
-    """The stock denoiser of what a plan leaves."""
+    """A plan's student as a stock denoiser. The maps lead from names in the student to names in the teacher."""
 
     config: dict[str, Any]
-    module_map: dict[str, str]  # student module -> teacher module, by the smallest prefixes; the longest one counts
-    weight_map: dict[str, str]  # student parameter -> teacher parameter
-    implied: tuple[str, ...]  # parts that go with those removed (the sampler that led to a removed level of a U-Net)
+    module_map: dict[str, str]  # modules, by prefixes of their names; the longest prefix counts
+    weight_map: dict[str, str]  # parameters
+    implied: tuple[str, ...]  # parts removed with those named (the sampler that led to a removed level of a U-Net)
 
 
 def teacher_name(name: str, mapping: Mapping[str, str]) -> str:
-    """The teacher's name of a student's module or parameter."""
+    """Returns the teacher's name for a module or parameter of the student."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         prefix = ".".join(parts[:end])

@@ -1,4 +1,4 @@
-"""A module that is called and nothing else."""
+"""Frozen modules."""
 
 from typing import TypeVar
 
@@ -8,11 +8,11 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def freeze(module: M) -> M:
-    """Ready to be called and nothing else; with weights where sums are rounded alike.
+    """Puts a module into eval mode without gradients, with aligned weights, so that equal weights round equally.
 
-    Weights mapped from a file lie at addresses of any alignment, and on some CPUs the BLAS takes another path for those
-    (AMD Zen 5: equal weights, other last bits). A copy lies where PyTorch aligns it. One weight that is not copied
-    would keep the whole file in memory beside the copies, so it is all or none.
+    Weights mapped from a file lie at addresses of any alignment, and on some CPUs the BLAS rounds differently for
+    unaligned addresses (AMD Zen 5: equal weights, other last bits). PyTorch aligns a copy. A single weight that is not
+    copied would keep the whole file in memory beside the copies, so all weights are copied or none.
     """
     tensors = [*module.parameters(), *module.buffers()]
     if any(tensor.data_ptr() % 64 for tensor in tensors):

@@ -40,7 +40,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         {"num_layers": ("transformer_blocks",)},
         inputs.sd3,
         numbers="dual_attention_layers",
-        stays=Stays(lambda config, count: (count - 1,), ", but for the last one, which has another form"),
+        stays=Stays(lambda config, count: (count - 1,), ", except the last one, which has another form"),
         adapters=BlockControlNets(
             "SD3ControlNetModel", {"controlnet_block_samples": ("transformer_blocks", "num_layers", shares)}
         ),
@@ -77,39 +77,39 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         size=inputs.WAN_SIZE,
         numbers="vace_layers",
         stays=Stays(
-            lambda config, count: config["vace_layers"], ", but for those of vace_layers, to which its control adds"
+            lambda config, count: config["vace_layers"], ", except those in vace_layers, which its control adds to"
         ),
     ),
 )
-#: Classes that look like lists of blocks and of which none can go.
+#: Classes that look like lists of blocks but cannot lose any, and the reason.
 REFUSED = {
-    "HunyuanDiT2DModel": "skip connections lead from its first blocks to its last ones, whose numbers say which",
-    "ChromaTransformer2DModel": "what modulates a block is found by the block's number",
+    "HunyuanDiT2DModel": "skip connections join its first and its last blocks by their numbers",
+    "ChromaTransformer2DModel": "the modulation of a block is found by the block's number",
     "BriaFiboTransformer2DModel": "each of its blocks reads the text encoder's layer of the same number",
     "HiDreamImageTransformer2DModel": "each of its blocks reads the text encoder's layer of the same number",
 }
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """That of a denoiser's config, by the name of its class; without one (old configs) a U-Net.
+    """Returns the architecture of a denoiser's config, by its class name; old configs without one are U-Nets.
 
     Raises:
-        UserError: a class that prunet cannot compress.
+        UserError: prunet cannot remove blocks of this class.
     """
     name = config.get("_class_name", UNET2D.class_name)
     if name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single":
-        name = "PixArtTransformer2DModel"  # as diffusers opens the configs of before 0.28
+        name = "PixArtTransformer2DModel"  # the name in configs of diffusers before 0.28
     for architecture in ARCHITECTURES:
         if architecture.class_name == name:
             return architecture
     if name in REFUSED:
-        raise UserError(f"The denoiser is a {name}: no block of it can be removed, as {REFUSED[name]}")
+        raise UserError(f"The denoiser is a {name}: no block of it can be removed, because {REFUSED[name]}")
     known = ", ".join(architecture.class_name for architecture in ARCHITECTURES)
-    raise UserError(f"The denoiser is a {name}; prunet removes blocks of {known}")
+    raise UserError(f"The denoiser is a {name}, which prunet does not know: give a model with one of {known}")
 
 
 def fast_attention(net: Net, device: torch.device, *, half: bool) -> AbstractContextManager[None]:
-    """A faster attention of a model on `device` while it lasts, where prunet has one (for denoisers that it knows)."""
+    """Gives a model a faster attention on `device` inside the `with` block, if prunet has one for its class."""
     name = config_of(net)["_class_name"]
     known = next((architecture for architecture in ARCHITECTURES if architecture.class_name == name), None)
     return known.fast_attention([net], device, half=half) if known else nullcontext()

@@ -1,4 +1,4 @@
-"""Pairs of modules that distillation compares, and how closely."""
+"""Pairs of modules that distillation compares, at several levels of detail."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from prunet.denoisers.patterns import match
 from prunet.disk.values import Value
 from prunet.errors import UserError
 
-#: How closely student and teacher are compared; an architecture offers some of them (`Architecture.levels`).
+#: How closely student and teacher are compared; each architecture has some of these levels (`Architecture.levels`).
 Level = Literal["block", "layer", "attention", "transformer"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A student module, and the teacher module that it is compared with. The term is named after the teacher's."""
+    """A student module and the teacher module that it is compared with. Its loss term has the teacher module's name."""
 
     student: str
     teacher: str
@@ -35,23 +35,25 @@ class StagePairs(Value):
 
 
 def term_factors(pairs: Sequence[Pair], weights: Mapping[str, float]) -> list[float]:
-    """The factor of each pair's term: that of the last pattern that names its teacher module or a part around it, or 1.
+    """Returns the factor of each pair's term, or 1.
+
+    The factor is that of the last pattern that matches the pair's teacher module or a module around it.
 
     Raises:
-        UserError: a pattern that names no pair.
+        UserError: a pattern matches no pair.
     """
     factors = [1.0] * len(pairs)
     for pattern, weight in weights.items():
         named = [i for i, pair in enumerate(pairs) if match(pattern, _around(pair.teacher))]
         if not named:
             some = ", ".join(pair.teacher for pair in pairs[:3])
-            raise UserError(f"losses.weights: {pattern!r} names no module that is compared; there are {some}, ...")
+            raise UserError(f"losses.weights: {pattern!r} matches no module that is compared: match {some}, ...")
         for i in named:
             factors[i] = float(weight)
     return factors
 
 
 def _around(name: str) -> list[str]:
-    """`a.b.c` -> a, a.b, a.b.c"""
+    """Lists a name and the modules around it: `a.b.c` gives a, a.b, a.b.c."""
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]

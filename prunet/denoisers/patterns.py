@@ -9,15 +9,15 @@ from collections.abc import Iterable, Sequence
 
 from prunet.errors import UserError
 
-#: Names that the patterns of one plan may spell out (SDXL has 100 parts that can go); each is tried on every module.
+#: Names that the patterns of one plan may expand to, since each is tried on every module (SDXL has 100 parts).
 MOST_CHOICES = 1000
 
 
 def expand(pattern: str) -> list[str]:
-    """`a.{b,c}.0` -> `a.b.0`, `a.c.0`.
+    """Expands the choices of a pattern: `a.{b,c}.0` gives `a.b.0` and `a.c.0`.
 
     Raises:
-        UserError: more than `MOST_CHOICES` names.
+        UserError: the pattern expands to more than `MOST_CHOICES` names.
     """
     pieces = re.split(r"\{([^{}]*)\}", pattern)
     choices = [piece.split(",") if i % 2 else [piece] for i, piece in enumerate(pieces)]
@@ -27,7 +27,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def match(pattern: str, names: Iterable[str]) -> list[str]:
-    """The names that `pattern` means; `*`, `?` and `[...]` stay within one dotted part, `{a,b}` are choices."""
+    """Returns the names that match; `*`, `?` and `[...]` match within one dotted part, `{a,b}` gives choices."""
     globs = [glob.split(".") for glob in expand(pattern)]
 
     def fits(name: str) -> bool:
@@ -40,14 +40,14 @@ def match(pattern: str, names: Iterable[str]) -> list[str]:
 def removed_parts(
     patterns: Iterable[str], names: Sequence[str], parts: Sequence[str], *, outline: str, parts_help: str
 ) -> dict[str, str]:
-    """Part -> the pattern that removes it.
+    """Maps each part that `patterns` remove to its pattern.
 
     Args:
-        names, parts: all modules, and those of them that can be removed.
-        outline, parts_help: where the parts are, and which, for the messages.
+        names, parts: all modules, and the modules that can be removed.
+        outline, parts_help: where the parts are, and which parts there are, for the messages.
 
     Raises:
-        UserError: a pattern matches nothing, or what cannot be removed.
+        UserError: a pattern matches nothing, or a module that cannot be removed.
     """
     removed: dict[str, str] = {}
     patterns, can_go = list(patterns), set(parts)
@@ -62,13 +62,13 @@ def removed_parts(
                 + (f"; the nearest part is {near[0]}" if near else "")
             )
         if fixed := next((name for name in found if name not in can_go), None):
-            raise UserError(f"Pattern {pattern!r} matches {fixed}, which cannot be removed; what can: {parts_help}")
+            raise UserError(f"Pattern {pattern!r} matches {fixed}, which cannot be removed: choose from {parts_help}")
         for name in found:
             removed.setdefault(name, pattern)
     return removed
 
 
 def is_within(name: str, parts: set[str]) -> bool:
-    """Whether `name` is one of `parts` or lies in one of them."""
+    """Returns whether `name` is one of `parts` or lies in one of them."""
     pieces = name.split(".")
     return any(".".join(pieces[:end]) in parts for end in range(1, len(pieces) + 1))

@@ -1,4 +1,4 @@
-"""Features of modules, caught while the model runs. A hook is gone when its `with` ends."""
+"""Features of modules, collected by hooks while the model runs. The hooks last until the `with` block ends."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class Features(list[Tensor | None]):
-    """The latest output of each tapped module, in the order in which they were named."""
+    """The latest output of each tapped module, in the order of the modules."""
 
     def take(self) -> list[Tensor]:
-        """The features of the last forward pass; forgets them, so that they can be freed.
+        """Returns the features of the last forward pass, and drops them, so that their memory can be freed.
 
         Raises:
             RuntimeError: a tapped module did not run.
@@ -26,9 +26,9 @@ class Features(list[Tensor | None]):
 
 @contextmanager
 def tap(modules: Sequence[nn.Module]) -> Iterator[Features]:
-    """Catches the output of each module; of a tuple (a down block gives its skips too) the first item.
+    """Collects the output of each module; if it is a tuple (a down block also returns its skips), the first item.
 
-    The modules are objects of the bare model, so wrapping it (DDP, FSDP, `torch.compile`) cannot lose them.
+    The modules are objects of the bare model, so a wrapper (DDP, FSDP, `torch.compile`) cannot lose them.
     """
     features = Features([None] * len(modules))
 

@@ -1,4 +1,4 @@
-"""Writes files that are either whole or absent (written aside, synced, and renamed), and reads them again."""
+"""Writes files that are either whole or absent (written to a temporary folder, synced, renamed), and reads them."""
 
 import errno
 import json
@@ -14,10 +14,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from prunet.disk.reading import check_permission, parse_json
-from prunet.disk.seals import CHECKSUM, json_checksum, seal
+from prunet.disk.seals import CHANGED, CHECKSUM, json_checksum, seal
 from prunet.errors import UserError
 
-#: Error numbers of a path that cannot be written, or not by this user.
+#: Error numbers of a path that cannot be written, or that this user may not write.
 UNWRITABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG, errno.EINVAL),
     *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
@@ -27,13 +27,14 @@ AGAIN = "delete it and give the same command again"
 
 
 def aside(path: Path) -> Path:
-    """Returns the name under which `path` is written until it is whole."""
+    """Returns the temporary name of `path` until it is whole."""
     return path.with_name(f".{path.name}.part")
 
 
 def _finish(path: Path, umask: int) -> None:
-    """Gives a file the user's default permissions (safetensors writes for its owner alone), and syncs its bytes to disk
-    before it gets its name.
+    """Gives a file the user's default permissions and syncs its bytes to disk, before it gets its name.
+
+    safetensors lets only the owner read its files.
     """
     mode = stat.S_IMODE(path.stat().st_mode)
     wanted = (mode & 0o7000) | ((0o777 if path.is_dir() else 0o666) & ~umask)
@@ -54,7 +55,7 @@ def _umask() -> int:
 
 
 def _new_part(part: Path) -> None:
-    if part.is_file():  # an older version wrote files aside as files
+    if part.is_file():  # older versions used a temporary file, not a folder
         part.unlink()
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
@@ -63,7 +64,7 @@ def _new_part(part: Path) -> None:
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yields a path to write to; the file appears as `path` when the block ends without an error."""
-    part = aside(path)  # a folder, because safetensors leaves a file under a name of its own if it is killed
+    part = aside(path)  # a folder, because safetensors, if killed, leaves a file under its own name
     try:
         with clear_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +78,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path, what: str, made_from: str | None = None) -> Iterator[Path]:
-    """Like `new_file` for a folder; an existing folder is replaced only when the new one is whole.
+    """Does the same as `new_file` for a folder; an existing folder is replaced only when the new one is whole.
 
     The folder is sealed with its kind `what`, the checksums of its files, and the fingerprint `made_from`.
     """
@@ -90,7 +91,7 @@ def new_folder(path: Path, what: str, made_from: str | None = None) -> Iterator[
             _new_part(part)
             yield part
             umask = _umask()
-            _finish(part, umask)  # a copy of a folder that may not be written to may not either
+            _finish(part, umask)  # a copy of a read-only folder is read-only too
             seal(part, what, made_from)
             for inside in part.rglob("*"):
                 _finish(inside, umask)
@@ -105,15 +106,15 @@ def new_folder(path: Path, what: str, made_from: str | None = None) -> Iterator[
 
 @contextmanager
 def clear_errors(path: Path) -> Iterator[None]:
-    """Turns what the user can fix, such as a full disk or a missing permission, into a `UserError`."""
+    """Turns errors that the user can fix, such as a full disk or a missing permission, into a `UserError`."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         number = _error_number(error)
         if number in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"No space left while writing {path}; what was finished before is kept") from error
+            raise UserError(f"No space left while writing {path}: free some; finished files are kept") from error
         if number == errno.EFBIG:
-            raise UserError(f"Cannot write {path}: {os.strerror(number)}; what was finished before is kept") from error
+            raise UserError(f"Cannot write {path}: {os.strerror(number)}; finished files are kept") from error
         if number in UNWRITABLE:
             raise UserError(f"Cannot write {path}: {os.strerror(number)}; give another path") from error
         raise
@@ -122,12 +123,12 @@ def clear_errors(path: Path) -> Iterator[None]:
 def _error_number(error: BaseException) -> int | None:
     """Returns the system's number of an error in writing, if it is known.
 
-    safetensors has it in its text. torch and Pillow lose it; a full disk is nearly always what stops them in the middle
-    of a file.
+    safetensors has the number in its text. torch and Pillow lose it, but if they stop in the middle of a file, the disk
+    is nearly always full.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    # The text of safetensors, or of shutil.Error, which holds the errors of several files.
+    # The text is that of safetensors, or of shutil.Error, which joins the errors of several files.
     if found := re.search(r"(?:\(os error |\[Errno )(\d+)[\])]", str(error)):
         return int(found[1])
     lost = r"PytorchStreamWriter|inline_container|iostream error|encoder error"
@@ -135,15 +136,15 @@ def _error_number(error: BaseException) -> int | None:
 
 
 def check_writable(folder: Path, what: str) -> Path:
-    """Returns the nearest existing folder, `folder` itself or one above it.
+    """Returns the nearest existing folder: `folder` or one above it.
 
     Raises:
-        UserError: nothing can be written there; `what` is the name of the setting.
+        UserError: the folder cannot be written to; `what` is the name of the setting.
     """
     with clear_errors(folder):
         where = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not where.is_dir():
-        raise UserError(f"{what}: {where} is a file; a folder is needed there")
+        raise UserError(f"{what}: {where} is a file, not a folder: give another path")
     if not os.access(where, os.W_OK):
         raise UserError(f"{what}: cannot write into {where}; give another path")
     return where
@@ -167,7 +168,7 @@ def read_json(path: Path, fix: str = AGAIN) -> Any:
     """Reads the JSON value in a file that prunet wrote.
 
     Raises:
-        UserError: missing, not JSON, or changed since it was written; the message ends with `fix`.
+        UserError: the file is missing, not JSON, or was changed after prunet wrote it; the message ends with `fix`.
     """
     check_permission(path)
     try:
@@ -176,15 +177,15 @@ def read_json(path: Path, fix: str = AGAIN) -> Any:
         raise UserError(f"{path}: not readable as JSON ({error}): {fix}") from error
     checksum = value.pop(CHECKSUM, None) if isinstance(value, dict) else None
     if checksum is not None and checksum != json_checksum(value, path.name):
-        raise UserError(f"{path}: damaged or changed (its checksum is another than when it was written): {fix}")
+        raise UserError(f"{path}: {CHANGED}: {fix}")
     return value
 
 
 def read_label(path: Path, keys: Iterable[str], fix: str = AGAIN) -> dict[str, Any]:
-    """Reads the JSON object in a file that prunet wrote, and refuses one without all `keys`.
+    """Reads the JSON object in a file that prunet wrote, and refuses an object that lacks one of `keys`.
 
     Raises:
-        UserError: missing, or not whole; the message ends with `fix`.
+        UserError: the file is missing or not whole; the message ends with `fix`.
     """
     value = read_json(path, fix)
     if missing := sorted(set(keys) - (value.keys() if isinstance(value, dict) else set())):

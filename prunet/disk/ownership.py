@@ -1,6 +1,7 @@
-"""Where prunet may write: into folders that it made, or that are empty or absent, and one process at a time.
+"""Where prunet may write: into folders that it made, or that are empty or absent, and only one process at a time.
 
-A folder that prunet made holds a seal (`prunet.disk.seals`); a process that works in a folder holds its lock.
+A folder that prunet made contains a seal (`prunet.disk.seals`). A process that works in a folder holds the folder's
+lock.
 """
 
 import errno
@@ -19,7 +20,7 @@ from prunet.disk.seals import SEAL, changed, files_in, read_seal, seal_text
 from prunet.errors import UserError
 
 LOCK = ".prunet.lock"
-#: How to recognise folders of versions without seals: a folder is of a kind if it holds all names of one of its lists.
+#: Folders of versions without seals: a folder is of a kind if it contains all names of one of the kind's lists.
 UNSEALED = {
     "run": (("recipe.yaml", "plan.json", "steps.json"),),
     "cache": (("spec.json", "unconditional.safetensors"), ("spec.json", "cache.json")),
@@ -28,7 +29,7 @@ UNSEALED = {
     "bench": (("bench.json", "bench.md"),),
 }
 
-#: Places in a run folder that are the run's own -> the kind that may be written there; None: no command's `-o`.
+#: Parts of a run folder, and the kind that `-o` of a command may write there; None: no kind.
 _RUNS = {
     r"student": "build",
     r"stage-\d+/unet": "stage",
@@ -44,7 +45,7 @@ _RUNS = {
     r"steps\.json": None,
 }
 
-_FILES = MimeTypes()  # Python's own table: those of systems differ
+_FILES = MimeTypes()  # Python's own table, because the tables of systems differ
 
 # -- where prunet may write
 
@@ -60,22 +61,21 @@ def kind_of(folder: Path) -> str | None:
 
 
 def check_place(folder: Path, what: str, option: str, sources: Iterable[Path] = ()) -> None:
-    """Refuses a folder to write a `what` into, unless it is absent, empty, or a `what` that prunet made.
+    """Refuses an output folder for a `what`, unless it is absent, empty, or a `what` that prunet made.
 
-    `option`: the user's name for the folder. `sources`: teachers and data; the folder may not be, lie in or hold one.
+    `option`: the option that names the folder. `sources`: teachers and data; the folder may not be, lie in or contain
+    one of them.
 
     Raises:
-        UserError: says what is there instead.
+        UserError: the folder is something else; the message says what.
     """
     place = resolve(folder, option, sources)
     _check_around(place, what, folder, option)
     if place.exists() and not place.is_dir():
-        raise UserError(f"{option}: {folder} is a file; a folder is needed there")
+        raise UserError(f"{option}: {folder} is a file: give a folder")
     if not place.exists() and _FILES.guess_type(place.name)[0]:
-        raise UserError(
-            f"{option}: {folder} is named like a file, and a folder would be made there: give a folder's name"
-        )
-    ours = (LOCK, aside(place / SEAL).name)  # a kill may leave them without the seal
+        raise UserError(f"{option}: {folder} has the name of a file, but will be a folder: give a folder's name")
+    ours = (LOCK, aside(place / SEAL).name)  # a killed process may leave these without the seal
     inside = [path.name for path in place.iterdir() if path.name not in ours] if place.is_dir() else []
     if not inside:
         return
@@ -83,12 +83,12 @@ def check_place(folder: Path, what: str, option: str, sources: Iterable[Path] = 
     if kind is None:
         shown = ", ".join(sorted(inside)[:3])
         raise UserError(
-            f"{option}: {folder} holds what prunet did not make ({shown}): give another folder, or an empty one"
+            f"{option}: {folder} contains files that prunet did not make ({shown}): give a new or empty folder"
         )
     if kind != what:
-        raise UserError(f"{option}: {folder} holds {_a(kind)}, not {_a(what)} that could be replaced: give another")
+        raise UserError(f"{option}: {folder} is {_a(kind)}, not {_a(what)} that could be replaced: give another folder")
     seal = read_seal(place)
-    if seal and "files" in seal:  # it will be replaced as a whole
+    if seal and "files" in seal:  # the folder will be replaced as a whole
         extra = sorted(set(files_in(place)) - seal["files"].keys())
         if wrong := f"{folder / extra[0]}: not made by prunet" if extra else changed(folder, seal):
             raise UserError(f"{option}: {wrong}: move it away, or give another folder")
@@ -97,24 +97,25 @@ def check_place(folder: Path, what: str, option: str, sources: Iterable[Path] = 
 def check_file(
     path: Path, what: str, option: str, is_ours: Callable[[Path], bool], sources: Iterable[Path] = ()
 ) -> None:
-    """Refuses a file to write a `what` into that exists, unless `is_ours`, or that would lie in a model or a cache.
+    """Refuses an output file for a `what` that exists, unless `is_ours`, or that would lie in a model or a cache.
 
     Raises:
-        UserError: says what is there.
+        UserError: the place is not free; the message says what is there.
     """
     place = resolve(path, option, sources)
     if place.is_dir():
-        raise UserError(f"{option}: {path} is a folder; name a file")
+        raise UserError(f"{option}: {path} is a folder: give a file")
     _check_around(place, what, path, option)
     if place.exists() and not is_ours(place):
         raise UserError(
-            f"{option}: {path} exists, and is not a {what} as prunet made it: delete it first, or give another name"
+            f"{option}: {path} exists, and is not an unchanged {what} of prunet: delete it first, or give another name"
         )
 
 
 def _check_around(place: Path, what: str, shown: Path, option: str) -> None:
-    """Refuses a place in a model, a cache, a folder that prunet wrote as a whole, or a part of a run but for a `what`
-    that belongs there.
+    """Refuses a place in a model, a cache or a folder that prunet wrote as a whole.
+
+    In a run folder, it refuses the parts of the run, except for a `what` that belongs there.
     """
     for parent in place.parents:
         if (parent / "model_index.json").is_file():
@@ -122,11 +123,11 @@ def _check_around(place: Path, what: str, shown: Path, option: str) -> None:
         if (kind := kind_of(parent)) == "cache" or (kind and "files" in (read_seal(parent) or {})):
             raise UserError(f"{option}: {shown} lies in {parent}, which is {_a(kind)}: give another folder")
         if kind == "run" and not _has_room(str(place.relative_to(parent)), what):
-            raise UserError(f"{option}: {shown} is kept for the run {parent} itself: give another name")
+            raise UserError(f"{option}: {shown} is a name for the run {parent} itself: give another name")
 
 
 def _has_room(place: str, what: str) -> bool:
-    """Returns whether a `what` may be written at a place in a run folder: a part of the run, or beside its parts."""
+    """Returns whether a `what` may be written at a place in a run folder: as a part of the run, or beside its parts."""
     first = place.partition("/")[0]
     is_part = any(re.fullmatch(name.partition("/")[0], first) for name in _RUNS)
     return not is_part or any(re.fullmatch(name, place) and kind == what for name, kind in _RUNS.items())
@@ -140,7 +141,7 @@ def resolve(path: Path, option: str, sources: Iterable[Path] = ()) -> Path:
     """Returns the path with its links resolved.
 
     Raises:
-        UserError: it leads nowhere, or is, lies in or holds one of `sources`.
+        UserError: the path leads nowhere, or is, lies in or contains one of `sources`.
     """
     try:
         place = path.resolve()
@@ -149,24 +150,24 @@ def resolve(path: Path, option: str, sources: Iterable[Path] = ()) -> Path:
         raise UserError(f"{option}: {path} leads nowhere ({error}): give another path") from error
     for source, other in others.items():
         if place == other or other in place.parents or place in other.parents:
-            how = "is" if place == other else "lies in" if other in place.parents else "holds"
-            raise UserError(f"{option}: {path} {how} {source}, which is read and never written: give another path")
+            how = "is" if place == other else "lies in" if other in place.parents else "contains"
+            raise UserError(f"{option}: {path} {how} {source}, which prunet only reads: give another path")
     return place
 
 
 # -- one process at a time
 
-_held: dict[Path, tuple[int, int]] = {}  # folder -> descriptor of its lock, how often this process took it
+_held: dict[Path, tuple[int, int]] = {}  # for each folder: file descriptor of its lock, how often this process took it
 
 
 @contextmanager
 def hold(folder: Path, what: str) -> Iterator[None]:
-    """Claims a folder as a `what`: other processes cannot write into it until the block, or this process, ends.
+    """Locks a folder as a `what`: other processes cannot write into it until the block, or this process, ends.
 
     A folder without write permission (a finished run on a read-only mount) is not locked.
 
     Raises:
-        UserError: another process works there; the message names it.
+        UserError: another process works in the folder; the message names it.
     """
     key = folder.resolve()
     file, times = _held.get(key) or (_lock(folder, what), 0)
@@ -200,7 +201,7 @@ def _lock(folder: Path, what: str) -> int | None:
         except BlockingIOError as error:
             holder = os.pread(file, 200, 0).decode(errors="replace") or "another process"
             os.close(file)
-            raise UserError(f"{folder}: {holder} works in it: wait until it ends, or end it") from error
+            raise UserError(f"{folder}: {holder} works in it: wait until that process ends, or end it") from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
                 os.close(file)
@@ -209,7 +210,7 @@ def _lock(folder: Path, what: str) -> int | None:
 
 
 def worker_of(folder: Path) -> str | None:
-    """Returns the process that works in a folder, in the words of its lock; None if none does."""
+    """Returns the process that works in a folder, as its lock describes it; None if no process does."""
     try:
         with (folder / LOCK).open(encoding="utf-8", errors="replace") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -221,7 +222,7 @@ def worker_of(folder: Path) -> str | None:
 
 
 def _let_go() -> None:
-    """Closes the locks in a forked child (a loader of samples), so that they end with its parent."""
+    """Closes the locks in a forked child (a loader of samples), so that they end with the parent."""
     for file, _ in _held.values():
         os.close(file)
     _held.clear()

@@ -1,7 +1,7 @@
-"""Reads YAML and JSON that users write, within bounds: what is too large, too deep or given twice is refused.
+"""Reads YAML and JSON that users write. Pages that are too large or too deep, and keys given twice, are refused.
 
-Recipes, plans, protocols, values of `--set` and configs of parts are a page each. Ten lines of YAML can stand for a
-billion values, by aliases of aliases, so values are counted before any is made.
+Recipes, plans, protocols, values of `--set` and configs of parts are one page each. Ten lines of YAML can stand for a
+billion values, by aliases of aliases, so the values are counted before any is made.
 """
 
 import json
@@ -16,24 +16,24 @@ from prunet.errors import UserError
 
 #: Bytes of a YAML page; PyYAML reads about 150 kB in a second.
 LARGEST = 500_000
-#: Values in one page, each alias counted as what it stands for.
+#: Values in one page; an alias counts as many as it stands for.
 MOST = 50_000
-#: Lists and mappings inside one another.
+#: Most lists and mappings inside one another.
 DEEPEST = 20
 #: Characters of a number or a date.
 LONGEST_NUMBER = 60
 #: Bytes of a JSON file (the largest index of shards has about 1 MB).
 LARGEST_JSON = 10_000_000
-#: Half of a character that UTF-16 writes as two.
+#: One of the two halves (surrogates) in which UTF-16 writes some characters.
 HALF = re.compile("[\ud800-\udfff]")
-_TOO_MANY = f"more than {MOST:,} values, aliases counted; long lists of prompts go into a text file"
+_TOO_MANY = f"more than {MOST:,} values, aliases counted; put long lists of prompts into a text file"
 _TOO_DEEP = f"more than {DEEPEST} lists and mappings inside one another"
-#: What PyYAML raises: its own errors, and Python's for a 13th month or `!!int abc`.
+#: PyYAML raises its own errors, and Python's for a 13th month or `!!int abc`.
 _BAD_YAML = (yaml.YAMLError, ValueError, TypeError, AttributeError)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what is too much, and a key that is given twice: the second would silently replace the first."""
+    """Refuses pages that are too large, and keys given twice: the second would silently replace the first."""
 
     deep = nodes = 0
 
@@ -83,9 +83,9 @@ def _check_text(node: Any, text: str) -> None:
 
 
 def _extent(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Returns how many values a node stands for, and how deep they go.
+    """Returns how many values a node stands for, and how deep they are nested.
 
-    `known`: the results by node; (0, 0) while a node is being counted, so that an alias of it inside itself is refused.
+    `known`: the results by node. A node that is being counted has (0, 0), so that an alias to itself is refused.
     """
     if id(node) not in known:
         known[id(node)] = count, height = 0, 0
@@ -99,12 +99,12 @@ def _extent(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
             raise _error(node, _TOO_MANY)
         known[id(node)] = count + 1, height + 1
     if known[id(node)] == (0, 0):
-        raise _error(node, "an alias of a list or mapping that it stands in")
+        raise _error(node, "an alias of a list or mapping that contains the alias")
     return known[id(node)]
 
 
 def _unshared(value: Any) -> Any:
-    """Copies each alias into a value of its own, so that a change at one place (`--set`) does not reach the other."""
+    """Replaces each alias by a copy, so that a change at one place (`--set`) does not change the other."""
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
     return [_unshared(item) for item in value] if isinstance(value, list) else value
@@ -114,11 +114,11 @@ def parse_yaml(text: str, where: str) -> Any:
     """Parses a YAML text.
 
     Raises:
-        UserError: not YAML, or too large, too deep, or with a key given twice; the message begins with `where`.
+        UserError: the text is not YAML, too large, too deep, or has a key twice; the message begins with `where`.
     """
     if len(text) > LARGEST:
         raise UserError(
-            f"{where}: {len(text):,} characters, more than {LARGEST:,}: long lists of prompts go into a text file"
+            f"{where}: {len(text):,} characters, more than {LARGEST:,}: put long lists of prompts into a text file"
         )
     try:
         return _unshared(yaml.load(text, _Loader))
@@ -130,7 +130,7 @@ def load_yaml(path: Path, what: str) -> Any:
     """Reads a YAML file; a message calls its content `what` (`a recipe`).
 
     Raises:
-        UserError: missing, not readable, too large, too deep, or with a key given twice.
+        UserError: the file is missing, not readable, too large, too deep, or has a key twice.
     """
     if not path.is_file():
         raise UserError(f"No file at {path}: give {what} in YAML (docs/ has examples)")
@@ -143,25 +143,27 @@ def load_yaml(path: Path, what: str) -> Any:
 
 
 def load_mapping(path: Path, what: str) -> dict[str, Any]:
-    """Reads a YAML file like `load_yaml`, and refuses one that does not hold a mapping."""
+    """Reads a YAML file like `load_yaml`, and refuses any content but a mapping."""
     value = load_yaml(path, what)
     if not isinstance(value, dict):
-        raise UserError(f"{path}: {what} is a mapping of keys and values")
+        raise UserError(f"{path}: not {what}: write a mapping of keys and values")
     return value
 
 
 def check_permission(path: Path) -> None:
-    """Refuses a file that this user may not read: libraries call such a file missing or damaged.
+    """Refuses a file that this user may not read, because libraries call such a file missing or damaged.
+
+    Other faults are left to the code that reads the file.
 
     Raises:
-        UserError: no permission. Whatever else is wrong with the file is found by whoever reads it.
+        UserError: this user may not read the file.
     """
     try:
         if path.is_file():  # opening a pipe would block
             path.open("rb").close()
     except PermissionError as error:
         raise UserError(
-            f"{path}: no permission to read it: let this user read it (chmod), or give the command as its owner"
+            f"{path}: no permission to read it: let this user read it (chmod), or run the command as its owner"
         ) from error
     except OSError:
         pass
@@ -171,7 +173,7 @@ def parse_json(text: str) -> Any:
     """Parses a JSON text.
 
     Raises:
-        ValueError: not JSON, too large or too deep.
+        ValueError: the text is not JSON, too large or too deep.
     """
     if len(text) > LARGEST_JSON:
         raise ValueError(f"more than {LARGEST_JSON:,} characters")

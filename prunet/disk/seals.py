@@ -1,6 +1,6 @@
-"""Seals and checksums (CRC-32, in hexadecimal): prunet recognises its own folders by them, and notices damage.
+"""Seals and checksums (CRC-32, in hexadecimal), by which prunet recognises its own folders and notices damage.
 
-A folder that prunet made holds a seal, `.prunet.json`: its kind, when and by which version it was made, and the
+The seal of a folder is the file `.prunet.json`: the folder's kind, when and by which version it was made, and the
 checksums of its files if prunet wrote it as a whole.
 """
 
@@ -20,7 +20,7 @@ from prunet.errors import UserError
 
 SEAL, CHECKSUM = ".prunet.json", "checksum"
 PIECE = 1 << 24  # bytes read at once
-CHANGED = "damaged or changed (its checksum is another than when it was written)"
+CHANGED = "damaged or changed (its checksum differs from when it was written)"
 
 
 def checksum(pieces: Iterable[Any]) -> str:
@@ -35,7 +35,7 @@ def file_checksum(path: Path) -> str:
     """Returns the checksum of a file's bytes.
 
     Raises:
-        UserError: no permission to read it.
+        UserError: this user may not read the file.
     """
     check_permission(path)
     with path.open("rb") as file:
@@ -43,13 +43,13 @@ def file_checksum(path: Path) -> str:
 
 
 def json_checksum(value: Any, name: str) -> str:
-    """Returns the checksum of a JSON value and its file's name, so that swapped files are noticed."""
+    """Returns the checksum of a JSON value with its file's name, so that swapped files are noticed."""
     text = json.dumps([name, json.loads(json.dumps(value))], sort_keys=True)
     return checksum([text.encode()])
 
 
 def seal(folder: Path, what: str, made_from: str | None = None) -> None:
-    """Seals a folder that is being written as a whole, with the checksums of all its files."""
+    """Seals a folder that prunet writes as a whole, with the checksums of all its files."""
     files = {name: file_checksum(folder / name) for name in files_in(folder)}
     made = {"made_from": made_from} if made_from else {}
     (folder / SEAL).write_text(seal_text(what, **made, files=files), encoding="utf-8")
@@ -63,37 +63,37 @@ def seal_text(what: str, **more: Any) -> str:
 
 
 def files_in(folder: Path) -> list[str]:
-    """Lists the paths of all files and links below a folder, relative to it and without its seal."""
+    """Lists all files and links below a folder, relative to it, except its seal."""
     found = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(name for name in found if name != SEAL)
 
 
 def read_seal(folder: Path) -> dict[str, Any] | None:
-    """Reads the seal of a folder; None if there is none.
+    """Reads the seal of a folder; None if it has none.
 
     Raises:
-        UserError: damaged.
+        UserError: the seal is damaged.
     """
     path = folder / SEAL
     check_permission(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         if value.pop(CHECKSUM) != json_checksum(value, SEAL):
-            raise ValueError("its checksum is another")
+            raise ValueError("its checksum differs")
         if not (isinstance(value["what"], str) and isinstance(value.get("files", {}), dict)):
             raise ValueError("not a seal of prunet")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error}): delete it, and give the same command again") from error
+        raise UserError(f"{path}: damaged ({error}): delete it and give the same command again") from error
     return value  # type: ignore[no-any-return]
 
 
 def verify(folder: Path, fix: str, made_from: str | None = None) -> None:
-    """Compares a folder that prunet wrote as a whole with its seal; a folder without one (older) is not checked.
+    """Compares a folder that prunet wrote as a whole with its seal; an older folder without a seal is not checked.
 
     Raises:
-        UserError: a file is missing, cut off or changed, or the folder was made from something else than `made_from`;
+        UserError: a file is missing, cut off or changed, or the folder was made from other inputs than `made_from`;
             the message ends with `fix`.
     """
     seal = read_seal(folder)
@@ -108,14 +108,14 @@ def verify(folder: Path, fix: str, made_from: str | None = None) -> None:
 
 
 def sealed_files(folder: Path) -> list[Path]:
-    """Lists the files that prunet wrote into a folder, by its seal; none if it has no seal."""
+    """Lists the files of a folder according to its seal; none if it has no seal."""
     return [folder / name for name in (read_seal(folder) or {}).get("files", {})]
 
 
 def changed(folder: Path, seal: dict[str, Any], but: Iterable[str] = ()) -> str | None:
-    """Names the first file that was changed since it was written, and how.
+    """Returns a text about the first file that was changed after prunet wrote it, except `but`; None if there is none.
 
-    A file that is missing or cut off does not count: it holds nothing that could be lost.
+    A file that is missing or cut off does not count, because it contains nothing that could be lost.
     """
     for name, expected in seal.get("files", {}).items():
         path = folder / name
@@ -144,7 +144,7 @@ def is_whole(path: Path) -> bool:
 
 
 def known_checksum(path: Path) -> str:
-    """`file_checksum`, computed once for each state of a file: a command may need it of the same gigabytes again."""
+    """Returns `file_checksum`, computed once for each state of a file, because commands ask for it several times."""
     state = path.stat()
     return _checksum_of(path, (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
 

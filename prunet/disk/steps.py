@@ -1,4 +1,4 @@
-"""The finished steps of a run (`steps.json`), for whoever reads a run folder."""
+"""The finished steps of a run (`steps.json`)."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ STEPS_FIX = "delete it and run again; stages resume from their checkpoints"
 
 
 class Step(Value):
-    """A finished step: the hash of its inputs, its time, and checksums of files that nothing else protects."""
+    """A finished step: the hash of its inputs, its time, and checksums of files without a seal."""
 
     inputs: str
     seconds: float
@@ -24,7 +24,7 @@ class Steps(Stored, RootModel[dict[str, Step]]):
 
 
 def read_steps(folder: Path) -> dict[str, Step]:
-    """Reads which steps of the run in `folder` are done; none if it has no `steps.json`.
+    """Reads the finished steps of the run in `folder`; without `steps.json` there are none.
 
     Raises:
         UserError: `steps.json` is damaged.
@@ -34,5 +34,5 @@ def read_steps(folder: Path) -> dict[str, Step]:
 
 
 def write_steps(folder: Path, steps: dict[str, Step]) -> None:
-    """Writes which steps of the run in `folder` are done."""
+    """Writes the finished steps of the run in `folder`."""
     Steps(steps).save(folder / "steps.json")

@@ -1,4 +1,4 @@
-"""Values in JSON files of their own: results, which later steps read by the names of their fields."""
+"""Values with fields, each in its own JSON file: results that later steps read."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -10,14 +10,15 @@ from prunet.errors import UserError
 
 
 class Stored(BaseModel):
-    """What a JSON file holds."""
+    """The content of a JSON file."""
 
     @classmethod
     def load(cls, path: Path, fix: str = AGAIN) -> Self:
-        """Reads what `save` wrote.
+        """Reads a value that `save` wrote.
 
         Raises:
-            UserError: missing, damaged, changed, or without a field of this version; the message ends with `fix`.
+            UserError: the file is missing, damaged, changed, or lacks a field of this version; the message ends with
+                `fix`.
         """
         try:
             return cls.model_validate(read_json(path, fix))
@@ -36,7 +37,7 @@ class Stored(BaseModel):
 
 
 class Value(Stored):
-    """A value of named fields. A field that is None by default is not written while it is None.
+    """A value with named fields. A field with the default None is written only if it is not None.
 
     Fields of other versions of prunet are kept.
     """

@@ -1,1 +1,1 @@
-"""How near a student is to its teacher, and how good its pictures are, by protocols with intervals."""
+"""The distance of a student from its teacher, and the quality of its pictures by protocols, with intervals."""

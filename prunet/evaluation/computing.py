@@ -17,7 +17,7 @@ from prunet.intervals import Array, Measure, mean_of
 def compute(
     protocol: Protocol, found: Mapping[str, Mapping[str, Array]], theirs: Mapping[str, Any]
 ) -> dict[str, Measure]:
-    """Returns the protocol's metrics from features by network; `theirs`: those of the real pictures.
+    """Returns the protocol's metrics from features by network; `theirs`: features of the real pictures.
 
     Raises:
         UserError: a metric is not finite, or the features do not fit each other.
@@ -45,12 +45,12 @@ def compute(
             per_picture = metrics.cosines if name == "clip_score" else metrics.retrieved
             out[name] = mean_of(per_picture(found["clip"]["image"], found["clip"]["text"]))
     if broken := [name for name, value in out.items() if not all(map(math.isfinite, astuple(value)))]:
-        raise UserError(f"{broken[0]} is not a number: too few pictures, or features that are not numbers")
+        raise UserError(f"{broken[0]} is not a number: draw more pictures, or delete features/ if it is damaged")
     return out
 
 
 def _points(protocol: Protocol, features: Array) -> Array:
-    """Scales CLIP's embeddings to one length, as only their direction counts; KID's kernel is then (cosine + 1)^3."""
+    """Scales CLIP's embeddings to length sqrt(D), since only direction counts; KID's kernel is then (cosine + 1)^3."""
     if protocol.features == "inception":
         return features
     points: Array = features / np.linalg.norm(features, axis=1, keepdims=True) * np.sqrt(features.shape[1])

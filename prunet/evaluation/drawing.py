@@ -1,4 +1,4 @@
-"""Draws the pictures of an evaluation in batches and keeps each on disk until the end: a stop costs one at most."""
+"""Draws the pictures of an evaluation in batches, and keeps each on disk until the end: a stop loses at most one."""
 
 import json
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from prunet.sampling.draw import decode, draw_latents
 from prunet.student.student import state_hash
 from prunet.teacher.teacher import Teacher
 
-#: Prompts drawn at once; a batch always holds the same ones.
+#: Prompts in a batch; a batch always has the same prompts.
 BATCH = 4
 
 Drawn = tuple[Tensor, list[Image.Image]]
@@ -48,7 +48,7 @@ def draw_all(
     """Draws all prompts, the i-th from seed + i, by `net` in the teacher's pipeline: latents (B, 4, h, w) and pictures.
 
     Batches that an earlier call drew from the same inputs are read from `folder`; the others are written there. Several
-    processes share out the batches, and each returns all of them.
+    processes divide the batches, and each process returns all of them.
     """
     settings: dict[str, Any] = {"size": size, "steps": how.steps, "guidance_scale": how.guidance_scale}
     made_by = [teacher.fingerprint(), state_hash(net), str(teacher.dtype), how.sampler, settings]
@@ -79,7 +79,7 @@ def _write(path: Path, made_from: str, drawn: Drawn) -> None:
 
 
 def _read(path: Path, made_from: str) -> Drawn | None:
-    """Reads a batch that was drawn from these inputs; None if there is none, or it is damaged."""
+    """Reads a batch that was drawn from these inputs; None if it is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             label, tensors = file.metadata(), {name: file.get_tensor(name) for name in ("latents", "pixels")}

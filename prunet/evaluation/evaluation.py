@@ -1,4 +1,4 @@
-"""Compares students with their teacher: how near they are, and how much smaller and faster."""
+"""Compares students with their teacher: their distance, size and speed."""
 
 import shutil
 from collections.abc import Mapping
@@ -43,13 +43,13 @@ def evaluate(
     drawing: Drawing | None = None,
     protocol: Mapping[str, Any] | None = None,
 ) -> EvaluationResult:
-    """Draws held-out prompts with the teacher and each student (`before` and `after`, say), and compares them.
+    """Draws held-out prompts with the teacher and each student (such as `before` and `after`), and compares them.
 
-    `spec` says how to draw with the teacher, and with the students unless `drawing` says so.
+    `spec` says how the teacher draws, and also the students unless `drawing` is given.
 
     Writes `pictures/NAME/0000.png`, `image-to-image/NAME/0000.png`, `sheet.png`, `evaluation.json` and `evaluation.md`
-    into `folder`. Size and speed are the last student's, in the teacher's precision. Several processes share out the
-    drawing. Finished batches lie in `drawn/` until all is written, so that a stopped evaluation resumes.
+    into `folder`. Size and speed are the last student's, in the teacher's precision. Several processes divide the
+    drawing. Finished batches lie in `drawn/` until everything is written, so a stopped evaluation resumes.
     """
     folder = Path(folder)
     processes.join(teacher.device)
@@ -121,7 +121,7 @@ def _distance(
 def denoiser_errors(teacher: Teacher, net: Net, prompts: list[str], latents: Tensor, seed: int) -> tuple[Array, Array]:
     """Returns the squared error of the denoiser's output, and the teacher's squared output, each (B, len(LEVELS)).
 
-    The inputs are the teacher's own latents (B, 4, h, w), and noise that comes from the seed alone, so every student of
+    The inputs are the teacher's own latents (B, 4, h, w), and noise that depends only on the seed, so every student of
     a teacher gets the same inputs.
     """
     process, call = teacher.process, teacher.architecture.call
@@ -153,7 +153,7 @@ def denoiser_errors(teacher: Teacher, net: Net, prompts: list[str], latents: Ten
 
 
 def _write(folder: Path, result: EvaluationResult, pictures: Pictures, changed: Pictures) -> EvaluationResult:
-    """Writes all files; returns the result with the checksums of its pictures. `changed`: those from a picture."""
+    """Writes all files; returns the result with checksums of its pictures. `changed`: pictures of image to image."""
     sums, prompts = {}, result.protocol.prompts
     for place, by_name in (("pictures", pictures), ("image-to-image", changed)):
         for name, drawn in by_name.items():

@@ -1,6 +1,6 @@
-"""Extracts embeddings of pictures, drawn or real, into one file for each shard of them; the files say `features`.
+"""Extracts embeddings of pictures, drawn or real, into one file for each shard; the files call them `features`.
 
-The name of their folder holds hashes of the network and of how the pictures were prepared, so they are never stale.
+The name of their folder has hashes of the network and of the preparation of the pictures, so they are never stale.
 """
 
 import json
@@ -29,12 +29,12 @@ from prunet.hashing import json_hash
 from prunet.intervals import Array
 from prunet.sampling.shards import SHARD, read_shard
 
-FEWEST = 10  # with fewer pictures no number says anything about a distribution
+FEWEST = 10  # with fewer pictures no number describes a distribution
 WIDTH = 2048  # numbers in an Inception feature
 
 
 def preparation(protocol: Protocol, network: str) -> str:
-    """Describes what is done to a picture before the network sees it."""
+    """Describes the preparation of a picture for the network."""
     resized = (protocol.resize, protocol.resample, protocol.jpeg) if protocol.resize else ()
     how = f"{protocol.preprocessing} for pool, torch-fidelity for logits"
     return json.dumps([*resized, *([how] if network == "inception" else [])])
@@ -47,7 +47,7 @@ def tag(*values: str) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """Pictures that are processed together: a tar of drawn ones with their prompts, or files of real ones."""
+    """Pictures that are processed together: a tar of drawn pictures with their prompts, or files of real pictures."""
 
     source: Path | tuple[Path, ...]
     count: int
@@ -56,7 +56,7 @@ class Shard:
         """Reads the pictures and their prompts; those of real pictures are empty.
 
         Raises:
-            UserError: a picture is broken, or the shard has another number of them.
+            UserError: a picture is broken, or the shard has another number of pictures.
         """
         if not isinstance(self.source, Path):
             return [(_open(path), "") for path in self.source]
@@ -67,7 +67,7 @@ class Shard:
 
 
 def drawn_shards(paths: Sequence[Path], count: int) -> list[Shard]:
-    """Returns the shards at `paths`, which hold `count` drawn pictures together."""
+    """Returns the shards at `paths`, which have `count` drawn pictures in all."""
     return [Shard(path, min(SHARD, count - SHARD * i)) for i, path in enumerate(paths)]
 
 
@@ -79,7 +79,7 @@ def _open(path: Path) -> Image.Image:
 
 
 def extract(shards: Sequence[Shard], net: Any, protocol: Protocol, folder: Path) -> None:
-    """Extracts the features of each shard into its own file; whole files are kept. Processes share out the shards."""
+    """Extracts the features of each shard into its own file; whole files are kept. Processes divide the shards."""
     mine = [(i, shard) for i, shard in enumerate(shards) if processes.is_mine(i)]
     with progress(f"Features: {folder.name}", len(mine)) as bar:
         for i, shard in mine:
@@ -137,7 +137,7 @@ class Reference:
         """Opens the real pictures, by default those that lie beside the protocol; None if it needs none.
 
         Raises:
-            UserError: the protocol needs real pictures, and they are missing or not the right ones.
+            UserError: the protocol needs real pictures, and these are missing or the wrong ones.
         """
         sets, subject = (names & set(protocol.metrics) for names in (NEED_REAL, SUBJECT.keys()))
         if protocol.real is None or not (sets or subject):
@@ -150,7 +150,7 @@ class Reference:
             found = (path / under / name for under, names in walk(path) for name in names)
             pictures = tuple(sorted(p for p in found if p.suffix.lower() in PICTURE_FILES and p.is_file()))
             if len(pictures) < (fewest := FEWEST if sets else 1):
-                raise UserError(f"--real {path}: {len(pictures)} pictures in it; at least {fewest} are needed")
+                raise UserError(f"--real {path}: {len(pictures)} pictures in it: give at least {fewest}")
             if wanted.count not in (None, len(pictures)):
                 raise UserError(f"--real {path}: {len(pictures):,} pictures, not {wanted.count:,}. {wanted.source}")
             content = tag(*(file_hash(file) for file in pictures))
@@ -176,7 +176,7 @@ class Reference:
         return [Shard(part, len(part)) for part in parts]
 
     def features(self, net: Any, protocol: Protocol, extracted: Path, save_to: Path) -> Array | Moments:
-        """Returns features (N, D), or moments. Those of files are read from `extracted`, and saved to `save_to`.
+        """Returns features (N, D), or moments. Features of files are read from `extracted`, and saved to `save_to`.
 
         Raises:
             UserError: the features are from another network or another preparation of pictures, or not usable.
@@ -195,7 +195,7 @@ class Reference:
             features = load_file(self.path)["features"].double().numpy()
         count = protocol.real.count if protocol.real else None
         if features.ndim != 2 or len(features) < FEWEST or not np.isfinite(features).all():
-            raise UserError(f"{self.path}: features {features.shape}, which are too few or not numbers")
+            raise UserError(f"{self.path}: features {features.shape} are too few or not numbers")
         if count not in (None, len(features)):
             raise UserError(f"{self.path}: features of {len(features):,} pictures, not {count:,}")
         if "kid" in protocol.metrics and len(features) < protocol.kid_subset_size:
@@ -207,7 +207,7 @@ class Reference:
 
 
 def save_features(features: torch.Tensor, path: Path, label: dict[str, str]) -> None:
-    """Saves features (N, D) with a label, as one entry of metadata: safetensors writes several in any order."""
+    """Saves features (N, D) with a label as one entry of metadata, because safetensors writes several in any order."""
     with new_file(path) as part:
         save_file({"features": features.contiguous()}, part, metadata={"prunet": json.dumps(label, sort_keys=True)})
 

@@ -1,7 +1,7 @@
-"""How near students are to their teacher where both start from the same picture.
+"""The distance of students from their teacher if both start from the same picture.
 
-The pictures are the teacher's own, of evaluation prompts: they exist, whatever a student was trained on. Each is
-drawn a second time by the next prompt, so that there is something to change.
+The pictures are the teacher's own, of evaluation prompts, because these exist for any training data. Each is drawn
+again by the next prompt, so that there is something to change.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,17 +33,17 @@ def image_to_image(
     size: int,
     seed: int,
 ) -> tuple[ImageToImage, Pictures] | None:
-    """Draws from each of the teacher's `pictures` by each net, and compares those of the students with the teacher's.
+    """Draws from each of the teacher's `pictures` with each net, and compares the students' results with the teacher's.
 
-    `nets`: `teacher` and students by name; `hows`: how each draws. `prompts`: of the evaluation; the first ones are of
-    `pictures`. `seed`: of the evaluation, whose noise is not used again. None if one draws in so few steps that nothing
-    would be drawn, or there are no pictures.
+    `nets`: `teacher` and students by name; `hows`: how each draws. `prompts`: those of the evaluation; the first belong
+    to `pictures`. `seed`: that of the evaluation; its noise is not used again. Returns None if a net draws in so few
+    steps that none would be left, or if there are no pictures.
     """
     fewest = min(how.steps for how in hows.values())
     if not pictures:
         return None
     if not int(fewest * STRENGTH):
-        say(f"  image to image is not measured: strength {STRENGTH} of {fewest} step is none")
+        say(f"  image to image is not measured: strength {STRENGTH} of {fewest} step leaves none")
         return None
     wanted = [prompts[(i + 1) % len(prompts)] for i in range(len(pictures))]
     first = seed + len(prompts)

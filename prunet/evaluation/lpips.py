@@ -1,7 +1,7 @@
 """LPIPS, the perceptual distance of two pictures (https://arxiv.org/abs/1801.03924), by torch-fidelity's network.
 
-A run's evaluation leaves pictures of teacher and students at equal prompts and seeds. LPIPS is computed from these, if
-the user has the weights of its network, and added to the evaluation.
+A run's evaluation has pictures of teacher and students at equal prompts and seeds. LPIPS is computed from these if the
+user has the weights of its network, and added to the evaluation.
 """
 
 import math
@@ -53,7 +53,7 @@ class Lpips:
                 raise UserError(f"LPIPS needs the weights of {name}, too: give --weights {name}=FILE. It is {source}")
         states = {name: read_weights(name, weights[name], source) for name, source in SOURCES.items()}
         module = torch_fidelity("sample_similarity_lpips")
-        # torch-fidelity would download both and unpickle them; it gets what was read here instead.
+        # torch-fidelity would download and unpickle both; instead it gets the weights that were read here.
         with (
             instead(module, "torchvision_load_pretrained_vgg16", lambda: _vgg(states["vgg"], weights["vgg"])),
             instead(module, "load_state_dict_from_url", lambda *args, **options: states["lpips"]),
@@ -67,17 +67,17 @@ class Lpips:
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image], others: Sequence[Image.Image]) -> list[float]:
-        """Returns the distance of each of `pictures` to the one at its place in `others`."""
+        """Returns the distance of each of `pictures` to the picture at the same place in `others`."""
         distances: Tensor = self.net(*(pixels_of(p).to(self.device) for p in (pictures, others)))
         return list(map(float, distances))
 
 
 def _vgg(state: Any, path: Path) -> nn.Module:
-    """Builds torchvision's VGG16 with the weights of its convolutions, all that LPIPS uses."""
+    """Builds torchvision's VGG16 with the weights of its convolutions, because LPIPS uses only these."""
     from torchvision.models import vgg16
 
     try:
-        with torch.device("meta"):  # saves the time of making weights that are replaced
+        with torch.device("meta"):  # saves the time of making random weights that are replaced
             net: Any = vgg16()
         convolutions = {name: value for name, value in state.items() if name.startswith("features.")}
         net.features.load_state_dict(

@@ -1,4 +1,4 @@
-"""What `measure` found, as a value and as a table."""
+"""The result of `measure`, as a value and as a table."""
 
 import math
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ class MeasuredModel(Value):
 class Measures(Value):
     """The measures of a model (`measures.json`), by the name of their metric.
 
-    `protocol`: its keys with the values that it left open, without paths and sources. Protocols of other versions may
-    have other keys, and two protocols are compared key by key.
+    `protocol`: its keys, with defaults filled in and without paths and sources. Protocols of other versions may have
+    other keys, and two protocols are compared key by key.
     """
 
     model: MeasuredModel
@@ -49,7 +49,7 @@ class Measures(Value):
 
     @property
     def rows(self) -> list[tuple[str, str, Measure]]:
-        """Title, which way is better, and the numbers of each measure. Another model gives CLIP's its name."""
+        """Title, better direction, and numbers of each measure. Titles name the model that replaces CLIP."""
         rows, clip = [], self.protocol.get("clip") or {}
         for name, found in self.measures.items():
             title, better = TITLES[name]
@@ -59,7 +59,7 @@ class Measures(Value):
 
     @property
     def conditions(self) -> str:
-        """The protocol in one line."""
+        """Describes the protocol in one line."""
         how = self.protocol
         resized = f" resized to {how['resize']}" if how["resize"] else ""
         return (
@@ -69,10 +69,10 @@ class Measures(Value):
 
 
 def read_measures(folder: Path) -> Measures:
-    """Reads what `measure` wrote into a folder.
+    """Reads the result that `measure` wrote into a folder.
 
     Raises:
-        UserError: nothing is there, or it is not whole.
+        UserError: the result is missing or not whole.
     """
     path = folder / "measures.json"
     if not path.is_file():

@@ -7,7 +7,7 @@ The folder of a measurement::
     real.safetensors           features of the real pictures, for the next `--real`
     measures.json  measures.md
 
-A stopped measurement resumes, and the processes of `accelerate launch` share it out.
+A stopped measurement resumes, and the processes of `accelerate launch` divide the work.
 """
 
 import shutil
@@ -50,13 +50,13 @@ def measure(
     drawing: Drawing | None = None,
     batch_size: int = 4,
 ) -> Measures | None:
-    """Draws the prompts with a pipeline and measures the pictures; returns None but in the main process.
+    """Draws the prompts with a pipeline and measures the pictures; returns the result in the main process, else None.
 
-    `model`: a pipeline, or its source alone; it draws in the protocol's precision. What it was made for overrides how
-    the protocol draws, and what `drawing` sets overrides both; the result says how it was drawn.
+    `model`: a pipeline, or only its source; it draws in the protocol's precision. The settings that it was made for
+    override those of the protocol, and `drawing` overrides both; the result says how it drew.
 
     Raises:
-        UserError: something is missing or does not fit, or the folder holds other pictures; before anything is drawn.
+        UserError: something is missing or does not fit, or the folder has other pictures; before anything is drawn.
     """
     files, opening = files or ProtocolFiles(), model if isinstance(model, Model) else Model(model)
     folder, source, state = Path(folder), Path(opening.source), processes.join(torch.device(opening.device))
@@ -82,7 +82,7 @@ def measure(
             name: folder / "features" / f"{name}-{tag(net.hash, preparation(protocol, name))}"
             for name, net in networks.items()
         }
-        theirs = _real_features(reference, networks, protocol, named, state)  # before drawing: one may be broken
+        theirs = _real_features(reference, networks, protocol, named, state)  # a picture may be broken
         paths = draw_shards(
             teacher.pipeline,
             prompts,
@@ -115,7 +115,7 @@ def measure(
 
 
 def _open(model: Model, protocol: Protocol) -> Teacher:
-    """Opens a pipeline, and refuses one that cannot draw what the protocol asks for."""
+    """Opens a pipeline, and refuses it if it cannot draw what the protocol requires."""
     teacher = open_model(model)
     check_size(teacher, protocol.size or teacher.native_size, "size")
     teacher.check_weights()
@@ -124,7 +124,7 @@ def _open(model: Model, protocol: Protocol) -> Teacher:
 
 @contextmanager
 def _claim(folder: Path, drawing: dict[str, Any], state: Any) -> Iterator[None]:
-    """Holds the folder, and writes down what will be drawn before any process draws a picture."""
+    """Locks the folder, and records what will be drawn before any process draws a picture."""
     state.wait_for_everyone()
     with hold(folder, "measurement") if state.is_main_process else nullcontext():
         if state.is_main_process:
@@ -137,7 +137,7 @@ def _claim(folder: Path, drawing: dict[str, Any], state: Any) -> Iterator[None]:
 def _real_features(
     reference: Reference | None, networks: Mapping[str, Any], protocol: Protocol, named: Mapping[str, Path], state: Any
 ) -> dict[str, Any]:
-    """Extracts the features of the real pictures, if there are any; returns them by network in the main process."""
+    """Extracts the features of the real pictures, if there are any; returns them by network, in the main process."""
     if reference is None:
         return {}
     found: dict[str, Any] = {}
@@ -160,7 +160,7 @@ def _real_features(
 def _as_used(
     protocol: Protocol, drawing: Mapping[str, Any], networks: Mapping[str, str], real: str | None
 ) -> dict[str, Any]:
-    """Returns the protocol with the values that it left open. Contents count, paths and sources do not."""
+    """Returns the protocol with its defaults filled in, and with hashes of contents instead of paths and sources."""
     left_out = {
         "prompts": {"file", "source"},
         "real": {"file", "source"},
@@ -181,7 +181,7 @@ def _check_count(protocol: Protocol, count: int) -> None:
 
 
 def _check_folder(pictures: Path, drawing: dict[str, Any]) -> None:
-    """Refuses a folder of pictures that were drawn from something else."""
+    """Refuses a folder with pictures that were drawn from something else."""
     spec = pictures / "spec.json"
     if not spec.is_file():
         if pictures.is_dir() and any(pictures.glob("*.tar")):
@@ -197,7 +197,7 @@ def _check_folder(pictures: Path, drawing: dict[str, Any]) -> None:
 
 
 def _check_disk(folder: Path, drawing: Mapping[str, Any]) -> None:
-    """Refuses a full disk. Photographs take about 0.6 of their pixels' bytes as PNG, and a tenth as JPEG."""
+    """Refuses a disk without enough space. Photographs take about 0.6 of their pixels' bytes as PNG, 0.1 as JPEG."""
     drawn, count = sum(path.stat().st_size for path in folder.glob("pictures/*.tar")), drawing["count"]
     need = count * drawing["size"] ** 2 * 3 * (0.1 if drawing["jpeg"] else 0.6) - drawn
     if shutil.disk_usage(check_writable(folder, "--output")).free < need:
@@ -208,7 +208,7 @@ def load_networks(protocol: Protocol, files: ProtocolFiles, device: torch.device
     """Loads the networks that the protocol's metrics need, by name.
 
     Raises:
-        UserError: weights are missing, unknown or of another network.
+        UserError: weights are missing, unknown, or for another network.
     """
     wanted = set(protocol.metrics)
     needed = {str(protocol.features)} if wanted & NEED_REAL else set()
@@ -239,7 +239,7 @@ def load_networks(protocol: Protocol, files: ProtocolFiles, device: torch.device
 
 
 def compare(folders: Sequence[Path | str]) -> list[Measures]:
-    """Reads the results in several folders, which must be of one protocol.
+    """Reads the results in several folders, which must have the same protocol.
 
     Raises:
         UserError: a folder has no result, or two protocols differ (the message names the values).

@@ -1,4 +1,4 @@
-"""Measures of sets of pictures from their features, each with an interval that says how far to trust it.
+"""Measures of sets of pictures from their features, each with a 95 % interval.
 
 They agree with torch-fidelity's own command to 1e-4 (tests/test_metrics.py). FID needs only the mean and covariance of
 features; the other measures need the features themselves.
@@ -33,7 +33,7 @@ class Moments:
         """Loads pytorch-fid's file, an .npz with `mu` and `sigma`.
 
         Raises:
-            UserError: not such a file.
+            UserError: the file has another form.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -49,7 +49,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """FID of two Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (https://arxiv.org/abs/1706.08500)."""
     values, vectors = np.linalg.eigh(b.covariance)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    # C1 C2 has the eigenvalues of the symmetric C2^(1/2) C1 C2^(1/2), which are faster to compute and not negative.
+    # C1 C2 has the same eigenvalues as the symmetric C2^(1/2) C1 C2^(1/2), which are faster to compute and not
+    # negative.
     cross = np.sqrt(np.linalg.eigvalsh(root @ a.covariance @ root).clip(min=0)).sum()
     return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
 
@@ -92,7 +93,7 @@ def squared_mmd(x: Array, y: Array) -> float:
 
 
 def covered(points: Array, manifold: Array, neighbours: int = 3, rows: int = 2000) -> Array:
-    """(N,) 1.0 if a point is at least as near to a point of `manifold` as that one's k-th nearest neighbour there.
+    """Returns (N,) 1.0 for points as near to a point of `manifold` as its k-th nearest neighbour there, or nearer.
 
     The mean for drawn pictures among real ones is precision, and for real ones among drawn ones recall
     (https://arxiv.org/abs/1904.06991).
@@ -114,22 +115,26 @@ def _distances(a: Array, b: Array) -> Array:
 
 
 def cosines(images: Array, texts: Array) -> Array:
-    """(N,) cosines of pictures and their prompts; CLIP score is the mean (https://arxiv.org/abs/2104.08718)."""
+    """Returns (N,) cosines of pictures and their prompts; CLIP score is the mean (https://arxiv.org/abs/2104.08718)."""
     out: Array = (_unit(images) * _unit(texts)).sum(axis=1)
     return out
 
 
 def likeness(images: Array, subject: Array) -> Array:
-    """(N,) mean cosine of each picture with all of a subject (M, D): DINO and CLIP-I (arXiv 2208.12242, section 4)."""
+    """Returns (N,) mean cosines of pictures with all of a subject (M, D): DINO, CLIP-I (arXiv 2208.12242)."""
     out: Array = (_unit(images) @ _unit(subject).T).mean(axis=1)
     return out
 
 
-def retrieved(images: Array, texts: Array) -> Array:
-    """(N,) 1.0 if the nearest of all prompts is the picture's own (equal prompts count as one)."""
-    unique, own = np.unique(texts.round(5), axis=0, return_inverse=True)
+def retrieved(images: Array, texts: Array, others: Array | None = None) -> Array:
+    """Returns (N,) 1.0 where the nearest of all prompts is the picture's own (equal prompts count as one).
+
+    `others` (M, D): prompts of no picture, among which it is found too.
+    """
+    given = texts if others is None else np.concatenate([texts, others])
+    unique, own = np.unique(given.round(5), axis=0, return_inverse=True)
     nearest = (_unit(images) @ _unit(unique).T).argmax(axis=1)
-    return np.asarray(nearest == own.reshape(-1), dtype=np.float64)
+    return np.asarray(nearest == own.reshape(-1)[: len(texts)], dtype=np.float64)
 
 
 def _unit(values: Array) -> Array:

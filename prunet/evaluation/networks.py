@@ -1,8 +1,7 @@
-"""Networks that turn pictures into features: Inception v3 by torch-fidelity, CLIP by transformers or open_clip, DINO by
-transformers.
+"""Networks that turn pictures into features: Inception v3 (torch-fidelity), CLIP (transformers, open_clip) and DINO.
 
 Each is called with pictures and their prompts (None for real pictures), returns named features, and has a `hash` of its
-weights, which goes into every result.
+weights, which every result contains.
 """
 
 import importlib
@@ -41,7 +40,7 @@ class Inception:
     """Inception v3: `pool` (N, 2048) for FID, KID, precision and recall; `logits` (N, 1008) for the Inception score.
 
     `preprocessing`: how pictures are resized to 299 px for `pool`, as in TensorFlow 1 (torch-fidelity) or as in
-    pytorch-fid. For `logits` they are always resized as in torch-fidelity, since the Inception score is that tool's.
+    pytorch-fid. For `logits` they are always resized as in torch-fidelity, which defines the Inception score.
     """
 
     net: nn.Module
@@ -60,7 +59,7 @@ class Inception:
         """
         extractor = torch_fidelity("feature_extractor_inceptionv3")
         state = read_weights("inception", weights, INCEPTION_SOURCE)
-        # torch-fidelity unpickles the file that it gets, so it gets one that was written here.
+        # torch-fidelity unpickles its file, so it gets a file that was written here.
         with tempfile.TemporaryDirectory() as folder:
             torch.save(state, Path(folder) / "weights.pth")
             try:
@@ -92,7 +91,7 @@ class Inception:
 
 @contextmanager
 def instead(module: Any, name: str, value: Any) -> Iterator[None]:
-    """Replaces `name` in `module` by `value` for a while: torch-fidelity has no option for weights or resizing."""
+    """Replaces `name` in `module` by `value` inside `with`: torch-fidelity has no option for weights or resizing."""
     before = getattr(module, name)
     setattr(module, name, value)
     try:
@@ -102,7 +101,7 @@ def instead(module: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _resize_like_pytorch_fid(pixels: Tensor, size: tuple[int, int], **_: Any) -> Tensor:
-    """Resizes to (B, 3, 299, 299), scaled such that (x - 128) / 128, which follows, is pytorch-fid's 2 x / 255 - 1."""
+    """Resizes to (B, 3, 299, 299), scaled so that the following (x - 128) / 128 equals pytorch-fid's 2 x / 255 - 1."""
     return F.interpolate(pixels, size=size, mode="bilinear", align_corners=False) * (256 / 255)
 
 
@@ -155,7 +154,7 @@ class Clip:
         try:
             import open_clip
         except ImportError as error:
-            raise UserError("CLIP score by open_clip needs it installed: pip install 'prunet[eval]'") from error
+            raise UserError("CLIP score needs open_clip, which is not installed: pip install 'prunet[eval]'") from error
         if not weights.is_file():
             raise UserError(f"--weights clip={weights}: no such file")
         try:
@@ -216,7 +215,7 @@ class Dino:
 
 
 def _check_loaded(net: nn.Module, info: Any, weights: Path, what: str) -> None:
-    """Refuses a network for which transformers made random weights, or whose weights are not finite."""
+    """Refuses a network with random weights by transformers, or with weights that are not finite."""
     if made_up := sorted(info["missing_keys"]):
         raise UserError(f"{weights} has no {made_up[0]}, which {what} needs: fetch or copy it again")
     if bad := next((name for name, tensor in net.state_dict().items() if not is_finite(tensor)), None):
@@ -265,7 +264,7 @@ def pixels_of(pictures: Sequence[Image.Image]) -> Tensor:
 
 
 def _tensor(output: Any) -> Tensor:
-    """Returns the tensor of an output: transformers 5 wraps it in an object."""
+    """Returns the tensor of an output, which transformers 5 wraps in an object."""
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
@@ -279,7 +278,7 @@ def _first_line(error: Exception) -> str:
 
 
 def prepared(picture: Image.Image, side: int | None, resample: str, jpeg: int | None) -> Image.Image:
-    """Returns a picture as it is measured: resized to a square without cropping, then stored as JPEG if asked."""
+    """Prepares a picture for measuring: resizes it to a square without cropping, then stores it as JPEG if asked."""
     if side is None:
         return picture
     picture = picture.convert("RGB").resize((side, side), Image.Resampling[resample.upper()])

@@ -1,4 +1,4 @@
-"""A protocol of measuring: everything that a number depends on besides the model.
+"""A protocol of measuring: everything except the model that a number depends on.
 
 Numbers by different protocols are not compared. prunet's protocols are the YAML files in
 `prunet/evaluation/protocols/`; users can write their own.
@@ -20,9 +20,9 @@ from prunet.recipe.values import Copies, Drawing, Integer, Part, Seed, Size, Ste
 FOLDER = Path(__file__).parent / "protocols"
 #: Metrics that compare with real pictures.
 NEED_REAL = {"fid", "kid", "precision", "recall"}
-#: Metrics that compare with pictures of a subject -> the network that looks at both.
+#: Metrics that compare with pictures of a subject, and the network for each.
 SUBJECT = {"clip_i": "clip", "dino": "dino"}
-#: Titles of metrics in tables, and which way is better.
+#: Titles of metrics in tables, and the better direction.
 TITLES = {
     "fid": ("FID", "lower"),
     "is": ("Inception score", "higher"),
@@ -50,12 +50,12 @@ class ProtocolFiles:
 
 
 class Given(Part):
-    """Prompts or pictures that the user supplies, or that lie beside the protocol (`file`)."""
+    """Prompts or pictures from the user, or from a `file` beside the protocol."""
 
-    source: str = Field(description="where to get them; messages say this")
+    source: str = Field(description="where to get them, for messages")
     file: str | None = Field(default=None, description="beside the protocol's own file, if they come with it")
-    count: Steps | None = Field(default=None, description="how many there are")
-    of: Steps | None = Field(default=None, description="how many the file has; the first `count` are used")
+    count: Steps | None = Field(default=None, description="number of prompts or pictures")
+    of: Steps | None = Field(default=None, description="number in the file; the first `count` are used")
     sha256: str | None = Field(default=None, description="hash of the prompts, one on each line, or of the statistics")
 
 
@@ -63,36 +63,39 @@ class Network(Part):
     """The model of `dino`."""
 
     model: str = Field(description="its name in the library, or a folder beside the protocol")
-    source: str = Field(description="where its weights are from")
+    source: str = Field(description="where to get its weights")
     file: str | None = Field(default=None, description="beside the protocol's own file, if they come with it")
 
 
 class Clip(Network):
     """The model of `clip_score`, `retrieval` and `clip_i`."""
 
-    library: Literal["transformers", "open_clip"] = Field(default="transformers", description="that reads its weights")
+    library: Literal["transformers", "open_clip"] = Field(default="transformers", description="library for its weights")
 
 
 class Protocol(Drawing):
-    """What is drawn, how, and what it is compared with. `precision`: of the model while it draws."""
+    """A protocol: the prompts, how they are drawn, and what the pictures are compared with."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(description="names the results")
-    version: Steps = Field(default=1, description="counted up when numbers are no longer comparable")
-    description: str = Field(default="", description="what `prunet protocols` says")
-    prompts: Given = Field(description="what is drawn")
-    images_per_prompt: Copies | None = Field(default=None, description="pictures of each prompt; one by default")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(description="name of the results")
+    version: Steps = Field(default=1, description="goes up when numbers are no longer comparable")
+    description: str = Field(default="", description="text for `prunet protocols`")
+    prompts: Given = Field(description="the prompts")
+    images_per_prompt: Copies | None = Field(default=None, description="pictures for each prompt; by default one")
     seed: Seed = Field(default=0, description="seed of the first picture; the next has the next one")
-    size: Size | None = Field(default=None, description="pixels; the model's own if not given")
-    precision: Literal["no", "bf16", "fp16"] = Field(default="no", description="of the model while it draws")
+    size: Size | None = Field(default=None, description="pixels; if not given, the model's native size")
+    precision: Literal["no", "bf16", "fp16"] = Field(default="no", description="precision of the model")
     jpeg: Annotated[Integer, Field(ge=1, le=100)] | None = Field(
-        default=None, description="quality with which pictures are stored, and stored again when resized; PNG if null"
+        default=None, description="JPEG quality of stored pictures, also after they are resized; null: PNG"
     )
-    resize: Size | None = Field(default=None, description="side to which pictures are resized before they are measured")
+    resize: Size | None = Field(default=None, description="side in pixels of measured pictures; null: not resized")
     resample: Literal["bicubic", "bilinear", "lanczos", "box"] = Field(
         default="bicubic", description="filter of `resize`"
     )
     metrics: Annotated[list[str], Field(min_length=1)] = Field(description=f"some of {', '.join(TITLES)}")
-    features: Literal["inception", "clip"] = Field(default="inception", description="of fid, kid, precision, recall")
+    features: Literal["inception", "clip"] = Field(
+        default="inception",
+        description="for fid, kid, precision and recall",
+    )
     preprocessing: Literal["torch-fidelity", "pytorch-fid"] = Field(
         default="torch-fidelity",
         description="how pictures are resized for the Inception network: the two differ; for `is` torch-fidelity's",
@@ -101,7 +104,7 @@ class Protocol(Drawing):
     clip: Clip | None = Field(default=None, description="the model that compares picture and prompt")
     dino: Network | None = Field(default=None, description="the model that compares pictures with those of a subject")
     real: Given | None = Field(default=None, description="real pictures, or their features, to compare with")
-    note: str = Field(default="", description="how it differs from the published protocol that it follows")
+    note: str = Field(default="", description="differences from the published protocol that it follows")
 
     @model_validator(mode="after")
     def _whole(self) -> "Protocol":
@@ -122,7 +125,7 @@ def protocol_names() -> list[str]:
 
 
 def load_protocol(name: str | Path) -> tuple[Protocol, Path]:
-    """Loads one of prunet's protocols by name, or one in a YAML file; also returns the folder of its own files.
+    """Loads one of prunet's protocols by name, or a YAML file; also returns the folder of the protocol's files.
 
     Raises:
         UserError: there is no such protocol, or a value does not fit (the message names its key).
@@ -140,7 +143,7 @@ def protocol_prompts(protocol: Protocol, folder: Path, given: Path | None, limit
     """Reads the prompts of a protocol, and checks their count and hash.
 
     Raises:
-        UserError: none were given and prunet has none (the message says where to get them), or others were given.
+        UserError: prompts are missing (the message says where to get them), or are the wrong ones.
     """
     wanted = protocol.prompts
     path = given or (folder / wanted.file if wanted.file else None)
@@ -156,11 +159,11 @@ def protocol_prompts(protocol: Protocol, folder: Path, given: Path | None, limit
     if wanted.sha256 is not None and prompts_hash(prompts) != wanted.sha256:
         raise UserError(f"{path}: not the prompts of protocol {protocol.name} (their hash differs). {wanted.source}")
     if len(prompts[:limit]) < 2:
-        raise UserError(f"{path}: one prompt is too few to measure by")
+        raise UserError(f"{path}: one prompt is too few: give at least two")
     return [prompt for prompt in prompts[:limit] for _ in range(protocol.images_per_prompt or 1)]
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Lists the keys in which two protocols, as results store them, differ; description and note do not count."""
+    """Lists the keys in which two protocols of results differ; description and note do not count."""
     keys = sorted((a.keys() | b.keys()) - {"description", "note"})
     return [key for key in keys if a.get(key) != b.get(key)]

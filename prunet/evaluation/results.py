@@ -45,7 +45,7 @@ class Distance(Value):
 
 
 class PictureDistance(Value):
-    """Root mean squared error of a student's pictures to the teacher's, 0 to 1, with a 95 % interval."""
+    """Root mean squared error of a student's pictures from the teacher's, 0 to 1, with a 95 % interval."""
 
     picture: float
     by_picture: list[float]
@@ -53,9 +53,9 @@ class PictureDistance(Value):
 
 
 class ImageToImage(Value):
-    """How near students are where they start from the teacher's pictures of the first evaluation prompts.
+    """The distance of students that start from the teacher's pictures of the first evaluation prompts.
 
-    - `prompts`: what picture i was to become. `seed`: of picture 0; that of picture i is i more.
+    - `prompts`: the prompt for picture i. `seed`: of picture 0; that of picture i is i more.
     - `distance`: of each student by its name.
     """
 
@@ -66,7 +66,7 @@ class ImageToImage(Value):
 
 
 class EvaluationProtocol(Value):
-    """How an evaluation was done. `teacher` and `student`: fingerprints, of a run's only."""
+    """The protocol of an evaluation. `teacher` and `student`: fingerprints, only in a run."""
 
     prompts: list[str]
     seed: int
@@ -86,9 +86,9 @@ class EvaluationProtocol(Value):
 
 
 class EvaluationResult(Value):
-    """What `evaluate` found (`evaluation.json`).
+    """The result of `evaluate` (`evaluation.json`).
 
-    - `drawn`: how the students drew, if not as the teacher.
+    - `drawn`: how the students drew, if not like the teacher.
     - `sizes` and `speed`: of `teacher` and `student`, the last one.
     - `distance`: of each student by its name.
     - `image_to_image`: of pictures that start from a picture; None if it was not measured.
@@ -111,10 +111,10 @@ class EvaluationResult(Value):
 
 
 def read_evaluation(folder: Path, steps: Mapping[str, Step] | None = None) -> EvaluationResult:
-    """Reads what `evaluate` wrote into a folder. `steps`: the run's finished steps, to check the student by.
+    """Reads the result that `evaluate` wrote into a folder. `steps`: the run's finished steps, to check the student.
 
     Raises:
-        UserError: missing, not readable, changed, of another student or version.
+        UserError: the result is missing, not readable, changed, or of another student or version.
     """
     again = f"delete {folder} and run it again"
     evaluation = EvaluationResult.load(folder / "evaluation.json", again)

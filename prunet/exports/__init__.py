@@ -1,1 +1,1 @@
-"""The student as users load it: a stock folder, a single file, a card."""
+"""Exports of a student for other programs: a stock folder, a single file, a folder for OpenVINO, and their cards."""

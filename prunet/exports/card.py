@@ -12,7 +12,7 @@ from prunet.words import short
 
 
 def origin(teacher: Teacher) -> dict[str, Any]:
-    """Returns what a model card says of where a student comes from; `base_model` is None unless the hub has it."""
+    """Returns the facts of a model card about the teacher; `base_model` is None unless the teacher is on the hub."""
     commit = teacher.commit if teacher.hub_id else None
     return {"teacher": teacher.hub_id or short(teacher.source), "base_model": teacher.hub_id, "commit": commit}
 
@@ -22,7 +22,7 @@ def model_card(facts: dict[str, Any]) -> str:
 
     `facts` may name another `template` of this folder, which is rendered from the other facts.
 
-    A user's text is escaped: it cannot end the YAML, a code span, a table or a heading.
+    Texts of the user are escaped, so they cannot end the YAML, a code span, a table or a heading.
     """
     env = jinja2.Environment(
         loader=jinja2.PackageLoader("prunet.exports", "."),
@@ -35,7 +35,7 @@ def model_card(facts: dict[str, Any]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Quotes a text as a string of one line that both YAML and Python read, whatever is in it."""
+    """Quotes any text as a string of one line that both YAML and Python read."""
     # json.dumps leaves other line ends as they are, and with ensure_ascii would write an emoji as two halves.
     return re.sub(
         "[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]",

@@ -34,13 +34,13 @@ def export(
     """Writes `student` with the teacher's other parts as a stock pipeline folder, and opens it again as a check.
 
     The other parts' weights are the teacher's, byte for byte. `fp16` adds the half-precision variant of the U-Net, the
-    VAE and the text encoders (`from_pretrained(..., variant="fp16")`). `drawing`: how to draw with the student, if not
-    as with the teacher. `card` fills the model card. `what` and `made_from` go into the folder's seal. An
+    VAE and the text encoders (`from_pretrained(..., variant="fp16")`). `drawing`: how the student draws, if not like
+    the teacher. `card` fills the model card. `what` and `made_from` go into the folder's seal. An
     existing folder is replaced.
 
     Raises:
         UserError: no space, or no permission.
-        RuntimeError: what was written does not load to the same bits; nothing is left behind.
+        RuntimeError: the written files do not load to the same bits; they are deleted.
     """
     folder = Path(folder)
     with new_folder(folder, what, made_from) as part:
@@ -70,10 +70,10 @@ def check_export(folder: Path, student: Net) -> None:
     """Opens the folder with stock diffusers and compares the U-Net bit for bit: weights and one output.
 
     Raises:
-        RuntimeError: they differ.
+        RuntimeError: weights or outputs differ.
     """
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
-    # Both are frozen: where a weight requires a gradient, a matmul may take another path and round differently.
+    # Both are frozen, because a matmul may round differently if a weight requires a gradient.
     again, ours = (freeze(net.to("cpu")) for net in (pipe.unet, student))
     expected = ours.state_dict()
     got = again.state_dict()

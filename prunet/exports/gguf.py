@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prunet.extras import need
 
-#: GGML's types of a matrix: blocks of 32 weights with a scale of 16 bits, so 8.5 and 4.5 bits a weight.
+#: GGML's types of matrices: blocks of 32 weights with a scale of 16 bits, so 8.5 and 4.5 bits per weight.
 Bits = Literal["q8_0", "q4_0"]
 BLOCK = 32
 #: stable-diffusion.cpp leaves these as they are when it quantises by itself.
@@ -21,7 +21,7 @@ def write_gguf(tensors: Mapping[str, Tensor], path: Path, bits: Bits) -> None:
     writer = gguf.GGUFWriter(path, arch="sd")
     kinds = gguf.GGMLQuantizationType
     for name, tensor in tensors.items():
-        if not tensor.numel():  # a mark, which counts by its name
+        if not tensor.numel():  # a mark without contents
             tensor = tensor.new_zeros(1)
         kind = kinds.F32 if tensor.ndim < 2 else kinds.F16
         if tensor.ndim == 2 and tensor.shape[-1] % BLOCK == 0 and not any(word in name for word in KEPT):

@@ -1,4 +1,4 @@
-"""An exported student on the hub: a private repository, unless it is there already."""
+"""Uploads an exported student to the hub; a new repository is private."""
 
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,23 @@ from prunet.errors import UserError
 
 
 def check_push(repository: str) -> None:
-    """Refuses a repository's name that is none, and to push without being logged in, before anything is exported.
+    """Refuses a wrong repository name, and a push without a login, before anything is exported.
 
     Raises:
-        UserError: what is wrong and how to fix it.
+        UserError: the name is not owner/name, or the hub does not accept the login.
     """
     if len(repository.split("/")) != 2 or not all(repository.split("/")):
-        raise UserError(f"--push {repository}: give owner/name of a repository of the hub")
+        raise UserError(f"--push {repository}: not a name of a repository on the hub: give owner/name")
     _asked(repository, lambda: HfApi().whoami())
 
 
 def push(written: Path, repository: str) -> str:
     """Uploads a pipeline folder or a single file as one commit; returns the commit's address.
 
-    A repository that is not there is made, and private; one that is there keeps its visibility and its other files.
+    A new repository is private; an existing one keeps its visibility and its other files.
 
     Raises:
-        UserError: not logged in, not allowed, or not reachable.
+        UserError: the user is not logged in or not allowed to write, or the hub is not reachable.
     """
     api = HfApi()
 
@@ -55,7 +55,7 @@ def _asked(repository: str, ask: Any) -> Any:
             f"--push {repository}: the hub refuses it ({error.response.status_code}): check the name, and "
             "`hf auth login` with a token that may write"
         ) from error
-    except Exception as error:  # of the hub's client without a login, or of its HTTP library
+    except Exception as error:  # from the hub's client without a login, or from its HTTP library
         raise UserError(
             f"--push {repository}: {type(error).__name__}: `hf auth login` with a token that may write, and check the "
             "network"

@@ -1,4 +1,4 @@
-"""The denoiser of a pipeline for OpenVINO in 8 bits, calibrated on what it gets while it draws."""
+"""The denoiser of a pipeline for OpenVINO in 8 bits, calibrated on its inputs while it draws."""
 
 import logging
 import re
@@ -15,15 +15,16 @@ from prunet.sampling.draw import draw_latents
 from prunet.sampling.openvino import need
 
 Inputs = dict[str, Any]
-#: Calls of the denoiser to calibrate with, and others to compare the results on.
+#: Number of calls of the denoiser for calibration, and of other calls for comparison.
 CALIBRATED, COMPARED = 24, 4
-#: The share of layers whose inputs stay in 16 bits: those that lose most in 8.
+#: The share of layers with inputs in 16 bits: the layers that 8 bits change most.
 SENSITIVE = 0.05
 
 
 def captured(pipe: Any, prompts: Sequence[str], how: Drawing, size: int) -> tuple[list[Inputs], list[Inputs]]:
-    """Draws `prompts` with a pipeline of torch; returns inputs of its denoiser, evenly chosen among all calls, to
-    calibrate with and to compare on.
+    """Draws `prompts` with a pipeline of torch; returns inputs of its denoiser for calibration and for comparison.
+
+    The inputs are chosen evenly among all calls.
     """
     seen: list[Inputs] = []
 
@@ -48,20 +49,20 @@ def captured(pipe: Any, prompts: Sequence[str], how: Drawing, size: int) -> tupl
 
 
 def weights_only(model: Any) -> Any:
-    """Stores the weights of `model` in 8 bits; it computes as before."""
+    """Stores the weights of `model` in 8 bits; the computation does not change."""
     nncf = _nncf()
     return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
 
 
 def quantize(model: Any, calibration: Sequence[Inputs], compared: Sequence[Inputs]) -> tuple[Any, dict[str, Any]]:
-    """Puts weights and activations of `model` in 8 bits, but for the inputs of its most sensitive layers.
+    """Converts weights and activations of `model` to 8 bits, except the inputs of its most sensitive layers.
 
-    Returns the new model and what was chosen: `kept`, the layers whose inputs stay in 16 bits, and `error`, the
-    relative squared error of the output before and after that.
+    Returns the new model, and what was chosen: `kept` lists the layers with inputs in 16 bits; `error` is the relative
+    squared error of the output before and after they were kept.
     """
     nncf = _nncf()
     expected = _outputs(model, compared)
-    # Without SmoothQuant: a call's error may be a little less with it, but pictures are further away (docs/log.md).
+    # Without SmoothQuant: it may lower the error of a call a little, but pictures are farther away (docs/log.md).
     smooth_quant_alphas = nncf.AdvancedSmoothQuantParameters(matmul=-1)
     quantized = nncf.quantize(
         model,
@@ -77,13 +78,14 @@ def quantize(model: Any, calibration: Sequence[Inputs], compared: Sequence[Input
 
 def _nncf() -> Any:
     nncf = need("nncf")
-    nncf.set_log_level(logging.WARNING)  # it would print a table of how many layers it changed
+    nncf.set_log_level(logging.WARNING)  # otherwise nncf prints a table of the layers that it changed
     return nncf
 
 
 def _keep_sensitive(model: Any, compared: Sequence[Inputs]) -> list[str]:
-    """Takes the 8 bits from the inputs of the first and last layer and of those `SENSITIVE` that lose most by them;
-    returns the names of these layers.
+    """Keeps 16 bits for the inputs of the first and last layer, and of the share `SENSITIVE` that 8 bits change most.
+
+    Returns the names of these layers.
     """
     layers = {
         re.sub(r"^__module\.unet\.|/.*$", "", op.get_friendly_name()): op
@@ -99,7 +101,7 @@ def _keep_sensitive(model: Any, compared: Sequence[Inputs]) -> list[str]:
 
 
 def _lost(model: Any, layers: Sequence[Any], compared: Sequence[Inputs]) -> dict[str, float]:
-    """Returns the relative squared error of each layer's input in 8 bits, by the layer's name in the model."""
+    """Returns the relative squared error of each layer's input in 8 bits, by the layer's name."""
     watched = model.clone()
     ours = {op.get_friendly_name(): op for op in watched.get_ops()}
     quantized = [_before(ours[layer.get_friendly_name()]) for layer in layers]
@@ -115,7 +117,7 @@ def _lost(model: Any, layers: Sequence[Any], compared: Sequence[Inputs]) -> dict
 
 
 def _before(op: Any) -> Any:
-    """Returns the operation that makes the first input of `op`."""
+    """Returns the operation that computes the first input of `op`."""
     return op.input_value(0).get_node()
 
 

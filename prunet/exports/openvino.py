@@ -1,4 +1,4 @@
-"""A pipeline as a folder for OpenVINO, which openvino_genai's `Text2ImagePipeline` draws without torch."""
+"""A pipeline as a folder for OpenVINO; openvino_genai's `Text2ImagePipeline` draws with it, without torch."""
 
 import math
 import shutil
@@ -23,9 +23,9 @@ from prunet.sampling.openvino import MODEL, SAMPLERS, OpenVinoPipeline, need
 from prunet.sampling.pictures import picture_rmse
 from prunet.teacher.teacher import Teacher
 
-#: What of the denoiser is in 8 bits: weights and activations, or weights alone; of text encoders always these.
+#: What is in 8 bits: weights and activations of the denoiser, or only weights; for text encoders always only weights.
 Bits = Literal["int8", "int8-weights"]
-#: Prompts to calibrate with, and others to compare pictures of.
+#: Number of prompts for calibration, and of other prompts for comparison.
 PROMPTS = 4
 
 
@@ -41,20 +41,20 @@ def export_openvino(
     card: dict[str, Any] | None = None,
     what: str = "openvino",
 ) -> dict[str, Any]:
-    """Writes a pipeline folder for OpenVINO, and measures its pictures against those of 16-bit weights in f32.
+    """Writes a pipeline folder for OpenVINO, and compares its pictures with those of 16-bit weights in f32.
 
     Args:
-        prompts: the first `PROMPTS` calibrate 8 bits, the next ones are drawn to compare.
-        drawing: how to draw with it; a sampler that openvino_genai lacks is replaced by DDIM.
-        decoder: a folder of an `AutoencoderTiny`, which decodes instead of the pipeline's VAE.
-        card: more facts for the README (`openvino.md.j2`).
+        prompts: the first `PROMPTS` calibrate 8 bits, the next ones are drawn for comparison.
+            drawing: how to draw with it; a sampler that openvino_genai lacks is replaced by DDIM.
+            decoder: a folder with an `AutoencoderTiny`, which replaces the pipeline's VAE.
+            card: more facts for the README (`openvino.md.j2`).
 
-    Returns what it also writes into `openvino.json`: `bytes` of all models, `psnr` (dB) and `picture` (root mean
-    squared error, 0 to 1) as means over the compared prompts, `seconds` a picture (median), and with `bits` "int8" what
-    `prunet.exports.int8.quantize` chose.
+        Returns the content of `openvino.json`: `bytes` of all models, `psnr` (dB) and `picture` (root mean squared
+        error, 0 to 1) as means over the compared prompts, `seconds` per picture (median), and with `bits` "int8" the
+        choices of `prunet.exports.int8.quantize`.
 
-    Raises:
-        UserError: the extra `openvino` is not installed, or the decoder does not fit.
+        Raises:
+            UserError: the extra `openvino` is not installed, or the decoder does not fit.
     """
     for package in ("openvino", "openvino_genai", "openvino_tokenizers", *(["nncf"] if bits else [])):
         need(package)
@@ -95,7 +95,7 @@ def _write_tokenizers(teacher: Teacher, folder: Path) -> None:
 
 
 def _quantize(teacher: Teacher, folder: Path, bits: Bits, prompts: Sequence[str], drawing: Drawing) -> dict[str, Any]:
-    """Puts the denoiser in `folder` in 8 bits, and the weights of the text encoders; returns what was chosen."""
+    """Converts the denoiser in `folder` to 8 bits, and the weights of the text encoders; returns what was chosen."""
     core = need("openvino").Core()
     chosen: dict[str, Any] = {}
     for name in ("unet", *teacher.text_encoders):
@@ -106,7 +106,7 @@ def _quantize(teacher: Teacher, folder: Path, bits: Bits, prompts: Sequence[str]
         else:
             model = int8.weights_only(model)
         need("openvino").save_model(model, aside := path.with_name("new.xml"))
-        del model  # it reads from the file that is replaced
+        del model  # the model still reads from the file that is replaced
         for suffix in (".xml", ".bin"):
             aside.with_suffix(suffix).replace(path.with_suffix(suffix))
     return chosen

@@ -15,7 +15,7 @@ from prunet.exports.gguf import Bits, write_gguf
 from prunet.teacher import ldm, marks
 from prunet.teacher.teacher import Teacher
 
-#: Programs that count a U-Net's layers each in its own way; `comfyui` also stands for diffusers and others.
+#: Programs that number a U-Net's layers differently; `comfyui` also means diffusers and others.
 Program = Literal["comfyui", "sd.cpp"]
 
 
@@ -29,18 +29,18 @@ def export_single_file(
 ) -> Path:
     """Writes a pipeline folder as one `.safetensors` in the original LDM layout, with its configs in `NAME.config/`.
 
-    `bits` makes it a `.gguf` instead, which stable-diffusion.cpp alone opens. The seal of the configs holds the
-    checksum of the file.
+    With `bits` it is a `.gguf` instead, which only stable-diffusion.cpp opens. The seal of the configs has the checksum
+    of the file.
 
     Raises:
-        UserError: not a pipeline folder, or damaged; `path` does not end in `.safetensors` (`.gguf`); or the program
-            does not know such a U-Net.
+        UserError: the folder is not a pipeline or is damaged; `path` does not end in `.safetensors` (`.gguf`); or the
+            program does not know such a U-Net.
         RuntimeError: the U-Net does not load to the same bits; the file is deleted.
     """
     path = Path(path)
     check_name(path, bits)
     verify(Path(pipeline), f"delete {pipeline} and export it again")
-    half = fp16 and not bits  # 8 and 4 bits are best rounded once
+    half = fp16 and not bits  # rounding only once is best for 8 and 4 bits
     source = Teacher(pipeline, dtype=torch.float16 if half else torch.float32)
     gaps = bits is not None or program == "sd.cpp"
     if gaps:
@@ -55,7 +55,7 @@ def export_single_file(
         else:
             marks.save_marked({**tensors, **marked}, metadata, file)
         written = file_checksum(file)
-        path.unlink(missing_ok=True)  # a kill must not leave the old file beside the new configs
+        path.unlink(missing_ok=True)  # otherwise a killed process could leave the old file beside the new configs
         with new_folder(path.with_suffix(".config"), "configs", written) as part:
             ignored = shutil.ignore_patterns("*.safetensors", "README.md", SEAL)
             shutil.copytree(pipeline, part, ignore=ignored, dirs_exist_ok=True)
@@ -67,14 +67,14 @@ def export_single_file(
 def check_name(path: Path, bits: str | None) -> None:
     """Refuses a file's name that does not say its format."""
     if path.suffix != (suffix := ".gguf" if bits else ".safetensors"):
-        raise UserError(f"{path}: name the single file something{suffix}")
+        raise UserError(f"{path}: not a name for the single file: give NAME{suffix}")
 
 
 def check_for_cpp(config: Mapping[str, Any]) -> None:
     """Refuses a denoiser that stable-diffusion.cpp does not know.
 
     Raises:
-        UserError: says why and what to use instead.
+        UserError: the reason, and what to use instead.
     """
     answers = architecture_of(config).loads_in(config)
     said, _, why = answers.get("stable-diffusion.cpp, single file", "no: it has no single file").partition(": ")
@@ -91,7 +91,7 @@ def _check_unet(path: Path, source: Teacher) -> None:
 
 
 def is_exported(path: Path) -> bool:
-    """Returns whether a single file is as `export_single_file` wrote it, by the seal of its configs."""
+    """Returns whether a single file is unchanged since `export_single_file` wrote it, by the seal of its configs."""
     seal = read_seal(path.with_suffix(".config"))
     return seal is not None and seal.get("made_from") == known_checksum(path)
 
@@ -100,7 +100,7 @@ def check_single_file(path: Path, fix: str) -> None:
     """Refuses a single file that was changed; `fix` says what to do. Files of older versions are not checked.
 
     Raises:
-        UserError: it has other bytes than were written.
+        UserError: the file was changed.
     """
     if "made_from" in (read_seal(path.with_suffix(".config")) or {}) and not is_exported(path):
         raise UserError(f"{path}: {CHANGED}: {fix}")

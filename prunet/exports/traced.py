@@ -32,7 +32,7 @@ def parts(teacher: Teacher, vae: Any) -> Iterator[tuple[str, Part]]:
     for name in teacher.text_encoders:
         yield name, _text_encoder(teacher, name)
     channels = vae.config.latent_channels
-    # Small latents: only their number of channels counts, and tracing takes as long as drawing.
+    # Small latents, because only their number of channels matters, and tracing takes as long as drawing.
     example, shape = torch.zeros(2, channels, 4, 8), ["batch", channels, "height", "width"]
     yield "vae_decoder", Part(_Decoder(vae).eval(), (example,), {"latent_sample": shape}, ["sample"], dict(vae.config))
 
@@ -56,7 +56,7 @@ class _Denoiser(nn.Module):
 
 
 class _TextEncoder(nn.Module):
-    """`hidden`: whether it also gives the output of each layer, of which SDXL takes the last but one."""
+    """A text encoder. `hidden`: also returns the output of each layer; SDXL uses the second to last."""
 
     def __init__(self, encoder: nn.Module, hidden: bool) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def _denoiser(teacher: Teacher) -> Part:
         "encoder_hidden_states": ["batch", "tokens", context.shape[-1]],
         **{name: ["batch", added[name].shape[1]] for name in names},
     }
-    # Timesteps are whole numbers: openvino_genai refuses others.
+    # Whole timesteps: openvino_genai refuses fractional ones.
     given = (example["sample"], torch.ones(1, dtype=torch.int64), context, *(added[name] for name in names))
     return Part(_Denoiser(teacher.unet).eval(), given, inputs, ["out_sample"], config)
 
@@ -109,19 +109,19 @@ def _text_encoder(teacher: Teacher, name: str) -> Part:
 
 
 def open_decoder(folder: Path | str, teacher: Teacher) -> Any:
-    """Opens a small decoder for a teacher's latents: a folder of diffusers' `AutoencoderTiny`, as TAESD is.
+    """Opens a small decoder for a teacher's latents: a folder with diffusers' `AutoencoderTiny`, such as TAESD.
 
     Raises:
-        UserError: not such a folder, or made for other latents.
+        UserError: the folder has no such model, or the model is for other latents.
     """
     from diffusers import AutoencoderTiny
 
     config = read_object(Path(folder) / "config.json", f"{folder} is not a decoder")
     if config.get("_class_name") != AutoencoderTiny.__name__:
-        raise UserError(f"{folder}: its config.json says {config.get('_class_name')}; give an AutoencoderTiny")
+        raise UserError(f"{folder}: a {config.get('_class_name')}: give an AutoencoderTiny")
     try:
         vae = AutoencoderTiny.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    except Exception as error:  # of any kind: diffusers takes the values as they are
+    except Exception as error:  # any kind of error, since diffusers does not check the values
         raise UserError(f"{folder}: diffusers cannot open this AutoencoderTiny ({error}): fetch or copy it") from error
     theirs = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
     ours = teacher.part_config("vae").get("latent_channels", 4), teacher.vae_scale

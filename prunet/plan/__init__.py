@@ -1,1 +1,1 @@
-"""The decision as a value: in go patterns and a config, out come the student's config, weight map, pairs and sizes."""
+"""The plan as a value. From its patterns and a config follow the student's config, weight map, pairs and sizes."""

@@ -1,4 +1,4 @@
-"""All that follows from a plan and a teacher's config."""
+"""Everything that follows from a plan and a teacher's config."""
 
 import json
 from collections.abc import Mapping
@@ -18,16 +18,16 @@ from prunet.plan.size import Size, size_of
 
 @dataclass(frozen=True)
 class Derived:
-    """All that follows from a plan and a teacher's config (`derive`)."""
+    """Everything that follows from a plan and a teacher's config (`derive`)."""
 
     plan: Plan
     teacher_config: dict[str, Any]
-    removed: dict[str, str]  # part -> the pattern that removed it
-    form: Form  # what is left
+    removed: dict[str, str]  # maps each removed part to its pattern
+    form: Form  # the student's
 
     @property
     def architecture(self) -> Architecture:
-        """That of teacher and student."""
+        """The architecture of teacher and student."""
         return architecture_of(self.teacher_config)
 
     @property
@@ -37,7 +37,7 @@ class Derived:
 
     @property
     def weight_map(self) -> dict[str, str]:
-        """Student parameter -> teacher parameter."""
+        """Maps each parameter of the student to one of the teacher."""
         return self.form.weight_map
 
     @property
@@ -52,34 +52,34 @@ class Derived:
 
     @cached_property
     def teacher_size(self) -> Size:
-        """Of the teacher, at its native size."""
+        """Size and MACs of the teacher, at its native size."""
         return size_of(self.teacher_config)
 
     @cached_property
     def student_size(self) -> Size:
-        """Of the student, at its native size."""
+        """Size and MACs of the student, at its native size."""
         return size_of(self.student_config)
 
     @cached_property
     def loads_in(self) -> dict[str, str]:
-        """Program -> "yes", or why not."""
+        """Maps each program to "yes", or to the reason why it cannot load the student."""
         return self.architecture.loads_in(self.student_config)
 
     @cached_property
     def works_with(self) -> dict[str, str]:
-        """Addition to the teacher, such as a ControlNet -> "yes", or why not."""
+        """Maps each addition to the teacher, such as a ControlNet, to "yes", or to the reason why it does not fit."""
         return self.architecture.works_with(self.teacher_config, self.form)
 
     def pairs(self, level: Level = "block") -> tuple[Pair, ...]:
-        """The modules that distillation compares at `level`."""
+        """Returns the modules that distillation compares at `level`."""
         return self.architecture.pairs(self.teacher_config, self.form, level)
 
     def diagram(self) -> Diagram:
-        """The teacher without what the plan removes."""
+        """Returns the teacher's diagram without the parts that the plan removes."""
         return self.architecture.diagram(self.teacher_config, [*self.removed, *self.form.implied])
 
     def result(self) -> PlanResult:
-        """Everything as a value (`prunet inspect --json`, `plan.json` in a run)."""
+        """Returns everything as a value (`prunet inspect --json`, `plan.json` in a run)."""
         sizes = {"teacher": self.teacher_size, "student": self.student_size}
         return PlanResult(
             plan=self.plan,
@@ -98,11 +98,11 @@ class Derived:
 
 
 def derive(config: Mapping[str, Any], plan: Plan) -> Derived:
-    """Student config, weight map, pairs and where the student will load, from the teacher's config alone.
+    """Derives the student's config, weight map, pairs and programs from the teacher's config and a plan.
 
     Raises:
-        UserError: a pattern matches nothing, or a part that cannot go; a U-Net's levels are uneven; a kept layer would
-            meet a skip connection of another width; diffusers has no form for the result.
+        UserError: a pattern matches nothing, or a part that cannot be removed; a U-Net's levels are uneven; a kept
+            layer would meet a skip connection of another width; diffusers has no form for the result.
     """
     teacher = json.loads(json.dumps(dict(config)))  # plain JSON types: a config is data
     architecture = architecture_of(teacher)

@@ -1,8 +1,4 @@
-"""The plan: which blocks are removed, as a value, and all that follows from it and the teacher's config.
-
-Nothing here reads a weight. What is derived: the student's stock config, the weight map, the pairs of modules that
-distillation compares, parameters, MACs, and the programs in which the student will load.
-"""
+"""The plan: the blocks to remove, as a value. `prunet.plan.derived` derives the rest from it and a teacher's config."""
 
 import dataclasses
 import difflib
@@ -20,15 +16,15 @@ if TYPE_CHECKING:
     pass
 
 
-#: Characters; the longest name of a part has 50.
+#: Characters of a pattern; the longest name of a part has 50.
 LONGEST_PATTERN = 1000
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Patterns over diffusers' module names; what they match is removed from the teacher's denoiser.
+    """Patterns over diffusers' module names; modules that match are removed from the teacher's denoiser.
 
-    `*`, `?` and `[...]` stay within one dotted part of a name, `{a,b}` are choices:
+    `*`, `?` and `[...]` match within one dotted part of a name; `{a,b}` gives choices.
     `down_blocks.*.{resnets,attentions}.1` is the second resnet and attention of every down block.
     """
 
@@ -39,22 +35,22 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the patterns; names and descriptions do not count."""
+        """A hash of the patterns, without name and description."""
         return json_hash(self.remove)
 
 
 def preset_names() -> list[str]:
-    """The plans that ship with prunet, by name."""
+    """Returns the names of the plans that ship with prunet."""
     files = resources.files("prunet.plan") / "presets"
     return sorted(Path(f.name).stem for f in files.iterdir() if f.name.endswith(".yaml"))
 
 
 def parse_plan(value: Any, where: str, name: str = "plan") -> Plan:
-    """A plan from parsed YAML: a mapping with `remove`, or the list of patterns itself."""
+    """Makes a plan from parsed YAML: a mapping with `remove`, or a list of patterns."""
     if isinstance(value, list):
         value = {"remove": value}
     if not isinstance(value, Mapping):
-        raise UserError(f"{where}: a plan is a list of patterns or a mapping with 'remove', not {value!r}")
+        raise UserError(f"{where}: a plan must be a list of patterns or a mapping with 'remove', not {value!r}")
     fields = {f.name for f in dataclasses.fields(Plan)}
     for key in value:
         if key not in fields:
@@ -64,22 +60,22 @@ def parse_plan(value: Any, where: str, name: str = "plan") -> Plan:
             )
     remove = value.get("remove") or []
     if not isinstance(remove, list) or not all(isinstance(p, str) and p.strip() for p in remove):
-        raise UserError(f"{where}: 'remove' is a list of patterns such as down_blocks.*.attentions.1, not {remove!r}")
+        raise UserError(f"{where}: 'remove' must be a list of patterns, such as down_blocks.*.attentions.1: {remove!r}")
     if long := next((p for p in remove if len(p) > LONGEST_PATTERN), None):
         raise UserError(f"{where}: a pattern of {len(long):,} characters: {long!r}; give several shorter ones")
     texts = {"name": name, "description": "", "source": ""} | {k: v for k, v in value.items() if k != "remove"}
     if wrong := next(
         (k for k, v in texts.items() if isinstance(v, bool) or not isinstance(v, str | int | float)), None
     ):
-        raise UserError(f"{where}: {wrong!r} of a plan is a text, not {texts[wrong]!r}")
+        raise UserError(f"{where}: {wrong!r} of a plan must be a text, not {texts[wrong]!r}")
     return Plan(remove=tuple(p.strip() for p in remove), **{k: str(v) for k, v in texts.items()})
 
 
 def load_plan(plan: "Plan | str | Path | list[str] | Mapping[str, Any]") -> Plan:
-    """A preset's name, a YAML file, a list of patterns, a mapping, or a plan.
+    """Loads a plan from a preset's name, a YAML file, a list of patterns or a mapping; a plan is returned as it is.
 
     Raises:
-        UserError: no such preset or file, or not a plan.
+        UserError: there is no such preset or file, or it is not a plan.
     """
     if isinstance(plan, Plan):
         return plan
@@ -93,5 +89,5 @@ def load_plan(plan: "Plan | str | Path | list[str] | Mapping[str, Any]") -> Plan
     if not path.is_file():
         near = difflib.get_close_matches(text, preset_names(), 1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; presets: {', '.join(preset_names())}"
-        raise UserError(f"No plan {text!r}: neither a preset nor a file{hint}")
+        raise UserError(f"No plan {text!r}: not a preset and not a file{hint}")
     return parse_plan(load_yaml(path, "a plan"), str(path), name=path.stem)

@@ -1,4 +1,4 @@
-"""What follows from a plan, as a value that a run keeps (`plan.json`)."""
+"""Everything that follows from a plan, as a value that a run keeps (`plan.json`)."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from prunet.plan.plan import Plan
 
 
 class PlanResult(Value):
-    """A plan, and what follows from it and the teacher's config. Sizes are those of `teacher` and `student`."""
+    """A plan, and everything that follows from it and the teacher's config. Sizes have keys `teacher` and `student`."""
 
     plan: Plan
     parameters: dict[str, int]
@@ -26,6 +26,6 @@ class PlanResult(Value):
     works_with: dict[str, str]
 
     def diagram(self) -> Diagram:
-        """Returns the teacher without what the plan removes."""
+        """Returns the teacher's diagram without the parts that the plan removes."""
         architecture = architecture_of(self.teacher_config)
         return architecture.diagram(self.teacher_config, [*self.removed, *self.implied])

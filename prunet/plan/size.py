@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of a denoiser, from its config alone."""
+"""Parameters and multiply-adds of a denoiser, computed from its config."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prunet.denoisers.architecture import Architecture, config_text
 from prunet.denoisers.known import architecture_of
 
-#: Kinds of operations by patterns of their names, the first that fits: `bmm` is a matmul, but inside attention.
+#: Kinds of operations and patterns of their names; the first match counts (`bmm` is a matmul, but inside attention).
 KINDS = {
     "attention": r"attention|bmm|softmax",
     "convolution": r"conv(olution|\dd)",
@@ -23,7 +23,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters of a denoiser, and multiply-adds of one call at its native size (batch 1, all text tokens)."""
+    """Parameters of a denoiser, and multiply-adds (MACs) of one call at its native size (batch 1, all text tokens)."""
 
     parameters: int
     macs: int  # without the matmuls inside attention, as the papers count
@@ -31,10 +31,10 @@ class Size:
 
 
 def size_of(config: Mapping[str, Any]) -> Size:
-    """Parameters, and multiply-adds of one call at the native size.
+    """Computes the parameters, and the multiply-adds of one call at the native size.
 
-    The matmuls inside attention (queries with keys, weights with values) are told apart, because published figures
-    leave them out.
+    The matmuls inside attention (queries with keys, weights with values) are counted separately, because published
+    figures leave them out.
     """
     architecture, macs = architecture_of(config), macs_by_kind(config)
     return Size(
@@ -45,16 +45,16 @@ def size_of(config: Mapping[str, Any]) -> Size:
 
 
 def macs_by_kind(config: Mapping[str, Any], latent_size: tuple[int, int] | None = None) -> dict[str, int]:
-    """Multiply-adds of one call by kind: `convolution`, `matmul` (linear layers), `attention`.
+    """Returns the multiply-adds of one call by kind: `convolution`, `matmul` (linear layers), `attention`.
 
-    Of batch 1 with all text tokens, at the native size by default: half of the FLOPs that `torch.utils.flop_counter`
-    counts on the meta device.
+    The call has batch 1 and all text tokens, by default at the native size. Multiply-adds are half of the FLOPs that
+    `torch.utils.flop_counter` counts on the meta device.
     """
     return dict(_macs_by_kind(architecture_of(config), config_text(config), latent_size))
 
 
 def kind_of(operation: str) -> str:
-    """The kind of an operation by its name (`aten::addmm`): one of `KINDS`, or `other`."""
+    """Returns the kind of an operation from its name (`aten::addmm`): one of `KINDS`, or `other`."""
     name = operation.lower()
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "other")
 

@@ -1,4 +1,4 @@
-"""Models that draw side by side: opened, given a LoRA, timed."""
+"""Models that draw side by side, with a LoRA if asked, and are timed."""
 
 import time
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from prunet.words import names_of
 
 @dataclass(frozen=True)
 class Asked:
-    """What all models draw. `drawing`: for those that were made for nothing else. `lora`: a LoRA of the teacher."""
+    """What all models draw. `drawing`: how, unless a model has its own settings. `lora`: a LoRA of the teacher."""
 
     prompt: str
     seed: int
@@ -43,7 +43,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture, and what it took: seconds, and the peak memory in MiB with the weights (None if unknown)."""
+    """A picture, its time in seconds, and the peak memory in MiB with the weights (None if unknown)."""
 
     picture: Image.Image
     seconds: float
@@ -53,7 +53,7 @@ class Drawn:
 
 @dataclass
 class TorchPlayer:
-    """A model with its name on the page. `run`: the run whose student it is, if it is one."""
+    """A model with its name on the page. `run`: its run, if it is a student of one."""
 
     name: str
     opened: Teacher
@@ -62,19 +62,19 @@ class TorchPlayer:
 
     @cached_property
     def pipe(self) -> Any:
-        """The stock pipeline; a LoRA stays loaded in it until another is asked for."""
+        """The stock pipeline; a LoRA stays loaded until another is asked for."""
         return self.opened.pipeline()
 
     @property
     def made_for(self) -> Drawing | None:
-        """How it draws whatever is asked for, if it was made for that."""
+        """The settings that it was made for, which override those of a request; None if there are none."""
         return made_for(self.opened)
 
     def draw(self, asked: Asked) -> Drawn:
         """Draws the picture.
 
         Raises:
-            UserError: something that was asked for does not fit this model.
+            UserError: a setting does not fit this model.
         """
         self.opened.check_prompts([asked.prompt])
         how = drawing_of(self.opened, asked.drawing)
@@ -89,19 +89,19 @@ class TorchPlayer:
             nonlocal seconds
             began = time.perf_counter()
             out.extend(draw(self.pipe, [asked.prompt], [asked.seed], how, size=asked.size, start=start))
-            seconds = time.perf_counter() - began  # it is decoded, so the device has finished
+            seconds = time.perf_counter() - began  # the picture is decoded, so the device has finished
 
         working = working_mb(call, self.opened.device)
-        if not out:  # the system does not tell how much memory a process needs
+        if not out:  # the system does not report the memory of a process
             call()
         parts = [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
         return Drawn(out[0], seconds, None if working is None else working + sum(map(weights_mb, parts)), how)
 
     def _use(self, lora: Path | None) -> None:
-        """Loads a LoRA in place of the one before. A run's student gets it carried over by the plan of the run.
+        """Loads a LoRA in place of the one before. For a run's student it is carried over by the plan of the run.
 
         Raises:
-            UserError: not a LoRA, or not one of this model.
+            UserError: the file is not a LoRA, or not for this model.
         """
         if lora == self._lora:
             return
@@ -164,10 +164,10 @@ Player: TypeAlias = TorchPlayer | OpenVinoPlayer
 
 
 def open_players(models: Sequence[str], *, config: str | None = None, device: Any, dtype: torch.dtype) -> list[Player]:
-    """Opens one model or two; of a run alone, its teacher and its student.
+    """Opens one or two models; for a single run, its teacher and its student.
 
     Raises:
-        UserError: a model cannot be opened, or two that do not draw pictures of one size.
+        UserError: a model cannot be opened, or two models draw pictures of different sizes.
     """
     runs = [Path(model) if (Path(model) / "recipe.yaml").is_file() else None for model in models]
     players: list[Player] = []

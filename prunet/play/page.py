@@ -1,7 +1,7 @@
 """The page, made with Gradio, and the server that shows it.
 
-The server listens on loopback alone unless told otherwise. It tells nobody anything: no sharing, no analytics, no fonts
-or scripts from elsewhere. One picture of each model is drawn at a time; few requests wait, and uploads are bounded.
+By default the server listens only on loopback. It sends nothing elsewhere: no sharing, no analytics, no fonts or
+scripts from other servers. It draws one picture of each model at a time, lets few requests wait, and limits uploads.
 """
 
 import os
@@ -20,13 +20,13 @@ from prunet.sampling.pictures import picture_rmse
 from prunet.sampling.samplers import SAMPLERS
 from prunet.sampling.start import STRENGTH
 
-#: Bounds of what a page may ask for.
+#: Limits for the settings on the page.
 MOST_STEPS, MOST_GUIDANCE, MOST_SEED, LONGEST_PROMPT = 100, 30.0, 2**31 - 1, 1000
 #: Requests that wait while one is drawn; more are refused.
 MOST_WAITING = 8
 LARGEST_UPLOAD = "500mb"  # a LoRA of rank 128 for SDXL has about 400 MB
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
-#: Pictures stay side by side on a phone too, since comparing them is what the page is for.
+#: Pictures stay side by side on a phone too, because the page is for comparing them.
 CSS = """
 .pictures { flex-wrap: nowrap !important; }
 .pictures > * { min-width: 0 !important; }
@@ -50,7 +50,7 @@ def gradio() -> ModuleType:
 
 
 def make_page(players: Sequence[Player]) -> Any:
-    """Makes the page: what is asked for on top, a picture of each model under it."""
+    """Makes the page: settings on top, a picture of each model below."""
     gr = gradio()
     names = " and ".join(player.name for player in players)
     with gr.Blocks(title=f"{names} · prunet", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
@@ -74,7 +74,7 @@ def make_page(players: Sequence[Player]) -> Any:
 
 
 def _shown(gr: Any, player: Player) -> tuple[Any, Any]:
-    """Returns where a model's picture stands, and what it took."""
+    """Returns the elements for a model's picture, its time and its memory."""
     with gr.Column(min_width=100):
         gr.Markdown(f"### {player.name}")
         picture = gr.Image(
@@ -107,7 +107,7 @@ def _settings(gr: Any, players: Sequence[Player]) -> list[Any]:
 
 
 def _answer(gr: Any, players: Sequence[Player]) -> Callable[..., list[Any]]:
-    """Returns what is called when something is asked for: pictures and what they took, then their distance."""
+    """Returns the function that answers a request with pictures, times and memory, and then their distance."""
 
     def answer(
         prompt: str,
@@ -156,7 +156,7 @@ def _distance(drawn: Sequence[Drawn]) -> str:
 def serve(players: Sequence[Player], *, host: str, port: int, head: str = "") -> Any:
     """Shows the page at `host`:`port` (0: any free port) and returns it; the server runs in threads.
 
-    `head`: HTML for the page's head. Uploads and pictures lie in a folder of the process, gone when it ends.
+    `head`: HTML for the page's head. Uploads and pictures lie in a temporary folder, which is deleted at the end.
 
     Raises:
         UserError: Gradio is not installed, or the port is in use.
@@ -165,9 +165,9 @@ def serve(players: Sequence[Player], *, host: str, port: int, head: str = "") ->
     os.environ["GRADIO_TEMP_DIR"] = folder.name
     gr = gradio()
     page = make_page(players)
-    page.prunet_uploads = folder  # as long as the page
+    page.prunet_uploads = folder  # lasts as long as the page
     try:
-        socket.create_server((host, port)).close()  # uvicorn would end its thread, with pages of text
+        socket.create_server((host, port)).close()  # otherwise uvicorn ends its thread with a long traceback
         page.launch(
             server_name=host,
             server_port=port or None,

@@ -147,7 +147,7 @@ class Stage(Training):
         return {key: value for key, value in write(self).items() if self.has(key)}
 
     def has(self, key: str) -> bool:
-        """Whether a key has a meaning for the objective."""
+        """Returns whether a key has a meaning for the objective."""
         on_paths = self.paths is not None and key in ON_PATHS.get(self.objective, ())
         return on_paths or key not in IDLE[self.objective]
 
@@ -162,7 +162,7 @@ class Stage(Training):
         return int(self.objective == "distribution")
 
     def made_for(self, evaluation: Drawing) -> Drawing | None:
-        """How the stage's student draws; None: like the teacher. `evaluation`: how the recipe's teacher draws."""
+        """Returns how the stage's student draws; None: like the teacher. `evaluation`: how the teacher draws."""
         if self.jumps:
             return Drawing(steps=self.jumps, guidance_scale=1, sampler=FEW_STEP_SAMPLER[self.objective])
         if self.objective == "guidance":

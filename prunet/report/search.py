@@ -1,17 +1,15 @@
 """A search as a page: the frontier of cost against error, the plan that was found, and the error of each removal."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prunet import __version__
 from prunet.denoisers.diagram import STEPS
 from prunet.disk.files import write_text
-from prunet.plan.result import PlanResult
 from prunet.report import sensitivity
 from prunet.report.charts import render
+from prunet.search.results import ScoredPlan, SearchResult
 from prunet.words import many, number, short
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 560, 84, 40, 104, 72  # pixels; the last four are margins
@@ -39,20 +37,20 @@ class Dot:
     tip: str = ""
 
 
-def write_search(result: Mapping[str, Any], folder: Path) -> None:
+def write_search(result: SearchResult, folder: Path) -> None:
     """Writes `frontier.svg` and `search.html`."""
     drawing = frontier(result)
     write_text(folder / "frontier.svg", drawing)
     page = render(
         "search.html.j2",
         version=__version__,
-        teacher=short(result["teacher"]),
+        teacher=short(result.teacher),
         result=result,
         frontier=drawing,
         rows=rows(result),
         kind=kind_of(result),
         names=NAMES,
-        found=PlanResult.model_validate(result["plan"]).diagram(),
+        found=result.plan.diagram(),
         net=sensitivity.coloured_diagram(result),
         steps=STEPS,
         chart=sensitivity.chart(result),
@@ -61,18 +59,18 @@ def write_search(result: Mapping[str, Any], folder: Path) -> None:
     write_text(folder / "search.html", page)
 
 
-def rows(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def rows(result: SearchResult) -> list[ScoredPlan]:
     """Returns the chosen plan, some others within the budget, and the presets."""
-    best, *others = result["plans"]
-    found = [row for row in others if row["name"] == "found"]
-    trained = {row["name"]: row for row in result["plans"]}
-    presets = [trained.get(row["name"], row) for row in result["presets"] if row["name"] != best["name"]]
+    best, *others = result.plans
+    found = [row for row in others if row.name == "found"]
+    trained = {row.name: row for row in result.plans}
+    presets = [trained.get(row.name, row) for row in result.presets if row.name != best.name]
     return [best, *found[: MOST_ROWS - 1], *presets]
 
 
-def kind_of(result: Mapping[str, Any]) -> str:
+def kind_of(result: SearchResult) -> str:
     """Returns the kind of cost of the first budget, which the frontier shows."""
-    return str(next(iter(result["limits"])))
+    return str(next(iter(result.limits)))
 
 
 def amount(kind: str, value: float) -> str:
@@ -82,41 +80,40 @@ def amount(kind: str, value: float) -> str:
     return f"{number(value / 1e6)} MB" if kind == "size" else many(value)
 
 
-def dots(result: Mapping[str, Any]) -> list[Dot]:
+def dots(result: SearchResult) -> list[Dot]:
     """Returns a point for each plan that was scored, the chosen one last."""
     kind = kind_of(result)
-    whole = result["costs"][kind]
+    whole = result.costs[kind]
 
-    def dot(what: str, row: Mapping[str, Any], error: float, label: str = "") -> Dot:
-        cost = row["costs"][kind]
-        tip = f"{label or ', '.join(row['remove'])}: {amount(kind, cost)}, error {number(error)}"
+    def dot(what: str, row: ScoredPlan, error: float, label: str = "") -> Dot:
+        cost = row.costs[kind]
+        tip = f"{label or ', '.join(row.remove)}: {amount(kind, cost)}, error {number(error)}"
         return Dot(what, cost / whole, error, label, tip)
 
     singles = [
         Dot(
             "single",
-            1 - unit["saves"][kind] / whole,
-            unit["error"],
+            1 - unit.saves[kind] / whole,
+            unit.error,
             "",
-            f"{unit['name']}: error {number(unit['error'])}",
+            f"{unit.name}: error {number(unit.error)}",
         )
-        for unit in result["units"]
+        for unit in result.units
     ]
-    found = [dot("sum", row, row["error"]) for row in result["frontier"]]
-    found += [dot("candidate", row, row["error"]) for row in result["plans"] if row["name"] == "found"]
-    found += [dot("preset", row, row["error"], row["name"]) for row in result["presets"]]
-    trained = [(row, row["after"][max(row["after"], key=int)]) for row in result["plans"] if row["after"]]
-    found += [dot("after", row, error) for row, error in trained]
-    best = result["plans"][0]
-    return [*singles, *found, dot("chosen", best, best["error"], "the plan")]
+    found = [dot("sum", row, row.error) for row in result.frontier]
+    found += [dot("candidate", row, row.error) for row in result.plans if row.name == "found"]
+    found += [dot("preset", row, row.error, row.name) for row in result.presets]
+    found += [dot("after", row, row.trained) for row in result.plans if row.trained is not None]
+    best = result.plans[0]
+    return [*singles, *found, dot("chosen", best, best.error, "the plan")]
 
 
-def frontier(result: Mapping[str, Any]) -> str:
+def frontier(result: SearchResult) -> str:
     """Charts cost against error on a logarithmic scale; errors below the lowest tick lie on this tick."""
     points, kind = dots(result), kind_of(result)
     low = max(1e-6, min(point.error for point in points if point.error > 0))
     bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(max(1.0, *(point.error for point in points))))
-    least: float = min([point.cost for point in points] + [result["limits"][kind] / result["costs"][kind]])
+    least: float = min([point.cost for point in points] + [result.limits[kind] / result.costs[kind]])
     left = math.floor(10 * least - 1e-9) / 10
     right = max(1.0, *(point.cost for point in points)) + 0.02
 
@@ -145,14 +142,14 @@ def frontier(result: Mapping[str, Any]) -> str:
         right=WIDTH - RIGHT,
         top=TOP,
         bottom=HEIGHT - BOTTOM,
-        title=f"Plans for {short(result['teacher'])}",
+        title=f"Plans for {short(result.teacher)}",
         soft=f"error of the untrained student by its {NAMES[kind]}; down and to the left is better",
         marks=marks,
         teacher=(x(1.0), y(0.0)),
-        limit=x(result["limits"][kind] / result["costs"][kind]),
-        budget=", ".join(result["budgets"]),
+        limit=x(result.limits[kind] / result.costs[kind]),
+        budget=", ".join(result.budgets),
         x_ticks=[(x(share / 10), f"{10 * share} %") for share in range(round(10 * left), 11)],
         y_ticks=[(y(10.0**power), f"{10.0**power:g}") for power in range(bottom, top + 1)],
-        across=f"{NAMES[kind]}, share of the teacher's ({amount(kind, result['costs'][kind])})",
+        across=f"{NAMES[kind]}, share of the teacher's ({amount(kind, result.costs[kind])})",
         key=key,
     )

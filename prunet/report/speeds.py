@@ -74,7 +74,7 @@ def _precision(model: BenchModel) -> str:
 
 
 def _of_processes(result: Bench) -> list[str]:
-    """The table of what pictures took that were drawn in processes of their own, if there are any."""
+    """Formats the table of pictures drawn in separate processes, if there are any."""
     rows = [(name, model) for name, model in result.models.items() if model.process_mb is not None]
     if not rows:
         return []
@@ -89,8 +89,8 @@ def _of_processes(result: Bench) -> list[str]:
     return [
         *lines,
         "",
-        "Memory: by how much a process of its own grows that opens the model and draws a picture. Apart: root mean "
-        "squared error, 0 to 1, to the picture that torch draws with the same U-Net in the same way from equal noise.",
+        "Memory: the growth of a separate process that opens the model and draws a picture. Apart: root mean squared "
+        "error, 0 to 1, from the picture of torch with the same U-Net, drawn in the same way from equal noise.",
         "",
     ]
 

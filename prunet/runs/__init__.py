@@ -1,1 +1,1 @@
-"""Runs a recipe from plan to report, in resumable steps; compares variants of it; estimates what it would cost."""
+"""Runs of a recipe from plan to report, in steps that resume; comparisons of variants; estimates of time and memory."""

@@ -32,36 +32,36 @@ from prunet.runs.run import Run
 from prunet.runs.steps import copy_stage
 from prunet.runtime import Runtime
 
-#: Columns of the table: (student, key) in evaluation.json -> title.
+#: Columns of the table: (student, key) in evaluation.json, and the title.
 MEASURES = {
     ("before", "denoiser"): "denoiser error before",
     ("after", "denoiser"): "denoiser error",
     ("after", "latent"): "latents, MSE",
     ("after", "picture"): "pictures, RMSE",
 }
-#: Most arms times seeds: each is a recipe that is read and checked before the first run starts.
+#: Most runs (arms times seeds), because each recipe is read and checked before the first run starts.
 MOST_RUNS = 500
-#: Values of a recipe that the ablation gives to each run.
+#: Keys of a recipe that the ablation sets for each run.
 OWN = {"seed", "output", "cache"}
 
 
 class Ablation(Part):
-    """What an ablation compares. `arms`: name -> values of the recipe that differ (`stages.0.losses.feature: 0`)."""
+    """The settings of an ablation. `arms`: for each name, the values of the recipe that differ."""
 
-    title: str = Field(default="Ablation", description="of the table")
+    title: str = Field(default="Ablation", description="title of the table")
     recipe: PathOrId = Field(description="the recipe that all arms share: a file, or a shipped recipe's name")
-    set: dict[str, Any] = Field(default={}, description="values for all arms, in place of the recipe's")
+    set: dict[str, Any] = Field(default={}, description="values for all arms, in place of those in the recipe")
     seeds: Annotated[list[Annotated[Seed, Strict()]], Field(min_length=1)] = Field(
-        default=[1, 2, 3], description="each arm is trained once with each"
+        default=[1, 2, 3], description="seeds; each arm is trained once with each"
     )
     arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)] = Field(
-        description="name of an arm: its values, by key (`stages.0.losses.feature: 0`)"
+        description="maps the name of an arm to its values by key (`stages.0.losses.feature: 0`)"
     )
-    output: Annotated[PathText, Field(min_length=1)] = Field(description="folder of all runs and of the table")
+    output: Annotated[PathText, Field(min_length=1)] = Field(description="folder for all runs and the table")
 
 
 class Arm(Value):
-    """What the finished runs of an arm say: the student's parameters, and measures by `STUDENT/FIELD`."""
+    """The results of the finished runs of an arm: the student's parameters, and measures by `STUDENT/FIELD`."""
 
     seeds: list[int]
     parameters: int | None
@@ -69,7 +69,7 @@ class Arm(Value):
 
 
 class SharedProtocol(Value):
-    """The part of the protocol that all runs of an ablation share; empty before the first is finished."""
+    """The part of the protocol that all runs of an ablation share; empty until a run is finished."""
 
     size: int | None = None
     steps: int | None = None
@@ -138,7 +138,7 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Abla
 
 
 def _measured(recipe: Recipe) -> dict[str, Any]:
-    """Returns what decides how a student is evaluated: the teacher, the size of pictures, how they are drawn."""
+    """Returns what the evaluation of a student depends on: the teacher, the size of pictures, how they are drawn."""
     last = recipe.stages[-1].teacher or recipe.teacher
     return {"teacher": last, "evaluation": recipe.evaluation, "data.size": recipe.data.size}
 
@@ -169,8 +169,8 @@ def ablate(
 ) -> AblationResult:
     """Runs every recipe up to its evaluation, `workers` at a time, and writes `ablation.json` and `ablation.md`.
 
-    Finished runs are not done again, so the same call resumes after a stop. A stage that several arms begin with is
-    done once. With several GPUs the workers take them in turn; on a CPU they share its cores.
+    Finished runs are skipped, so the same call resumes after a stop. A stage that several arms begin with is
+    trained once. With several GPUs the workers take them in turn; on a CPU they share its cores.
 
     Raises:
         UserError: a recipe does not fit, before the first run begins.
@@ -186,7 +186,7 @@ def ablate(
         except UserError as error:
             raise UserError(f"arm {key[0]!r}: {error}") from error
     with hold(output, "ablation"):
-        for run in runs.values():  # caches first, since several arms share one
+        for run in runs.values():  # caches first, because several arms share one
             for step in run.todo("evaluate"):
                 if step in run.step_names("cache"):
                     run.do(step)
@@ -222,7 +222,7 @@ def _each_done(
             raise UserError(
                 "A worker was killed (perhaps out of memory): lower --workers; the same command resumes from here"
             ) from error
-        except BaseException:  # else the pool would first do all that is queued; runs resume from checkpoints
+        except BaseException:  # otherwise the pool would first finish its queue; runs resume from checkpoints
             for worker in set(active_children()).difference(others):
                 worker.terminate()
             raise
@@ -236,9 +236,9 @@ def finish(
     until: str = "evaluate",
     like: Run | None = None,
 ) -> Run:
-    """Does one run up to `until`. Stages that another of the `recipes` has finished are copied from there."""
+    """Does one run up to `until`. Stages that the run of another recipe has finished are copied."""
     run = Run(recipe, runtime, like=like)
-    run.check(until)  # again: the disk may be full by now
+    run.check(until)  # checked again, because the disk may be full by now
     others = [Run(other, runtime, like=run) for other in recipes if other.output != recipe.output]
     with run.at_work():
         for step in (name for name in run.step_names("distil") if name.startswith("stage-")):
@@ -265,7 +265,7 @@ def _start_worker(counter: Any, workers: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends a worker when its parent is killed: it would keep writing where the same command, given again, writes."""
+    """Ends a worker when its parent is killed: otherwise it would write into the same files as the resumed command."""
     parent = parent_process()
     if parent is not None:
         wait([parent.sentinel])

@@ -21,7 +21,7 @@ def card_facts(this: "Run") -> dict[str, Any]:
     result = read_evaluation(this.folder / "evaluation", read_steps(this.folder))
     prompts = result.protocol.prompts
     measures = {name: result.distance[name] for name in ("before", "after")}
-    cache = this.cache_folder / "cache.json"  # users may delete the cache and the data after training
+    cache = this.cache_folder / "cache.json"  # users may delete cache and data after training
     source = this.recipe.data.source or []
     pictures = ", ".join(map(short, [source] if isinstance(source, str) else source))
     return {

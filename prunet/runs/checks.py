@@ -34,12 +34,12 @@ from prunet.words import command, difference, many
 if TYPE_CHECKING:
     from prunet.runs.run import Run
 
-#: What to do about a damaged label of a stage.
+#: Advice for a damaged label of a stage.
 LABEL_FIX = "delete it, if the checkpoints beside it are of this recipe, and give the same command again"
 
 
 def check_run(this: "Run", until: str) -> None:
-    """Refuses what would stop a step up to and including `until` later, and warns of what is odd.
+    """Refuses anything that would stop a step up to and including `until` later, and warns of odd settings.
 
     Raises:
         UserError: the recipe, its models, data or folders do not fit.
@@ -56,17 +56,17 @@ def check_run(this: "Run", until: str) -> None:
         this.micro_batch(number)
         term_factors(this.pairs(number), stage.losses.weights)
     _check_folder(this)
-    for step in todo:  # here, before a finished step begins again
+    for step in todo:  # refuse here, before a finished step begins again
         check_replaceable(this, step)
         if step.startswith("stage-"):
             check_stage(this.folder / step, this.recipe.stages[int(step.removeprefix("stage-")) - 1])
-    if todo:  # a finished run may lie where nothing can be written
+    if todo:  # a finished run may lie on a read-only mount
         _check_disk(this, todo)
     _say_what_is_odd(this.recipe)
 
 
 def check_places(recipe: Recipe) -> None:
-    """Refuses an output or cache folder that is not prunet's own, or that is, lies in or holds what the run reads."""
+    """Refuses an output or cache folder that is not prunet's own, or that is, lies in or contains inputs of the run."""
     check_place(Path(recipe.output), "run", "output", read_paths(recipe))
     if recipe.cache:
         _check_apart(Path(recipe.output), Path(recipe.cache))
@@ -74,7 +74,7 @@ def check_places(recipe: Recipe) -> None:
 
 
 def _check_apart(output: Path, cache: Path) -> None:
-    """Refuses a cache in another subfolder of the run than its own, since a run replaces subfolders as a whole."""
+    """Refuses a cache in another subfolder of the run than `cache`, because a run replaces subfolders as a whole."""
     run, place = resolve(output, "output"), resolve(cache, "cache")
     if run in place.parents and not re.fullmatch(r"cache(-\d+)?", str(place.relative_to(run))):
         raise UserError(
@@ -124,7 +124,7 @@ def _check_data(this: "Run") -> None:
 
 
 def _check_folder(this: "Run") -> None:
-    """Refuses a folder that holds the cache or the checkpoints of another run, before anything in it is replaced."""
+    """Refuses a folder with the cache or the checkpoints of another run, before anything in it is replaced."""
     back = _back(this)
     for folder, spec in this.cache_specs:
         _check_apart(this.folder, folder)
@@ -153,13 +153,13 @@ def _check_folder(this: "Run") -> None:
 
 
 def _back(this: "Run") -> str:
-    """Says how to go back to what the run folder was made from: by its own recipe, if that is another one."""
+    """Returns advice for going back to the run folder's old settings: its own recipe, if that differs."""
     own, deciding = this.folder / "recipe.yaml", {"teacher", "plan", "initialisation", "data", "stages", "seed"}
     if not own.is_file():
         return "set it back"
     then, now = (r.model_dump(mode="json", context="full", include=deciding) for r in (load_recipe(own), this.recipe))
     if then == now:
-        return "put that back as it was"  # files changed, not the recipe
+        return "put that back as it was"  # the files changed, not the recipe
     return f"set it back ({command('run', this.folder)} resumes with the run's own recipe)"
 
 
@@ -176,12 +176,12 @@ def _check_disk(this: "Run", todo: Sequence[str]) -> None:
 
 
 def checkpoint_bytes(this: "Run", todo: Sequence[str]) -> int:
-    """Returns the bytes that new checkpoints of the stages in `todo` need: those kept, and one being written."""
+    """Returns the bytes that new checkpoints of the stages in `todo` need: the kept ones, and one being written."""
     need, largest = 0, 0
     for number, (stage, derived) in enumerate(zip(this.recipe.stages, this.steps_down, strict=True), 1):
         if f"stage-{number}" not in todo:
             continue
-        # Weights, their average and two moments, in fp32; a network beside has no average.
+        # Weights, their average and two moments, in fp32; a companion network has no average.
         size = (16 + 12 * stage.companions) * derived.student_size.parameters
         need += size * min(this.recipe.keep_checkpoints, -(-stage.steps // this.recipe.checkpoint_every))
         need -= sum(f.stat().st_size for f in this.folder.glob(f"stage-{number}/checkpoints/*/*"))

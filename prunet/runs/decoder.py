@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from prunet.runs.run import Run
 
 BATCH = MICRO_BATCH = 8
-#: One of so many samples, at most `MOST` in all, is held out to measure on.
+#: One in this number of samples, at most `MOST` in all, is held out for measuring.
 HELD_OUT, MOST = 8, 64
 FACTS = "decoder.json"
 
@@ -41,7 +41,7 @@ def make_decoder(this: "Run", steps: int) -> dict[str, Any]:
     (median of calls in turn, batch 1).
 
     Raises:
-        UserError: the cache was deleted, or is of another VAE; or it has too few samples to hold some out.
+        UserError: the cache was deleted, is of another VAE, or has too few samples to hold some out.
     """
     folder = this.folder / "decoder"
     check_place(folder, "decoder", "decoder")
@@ -56,7 +56,7 @@ def make_decoder(this: "Run", steps: int) -> dict[str, Any]:
     groups = tuple([i for i in group if i not in set(held)] for group in cache.groups)
     kept = replace(cache, groups=tuple(group for group in groups if group))
     if not kept.groups:
-        raise UserError(f"{cache.folder}: {len(cache)} samples are too few to train on and to measure on")
+        raise UserError(f"{cache.folder}: {len(cache)} samples are too few: give a run with more")
     training = Training(
         steps=steps,
         batch_size=BATCH,
@@ -90,7 +90,7 @@ def make_decoder(this: "Run", steps: int) -> dict[str, Any]:
 def _measure(
     vae: Any, small: Any, cache: Cache, held: list[int], scaling_factor: float
 ) -> tuple[dict[str, Any], Image.Image]:
-    """Compares both decoders on held-out samples: the facts, and a sheet of the first pictures of both."""
+    """Compares both decoders on held-out samples; returns the facts, and a sheet of the first pictures of both."""
     decibels, rows = [], ([], [])  # type: ignore[var-annotated]
     for index in held:
         latents = cache.sample(index).mean[None]

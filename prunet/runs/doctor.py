@@ -1,4 +1,4 @@
-"""What prunet has to work with: versions, device, memory and disk, the hub, optional parts."""
+"""What this machine has for prunet: versions, device, memory and disk, the hub, optional packages."""
 
 import os
 import platform
@@ -65,7 +65,7 @@ def _cuda(device: torch.device) -> dict[str, int]:
 
 
 def reach(endpoint: str) -> str:
-    """Says whether the hub answers within `HUB_S` seconds; what is in its cache works without it."""
+    """Returns whether the hub answers within `HUB_S` seconds; files in its cache work without it."""
     if constants.HF_HUB_OFFLINE:
         return "offline, as HF_HUB_OFFLINE asks: only what is in its cache can be used"
     try:

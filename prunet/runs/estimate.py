@@ -1,4 +1,4 @@
-"""Estimates what a recipe would cost: memory from shapes, hours from a few real steps with random weights."""
+"""Estimates the cost of a recipe: memory from shapes, hours from a few real steps with random weights."""
 
 import math
 import time
@@ -27,8 +27,8 @@ from prunet.training.probe import probe
 
 STEPS = 2
 FEW = 4  # samples of the first, small micro-batch that is timed
-COUNTED = 10_000  # most pictures that are counted: those of a shard have to be read for it
-QUICK_S = 5.0  # a whole micro-batch is timed if it takes no longer: its images take less time each
+COUNTED = 10_000  # most pictures that are counted, because counting a shard reads it
+QUICK_S = 5.0  # a whole micro-batch, where an image takes less time, is timed if it takes no longer
 
 
 def estimate(this: Run) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def estimate(this: Run) -> dict[str, Any]:
 
 
 def cache_bytes(this: Run) -> dict[str, int]:
-    """Returns the bytes that a sample takes in the caches of all stages, by part, from shapes alone."""
+    """Returns the bytes of a sample in the caches of all stages, by part, computed from shapes."""
     found = {"latents": 0, "text": 0}
     architecture, config = this.teacher.architecture, this.teacher.unet_config
     inputs = architecture.example_inputs(config, latent_size=this.latent_size, device="meta")
@@ -87,8 +87,10 @@ def cache_bytes(this: Run) -> dict[str, int]:
 
 
 def count_samples(this: Run) -> tuple[int | None, str]:
-    """Returns the samples that the cache has or will have, None if unknown; and whether it has that many (""), these
-    "or more", or "about" so many (of files behind URLs the first is counted, and the others by their sizes).
+    """Returns the number of samples that the cache has or will have (None if unknown), and how exact it is.
+
+    "" means exact, "or more" a lower limit, "about" an estimate: of files behind URLs only the first is counted, and
+    the others are estimated by their sizes.
     """
     made, data = this.cache_folder / "cache.json", this.recipe.data
     if made.is_file():
@@ -116,8 +118,8 @@ def compared(this: Run, number: int) -> tuple[Pair, ...]:
 def memory(this: Run, number: int) -> dict[str, int]:
     """Returns the bytes of a stage by part; `activations` are the most that a step needs beside the other parts.
 
-    `heap`: on a CPU, the holes between what a step allocates and frees, and the kernels' own buffers. No shape tells
-    it; in two runs it was half of what a step allocates (benchmarks/2026-11-21-full-size.md).
+    `heap`: on a CPU, the holes in freed memory, and the kernels' own buffers. It does not follow from shapes; in two
+    runs it was half of what a step allocates (benchmarks/2026-11-21-full-size.md).
     """
     derived, micro, stage = this.steps_down[number - 1], this.micro_batch(number), this.recipe.stages[number - 1]
     configs = derived.teacher_config, derived.student_config
@@ -156,7 +158,7 @@ def seconds_per_image(
         trained = list(trained_parameters(student).values())
         optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
         for step in range(STEPS + 1):
-            if step == 1:  # the first one warms up
+            if step == 1:  # the first step warms up
                 start = time.perf_counter()
             loss(teacher_calls).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)

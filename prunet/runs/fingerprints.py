@@ -1,4 +1,4 @@
-"""Hashes of what each step of a run depends on; they include the hashes of the steps that it reads."""
+"""Hashes of everything that each step of a run depends on; they include the hashes of the steps that it reads."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def step_inputs(this: "Run") -> dict[str, str]:
-    """Returns step -> hash of everything that its result depends on."""
+    """Returns for each step a hash of everything that its result depends on."""
     recipe = this.recipe
     begins = [] if recipe.initialisation == "inherited" else [recipe.initialisation, recipe.seed]
     build = _hash(this.teacher.fingerprint(["unet"]), recipe.plan.fingerprint, *begins)
@@ -35,7 +35,7 @@ def step_inputs(this: "Run") -> dict[str, str]:
     prompts = read_prompts(recipe.evaluation.prompts, recipe.evaluation.limit)
     evaluation = recipe.evaluation.model_dump(mode="json", exclude={"prompts", "limit", "seed"})
     if evaluation["image_to_image"] == Evaluation.model_fields["image_to_image"].default:
-        del evaluation["image_to_image"]  # so that what was evaluated before there was this key is not drawn again
+        del evaluation["image_to_image"]  # so that runs evaluated before this key existed are not drawn again
     out["evaluate"] = _hash(last, prompts, evaluation, recipe.evaluation.seed, this.size)
     out["export"] = _hash(out["evaluate"], recipe.export.model_dump(mode="json"), this.teachers[-1].fingerprint())
     out["report"] = _hash(out["export"])
@@ -43,7 +43,7 @@ def step_inputs(this: "Run") -> dict[str, str]:
 
 
 def stage_label(this: "Run", number: int) -> dict[str, Any]:
-    """Returns what a stage's checkpoints depend on: student, cache, seed, and its settings except the pace.
+    """Returns everything that a stage's checkpoints depend on: student, cache, seed, and its settings except the pace.
 
     `inputs` is their hash; `settings` are the values that a message names if the hash differs.
     """
@@ -79,7 +79,7 @@ def spec_settings(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def stage_caches(this: "Run") -> list[tuple[Path, dict[str, Any]]]:
-    """Returns folder and spec of the cache of each stage; teachers that encode alike share one."""
+    """Returns folder and spec of the cache of each stage; teachers that encode in the same way share one."""
     found: list[tuple[Path, dict[str, Any]]] = []
     for number, teacher in enumerate(this.teachers, 1):
         spec = cache_spec(teacher, this.recipe.data, this.recipe.seed, this.cache_folder)
@@ -89,7 +89,7 @@ def stage_caches(this: "Run") -> list[tuple[Path, dict[str, Any]]]:
 
 
 def stage_paths(this: "Run") -> dict[int, tuple[Path, dict[str, Any]]]:
-    """Returns stage number -> folder and spec of its paths, for stages that have any; equal ones share."""
+    """Returns folder and spec of the paths of each stage that has any, by its number; equal paths are shared."""
     found: dict[int, tuple[Path, dict[str, Any]]] = {}
     for number, stage in enumerate(this.recipe.stages, 1):
         if stage.has("paths"):

@@ -1,4 +1,4 @@
-"""The runs in a folder, by the files that they left; nothing of theirs is opened but JSON and YAML."""
+"""The runs in a folder, described from their JSON and YAML files."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -12,22 +12,22 @@ from prunet.disk.steps import read_steps
 from prunet.errors import UserError
 from prunet.training.log import read_log
 
-#: Folders inside one another: of an ablation, runs lie two below its own.
+#: Depth of folders that are searched: the runs of an ablation lie two levels below its folder.
 DEEPEST = 4
 
 
 def find_runs(folder: Path) -> list[dict[str, Any]]:
-    """Returns what is known of each run in a folder and those below it, or of the folder itself, in order of names.
+    """Describes each run in a folder and those below it, or the folder itself if it is a run, in order of names.
 
     Keys: `run` (its path), `state`, `worker` (the process that works in it, or None), `teacher`, `plan`, `parameters`
     (the student's), `share` (of the teacher's), `before` and `after` (relative squared error of the denoiser's output),
-    `bytes` (of all files). What is not there yet is None.
+    `bytes` (of all files). Values that do not exist yet are None.
 
     Raises:
-        UserError: no such folder.
+        UserError: there is no such folder.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder: give one with runs in it")
+        raise UserError(f"{folder}: no such folder: give a folder that contains runs")
     return [_summary(path) for path in _runs_in(folder, DEEPEST)]
 
 
@@ -59,7 +59,7 @@ def _summary(folder: Path) -> dict[str, Any]:
 
 
 def _state(folder: Path, recipe: Mapping[str, Any], done: Mapping[str, Any]) -> str:
-    """`done`, or how far the run is."""
+    """Returns `done`, or the progress of the run."""
     if "report" in done:
         return "done"
     for number, stage in enumerate(recipe["stages"], 1):

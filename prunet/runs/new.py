@@ -1,4 +1,4 @@
-"""`prunet new`: a commented recipe that fits the model, the data and the memory that it was shown."""
+"""`prunet new`: a commented recipe that fits a model, its data and the memory of a device."""
 
 import re
 import statistics
@@ -29,17 +29,17 @@ from prunet.teacher.teacher import Teacher
 from prunet.training.fit import training_memory
 from prunet.words import short
 
-#: The plan for a layout if none is named.
+#: The plan for each layout if none is given.
 USUAL_PLAN = {"sd-v1": "bk-small", "sd-v2": "bk-small", "sdxl": "ssd-1b"}
 PROMPT_FILES = (".txt", ".csv", ".tsv")
-LOOKED_AT = 200  # pictures whose sizes are read
+LOOKED_AT = 200  # number of pictures that are opened for their sizes
 BATCH = 32
-#: How often BK-SDM saw each of its 212,776 pictures: 50,000 steps of 256.
+#: How often BK-SDM saw each of its 212,776 pictures, in 50,000 steps of 256.
 SEEN = 60
-STEPS = (1_000, 50_000)  # fewest and most
-#: A micro-batch from which a device is well used; below it, options that save memory are tried.
+STEPS = (1_000, 50_000)  # fewest and most steps
+#: A micro-batch that uses a device well; if less fits, options that save memory are tried.
 ENOUGH = 4
-#: Options that save memory, in the order of what they cost, by the kind of device.
+#: Options that save memory, cheapest first, by the kind of device.
 SAVING = {
     "cuda": ("offload_ema", "teacher_8bit", "use_8bit_adam", "gradient_checkpointing"),
     "cpu": ("gradient_checkpointing",),
@@ -48,7 +48,7 @@ SAVING = {
 
 @dataclass(frozen=True)
 class Fit:
-    """How distillation fits into memory: micro-batch, options of the command line, and the bytes that it needs."""
+    """Settings with which distillation fits into memory: micro-batch, command-line options, and the needed bytes."""
 
     micro_batch: int
     options: tuple[str, ...]
@@ -57,7 +57,7 @@ class Fit:
 
     @property
     def flags(self) -> str:
-        """The options as one types them."""
+        """The options, as typed on the command line."""
         return " ".join([f"--micro-batch {self.micro_batch}", *(f"--{o.replace('_', '-')}" for o in self.options)])
 
 
@@ -70,7 +70,7 @@ def new_recipe(
     budget: int | None = None,
     runtime: Runtime | None = None,
 ) -> str:
-    """Returns the text of a recipe for a teacher and data, with what was found as comments.
+    """Returns the text of a recipe for a teacher and data; comments describe both.
 
     Args:
         teacher: diffusers folder, `.safetensors` file or hub id.
@@ -124,21 +124,21 @@ def _render(facts: dict[str, Any]) -> str:
 
 
 def _quoted(value: Any) -> str:
-    """A value as YAML in one line."""
+    """Writes a value as YAML in one line."""
     text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
     return text.removesuffix("...\n").strip()
 
 
 def _full(path: str) -> str:
-    """A path in full, so that the recipe may lie anywhere; a hub id as it is."""
+    """Returns an absolute path, so that the recipe may lie anywhere; a hub id is returned unchanged."""
     return str(Path(path).absolute()) if Path(path).exists() else path
 
 
-# -- what is found
+# -- facts about teacher and data
 
 
 def license_of(teacher: Teacher) -> str | None:
-    """The licence that a teacher's model card or a single file's metadata names, if there is one."""
+    """Returns the licence in a teacher's model card or a single file's metadata, if there is one."""
     if teacher.file is not None:
         with safe_open(teacher.file, framework="pt") as file:
             return (file.metadata() or {}).get("modelspec.license")
@@ -155,7 +155,7 @@ def data_facts(data: str, size: int) -> dict[str, Any]:
     """Counts the samples of data and looks at the captions of all, and at the sizes of the first `LOOKED_AT`.
 
     Raises:
-        UserError: nothing to read there.
+        UserError: there is nothing to read.
     """
     if Path(data).suffix.lower() in PROMPT_FILES or data in shipped_names(".txt"):
         return {"kind": "prompts", "count": len(read_prompts(data))}
@@ -193,7 +193,7 @@ def _sides(picture: Any) -> Iterator[tuple[int, int]]:
 
 
 def published(plan: Plan, layout: str) -> dict[str, Any]:
-    """The settings of the last stage of a shipped recipe with this plan; without one, of the usual plan's."""
+    """Returns the settings of the last stage of a shipped recipe with this plan, or else with the usual plan."""
     recipes = {name: load_recipe(name) for name in shipped_names(".yaml") if not name.startswith("demo")}
     plain = {name: recipe for name, recipe in recipes.items() if recipe.stages[-1].objective == "distillation"}
     wanted = (plan.remove, load_plan(USUAL_PLAN[layout]).remove)
@@ -207,11 +207,11 @@ def published(plan: Plan, layout: str) -> dict[str, Any]:
     }
 
 
-# -- what fits
+# -- memory
 
 
 def device_memory(runtime: Runtime) -> int:
-    """Bytes that distillation may use on the device: nine tenths of a GPU's, half of the machine's."""
+    """Returns the bytes that distillation may use: nine tenths of a GPU's memory, or half of the machine's."""
     device = runtime.torch_device
     if device.type == "cuda":
         return int(0.9 * torch.cuda.get_device_properties(device).total_memory)
@@ -219,10 +219,10 @@ def device_memory(runtime: Runtime) -> int:
 
 
 def parse_budget(text: str) -> int:
-    """Bytes of a text such as 24GB (powers of 1024, as GPUs are sold), of which a tenth is left free.
+    """Returns nine tenths of the bytes in a text such as 24GB (powers of 1024, like the sizes of GPUs).
 
     Raises:
-        UserError: not such a text.
+        UserError: the text has another form.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *(M|G|T)i?B?", text.strip(), re.IGNORECASE)
     if not found or not float(found[1]):
@@ -231,9 +231,9 @@ def parse_budget(text: str) -> int:
 
 
 def fit_to(run: Run, budget: int) -> Fit:
-    """The micro-batch, and the fewest options that save memory, with which a step of the first stage fits `budget`.
+    """Finds the micro-batch, and the fewest options that save memory, so that a step of the first stage fits `budget`.
 
-    They are chosen by sums over shapes, which are quick, and looked at by `prunet.runs.estimate.memory`.
+    They are chosen by quick sums over shapes, and then checked with `prunet.runs.estimate.memory`.
     """
     options = SAVING.get(run.runtime.torch_device.type, ())
     fits: list[Fit] = []
@@ -248,7 +248,7 @@ def fit_to(run: Run, budget: int) -> Fit:
 
 
 def _fit(run: Run, options: tuple[str, ...], budget: int) -> Fit:
-    """The largest micro-batch that fits with these options; 1 if none does."""
+    """Returns the largest micro-batch that fits with these options; 1 if none fits."""
     stage, configs = run.recipe.stages[0], (run.derived.teacher_config, run.steps_down[0].student_config)
     divisors = [micro for micro in range(1, stage.batch_size + 1) if stage.batch_size % micro == 0]
     for micro in reversed(divisors):

@@ -1,4 +1,4 @@
-"""Personalises a model: pictures of a subject go in, a LoRA or a pipeline that draws it comes out.
+"""Personalises a model. In: pictures of a subject. Out: a LoRA or a pipeline that draws it.
 
 The folder of a personalisation::
 
@@ -9,7 +9,7 @@ The folder of a personalisation::
     lora/                           pytorch_lora_weights.safetensors and its card; or
     pipeline/                       the personalised model as a stock pipeline
 
-A stopped personalisation resumes, and a finished one is not done again.
+A stopped personalisation resumes, and a finished one is not repeated.
 """
 
 import json
@@ -58,7 +58,7 @@ from prunet.training.sheets import Sheets
 from prunet.words import difference, many, short
 
 CARD = "personalized.md.j2"
-#: Pictures of the subject on a sheet, and of its class, if there is one.
+#: Number of pictures of the subject on a sheet, and of its class, if there is one.
 SHEET = 4, 2
 
 
@@ -66,7 +66,7 @@ class Personal:
     """A personalisation on this machine. Opening it reads the model's configs and the pictures.
 
     Raises:
-        UserError: no model, no pictures, or a size that the model cannot draw.
+        UserError: there is no model or no picture, or the model cannot draw the size.
     """
 
     def __init__(self, spec: Personalization, runtime: Runtime | None = None) -> None:
@@ -85,10 +85,10 @@ class Personal:
         self.micro_batch = micro_batch_of(spec, self.runtime, *configs, self.latent_size)
 
     def check(self) -> None:
-        """Refuses what would stop it later, before anything is drawn or trained.
+        """Refuses anything that would stop it later, before anything is drawn or trained.
 
         Raises:
-            UserError: the model's files are damaged, or the folder holds another personalisation.
+            UserError: the model's files are damaged, or the folder has another personalisation.
         """
         self.model.check_weights()
         encoders = [self.model.part_config(part) for part in self.model.text_encoders]
@@ -110,7 +110,7 @@ class Personal:
 
     def _check_disk(self) -> None:
         config, where = self.derived.student_config, check_writable(self.folder, "--output")
-        # A checkpoint holds what is trained with two moments; two are kept, a third is being written.
+        # A checkpoint has the trained weights and two moments; two are kept while a third is written.
         need = 3 * 12 * trained_count(config, self.spec.rank) + (
             0 if self.spec.lora else 4 * trained_count(config, None)
         )
@@ -119,7 +119,7 @@ class Personal:
 
     @cached_property
     def _inputs(self) -> dict[str, Any]:
-        """What the result depends on, but for the pace of training."""
+        """Everything that the result depends on, except the pace of training."""
         return {
             "model": f"{short(self.spec.model)} ({self.model.fingerprint()})",
             "pictures": f"{short(self.spec.pictures)} ({source_fingerprint(self.spec.pictures)})",
@@ -129,11 +129,11 @@ class Personal:
 
     @property
     def result(self) -> Path:
-        """The folder of what comes out."""
+        """The folder of the result."""
         return self.folder / ("pipeline" if self.spec.lora is None else "lora")
 
     def finish(self) -> Path:
-        """Does what is to be done, and returns the folder of the result.
+        """Does all steps that are left, and returns the folder of the result.
 
         Raises:
             UserError: another command works in the folder, or the result was changed.
@@ -165,7 +165,7 @@ class Personal:
         return SubjectSamples(subject, classes, self.spec, seed, self.model.process)
 
     def _draw_class(self, prompt: str) -> None:
-        """Draws those pictures of the class that are not there yet."""
+        """Draws the missing pictures of the class."""
         paths = {number: self.folder / "class" / f"{number:06d}.png" for number in range(self.spec.class_pictures)}
         todo = {number: path for number, path in paths.items() if not is_drawn(path, prompt)}
         if not todo:
@@ -205,7 +205,7 @@ class Personal:
         )
 
     def _stored(self) -> Teacher:
-        """The model in fp32 on the CPU, whatever the precision: training starts from the stored weights."""
+        """Opens the model in fp32 on the CPU for any precision, because training starts from the stored weights."""
         return open_model(Model(self.spec.model, self.spec.config))
 
     def _net_at_start(self) -> Net:
@@ -226,7 +226,7 @@ class Personal:
             check_lora(stored.pipeline(vae=None), net, part / LORA_FILE)
 
     def estimate(self) -> dict[str, Any]:
-        """Peak memory by part, and hours, of the training on this device; nothing is written."""
+        """Estimates the peak memory by part, and the hours, of the training on this device; nothing is written."""
         spec, runtime, config = self.spec, self.runtime, self.derived.student_config
         at_once = self.micro_batch * spec.rows
         parts = training_memory(config, config, self.latent_size, self.micro_batch, spec, runtime)
@@ -252,7 +252,7 @@ class Personal:
 
 
 def personalize(spec: Personalization, runtime: Runtime | None = None) -> Path:
-    """Personalises a model; returns the folder of its LoRA or pipeline. The same call resumes one that was stopped.
+    """Personalises a model; returns the folder of its LoRA or pipeline. The same call resumes after a stop.
 
     Raises:
         UserError: something does not fit, before anything is drawn or trained.

@@ -1,8 +1,8 @@
-"""Runs a recipe from plan to report, step by step; a finished step is not done again.
+"""Runs a recipe from plan to report, step by step; finished steps are skipped.
 
 A run folder::
 
-    recipe.yaml  plan.json  steps.json   the recipe, what follows from it, and the finished steps with their inputs
+    recipe.yaml  plan.json  steps.json   the recipe, the derived plan, and the finished steps with their inputs
     student/                             the U-Net before distillation
     cache/ cache-2/ ...                  latents and prompt embeddings (unless the recipe puts them elsewhere); more
                                          than one if the stages' teachers encode differently
@@ -53,11 +53,11 @@ from prunet.training.sheets import Sheets
 
 
 class Run:
-    """A recipe on this machine: its opened teachers, what follows from its plan, its folder and finished steps.
+    """A recipe on this machine: its opened teachers, its derived plan, its folder and finished steps.
 
     Opening a run checks only that its teachers exist and its plan fits; `check` checks the rest.
 
-    `like`: another run on this machine; both share the teachers that they have in common.
+    `like`: another run on this machine; the two runs share equal teachers.
     """
 
     def __init__(self, recipe: Recipe, runtime: Runtime | None = None, *, like: "Run | None" = None) -> None:
@@ -68,14 +68,14 @@ class Run:
         for source in sources:
             if (key := source.model_dump_json()) not in self._opened:
                 self._opened[key] = self._open(source)
-        #: The recipe's teacher, from which the student inherits its weights; and the teacher of each stage.
+        #: The recipe's teacher, from which the student inherits its weights, and the teacher of each stage.
         self.teacher, *self.teachers = (self._opened[source.model_dump_json()] for source in sources)
         self.derived: Derived = derive(self.teacher.unet_config, recipe.plan)
         self.steps_down = [derive(self.teacher.unet_config, plan) for plan in recipe.stage_plans]
         self.size = recipe.data.size or self.teacher.native_size
 
     def check(self, until: str = "report") -> None:
-        """Checks everything that the steps up to and including `until` need, before anything is loaded or computed.
+        """Checks everything that the steps up to `until` need, before anything is loaded or computed.
 
         Raises:
             UserError: the recipe, its models, data or folders do not fit.
@@ -104,16 +104,16 @@ class Run:
         return micro_batch_of(stage, self.runtime, *configs, self.latent_size, processes.count())
 
     def pairs(self, number: int) -> tuple[Pair, ...]:
-        """Returns the pairs of features that stage `number` compares; none if its objective compares none."""
+        """Returns the pairs of features that stage `number` compares; none if its objective compares no features."""
         if not self.recipe.stages[number - 1].has("losses"):
             return ()
         return self.steps_down[number - 1].pairs(self.recipe.stages[number - 1].losses.level)
 
-    # -- what there is, and what is done
+    # -- inputs, results and finished steps
 
     @cached_property
     def inputs(self) -> dict[str, str]:
-        """Step -> hash of everything that its result depends on."""
+        """For each step a hash of everything that its result depends on."""
         return fingerprints.step_inputs(self)
 
     @cached_property
@@ -127,7 +127,7 @@ class Run:
         return fingerprints.stage_paths(self)
 
     def step_names(self, until: str = "report") -> list[str]:
-        """Returns the steps in order up to and including `until`; `distil` is one for each stage."""
+        """Returns the steps in order up to and including `until`; `distil` stands for one step per stage."""
         return steps.step_names(len(self.recipe.stages), until)
 
     def result_of(self, step: str) -> Path:
@@ -139,7 +139,7 @@ class Run:
         return steps.is_done(self, step)
 
     def todo(self, until: str = "report") -> list[str]:
-        """Returns the steps to do up to and including `until`; results that none of them reads may be deleted."""
+        """Returns the steps left up to and including `until`; results that none of them reads may be deleted."""
         return steps.todo(self, until)
 
     @property
@@ -154,14 +154,14 @@ class Run:
         """Keeps other commands from writing into the run folder; the processes of one launch share it.
 
         Raises:
-            UserError: another command works there; the message names it.
+            UserError: another command works in the folder; the message names it.
         """
         processes.join(self.runtime.torch_device)
         with hold(self.folder, "run") if processes.is_main() else nullcontext():
             yield
 
     def finish(self, until: str = "report") -> None:
-        """Does the steps up to and including `until` that are to be done."""
+        """Does the steps that are left up to and including `until`."""
         processes.join(self.runtime.torch_device)
         with self.at_work() if processes.from_main(lambda: self.todo(until)) else nullcontext():
             for step in self.step_names(until):
@@ -240,7 +240,7 @@ class Run:
             StagePairs(pairs=list(pairs)).save(folder / "pairs.json")
         prompts = recipe.sheet.prompts or read_prompts(recipe.evaluation.prompts)[:6]
         if not recipe.sheet.every:
-            teacher.release("vae", "text")  # nothing else in the loop needs them
+            teacher.release("vae", "text")  # the loop needs no other parts
         sheets = Sheets(
             teacher,
             folder / "sheets",
@@ -259,7 +259,7 @@ class Run:
                 Cache.open((self.path_specs.get(number) or self.cache_specs[number - 1])[0]),
                 stage,
                 folder,
-                seed=seed_of(recipe.seed, "stage", number),  # so that no stage repeats another one's noise
+                seed=seed_of(recipe.seed, "stage", number),  # so that no stage repeats the noise of another
                 runtime=self.runtime,
                 sheets=sheets,
                 saving=Saving(recipe.checkpoint_every, recipe.keep_checkpoints),
@@ -273,7 +273,7 @@ class Run:
             teacher.release("unet")  # evaluation and export use the teacher as it is stored
 
     def _student_at_start(self, number: int) -> Net:
-        """Returns what stage `number` trains: the student of the stage before it, cut further if its plan says so."""
+        """Returns the student that stage `number` trains: that of the stage before, cut further if the plan says so."""
         after = self.steps_down[number - 1]
         if number == 1:
             whole = after.removed.keys() == self.derived.removed.keys()
@@ -282,12 +282,12 @@ class Run:
         return trained if before.removed.keys() == after.removed.keys() else cut(trained, before, after)
 
     def _stored_teacher(self, other: TeacherSource | None = None) -> Teacher:
-        """Opens a teacher in fp32 on the CPU, whatever the run's precision: students start from the stored weights."""
+        """Opens a teacher in fp32 on the CPU for any precision, because students start from the stored weights."""
         source = other or self.recipe.teacher
         return Teacher(source.source, config=source.config, revision=source.revision)
 
     def _unet_of(self, step: str) -> Net:
-        """Loads the U-Net that `build` or a stage wrote, and checks that it is from these inputs."""
+        """Loads the U-Net that `build` or a stage wrote, and checks that it was made from these inputs."""
         return load_unet(steps.folder_of(self, step), self.inputs[step])
 
     def last_unet(self) -> Net:
@@ -324,7 +324,7 @@ class Run:
             export_single_file(self.folder / "pipeline", self.folder / "student.safetensors", fp16=options.fp16)
 
     def exported_teacher(self) -> Teacher:
-        """Opens the last stage's teacher as it is stored: the student's pipeline gets its other parts."""
+        """Opens the last stage's teacher as it is stored, because the student's pipeline gets its other parts."""
         return self._stored_teacher(self.recipe.stages[-1].teacher)
 
     def _report(self) -> None:
@@ -332,12 +332,12 @@ class Run:
 
 
 def run(recipe: Recipe, runtime: Runtime | None = None, *, until: str = "report") -> Path:
-    """Runs the recipe up to and including step `until`, without the finished steps; returns the run folder.
+    """Runs the recipe up to and including step `until`; returns the run folder.
 
-    The same call resumes a run that was stopped.
+    Finished steps are skipped, so the same call resumes a run that was stopped.
 
     Raises:
-        UserError: something in the recipe does not fit, before the first step begins.
+        UserError: something in the recipe does not fit; this is found before the first step begins.
     """
     this = Run(recipe, runtime)
     this.check(until)

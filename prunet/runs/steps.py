@@ -1,4 +1,4 @@
-"""The steps of a run: what each writes and reads, which are done (`steps.json`) and which are to be done."""
+"""The steps of a run: what each writes and reads, which are done (`steps.json`), and which are left."""
 
 import shutil
 from collections.abc import Iterable
@@ -27,12 +27,12 @@ from prunet.words import command
 if TYPE_CHECKING:
     from prunet.runs.run import Run
 
-#: In order; `distil` is one step for each stage.
+#: The steps in order; `distil` stands for one step per stage.
 STEPS = ("plan", "build", "cache", "distil", "evaluate", "export", "report")
-#: Steps with results that a user asks for; the others are done if one of these reads them.
+#: Steps with results for the user; other steps are done only if one of these reads them.
 RESULTS = ("plan", "evaluate", "export", "report")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-#: Files of a step that nothing seals: their checksums stand in `steps.json`.
+#: Files of a step without a seal; `steps.json` has their checksums.
 WATCHED = {"log": "{step}/log.jsonl", "pairs": "{step}/pairs.json", "page": "report.html"}
 
 
@@ -60,30 +60,30 @@ def folder_of(this: "Run", step: str) -> Path:
     """Returns the folder of the denoiser that a finished step wrote.
 
     Raises:
-        UserError: it was deleted since; a finished run does not need it any more, but other commands do.
+        UserError: the folder was deleted; a finished run no longer needs it, but other commands do.
     """
     folder = this.result_of(step).parent
     if not folder.exists():
-        raise UserError(f"{folder}: deleted since the run: {command('distil', this.folder)} makes it again")
+        raise UserError(f"{folder}: deleted after the run: {command('distil', this.folder)} makes it again")
     return folder
 
 
 def is_done(this: "Run", step: str) -> bool:
     """Returns whether `step` was finished from these inputs and its result exists; `verify_done` compares checksums."""
     done = read_steps(this.folder).get(step)
-    if done is None or done.inputs != this.inputs[step]:  # in this order: inputs are hashes of large files
+    if done is None or done.inputs != this.inputs[step]:  # in this order, because inputs are hashes of large files
         return False
-    if step == "plan":  # deriving is fast, so the file is compared, and written again if it differs
+    if step == "plan":  # deriving is fast, so the file is compared, and rewritten if it differs
         path = this.result_of(step)
         return path.is_file() and PlanResult.load(path).removed == sorted(this.derived.removed)
     return not lost(this, step)
 
 
 def todo(this: "Run", until: str) -> list[str]:
-    """Returns the steps to do up to and including `until`.
+    """Returns the steps that are left up to and including `until`.
 
-    A step is to be done if it is not done, and the user asks for its result or a step to be done reads it. So results
-    that only finished steps read may be deleted.
+    A step is left if it is not done, and its result is for the user or is read by a step that is left. So results that
+    only finished steps read may be deleted.
     """
     names = this.step_names(until)
     wanted, found = {names[-1], *RESULTS}, []
@@ -95,7 +95,7 @@ def todo(this: "Run", until: str) -> list[str]:
 
 
 def _read_by(this: "Run", step: str) -> set[str]:
-    """Returns the steps that have the results that `step` reads."""
+    """Returns the steps with results that `step` reads."""
     if step.startswith("stage-"):
         number = int(step.removeprefix("stage-"))
         return {"cache", f"stage-{number - 1}" if number > 1 else "build"}
@@ -108,7 +108,7 @@ def _read_by(this: "Run", step: str) -> set[str]:
 
 
 def _sealed(this: "Run", step: str) -> dict[Path, str]:
-    """Returns the folders that the step writes as a whole -> the kind in their seals."""
+    """Returns the folders that the step writes as a whole, and the kind in their seals."""
     if step.startswith("stage-"):
         return {this.folder / step / "unet": "stage"}
     if step == "build":
@@ -134,14 +134,14 @@ def lost(this: "Run", step: str) -> list[Path]:
 
 
 def remains(this: "Run", step: str) -> str:
-    """Says what is left of a step that nothing to be done reads; nothing if it was never done."""
+    """Describes the remaining results of a step that no step left reads; empty if it was never done."""
     if step not in read_steps(this.folder) or not (gone := lost(this, step)):
         return ""
     return escape(f" any more: {gone[0]} is {'cut off' if gone[0].exists() else 'gone'}")
 
 
 def verify_done(this: "Run", step: str) -> None:
-    """Compares the result of a finished step with the checksums that were written with it.
+    """Compares the result of a finished step with its checksums.
 
     Raises:
         UserError: a file was changed; the message says what to delete, and whether that costs training.
@@ -166,14 +166,14 @@ def verify_done(this: "Run", step: str) -> None:
         if not path.is_file():
             say(f"  [yellow]{escape(str(path))} is gone:[/] the report lacks what it held")
         elif file_checksum(path) != expected:
-            raise UserError(f"{path}: damaged or changed since it was written: delete it, and give the command again")
+            raise UserError(f"{path}: damaged or changed after it was written: delete it, and give the command again")
 
 
 def check_replaceable(this: "Run", step: str) -> None:
     """Refuses a step that would replace a user's files, or files that were changed since prunet wrote them.
 
     Raises:
-        UserError: says what is there.
+        UserError: the message says what is there.
     """
     for folder, what in _sealed(this, step).items():
         check_place(folder, what, step)
@@ -194,7 +194,7 @@ def _ends_in_checkpoint(this: "Run", step: str) -> bool:
 
 
 def resumes_from(this: "Run", number: int) -> str:
-    """Says from which training step a stage that is stopped now will resume."""
+    """Returns a text that says from which training step a stage that is stopped now will resume."""
     saved = checkpoints(this.folder / f"stage-{number}")
     steps = this.recipe.stages[number - 1].steps
     if not saved:
@@ -204,11 +204,11 @@ def resumes_from(this: "Run", number: int) -> str:
     )
 
 
-# -- writing down what is done
+# -- recording finished steps
 
 
 def begin(this: "Run", step: str) -> None:
-    """Writes down that a step begins: it and the steps after it are not done any more, however far it gets.
+    """Records that a step begins: it and the steps after it are no longer done, even if it stops early.
 
     If only files were lost and the same ones will be made again, the other steps stay done.
     """
@@ -225,7 +225,7 @@ def begin(this: "Run", step: str) -> None:
 
 
 def _as_seen(this: "Run") -> Recipe:
-    """Returns the recipe with the commits of the hub at which its teachers were read, which a branch may leave."""
+    """Returns the recipe with the commits of its teachers on the hub, because a branch may move on."""
 
     def seen(source: TeacherSource, teacher: Teacher) -> TeacherSource:
         of_the_hub = teacher.commit and (teacher.file is None or source.config)
@@ -239,7 +239,7 @@ def _as_seen(this: "Run") -> Recipe:
 
 
 def finish(this: "Run", step: str, seconds: float) -> None:
-    """Writes down that the step is done from its inputs."""
+    """Records that the step is done from its inputs."""
     files = {key: this.folder / name.format(step=step) for key, name in WATCHED.items()}
     files = {key: path for key, path in files.items() if path.is_file() and (key == "page") == (step == "report")}
     sums = {key: file_checksum(path) for key, path in files.items()}
@@ -253,7 +253,7 @@ def copy_stage(this: "Run", step: str, others: Iterable["Run"]) -> "Run | None":
     Checkpoints are left out, because the stage is finished.
 
     Raises:
-        UserError: the other run's result was changed since it was written.
+        UserError: the other run's result was changed after it was written.
     """
     folder = this.folder / step
     if folder.exists():
@@ -275,7 +275,7 @@ def copy_stage(this: "Run", step: str, others: Iterable["Run"]) -> "Run | None":
 
 
 def logged_seconds(this: "Run", step: str) -> float:
-    """Returns the seconds of all training steps of a stage by its log, those before a stop included."""
+    """Returns the seconds of all training steps of a stage from its log, including those before a stop."""
     log = this.folder / step / "log.jsonl"
     if not log.is_file():
         return 0.0
@@ -283,7 +283,7 @@ def logged_seconds(this: "Run", step: str) -> float:
     rows = read_log(log)
     before = [0, *(row["step"] for row in rows)]
     seconds = (
-        (row["step"] - b) * batch_size / max(row["images_per_s"], 1e-4)  # the log has four decimal places
+        (row["step"] - b) * batch_size / max(row["images_per_s"], 1e-4)  # the log has only four decimal places
         for row, b in zip(rows, before, strict=False)
     )
     return float(sum(seconds))

@@ -1,4 +1,4 @@
-"""What a run is doing now, by the files that it writes; the run is not asked, and nothing is written into it."""
+"""The current state of a run, read from its files; nothing is written."""
 
 import re
 import shutil
@@ -21,14 +21,16 @@ QUERY = ("name", "utilization.gpu", "memory.used", "memory.total")
 
 
 def look(folder: Path) -> dict[str, Any]:
-    """Returns what a run does: `step` (None: all are done), `done` and `of` (what it counts, `unit`), `next`, `seconds`
-    left of all training steps (None: not known yet), `first` and `last` row of the log, `sheet`, `worker`, `devices`.
+    """Returns the state of a run, with these keys:
+
+    `step` (None: all are done), `done` of `of` pieces (of the kind `unit`), `next` steps, `seconds` left of all
+    training steps (None: not known yet), `first` and `last` row of the log, `sheet`, `worker`, `devices`.
 
     Raises:
-        UserError: no run there, or a damaged file of it.
+        UserError: the folder is not a run, or a file is damaged.
     """
     if not (folder / "recipe.yaml").is_file():
-        raise UserError(f"{folder}: no run there: give the 'output' of a recipe, once `prunet run` began")
+        raise UserError(f"{folder}: not a run folder: give the 'output' of a recipe after `prunet run` has begun")
     recipe, finished = load_recipe(folder / "recipe.yaml"), read_steps(folder)
     stages = recipe.stages
     todo = [name for name in step_names(len(stages), "report") if name not in finished]
@@ -48,7 +50,7 @@ def look(folder: Path) -> dict[str, Any]:
 
 
 def _progress(folder: Path, recipe: Recipe, step: str | None, steps: list[int]) -> dict[str, Any]:
-    """`done`, `of` and `unit` of a step that counts."""
+    """Returns `done`, `of` and `unit` of a step with progress."""
     if step == "cache":
         blocks = len(list(Path(recipe.cache or folder / "cache").glob("shard-*.safetensors")))
         return {"done": blocks * BLOCK, "of": None, "unit": "samples"}
@@ -59,9 +61,9 @@ def _progress(folder: Path, recipe: Recipe, step: str | None, steps: list[int]) 
 
 
 def devices(worker: str | None) -> list[dict[str, Any]]:
-    """Returns how busy the devices are: `name`, `busy` (0 to 1), `used` and `total` bytes of memory.
+    """Returns the devices: `name`, `busy` (0 to 1), `used` and `total` bytes of memory.
 
-    Graphics cards as `nvidia-smi` tells; without one the processor, with the memory of the process that works.
+    These are the GPUs that `nvidia-smi` reports; without one, the processor with the memory of the process that works.
     """
     if tool := shutil.which("nvidia-smi"):
         ask = [tool, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
@@ -72,10 +74,10 @@ def devices(worker: str | None) -> list[dict[str, Any]]:
                 {"name": name, "busy": int(busy) / 100, "used": int(used) << 20, "total": int(total) << 20}
                 for name, busy, used, total in rows
             ]
-        except (OSError, ValueError, subprocess.SubprocessError):  # a tool without its driver
+        except (OSError, ValueError, subprocess.SubprocessError):  # nvidia-smi without a driver
             pass
     used = 0
-    with suppress(IndexError, psutil.Error):  # nobody works, or on another machine
+    with suppress(IndexError, psutil.Error):  # no process works, or it works on another machine
         used = psutil.Process(int(re.findall(r"\d+", worker or "")[0])).memory_info().rss
     total = psutil.virtual_memory().total
     return [{"name": "CPU", "busy": psutil.cpu_percent(0.2) / 100, "used": used, "total": total}]

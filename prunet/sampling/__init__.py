@@ -1,1 +1,1 @@
-"""From prompts and seeds to pictures, by stock pipelines: one by one, in shards, or with the whole path from noise."""
+"""Pictures from prompts and seeds, by stock pipelines: one by one, in shards, or with the whole path from noise."""

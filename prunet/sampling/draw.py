@@ -32,7 +32,7 @@ PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEB
 
 @dataclass(frozen=True)
 class Model:
-    """A pipeline to open: where it lies and what it computes with.
+    """A pipeline to open, with its device and precision.
 
     `source`: folder, single file, hub id, or run (its student). `config`: for a single file, the folder or hub id with
     configs and tokenizers.
@@ -56,7 +56,7 @@ def draw(
 ) -> Iterator[Image.Image]:
     """Draws a picture for each prompt from its own seed, so that no picture depends on its batch.
 
-    `start`: what to start from, if not from noise alone.
+    `start`: what to start from, if not only from noise.
     """
     for first in range(0, len(prompts), batch_size):
         at = slice(first, first + batch_size)
@@ -96,10 +96,10 @@ def draw_latents(
 ) -> Tensor:
     """Draws the scaled latents (B, 4, h, w) of the pictures, in fp32; each has its own generator, on the CPU.
 
-    With a `start` the stock pipeline for image to image draws them, or that for inpainting, in the size of the start.
+    With a `start`, the stock pipeline for image to image or inpainting draws them, in the size of the start.
 
     Raises:
-        UserError: no such sampler, or what the denoiser drew is not finite.
+        UserError: there is no such sampler, or the drawn latents are not finite.
     """
     set_sampler(pipe, how.sampler)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -121,7 +121,7 @@ def draw_latents(
     for prompt, seed, row in zip(prompts, seeds, latents, strict=True):
         if not row.isfinite().all():
             raise UserError(
-                f"{prompt!r} (seed {seed}): what the U-Net drew is not finite in {dtype}, so it is no picture: "
+                f"{prompt!r} (seed {seed}): the latents are not finite in {dtype}, so there is no picture: "
                 f"{after_overflow(dtype)}"
             )
     return latents.float()
@@ -132,21 +132,21 @@ def decode(pipe: Any, latents: Tensor) -> list[Image.Image]:
     """Decodes scaled latents (B, 4, h, w) to pictures, in the VAE's own precision.
 
     Raises:
-        UserError: what the VAE decoded is not finite.
+        UserError: the decoded pictures are not finite.
     """
     vae = pipe.vae
     pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
     if not pixels.isfinite().all():
-        raise UserError(f"What the VAE decoded is not finite in {vae.dtype}: {after_overflow(vae.dtype)}")
+        raise UserError(f"The decoded picture is not finite in {vae.dtype}: {after_overflow(vae.dtype)}")
     pictures: list[Image.Image] = pipe.image_processor.postprocess(pixels.float(), output_type="pil")
     return pictures
 
 
 def open_model(model: str | Path | Model) -> Teacher:
-    """Opens a pipeline; given by its source alone, on the CPU in full precision.
+    """Opens a pipeline; if only its source is given, on the CPU in full precision.
 
     Raises:
-        UserError: nothing to open there, or a run that has not exported its student yet.
+        UserError: there is nothing to open, or a run has not exported its student yet.
     """
     given = model if isinstance(model, Model) else Model(model)
     source = given.source
@@ -183,12 +183,12 @@ def generate(
     size: int | None = None,
     save_to: Sequence[Path] = (),
 ) -> list[Image.Image]:
-    """Draws `num_images` pictures of each prompt, the first from `seed`, the next from the next one.
+    """Draws `num_images` pictures of each prompt; the first uses `seed`, and each next one a seed larger by one.
 
-    `model`: a pipeline (`Model`), or its source alone; or a folder for OpenVINO, which draws on the CPU with its own
-    sampler. `drawing`: what it sets overrides what the pipeline was made for, or else 25 steps of dpmsolver++ with
+    `model`: a pipeline (`Model`), or only its source; or a folder for OpenVINO, which draws on the CPU with its own
+    sampler. `drawing`: settings that override those of the pipeline, or else 25 steps of dpmsolver++ with
     guidance 7.5 (for a run, its recipe's value). `start`: a picture to start from. `save_to`: a file for each picture
-    (.png, .jpg, .jpeg or .webp), written as soon as it is drawn.
+    (.png, .jpg, .jpeg or .webp), written as soon as the picture is drawn.
     """
     opening = model if isinstance(model, Model) else Model(model)
     given = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -214,7 +214,7 @@ def generate(
 
 
 def _usual(model: Path) -> Drawing:
-    """Returns how to draw with a pipeline that says nothing itself; a run's has the guidance of its recipe."""
+    """Returns how to draw with a pipeline without its own settings; a run has the guidance of its recipe."""
     recipe = model / "recipe.yaml"
     return Drawing(guidance_scale=load_recipe(recipe).evaluation.guidance_scale) if recipe.is_file() else Drawing()
 
@@ -227,16 +227,16 @@ def _drawn_by(prompt: str) -> Image.Exif:
 
 
 def _described(prompt: str) -> str:
-    """Returns the prompt in ASCII, all that this tag holds, cut to fit the 64 kB that a JPEG has for it."""
+    """Returns the prompt in ASCII, which this tag requires, cut to fit into the 64 kB that a JPEG allows."""
     return json.dumps(prompt)[:10_000]
 
 
 def is_drawn(path: Path, prompt: str | None = None) -> bool:
-    """Returns whether a file is a picture that `draw` wrote, of `prompt` if one is given."""
+    """Returns whether a file is a picture that `draw` wrote, and if `prompt` is given, a picture of this prompt."""
     try:
         with Image.open(path, formats=tuple(set(PICTURE_FORMATS.values()))) as picture:
             exif = picture.getexif()
-    except Exception:  # Pillow raises errors of many kinds for what is no picture
+    except Exception:  # Pillow raises errors of many kinds for other files
         return False
     ours = str(exif.get(ExifTags.Base.Software)).startswith("prunet ")
     return ours and (prompt is None or exif.get(ExifTags.Base.ImageDescription) == _described(prompt))

@@ -1,7 +1,7 @@
 """How to draw with a pipeline that was made for few steps without guidance.
 
-`model_index.json` says so under a key that stock diffusers ignores; so does the config of the scheduler, with which
-stock diffusers draws.
+`model_index.json` has the settings under a key that stock diffusers ignores. Stock diffusers draws with the scheduler,
+which is set in the same way.
 """
 
 import json
@@ -20,20 +20,20 @@ KEY = "_made_for"
 
 
 def made_for(pipeline: PipelineFiles) -> Drawing | None:
-    """Reads how to draw with a pipeline; None if it does not say, so that it draws as its teacher does.
+    """Reads the settings that a pipeline was made for; None if it has none, so that it draws like its teacher.
 
     Raises:
-        UserError: the value is not one that prunet writes.
+        UserError: prunet does not write such a value.
     """
     return read_made_for(pipeline.configs() / "model_index.json", pipeline.source)
 
 
 def read_made_for(path: Path, source: str) -> Drawing | None:
-    """Does the same for a `model_index.json`; `source` begins the message where it cannot be read."""
+    """Does the same for a `model_index.json`; `source` begins the message if it cannot be read."""
     value = read_object(path, source).get(KEY)
     if value is None:
         return None
-    fix = f"fetch or copy it again, or delete {KEY} to draw it as any other"
+    fix = f"fetch or copy it again, or delete {KEY} to draw with it like with any other pipeline"
     try:
         found = Drawing.model_validate(value)
     except ValidationError as error:
@@ -44,10 +44,10 @@ def read_made_for(path: Path, source: str) -> Drawing | None:
 
 
 def drawing_of(pipeline: PipelineFiles, default: Drawing, asked: Drawing | None = None) -> Drawing:
-    """Returns how to draw with a pipeline: by the values that `asked` sets, else as it was made for, else by `default`.
+    """Returns how to draw with a pipeline: what `asked` sets, else what it was made for, else `default`.
 
     Raises:
-        UserError: no such sampler.
+        UserError: there is no such sampler.
     """
     how = overridden(made_for(pipeline) or default, asked)
     if how.sampler not in SAMPLERS:
@@ -56,7 +56,7 @@ def drawing_of(pipeline: PipelineFiles, default: Drawing, asked: Drawing | None 
 
 
 def overridden(drawing: Drawing, asked: Drawing | None) -> Drawing:
-    """Returns `drawing` with the values that `asked` sets; its defaults are none."""
+    """Returns `drawing` with the values that `asked` sets; default values of `asked` do not count."""
     return drawing if asked is None else drawing.model_copy(update=asked.model_dump(exclude_unset=True))
 
 

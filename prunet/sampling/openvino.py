@@ -19,7 +19,7 @@ from prunet.teacher.space import check_size
 
 #: The name of a part's model in its folder.
 MODEL = "openvino_model.xml"
-#: Samplers (`prunet.sampling.samplers`) that openvino_genai has, too.
+#: Samplers (`prunet.sampling.samplers`) that openvino_genai also has.
 SAMPLERS = ("ddim", "ddim-trailing", "pndm", "euler", "euler-a", "lcm")
 
 
@@ -32,28 +32,29 @@ def need(package: str) -> Any:
     """Imports a package of the extra `openvino`.
 
     Raises:
-        UserError: not installed.
+        UserError: it is not installed.
     """
     return extras.need(package, "openvino", "OpenVINO")
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """Returns what OpenVINO computes in where torch would in `dtype`."""
+    """Returns OpenVINO's precision for a dtype of torch."""
     return "f32" if dtype == torch.float32 else "bf16"
 
 
 def properties(precision: str) -> dict[str, Any]:
-    """Returns how OpenVINO computes: in `bf16` or `f32`, with as many threads as torch has."""
+    """Returns OpenVINO's settings: a precision of `bf16` or `f32`, and as many threads as torch has."""
     return {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
 
 
 class OpenVinoFolder:
-    """What the files of a folder for OpenVINO say, without opening its models.
+    """The facts in the files of a folder for OpenVINO, without opening its models.
 
-    `made_for`: how to draw with it; `native_size`: the side of its pictures in pixels. The other names are a teacher's.
+    `made_for`: how to draw with it; `native_size`: the side of its pictures in pixels. Other names are like a
+    teacher's.
 
     Raises:
-        UserError: the folder is not one that prunet wrote, or damaged.
+        UserError: prunet did not write the folder, or it is damaged.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -72,7 +73,7 @@ class OpenVinoFolder:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What its export measured (`prunet.exports.openvino.export_openvino`)."""
+        """The measurements of its export (`prunet.exports.openvino.export_openvino`)."""
         return read_object(self.folder / "openvino.json", self._fix)
 
     def check_weights(self) -> None:
@@ -82,21 +83,21 @@ class OpenVinoFolder:
                 raise UserError(f"{path}: no {path.with_suffix('.bin').name} beside it: {self._fix}")
 
     def drawing_of(self, asked: Drawing | None = None) -> Drawing:
-        """Returns how to draw: by the values that `asked` sets, else as it was made for.
+        """Returns how to draw: the values that `asked` sets, and otherwise those that it was made for.
 
         Raises:
-            UserError: with another sampler than that of the folder.
+            UserError: `asked` has another sampler than the folder.
         """
         how = overridden(self.made_for, asked)
         if how.sampler != self.made_for.sampler:
-            raise UserError(f"sampler: {self.folder} draws with its own, {self.made_for.sampler}: leave it out")
+            raise UserError(f"sampler: {self.folder} draws only with {self.made_for.sampler}: leave it out")
         return how
 
 
 class OpenVinoPipeline(OpenVinoFolder):
     """A folder for OpenVINO, opened to draw with as many threads as torch has.
 
-    `precision`: of the computation, `bf16` or `f32`; a CPU without bf16 computes in f32.
+    `precision`: `bf16` or `f32`; a CPU without bf16 computes in f32.
 
     Raises:
         UserError: openvino_genai is not installed, or cannot open the folder.
@@ -114,10 +115,10 @@ class OpenVinoPipeline(OpenVinoFolder):
     def draw(
         self, prompts: Sequence[str], seeds: Sequence[int], how: Drawing, size: int | None = None
     ) -> Iterator[Image.Image]:
-        """Draws a picture for each prompt, one after the other, from the noise that diffusers draws from its seed.
+        """Draws a picture for each prompt, one after the other, from the same noise as diffusers for this seed.
 
         Raises:
-            UserError: a size in pixels that the levels of the U-Net cannot halve.
+            UserError: the levels of the U-Net cannot halve this size in pixels.
         """
         size = size or self.native_size
         check_size(self, size, "size")
@@ -135,7 +136,7 @@ class OpenVinoPipeline(OpenVinoFolder):
 
 def _noise(genai: Any, ov: Any) -> Any:
     class Noise(genai.Generator):  # type: ignore[misc]
-        """Gives openvino_genai torch's noise of a seed."""
+        """Gives openvino_genai torch's noise for a seed."""
 
         def __init__(self, seed: int) -> None:
             super().__init__()

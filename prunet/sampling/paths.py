@@ -12,7 +12,7 @@ from prunet.sampling.samplers import check_sampler, sampler_of
 from prunet.teacher.guidance import guided
 from prunet.teacher.teacher import Teacher
 
-#: The sampler of paths, and the keys of the teacher's scheduler that make its noise schedule (not those for its steps).
+#: The sampler of paths, and the keys of the teacher's scheduler for the noise schedule (not those for its steps).
 SAMPLER = "dpmsolver++"
 SCHEDULE = (
     "num_train_timesteps",
@@ -26,13 +26,13 @@ SCHEDULE = (
 
 
 def schedule_of(teacher: Teacher) -> dict[str, Any]:
-    """Returns the config of the scheduler, which with the sampler's name decides a path."""
+    """Returns the config of the scheduler, which decides a path together with the sampler's name."""
     config = teacher.noise_scheduler.config
     return {**{name: config[name] for name in SCHEDULE if name in config}, "timestep_spacing": "trailing"}
 
 
 def path_times(teacher: Teacher, steps: int) -> Tensor:
-    """Returns the timesteps (steps,) at which a path was seen by the teacher, from pure noise on."""
+    """Returns the timesteps (steps,) at which the teacher was called on a path, from pure noise on."""
     scheduler = sampler_of(SAMPLER, schedule_of(teacher))
     scheduler.set_timesteps(steps)
     times: Tensor = scheduler.timesteps
@@ -63,9 +63,9 @@ def check_jumps(teacher: Teacher, stage: Stage, where: str) -> None:
     """Refuses jumps that do not fit the teacher's noise schedule. `where`: the stage in the recipe.
 
     Raises:
-        UserError: the jumps do not divide the timesteps, or are more than their sampler makes; there are fewer
-            timesteps than jumps or steps of the path; or the teacher predicts the noise, which says nothing about the
-            picture at a last timestep of pure noise.
+        UserError: the jumps do not divide the timesteps, or are more than their sampler supports; there are fewer
+            timesteps than jumps or steps of the path; or the teacher predicts the noise, but the last timestep is pure
+            noise, from which no picture follows.
     """
     process = teacher.process
     for key, count in (("jumps", stage.jumps or 1), ("path_steps", stage.path_steps)):

@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def encode(picture: Image.Image, jpeg: int | None) -> bytes:
-    """Encodes a picture as a JPEG of quality `jpeg`, or as a PNG if that is None."""
+    """Encodes a picture as a JPEG of quality `jpeg`, or as a PNG if `jpeg` is None."""
     data = io.BytesIO()
     if jpeg:
         picture.save(data, "JPEG", quality=jpeg)

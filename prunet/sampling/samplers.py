@@ -40,25 +40,25 @@ def set_sampler(pipe: Any, name: str) -> Any:
     """Replaces the sampler of `pipe` by the named one, with the same noise schedule; returns `pipe`.
 
     Raises:
-        UserError: no sampler of that name.
+        UserError: there is no sampler of this name.
     """
     if name not in SAMPLERS:
         raise UserError(f"No sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
-    # The schedule that the pipeline came with: an earlier sampler's config would pass its options on to this one.
+    # The pipeline's first schedule, because the config of an earlier sampler would pass its options on to this one.
     own = vars(pipe).setdefault("own_schedule", pipe.scheduler.config)
     pipe.scheduler = sampler_of(name, own)
     return pipe
 
 
 def sampler_of(name: str, schedule: Any) -> Any:
-    """Makes the scheduler of diffusers for a sampler's name, from `schedule`, the config of another scheduler."""
+    """Makes diffusers' scheduler for a sampler, with the noise schedule of `schedule`, another scheduler's config."""
     return SAMPLERS[name].from_config(schedule, **SAMPLER_OPTIONS.get(name, {}))
 
 
 def check_sampler(teacher: Teacher, name: str, steps: int, where: str) -> None:
-    """Refuses a sampler that does not exist, or that the teacher's schedule cannot drive for `steps` steps.
+    """Refuses a sampler that does not exist, or that cannot run `steps` steps on the teacher's schedule.
 
-    `where`: the part of the recipe that asks for it.
+    `where`: the part of the recipe with the sampler.
     """
     if name not in SAMPLERS:
         raise UserError(f"{where}.sampler: no sampler {name!r}: {', '.join(SAMPLERS)}")
@@ -67,7 +67,7 @@ def check_sampler(teacher: Teacher, name: str, steps: int, where: str) -> None:
         raise UserError(f"{where}.steps: {steps} are more than the {most} timesteps of {teacher.source}")
     try:
         sampler_of(name, config).set_timesteps(steps)
-    except Exception as error:  # of any kind: diffusers takes the values as they are
+    except Exception as error:  # any kind of error, since diffusers does not check the values
         raise UserError(
             f"{teacher.source}: its scheduler/scheduler_config.json cannot drive {name} for {steps} steps: {error}"
         ) from error

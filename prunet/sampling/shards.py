@@ -1,8 +1,8 @@
 """Many pictures, drawn in shards by any number of processes, and resumable.
 
 A shard is a WebDataset tar of `SHARD` pictures with their prompts (`000123.png`, `000123.txt`), written whole or not at
-all. Each picture has its own generator, and the batches of a shard are always the same; so a shard has the same bytes
-whichever process draws it.
+all. Each picture has its own generator, and the batches of a shard are always the same, so a shard has the same bytes
+for any process that draws it.
 """
 
 import io
@@ -37,7 +37,7 @@ def draw_shards(
 ) -> list[Path]:
     """Draws a picture of each prompt, the i-th from seed + i, into `folder`; shards that exist are kept.
 
-    `open_pipe` is called when the first picture is drawn, so that a finished set costs nothing. `jpeg` is a quality;
+    `open_pipe` is called when the first picture is drawn, so a finished set costs nothing. `jpeg` is a quality;
     None means PNG. Returns the paths of all shards, including those of the other processes.
     """
     paths = [folder / f"{at // SHARD:05d}.tar" for at in range(0, len(prompts), SHARD)]
@@ -76,7 +76,7 @@ def read_shard(path: Path) -> Iterator[tuple[Image.Image, str]]:
     """Yields the pictures of a shard that `draw_shards` wrote, with their prompts.
 
     Raises:
-        UserError: not such a file, or damaged.
+        UserError: the file is not a shard, or is damaged.
     """
     try:
         with tarfile.open(path) as tar:
@@ -85,4 +85,4 @@ def read_shard(path: Path) -> Iterator[tuple[Image.Image, str]]:
             picture = Image.open(io.BytesIO(files[name]), formats=("PNG", "JPEG")).convert("RGB")
             yield picture, files[f"{name.rpartition('.')[0]}.txt"].decode()
     except (OSError, tarfile.TarError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: damaged ({error}): delete it, and it is drawn again") from error
+        raise UserError(f"{path}: damaged ({error}): delete it to draw it again") from error

@@ -1,4 +1,4 @@
-"""Where image to image and inpainting start: the latents of a picture, noised as far as `strength` says."""
+"""The start of image to image and inpainting: the latents of a picture, with as much noise as `strength` says."""
 
 import math
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ STRENGTH, STRENGTH_UNDER_MASK = 0.6, 1.0
 class StartPicture:
     """A picture to start from (image to image). It is resized, and cropped in the middle.
 
-    `strength`: how much of it changes, above 0, up to 1; by default 0.6, with a mask 1. `mask`: draws only where it is
-    white (inpainting); of the picture's size.
+    `strength`: how much of it changes, above 0, up to 1; by default 0.6, with a mask 1. `mask`: only its white part is
+    drawn (inpainting); it has the picture's size.
     """
 
     picture: Image.Image
@@ -33,10 +33,11 @@ class StartPicture:
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """What pictures start from: one for all, or one for each.
+    """The start of a batch: one picture for all, or one for each.
 
     `mean`, `std` (1 or B, 4, h, w): scaled latents of the pictures, as a distribution. `strength`: the share of the
-    steps that is drawn, above 0, up to 1. `mask`: white where inpainting draws, of the size of the pictures.
+    steps that is drawn, above 0, up to 1. `mask`: its white part is drawn (inpainting); it has the size of the
+    pictures.
     """
 
     mean: Tensor
@@ -49,9 +50,10 @@ class Start:
         return self if len(self.mean) == 1 else replace(self, mean=self.mean[at], std=self.std[at])
 
     def inputs(self, generators: Sequence[torch.Generator]) -> dict[str, Any]:
-        """Returns what the stock pipeline is called with; the first noise of each generator is the latents' own.
+        """Returns arguments for the stock pipeline; the first noise of each generator samples the latents.
 
-        The VAE encoded the picture before, in its own precision: the stock pipeline of SDXL would round its weights.
+        The VAE has encoded the picture before, in its own precision, because the stock pipeline of SDXL would round its
+        weights.
         """
         noise = [torch.randn(self.mean.shape[1:], generator=generator) for generator in generators]
         latents = self.mean + self.std * torch.stack(noise).to(self.mean.device)
@@ -75,12 +77,13 @@ def start_from(
     strength: float | None = None,
     mask: Image.Image | None = None,
 ) -> Start:
-    """Encodes pictures, resized and cropped in the middle to `size` pixels, to start from.
+    """Encodes pictures to start from, resized and cropped in the middle to `size` pixels.
 
-    `strength`: 0.6 if not given, 1 with a mask. `steps`: of the sampler, to see how many of them it leaves.
+    `strength`: 0.6 if not given, 1 with a mask. `steps`: those of the sampler, to check that `strength` leaves some.
 
     Raises:
-        UserError: `strength` is out of range or leaves no step, or `mask` is not of the picture's size or has no white.
+        UserError: `strength` is out of range or leaves no step; or `mask` has another size than the picture, or no
+            white.
     """
     if strength is None:
         strength = STRENGTH if mask is None else STRENGTH_UNDER_MASK
@@ -95,7 +98,7 @@ def start_from(
 def _check_strength(strength: float, steps: int) -> None:
     if not (math.isfinite(strength) and 0 < strength <= 1):
         raise UserError(f"strength {strength:g}: give a number above 0, up to 1")
-    drawn = int(steps * strength)  # as the stock pipelines round it
+    drawn = int(steps * strength)  # rounded like in the stock pipelines
     if not drawn:
         least = math.ceil(100 / steps) / 100
         raise UserError(f"strength {strength:g}: of {steps} steps that is not one: give {least:g} or more")
@@ -110,7 +113,7 @@ def _check_mask(mask: Image.Image | None, picture: Image.Image) -> None:
         sizes = ["{} x {}".format(*image.size) for image in (mask, picture)]
         raise UserError(f"mask: has {sizes[0]} px, its picture {sizes[1]}: give a mask of the picture's size")
     if np.asarray(mask.convert("L")).max() < 128:
-        raise UserError("mask: has no white, and only what is white is drawn")
+        raise UserError("mask: has no white part, and only the white part is drawn: give another mask")
 
 
 def _fitted(picture: Image.Image, size: int) -> Image.Image:
@@ -118,5 +121,5 @@ def _fitted(picture: Image.Image, size: int) -> Image.Image:
 
 
 def _pixels(picture: Image.Image) -> Tensor:
-    """Pixels (3, H, W) in [-1, 1]."""
+    """Returns pixels (3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1

@@ -1,1 +1,1 @@
-"""Plans found for one teacher: in go its weights and a budget, out come a plan and what removals cost and hurt."""
+"""Plans found for one teacher. In: its weights and a budget. Out: a plan, and the cost and error of each removal."""

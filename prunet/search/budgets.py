@@ -1,4 +1,4 @@
-"""Budgets: how much of the teacher's parameters, MACs, bytes or latency a student may have at most."""
+"""Budgets: limits for a student's parameters, MACs, bytes or latency."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from prunet.errors import UserError
 from prunet.plan.size import Size
 from prunet.words import many, number
 
-#: Kind of cost -> suffixes of its numbers and what they stand for; `%` is a share of the teacher's.
+#: Maps each kind of cost to the units of its amounts, with their values; `%` is a share of the teacher's cost.
 UNITS: dict[str, dict[str, float]] = {
     "parameters": {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9},
     "macs": {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12},
@@ -20,14 +20,14 @@ EXAMPLES = "parameters=50%, macs=60%, latency=40%, size=1GB"
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that a student may cost: an `amount` as `costs_of` gives it, or a share of the teacher's."""
+    """The most that a student may cost: an `amount` in the units of `costs_of`, or a share of the teacher's cost."""
 
     kind: str
     amount: float
     is_share: bool
 
     def limit(self, teacher: Mapping[str, float]) -> float:
-        """The amount, for a teacher of these costs."""
+        """Returns the amount, for a teacher with these costs."""
         return self.amount * teacher[self.kind] if self.is_share else self.amount
 
     def __str__(self) -> str:
@@ -39,10 +39,10 @@ class Budget:
 
 
 def parse_budgets(texts: Sequence[str]) -> list[Budget]:
-    """The budgets in texts like `macs=60%`, one of each kind at most.
+    """Parses budgets from texts such as `macs=60%`, at most one of each kind.
 
     Raises:
-        UserError: none, or one that is not of this form.
+        UserError: there is no budget, or a text has another form.
     """
     if not texts:
         raise UserError(f"--budget: give at least one: {EXAMPLES}")
@@ -66,19 +66,19 @@ def _parse(text: str) -> Budget:
         raise UserError(f"--budget {text}: give a number and %, {known}, such as {kind}=50%")
     amount = float(form[1]) * (0.01 if unit == "%" else units[unit])
     if amount <= 0 or (unit == "%" and amount >= 1):
-        raise UserError(f"--budget {text}: a student has more than nothing and less than its teacher")
+        raise UserError(f"--budget {text}: must be more than nothing and less than the teacher: give another amount")
     return Budget(kind, amount, unit == "%")
 
 
 def costs_of(size: Size, latency_ms: float | None = None) -> dict[str, float]:
-    """Kind of cost -> amount: parameters, MACs of a call (attention's too), bytes in half precision, milliseconds."""
+    """Returns all costs: parameters, MACs of a call (with attention's), bytes in half precision, milliseconds."""
     macs = size.macs + size.attention_macs
     costs: dict[str, float] = {"parameters": size.parameters, "macs": macs, "size": 2 * size.parameters}
     return costs if latency_ms is None else {**costs, "latency": latency_ms}
 
 
 def shown(kind: str, amount: float) -> str:
-    """An amount of a kind of cost with its unit: `338 G MACs`."""
+    """Formats an amount of a kind of cost with its unit: `338 G MACs`."""
     if kind == "latency":
         return f"{number(amount)} ms"
     return f"{number(amount / 1e6)} MB" if kind == "size" else f"{many(amount)} {kind.replace('macs', 'MACs')}"

@@ -1,4 +1,4 @@
-"""The sets of units that hurt least within a budget: a 0-1 program, solved exactly."""
+"""The sets of units with the least error within a budget: a 0-1 program, solved exactly."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,17 +7,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-#: Returns why a set of units cannot be: those of it that may not go together; the whole set, if only it fails.
+#: Returns the units of a set that may not be removed together; the whole set, if only the whole set fails.
 Refusal = Callable[[frozenset[int]], "frozenset[int] | None"]
 
 
 @dataclass
 class Problem:
-    """Which of several units to remove.
+    """The choice of units to remove.
 
-    `hurts`: error of each unit alone (n,). `savings` and `needs`: kind of cost -> share of the teacher's that each unit
-    saves (n,), and that has to be saved. `pairs`: (i, j) -> error of both together, less the sum of their errors.
-    `exclude`: sets of units that may not go together.
+    `hurts`: error of each unit alone (n,). `savings` and `needs`: for each kind of cost, the shares of the teacher's
+    cost that each unit saves (n,), and the share that must be saved. `pairs`: for units (i, j), the error of both
+    together minus the sum of their errors. `exclude`: sets of units that may not be removed together.
     """
 
     hurts: Array
@@ -28,10 +28,10 @@ class Problem:
 
 
 def best_sets(problem: Problem, refusal: Refusal, count: int) -> list[frozenset[int]]:
-    """Up to `count` sets of units of least summed error, the best first; none holds another one.
+    """Returns up to `count` sets of units with the least summed error, the best first; no set contains another.
 
-    `refusal` is asked about each set that the sums allow: whether units go together, and what a set really costs, is
-    known only when a student is derived.
+    `refusal` is called for each set that the sums allow: only deriving a student shows whether units can be removed
+    together, and the real cost of a set.
     """
     rows, lows, highs = _bounds(problem)
     size = len(problem.hurts) + len(problem.pairs)
@@ -44,7 +44,7 @@ def best_sets(problem: Problem, refusal: Refusal, count: int) -> list[frozenset[
         if apart is None:
             found.append(chosen)
         row = np.zeros(size)
-        if apart == chosen:  # its supersets may still be right
+        if apart == chosen:  # supersets of it may still be valid
             row[: len(problem.hurts)] = -1
             row[list(chosen)] = 1
             high = len(chosen) - 1
@@ -56,14 +56,14 @@ def best_sets(problem: Problem, refusal: Refusal, count: int) -> list[frozenset[
 
 
 def total(problem: Problem, chosen: Iterable[int]) -> float:
-    """The summed error of a set, with the terms of its pairs."""
+    """Returns the summed error of a set, with the terms of its pairs."""
     chosen = set(chosen)
     pairs = sum(term for pair, term in problem.pairs.items() if chosen.issuperset(pair))
     return float(sum(problem.hurts[i] for i in chosen) + pairs)
 
 
 def _bounds(problem: Problem) -> tuple[list[Array], list[float], list[float]]:
-    """Rows of the program with their lower and upper bounds: savings, exclusions, and y = 1 where both of a pair go."""
+    """Returns the rows of the program with bounds: savings, exclusions, and y = 1 if both of a pair are removed."""
     n, size = len(problem.hurts), len(problem.hurts) + len(problem.pairs)
     rows, lows, highs = [], [], []
 
@@ -100,12 +100,12 @@ def _solve(problem: Problem, rows: Array, lows: Array, highs: Array) -> frozense
 
 
 def needs_of(limits: Mapping[str, float], teacher: Mapping[str, float]) -> dict[str, float]:
-    """Kind of cost -> share of the teacher's cost that has to be saved to stay within the limit."""
+    """Maps each kind of cost to the share of the teacher's cost that must be saved to stay within the limit."""
     return {kind: 1 - limit / teacher[kind] for kind, limit in limits.items()}
 
 
 def smallest_failing(chosen: frozenset[int], fails: Callable[[Sequence[int]], bool]) -> frozenset[int]:
-    """A part of a set that fails, from which no unit can be taken away without it being right."""
+    """Returns a smallest part of a set that still fails."""
     kept = sorted(chosen)
     for unit in sorted(chosen):
         if fails(rest := [other for other in kept if other != unit]):

@@ -1,4 +1,4 @@
-"""Examples: what the denoiser is called with to see what a removal hurts."""
+"""Examples: inputs of the denoiser on which the error of a removal is measured."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from prunet.sampling.samplers import sampler_of
 from prunet.teacher.guidance import guided
 from prunet.teacher.teacher import Teacher
 
-#: Drawn where the user gives no prompts and no cache.
+#: Prompts to draw if the user gives no prompts and no cache.
 PROMPTS = (
     "a red fox in the snow",
     "a bowl of fruit on a wooden table",
@@ -42,18 +42,18 @@ PROMPTS = (
     "an open book and a cup of tea",
     "a football on the grass",
 )
-STEPS, POINTS = 12, 4  # of a path; examples taken of each path
-GUIDANCE = 7.5  # of the paths, and of the outputs that are compared
-MOST, RANDOM, BATCH = 64, 16, 8  # examples of a cache; random ones; examples at once
+STEPS, POINTS = 12, 4  # steps of a path; examples taken from each path
+GUIDANCE = 7.5  # guidance scale of the paths, and of the outputs that are compared
+MOST, RANDOM, BATCH = 64, 16, 8  # examples from a cache; random examples; examples at once
 
 
 @dataclass(frozen=True)
 class Examples:
     """Calls of a denoiser.
 
-    `calls`: each gives the output (b, ...) of a model for some examples. `groups`: for each example the number of the
-    prompt or picture it is of, over which intervals are. `source`: where they are from, in words; `label`: what decides
-    them, as plain JSON types.
+    `calls`: each returns the output (b, ...) of a model for some examples. `groups`: for each example the number of its
+    prompt or picture; intervals are over these. `source`: a description of where they are from; `label`: everything
+    that they depend on, as plain JSON types.
     """
 
     calls: Sequence[Callable[[Net], Tensor]]
@@ -63,10 +63,10 @@ class Examples:
 
 
 def path_examples(teacher: Teacher, prompts: Sequence[str] | None, file: Path | None = None) -> Examples:
-    """Points of the paths on which the teacher draws `prompts` with guidance, of all noise levels; the output is the
-    guided one, because the prompt is a small part of the plain one.
+    """Makes examples from the paths on which the teacher draws `prompts` with guidance, at all noise levels.
 
-    `file`: where they are kept, so that they are drawn once.
+    The output is the guided one, because the prompt hardly changes the plain output. `file`: where the examples are
+    kept, so that they are drawn only once.
     """
     prompts = list(prompts or PROMPTS)
     teacher.check_prompts(prompts)
@@ -85,7 +85,7 @@ def path_examples(teacher: Teacher, prompts: Sequence[str] | None, file: Path | 
 
 
 def _made_from(file: Path) -> str | None:
-    """What the examples in a file were drawn from; None if there is none, or it is damaged."""
+    """Returns what the examples in a file were drawn from; None if the file is missing or damaged."""
     try:
         with safe_open(file, framework="pt") as opened:
             return (opened.metadata() or {}).get("made_from")
@@ -94,7 +94,7 @@ def _made_from(file: Path) -> str | None:
 
 
 def _draw(teacher: Teacher, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """`noisy` (N, C, h, w), `timestep` (N,), `group` (N,), the condition of N examples and that of no prompt."""
+    """Draws `noisy` (N, C, h, w), `timestep` (N,), `group` (N,), the condition of N examples and that of no prompt."""
     side = teacher.native_size
     shape = (teacher.part_config("vae").get("latent_channels", 4), *(side // teacher.vae_scale,) * 2)
     empty = Condition(teacher.encode_prompts([""], unconditional=True)).to("cpu", torch.float32)
@@ -126,13 +126,13 @@ def _stacked(rows: Sequence[dict[str, Tensor]], empty: Condition) -> dict[str, T
 
 
 def cache_examples(teacher: Teacher, cache: Cache) -> Examples:
-    """Noised pictures of a cache, of all noise levels; the output is the guided one.
+    """Makes examples from the pictures of a cache, noised to all noise levels; the output is the guided one.
 
     Raises:
         UserError: the cache is of another teacher.
     """
     cache.check(teacher)
-    group = max(cache.groups, key=len)  # latents of one size
+    group = max(cache.groups, key=len)  # all latents must have one size
     count = min(MOST, len(group))
     process, rows = teacher.process, []
     for number in range(count):
@@ -168,7 +168,7 @@ def _examples(teacher: Teacher, tensors: dict[str, Tensor], source: str, label: 
 
 
 def noise_examples(teacher: Teacher) -> Examples:
-    """Random inputs, for denoisers of which prunet knows only the form: a first guess of what a removal hurts."""
+    """Makes random examples, for denoisers that prunet cannot draw with: their errors are a first guess."""
     architecture, config = teacher.architecture, teacher.unet_config
 
     def call(number: int) -> Callable[[Net], Tensor]:
@@ -186,7 +186,7 @@ def noise_examples(teacher: Teacher) -> Examples:
 
 
 def _fill(value: Any, rng: torch.Generator) -> None:
-    """Fills the zeros of an example with random numbers; a single number a sample (a time, guidance) is 0 to 1."""
+    """Fills the zeros of an example with random numbers; a single number per sample (such as a time) is from 0 to 1."""
     if isinstance(value, Tensor) and value.is_floating_point():
         value.copy_((torch.rand if value.ndim == 1 else torch.randn)(value.shape, generator=rng))
     for inside in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():

@@ -1,21 +1,21 @@
-"""What a search leaves: the plan as a file, and the recipe that makes its student."""
+"""The files of a search: the plan, and the recipe that makes its student."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from prunet.disk.files import write_json, write_text
+from prunet.disk.files import write_text
 from prunet.plan.plan import Plan
 from prunet.recipe.recipe import load_recipe, recipe_yaml
 from prunet.search.examples import PROMPTS
 from prunet.search.recovery import learning_rate_for, usual_rate
+from prunet.search.results import SearchResult
 from prunet.search.sensitivity import cache_folder
 
 
 def write_plan(
-    plan: Plan, result: Mapping[str, Any], folder: Path, cache: Path | None = None, config: str | None = None
+    plan: Plan, result: SearchResult, folder: Path, cache: Path | None = None, config: str | None = None
 ) -> None:
     """Writes `plan.yaml`, `recipe.yaml` and `search.json` into the folder of a search.
 
@@ -23,30 +23,28 @@ def write_plan(
     """
     chosen = {"description": plan.description, "source": "prunet search", "remove": list(plan.remove)}
     write_text(folder / "plan.yaml", yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True, width=1000))
-    write_json(folder / "search.json", dict(result))
+    result.save(folder / "search.json")
     recipe = _recipe(plan, result, folder, cache, config)
     note = (
         "# Distils the plan that prunet search found (plan.yaml): prunet run THIS. See docs/recipes.md for the keys.\n"
     )
-    if not result["trained_is_better"] and result["recover_steps"]:
+    if not result.trained_is_better and result.recover_steps:
         note += (
-            f"# In the search {result['recover_steps']} steps of training did not improve this student: compare it "
+            f"# In the search {result.recover_steps} steps of training did not improve this student: compare it "
             "with\n# the untrained one, `prunet build TEACHER --plan plan.yaml`.\n"
         )
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000)
     write_text(folder / "recipe.yaml", note + text)
 
 
-def _recipe(
-    plan: Plan, result: Mapping[str, Any], folder: Path, cache: Path | None, config: str | None
-) -> dict[str, Any]:
-    """That of the run that `cache` is, with the plan in place of its own; else one with few prompts, to be extended.
+def _recipe(plan: Plan, result: SearchResult, folder: Path, cache: Path | None, config: str | None) -> dict[str, Any]:
+    """Returns the recipe of the run `cache` with the new plan; without a run, a recipe with a few prompts.
 
     The learning rate follows from the student's error before training.
     """
-    rate = float(f"{learning_rate_for(result['error_before'], usual_rate(cache)):.2g}")
+    rate = float(f"{learning_rate_for(result.error_before, usual_rate(cache)):.2g}")
     own: dict[str, Any] = {
-        "teacher": {"source": _in_full(result["teacher"]), **({"config": _in_full(config)} if config else {})},
+        "teacher": {"source": _in_full(result.teacher), **({"config": _in_full(config)} if config else {})},
         "plan": {"name": plan.name, "description": plan.description, "remove": list(plan.remove)},
         "output": str((folder / "run").absolute()),
     }
@@ -62,5 +60,5 @@ def _recipe(
 
 
 def _in_full(source: str) -> str:
-    """A path as an absolute one, which means the same wherever the recipe lies; a hub id as it is."""
+    """Returns an absolute path, which is valid wherever the recipe lies; a hub id is returned unchanged."""
     return str(Path(source).absolute()) if Path(source).exists() else source

@@ -1,4 +1,4 @@
-"""Short distillations of several students, fewer of them the longer they take (successive halving)."""
+"""Short distillations of several students; longer ones only of the best students (successive halving)."""
 
 import math
 from collections.abc import Sequence
@@ -17,24 +17,24 @@ from prunet.student.student import inherit
 from prunet.training.checkpoints import Saving
 from prunet.training.loop import distil
 
-#: How many students are trained for a share of the steps, beside the presets, and how many of all for the whole.
+#: Number of students, beside the presets, that are trained for a share of the steps; number of all that continue.
 FIRST, SHARE, LAST = 6, 0.25, 3
-#: Below this learning rate training does next to nothing.
+#: Below this learning rate training changes almost nothing.
 LEAST_RATE = 1e-6
 
 
 def learning_rate_for(error: float, usual: float) -> float:
-    """The learning rate for a student by its error before training: `usual` is for one that is broken (error 1).
+    """Returns the learning rate for a student with this error before training; `usual` is for a broken one (error 1).
 
-    A rate made for a broken student breaks a good one: on emoji-sd a student of error 0.0001 went to 0.10 at the 1e-3
-    with which bk-small (0.65) learns. Adam moves each weight by about the rate, and errors are squared; so
-    the root is taken.
+    A rate for a broken student breaks a good one: on emoji-sd a student with error 0.0001 went to 0.10 at the rate of
+    1e-3, with which bk-small (0.65) learns. Adam moves each weight by about the rate, and errors are squared, so the
+    rate is multiplied by the root of the error.
     """
     return max(LEAST_RATE, usual * math.sqrt(min(1.0, error)))
 
 
 def usual_rate(cache: Path | None) -> float:
-    """The learning rate of the run that `cache` is, or the default of a stage."""
+    """Returns the learning rate of the run `cache`, or the default of a stage."""
     if cache is not None and (cache / "recipe.yaml").is_file():
         return float(load_recipe(cache / "recipe.yaml").stages[-1].learning_rate)
     return float(Stage.model_fields["learning_rate"].default)
@@ -43,10 +43,10 @@ def usual_rate(cache: Path | None) -> float:
 def recover(
     students: Sequence[Derived], scores: Scores, cache: Path, steps: int, folder: Path, runtime: Runtime
 ) -> dict[str, dict[int, float]]:
-    """Distils the students of least error before, and all presets among them, and returns the errors after training:
-    `key_of` a student -> steps -> error. A preset can end as the best of them however it begins.
+    """Distils the students with the least error before training, and all presets; returns the errors after training.
 
-    Resumes in `folder`. At each rung the best of the one before it are trained further, from where they are.
+    The result maps `key_of` a student to its errors by steps. Presets take part because any of them can become the
+    best. Resumes in `folder`. At each rung, the best students of the rung before are trained further.
     """
     samples, found = Cache.open(cache_folder(cache)), dict[str, dict[int, float]]()
     left = sorted(students, key=lambda student: scores.error(student).value)
@@ -67,7 +67,7 @@ def recover(
 def _train(
     student: Derived, scores: Scores, samples: Cache, steps: int, folder: Path, usual: float, runtime: Runtime
 ) -> list[float]:
-    """The squared errors, by group of examples, of a student after `steps` steps."""
+    """Trains a student for `steps` steps; returns its squared errors by group of examples."""
     stage = Stage(
         steps=steps,
         batch_size=16,

@@ -1,4 +1,4 @@
-"""Scores: what a removal hurts, and how long a call of what is left takes; each measured once and kept."""
+"""Scores: the error of a removal, and the latency of the student; each is measured once and kept."""
 
 import hashlib
 import json
@@ -21,16 +21,16 @@ from prunet.student.student import inherit
 from prunet.teacher.teacher import Teacher, after_overflow
 from prunet.words import difference
 
-REPEATS = 5  # of a timed call, in turn with the teacher's
+REPEATS = 5  # repeats of a timed call, in turn with the teacher's
 
 
 class Scores:
-    """Errors and latencies of students of `teacher`, measured when they are first asked for.
+    """Errors and latencies of students of `teacher`, each measured at its first use.
 
     `folder`: where they are kept (`scores.json`), so that a stopped search resumes; None keeps them in memory.
 
     Raises:
-        UserError: the folder has scores of another teacher, or on other examples.
+        UserError: the folder has scores of another teacher, or of other examples.
     """
 
     def __init__(self, teacher: Teacher, examples: Examples, folder: Path | None = None) -> None:
@@ -47,12 +47,12 @@ class Scores:
         self._outputs: list[torch.Tensor] | None = None
 
     def error(self, derived: Derived) -> Measure:
-        """Squared error of the untrained student's output over the teacher's squared output.
+        """Returns the squared error of the untrained student's output divided by the teacher's squared output.
 
         Its 95 % interval is over the prompts or pictures.
 
         Raises:
-            UserError: what the student gives is not finite.
+            UserError: the student's output is not finite.
         """
         key = key_of(derived)
         if key not in self._kept["errors"]:
@@ -60,18 +60,18 @@ class Scores:
         return self.measure(self._kept["errors"][key])
 
     def error_of(self, net: Net) -> list[float]:
-        """The squared errors of any student, one for each group of examples; see `measure`."""
+        """Returns the squared errors of any student, one for each group of examples; see `measure`."""
         return list(self._errors(nn.Module.to(net, self.teacher.device, self.teacher.dtype).eval()))
 
     def measure(self, errors: Iterable[float]) -> Measure:
-        """The relative error, of the squared errors of each group."""
+        """Returns the relative error from the squared errors of each group."""
         values, power = np.asarray(list(errors)), self._power
         return bootstrap(len(values), lambda which: values[which].sum(-1) / power[which].sum(-1))
 
     def latency(self, derived: Derived) -> float:
-        """Milliseconds of a call with batch 2, as for one picture with guidance.
+        """Returns the milliseconds of a call with batch 2, as for one picture with guidance.
 
-        It is timed in turn with the teacher's, and their ratio counts, so that what disturbs the machine disturbs both.
+        The call is timed in turn with the teacher's, and only their ratio counts, so a disturbance affects both.
         """
         device = self.teacher.device
         key = f"{device_name(device)} {key_of(derived)}"
@@ -86,18 +86,18 @@ class Scores:
 
     @property
     def teacher_latency(self) -> float:
-        """Milliseconds of a call of the teacher on this device, as it was timed first."""
+        """Returns the milliseconds of a call of the teacher on this device, from its first timing."""
         device = device_name(self.teacher.device)
         return float(next(pair[0] for key, pair in self._kept["latency"].items() if key.startswith(f"{device} ")))
 
     def keep(self, kind: str, key: str, value: Any) -> None:
-        """Adds a value to what is kept."""
+        """Keeps a value."""
         self._kept.setdefault(kind, {})[key] = value
         if self._file is not None:
             write_json(self._file, self._kept)
 
     def kept(self, kind: str) -> Mapping[str, Any]:
-        """What is kept of a kind, by key."""
+        """Returns the kept values of a kind, by key."""
         return dict(self._kept.get(kind, {}))
 
     # -- measuring
@@ -120,7 +120,7 @@ class Scores:
 
     @torch.no_grad()
     def _errors(self, net: Net) -> Array:
-        """The squared errors summed over each group (G,)."""
+        """Returns the squared errors summed over each group (G,)."""
         apart = [
             (call(net).double().cpu() - theirs).square()
             for call, theirs in zip(self.examples.calls, self._teachers(), strict=True)
@@ -128,7 +128,7 @@ class Scores:
         errors, _ = self._sums(apart), self._power
         if not np.isfinite(errors).all():
             raise UserError(
-                f"{self.teacher.source}: what a student gives is not finite: {after_overflow(self.teacher.dtype)}"
+                f"{self.teacher.source}: a student's output is not finite: {after_overflow(self.teacher.dtype)}"
             )
         return errors
 
@@ -138,5 +138,5 @@ class Scores:
 
 
 def key_of(derived: Derived) -> str:
-    """A name for what a plan removes, however its patterns say it."""
+    """Returns a name for the parts that a plan removes, for any patterns that remove them."""
     return hashlib.sha256(json.dumps(sorted(derived.removed)).encode()).hexdigest()[:16]

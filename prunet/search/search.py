@@ -1,10 +1,9 @@
-"""The search: from a space of plans and scores to the plan that hurts least within the budgets."""
+"""The search for the plan with the least error within the budgets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,19 +16,20 @@ from prunet.runtime import Runtime
 from prunet.search.budgets import costs_of
 from prunet.search.choice import Problem, best_sets, total
 from prunet.search.recovery import recover
+from prunet.search.results import ScoredPlan, SearchResult
 from prunet.search.scores import Scores, key_of
 from prunet.search.sensitivity import open_examples, sensitivity
 from prunet.search.space import ROUNDING, Space
 
-#: Plans that are scored really, of each of the two choices; pairs of units that are scored; points of the frontier.
+#: Plans that are scored from each of the two choices; pairs of units that are scored; points of the frontier.
 MOST_PLANS, MOST_PAIRS, POINTS = 8, 24, 6
-#: How much more latency than needed the sums must save, if no plan that they found keeps the budget when it is timed.
+#: Factors for the latency that the sums must save, if no plan that they found keeps the budget when it is timed.
 TIGHTER = (0.0, 0.1, 0.2, 0.35)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A plan with its costs, its error before training, and after some steps of it."""
+    """A plan with its costs, its error before training, and its errors after some steps of training."""
 
     derived: Derived
     costs: dict[str, float]
@@ -38,7 +38,7 @@ class Scored:
 
     @property
     def best(self) -> float:
-        """Its error after the most steps, or before them: a student that training does not improve stays as it is."""
+        """Its error after the most steps, or before training if that is less: then the student stays untrained."""
         return min(self.error.value, self.after[max(self.after)] if self.after else np.inf)
 
 
@@ -50,16 +50,15 @@ def find_plan(
     prompts: Sequence[str] | None = None,
     cache: Path | None = None,
     recover_steps: int = 0,
-) -> tuple[Plan, dict[str, Any]]:
-    """Finds the plan; returns it and all that was found, as plain JSON types. Resumes in `folder`.
+) -> tuple[Plan, SearchResult]:
+    """Finds the plan; returns it and all results. Resumes in `folder`.
 
     Args:
         prompts, cache: see `open_examples`; with `recover_steps` students learn from the cache and are scored on
-            prompts.
-        recover_steps: steps for which the best plans are distilled before one is chosen; 0: none.
+        prompts. recover_steps: steps for which the best plans are distilled before one is chosen; 0: none.
 
     Raises:
-        UserError: no plan that was timed keeps the budget of latency.
+        UserError: no timed plan keeps the budget of latency.
     """
     file = folder / "examples.safetensors"
     scores = Scores(
@@ -67,7 +66,7 @@ def find_plan(
     )
     units = sensitivity(space.units, scores, timed=bool(space.timed))
     problem = space.problem(
-        [unit["error"] for unit in units["units"]],
+        [unit.error for unit in units.units],
         [scores.latency(unit.derived) for unit in space.units] if space.timed else [],
         scores.teacher_latency if space.timed else 1.0,
     )
@@ -83,19 +82,19 @@ def find_plan(
     best = found[0]
     plan = Plan("found", best.derived.plan.remove, _described(space, best))
     frontier = _frontier(space, problem, scores)
-    return plan, {
-        **units,
-        "budgets": list(map(str, space.budgets)),
-        "limits": space.all_limits(scores.teacher_latency if space.timed else 0.0),
-        "recover_steps": recover_steps,
-        "error_before": best.error.value,
-        "trained_is_better": best.best < best.error.value,
-        "plans": [_row(one) for one in found],
-        "presets": [_row(one) for one in presets],
-        "frontier": [_row(one) for one in frontier],
-        "remove": list(plan.remove),
-        "plan": derive(space.config, plan).result().facts(),
-    }
+    return plan, SearchResult(
+        **dict(units),
+        budgets=list(map(str, space.budgets)),
+        limits=space.all_limits(scores.teacher_latency if space.timed else 0.0),
+        recover_steps=recover_steps,
+        error_before=best.error.value,
+        trained_is_better=best.best < best.error.value,
+        plans=[_row(one) for one in found],
+        presets=[_row(one) for one in presets],
+        frontier=[_row(one) for one in frontier],
+        remove=list(plan.remove),
+        plan=derive(space.config, plan).result(),
+    )
 
 
 def _score(space: Space, derived: Derived, scores: Scores) -> Scored:
@@ -104,24 +103,25 @@ def _score(space: Space, derived: Derived, scores: Scores) -> Scored:
 
 
 def within(space: Space, scored: Scored, scores: Scores) -> bool:
-    """Whether a scored plan keeps all budgets."""
+    """Returns whether a scored plan keeps all budgets."""
     limits = space.all_limits(scores.teacher_latency if space.timed else 0.0)
     return all(scored.costs[kind] <= limit * ROUNDING for kind, limit in limits.items())
 
 
 def candidates(space: Space, problem: Problem, scores: Scores) -> list[Scored]:
-    """Plans within the budgets with their real errors, the best first.
+    """Returns plans within the budgets with their measured errors, the best first.
 
-    They are those of the least summed error: by single units, and again with the terms of pairs that go together there.
+    They are the plans with the least summed error: first from single units, then with the terms of pairs that these
+    plans remove together.
 
     Raises:
-        UserError: no plan that was timed keeps the budget of latency.
+        UserError: no timed plan keeps the budget of latency.
     """
     for tighter in TIGHTER if space.timed else TIGHTER[:1]:
         needs = dict(problem.needs) | {b.kind: problem.needs[b.kind] * (1 + tighter) for b in space.timed}
         if found := _rescored(space, replace(problem, needs=needs), scores):
             return found
-    raise UserError("--budget latency: no plan that was timed keeps it: give more")
+    raise UserError("--budget latency: no timed plan keeps it: give more")
 
 
 def _rescored(space: Space, problem: Problem, scores: Scores) -> list[Scored]:
@@ -141,7 +141,7 @@ def _rescored(space: Space, problem: Problem, scores: Scores) -> list[Scored]:
 def _pairs(
     space: Space, problem: Problem, sets: Sequence[frozenset[int]], scores: Scores
 ) -> dict[tuple[int, int], float]:
-    """For pairs of units that go together in `sets`, those that hurt most: their error less the sum of both."""
+    """Scores the worst pairs of units that `sets` remove together: the error of both minus the sum of their errors."""
     both = {pair for chosen in sets for pair in combinations(sorted(chosen), 2)}
     worst = sorted(both, key=lambda pair: (-total(problem, pair), pair))[:MOST_PAIRS]
     found = {}
@@ -154,7 +154,7 @@ def _pairs(
 
 
 def _presets(space: Space, scores: Scores) -> list[Scored]:
-    """The presets that fit the teacher, whether they keep the budgets or not."""
+    """Scores the presets that fit the teacher, whether or not they keep the budgets."""
     found = []
     for name in preset_names():
         try:
@@ -166,7 +166,7 @@ def _presets(space: Space, scores: Scores) -> list[Scored]:
 
 
 def _frontier(space: Space, problem: Problem, scores: Scores) -> list[Scored]:
-    """The best plans by the sums for budgets between the teacher's costs and those given."""
+    """Returns the best plans by the sums for budgets between the teacher's costs and the given ones."""
     found: dict[str, Derived] = {}
     for point in range(1, POINTS):
         share = point / POINTS
@@ -178,16 +178,17 @@ def _frontier(space: Space, problem: Problem, scores: Scores) -> list[Scored]:
     return [_score(space, derived, scores) for derived in found.values()]
 
 
-def _row(scored: Scored) -> dict[str, Any]:
-    return {
-        "name": scored.derived.plan.name,
-        "remove": list(scored.derived.plan.remove),
-        "costs": scored.costs,
-        "error": scored.error.value,
-        "low": scored.error.low,
-        "high": scored.error.high,
-        "after": {str(steps): error for steps, error in scored.after.items()},
-    }
+def _row(scored: Scored) -> ScoredPlan:
+    plan, error = scored.derived.plan, scored.error
+    return ScoredPlan(
+        name=plan.name,
+        remove=list(plan.remove),
+        costs=scored.costs,
+        error=error.value,
+        low=error.low,
+        high=error.high,
+        after=scored.after,
+    )
 
 
 def _described(space: Space, best: Scored) -> str:

@@ -1,9 +1,7 @@
-"""Sensitivity: what each unit of a denoiser costs, and what its removal hurts."""
+"""Sensitivity: the cost of each unit of a denoiser, and the error of its removal."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from prunet.console import progress
 from prunet.data.cache import Cache
@@ -13,6 +11,7 @@ from prunet.plan.plan import Plan
 from prunet.recipe.recipe import load_recipe
 from prunet.search.budgets import costs_of
 from prunet.search.examples import Examples, cache_examples, noise_examples, path_examples
+from prunet.search.results import Sensitivity, UnitResult
 from prunet.search.scores import Scores
 from prunet.search.units import Unit
 from prunet.speed.clock import device_name
@@ -20,16 +19,16 @@ from prunet.teacher.teacher import Teacher
 
 
 def check_samples(teacher: Teacher, prompts: Sequence[str] | None, cache: Path | None) -> None:
-    """Refuses prompts or a cache from which no examples can be made, before weights are loaded.
+    """Refuses prompts or a cache that cannot give examples, before weights are loaded.
 
     Raises:
-        UserError: both, no finished cache, one of another teacher, or a teacher that cannot draw.
+        UserError: both are given, the cache is not finished or of another teacher, or the teacher cannot draw.
     """
     if prompts and cache:
         raise UserError("--prompts and --cache: give one of them")
     if teacher.architecture.only_form and (prompts or cache):
         raise UserError(
-            f"{teacher.source}: prunet knows the form of a {teacher.architecture.class_name} alone, and tries it on "
+            f"{teacher.source}: prunet cannot draw with a {teacher.architecture.class_name} yet, and scores it on "
             "random inputs: leave --prompts and --cache out"
         )
     if cache is not None:
@@ -39,7 +38,7 @@ def check_samples(teacher: Teacher, prompts: Sequence[str] | None, cache: Path |
 def open_examples(
     teacher: Teacher, prompts: Sequence[str] | None = None, cache: Path | None = None, file: Path | None = None
 ) -> Examples:
-    """The examples on which students of `teacher` are scored: of a cache, or of prompts that the teacher draws.
+    """Opens the examples on which students are scored: from a cache, or from prompts that the teacher draws.
 
     `cache`: a cache folder, or a run. `file`: where drawn examples are kept.
     """
@@ -51,18 +50,14 @@ def open_examples(
 
 
 def cache_folder(path: Path) -> Path:
-    """The folder of the cache at `path`, which may be a run."""
+    """Returns the folder of the cache at `path`, which may be a run."""
     if not (path / "recipe.yaml").is_file():
         return path
     return Path(load_recipe(path / "recipe.yaml").cache or path / "cache")
 
 
-def sensitivity(units: Sequence[Unit], scores: Scores, *, timed: bool = True) -> dict[str, Any]:
-    """Scores each unit's removal, and times it if `timed`; returns plain JSON types, units in the denoiser's order.
-
-    A unit has `name`, `remove`, `saves` (by kind of cost, as `costs` are the teacher's), and its `error` with its 95 %
-    interval, `low` to `high`.
-    """
+def sensitivity(units: Sequence[Unit], scores: Scores, *, timed: bool = True) -> Sensitivity:
+    """Scores each unit's removal, and times it if `timed`."""
     teacher = scores.teacher
     whole = derive(teacher.unet_config, Plan("none"))
     errors = []
@@ -74,29 +69,23 @@ def sensitivity(units: Sequence[Unit], scores: Scores, *, timed: bool = True) ->
                 scores.latency(unit.derived)
             bar.advance()
     costs = costs_of(whole.teacher_size, scores.teacher_latency if timed else None)
-
-    def left(unit: Unit) -> dict[str, float]:
-        return costs_of(unit.derived.student_size, scores.latency(unit.derived) if timed else None)
-
-    return {
-        "teacher": teacher.source,
-        "teacher_config": whole.teacher_config,
-        "costs": costs,
-        "examples": scores.examples.source,
-        "device": device_name(teacher.device),
-        "precision": str(teacher.dtype).removeprefix("torch."),
-        "units": [
-            {
-                "name": unit.name,
-                "remove": list(unit.parts),
-                "saves": saved(costs, left(unit)),
-                **dict(zip(("error", "low", "high"), asdict(error).values(), strict=True)),
-            }
-            for unit, error in zip(units, errors, strict=True)
+    left = [costs_of(u.derived.student_size, scores.latency(u.derived) if timed else None) for u in units]
+    return Sensitivity(
+        teacher=teacher.source,
+        teacher_config=whole.teacher_config,
+        costs=costs,
+        examples=scores.examples.source,
+        device=device_name(teacher.device),
+        precision=str(teacher.dtype).removeprefix("torch."),
+        units=[
+            UnitResult(
+                name=unit.name,
+                remove=list(unit.parts),
+                saves={kind: amount - student[kind] for kind, amount in costs.items()},
+                error=error.value,
+                low=error.low,
+                high=error.high,
+            )
+            for unit, error, student in zip(units, errors, left, strict=True)
         ],
-    }
-
-
-def saved(teacher: Mapping[str, float], student: Mapping[str, float]) -> dict[str, float]:
-    """What a student saves, by kind of cost."""
-    return {kind: amount - student[kind] for kind, amount in teacher.items()}
+    )

@@ -1,4 +1,4 @@
-"""The space of a search: which units there are, what they cost, and which of them can go together."""
+"""The space of a search: the units, their costs, and which of them can be removed together."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,17 +15,17 @@ from prunet.search.choice import Problem, Refusal, best_sets, needs_of, smallest
 from prunet.search.units import find_units, patterns_of
 from prunet.teacher.teacher import Teacher
 
-#: What rounding may add to a cost that is a share of another.
+#: Tolerance for rounding of a cost that is a share of another.
 ROUNDING = 1 + 1e-12
 
 
 class Space:
-    """The plans that a search chooses from: sets of units, with costs. Making it checks all that needs no weights.
+    """The plans that a search chooses from: sets of units, with costs. Its creation checks all that needs no weights.
 
     `keep`: patterns of parts that must stay.
 
     Raises:
-        UserError: a pattern that matches nothing, or a budget that no plan keeps.
+        UserError: a pattern matches nothing, or no plan keeps a budget.
     """
 
     def __init__(self, teacher: Teacher, budgets: Sequence[Budget], keep: Sequence[str] = ()) -> None:
@@ -50,7 +50,7 @@ class Space:
         self._check_budgets()
 
     def together(self, chosen: Sequence[int] | frozenset[int]) -> Derived | None:
-        """The student without all chosen units; None if they cannot go together."""
+        """Derives the student without all chosen units; None if they cannot be removed together."""
         key = frozenset(chosen)
         if key not in self._derived:
             parts = [part for i in sorted(key) for part in self.units[i].parts]
@@ -61,7 +61,7 @@ class Space:
         return self._derived[key]
 
     def refusal(self, limits: Mapping[str, float]) -> Refusal:
-        """Says why a set of units is no plan within `limits`, by kind of cost."""
+        """Returns a function that says why a set of units is not a plan within `limits`, by kind of cost."""
 
         def why_not(chosen: frozenset[int]) -> frozenset[int] | None:
             derived = self.together(chosen)
@@ -71,7 +71,7 @@ class Space:
             if any(costs[kind] > limit * ROUNDING for kind, limit in limits.items()):
                 return chosen
             try:
-                derived.result()  # a run writes it, with the pairs of all levels
+                derived.result()  # fails if a run could not write the pairs of all levels
             except UserError:
                 return chosen
             return None
@@ -79,7 +79,7 @@ class Space:
         return why_not
 
     def problem(self, hurts: Sequence[float], latencies: Sequence[float] = (), teacher_latency: float = 1.0) -> Problem:
-        """Which units to remove, by their errors; `latencies`: milliseconds without each, if they have a budget."""
+        """Returns the choice of units by their errors; `latencies`: ms without each unit, if latency has a budget."""
         left = [costs_of(unit.derived.student_size) for unit in self.units]
         savings = {kind: np.array([1 - costs[kind] / amount for costs in left]) for kind, amount in self.costs.items()}
         needs = needs_of(self.limits, self.costs)
@@ -91,16 +91,16 @@ class Space:
 
     @property
     def timed(self) -> list[Budget]:
-        """The budget of latency, if there is one."""
+        """Returns the budget of latency, if there is one."""
         return [budget for budget in self.budgets if budget.kind == "latency"]
 
     def all_limits(self, teacher_latency: float) -> dict[str, float]:
-        """The most of each kind of cost that has a budget."""
+        """Returns the limit of each kind of cost that has a budget."""
         whole = self.costs | {"latency": teacher_latency}
         return {budget.kind: budget.limit(whole) for budget in self.budgets}
 
     def _check_budgets(self) -> None:
-        """Refuses budgets that no plan keeps. Latency is not known yet."""
+        """Refuses budgets that no plan keeps; latency is not known yet."""
         units = len(self.units)
         if not self.limits or best_sets(self.problem([1.0] * units), self.refusal(self.limits), 1):
             return
@@ -111,7 +111,7 @@ class Space:
             least = costs_of(derived.student_size)[kind] if derived else self.costs[kind]
             if least > limit:
                 raise UserError(
-                    f"--budget {kind}: no plan keeps {shown(kind, limit)}: removing all that can go leaves "
+                    f"--budget {kind}: no plan keeps {shown(kind, limit)}: the smallest student has "
                     f"{shown(kind, least)}, {100 * least / self.costs[kind]:.1f} % of the teacher's: give more"
                 )
         raise UserError("--budget: no plan keeps all of these together: give more of one")

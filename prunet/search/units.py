@@ -1,4 +1,4 @@
-"""The units of a denoiser: the smallest sets of parts that can be removed, found by trying."""
+"""The units of a denoiser: the smallest sets of parts that can be removed. They are found by trying."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,24 +17,24 @@ from prunet.plan.plan import Plan
 
 @dataclass(frozen=True)
 class Unit:
-    """Parts that a plan can remove together, and that cannot go one by one."""
+    """Parts that a plan can remove together, but not one by one."""
 
     parts: tuple[str, ...]
     derived: Derived
 
     @cached_property
     def name(self) -> str:
-        """Its parts in short: `mid_block`, `down_blocks.0.{attentions,resnets}.1 + up_blocks.3...`."""
+        """Its parts in short form: `mid_block`, `down_blocks.0.{attentions,resnets}.1 + up_blocks.3...`."""
         return " + ".join(patterns_of(self.parts))
 
     def overlaps(self, other: "Unit") -> bool:
-        """Whether a part of one is, or lies in, a part of the other: then they are not removed together."""
+        """Returns whether a part of one unit is, or lies in, a part of the other; then they exclude each other."""
         ours, theirs = set(self.parts), set(other.parts)
         return any(is_within(part, theirs) for part in ours) or any(is_within(part, ours) for part in theirs)
 
 
 def find_units(config: Mapping[str, Any], keep: Sequence[str] = ()) -> list[Unit]:
-    """The units of the denoiser of `config`, in its order. A set of parts is one if `derive` takes it.
+    """Finds the units of the denoiser of `config`, in its order. A set of parts is a unit if `derive` accepts it.
 
     Args:
         keep: patterns of parts that must stay.
@@ -76,10 +76,10 @@ def _holds(part: str, stays: Iterable[str]) -> bool:
 
 
 def _candidates(diagram: Diagram, parts: Sequence[str], failed: list[str]) -> Iterator[tuple[str, ...]]:
-    """Sets of parts to try, single ones first. `failed`: those that were refused alone, which grows meanwhile."""
+    """Yields sets of parts to try, single parts first. `failed`: parts that were refused alone; it grows meanwhile."""
     for part in parts:
         yield (part,)
-    # Blocks of one number, where diffusers has one length for several lists.
+    # Blocks with the same number, if diffusers has one length for several lists.
     drawn = {part.name for section in diagram.sections for layer in section.layers for part in layer}
     drawn |= {section.name for section in diagram.sections}
     lists = [section for section in diagram.sections if section.is_list]
@@ -94,7 +94,7 @@ def _candidates(diagram: Diagram, parts: Sequence[str], failed: list[str]) -> It
 
 
 def _of_row(row: Row) -> Iterator[tuple[str, ...]]:
-    """Sets of parts in a row of levels: a layer of each of two levels, all parts of a kind in a level, whole levels."""
+    """Yields sets of parts in a row of levels: one layer of two levels, all of a kind in a level, whole levels."""
     if row.is_mirrored:
         down, up = (section.layers for section in row.sections)
         yield from (tuple(part.name for part in (*a, *b)) for a in down for b in up)
@@ -111,14 +111,14 @@ def _of_row(row: Row) -> Iterator[tuple[str, ...]]:
 
 
 def patterns_of(parts: Iterable[str]) -> list[str]:
-    """The parts as few patterns: names that differ in one place become one, with the choices in braces."""
+    """Writes parts as few patterns: names that differ in one place become one pattern with choices in braces."""
     patterns = sorted(parts, key=_numbered)
     for place in range(max((name.count(".") for name in patterns), default=0), -1, -1):
         groups: dict[tuple[Any, ...], list[str]] = {}
         for pattern in patterns:
             pieces = pattern.split(".")
             piece = pieces[place] if place < len(pieces) else ""
-            # A piece with braces stays as it is, since braces do not nest.
+            # A piece with braces is not merged again, because braces do not nest.
             alone = (piece,) if not piece or "{" in piece else ()
             rest = tuple(pieces[:place]), tuple(pieces[place + 1 :]), alone
             groups.setdefault(rest, []).append(piece)
@@ -132,5 +132,5 @@ def _joined(before: tuple[str, ...], choices: list[str], after: tuple[str, ...])
 
 
 def _numbered(name: str) -> list[tuple[int, str]]:
-    """A key that sorts `blocks.10` after `blocks.9`."""
+    """Returns a key that sorts `blocks.10` after `blocks.9`."""
     return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in name.split(".")]

@@ -1,1 +1,1 @@
-"""How fast models draw, and what takes the time."""
+"""How fast models draw, and where the time goes."""

@@ -1,4 +1,4 @@
-"""Pictures that models draw each in a process of its own, so that nothing else is counted to its memory."""
+"""Pictures drawn in a separate process for each model, so that the memory is only that of the model."""
 
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -14,9 +14,9 @@ from prunet.speed.clock import reset_peak, resident_kb
 
 
 def draw_alone(model: Model, prompt: str, how: Drawing, size: int) -> tuple[Image.Image, float | None]:
-    """Opens a model in a process of its own and draws a picture from seed 0, with as many threads as here.
+    """Opens a model in a separate process and draws a picture from seed 0, with as many threads as here.
 
-    Returns the picture, and by how much the process grew for it at most, in MiB (None if the system does not tell).
+    Returns the picture, and the peak growth of the process in MiB (None if the system does not report it).
 
     Raises:
         UserError: the model cannot be opened, or the system ended the process.

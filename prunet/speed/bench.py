@@ -1,4 +1,4 @@
-"""How fast models draw: latency by part, throughput and peak memory, beside what their multiply-adds allow."""
+"""How fast models draw: latency by part, throughput and peak memory, beside the limit by multiply-adds."""
 
 import importlib.metadata
 import statistics
@@ -34,17 +34,17 @@ Key = tuple[str, str, int]  # model, part or mode, batch size
 class Row:
     """One model at one batch size, with its denoiser `eager` or `compiled` in torch, or by `openvino`.
 
-    - `text_ms`: encoding the prompts of the batch, and the empty ones that guidance needs.
+    - `text_ms`: encoding the prompts of the batch, and the empty prompts for guidance.
     - `denoiser_ms`: a call with 2 x `batch_size` latents, or with `batch_size` if the model draws without guidance.
     - `vae_ms`: decoding the batch. `seconds`: text, all steps, and VAE.
-    - `peak_memory_mb`: the weights of all parts, and the most that a call of one part needs beside them (MiB); of
-      torch alone.
+    - `peak_memory_mb`: the weights of all parts, and the most memory that a call of one part needs beside them (MiB);
+      only for torch.
     - `compile_s`: the compiled denoiser's first call.
-    - `speed_up`: how many times faster a denoiser call is than the baseline's, with its 95 % `interval` over the
-      repeats; than the baseline's in the same mode if it has that. `limit`: the baseline's multiply-adds over the
-      model's, attention's matmuls included. `share`: `speed_up / limit`.
+    - `speed_up`: how many times faster a denoiser call is than the baseline's (in the same mode, if the baseline
+      has it), with its 95 % `interval` over the repeats. `limit`: the baseline's multiply-adds divided by the model's,
+      with attention's matmuls. `share`: `speed_up / limit`.
     - `kinds_ms`: the call by kind of operation; the kinds add up to `denoiser_ms`. `over_ms`: how much longer each kind
-      takes than the baseline's time for it divided by `limit`. Both of torch alone.
+      takes than the baseline's time for it divided by `limit`. Both only for torch.
     """
 
     model: str
@@ -69,9 +69,9 @@ class BenchModel(Value):
     """A model that was timed: its parameters, multiply-adds of a call by kind, and how it draws.
 
     - `rows`: inputs of the denoiser per picture, 2 with guidance. `weights_mb`: of all parts (MiB).
-    - `process_mb`: by how much a process of its own grows that opens the model and draws a picture (MiB).
-    - `apart`: how far that picture is from the one of the first model of torch with a U-Net of the same size, drawn in
-      the same way from the same noise (root mean squared error, 0 to 1).
+    - `process_mb`: the growth of a separate process that opens the model and draws a picture (MiB).
+    - `apart`: the distance of that picture from the one of the first model of torch with a U-Net of the same
+      size, drawn in the same way from the same noise (root mean squared error, 0 to 1).
     """
 
     parameters: int
@@ -86,7 +86,7 @@ class BenchModel(Value):
 
 
 class Bench(Value):
-    """What `bench` found (`bench.json`). The baseline is the first of `models`, and its rows come first."""
+    """The result of `bench` (`bench.json`). The baseline is the first of `models`, and its rows come first."""
 
     device: str
     size: int
@@ -113,13 +113,13 @@ def bench(
     compiled: bool = False,
     sources: Mapping[str, Model] | None = None,
 ) -> Bench:
-    """Times the parts of stock pipelines, or of models that `open_models` opened, in turn, each on its device and in
-    its precision.
+    """Times the parts of stock pipelines, or of models from `open_models`, in turns, with their devices and precisions.
 
-    The first one is the baseline of the others. `size` in pixels: by default the one that the baseline was trained at.
-    `drawn`: how to draw with each model; a model that it lacks draws as the baseline does, which draws by default in
-    `steps` guided steps. `compiled`: also times the denoisers of torch under `torch.compile`. `sources`: where models
-    lie; each of these draws a picture in a process of its own.
+    The first model is the baseline. `size` in pixels: by default the size that the baseline was trained at. `drawn`:
+    how each model draws; models that are not in it draw like the baseline, and the baseline by default in `steps`
+    guided steps. `compiled`: also times the denoisers of torch under `torch.compile`. `sources`: paths of models; each
+    of these
+    draws a picture in a separate process.
     """
     models: dict[str, TimedModel] = {
         name: TorchModel(pipe) if hasattr(pipe, "unet") else pipe for name, pipe in pipelines.items()
@@ -134,14 +134,14 @@ def bench(
     for (name, model), batch in product(models.items(), batch_sizes):
         found = model.calls(batch, how[name].rows, latent_sizes[name])
         calls |= {(name, part, batch): call for part, call in found.items()}
-    # A function of diffusers is compiled for every model and batch size; more than 8 would fall back to eager.
+    # A function of diffusers is compiled for every model and batch size; by default more than 8 fall back to eager.
     limit: Any = torch._dynamo.config.patch(recompile_limit=len(calls)) if compiled else nullcontext()
     with limit:
         compile_s = _compile(models, batch_sizes, how, latent_sizes, calls) if compiled else {}
         say(f"Timing {len(calls)} calls in turn, up to {repeats} times")
         times = times_in_turn(calls, repeats, device)
         say("Memory and operations")
-        # What a call needs and what it is made of can be seen of torch alone.
+        # Memory and operations of a call are known only for torch.
         seen = {key: call for key, call in calls.items() if isinstance(models[key[0]], TorchModel)}
         working = {key: working_mb(call, device) for key, call in seen.items()}
         denoisers = {key: call for key, call in calls.items() if key[1] not in ("text", "vae")}
@@ -174,7 +174,7 @@ def _told(model: TimedModel, how: Drawing, latent_size: tuple[int, int]) -> Benc
 def _pictures(
     told: Mapping[str, BenchModel], sources: Mapping[str, Model], how: Mapping[str, Drawing], size: int
 ) -> dict[str, BenchModel]:
-    """Draws a picture with each of `sources` in a process of its own; returns the models with what that tells."""
+    """Draws a picture with each of `sources` in a separate process; returns the models with the results."""
 
     @cache
     def drawn(name: str, way: str) -> tuple[Image.Image, float | None]:
@@ -192,19 +192,19 @@ def _pictures(
 
 
 def _net(model: BenchModel) -> tuple[int, dict[str, int]]:
-    """Returns what tells U-Nets of several plans apart."""
+    """Returns a value that differs for U-Nets of different plans."""
     return model.parameters, model.macs
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compiles something small, so that a machine without a compiler is noticed before models are loaded.
+    """Compiles a small function, so that a missing compiler is noticed before models are loaded.
 
     Raises:
         UserError: nothing can be compiled for `device`.
     """
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # dynamo's, the C++ compiler's, Triton's
+    except Exception as error:  # errors of dynamo, the C++ compiler or Triton
         why = str(error).strip().splitlines()[0][:160]
         raise UserError(
             f"--compile: nothing can be compiled for {device} here ({why}): install a C++ compiler (g++), or leave "

@@ -26,14 +26,14 @@ MOST_SECONDS = 60
 
 @dataclass(frozen=True)
 class Speed:
-    """One call of a denoiser: median latency, and peak memory in MiB (None if the system does not tell)."""
+    """One call of a denoiser: median latency, and peak memory in MiB (None if the system does not report it)."""
 
     latency_ms: float
     peak_memory_mb: float | None
 
 
 class Speeds(Value):
-    """The speeds of several denoisers that were timed in turn, and how."""
+    """The speeds of several denoisers that were timed in turns, and the conditions."""
 
     device: str
     batch_size: int
@@ -50,7 +50,7 @@ def time_denoisers(
     repeats: int = 15,
     device: torch.device | str = "cpu",
 ) -> Speeds:
-    """Times the denoisers in turn, so that what disturbs the machine disturbs them all.
+    """Times the denoisers in turns, so that a disturbance of the machine affects all of them.
 
     `batch_size` 2 is one picture with guidance. Each denoiser runs at its native size, in its own precision.
     """
@@ -87,10 +87,10 @@ def denoiser_call(
 def random_inputs(config: Mapping[str, Any], batch_size: int, **given: Any) -> dict[str, Any]:
     """Returns arguments of a denoiser (`Architecture.example_inputs`) with random latents and prompt embeddings.
 
-    They are random because a GPU that multiplies zeros uses less power and runs faster than it ever will on a picture.
+    The latents are random, because a GPU that multiplies zeros uses less power and runs faster than on a picture.
     """
     inputs = architecture_of(config).example_inputs(config, batch_size, **given)
-    generator = torch.Generator(inputs["sample"].device).manual_seed(0)
+    generator = torch.Generator(given.get("device", "cpu")).manual_seed(0)
     for value in inputs.values():
         if isinstance(value, Tensor) and value.is_floating_point():
             value.normal_(generator=generator)
@@ -115,7 +115,7 @@ def times_in_turn(calls: Mapping[K, Call], repeats: int, device: torch.device) -
 
 
 def seconds_of(call: Call, device: torch.device) -> float:
-    """Times one call in seconds, until the device has finished it."""
+    """Returns the seconds of one call, until the device has finished it."""
     wait(device)
     start = time.perf_counter()
     call()
@@ -145,10 +145,10 @@ def weights_mb(net: nn.Module) -> float:
 
 
 def working_mb(call: Call, device: torch.device) -> float | None:
-    """Returns the most memory that a call needs beside the weights, in MiB; None if the system does not tell.
+    """Returns the peak memory of a call beside the weights, in MiB; None if the system does not report it.
 
     On a CPU this is the growth of the process. Freed memory that the process still holds would hide some of it, so it
-    goes back to the system first if the C library can do that (glibc); elsewhere the figure is too small.
+    is first returned to the system if the C library can do that (glibc); elsewhere the figure is too small.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Models as they are timed: what a stock pipeline of torch and a folder for OpenVINO have in common."""
+"""Models for timing: one interface for stock pipelines of torch and folders for OpenVINO."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
@@ -28,8 +28,8 @@ PROMPT = "a photograph of an astronaut riding a horse"
 class TorchModel:
     """A stock pipeline, on its device and in its precision.
 
-    `mode`: how its denoiser runs without a compiler; `config`: of the denoiser; `scale`: pixels to one of its latents;
-    `precision`: of weights and computation; `weights_mb`: of all parts (MiB).
+    `mode`: how its denoiser runs without a compiler; `config`: config of the denoiser; `scale`: pixels per latent along
+    one side; `precision`: that of weights and computation; `weights_mb`: weights of all parts (MiB).
     """
 
     runtime, mode = "torch", "eager"
@@ -41,8 +41,9 @@ class TorchModel:
         self.weights_mb = sum(weights_mb(part) for part in pipe.components.values() if isinstance(part, nn.Module))
 
     def calls(self, batch: int, rows: int, latent_size: tuple[int, int]) -> dict[str, Call]:
-        """Returns what is called for a batch of pictures, on random inputs: `text`, tokenizing included, the denoiser
-        (`mode`) with `rows` latents a picture, and `vae`.
+        """Returns the calls for a batch of pictures, on random inputs: `text`, the denoiser (named `mode`) and `vae`.
+
+        `text` includes tokenizing; the denoiser gets `rows` latents for each picture.
         """
         pipe, device = self.pipe, self.device
         generator = torch.Generator(device).manual_seed(0)
@@ -57,7 +58,7 @@ class TorchModel:
 
 
 class OpenVinoModel:
-    """A folder for OpenVINO on the CPU, with as many threads as torch has. What it has is what `TorchModel` has."""
+    """A folder for OpenVINO on the CPU, with as many threads as torch has; it has the fields of `TorchModel`."""
 
     runtime = mode = "openvino"
 
@@ -75,13 +76,13 @@ class OpenVinoModel:
         return {path.parent.name: core.compile_model(path, "CPU", properties(self._hint)) for path in paths}
 
     def calls(self, batch: int, rows: int, latent_size: tuple[int, int]) -> dict[str, Call]:
-        """Returns the same calls; tokenizing is no part of `text`."""
+        """Returns the same calls; `text` does not include tokenizing."""
         texts = [part for name, part in self._parts.items() if name.startswith("text_encoder")]
         ids = [np.zeros((rows * batch, part.input(0).partial_shape[1].get_length()), np.int64) for part in texts]
         given = random_inputs(self.config, rows * batch, latent_size=latent_size)
         given |= given.pop("added_cond_kwargs", {})
         arrays = {name: value.numpy() for name, value in given.items()}
-        arrays["timestep"] = arrays["timestep"][:1]  # as openvino_genai gives it
+        arrays["timestep"] = arrays["timestep"][:1]  # like the input from openvino_genai
         return {
             "text": lambda: [part([tokens]) for part, tokens in zip(texts, ids, strict=True)],
             self.mode: partial(self._parts["unet"], arrays),
@@ -118,7 +119,7 @@ def open_models(
     students = {}
     if plans:
         if isinstance(first, OpenVinoFolder):
-            raise UserError(f"--plan: is for a model of torch, and {models[0]} is for OpenVINO: give that second")
+            raise UserError(f"--plan: needs a model of torch first, and {models[0]} is for OpenVINO: give it second")
         students = {f"plan {p}": partial(_reduced, first, derive(first.unet_config, load_plan(p))) for p in plans}
     timed: dict[str, TimedModel] = {
         name: OpenVinoModel(one, precision_of(dtype)) if isinstance(one, OpenVinoFolder) else TorchModel(one.pipeline())

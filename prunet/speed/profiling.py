@@ -1,4 +1,4 @@
-"""Where the time of a call goes: its operations by kind."""
+"""The time of a call by kind of operation."""
 
 import statistics
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from prunet.plan.size import KINDS, kind_of
 from prunet.speed.clock import Call, K, seconds_of
 
-#: How many times each call is profiled.
+#: Number of times that each call is profiled.
 ROUNDS = 3
 #: `other`: sums, copies, casts, fused code; `between`: the device waits for Python and launches.
 PARTS = (*KINDS, "other", "between")
@@ -22,8 +22,8 @@ def times_by_kind(
 ) -> dict[K, dict[str, float]]:
     """Splits the `latency_ms` of each call, timed without the profiler, by kind of operation (`PARTS`).
 
-    The calls take turns. The profiler slows calls down, most of all those of many small operations, so only each kind's
-    share is taken from it. On a device that cannot be profiled each call gets an empty mapping.
+    The calls take turns. The profiler slows calls down, especially those with many small operations, so only the share
+    of each kind is taken from it. On a device that cannot be profiled, each call gets an empty mapping.
     """
     if device.type not in ("cpu", "cuda"):
         return {key: {} for key in calls}
@@ -42,9 +42,9 @@ def _profile(call: Call, latency_ms: float, device: torch.device) -> dict[str, f
         watched_ms = 1000 * seconds_of(call, device)
     parts = dict.fromkeys(PARTS, 0.0)
     for event in found.key_averages():
-        # An operation's own event includes the time of its kernels; the kernels' events would count it twice.
+        # The event of an operation includes the time of its kernels; their own events would count it twice.
         if event.device_type == DeviceType.CPU:
             parts[kind_of(event.key)] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1000
-    # The profiler slows a CPU's operations, but not a GPU's kernels: there only their launches are slower.
+    # The profiler slows down operations on a CPU; on a GPU it slows only launches, not kernels.
     whole_ms = latency_ms if cuda else watched_ms
     return parts | {"between": max(0.0, whole_ms - sum(parts.values()))}

@@ -12,7 +12,7 @@ from prunet.errors import UserError
 
 
 def save_unet(net: Net, folder: Path, what: str, made_from: str | None = None) -> None:
-    """Writes a denoiser as a stock diffusers folder, whole or not at all; `what` is the kind in its seal."""
+    """Writes a denoiser as a stock diffusers folder, whole or not at all; `what` is the kind of the folder's seal."""
     with new_folder(folder, what, made_from) as part:
         write_unet(net, part)
 
@@ -21,7 +21,7 @@ def load_unet(folder: Path, made_from: str | None = None) -> Net:
     """Loads a denoiser that `save_unet` wrote, in fp32.
 
     Raises:
-        UserError: it is missing, damaged, or made from something else than `made_from`.
+        UserError: the folder is missing, damaged, or was made from other inputs than `made_from`.
     """
     fix = f"delete {folder} and run again"
     verify(folder, fix, made_from)
@@ -29,13 +29,13 @@ def load_unet(folder: Path, made_from: str | None = None) -> Net:
     try:
         return freeze(architecture_of(config).load(folder))
     except Exception as error:
-        raise UserError(f"{folder}: no whole denoiser there ({error}): {fix}") from error
+        raise UserError(f"{folder}: not a whole denoiser ({error}): {fix}") from error
 
 
 def write_unet(net: Net, folder: Path) -> None:
     """Writes a denoiser as a stock diffusers folder, with all weights in one file."""
     net.save_pretrained(folder, safe_serialization=True, max_shard_size="1TB")
-    # diffusers writes where the model was opened from, which means nothing elsewhere.
+    # diffusers writes the path that the model was opened from, which means nothing on other machines.
     config = folder / "config.json"
     value = json.loads(config.read_text(encoding="utf-8"))
     value.pop("_name_or_path", None)

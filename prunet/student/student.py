@@ -15,9 +15,9 @@ from prunet.teacher.teacher import Teacher
 
 
 def build(teacher: Teacher, plan: Plan) -> Net:
-    """Builds the stock model that the plan leaves, in fp32, with weights copied from the teacher.
+    """Builds the plan's student, a stock model in fp32, with weights copied from the teacher.
 
-    The teacher is not changed. An empty plan gives a copy that computes the same bits.
+    The teacher does not change. An empty plan gives a copy that computes the same bits.
 
     Raises:
         UserError: the plan does not fit the teacher (see `prunet.plan.derived.derive`).
@@ -31,14 +31,14 @@ def inherit(source: nn.Module, derived: Derived) -> Net:
 
 
 def random_student(derived: Derived, seed: int) -> Net:
-    """Builds the student of `derived` with random weights, to compare inherited ones with."""
+    """Builds the student of `derived` with random weights, for a comparison with inherited ones."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return derived.architecture.make(derived.student_config).eval().requires_grad_(False)
 
 
 def _fill(derived: Derived, weights: Mapping[str, Tensor], origins: Mapping[str, str]) -> Net:
-    """Makes the student empty and assigns its weights, so that no time goes into random ones."""
+    """Makes the student without weights and assigns them, so that no time is spent on random weights."""
     student = derived.architecture.empty(derived.student_config)
     student.load_state_dict(
         {
@@ -51,7 +51,7 @@ def _fill(derived: Derived, weights: Mapping[str, Tensor], origins: Mapping[str,
 
 
 def compose(before: Derived, after: Derived) -> dict[str, str]:
-    """Maps each parameter of `after`'s student to one of `before`'s student, by way of the teacher's names.
+    """Maps each parameter of `after`'s student to a parameter of `before`'s student, through the teacher's names.
 
     Raises:
         UserError: `after` keeps a part that `before` removed.
@@ -60,8 +60,8 @@ def compose(before: Derived, after: Derived) -> dict[str, str]:
     lost = next((origin for origin in after.weight_map.values() if origin not in ours), None)
     if lost is not None:
         raise UserError(
-            f"plan {after.plan.name!r} keeps {lost}, which plan {before.plan.name!r} of the stage before it removed: a "
-            "stage can only remove more"
+            f"plan {after.plan.name!r} keeps {lost}, which plan {before.plan.name!r} of the stage before removed: "
+            "remove it in the later plan too"
         )
     return {name: ours[origin] for name, origin in after.weight_map.items()}
 
@@ -73,7 +73,7 @@ def check_steps(steps: Sequence[Derived]) -> None:
 
 
 def cut(student: nn.Module, before: Derived, after: Derived) -> Net:
-    """Builds the student of `after` from `student`, a student of `before`: the next of several removals."""
+    """Builds the student of `after` from `student`, the student of the earlier plan `before`."""
     return _fill(after, student.state_dict(), compose(before, after))
 
 

@@ -1,1 +1,1 @@
-"""The original pipeline: its files and configs, its parts, and encoding with them."""
+"""The original pipeline: its files and configs, its parts, and encoding with these parts."""

@@ -1,4 +1,4 @@
-"""Checks of a pipeline's configs: the only guard between a user's JSON and libraries that use its values unchecked.
+"""Checks of a pipeline's configs, because the libraries use the values of a user's JSON unchecked.
 
 Type and size are checked for the fields that prunet reads itself, and for those that decide how much is built (layers,
 widths, timesteps). All other fields are left to diffusers; building the model on the meta device tries them (`skeleton`
@@ -20,7 +20,7 @@ from prunet.recipe.recipe import explain
 Count = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
 #: A number of consecutive layers, or the size of a kernel.
 Few = Annotated[int, Field(strict=True, ge=1, le=100)]
-#: Transformer blocks of a level of the U-Net; 0 where it has none.
+#: Transformer blocks of a level of the U-Net; 0 if it has none.
 Depth = Annotated[int, Field(strict=True, ge=0, le=100)]
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Some = Field(min_length=1, max_length=10)
@@ -45,7 +45,7 @@ class _Index(_Fields):
     def _parts(self) -> "_Index":
         for part, value in (self.model_extra or {}).items():
             is_pair = isinstance(value, list) and len(value) == 2 and all(isinstance(v, str | None) for v in value)
-            # A name becomes the name of a folder beside the file, and must not lead elsewhere.
+            # The name becomes that of a folder beside the file, so it must not lead elsewhere.
             if isinstance(value, list) and not (is_pair and re.fullmatch(r"\w+", part)):
                 raise ValueError(
                     f"{part!r}: {value}: a part has a name of letters, digits and _, a library and a class"
@@ -173,7 +173,7 @@ def check_config(part: str, config: Mapping[str, Any], path: Path) -> None:
     `part`: its name in the pipeline, or `model_index`. `path`: the file, for the message.
 
     Raises:
-        UserError: the file, the field and what is wrong with it.
+        UserError: a field is wrong; the message names the file and the field.
     """
     try:
         _CONFIGS[part].model_validate(config)
@@ -185,7 +185,7 @@ def read_object(path: Path, message: str) -> dict[str, Any]:
     """Reads a JSON object; `message` begins the text of errors.
 
     Raises:
-        UserError: no such file, not JSON, or not an object.
+        UserError: the file is missing, not JSON, or not an object.
     """
     if not path.is_file():  # reading a pipe would block
         raise UserError(f"{message}: no file {path}: fetch or copy it again")
@@ -195,7 +195,7 @@ def read_object(path: Path, message: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{message}: {path} is not readable JSON ({error}): fetch or copy it again") from error
     if not isinstance(value, dict):
-        raise UserError(f"{message}: {path} does not hold a JSON object: fetch or copy it again")
+        raise UserError(f"{message}: {path} is not a JSON object: fetch or copy it again")
     return value
 
 
@@ -203,14 +203,15 @@ def check_condition(unet: Mapping[str, Any], encoders: Sequence[Mapping[str, Any
     """Refuses text encoders with embeddings of another width than the U-Net takes; `source` begins the message.
 
     Raises:
-        UserError: both widths.
+        UserError: the widths differ; the message names both.
     """
     takes = unet["cross_attention_dim"]
     for width in takes if isinstance(takes, list) else [takes]:
         given = sum(config.get("hidden_size", 512) for config in encoders)
         if width != given:
             raise UserError(
-                f"{source}: its U-Net takes text embeddings of width {width}, its text encoders make {given}"
+                f"{source}: its U-Net takes text embeddings of width {width}, but its text encoders give {given}: copy "
+                "both from one pipeline"
             )
 
 

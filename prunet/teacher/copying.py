@@ -80,12 +80,12 @@ def _other_files(teacher: Teacher, configs: Path, name: str) -> list[Path]:
 
 
 def check_other_parts(teacher: Teacher) -> None:
-    """Refuses parts, among those that are copied as they are (`_copy_other`), that stock diffusers cannot load.
+    """Refuses parts that are copied unchanged (`_copy_other`) if stock diffusers cannot load them.
 
-    Opens just these files with diffusers. Otherwise the mistake would appear at the export, after all the training.
+    Opens only these files with diffusers. Otherwise the mistake would appear at the export, after the training.
 
     Raises:
-        UserError: diffusers' message.
+        UserError: diffusers cannot load a part; the message has diffusers' reason.
     """
     import diffusers
 
@@ -109,7 +109,7 @@ def check_other_parts(teacher: Teacher) -> None:
         diffusers.utils.logging.disable_progress_bar()
         try:
             diffusers.DiffusionPipeline.from_pretrained(made, local_files_only=True, unet=None, **dict.fromkeys(ours))
-        except Exception as error:  # of any type: the classes of the parts decide
+        except Exception as error:  # any type of error, depending on the classes of the parts
             lines = str(error).replace(made, str(configs)).splitlines() or [""]
             raise UserError(
                 f"{configs}: stock diffusers cannot open the parts that the student shares "

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (arXiv 2207.12598): the output for a prompt, moved away from the output for no prompt."""
+"""Classifier-free guidance (arXiv 2207.12598): moves the output for a prompt away from the output for no prompt."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +14,9 @@ Caller = Callable[[Any, Tensor, Tensor, Condition], Tensor]
 def guided(
     call: Caller, net: Any, noisy: Tensor, timestep: Tensor, condition: Condition, empty: Condition, scale: float
 ) -> Tensor:
-    """Returns u + scale (c - u), (B, C, h, w), with the outputs c for the prompt and u for none; c is computed last.
+    """Returns u + scale (c - u), (B, C, h, w), with outputs c for the prompt and u for no prompt; c is computed last.
 
-    `empty`: the condition of no prompt, as one row.
+    `empty`: the condition of no prompt, one row.
     """
     without = call(net, noisy, timestep, condition.without_prompt(empty))
     return without + scale * (call(net, noisy, timestep, condition) - without)

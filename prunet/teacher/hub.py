@@ -1,11 +1,11 @@
-"""Files of a repository of the hub, on this machine."""
+"""Downloads of files from a repository of the hub."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from prunet.errors import UserError
 
-#: Errors of the hub's client -> what to do.
+#: Advice for errors of the hub's client.
 ADVICE = {
     "GatedRepoError": "it is gated: accept its terms on its page, then `hf auth login`",
     "RevisionNotFoundError": "it has no such revision: check teacher.revision",
@@ -14,10 +14,10 @@ ADVICE = {
 
 
 def download(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """Downloads the files of a repository that match a pattern; returns their folder, which is named like the commit.
+    """Downloads the files of a repository that match a pattern; returns their folder, which has the commit as its name.
 
     Raises:
-        UserError: not available.
+        UserError: the files are not available.
     """
     from huggingface_hub import snapshot_download
 

@@ -1,10 +1,10 @@
-"""Known layouts: configs of published denoisers, which need no file from the user."""
+"""Known layouts: configs of published denoisers, for use without a file."""
 
 import json
 from importlib import resources
 from typing import Any
 
-#: Name -> the repository of its `config.json`; fields that neither prunet nor diffusers reads are removed.
+#: Names of layouts, and the repository of each `config.json`, without fields that neither prunet nor diffusers reads.
 LAYOUTS = {
     "sd-v1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd-v2": "stabilityai/stable-diffusion-2-1-base",
@@ -20,7 +20,7 @@ LAYOUTS = {
 
 
 def layout_config(name: str) -> dict[str, Any]:
-    """The denoiser's config of a layout in `LAYOUTS`."""
+    """Returns the denoiser's config of a layout in `LAYOUTS`."""
     path = resources.files("prunet.teacher") / "layouts" / f"{name}.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return config

@@ -1,8 +1,8 @@
 """The original LDM layout: a whole pipeline as one `.safetensors` file, for any pruned U-Net.
 
 These are the "checkpoints" of SD v1, SD v2 and SDXL, as ComfyUI and diffusers' `from_single_file` read them. There is
-no table per model: the model is built on the meta device from its config, and walking its modules gives the map of
-names, which serves for writing and for reading.
+no table for each model: the model is built on the meta device from its config, and a walk over its modules gives the
+map of names, for writing and for reading.
 
 Programs that open such a file, besides `place` below, which finds the tensors of everything that `to_ldm` writes:
 
@@ -34,7 +34,7 @@ from prunet.errors import UserError
 from prunet.teacher import placing
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-TEXT = {  # (layout, index of the text encoder) -> prefix; OpenCLIP's names follow `model.`, CLIP's follow the others
+TEXT = {  # prefixes by layout and index of the text encoder; OpenCLIP's names follow `model.`, CLIP's the others
     ("sd-v1", 0): "cond_stage_model.transformer.",
     ("sd-v2", 0): "cond_stage_model.model.",
     ("sdxl", 0): "conditioner.embedders.0.transformer.",
@@ -43,7 +43,7 @@ TEXT = {  # (layout, index of the text encoder) -> prefix; OpenCLIP's names foll
 SD_V2_LAYERS = 23  # OpenCLIP ViT-H has 24, but every program takes the output of the 23rd for SD v2
 INSTEAD = "export a diffusers folder instead"
 THIRDS = ("q_proj", "k_proj", "v_proj")
-#: Buffers of the noise schedule, which the scheduler computes again, and marks (`prunet.teacher.marks`).
+#: Buffers of the noise schedule, which the scheduler recomputes, and marks (`prunet.teacher.marks`).
 OF_THE_SCHEDULE = re.compile(
     r"(betas|alphas_cumprod\w*|sqrt_\w+|log_one_minus_\w+|posterior_\w+|lvlb_weights|logvar|scale_factor|v_pred|ztsnr"
     r"|edm_vpred\..*|denoiser\..*)$"
@@ -62,7 +62,7 @@ def to_ldm(
     """Returns all tensors of a pipeline under their LDM names, contiguous, as `safetensors.torch.save_file` needs them.
 
     A part that is None is left out. With `dtype=None` each tensor keeps its dtype, and shares memory with the model
-    where possible. `gaps`: the U-Net's layers are counted as stable-diffusion.cpp does.
+    where possible. `gaps`: the U-Net's layers are numbered like in stable-diffusion.cpp.
     `prunet.teacher.marks` adds the marks that say what the model predicts.
 
     Raises:
@@ -84,10 +84,10 @@ def from_ldm_unet(path: str | Path, config: Mapping[str, Any]) -> UNet2DConditio
 
 
 def place(path: str | Path, model: Any, index: int = 0) -> placing.Placed:
-    """Finds each tensor of an empty model in a single file, from its header alone; `index`: that of a text encoder.
+    """Finds each tensor of an empty model in a single file, from its header; `index`: that of a text encoder.
 
     Raises:
-        UserError: the file has not exactly the model's tensors.
+        UserError: the tensors of the file are not exactly those of the model.
     """
     if isinstance(model, UNet2DConditionModel | AutoencoderKL):
         key_map, stem = _key_map(model, _has_gaps(path)), UNET if isinstance(model, UNet2DConditionModel) else VAE
@@ -102,7 +102,7 @@ def place(path: str | Path, model: Any, index: int = 0) -> placing.Placed:
 
 
 def layout_of(path: str | Path) -> str | None:
-    """Returns `sd-v1`, `sd-v2`, `sdxl` or None (something else), from the file's header alone.
+    """Returns `sd-v1`, `sd-v2`, `sdxl` or None (something else), from the file's header.
 
     The names of the text encoder's tensors decide; in a file without a text encoder, the U-Net's context width.
     """
@@ -120,7 +120,7 @@ def layout_of(path: str | Path) -> str | None:
 
 
 def lacks(path: str | Path, layout: str) -> str | None:
-    """The prefix of the first part that a file of this layout needs and does not have, or None."""
+    """Returns the prefix of the first part of this layout that a file lacks, or None."""
     found = {placing.bare(key) for key in placing.headers([Path(path)])}
     stems = [UNET, VAE, *(stem for (of, _), stem in TEXT.items() if of == layout)]
     return next((stem for stem in stems if not any(key.startswith(stem) for key in found)), None)
@@ -134,39 +134,39 @@ def unused(path: str | Path) -> dict[str, int]:
 
 
 def has_unet(path: str | Path, config: Mapping[str, Any]) -> bool:
-    """Whether the file's U-Net has exactly the tensors of `config` (names, input channels), from the header alone."""
+    """Returns whether the file's U-Net has exactly the tensors of `config` (names, input channels), from its header."""
     found = {placing.bare(key): header for key, header in placing.headers([Path(path)]).items()}
     channels = found[UNET + "input_blocks.0.0.weight"].shape[1:2]
     keys = {key for key in found if key.startswith(UNET)}
     return keys == set(unet_key_map(config).values()) and channels == (config.get("in_channels", 4),)
 
 
-# -- names: diffusers' parameter -> LDM's key
+# -- names: from diffusers' parameters to LDM's keys
 
 
 def unet_key_map(config: Mapping[str, Any], gaps: bool = False) -> dict[str, str]:
-    """Name of each U-Net parameter -> its LDM name (`model.diffusion_model.` ...), one to one, for any plan."""
+    """Maps each U-Net parameter to its LDM name (`model.diffusion_model.` ...), one to one, for any plan."""
     return _key_map(placing.empty(UNet2DConditionModel, config), gaps)
 
 
 def _has_gaps(path: str | Path) -> bool:
-    """Whether a file's U-Net is counted as stable-diffusion.cpp does: nothing follows the first level's only layer."""
+    """Returns whether a file numbers layers like stable-diffusion.cpp: a gap follows the first level's only layer."""
     found = {placing.bare(key) for key in placing.headers([Path(path)])}
     return not any(key.startswith(UNET + "input_blocks.2.") for key in found)
 
 
 def vae_key_map(config: Mapping[str, Any]) -> dict[str, str]:
-    """Name of each VAE parameter -> its LDM name (`first_stage_model.` ...), one to one, for any depth."""
+    """Maps each VAE parameter to its LDM name (`first_stage_model.` ...), one to one, for any depth."""
     return _key_map(placing.empty(AutoencoderKL, config))
 
 
 def text_key_map(names: Iterable[str], layout: str, index: int) -> dict[str, str]:
-    """Name of each CLIP parameter -> its LDM name; in OpenCLIP's layout q, k and v share one name."""
+    """Maps each CLIP parameter to its LDM name; in OpenCLIP's layout q, k and v share one name."""
     key_map, prefix = {}, TEXT[layout, index]
     for name in names:
         key = name.removeprefix("text_model.")  # absent in CLIPTextModel since transformers 5
         if not key.startswith(("embeddings.", "encoder.layers.", "final_layer_norm.", "text_projection.")):
-            raise UserError(f"{name} is no part of a CLIP text encoder, the only kind that LDM has: {INSTEAD}")
+            raise UserError(f"{name} does not belong to a CLIP text encoder, the only kind that LDM has: {INSTEAD}")
         if prefix.endswith(".model."):
             for ours, theirs in _OPENCLIP.items():
                 key = key.replace(ours, theirs)
@@ -183,7 +183,7 @@ _OPENCLIP = {
     "self_attn.k_proj.": "attn.in_proj_", "self_attn.v_proj.": "attn.in_proj_",
     "self_attn.out_proj": "attn.out_proj", "text_projection.weight": "text_projection",
 }  # fmt: skip
-# Type of a module that the walks below visit -> names inside it; modules of other types have no LDM form.
+# Names inside the modules that the walks below visit, by type; modules of other types have no LDM form.
 _UNET_INSIDE: dict[type, dict[str, str]] = {
     ResnetBlock2D: RESNET, Transformer2DModel: {}, nn.Conv2d: {}, nn.Linear: {}, nn.GroupNorm: {},
 }  # fmt: skip
@@ -194,7 +194,7 @@ _VAE_INSIDE: dict[type, dict[str, str]] = {
 
 
 def _vae_modules(vae: Any) -> Iterator[tuple[str, str]]:
-    """Yields (module, LDM module). LDM counts the decoder's blocks from the picture, diffusers from the latents."""
+    """Yields (module, LDM module). LDM numbers the decoder's blocks from the picture, diffusers from the latents."""
     for half, way in (("encoder", "down"), ("decoder", "up")):
         blocks = vae.get_submodule(f"{half}.{way}_blocks")
         for b, block in enumerate(blocks):
@@ -216,7 +216,7 @@ def _vae_modules(vae: Any) -> Iterator[tuple[str, str]]:
 
 
 def _key_map(model: Any, gaps: bool = False) -> dict[str, str]:
-    """Parameter -> LDM name, from the pairs of modules that the walks yield; checks that every parameter has one."""
+    """Maps parameters to LDM names, by the pairs of modules that the walks yield; every parameter must have one."""
     modules, prefix, inside = ldm_modules(model, gaps), UNET, _UNET_INSIDE
     if isinstance(model, AutoencoderKL):
         modules, prefix, inside = _vae_modules(model), VAE, _VAE_INSIDE
@@ -238,7 +238,7 @@ def _key_map(model: Any, gaps: bool = False) -> dict[str, str]:
 
 
 def _pack(model: Any, key_map: Mapping[str, str]) -> dict[str, Tensor]:
-    """A model's tensors with the names and shapes of LDM; q, k and v are joined where they share a key."""
+    """Returns a model's tensors with the names and shapes of LDM; q, k and v are joined if they share a key."""
     state, packed = model.state_dict(), {}
     if wrong := sorted(state.keys() ^ key_map.keys()):
         raise UserError(f"{type(model).__name__} does not fit its config ({wrong[0]}): build it from its config")
@@ -255,7 +255,7 @@ def _pack(model: Any, key_map: Mapping[str, str]) -> dict[str, Tensor]:
 
 
 def _unpacked(key: str, name: str, tensor: Tensor) -> Tensor:
-    """The inverse of `_pack` for one tensor; a tensor of an unexpected shape stays as it is."""
+    """Inverts `_pack` for one tensor; a tensor of an unexpected shape is returned unchanged."""
     if ".in_proj_" in key and tensor.ndim and tensor.shape[0] % 3 == 0:
         return tensor.chunk(3)[THIRDS.index(name.split(".")[-2])].clone()
     if ".mid.attn_" in key and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):

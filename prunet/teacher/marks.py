@@ -1,7 +1,7 @@
-"""Marks: what the header of a single file says about the model's prediction and noise, for reading and for writing.
+"""Marks: statements in the header of a single file about the model's prediction and noise.
 
 A single file has no scheduler. Trainers and other programs leave marks beside the weights that say what the U-Net
-predicts, and for which noise. The config that a user gives with the file says so too. Where the two disagree, one of
+predicts, and for which noise. The config that a user gives with the file says the same. If the two disagree, one of
 them is wrong, and then every step of a distillation would be wrong.
 
 Programs that use each mark, besides prunet:
@@ -34,11 +34,11 @@ TENSORS = {
     "ztsnr": (ZERO_SNR, True),
     **dict.fromkeys(("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min"), (NOISE, "EDM")),
 }
-PREDICTIONS = {"eps": EPSILON, "v": V, "vpred": V, "v_pred": V, "v-prediction": V}  # besides diffusers' own words
+PREDICTIONS = {"eps": EPSILON, "v": V, "vpred": V, "v_pred": V, "v-prediction": V}  # names of other programs
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 ARCHITECTURES = {"stable-diffusion-v2-768-v": V, "stable-diffusion-v2-512": EPSILON}
 VERSIONS = {"sd_v1": EPSILON, "sd_v2": EPSILON, "sd_v1_v": V, "sd_v2_v": V}
-MODELSPEC = {  # layout -> prediction type -> architecture
+MODELSPEC = {  # architecture by layout and prediction type
     "sd-v1": {EPSILON: "stable-diffusion-v1", V: "stable-diffusion-v1"},
     "sd-v2": {EPSILON: "stable-diffusion-v2-512", V: "stable-diffusion-v2-768-v"},
     "sdxl": {EPSILON: "stable-diffusion-xl-v1-base", V: "stable-diffusion-xl-v1-base"},
@@ -56,10 +56,10 @@ class Mark:
 
 
 def read_marks(path: str | Path) -> list[Mark]:
-    """Reads all marks of a `.safetensors` file, from its header alone.
+    """Reads all marks of a `.safetensors` file, from its header.
 
     Raises:
-        UserError: not a safetensors file, or no permission to read it.
+        UserError: the file is not safetensors, or this user may not read it.
     """
     with open_file(path) as file:
         names, metadata = set(file.keys()), file.metadata() or {}
@@ -85,7 +85,7 @@ def check_marks(path: str | Path, scheduler: Mapping[str, Any], owner: str, layo
 
     Args:
         path: the `.safetensors` file.
-        scheduler: the config that the file would be used with.
+        scheduler: the config to use with the file.
         owner: the config's name in messages.
         layout: `sd-v1`, `sd-v2` or `sdxl`, for the advice.
 
@@ -151,7 +151,7 @@ def mark(scheduler: Mapping[str, Any], layout: str, title: str, size: int) -> tu
 
 
 def save_marked(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """Writes a safetensors file with sorted metadata, so that equal contents are equal bytes; the library's vary."""
+    """Writes a safetensors file with sorted metadata, so equal contents give equal bytes; the library varies them."""
     save_file(dict(tensors), path, metadata=dict(metadata))
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")

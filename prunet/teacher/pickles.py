@@ -1,7 +1,7 @@
 """Reads the tensors of a pickled checkpoint (`.ckpt`, `.pt`, `.bin`) without running the code in it.
 
-A pickle is a program that imports names and calls them. Here each name becomes an inert stand-in, and the names that
-make a tensor become notes of where its bytes are. Nothing is imported, nothing is called. The bytes are then read from
+A pickle is a program that imports names and calls them. Here each name becomes an inert stand-in, and names that make
+a tensor become notes about the place of its bytes. Nothing is imported or called. The bytes are then read from
 the file in PyTorch's layout: a zip of stored records, or (before PyTorch 1.6) the pickle followed by the bytes.
 """
 
@@ -31,9 +31,9 @@ LARGEST_PICKLE = 256 << 20  # bytes, without the tensors; Stable Diffusion's has
 MOST_TUPLES = 60_000  # more, nested in each other, would overflow Python's stack; a tensor has three or four
 LARGEST_GROWTH = 4  # output bytes per input byte; tied tensors are written once for each of their names
 AGAIN = "fetch or copy it again"
-IP_ADAPTER = {"image_proj", "ip_adapter"}  # what such a file holds: two mappings, in safetensors joined by dots
+IP_ADAPTER = {"image_proj", "ip_adapter"}  # the two mappings in such a file; safetensors joins their keys by dots
 
-Places = Mapping[str, tuple[int, int]]  # record -> its start in the file and its length, in bytes
+Places = Mapping[str, tuple[int, int]]  # start and length of each record in the file, in bytes
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Note:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Reads the tensors of a checkpoint, contiguous, without shared memory; and the names of everything else in it."""
+    """Returns the tensors of a checkpoint, contiguous, without shared memory, and the names of everything else."""
     if path.exists() and not path.is_file():  # reading a pipe would block
         raise UserError(f"{path}: cannot be read (not a file): give the path of a checkpoint")
     try:
@@ -78,7 +78,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         raise UserError(f"{path}: cannot be read ({error.strerror}): give the path of a checkpoint") from error
     except UserError:
         raise
-    except Exception as error:  # a pickle can be wrong in any way, and none of its code has run
+    except Exception as error:  # a pickle can fail in any way; none of its code has run
         raise UserError(
             f"{path}: not a checkpoint that PyTorch wrote ({str(error) or type(error).__name__}): {AGAIN}"
         ) from error
@@ -90,9 +90,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _notes(path: Path, value: Any) -> tuple[dict[str, Note], list[str]]:
-    """The tensors of a checkpoint by name, and the names of everything else in it."""
+    """Returns the tensors of a checkpoint by name, and the names of everything else in it."""
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds {_label(value)}, not tensors by name: save only its state_dict")
+        raise UserError(f"{path}: contains {_label(value)}, not tensors by name: save only its state_dict")
     if set(value) == IP_ADAPTER and all(isinstance(entry, dict) for entry in value.values()):
         value = {f"{part}.{_label(name)}": entry for part, state in value.items() for name, entry in state.items()}
     inside = [key for key, entry in value.items() if isinstance(entry, dict) and _holds_tensors(entry)]
@@ -101,11 +101,11 @@ def _notes(path: Path, value: Any) -> tuple[dict[str, Note], list[str]]:
         chosen = ["state_dict"] if "state_dict" in inside else inside
         if len(chosen) != 1:
             names = ", ".join(_label(key) for key in value)[:200] or "nothing"
-            raise UserError(f"{path}: no state_dict among what it holds ({names}): save only its state_dict")
+            raise UserError(f"{path}: no state_dict in it, but {names}: save only the state_dict")
         state, outside = value[chosen[0]], [_label(key) for key in value if key != chosen[0]]
     elif inside:
         raise UserError(
-            f"{path}: holds tensors, and in {_label(inside[0])} more of them: save the state_dict of one model alone"
+            f"{path}: contains tensors, and more of them in {_label(inside[0])}: save the state_dict of only one model"
         )
     for name, entry in state.items():
         if _is_other_tensor(entry):
@@ -127,12 +127,12 @@ def _is_text(name: str) -> bool:
 
 
 def _is_other_tensor(entry: Any) -> bool:
-    """Whether torch would make a tensor of it that no stand-in here can: sparse, negated, without a device."""
+    """Returns whether torch would make a tensor that no stand-in here supports: sparse, negated, without a device."""
     return isinstance(entry, Inert) and entry.of.startswith(("torch._utils.", "torch.storage."))
 
 
 def _label(value: Any) -> str:
-    """A string as it is, the type of anything else."""
+    """Returns a string unchanged, and the type of anything else."""
     if isinstance(value, str):
         return value
     return getattr(value, "of", "") or type(value).__name__
@@ -208,9 +208,9 @@ def _check_byte_order(path: Path, little_endian: bool) -> None:
 
 
 def _unpickler(path: Path, file: Any) -> "_Unpickler":
-    """The unpickler for the pickle at the position of `file`.
+    """Returns the unpickler for the pickle at the position of `file`.
 
-    Looks through the pickle first, because numbers in it can demand any amount of memory.
+    First checks the whole pickle, because numbers in it can demand any amount of memory.
     """
     begin, tuples = file.tell(), 0
     for opcode, argument, position in pickletools.genops(file):
@@ -218,7 +218,7 @@ def _unpickler(path: Path, file: Any) -> "_Unpickler":
         memo = "PUT" in opcode.name and int(argument or 0) > done + 1
         if done > LARGEST_PICKLE or tuples > MOST_TUPLES or memo:
             raise UserError(f"{path}: a pickle that demands too much memory: it is not a checkpoint")
-        if opcode.name.startswith("EXT"):  # a number for a name, which Python would look up elsewhere
+        if opcode.name.startswith("EXT"):  # a number instead of a name, which Python would look up in a registry
             raise UserError(f"{path}: a pickle with numbers for names ({opcode.name}): it is not a checkpoint")
     file.seek(begin)
     return _Unpickler(file)
@@ -228,14 +228,14 @@ class _Unpickler(pickle.Unpickler):
     """Python's unpickler, with a stand-in for every name and a note for every storage."""
 
     def __init__(self, file: Any) -> None:
-        super().__init__(file, encoding="latin1")  # reads any string of Python 2
-        self.itemsizes: dict[str, int] = {}  # record -> bytes per number
+        super().__init__(file, encoding="latin1")  # this encoding reads any string of Python 2
+        self.itemsizes: dict[str, int] = {}  # bytes per number of each record
 
     @override
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in STAND_INS:
             return STAND_INS[module, name]
-        known = vars(torch).get(name) if module in ("torch", "torch.cuda") else None  # imports nothing
+        known = vars(torch).get(name) if module in ("torch", "torch.cuda") else None  # without an import
         if isinstance(known, torch.dtype):
             return known
         if module in ("torch", "torch.cuda") and name.removesuffix("Storage") in STORAGES:
@@ -296,14 +296,14 @@ class _Tensor(Inert):
 
 
 class _Parameter(Inert):
-    """Stands for the functions that make a parameter: the tensor alone."""
+    """Stands for the functions that make a parameter; returns only the tensor."""
 
     def __new__(cls, tensor: Any, *rest: Any) -> Any:
         return tensor
 
 
 class _Subclass(Inert):
-    """Stands for the function that makes a tensor of a subclass: the tensor alone."""
+    """Stands for the function that makes a tensor of a subclass; returns only the tensor."""
 
     def __new__(cls, make: Any, kind: Any, arguments: Any, *rest: Any) -> Any:
         return make(*arguments) if make in STAND_INS.values() else Inert()

@@ -1,4 +1,4 @@
-"""The files of a pipeline: their places, configs and fingerprint, without loading a weight.
+"""The files of a pipeline: paths, configs and fingerprint, without loading a weight.
 
 Only this file and `prunet.teacher.teacher` know what differs between SD v1, v2 and SDXL: one or two text encoders,
 micro-conditioning, epsilon or v-prediction, the scaling factor.
@@ -21,7 +21,7 @@ from prunet.teacher.runtimes import RUNTIMES, runtime_of
 from prunet.teacher.weight_files import WEIGHTS, find_weights
 from prunet.words import command
 
-if TYPE_CHECKING:  # imported when used: reading a config takes one second, importing diffusers several
+if TYPE_CHECKING:  # imported on use, because reading a config takes one second, importing diffusers several
     from diffusers import DDPMScheduler
 
 PIPELINES = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
@@ -43,10 +43,10 @@ class PipelineFiles:
         config: for a single file: the folder or hub id with configs, tokenizers and scheduler. Without it, the folder
             `NAME.config` beside the file is used, else the hub.
         revision: the revision of a hub id.
-        only_form: accept all denoisers that prunet can plan and build students of, not only those it can train.
+        only_form: also accept denoisers that prunet can only plan and build students of, not train.
 
-    Raises:
-        UserError: nothing to open there, or nothing that prunet can compress.
+        Raises:
+            UserError: there is nothing to open, or prunet cannot compress it.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class PipelineFiles:
         self._revision = revision
         self.file: Path | None = None  # the weights, if they are a single file
         self.hub: str | None = None  # the repository, if `_folder` is downloaded on demand
-        self.commit: str | None = None  # of `hub`, once something of it was downloaded
+        self.commit: str | None = None  # the commit of `hub`, after a download
         self._folder: Path | None = None  # configs, tokenizers, scheduler; and the weights if not in `file`
         self._part = "unet"  # the denoiser's folder in `_folder`
         self._fingerprints: dict[str, str] = {}
@@ -89,8 +89,8 @@ class PipelineFiles:
             )
         if revision is not None and self.hub is None:
             raise UserError(
-                f"{self.source}: teacher.revision {revision!r} is for a repository of the hub, and this is none: leave "
-                "it out, or give the hub id"
+                f"{self.source}: teacher.revision {revision!r} is only for a repository of the hub: leave it out, or "
+                "give the hub id"
             )
         if self.architecture.only_form and not only_form:
             raise UserError(
@@ -140,7 +140,7 @@ class PipelineFiles:
                 f"recipe teacher.config), such as {LAYOUTS['sd-v2']} (epsilon, 512 px)"
             )
         if missing := ldm.lacks(path, layout):
-            raise UserError(f"{path} has no {missing}* in it, a part that {layout} needs: give the whole checkpoint")
+            raise UserError(f"{path} has no {missing}*, a part that {layout} needs: give the whole checkpoint")
         if not ldm.has_unet(path, layout_config(layout)):
             raise UserError(
                 f"{path}: its U-Net is not the whole {layout}, but pruned or with other inputs: give its configs with "
@@ -148,7 +148,7 @@ class PipelineFiles:
             )
 
     def _check_marks(self, path: Path, config: str) -> None:
-        """Refuses a config if its scheduler disagrees with the marks of the file."""
+        """Refuses a config with a scheduler that disagrees with the marks of the file."""
         if marks.read_marks(path):
             marks.check_marks(path, self.part_config("scheduler"), f"the scheduler of {config}", self.layout)
 
@@ -189,7 +189,7 @@ class PipelineFiles:
         """Refuses a `model_index.json` that gives a part another class than the one prunet loads.
 
         Raises:
-            UserError: the part and both classes.
+            UserError: the message names the part and both classes.
         """
         path = self.configs() / "model_index.json"
         index = read_object(path, self.source)
@@ -202,7 +202,7 @@ class PipelineFiles:
                 )
 
     def configs(self) -> Path:
-        """The folder with configs and tokenizers; downloaded when first needed if a single file came without one."""
+        """Returns the folder with configs and tokenizers; a single file without one downloads it at first use."""
         if self._folder is None:
             if self.file is None:
                 raise UserError(f"{self.source} is the name of a layout, without weights: give a checkpoint instead")
@@ -214,11 +214,11 @@ class PipelineFiles:
         """Downloads the repository's files that match a pattern; returns its folder on this machine.
 
         Raises:
-            UserError: not available.
+            UserError: the files are not available.
         """
         assert self.hub is not None
         folder = hub.download(self.hub, self.commit or self._revision, patterns)
-        self.commit = folder.name  # all files are of one commit, though a branch may move on
+        self.commit = folder.name  # all files must come from one commit, but a branch may move on
         return folder
 
     def part_config(self, part: str) -> dict[str, Any]:
@@ -272,7 +272,7 @@ class PipelineFiles:
 
     @property
     def scaling_factor(self) -> float:
-        """The factor by which latents are multiplied before the denoiser gets them."""
+        """The factor for latents before the denoiser gets them."""
         return float(self.part_config("vae").get("scaling_factor", 0.18215))
 
     @property
@@ -305,7 +305,7 @@ class PipelineFiles:
         return [*weights, self.configs() / part / "config.json", *vocabulary]
 
     def vocabulary_files(self, text_encoder: str) -> list[Path]:
-        """The vocabulary files of a text encoder's tokenizer; without them every text would become the same tokens.
+        """Returns the vocabulary files of a text encoder's tokenizer; without them all texts give the same tokens.
 
         Raises:
             UserError: a file is missing or empty.
@@ -320,7 +320,7 @@ class PipelineFiles:
         return found
 
     def fingerprint(self, parts: Iterable[str] | None = None) -> str:
-        """A hash of the files of `parts` (by default all that prunet uses): weights, configs and tokenizers.
+        """Returns a hash of the files of `parts` (by default all that prunet uses): weights, configs and tokenizers.
 
         It does not depend on where the files are: they are sorted by their names in the folder, a single file last.
         """
@@ -335,7 +335,7 @@ class PipelineFiles:
         return hash_of(found)[:16]
 
     def weight_files(self, part: str) -> list[Path]:
-        """The safetensors files of a part (`find_weights`), downloaded if needed."""
+        """Returns the safetensors files of a part (`find_weights`), downloaded if needed."""
         folder, stem = self.configs() / part, WEIGHTS[part]
         if self.hub is not None and not (folder / f"{stem}.safetensors").is_file():
             self.download(f"{part}/{stem}.safetensors")
@@ -344,5 +344,5 @@ class PipelineFiles:
         return find_weights(folder, stem, self.source, part)
 
     def weights_here(self, part: str) -> bool:
-        """Whether a local folder has safetensors for a part."""
+        """Returns whether a local folder has safetensors for a part."""
         return self.hub is None and self._folder is not None and any((self._folder / part).glob("*.safetensors*"))

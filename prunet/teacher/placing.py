@@ -1,7 +1,7 @@
 """Matches the tensors in files with those of a model, one to one, or refuses the files.
 
 In: a model on the meta device, and the headers of the safetensors files of a diffusers folder or of a single file. Out:
-the place of each tensor, found without reading any; `fill` then reads them, so that no weight of the model stays
+the place of each tensor, found without reading any. `fill` then reads all of them, so no weight of the model stays
 random.
 """
 
@@ -43,7 +43,7 @@ FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
 class Header(NamedTuple):
-    """A tensor in a file that is not read yet; `dtype` in safetensors' words."""
+    """A tensor in a file that is not read yet; `dtype` is safetensors' name."""
 
     file: Path
     shape: tuple[int, ...]
@@ -55,8 +55,8 @@ class Placed:
     """The places of all tensors of a model."""
 
     what: str  # the model's class
-    places: Mapping[str, tuple[Path, str]]  # name in the model -> file, and key in the file
-    renamed: Mapping[str, str]  # keys that stock diffusers does not know -> the names that they stand for
+    places: Mapping[str, tuple[Path, str]]  # for each name in the model: file, and key in the file
+    renamed: Mapping[str, str]  # the names that keys unknown to stock diffusers stand for
     unpack: Callable[[str, str, Tensor], Tensor]  # see `place`
 
 
@@ -68,7 +68,7 @@ def as_it_is(key: str, name: str, tensor: Tensor) -> Tensor:
 def empty(cls: Any, config: Any, where: str = "The config") -> Any:
     """Makes a model on the meta device, from a diffusers class and a mapping or a transformers class and its config.
 
-    `from_config` is not used, because it ignores a None that replaces a default. Unknown keys are ignored here, too.
+    `from_config` is not used, because it ignores a None that replaces a default. Unknown keys are also ignored here.
 
     Raises:
         UserError: the config makes no such model; `where` begins the message.
@@ -79,12 +79,12 @@ def empty(cls: Any, config: Any, where: str = "The config") -> Any:
                 return cls(config).eval()
         with torch.device("meta"):
             return cls(**known_fields(cls, config)).eval()
-    except Exception as error:  # of any type: the libraries do not check the values
+    except Exception as error:  # any type of error, since the libraries do not check the values
         raise UserError(f"{where} makes no {cls.__name__} ({type(error).__name__}: {error})") from error
 
 
 def known_fields(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config that a diffusers class knows; diffusers also ignores the others, from other versions."""
+    """Returns the fields of a config that a diffusers class knows; diffusers also ignores fields of other versions."""
     fields = inspect.signature(cls.__init__).parameters
     return {key: value for key, value in config.items() if key in fields}
 
@@ -93,7 +93,7 @@ def open_file(path: str | Path) -> Any:
     """Opens a safetensors file and reads its header.
 
     Raises:
-        UserError: no such file, no permission, or damaged.
+        UserError: the file is missing or damaged, or this user may not read it.
     """
     if not Path(path).is_file():
         raise UserError(f"{path} cannot be opened (no such file): pass a .safetensors file")
@@ -107,7 +107,7 @@ def open_file(path: str | Path) -> Any:
 
 
 def headers(files: Iterable[Path]) -> dict[str, Header]:
-    """The headers of all tensors in the files of one part, by key.
+    """Returns the headers of all tensors in the files of one part, by key.
 
     Raises:
         UserError: a file is damaged, or two files contain the same tensor.
@@ -123,7 +123,7 @@ def headers(files: Iterable[Path]) -> dict[str, Header]:
 
 @lru_cache(maxsize=64)
 def _headers(path: Path, modified_ns: int) -> dict[str, Header]:
-    """The headers of one file, cached for its several parts; `modified_ns` notices a file that was written again."""
+    """Returns the headers of one file, cached for its several parts; `modified_ns` changes if the file is rewritten."""
     found: dict[str, Header] = {}
     with open_file(path) as file:
         for key in file.keys():  # noqa: SIM118
@@ -134,7 +134,7 @@ def _headers(path: Path, modified_ns: int) -> dict[str, Header]:
 
 @lru_cache(maxsize=2**15)
 def bare(key: str) -> str:
-    """A tensor's name without the additions of `WRAPPED`."""
+    """Returns a tensor's name without the additions of `WRAPPED`."""
     return WRAPPED.sub("", key)
 
 
@@ -142,7 +142,7 @@ def _meanings(key: str) -> Iterator[str]:
     """Yields the names that a key may stand for, the most similar first."""
     yield (name := bare(key))
     yield TEXT_MODEL.sub(lambda root: root[1] + ("" if root[2] else "text_model."), name)
-    yield name.removesuffix(".weight")  # `text_projection.weight` where OpenCLIP has `text_projection`
+    yield name.removesuffix(".weight")  # `text_projection.weight` for OpenCLIP's `text_projection`
     for old, new in OLD_ATTENTION.items():
         name = name.replace(old, new)
     yield name
@@ -162,13 +162,13 @@ def place(
     Args:
         model: on the meta device.
         found: the headers of the files.
-        key_map: name in the model -> key in the files; by default the same names.
+        key_map: maps names in the model to keys in the files; by default the names are the same.
         unpack: `unpack(key, name, tensor)` turns a tensor of a file into the model's; tried on shapes here.
         stem: only keys that begin with it belong to the model.
         fix: the advice in messages.
 
     Raises:
-        UserError: a tensor is missing, left over, of another shape, or not of plain floating-point numbers.
+        UserError: a tensor is missing, left over, has another shape, or is not of plain floating-point numbers.
     """
     what, names = type(model).__name__, key_map or {name: name for name in model.state_dict()}
     ours = {key: header for key, header in found.items() if bare(key).startswith(stem)}
@@ -180,7 +180,7 @@ def place(
             f"{found[scale].file}: {scale} in it says that weights are stored scaled (fp8), which prunet does not "
             f"undo: give the {what} in half or full precision"
         )
-    keys = {name: name for name in names.values() if name in ours}  # name -> the key that stands for it
+    keys = {name: name for name in names.values() if name in ours}  # the key that stands for each name
     for key in sorted(ours.keys() - keys.keys()):
         if name := next((n for n in _meanings(key) if n in names.values() and n not in keys), None):
             keys[name] = key
@@ -234,15 +234,15 @@ def check_finite(placed: Placed) -> None:
             for key in sorted({key for where, key in placed.places.values() if where == path}):
                 if not is_finite(file.get_tensor(key)):
                     raise UserError(
-                        f"{path}: {key} has NaN or infinity in it, so that nothing can be computed with this "
+                        f"{path}: {key} has NaN or infinity in it, so nothing can be computed with this "
                         f"{placed.what}: fetch or copy it again, or give another"
                     )
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite, in one pass and without a copy of more than 8-bit numbers."""
+    """Returns whether all numbers are finite, in one pass, with a copy only of 8-bit numbers."""
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
     if tensor.element_size() == 1:
-        tensor = tensor.half()  # torch has no extremes of 8-bit numbers
+        tensor = tensor.half()  # torch has no minimum and maximum of 8-bit numbers
     return bool(torch.stack(tensor.aminmax()).isfinite().all())

@@ -22,46 +22,46 @@ class DDPM:
         return len(self.alphas_cumprod)
 
     def to(self, device: torch.device) -> "DDPM":
-        """The same process with its tensor on `device`."""
+        """Returns the process with its tensor on `device`."""
         return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
 
     def random_timestep(self, generator: torch.Generator) -> Tensor:
-        """A uniformly random timestep, of shape ()."""
+        """Returns a uniformly random timestep, of shape ()."""
         return torch.randint(0, self.num_timesteps, (), generator=generator)
 
     def timestep_at(self, level: float) -> int:
-        """The timestep at a noise level from 0 to 1."""
+        """Returns the timestep at a noise level from 0 to 1."""
         return int(level * self.num_timesteps)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """Noisy latents (B, C, h, w) at `timestep` (B,)."""
+        """Returns noisy latents (B, C, h, w) at `timestep` (B,)."""
         return add_noise(latents, noise, self.alphas_cumprod[timestep])
 
     def target(self, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """The correct output of the denoiser (B, C, h, w) at `timestep` (B,)."""
+        """Returns the correct output of the denoiser (B, C, h, w) at `timestep` (B,)."""
         return training_target(latents, noise, self.alphas_cumprod[timestep], self.prediction_type)
 
     def jump_time(self, jumps: int, number: int) -> int:
-        """The timestep at which jump `number` begins, of `jumps` jumps from pure noise to the clean picture (-1).
+        """Returns the timestep where jump `number` begins, of `jumps` jumps from pure noise to the clean picture (-1).
 
         These are the timesteps of a "trailing" sampler (arXiv 2305.08891) if `jumps` divides the number of timesteps.
         """
         return self.num_timesteps - number * self.num_timesteps // jumps - 1
 
     def signal_and_noise(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors (B, 1, 1, 1) of picture and noise at `timestep` (B,); -1 is the clean picture."""
+        """Returns factors (B, 1, 1, 1) of picture and noise at `timestep` (B,); -1 is the clean picture."""
         kept = torch.where(timestep < 0, 1.0, self.alphas_cumprod[timestep.clamp(min=0)]).view(-1, 1, 1, 1)
         return kept.sqrt(), (1 - kept).sqrt()
 
     def clean(self, noisy: Tensor, output: Tensor, timestep: Tensor) -> Tensor:
-        """The clean picture (B, C, h, w) that follows from the denoiser's output."""
+        """Returns the clean picture (B, C, h, w) that follows from the denoiser's output."""
         signal, noise = self.signal_and_noise(timestep)
         if self.prediction_type == "epsilon":
             return (noisy - noise * output) / signal
         return signal * noisy - noise * output
 
     def clean_between(self, noisy: Tensor, landed: Tensor, timestep: Tensor, after: Tensor) -> Tensor:
-        """The clean picture with which a step of DDIM leads from `noisy` at `timestep` to `landed` at `after`.
+        """Returns the clean picture with which a step of DDIM leads from `noisy` at `timestep` to `landed` at `after`.
 
         DDIM: arXiv 2010.02502, equation 12 without noise. Pictures are (B, C, h, w), timesteps (B,).
         """
@@ -70,17 +70,17 @@ class DDPM:
         return (landed - ratio * noisy) / (signal_after - ratio * signal)
 
     def landed(self, noisy: Tensor, clean: Tensor, timestep: Tensor, after: Tensor) -> Tensor:
-        """Where the same step of DDIM lands at `after`, if `clean` is seen: the inverse of `clean_between`."""
+        """Returns where a step of DDIM with clean picture `clean` lands at `after`: the inverse of `clean_between`."""
         (signal, noise), (signal_after, noise_after) = self.signal_and_noise(timestep), self.signal_and_noise(after)
         ratio = noise_after / noise
         return ratio * noisy + (signal_after - ratio * signal) * clean
 
     def snr(self, timestep: Tensor) -> Tensor:
-        """Signal-to-noise ratio (B,) at `timestep` (B,)."""
+        """Returns the signal-to-noise ratio (B,) at `timestep` (B,)."""
         return self.alphas_cumprod[timestep] / (1 - self.alphas_cumprod[timestep])
 
     def min_snr_weight(self, timestep: Tensor, gamma: float) -> Tensor:
-        """The weights (B,) of the function `min_snr_weight`."""
+        """Returns the weights (B,) of the function `min_snr_weight`."""
         return min_snr_weight(self.alphas_cumprod[timestep], gamma, self.prediction_type)
 
 

@@ -12,7 +12,7 @@ def noise_scheduler(config: dict[str, Any], source: str) -> "DDPMScheduler":
     """Makes the forward process of the teacher at `source`, from its scheduler's config.
 
     Raises:
-        UserError: another process, another prediction type, or betas that are not a noise schedule.
+        UserError: the config has another process or prediction type, or its betas are not a noise schedule.
     """
     from diffusers import DDPMScheduler
 
@@ -29,7 +29,7 @@ def noise_scheduler(config: dict[str, Any], source: str) -> "DDPMScheduler":
 
 
 def scheduler_class(config: dict[str, Any]) -> Any:
-    """The class of diffusers that a scheduler's config names.
+    """Returns the class of diffusers that a scheduler's config names.
 
     Raises:
         UserError: there is no such class.
@@ -49,9 +49,9 @@ def from_config(cls: Any, config: dict[str, Any]) -> Any:
     """Makes a scheduler.
 
     Raises:
-        UserError: diffusers cannot make one of this config.
+        UserError: diffusers cannot make a scheduler from this config.
     """
     try:
         return cls.from_config(config)
-    except Exception as error:  # of any type: diffusers does not check the numbers
+    except Exception as error:  # any type of error, since diffusers does not check the numbers
         raise UserError(f"The teacher's scheduler/scheduler_config.json makes no {cls.__name__} ({error})") from error

@@ -10,7 +10,7 @@ from prunet.teacher.teacher import Teacher
 
 
 class Sized(Protocol):
-    """What has a denoiser and a decoder: a teacher, or a folder of another runtime."""
+    """A model with a denoiser and a decoder: a teacher, or a folder of another runtime."""
 
     @property
     def unet_config(self) -> Mapping[str, Any]:
@@ -29,7 +29,7 @@ def check_size(teacher: Sized, size: int, name: str = "data.size") -> None:
     """Refuses a picture size (the value of `name`) that the levels of the U-Net cannot halve.
 
     Raises:
-        UserError: the sizes that fit.
+        UserError: the size does not fit; the message has the number that it must be a multiple of.
     """
     step = side_step(teacher)
     if size % step:
@@ -37,7 +37,7 @@ def check_size(teacher: Sized, size: int, name: str = "data.size") -> None:
 
 
 def side_step(teacher: Sized) -> int:
-    """The number of pixels that sides must be multiples of, so that each level of the U-Net can halve them."""
+    """Returns the number of pixels that sides must be multiples of, so that each level of the U-Net can halve them."""
     return teacher.vae_scale * teacher.architecture.side_step(teacher.unet_config)
 
 
@@ -45,7 +45,7 @@ def check_same_space(first: Teacher, other: Teacher) -> None:
     """Refuses a second teacher with another denoiser, latent space, noise schedule or prediction type.
 
     Raises:
-        UserError: the first difference.
+        UserError: the teachers differ; the message has the first difference.
     """
     sides: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("U-Net", _denoiser(first), _denoiser(other)),
@@ -62,7 +62,7 @@ def check_same_space(first: Teacher, other: Teacher) -> None:
 
 
 def _denoiser(teacher: Teacher) -> dict[str, Any]:
-    """The U-Net's config as plain data, with defaults for fields that the version which wrote it did not have."""
+    """Returns the U-Net's config as plain data, with defaults for fields that older versions did not write."""
     config = json.loads(json.dumps(dict(teacher.architecture.skeleton(teacher.unet_config).config)))
     return {key: value for key, value in config.items() if not key.startswith("_")}
 

@@ -1,4 +1,4 @@
-"""The stock pipelines that start from a picture, made of the parts of one that starts from noise."""
+"""Stock pipelines that start from a picture, made from the parts of a pipeline that starts from noise."""
 
 from typing import Any
 

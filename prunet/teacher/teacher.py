@@ -20,7 +20,7 @@ from prunet.teacher.process import DDPM
 from prunet.teacher.scheduler import from_config, scheduler_class
 from prunet.teacher.weight_files import WEIGHTS, variant_of
 
-if TYPE_CHECKING:  # imported when used: reading a config takes one second, importing diffusers several
+if TYPE_CHECKING:  # imported on use, because reading a config takes one second, importing diffusers several
     from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 
 
@@ -31,12 +31,12 @@ class Teacher(PipelineFiles):
         source: a diffusers folder, a .safetensors file, a hub id, or the name of a layout.
         config: for a single file: folder or hub id with its configs and tokenizers.
         revision: branch, tag or commit of a hub id.
-        only_form: open a model that prunet can plan for but not train or draw with yet.
-        device: where loaded parts are.
-        dtype: their precision.
+        only_form: also open a model that prunet can plan for but not train or draw with yet.
+            device: device of loaded parts.
+            dtype: precision of loaded parts.
 
-    Raises:
-        UserError: nothing to open there, or nothing that prunet can compress.
+        Raises:
+            UserError: there is nothing to open, or prunet cannot compress it.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Teacher(PipelineFiles):
         folder may have only configs, to look at a plan.
 
         Raises:
-            UserError: the first mistake.
+            UserError: a file is unusable (the first mistake).
         """
         parts = self.parts
         here = self.file is not None or any(self.weights_here(part) for part in parts)
@@ -102,7 +102,7 @@ class Teacher(PipelineFiles):
         """Finds the tensors of a part in the teacher's files. `model`: the part without weights, if it exists already.
 
         Raises:
-            UserError: the files have not exactly the part's tensors.
+            UserError: the tensors of the files are not exactly those of the part.
         """
         from prunet.teacher import ldm
 
@@ -114,7 +114,7 @@ class Teacher(PipelineFiles):
             placed = placing.place(model, placing.headers(files))
             _tell(placed)
             if variant := variant_of(files[0].name, WEIGHTS[part]):
-                say_once(f"{self.source}: the weights of the variant {variant} are read, there are no others")
+                say_once(f"{self.source}: reading the weights of the variant {variant}, because there are no others")
             return placed
         layout = ldm.layout_of(self.file)
         if layout is not None and (layout == "sdxl") != (self.kind == "sdxl"):
@@ -143,7 +143,7 @@ class Teacher(PipelineFiles):
         self.part_config(part)  # refuses sizes that transformers would try to build
         try:
             text_config = transformers.CLIPTextConfig.from_pretrained(self.configs() / part)
-        except Exception as error:  # of any type: transformers does not check the values
+        except Exception as error:  # any type of error, since transformers does not check the values
             raise UserError(f"{where} makes no {cls.__name__} ({error})") from error
         return placing.empty(cls, text_config, where)
 
@@ -181,12 +181,12 @@ class Teacher(PipelineFiles):
         return parts
 
     def text_part(self, name: str) -> nn.Module:
-        """A text encoder by its name in the pipeline."""
+        """Returns a text encoder by its name in the pipeline."""
         part: nn.Module = self._text_parts[name]
         return part
 
     def release(self, *parts: str) -> None:
-        """Forgets loaded parts (`unet`, `vae`, `text`) and so frees their memory."""
+        """Drops loaded parts (`unet`, `vae`, `text`) to free their memory."""
         for part in parts:
             self.__dict__.pop("_text_parts" if part == "text" else part, None)
 
@@ -218,7 +218,8 @@ class Teacher(PipelineFiles):
     def encode_prompts(self, prompts: Sequence[str], *, unconditional: bool = False) -> Condition:
         """Embeds prompts, exactly as the stock pipeline does when it draws.
 
-        `unconditional`: returns, for as many prompts, what guidance compares with (`zeros_for_empty_prompt`).
+        `unconditional`: returns instead, for equally many prompts, the condition of no prompt
+        (`zeros_for_empty_prompt`).
         """
         pipe = self.pipeline(unet=None, vae=None)
         out = pipe.encode_prompt(
@@ -232,7 +233,7 @@ class Teacher(PipelineFiles):
         return Condition(prompt_embeds=out[pick], **pooled)
 
     def size_condition(self, sizes: Sequence[tuple[int, ...]]) -> Condition:
-        """SDXL's `time_ids` (B, 6), or nothing for other teachers.
+        """Returns SDXL's `time_ids` (B, 6), or nothing for other teachers.
 
         `sizes`: original height and width, crop top and left, target height and width of each picture, in pixels.
         """
@@ -247,7 +248,7 @@ class Teacher(PipelineFiles):
         return DDPM(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
     def are_cut(self, prompts: Sequence[str]) -> list[bool]:
-        """Whether each prompt has more tokens than the text encoders read; `encode_prompts` drops the other tokens."""
+        """Returns whether each prompt has more tokens than the text encoders read; `encode_prompts` drops the rest."""
         if not prompts:
             return []
         tokenizers = [part for name, part in self._text_parts.items() if name.startswith("tokenizer")]
@@ -258,7 +259,7 @@ class Teacher(PipelineFiles):
         """Refuses prompts that are not text, and reports those that the text encoder will cut.
 
         Raises:
-            UserError: the first prompt that is refused.
+            UserError: a prompt is not text (the first such prompt).
         """
         prompts = list(dict.fromkeys(prompts))
         check_prompts(prompts, "prompt")
@@ -266,12 +267,12 @@ class Teacher(PipelineFiles):
             if cut:
                 say(
                     f"[yellow]{escape(repr(prompt[:40]))}... is cut:[/] it is longer than the text encoder reads: put "
-                    "what matters first"
+                    "the most important words first"
                 )
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (B, 4, h, w) of the scaled latents of `pixels` (B, 3, H, W) in [-1, 1]."""
+        """Returns mean and std (B, 4, h, w) of the scaled latents of `pixels` (B, 3, H, W) in [-1, 1]."""
         vae = self.vae
         dist = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist
         return dist.mean.float() * self.scaling_factor, dist.std.float() * self.scaling_factor
@@ -281,7 +282,7 @@ def open_tokenizer(folder: Path) -> Any:
     """Opens the CLIP tokenizer in a folder.
 
     Raises:
-        UserError: not readable, or without words, so that every text would become the same tokens.
+        UserError: the tokenizer is not readable, or has no words, so that every text would give the same tokens.
     """
     from transformers import CLIPTokenizer
 
@@ -291,19 +292,19 @@ def open_tokenizer(folder: Path) -> Any:
     except Exception as error:
         raise UserError(f"{folder}: not a readable tokenizer ({error}): fetch or copy it again") from error
     if known[0] == known[1]:
-        raise UserError(f"{folder}: its tokenizer makes the same tokens of all words: fetch or copy it again")
+        raise UserError(f"{folder}: its tokenizer gives the same tokens for all words: fetch or copy it again")
     return tokenizer
 
 
 def after_overflow(dtype: torch.dtype) -> str:
-    """Advice for finite weights that give numbers which are not finite."""
+    """Returns advice for finite weights that give numbers which are not finite."""
     if dtype == torch.float32:
         return "full precision cannot hold them, so the weights are damaged: fetch or copy them again"
     return "try --precision no" + (", or bf16" if dtype == torch.float16 else "")
 
 
 def _tell(placed: placing.Placed) -> None:
-    """Reports names that are read as others, which stock diffusers would not do."""
+    """Reports keys that are read under other names, which stock diffusers does not do."""
     if placed.renamed:
         key, name = next(iter(placed.renamed.items()))
         path = next(path for path, other in placed.places.values() if other == key)
@@ -312,5 +313,5 @@ def _tell(placed: placing.Placed) -> None:
 
 @cache
 def say_once(text: str) -> None:
-    """Says a line when it comes for the first time in this process."""
+    """Prints a line, but only once in this process."""
     say(escape(text))

@@ -15,7 +15,7 @@ BARE = ("embeddings.", "encoder.", "final_layer_norm.")
 
 
 def classical(name: str) -> str:
-    """`encoder.layers.0...` -> `text_model.encoder.layers.0...`; other names stay."""
+    """Adds the prefix: `encoder.layers.0...` becomes `text_model.encoder.layers.0...`; other names stay."""
     return PREFIX + name if name.startswith(BARE) else name
 
 

@@ -17,18 +17,18 @@ WEIGHTS = {
 
 
 def find_weights(folder: Path, stem: str, source: str, part: str) -> list[Path]:
-    """Returns the files of the weights that stock diffusers would load, else those of the only variant, or of fp16.
+    """Returns the weight files that stock diffusers would load, or else those of the only variant, or of fp16.
 
     `source` and `part` begin messages.
 
     Raises:
-        UserError: none, several variants, or a pickle that stock diffusers would load instead.
+        UserError: there are no weights, several variants, or a pickle that stock diffusers would load instead.
     """
     file, index = weight_names(folder, stem)
     target = folder / f"{stem}.safetensors"
     if file != target:
         _check_pickles(folder, stem, file, target)
-    # Where both exist, transformers reads the single file, diffusers the files of the index.
+    # If both exist, transformers reads the single file, diffusers the files of the index.
     if index.is_file() and not (part.startswith("text_encoder") and file.is_file()):
         names = read_object(index, f"{source}: {part}").get("weight_map")
         names = set(names.values()) if isinstance(names, dict) else set()
@@ -45,7 +45,7 @@ def find_weights(folder: Path, stem: str, source: str, part: str) -> list[Path]:
 
 
 def _check_pickles(folder: Path, stem: str, variant: Path, target: Path) -> None:
-    """Refuses pickles beside a variant's safetensors: stock diffusers would load them, and they may be different."""
+    """Refuses pickles beside a variant's safetensors, because stock diffusers would load them, and they may differ."""
     names = re.compile(rf"({stem}|pytorch_model)(-\d+-of-\d+)?\.bin")
     if found := next((path for path in sorted(folder.glob("*.bin")) if names.fullmatch(path.name)), None):
         fix = command("convert", found, "-o", target) if "-of-" not in found.name else "save it as safetensors"
@@ -62,7 +62,7 @@ def weight_names(folder: Path, stem: str) -> tuple[Path, Path]:
     of fp16.
 
     Raises:
-        UserError: several variants to choose from.
+        UserError: there are several variants to choose from.
     """
     found = {variant_of(file.name, stem) for file in folder.glob(f"{stem}.*")} if folder.is_dir() else set()
     variants = sorted(variant for variant in found if variant)
@@ -78,7 +78,7 @@ def weight_names(folder: Path, stem: str) -> tuple[Path, Path]:
 
 
 def variant_of(name: str, stem: str) -> str | None:
-    """The variant in a file's name: None if it has none, "" if the file does not belong to the weights.
+    """Returns the variant in a file's name: None if it has none, "" if the file does not belong to the weights.
 
     `fp16` in `model.fp16.safetensors`, `model.fp16-00001-of-00002.safetensors`, `model.safetensors.index.fp16.json`.
     """

@@ -1,1 +1,1 @@
-"""Distillation: in go teacher, student, pairs and cache, out comes a trained student, with checkpoints on the way."""
+"""Training. In: teacher, student, pairs and cache. Out: a trained student, with checkpoints on the way."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a stage: written whole, the last few kept, and refused where they are of another stage."""
+"""Checkpoints of a stage: written whole, only the newest few kept, and refused if they are of another stage."""
 
 import shutil
 from dataclasses import dataclass
@@ -19,36 +19,34 @@ from prunet.processes import is_main
 from prunet.recipe.training import Training
 from prunet.training.fsdp import local, piece, whole
 
-#: What may be changed between two parts of one stage: how fast it goes and how far, not what is learned.
+#: Settings that may change while a stage is stopped: its pace and length, not what is learned.
 PACE = {"steps", "learning_rate", "schedule", "warmup_steps", "max_grad_norm"}
 
 
 @dataclass(frozen=True)
 class Saving:
-    """How often a checkpoint is written, in steps, and how many of the last ones stay."""
+    """Steps between two checkpoints, and the number of checkpoints to keep."""
 
     every: int = 1000
     keep: int = 2
 
 
 class Companion(Protocol):
-    """A network that is trained beside the student, with an optimizer of its own; equal in all processes."""
+    """A network that is trained beside the student, with its own optimizer; it is equal in all processes."""
 
     def step(self, learning_rate: float) -> None:
-        """Its training that belongs to a step of the student, after it."""
+        """Trains the network after a step of the student."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers that decide how it goes on."""
+        """Returns the tensors and numbers that its further training depends on."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts such a state in place."""
+        """Loads such a state."""
 
 
 @dataclass
 class State:
-    """What a checkpoint keeps: what is trained of the student, its optimizer, its average, fp16's loss scaler, and the
-    network beside it.
-    """
+    """The content of a checkpoint: the student's trained weights, optimizer, average, fp16's loss scaler, companion."""
 
     student: Net
     optimizer: Any
@@ -58,22 +56,21 @@ class State:
 
 
 def trained_parameters(student: Net) -> dict[str, nn.Parameter]:
-    """The parameters that require a gradient, by name."""
+    """Returns the parameters that require a gradient, by name."""
     return {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a stage, oldest first."""
+    """Lists the whole checkpoints of a stage, oldest first."""
     return sorted((folder / "checkpoints").glob("step-*"))
 
 
 def save(now: State, folder: Path, step: int, stage: Training, keep: int, unlogged: dict[str, Any]) -> None:
-    """Writes the state after `step` steps aside, renames it, and drops all but the last `keep`.
+    """Writes the state after `step` steps, and deletes all checkpoints except the newest `keep`.
 
-    `unlogged`: what the losses add up to since the last row of the log.
-
-    All processes come here, because each may hold a piece of the state; the main one writes. So a checkpoint does not
-    show how many there were.
+    `unlogged`: sums of the losses since the last row of the log. All processes must call this, because each may have a
+    piece of the state. The main process writes the whole state, so a checkpoint does not depend on the number of
+    processes.
     """
     named = trained_parameters(now.student)
     state = {name: _in_full(parameter.detach()) for name, parameter in named.items()}
@@ -94,14 +91,15 @@ def save(now: State, folder: Path, step: int, stage: Training, keep: int, unlogg
         write_json(part / "state.json", label)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(aside(old), ignore_errors=True)
-        old.replace(aside(old))  # or a kill would leave half of it under its name
+        old.replace(aside(old))  # otherwise a killed process could leave half of it under its final name
     for left in (folder / "checkpoints").glob(".step-*.part"):
         shutil.rmtree(left)
 
 
 def _in_full(value: Any, like: torch.Tensor | None = None) -> Any:
-    """A value of the state. What had to be gathered leaves the device at once, which may not have room for all of it,
-    and is kept by the process that writes.
+    """Returns a value of the state in full, on the CPU of the process that writes.
+
+    A gathered tensor leaves the device at once, because the device may not have room for all of them.
     """
     full = whole(value, like)
     if full is value:
@@ -110,7 +108,7 @@ def _in_full(value: Any, like: torch.Tensor | None = None) -> Any:
 
 
 def _mapped(state: dict[str, Any], change: Any, student: Net) -> dict[str, Any]:
-    """An optimizer's state with each of its values (moments, counts) and the parameter that it belongs to changed."""
+    """Returns an optimizer's state with each value (moments, counts) mapped together with its parameter."""
     parameters = list(trained_parameters(student).values())
     moments = {
         number: {key: change(value, parameters[number]) for key, value in values.items()}
@@ -120,11 +118,12 @@ def _mapped(state: dict[str, Any], change: Any, student: Net) -> dict[str, Any]:
 
 
 def check_stage(folder: Path, stage: Training) -> tuple[dict[str, Any], list[str]]:
-    """The state of the last checkpoint (`step`, `stage`, `scaler`, `unlogged`; nothing where there is none), and which
-    settings of the stage have changed since.
+    """Returns the state of the newest checkpoint, and the settings of the stage that have changed after it.
+
+    The state has `step`, `stage`, `scaler` and `unlogged`; it is empty without a checkpoint.
 
     Raises:
-        UserError: `stage` cannot resume from it.
+        UserError: `stage` cannot resume from this checkpoint.
     """
     saved = checkpoints(folder)
     if not saved:
@@ -150,7 +149,7 @@ def check_stage(folder: Path, stage: Training) -> tuple[dict[str, Any], list[str
 
 
 def resume_companion(companion: Companion, folder: Path) -> None:
-    """Puts its state in the last checkpoint in place."""
+    """Loads the companion's state from the newest checkpoint."""
     saved = checkpoints(folder)
     try:
         companion.load_state_dict(torch.load(saved[-1] / "companion.pt", weights_only=True, map_location="cpu"))
@@ -163,7 +162,7 @@ def _before(saved: list[Path]) -> str:
 
 
 def resume(into: State, folder: Path, stage: Training) -> tuple[int, dict[str, Any] | None]:
-    """Puts the last checkpoint's state in place and returns its step (0 where there is none) and what is `unlogged`."""
+    """Loads the newest checkpoint; returns its step (0 without a checkpoint) and `unlogged`."""
     saved = checkpoints(folder)
     if not saved:
         return 0, None
@@ -189,4 +188,4 @@ def resume(into: State, folder: Path, stage: Training) -> tuple[int, dict[str, A
         raise UserError(f"{saved[-1]}: damaged or of another student ({error}): {before}") from error
     how = "".join(f", {k} {state['stage'][k]} -> {now[k]}" for k in changed)
     say(f"Resuming from step {state['step']} of {stage.steps}{how}")
-    return int(state["step"]), state.get("unlogged")  # earlier versions had none
+    return int(state["step"]), state.get("unlogged")  # absent in checkpoints of older versions

@@ -1,4 +1,4 @@
-"""How much memory distillation needs, from shapes, and the micro-batch that fits."""
+"""The memory of distillation, computed from shapes, and the micro-batch that fits."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ def _activation_elements(architecture: Architecture, text: str, latent_size: tup
 
 
 def activation_elements(config: Mapping[str, Any], latent_size: tuple[int, int]) -> int:
-    """Elements that one sample's forward pass leaves for the backward pass: the outputs of all leaf modules."""
+    """Counts the elements that one sample's forward pass keeps for the backward pass: outputs of all leaf modules."""
     return _activation_elements(architecture_of(config), config_text(config), latent_size)
 
 
@@ -49,12 +49,12 @@ def training_memory(
     stage: Training,
     runtime: Runtime,
 ) -> dict[str, int]:
-    """Bytes that distillation needs on the device, by part: an estimate from shapes.
+    """Estimates the bytes that distillation needs on the device, by part, from shapes.
 
-    The student is kept in fp32, and what is trained of it has gradients and AdamW's two moments; the teacher is in the
-    runtime's precision. In half precision a step's activations hold the student's weights in half precision as well.
-    `companion`: a network that is trained beside it. `activations` are counted as if all of them lived at once;
-    `prunet.training.memory.step_memory` goes through the step, which takes seconds.
+    The student is in fp32, and its trained weights have gradients and AdamW's two moments. The teacher is in the
+    runtime's precision. In half precision, the activations include a copy of the student's weights in half precision.
+    `companion`: a network that is trained beside the student. `activations` are counted as if all existed at the same
+    time; `prunet.training.memory.step_memory` simulates the step, which takes seconds.
     """
     t, s, trained = size_of(teacher).parameters, size_of(student).parameters, trained_count(student, stage.rank)
     half, shards = runtime.mixed_precision != "no", processes.count() if runtime.fsdp else 1
@@ -80,13 +80,13 @@ def micro_batch_of(
     latent_size: tuple[int, int],
     ranks: int = 1,
 ) -> int:
-    """Samples at once on each device: as asked, or what fits. Refuses a number that does not divide the batch."""
+    """Returns the samples at once on each device: as asked, or as many as fit. They must divide the batch."""
     share, rest = divmod(stage.batch_size, ranks)
     asked = runtime.micro_batch
     if rest or not share or (asked and share % asked):
         fits = [str(m) for m in range(1, share + 1) if share % m == 0] if share and not rest else []
         raise UserError(
-            f"batch_size {stage.batch_size} on {ranks} process(es) cannot be shared out"
+            f"batch_size {stage.batch_size} cannot be divided among {ranks} process(es)"
             + (
                 f" in micro-batches of {asked}: choose --micro-batch {', '.join(fits)}"
                 if fits
@@ -102,10 +102,10 @@ def micro_batch_of(
 
 
 def _largest_that_fits(share: int, device: torch.device, need: Callable[[int], int]) -> int:
-    """The largest divisor of `share` that needs no more bytes than fit the device; at least 1.
+    """Returns the largest divisor of `share` with a step that fits on the device; at least 1.
 
-    Judged by the memory that the device has, not by what is free now: the same command must not round differently
-    because something else was running.
+    This depends on the whole memory of the device, not on the free memory: the same command must not round differently
+    because another program is running.
     """
     if device.type == "cuda":
         budget = 0.9 * torch.cuda.get_device_properties(device).total_memory

@@ -1,6 +1,6 @@
-"""A student shared out among processes by PyTorch's FSDP2: each holds a piece of every weight, gradient and moment.
+"""A student divided among processes by PyTorch's FSDP2: each process has a piece of every weight, gradient and moment.
 
-What runs on one device is not touched: `local`, `whole` and `piece` give a plain tensor back as it is.
+On one device nothing changes: `local`, `whole` and `piece` return a plain tensor unchanged.
 """
 
 from typing import Any
@@ -17,21 +17,22 @@ from prunet.denoisers.known import architecture_of
 
 
 def shard(net: Net, device: torch.device) -> None:
-    """Shares out the parameters of `net`, in place. They stay in fp32 on the way, so that nothing rounds otherwise.
+    """Divides the parameters of `net` among processes, in place. They are sent in fp32, so rounding does not change.
 
-    What is gathered together is a block: small enough to be forgotten again, large enough to be worth a message.
+    The weights of a block are gathered together: a block is small enough to be dropped again, and large enough to be
+    worth a message.
     """
     blocks = architecture_of(config_of(net)).blocks
     mesh = init_device_mesh(device.type, (processes.count(),))
     for module in net.modules():
         if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh)
-    # Not even the root stays gathered after a forward pass: a sheet puts other weights in between.
+    # Even the root is released after a forward pass, because a sheet exchanges the weights between two steps.
     fully_shard(net, mesh=mesh, reshard_after_forward=True)
 
 
 def unsharded(net: Net) -> Net:
-    """The same model in one piece, on the CPU of every process."""
+    """Returns the model in one piece, on the CPU of every process."""
     with torch.device("meta"):
         out = architecture_of(config_of(net)).make(dict(net.config))
     out.load_state_dict({name: whole(value.detach()).cpu() for name, value in net.state_dict().items()}, assign=True)
@@ -39,7 +40,7 @@ def unsharded(net: Net) -> Net:
 
 
 def local(parameter: nn.Parameter) -> Tensor:
-    """The piece that this process holds, in the same memory."""
+    """Returns this process's piece of a tensor, in the same memory."""
     if not isinstance(parameter, DTensor):
         return parameter
     mine: Tensor = parameter.detach().to_local()  # type: ignore[attr-defined]
@@ -47,7 +48,7 @@ def local(parameter: nn.Parameter) -> Tensor:
 
 
 def whole(value: Any, like: Tensor | None = None) -> Any:
-    """A tensor in full, put together by all processes. `like`: the parameter to whose piece `value` belongs."""
+    """Gathers a whole tensor from all processes. `like`: the parameter that the piece `value` belongs to."""
     if like is not None and isinstance(like, DTensor) and not isinstance(value, DTensor):
         value = value.to(like.device)
         value = DTensor.from_local(value, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
@@ -55,7 +56,7 @@ def whole(value: Any, like: Tensor | None = None) -> Any:
 
 
 def piece(value: Any, like: Tensor) -> Any:
-    """What this process holds of a full tensor that belongs to the parameter `like`."""
+    """Returns this process's piece of a whole tensor that belongs to the parameter `like`."""
     if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""What makes distillation fast on a GPU: the memory format of convolutions, compiled blocks, a teacher in 8 bits."""
+"""Fast distillation on a GPU: the memory format of convolutions, compiled blocks, a teacher in 8 bits."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,16 +9,16 @@ from torch import Tensor
 
 from prunet.denoisers.architecture import Net
 
-#: One function of diffusers' is compiled for every shape that its blocks meet, in both models and in the sheets.
-#: Beyond 8 of them dynamo would run the rest uncompiled, and only a warning would say so.
+#: Limit of compilations of one function. A function of diffusers is compiled for every shape of its inputs, in both
+#: models and in the sheets; by default dynamo runs the rest uncompiled after 8, with only a warning.
 SHAPES = 64
 
 
 def set_memory_format(form: torch.memory_format, nets: Iterable[Net], optimizer: Any = None, ema: Any = None) -> None:
-    """Stores convolutions' weights (O, I, H, W), with their moments and averages, in the memory format `form`.
+    """Stores the weights of convolutions (O, I, H, W), with their moments and averages, in the memory format `form`.
 
-    In `torch.channels_last` cuDNN's tensor-core convolutions take features as they are; in the default format they
-    are transposed on the way in and out. Values and shapes stay the same.
+    In `torch.channels_last` cuDNN's tensor-core convolutions use features as they are; in the default format they
+    transpose inputs and outputs. Values and shapes stay the same.
     """
     for net in nets:
         net.to(memory_format=form)
@@ -34,9 +34,9 @@ def _is_kernel(value: Any) -> bool:
 
 @contextmanager
 def compiled_blocks(nets: Iterable[Net], on: bool) -> Iterator[None]:
-    """The repeated transformer blocks of `nets` run compiled while it lasts, if `on` (PyTorch's regional compilation).
+    """Compiles the transformer blocks of `nets` inside the `with` block, if `on` (PyTorch's regional compilation).
 
-    Blocks of equal shapes share one program, so that the 70 blocks of SDXL take as long to compile as two.
+    Blocks of equal shapes share one program, so the 70 blocks of SDXL take as long to compile as two.
     """
     if not on:
         yield
@@ -53,8 +53,10 @@ def compiled_blocks(nets: Iterable[Net], on: bool) -> Iterator[None]:
 
 
 def in_8_bits(net: Net, *, fp8: bool) -> Net:
-    """Linear layers by torchao. `fp8`: weights (bf16 before) and activations scaled by row, for the fp8 tensor cores;
-    else int8 weights with a scale a row, and activations as they are.
+    """Converts linear layers to 8 bits with torchao.
+
+    `fp8`: weights (bf16 before) and activations are scaled by row, for the fp8 tensor cores. Otherwise weights are int8
+    with a scale for each row, and activations stay as they are.
     """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Int8WeightOnlyConfig, PerRow, quantize_
 
@@ -63,5 +65,5 @@ def in_8_bits(net: Net, *, fp8: bool) -> Net:
 
 
 def has_fp8(device: torch.device) -> bool:
-    """Whether fp8 matmuls scaled by row run on the device (from Hopper on)."""
+    """Returns whether the device can run fp8 matmuls scaled by row (Hopper or later)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -1,4 +1,4 @@
-"""`log.jsonl`: what the loop says on the way."""
+"""The log of training, `log.jsonl`."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,13 @@ from prunet.errors import UserError
 
 
 def log_note(row: dict[str, Any]) -> str:
-    """What the progress bar says of a row of the log."""
+    """Formats a row of the log for the progress bar."""
     parts = [f"{name} {value:.4f}" for name, value in row.items() if name not in ("learning_rate", "images_per_s")]
     return "  ".join([*parts, f"{row['images_per_s']:.3g} images/s"])
 
 
 class Log:
-    """`log.jsonl`: one row a read-back. Rows after the checkpoint from which a run resumes are dropped."""
+    """`log.jsonl`: a row for each time the losses are read. A run that resumes drops the rows after its checkpoint."""
 
     def __init__(self, path: Path, start: int) -> None:
         kept = [row for row in read_log(path) if row["step"] <= start] if path.exists() else []
@@ -31,10 +31,10 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `log.jsonl`; a last line that a kill cut in two is left out.
+    """Reads the rows of a `log.jsonl`; a last line that a killed process left incomplete is skipped.
 
     Raises:
-        UserError: another line is damaged, or no permission to read it.
+        UserError: another line is damaged, or this user may not read the file.
     """
     rows: list[dict[str, Any]] = []
     check_permission(path)

@@ -1,4 +1,4 @@
-"""Training: one visible loop, read from top to bottom."""
+"""The training loop, to be read from top to bottom."""
 
 import math
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from prunet.training.sums import Sums
 
 
 def learning_rate_at(stage: Training, step: int) -> float:
-    """Linear warm-up, then constant or a half cosine to 0."""
+    """Returns the learning rate at a step: linear warm-up, then constant or half a cosine to 0."""
     if step < stage.warmup_steps:
         return stage.learning_rate * (step + 1) / stage.warmup_steps
     if stage.schedule == "constant":
@@ -56,16 +56,16 @@ def distil(
     """Trains `student` to draw as `teacher` does; returns it with its EMA weights (if the stage has an EMA).
 
     Args:
-        cache: of latents; of paths if the stage has any.
+        cache: a cache of latents, or of paths if the stage has any.
         how: `runtime`, `sheets`, `saving`: see `train`.
 
     Raises:
-        UserError: a cache of another teacher, and what `train` refuses.
+        UserError: the cache is of another teacher, or `train` refuses something.
     """
     runtime = how.pop("runtime", None) or Runtime()
     configs = teacher.unet_config, config_of(student)
     processes.join(runtime.torch_device)
-    # One number for all, though their devices may differ: they meet at every step.
+    # All processes use the smallest number, though their devices may differ, because they meet at every step.
     micro_batch = processes.from_main(
         lambda: micro_batch_of(stage, runtime, *configs, cache.latent_size, processes.count())
     )
@@ -78,7 +78,7 @@ def distil(
 def _objective(
     teacher: Teacher, student: Net, pairs: Sequence[Pair], cache: Cache, stage: Stage, seed: int
 ) -> tuple[Objective, Samples]:
-    """What the stage minimises, and of what."""
+    """Returns the objective of the stage and its samples."""
     if stage.objective == "trajectory":
         return Trajectory(teacher, student), PathSamples(cache, stage, seed, teacher.process)
     if stage.objective == "distribution":
@@ -107,15 +107,14 @@ def train(
     sheets: Sheets | None = None,
     saving: Saving | None = None,
 ) -> Net:
-    """Trains those weights of `student` that require a gradient, for the stage of `samples`; returns it with its EMA
-    weights (if the stage has an EMA).
+    """Trains the weights of `student` that require a gradient, for the stage of `samples`.
 
-    Resumes from the last checkpoint in `folder` if there is one; on one CPU the result is bit-equal to that of a run
-    that was never stopped. Writes `checkpoints/`, `log.jsonl` and `sheets/`. `micro_batch`: samples at once in each
-    process.
+    Returns the student with its EMA weights (if the stage has an EMA). Resumes from the newest checkpoint in `folder`;
+    on one CPU the result is bit-equal to that of a run that was never stopped. Writes `checkpoints/`, `log.jsonl` and
+    `sheets/`. `micro_batch`: samples at once in each process.
 
     Raises:
-        UserError: a checkpoint of another stage, or a loss that is not finite (the last good checkpoint stays).
+        UserError: a checkpoint is of another stage, or a loss is not finite (the last good checkpoint stays).
     """
     stage, saving = samples.stage, saving or Saving()
     runtime.use_device()
@@ -154,7 +153,7 @@ def train(
             row_due = done % runtime.log_every == 0 or save or draw
             if not (row_due or stop.asked):
                 continue
-            # The only place where the device is waited for.
+            # The only place where the CPU waits for the device.
             means = sums.means(session.accelerator.reduce(sums.values, "mean"))
             _check_finite(means, done, objective, session)
             if row_due:
@@ -169,7 +168,7 @@ def train(
                     with session.drawing(average=True) as net:
                         sheets.draw(done, net)
                 sums.clear()
-            # Last, so that a run that resumes from this checkpoint has all that belongs to the steps before it.
+            # The checkpoint is written last, so that log and sheet of its step exist when a run resumes from it.
             if save or stop.asked:
                 session.save(done, saving.keep, sums.kept())
                 stop.check()

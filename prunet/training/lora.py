@@ -14,14 +14,14 @@ from prunet.denoisers.architecture import Architecture, Net, config_text
 from prunet.denoisers.known import architecture_of
 from prunet.errors import UserError
 
-#: The layers that diffusers' train_dreambooth_lora.py trains, by the end of their names.
+#: Ends of the names of the layers that diffusers' train_dreambooth_lora.py trains.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def add_lora(net: Net, rank: int, seed: int) -> Net:
-    """Adds a LoRA to `net`, in place, and leaves its weights alone requiring a gradient. At first it changes no output.
+    """Adds a LoRA to `net`, in place; only its weights then require a gradient. At first it does not change the output.
 
-    Alpha is the rank, so that what it adds is not scaled.
+    Alpha equals the rank, so the LoRA's output is not scaled.
     """
     from peft import LoraConfig
 
@@ -34,7 +34,7 @@ def add_lora(net: Net, rank: int, seed: int) -> Net:
 
 
 def lora_layers(net: Net) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer -> its matrices down (rank, in) and up (out, rank), of the LoRA that `add_lora` added."""
+    """Maps each layer to the matrices down (rank, in) and up (out, rank) that `add_lora` added."""
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(net)
@@ -47,7 +47,7 @@ def check_rank(config: Mapping[str, Any], rank: int) -> None:
     """Refuses a LoRA that cannot be trained on a denoiser of `config`.
 
     Raises:
-        UserError: peft is not installed, or the LoRA would be no smaller than a layer that it changes.
+        UserError: peft is not installed, or the LoRA would not be smaller than a layer that it changes.
     """
     if importlib.util.find_spec("peft") is None:
         raise UserError("--lora: needs peft, which is not installed: pip install 'prunet[personalize]'")
@@ -60,7 +60,7 @@ def check_rank(config: Mapping[str, Any], rank: int) -> None:
 
 
 def trained_count(config: Mapping[str, Any], rank: int | None) -> int:
-    """The number of weights that are trained: all of a denoiser of `config`, or those of a LoRA of `rank`."""
+    """Counts the trained weights: all of a denoiser of `config`, or those of a LoRA of `rank`."""
     weights = _weights(architecture_of(config), config_text(config))
     if rank is None:
         return sum(math.prod(shape) for _, shape in weights)
@@ -68,7 +68,7 @@ def trained_count(config: Mapping[str, Any], rank: int | None) -> int:
 
 
 def is_target(layer: str) -> bool:
-    """Whether `add_lora` gives a layer of this name a LoRA."""
+    """Returns whether `add_lora` adds a LoRA to a layer of this name."""
     return layer.endswith(tuple(f".{name}" for name in TARGETS))
 
 

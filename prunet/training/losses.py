@@ -21,8 +21,10 @@ def mse(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Ten
 
 
 class _MeanSquaredError(torch.autograd.Function):
-    """In fp32, like `F.mse_loss` of both as floats; but of both features only their difference waits for the backward
-    pass, in the precision that the gradient will have, so that the teacher's can go at once.
+    """Computes in fp32, like `F.mse_loss` of both as floats, but keeps less for the backward pass.
+
+    It keeps only the difference of both features, in the precision of the gradient, so the teacher's feature can be
+    freed at once.
     """
 
     @staticmethod
@@ -34,17 +36,17 @@ class _MeanSquaredError(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (apart,) = ctx.saved_tensors
-        # A GPU would round the factor to the features' precision first, in which fp16 hardly holds it.
+        # A GPU would first round the factor to the features' precision, and fp16 can hardly represent it.
         slope = (apart.float() * (grads[0] * (2 / apart.numel()))).to(apart.dtype)
         return slope if ctx.needs_input_grad[0] else None, -slope if ctx.needs_input_grad[1] else None
 
 
 def feature_losses(student: Sequence[Tensor], teacher: Sequence[Tensor], normalize: bool = False) -> Tensor:
-    """One MSE a pair, as a vector (P,).
+    """Returns the MSE of each pair, as a vector (P,).
 
     `normalize` divides each by the mean square of the teacher's feature, so that a few large features do not drown the
-    rest: the idea of LAPTOP-Diff (arXiv 2404.11098), here as the relative squared error of each sample, so that it does
-    not depend on which samples share a micro-batch.
+    rest. This is the idea of LAPTOP-Diff (arXiv 2404.11098), here as the relative squared error of each sample, so that
+    it does not depend on which samples share a micro-batch.
     """
     return torch.stack(
         [mse(s, t, _inverse_power(t) if normalize else None) for s, t in zip(student, teacher, strict=True)]
@@ -52,5 +54,5 @@ def feature_losses(student: Sequence[Tensor], teacher: Sequence[Tensor], normali
 
 
 def _inverse_power(feature: Tensor) -> Tensor:
-    """(B, ...) to (B,)."""
+    """Returns 1 / mean square of each sample, from (B, ...) to (B,)."""
     return 1 / feature.float().square().flatten(1).mean(1).clamp(min=1e-12)

@@ -1,4 +1,4 @@
-"""Peak memory of a distillation step, from shapes: the step is gone through with tensors that have no contents."""
+"""Peak memory of a distillation step: the step runs with tensors that have shapes but no contents."""
 
 import weakref
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from prunet.training.probe import probe
 
 
 class Living(TorchDispatchMode):
-    """Counts the bytes of all tensors made since; `most` is what was needed at once."""
+    """Counts the bytes of all tensors made inside the `with` block; `most` is their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Living(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for tensor in tree_leaves(out):
-            # A view of what was there before (a weight, transposed) is nothing new.
+            # A view of an older tensor (such as a transposed weight) needs no memory.
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
                 self._count(tensor.untyped_storage())
         return out
@@ -58,8 +58,9 @@ def step_memory(
     runtime: Runtime,
     rank: int | None = None,
 ) -> int:
-    """Bytes that a step needs at its worst moment beside weights, gradients and moments: activations, features,
-    weights cast to half precision, temporary results.
+    """Returns the peak bytes of a step, without weights, gradients and moments.
+
+    These are activations, features, weights cast to half precision, and temporary results.
     """
     setting: dict[str, Any] = {"shape": (micro_batch, *latent_size), "rank": rank}
     setting |= {"gradient_checkpointing": runtime.gradient_checkpointing}
@@ -71,7 +72,7 @@ def step_memory(
         architecture_of(teacher_config).fast_attention([teacher, student], device, half=half),
         Living() as living,
     ):
-        for _ in range(min(accumulate, 2)):  # the second one meets the gradients of the first
+        for _ in range(min(accumulate, 2)):  # the gradients of the first exist while the second runs
             loss().backward()
         gradients = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
     return max(0, int(living.most - gradients))

@@ -1,4 +1,4 @@
-"""A distillation step with random weights and no data: what `estimate` times and `memory` goes through."""
+"""A distillation step with random weights and no data, for `estimate` to time and `memory` to count."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,12 +27,13 @@ def probe(
     rank: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Net, Net, Callable[..., Tensor]]]:
-    """Teacher in `dtype`, student in fp32, and a function: the loss () of one micro-batch, the student by autocast. It
-    takes how often the teacher is called, once if it is not said.
+    """Returns a teacher in `dtype`, a student in fp32, and a function that computes the loss () of one micro-batch.
+
+    The student computes under autocast. The function's argument is the number of calls of the teacher, by default 1.
 
     Args:
         shape: number of samples, height and width of their latents.
-        rank: of the LoRA that is trained instead of the student's weights.
+        rank: rank of the LoRA that is trained instead of the student's weights.
     """
     device, half = torch.device(device), dtype != torch.float32
     architecture = architecture_of(teacher_config)
@@ -78,8 +79,9 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _add_lora(net: Net, rank: int) -> None:
-    """What `prunet.training.lora.add_lora` does, as far as memory and time go: peft cannot work on tensors that have no
-    contents, with which the memory is counted.
+    """Imitates `prunet.training.lora.add_lora` for memory and time.
+
+    peft cannot work on tensors without contents, which count the memory.
     """
     net.requires_grad_(False)
     for name, layer in [(name, module) for name, module in net.named_modules() if is_target(name)]:

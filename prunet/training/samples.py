@@ -1,4 +1,4 @@
-"""What the denoiser sees at each step: chosen by seed, step and place in the batch, and by nothing else."""
+"""The inputs of the denoiser at each step; they depend only on seed, step and place in the batch."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -16,14 +16,14 @@ from prunet.recipe.stage import Stage
 from prunet.recipe.training import Training
 from prunet.teacher.process import DDPM
 
-FAKE_UPDATES = 2  # of the fake score for one of the student, if the objective is `distribution`
+FAKE_UPDATES = 2  # updates of the fake score for each step of the student, with the objective `distribution`
 
 
 class Samples(Dataset[dict[str, Any]]):
-    """What the denoiser sees at (step, position in the batch): a pure function of these two and the seed.
+    """The inputs of the denoiser at (step, position in the batch), a pure function of these two and the seed.
 
-    So it depends neither on the micro-batch nor on the number of processes, and a resumed run needs no generator
-    state. An item: `latents` and `noise` (C, h, w), `timestep` (), `condition`.
+    They therefore do not depend on the micro-batch or the number of processes, and a resumed run needs no generator
+    state. An item has `latents` and `noise` (C, h, w), `timestep` () and `condition`.
     """
 
     def __init__(self, cache: Cache, stage: Training, seed: int, process: DDPM) -> None:
@@ -35,12 +35,12 @@ class Samples(Dataset[dict[str, Any]]):
         rng = torch.Generator().manual_seed(seed_of(self.seed, step, position))
         item = self._item(self._choose(step, position), rng)
         if torch.rand((), generator=rng) < self.stage.caption_dropout:
-            # The picture keeps its sizes.
+            # The empty prompt replaces the caption, but not the sizes.
             item["condition"] = Condition(item["condition"] | self.unconditional.row(0))
         return item
 
     def _item(self, number: int, rng: torch.Generator) -> dict[str, Any]:
-        """What is seen of a sample, with its caption."""
+        """Returns the inputs made from a sample, with its caption."""
         sample = self.cache.sample(number)
         latents = sample.mean + sample.std * torch.randn(sample.mean.shape, generator=rng)
         noise = torch.randn(sample.mean.shape, generator=rng)
@@ -48,8 +48,10 @@ class Samples(Dataset[dict[str, Any]]):
         return {"latents": latents, "noise": noise, "timestep": timestep, "condition": sample.condition}
 
     def _choose(self, step: int, position: int) -> int:
-        """The number of a sample. A batch has one size; an epoch has about as many batches of a size as it has samples,
-        in random order, and each size goes through its samples in an order of its own.
+        """Returns the number of a sample.
+
+        All samples of a batch have one size. In an epoch, the batches of a size are about in proportion to its samples
+        and in random order, and each size goes through its samples in its own order.
         """
         size = self.stage.batch_size
         shares = tuple(max(1, round(len(group) / size)) for group in self.cache.groups)
@@ -61,7 +63,7 @@ class Samples(Dataset[dict[str, Any]]):
 
 
 class SubjectSamples(Samples):
-    """The same for a subject, with a sample of its class beside each of it (`class_latents`, `class_noise`, ...)."""
+    """Samples of a subject, each with a sample of its class (`class_latents`, `class_noise`, ...)."""
 
     def __init__(self, cache: Cache, classes: Cache, stage: Training, seed: int, process: DDPM) -> None:
         super().__init__(cache, stage, seed, process)
@@ -72,8 +74,10 @@ class SubjectSamples(Samples):
 
 
 class PathSamples(Samples):
-    """The same for a cache of paths. An item: `noisy` and `landed` (C, h, w), where a jump begins and ends, at
-    `timestep` and `after` (), `condition`.
+    """Samples of a cache of paths.
+
+    An item has `noisy` and `landed` (C, h, w), the latents at the beginning and the end of a jump, their times
+    `timestep` and `after` (), and `condition`.
     """
 
     stage: Stage
@@ -89,10 +93,9 @@ class PathSamples(Samples):
 
 
 class SamplesOnPaths(Samples):
-    """The same as `Samples` for a cache of paths: with this noise, the latents that a path ends in are at this timestep
-    where the path is.
+    """Like `Samples`, but from a cache of paths: the noised latents lie on a path.
 
-    `times` (n,): the timesteps of a path's points but the last.
+    `times` (n,): the timesteps of a path's points, except the last.
     """
 
     def __init__(self, cache: Cache, stage: Training, seed: int, process: DDPM, times: Tensor) -> None:
@@ -109,8 +112,10 @@ class SamplesOnPaths(Samples):
 
 
 class DistributionSamples(PathSamples):
-    """The same with where the student begins, `start` (C, h, w), and `noises` (n, C, h, w) and `timesteps` (n,) at
-    which what it draws is judged (the first), and the fake score learns (the rest).
+    """Samples for the objective `distribution`.
+
+    An item also has `start` (C, h, w), the noise from which the student draws, and `noises` (n, C, h, w) and
+    `timesteps` (n,): the student's picture is judged at the first, and the fake score learns at the rest.
     """
 
     def __getitem__(self, at: tuple[int, int]) -> dict[str, Any]:
@@ -118,7 +123,7 @@ class DistributionSamples(PathSamples):
         rng = torch.Generator().manual_seed(seed_of(self.seed, "distribution", *at))
         fresh, *noises = torch.randn(2 + FAKE_UPDATES, *item["noisy"].shape, generator=rng)
         path, _ = self.cache.path(self._choose(*at))
-        edge = self.process.num_timesteps // 50  # at both ends of the schedule the judgement says nothing
+        edge = self.process.num_timesteps // 50  # at both ends of the schedule the judgement has no meaning
         judged = torch.randint(edge, self.process.num_timesteps - edge, (), generator=rng)
         timesteps = [judged, *(self.process.random_timestep(rng) for _ in range(FAKE_UPDATES))]
         return item | {
@@ -129,7 +134,7 @@ class DistributionSamples(PathSamples):
 
 
 class LatentSamples(Samples):
-    """The same for a decoder. An item: `latents` (C, h, w)."""
+    """Samples for a decoder. An item has `latents` (C, h, w)."""
 
     def __getitem__(self, at: tuple[int, int]) -> dict[str, Any]:
         step, position = at
@@ -140,7 +145,7 @@ class LatentSamples(Samples):
 
 @lru_cache(maxsize=4)
 def _batch_order(seed: int, epoch: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(size, how many batches of it came before in this epoch) of each batch of an epoch."""
+    """Returns for each batch of an epoch its size, and the number of earlier batches of this size in the epoch."""
     batches = [group for group, share in enumerate(shares) for _ in range(share)]
     counts = [0] * len(shares)
     order = []
@@ -152,13 +157,13 @@ def _batch_order(seed: int, epoch: int, shares: tuple[int, ...]) -> list[tuple[i
 
 @lru_cache(maxsize=64)
 def _permutation(seed: int, epoch: int, count: int) -> Tensor:
-    """Of range(count); int32, because those of the last epochs and of all sizes are kept."""
+    """Returns a permutation of range(count); int32, because several of them are kept, for epochs and sizes."""
     rng = torch.Generator().manual_seed(seed_of(seed, "epoch", epoch))
     return torch.randperm(count, generator=rng, dtype=torch.int32)
 
 
 def batches(samples: Samples, start: int, micro_batch: int, rank: int = 0, ranks: int = 1) -> Iterator[dict[str, Any]]:
-    """The micro-batches of process `rank`, from step `start` on."""
+    """Yields the micro-batches of process `rank`, from step `start` on."""
     share = micro_batch * ranks
 
     def places() -> Iterator[list[tuple[int, int]]]:
@@ -169,5 +174,5 @@ def batches(samples: Samples, start: int, micro_batch: int, rank: int = 0, ranks
     cuda = torch.cuda.is_available()
     try:
         yield from DataLoader(samples, batch_sampler=places(), num_workers=4 if cuda else 0, pin_memory=cuda)
-    except UserError as error:  # of a worker, before whose message torch puts a traceback
+    except UserError as error:  # from a worker process; torch puts a traceback before the message
         raise UserError(str(error).rpartition("prunet.errors.UserError: ")[2]) from error

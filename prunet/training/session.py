@@ -1,4 +1,4 @@
-"""A student in training: on its device, wrapped, with its optimizer, its average and its checkpoints."""
+"""A student in training: on its device, wrapped, with optimizer, average and checkpoints."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -24,22 +24,22 @@ from prunet.training.gpu import compiled_blocks, set_memory_format
 
 
 class Session:
-    """Puts `student` on the device, and resumes from the last checkpoint in `folder`, if there is one (`start`).
+    """Puts `student` on the device, and resumes from the newest checkpoint in `folder` (at step `start`).
 
-    Trained are those of its weights that require a gradient.
+    The weights that require a gradient are trained.
 
     Raises:
-        UserError: that checkpoint is of another stage, or damaged.
+        UserError: the checkpoint is of another stage, or damaged.
     """
 
     def __init__(self, student: Net, stage: Training, folder: Path, runtime: Runtime) -> None:
-        AcceleratorState._reset_state()  # accelerate keeps the first precision of a process; ours may change
+        AcceleratorState._reset_state()  # it would keep a process's first precision
         self.accelerator = Accelerator(
             mixed_precision=runtime.mixed_precision,
             cpu=runtime.torch_device.type == "cpu",
             log_with=runtime.tracker,
             project_dir=str(folder) if runtime.tracker else None,
-            # Gradients lie where they are averaged, not there as well.
+            # DDP averages gradients in place, without a second copy.
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         self.device, self.runtime, self.stage, self.folder = self.accelerator.device, runtime, stage, folder
@@ -53,25 +53,26 @@ class Session:
         optimizer = _adamw(runtime)(trained, lr=stage.learning_rate, weight_decay=stage.weight_decay)
         self._ema = EMAModel(self._held, decay=stage.ema_decay, foreach=True) if stage.ema_decay else None
         self._state = State(student, optimizer, self._ema, self.accelerator.scaler)
-        #: The steps that are done, and what they add up to since the last row of the log, if that is kept.
+        #: The number of steps done, and the sums of the losses since the last row of the log, if a checkpoint kept
+        #: them.
         self.start, self.unlogged = resume(self._state, folder, stage)
         if runtime.channels_last:
             set_memory_format(torch.channels_last, [student], optimizer, self._ema)
         if self._ema and runtime.offload_ema:
             self._ema.to("cpu")
-        # In evaluation mode accelerate gives the model its precision and leaves out DDP, which FSDP stands in for.
+        # In evaluation mode accelerate sets the precision but leaves out DDP, since FSDP takes its place.
         self.model: Any = self.accelerator.prepare_model(self.compiled(student), evaluation_mode=runtime.fsdp)
         self._optimizer = self._state.optimizer = self.accelerator.prepare_optimizer(optimizer)
         if runtime.tracker:
             self.accelerator.init_trackers("prunet", config={"stage": stage.model_dump_json()})
 
     def compiled(self, net: Any) -> Any:
-        """A model or function, compiled if the runtime says so."""
+        """Returns a model or function, compiled if the runtime says so."""
         return torch.compile(net) if self.runtime.compile else net
 
     @contextmanager
     def running(self, frozen: Sequence[Net]) -> Iterator[None]:
-        """What makes the steps fast, for the student and the `frozen` models that are called beside it."""
+        """Makes the steps fast inside the `with` block, for the student and the `frozen` models."""
         nets, half = [*frozen, self.student], self.runtime.mixed_precision != "no"
         with ExitStack() as stack:
             stack.enter_context(kept_memory(self.device))
@@ -81,7 +82,7 @@ class Session:
             yield
 
     def micro_step(self, last: bool) -> AbstractContextManager[Any]:
-        """Gradients are averaged among the processes after the `last` micro-batch of a step only."""
+        """Averages gradients among the processes only after the `last` micro-batch of a step."""
         return nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def backward(self, loss: Tensor) -> None:
@@ -89,13 +90,13 @@ class Session:
         self.accelerator.backward(loss)
 
     def accompany(self, companion: Companion) -> None:
-        """Trains `companion` beside the student from now on, and resumes it where the student is resumed."""
+        """Trains `companion` beside the student from now on, and resumes it if the student is resumed."""
         self._state.companion = companion
         if self.start:
             resume_companion(companion, self.folder)
 
     def step(self, learning_rate: float) -> Tensor:
-        """Steps of the optimizer, the average and a companion. Returns the norm () of the gradients before clipping."""
+        """Updates the weights, the average and the companion. Returns the norm () of the gradients before clipping."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.stage.max_grad_norm)
@@ -114,12 +115,12 @@ class Session:
 
     @property
     def skips_overflow(self) -> bool:
-        """Whether a step whose gradients overflow is left out (fp16)."""
+        """Whether steps with gradients that overflow are skipped (fp16)."""
         return self.accelerator.scaler is not None
 
     @contextmanager
     def drawing(self, *, average: bool) -> Iterator[Net]:
-        """The student as it would draw now: with its average's weights, if it has one and if asked."""
+        """Yields the student as it would draw now: with the weights of its average, if it has one and if asked."""
         ema = self._ema if average else None
         if ema:
             ema.store(self._held)
@@ -133,11 +134,11 @@ class Session:
                 ema.restore(self._held)
 
     def save(self, step: int, keep: int, unlogged: dict[str, Any]) -> None:
-        """Writes a checkpoint after `step` steps and drops all but the last `keep`."""
+        """Writes a checkpoint after `step` steps, and deletes all except the newest `keep`."""
         save(self._state, self.folder, step, self.stage, keep, unlogged)
 
     def finish(self) -> Net:
-        """The student on the CPU, with its average's weights if it has one."""
+        """Returns the student on the CPU, with the weights of its average if it has one."""
         if self.runtime.tracker:
             self.accelerator.end_training()
         if self._ema:

@@ -20,30 +20,36 @@ GAP, CAPTION, LABEL = 6, 34, 92
 INK, PAPER = (32, 32, 38), (255, 255, 255)
 
 
-def grid(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], captions: Sequence[str]) -> Image.Image:
-    """One picture: `rows` of equal length, a label left of each row, a caption under each column."""
+def grid(
+    rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], captions: Sequence[str], columns: int | None = None
+) -> Image.Image:
+    """Makes one picture from `rows` of equal length, with a label left of each row and a caption under each column.
+
+    All labels may be empty. After `columns` pictures (by default after all) the rows continue below.
+    """
     cell = rows[0][0].width
-    scale = max(1, 96 // cell)
-    cell *= scale
-    width = LABEL + len(rows[0]) * (cell + GAP)
-    sheet = Image.new("RGB", (width, len(rows) * (cell + GAP) + GAP + CAPTION), PAPER)
+    cell *= max(1, 96 // cell)
+    columns, left = columns or len(rows[0]), LABEL if any(labels) else GAP
+    height = len(rows) * (cell + GAP) + GAP + CAPTION
+    size = left + columns * (cell + GAP), -(-len(rows[0]) // columns) * height
+    sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=12)
-    for r, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        top = GAP + r * (cell + GAP)
-        pen.multiline_text((8, top + cell // 2 - 14), "\n".join(textwrap.wrap(label, 12)), fill=INK, font=font)
-        for c, picture in enumerate(row):
-            sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (LABEL + c * (cell + GAP), top))
-    for c, caption in enumerate(captions):
-        lines = textwrap.wrap(caption, max(8, cell // 7))[:2]
-        place = (LABEL + c * (cell + GAP), len(rows) * (cell + GAP) + GAP)
-        pen.multiline_text(place, "\n".join(lines), fill=INK, font=font, spacing=2)
+    for i in range(len(rows[0])):
+        x, y = left + i % columns * (cell + GAP), i // columns * height + GAP
+        for row, label in zip(rows, labels, strict=True):
+            if i % columns == 0:
+                pen.multiline_text((8, y + cell // 2 - 14), "\n".join(textwrap.wrap(label, 12)), fill=INK, font=font)
+            sheet.paste(row[i].resize((cell, cell), Image.Resampling.LANCZOS), (x, y))
+            y += cell + GAP
+        lines = textwrap.wrap(captions[i], max(8, cell // 7))[:2]
+        pen.multiline_text((x, y), "\n".join(lines), fill=INK, font=font, spacing=2)
     return sheet
 
 
 @dataclass
 class Sheets:
-    """Teacher over student at the same prompts and the same noise, every `every` steps, into `folder`."""
+    """Sheets of teacher above student, with the same prompts and noise, every `every` steps, in `folder`."""
 
     teacher: Teacher
     folder: Path
@@ -52,13 +58,14 @@ class Sheets:
     seed: int
     size: int
     drawing: Drawing = field(default_factory=Drawing)
-    students: Drawing | None = None  # how the student is drawn, if not as the teacher
+    students: Drawing | None = None  # how the student draws, if not like the teacher
     labels: tuple[str, str] = ("teacher", "student")
     _teacher_row: list[Image.Image] = field(default_factory=list)
 
     def draw(self, step: int, student: Net) -> None:
-        """Draws the sheet of this step. All processes draw, since a student that is shared out needs them all; one
-        writes.
+        """Draws the sheet of this step.
+
+        All processes draw, because a divided student needs them all; the main process writes.
         """
         if not self.prompts or not self.every:
             return

@@ -1,4 +1,4 @@
-"""A signal that ends the command waits for the end of a training step, so that a checkpoint can keep it."""
+"""Stops at a signal only at the end of a training step, so that a checkpoint can keep the step."""
 
 import signal
 import threading
@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stop:
-    """The signal that came, if one did."""
+    """Remembers whether a signal came."""
 
     def __init__(self) -> None:
         self._came: tuple[int, Any] | None = None
@@ -24,7 +24,7 @@ class Stop:
         return self._came is not None
 
     def check(self) -> None:
-        """Does what the signal asked for, if one came: raises KeyboardInterrupt as a rule."""
+        """Stops if a signal came: usually raises KeyboardInterrupt."""
         if self._came is not None:
             number, handler = self._came
             handler(number, None)
@@ -32,9 +32,10 @@ class Stop:
 
 @contextmanager
 def stops_after_step() -> Iterator[Stop]:
-    """While it lasts the first signal only asks to stop; a second one stops at once.
+    """Inside the `with` block the first signal only asks to stop; a second one stops at once.
 
-    Several processes stop at once: they would end at different steps, and wait for each other.
+    With several processes the first signal stops at once: otherwise they would end at different steps and wait for each
+    other.
     """
     stop = Stop()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
@@ -56,6 +57,6 @@ def stops_after_step() -> Iterator[Stop]:
         signal.signal(number, ask)
     try:
         yield stop
-        stop.check()  # it came after the last step
+        stop.check()  # the signal came after the last step
     finally:
         restore()

@@ -1,4 +1,4 @@
-"""What the losses of several steps add up to, until the log says it."""
+"""Sums of the losses of several steps, for the next row of the log."""
 
 import time
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 class Sums:
-    """What the losses add up to since the last row of the log, on the device; a checkpoint keeps it.
+    """The sums of the losses since the last row of the log, on the device.
 
-    So a run that was stopped between two rows writes the same rows as one that was not.
+    A checkpoint keeps them, so a run that was stopped between two rows writes the same rows as one that was not.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device, kept: dict[str, Any] | None) -> None:
@@ -23,7 +23,7 @@ class Sums:
 
     @property
     def seconds(self) -> float:
-        """How long these steps took."""
+        """The time of these steps."""
         return time.perf_counter() - self._clock
 
     def means(self, values: Tensor) -> dict[str, float]:
@@ -31,11 +31,11 @@ class Sums:
         return dict(zip(self.names, (values / self.steps).tolist(), strict=True))
 
     def clear(self) -> None:
-        """Begins again, after a row was written."""
+        """Resets the sums, after a row was written."""
         self.values.zero_()
         self.steps, self._clock = 0, time.perf_counter()
 
     def kept(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps."""
+        """Returns the values for a checkpoint."""
         sums = dict(zip(self.names, self.values.tolist(), strict=True))
         return {"sums": sums, "steps": self.steps, "seconds": round(self.seconds, 4)}

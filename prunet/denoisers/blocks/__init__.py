@@ -1,3 +1,1 @@
-"""Denoisers that are lists of equal blocks (diffusion transformers): in goes a config and what a plan removes, out
-comes the form that is left.
-"""
+"""Denoisers that are lists of equal blocks (diffusion transformers): their forms, from a config and a plan."""

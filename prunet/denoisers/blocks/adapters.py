@@ -1,4 +1,4 @@
-"""The ControlNets of transformers: which residuals of the teacher's each block of the student takes."""
+"""The ControlNets of transformers, and the residuals that each block of the student takes."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -12,26 +12,27 @@ from prunet.denoisers.adapter_forms import AdapterForms
 from prunet.denoisers.form import Form
 from prunet.errors import UserError
 
-#: (config of the ControlNet, its residuals, the teacher's blocks) -> for each block the place of its residual.
+#: Returns for each block the place of its residual, from the ControlNet's config and the numbers of residuals and
+#: blocks.
 Spread = Callable[[Mapping[str, Any], int, int], list[int]]
-#: A ControlNet has as many of these as its transformer.
+#: Fields of the config that a ControlNet shares with its transformer.
 SHARED = ("num_attention_heads", "attention_head_dim", "in_channels", "joint_attention_dim")
 
 
 def runs(config: Mapping[str, Any], residuals: int, blocks: int) -> list[int]:
-    """Returns equal runs of blocks with one residual each, the last run shorter (Flux, Qwen-Image)."""
+    """Spreads residuals over equal runs of blocks; the last run may be shorter (Flux, Qwen-Image)."""
     return [block // math.ceil(blocks / residuals) for block in range(blocks)]
 
 
 def turns(config: Mapping[str, Any], residuals: int, blocks: int) -> list[int]:
-    """Returns runs; for a ControlNet that encodes its picture itself, the residuals in turn (Flux, XLabs' form)."""
+    """Spreads residuals over runs, or in turns if the ControlNet encodes its picture itself (Flux, XLabs' form)."""
     if config.get("conditioning_embedding_channels") is None:
         return runs(config, residuals, blocks)
     return [block % residuals for block in range(blocks)]
 
 
 def shares(config: Mapping[str, Any], residuals: int, blocks: int) -> list[int]:
-    """Returns runs of nearly the same length (Stable Diffusion 3)."""
+    """Spreads residuals over runs of nearly the same length (Stable Diffusion 3)."""
     return [int(block / (blocks / residuals)) for block in range(blocks)]
 
 
@@ -39,8 +40,9 @@ class BlockControlNets(AdapterForms):
     """LoRA and ControlNet of a class whose ControlNets spread their residuals over lists of blocks.
 
     Args:
-        controlnet: diffusers' name of the class of ControlNets.
-        fields: field of its output -> list of the transformer's blocks, config field with its number, how it is spread.
+        controlnet: diffusers' class of ControlNets.
+        fields: for each field of its output: the transformer's list of blocks, the config field with the number of
+            residuals, and how they are spread.
     """
 
     controlnet_loader = Path(__file__).parent / "student_controlnet.py"
@@ -62,12 +64,12 @@ class BlockControlNets(AdapterForms):
             with torch.device("meta"):
                 fields = {key: value for key, value in config.items() if not key.startswith("_")}
                 return getattr(diffusers, str(self.controlnet))(**fields)
-        except Exception as error:  # of any kind: diffusers takes the values as they are
+        except Exception as error:  # any kind of error, since diffusers does not check the values
             raise UserError(f"its config makes no ControlNet ({error}): fetch or copy it again") from error
 
     @override
     def residuals(self, control: Any, teacher: Any, student: Any, form: Form) -> dict[str, Any]:
-        """The residual of a removed block goes to the kept block before it (in front, to the first kept one)."""
+        """Gives the residual of a removed block to the kept block before it, or else to the first kept block."""
         found = {}
         for output, (name, count, spread) in self._fields.items():
             kept = [

@@ -1,4 +1,4 @@
-"""A denoiser whose blocks lie in lists of which its config holds the lengths."""
+"""Denoisers with lists of blocks; the config has the length of each list."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
@@ -18,12 +18,12 @@ from prunet.denoisers.form import Form
 from prunet.denoisers.pairs import Level, Pair
 from prunet.errors import UserError
 
-#: Blocks in a list; the deepest published one has 60.
+#: Most blocks in a list; the longest published list has 60.
 DEEPEST = 200
 
 
 class Stays(NamedTuple):
-    """Blocks of the first list that must stay: (config, blocks) -> their numbers; why, for messages."""
+    """Blocks of the first list that must stay: their `numbers` from config and length, and `why`, for messages."""
 
     numbers: Callable[[Config, int], Iterable[int]] = lambda config, count: ()
     why: str = ""
@@ -33,14 +33,14 @@ class Blocks(Architecture):
     """A diffusers class of transformers.
 
     Args:
-        class_name: diffusers' name of it.
-        lists: config field -> the lists of blocks whose length it is; of several each loses as many.
-        inputs: examples of its arguments.
-        size: (height, width) of the latents that it was made for, where its config does not say it.
-        packs: latents along a side of a token, where they are packed before the model sees them.
+        class_name: its name in diffusers.
+        lists: maps each config field to the lists with this length; several lists must lose equally many blocks.
+        inputs: makes examples of its arguments.
+        size: (height, width) of the latents that it was made for, if its config does not have them.
+        packs: latents along a side of a token, if they are packed before the model sees them.
         numbers: a config field that names blocks of the first list by their numbers.
-        stays: those of the first list that must stay.
-        adapters: how its adapters are made, where it has more than LoRAs.
+        stays: the blocks that must stay in the first list.
+        adapters: its adapters, if prunet carries over more than LoRAs.
     """
 
     part = "transformer"
@@ -79,12 +79,12 @@ class Blocks(Architecture):
         return net
 
     def lists(self, config: Config) -> dict[str, tuple[str, ...]]:
-        """Config field -> the lists whose length it is, of those that this config has."""
+        """Maps each config field to the lists with this length, among the lists that this config has."""
         net = self.skeleton(config)
         return {field: tuple(name for name in names if getattr(net, name)) for field, names in self._lists.items()}
 
     def counts(self, config: Config) -> dict[str, int]:
-        """List -> its blocks."""
+        """Maps each list to its number of blocks."""
         net = self.skeleton(config)
         return {name: len(getattr(net, name)) for names in self.lists(config).values() for name in names}
 
@@ -99,7 +99,7 @@ class Blocks(Architecture):
     @override
     def outline(self, config: Config) -> str:
         counts = self.counts(config).items()
-        return f"{self.class_name}, whose blocks are " + ", ".join(f"{n}.0 to .{count - 1}" for n, count in counts)
+        return f"{self.class_name} with the blocks " + ", ".join(f"{n}.0 to .{count - 1}" for n, count in counts)
 
     @override
     def form(self, config: Config, removed: Mapping[str, str]) -> Form:
@@ -156,4 +156,4 @@ class Blocks(Architecture):
 
     @override
     def call(self, *_: Any) -> NoReturn:
-        raise UserError(f"{self.class_name}: prunet knows its form alone, and cannot draw or train with it yet")
+        raise UserError(f"{self.class_name}: prunet only plans and builds its students; it cannot draw or train yet")

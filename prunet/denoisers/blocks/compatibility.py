@@ -1,32 +1,32 @@
-"""Where a student of a transformer works: programs that load it, and additions to its teacher that still fit it."""
+"""Where a transformer's student works: programs that load it, and additions to its teacher that still fit it."""
 
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
-#: Classes of which ComfyUI counts the blocks in the file (its `model_detection.py`).
+#: Classes for which ComfyUI counts the blocks in the file (its `model_detection.py`).
 _COUNTED = ("FluxTransformer2DModel", "QwenImageTransformer2DModel", "PixArtTransformer2DModel")
 
 
 def loads_in(net: Any) -> dict[str, str]:
-    """Program -> "yes" or why not, of a student's skeleton; programs of which it is not known are left out."""
+    """Maps each program to "yes" or the reason why not, for a student's skeleton; unknown cases are left out."""
     out = {"diffusers": "yes"}
     if type(net).__name__ in _COUNTED:
         out["ComfyUI"] = "yes"
     if type(net).__name__ == "SD3Transformer2DModel":
         depth = len(net.transformer_blocks)
         same = depth == net.inner_dim // 64
-        why = f"no: it takes {net.inner_dim // 64} blocks from the width, and this one has {depth}"
+        why = f"no: it expects {net.inner_dim // 64} blocks at this width, and the student has {depth}"
         out |= dict.fromkeys(("ComfyUI", "stable-diffusion.cpp"), "yes" if same else why)
     return out
 
 
 def works_with(whole: Any, mapping: Mapping[str, str], controlnet: str | None) -> dict[str, str]:
-    """What was made for the teacher -> "yes" or why not.
+    """Maps each addition to the teacher to "yes" or the reason why it does not fit.
 
     Args:
         whole: the skeleton of the teacher.
-        mapping: student block -> teacher block.
+        mapping: maps student blocks to teacher blocks.
         controlnet: the class of the ControlNets that `prunet adapt` carries over.
     """
     moved = sum(ours != theirs for ours, theirs in mapping.items())
@@ -39,9 +39,9 @@ def works_with(whole: Any, mapping: Mapping[str, str], controlnet: str | None) -
     first = next(iter(mapping)).rpartition(".")[0]
     same = sum(name.startswith(f"{first}.") for name in mapping) == len(whole.get_submodule(first))
     if any("controlnet" in name for name in takes):
-        why = "no: its residuals are spread over the blocks by their count, so that they would meet others"
+        why = "no: its residuals are spread evenly over the blocks, so they would meet other blocks"
         why += "; `prunet adapt` carries it over" if controlnet else ""
         out["the teacher's ControlNet"] = "yes" if same else why
     if "skip_layers" in takes:
-        out["skip-layer guidance"] = "no: it names blocks by number; name others" if moved else "yes"
+        out["skip-layer guidance"] = "no: it names blocks by number, and the numbers changed" if moved else "yes"
     return out

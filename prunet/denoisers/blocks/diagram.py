@@ -1,16 +1,16 @@
-"""Lists of blocks as a diagram: one below the other, each in lines of ten."""
+"""Lists of blocks as a diagram: the lists below each other, each in lines of ten blocks."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prunet.denoisers.diagram import Diagram, Part, Row, Section
 
-#: Blocks a line, so that a block's number can be read from its place.
+#: Blocks in a line; with ten, the place of a block shows its number.
 LINE = 10
 
 
 def lists_diagram(net: Any, counts: Mapping[str, int], gone: Iterable[str]) -> Diagram:
-    """The lists of the skeleton `net`, list -> its blocks, without the blocks `gone`."""
+    """Returns the diagram of the skeleton `net`, with the blocks `gone` marked; `counts`: blocks of each list."""
     away = set(gone)
     return Diagram(tuple(_row(net.get_submodule(name), name, away) for name in counts))
 

@@ -1,4 +1,4 @@
-"""Which blocks stay, and which weight of the teacher each weight of the student is."""
+"""The blocks that stay, and the weight map of a transformer's student."""
 
 from collections.abc import Mapping
 
@@ -12,15 +12,15 @@ from prunet.errors import UserError
 def kept_blocks(
     lists: Mapping[str, tuple[str, ...]], counts: Mapping[str, int], removed: Mapping[str, str]
 ) -> dict[str, list[int]]:
-    """List -> the numbers of its blocks that stay.
+    """Maps each list to the numbers of its blocks that stay.
 
     Args:
-        lists: config field -> the lists whose length it is.
-        counts: list -> its blocks.
-        removed: block -> the pattern that named it.
+        lists: maps each config field to the lists with this length.
+        counts: the number of blocks of each list.
+        removed: maps each removed block to its pattern.
 
     Raises:
-        UserError: a list would be empty, or lists of one length would have different ones.
+        UserError: a list would be empty, or lists that share a config field would have different lengths.
     """
     kept = {name: [i for i in range(count) if f"{name}.{i}" not in removed] for name, count in counts.items()}
     if empty := next((name for name, ids in kept.items() if not ids), None):
@@ -30,7 +30,7 @@ def kept_blocks(
         if len(set(left.values())) > 1:
             said = " and ".join(f"{count} of {name}" for name, count in left.items())
             raise UserError(
-                f"The plan leaves {said}; diffusers has one number for both ({field}): remove as many from each"
+                f"The plan leaves {said}; diffusers has one number for both ({field}): remove equally many from each"
             )
     return kept
 
@@ -38,11 +38,10 @@ def kept_blocks(
 def weight_map(
     teacher: nn.Module, student: nn.Module, mapping: Mapping[str, str], removed: Mapping[str, str]
 ) -> dict[str, str]:
-    """Student parameter -> teacher parameter. Each of the student's has one, and each of the teacher's has a place, but
-    for those that are removed.
+    """Maps each parameter of the student to one of the teacher.
 
     Raises:
-        UserError: one has not.
+        UserError: a parameter of the student has no origin, or one of the teacher's that is not removed has no place.
     """
     source = teacher.state_dict()
     out = {name: teacher_name(name, mapping) for name in student.state_dict()}

@@ -1,7 +1,7 @@
-"""How each class of transformers is called: examples of its arguments.
+"""Examples of the arguments of each class of transformers.
 
-Sizes are those of latents, before they are packed into tokens. There are as many text tokens as the class's pipeline
-pads prompts to, or reads at most.
+Sizes are those of latents, before they are packed into tokens. The number of text tokens is the number that the
+class's pipeline pads prompts to, or the most that it reads.
 """
 
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: (height, width) of the latents of 480p, and their frames (81 of the video).
+#: (height, width) of the latents of 480p video, and their number of frames (81 frames of video).
 WAN_SIZE, WAN_FRAMES = (60, 104), 21
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of what an example is made: latents (batch, channels, height, width), and where their zeros lie."""
+    """The shape, device and dtype of an example's latents (batch, channels, height, width)."""
 
     batch: int
     height: int
@@ -26,16 +26,16 @@ class Shape:
     dtype: torch.dtype
 
     def zeros(self, *shape: int) -> Tensor:
-        """(batch, *shape)"""
+        """Returns zeros of shape (batch, *shape)."""
         return torch.zeros(self.batch, *shape, device=self.device, dtype=self.dtype)
 
     def ids(self, count: int, axes: int) -> Tensor:
-        """Positions (count, axes) for the rope."""
+        """Returns positions (count, axes) for the rotary embedding."""
         return torch.zeros(count, axes, device=self.device, dtype=self.dtype)
 
     @property
     def packed(self) -> int:
-        """Tokens of 2x2 latents."""
+        """The number of tokens of 2x2 latents."""
         return (self.height // 2) * (self.width // 2)
 
 
@@ -114,7 +114,7 @@ def z_image(config: Any, shape: Shape) -> dict[str, Any]:
 def lumina2(config: Any, shape: Shape) -> dict[str, Any]:
     """Returns inputs of Lumina 2."""
     mask = torch.ones(shape.batch, 256, device=shape.device, dtype=torch.bool)
-    if mask.is_meta:  # the model reads the number of tokens from it, which a tensor without contents cannot tell
+    if mask.is_meta:  # the model reads the number of tokens from the mask, but a meta tensor has no contents
         mask.sum = lambda dim: torch.full((shape.batch,), 256)  # type: ignore[method-assign, assignment]
     return {
         "hidden_states": shape.zeros(config.in_channels, shape.height, shape.width),

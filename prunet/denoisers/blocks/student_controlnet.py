@@ -1,5 +1,7 @@
-"""The teacher's ControlNet for a student with fewer blocks: each block gets the residuals of its block in the teacher
-and of the removed ones behind that, as the file adapted.json beside it says. Needs diffusers alone:
+"""The teacher's ControlNet for a student with fewer blocks.
+
+Each block gets the residuals of its block in the teacher and of the removed blocks after it; the file adapted.json
+beside this one lists them. It needs only diffusers:
 
     from student_controlnet import StudentControlNet
     control = StudentControlNet.from_pretrained(FOLDER)
@@ -16,16 +18,16 @@ import torch
 
 
 class StudentControlNet:
-    """A ControlNet that gives one sum of residuals for each block of the student.
+    """A ControlNet that returns one sum of residuals for each block of the student.
 
-    `residuals`: field of its output -> for each block of the student the places of the residuals that are summed.
+    `residuals`: for each field of its output, and each block of the student, the places of the residuals to sum.
     """
 
     residuals: dict[str, list[list[int]]]
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Any:
-        """Loads the ControlNet, as an instance of its class in diffusers too, and which residuals it sums."""
+        """Loads the ControlNet, which is also an instance of its class in diffusers, and the list of its residuals."""
         said = json.loads((Path(folder) / "adapted.json").read_text(encoding="utf-8"))
         net = getattr(diffusers, said["class"]).from_pretrained(folder, **options)
         net.__class__ = type(cls.__name__, (cls, type(net)), {})
@@ -37,7 +39,7 @@ class StudentControlNet:
         out = super().forward(*args, return_dict=return_dict, **options)  # type: ignore[misc]
         if return_dict:
             return type(out)(**{name: _sums(out[name], places) for name, places in self.residuals.items()})
-        if torch.is_tensor(out[0]):  # QwenImageControlNetModel gives its one list as it is
+        if torch.is_tensor(out[0]):  # QwenImageControlNetModel returns its only list
             return _sums(out, *self.residuals.values())
         return tuple(_sums(given, places) for given, places in zip(out, self.residuals.values(), strict=True))
 

@@ -1,1 +1,1 @@
-"""diffusers' `UNet2DConditionModel`: in goes a config and what a plan removes, out come form and pairs."""
+"""diffusers' `UNet2DConditionModel`: its forms and pairs, from a config and the parts that a plan removes."""

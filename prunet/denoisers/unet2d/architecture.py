@@ -42,7 +42,7 @@ class UNet2D(Architecture):
     @override
     def outline(self, config: Config) -> str:
         last = len(config["down_block_types"]) - 1
-        return f"U-Net, whose levels are down_blocks.0 to .{last}, mid_block and up_blocks.0 to .{last}"
+        return f"U-Net with the levels down_blocks.0 to .{last}, mid_block and up_blocks.0 to .{last}"
 
     @override
     def form(self, config: Config, removed: Mapping[str, str]) -> Form:
@@ -76,7 +76,7 @@ class UNet2D(Architecture):
 
     @override
     def side_step(self, config: Config) -> int:
-        return int(2 ** (len(config["block_out_channels"]) - 1))  # each level but the last halves it
+        return int(2 ** (len(config["block_out_channels"]) - 1))  # each level except the last halves both sides
 
     @override
     def example_inputs(self, config: Config, batch_size: int = 1, **given: Any) -> dict[str, Any]:

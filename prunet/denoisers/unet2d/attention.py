@@ -1,4 +1,4 @@
-"""What makes attention fast on a CPU: chunks of queries; docs/log.md has the measures."""
+"""Fast attention on a CPU by chunks of queries; docs/log.md has the timings."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,18 +10,19 @@ from torch import Tensor
 
 from prunet.denoisers.architecture import Net
 
-#: Scores at once: more would not be faster, and these take 64 MB (1,024 queries of 8 heads against 4,096 keys).
+#: Scores in a chunk. They take 64 MB (1,024 queries of 8 heads against 4,096 keys); larger chunks are not faster.
 SCORES = 2**25
-#: The backward pass finds the probabilities of so many scores again; of more it makes them again.
+#: Most scores of which the probabilities are kept for the backward pass; beyond this it computes them again.
 KEPT = 2**22
 
 
 @contextmanager
 def fast_attention(nets: Iterable[Net], device: torch.device, *, half: bool) -> Iterator[None]:
-    """The stock attention of `nets` by way of `Chunked` while it lasts, if they run on a CPU in bf16.
+    """Computes the stock attention of `nets` with `Chunked` inside the `with` block, if they run on a CPU in bf16.
 
     PyTorch's fused kernel is slow there. For 4,096 tokens of 8 heads of 40 channels (the first level of Stable
-    Diffusion at 512 px) matmuls over many queries at a time take half the time, both ways, and keep as little.
+    Diffusion at 512 px) matmuls over many queries at a time take half the time, forward and backward, and keep as
+    little memory.
     """
     before = [(net, net.attn_processors) for net in nets if device.type == "cpu" and half]
     for net, processors in before:
@@ -35,7 +36,7 @@ def fast_attention(nets: Iterable[Net], device: torch.device, *, half: bool) -> 
 
 
 class _Processor:
-    """What diffusers' `AttnProcessor2_0` does with the attention of a `Transformer2DModel`; all else is left to it."""
+    """Computes the attention of a `Transformer2DModel`; everything else is left to diffusers' `AttnProcessor2_0`."""
 
     def __call__(self, attn: Attention, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         context = args[0] if args else kwargs.get("encoder_hidden_states")
@@ -55,13 +56,13 @@ class _Processor:
 class Chunked(torch.autograd.Function):
     """softmax(q k' / sqrt(d)) v of queries (B, H, N, d) and keys and values (B, H, M, d), in their precision.
 
-    Keeps the probabilities where they are few; of many the backward pass makes each chunk's again (as arXiv 2205.14135
-    does, section 3.1). What the chunks say of keys and values is summed in fp32.
+    If the probabilities are few, they are kept; if they are many, the backward pass computes each chunk's again (like
+    arXiv 2205.14135, section 3.1). The chunks' gradients of keys and values are summed in fp32.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The attention's output (B, H, N, d)."""
+        """Returns the attention's output (B, H, N, d)."""
         keys, v = (k * k.shape[-1] ** -0.5).transpose(-1, -2).contiguous(), v.contiguous()
         out = torch.empty_like(q)
         for rows in _chunks(q, v):
@@ -72,7 +73,7 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of queries, keys and values."""
+        """Returns the gradients of queries, keys and values."""
         q, keys, v, out, *kept = ctx.saved_tensors
         (grad,) = grads
         k, values = (x.transpose(-1, -2).contiguous() for x in (keys, v))  # k is scaled already

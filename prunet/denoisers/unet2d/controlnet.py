@@ -1,4 +1,4 @@
-"""What a ControlNet of the teacher adds to, what of it a student has a place for, and the ControlNet cut by a plan."""
+"""The residuals of a teacher's ControlNet, the places that a student has for them, and a ControlNet cut by a plan."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 from prunet.denoisers.form import teacher_name
 from prunet.errors import UserError
 
-#: What a ControlNet is told of its U-Net's form.
+#: Fields of a ControlNet's config about its U-Net's form.
 FORM_FIELDS = (
     *("down_block_types", "mid_block_type", "block_out_channels", "layers_per_block", "transformer_layers_per_block"),
     *("cross_attention_dim", "attention_head_dim", "num_attention_heads", "only_cross_attention"),
@@ -26,7 +26,7 @@ class Residuals:
 
 
 def residual_names(net: Any) -> list[str]:
-    """The modules of the way down whose outputs a ControlNet adds to, in the order of its residuals."""
+    """Lists the modules on the way down whose outputs get a residual of a ControlNet, in the order of the residuals."""
     names = ["conv_in"]
     for i, block in enumerate(net.down_blocks):
         names += [f"down_blocks.{i}.resnets.{j}" for j in range(len(block.resnets))]
@@ -35,10 +35,11 @@ def residual_names(net: Any) -> list[str]:
 
 
 def residuals(whole: Any, net: Any, mapping: Mapping[str, str]) -> Residuals:
-    """`whole`, `net`: the skeletons of teacher and student; `mapping`: student module -> teacher module.
+    """Returns the residuals of the teacher's ControlNet that the student has a place for.
 
-    Without a mid block diffusers adds the mid residual to what leaves the last down level: it has a place there if that
-    is the teacher's last.
+    `whole`, `net`: the skeletons of teacher and student; `mapping` maps student modules to teacher modules. Without a
+    mid block, diffusers adds the mid residual to the output of the last down level. The mid residual has a place there
+    if this level is also the teacher's last.
     """
     theirs = residual_names(whole)
     last = teacher_name(f"down_blocks.{len(net.down_blocks) - 1}", mapping)
@@ -49,23 +50,23 @@ def residuals(whole: Any, net: Any, mapping: Mapping[str, str]) -> Residuals:
 
 
 def without_form(net: Any) -> str | None:
-    """Why diffusers has no ControlNet of a U-Net's form; None where it has."""
+    """Returns why diffusers has no ControlNet of a U-Net's form; None if it has one."""
     if net.mid_block is None:
         return "diffusers has no ControlNet without a mid block"
     if isinstance(net.config["layers_per_block"], list | tuple):
-        return "diffusers has no ControlNet whose levels have different numbers of layers"
+        return "diffusers has no ControlNet with different numbers of layers at its levels"
     return None
 
 
 def empty_controlnet(config: Mapping[str, Any], whole: Any) -> Any:
-    """The ControlNet of `config` on the meta device; `whole`: the skeleton of the U-Net that it must be made for.
+    """Makes the ControlNet of `config` on the meta device; `whole`: the skeleton of the U-Net that it was made for.
 
     Raises:
         UserError: diffusers cannot make it; a layer on the way down is missing, or has another shape.
     """
     try:
         control = _make(config)
-    except Exception as error:  # of any kind: diffusers takes the values as they are
+    except Exception as error:  # any kind of error, since diffusers does not check the values
         raise UserError(f"its config makes no ControlNet ({error}): fetch or copy it again") from error
     ours, shared = control.state_dict(), ("conv_in.", "time_embedding.", "add_embedding.", "down_blocks.", "mid_block.")
     theirs = {name: tensor for name, tensor in whole.state_dict().items() if name.startswith(shared)}
@@ -73,24 +74,24 @@ def empty_controlnet(config: Mapping[str, Any], whole: Any) -> Any:
         here, there = (list(state[name].shape) if name in state else "nothing" for state in (ours, theirs))
         if here != there:
             raise UserError(
-                f"a ControlNet of another model: {name} is {here} there, {there} in the teacher: give one that was "
-                "made for the student's teacher"
+                f"a ControlNet of another model: {name} is {here} in it, {there} in the teacher: give a ControlNet of "
+                "the student's teacher"
             )
     return control
 
 
 def _make(config: Mapping[str, Any]) -> Any:
-    """On the meta device, from the fields: see `form.make_unet`."""
-    from diffusers import ControlNetModel  # imported when used: most commands need none
+    """Makes a ControlNet on the meta device from the fields of its config: see `form.make_unet`."""
+    from diffusers import ControlNetModel  # imported here, because most commands do not need it
 
     with torch.device("meta"):
         return ControlNetModel(**{key: value for key, value in config.items() if not key.startswith("_")})
 
 
 def cut_controlnet(control: Any, form: Mapping[str, Any], taken: Residuals, mapping: Mapping[str, str]) -> Any:
-    """The stock ControlNet that the plan leaves of `control`, with its weights, in their precision.
+    """Cuts `control` by the plan into a stock ControlNet, with its weights in their precision.
 
-    `form`: the student's config, for which `without_form` finds nothing.
+    `form`: the student's config; `without_form` must return None for it.
     """
     own = dict(control.config)
     small = _make(own | {key: form[key] for key in FORM_FIELDS if key in form and key in own})

@@ -1,4 +1,4 @@
-"""The U-Net as a diagram: each down level beside its mirrored up level, the mid level below."""
+"""The U-Net as a diagram: each down level beside its mirrored up level, the mid block below."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,7 +8,7 @@ from prunet.denoisers.patterns import is_within
 
 
 def unet_diagram(net: Any, gone: Iterable[str]) -> Diagram:
-    """The skeleton `net` without the parts `gone`."""
+    """Returns the diagram of the skeleton `net`, with the parts `gone` marked as removed."""
     away, count, widths = set(gone), len(net.down_blocks), net.config["block_out_channels"]
     rows = [
         Row(widths[i], (_section(f"down_blocks.{i}", net, away), _section(f"up_blocks.{count - 1 - i}", net, away)))
@@ -25,7 +25,7 @@ def _section(name: str, net: Any, gone: set[str]) -> Section:
     layers = []
     for j, resnet in enumerate(block.resnets):
         layer = [_part("resnet", f"{name}.resnets.{j}", resnet, gone)]
-        # The mid level has one attention less than resnets; in the others every resnet may have one behind it.
+        # The mid block has one attention less than resnets; elsewhere every resnet may have an attention after it.
         if j < len(attentions) and attentions[j] is not None:
             layer.append(_part("attention", f"{name}.attentions.{j}", attentions[j], gone))
         layers.append(tuple(layer))

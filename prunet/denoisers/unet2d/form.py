@@ -1,4 +1,4 @@
-"""What is peculiar to `UNet2DConditionModel`: which parts can go, and the stock config of what is left.
+"""The forms of `UNet2DConditionModel`: the parts that can be removed, and the stock config of a student.
 
 Everything here works on configs and skeletons (modules on the meta device); no weight is read.
 """
@@ -14,7 +14,7 @@ from prunet.errors import UserError
 
 Config = dict[str, Any]
 
-#: The names that a plan may remove: levels, layers of a level, transformer blocks of an attention, samplers.
+#: Names that a plan may remove: levels, layers of a level, transformer blocks of an attention, down- and upsamplers.
 PART = re.compile(
     r"(down_blocks|up_blocks)\.\d+(\.(resnets|attentions)\.\d+(\.transformer_blocks\.\d+)?"
     r"|\.(downsamplers|upsamplers)(\.0)?)?"
@@ -25,10 +25,10 @@ PER_LEVEL_FIELDS = ("cross_attention_dim", "attention_head_dim", "only_cross_att
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a level that stays: the resnet `resnet` of the teacher and, if any, its attention's blocks."""
+    """One layer of a level that stays: a resnet and the blocks of its attention, by their indices in the teacher."""
 
     resnet: int
-    blocks: tuple[int, ...] | None  # the teacher's indices of the transformer blocks kept; None: no attention
+    blocks: tuple[int, ...] | None  # the transformer blocks that stay; None: no attention
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,17 @@ class UNetLevel:
 
 
 def make_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
-    """The U-Net of `config` from its fields.
+    """Makes the U-Net of `config` from its fields.
 
-    Not `from_config`, which drops an override when the loaded config held the default (`mid_block_type: None`
-    silently became a mid block again).
+    `from_config` is not used, because it ignores an override if the loaded config had the default (`mid_block_type:
+    None` silently became a mid block again).
     """
     fields = {key: value for key, value in config.items() if not key.startswith("_")}
     return UNet2DConditionModel(**fields)
 
 
 def _layers(module: Any, name: str, removed: Mapping[str, str]) -> tuple[Layer, ...]:
-    """The layers of a down or up level that stay, in order. Refuses what diffusers has no form for."""
+    """Returns the layers of a down or up level that stay, in order. Refuses levels that diffusers has no form for."""
     attentions = getattr(module, "attentions", None)
     kept: list[Layer] = []
     for j in range(len(module.resnets)):
@@ -100,7 +100,7 @@ def _lacks_mirror(i: int, side: str, other: str, net: Any, removed: Mapping[str,
 
 
 def kept_levels(net: Any, removed: Mapping[str, str]) -> tuple[list[UNetLevel], list[UNetLevel]]:
-    """Down and up levels that stay, checked against each other (a skip connection needs both its ends)."""
+    """Returns the down and up levels that stay, checked against each other: a skip connection needs both its ends."""
     sides: dict[str, list[UNetLevel]] = {}
     for side in ("down_blocks", "up_blocks"):
         sides[side] = [
@@ -114,8 +114,8 @@ def kept_levels(net: Any, removed: Mapping[str, str]) -> tuple[list[UNetLevel], 
         alone = next(f"{side}.{i}" for i in range(len(net.down_blocks)) if _lacks_mirror(i, side, other, net, removed))
         mirror = f"{other}.{len(net.down_blocks) - 1 - int(alone.split('.')[1])}"
         raise UserError(
-            f"Pattern {removed[alone]!r} removes the level {alone} but not its mirror, which its skip connections lead "
-            f"to: remove {mirror} too"
+            f"Pattern {removed[alone]!r} removes the level {alone} but not its mirror, to which its skip connections "
+            f"lead: remove {mirror} too"
         )
     if not down:
         raise UserError("The plan removes every level: keep at least down_blocks.0 and the last of up_blocks")
@@ -131,7 +131,7 @@ def kept_levels(net: Any, removed: Mapping[str, str]) -> tuple[list[UNetLevel], 
 
 
 def _mid_type(net: Any, removed: Mapping[str, str]) -> tuple[str | None, list[int], tuple[int, ...]]:
-    """The mid level that stays: its diffusers type, the teacher's resnets kept, the transformer blocks kept."""
+    """Returns diffusers' type of the student's mid block, and the resnets and transformer blocks that stay in it."""
     mid = net.mid_block
     if mid is None or "mid_block" in removed:
         return None, [], ()
@@ -148,8 +148,8 @@ def _mid_type(net: Any, removed: Mapping[str, str]) -> tuple[str | None, list[in
         return "UNetMidBlock2D", resnets, ()
     part = next(name for name in removed if name.startswith("mid_block."))
     raise UserError(
-        f"Pattern {removed[part]!r} leaves a mid level of {len(resnets)} resnets and {len(attentions)} attentions, for "
-        "which diffusers has no form: remove mid_block, or nothing of it, or its attention and one of its resnets"
+        f"Pattern {removed[part]!r} leaves a mid block with {len(resnets)} resnets and {len(attentions)} attentions, "
+        "which diffusers has no form for: remove mid_block, or nothing of it, or its attention and one of its resnets"
     )
 
 
@@ -163,10 +163,10 @@ def _depths(level: UNetLevel, nested: bool) -> int | list[int]:
 def _transformer_fields(
     config: Config, down: list[UNetLevel], up: list[UNetLevel], mid_blocks: tuple[int, ...]
 ) -> Config:
-    """`transformer_layers_per_block` and its reverse, in the shortest form that diffusers reads rightly.
+    """Returns `transformer_layers_per_block` and its reverse, in the shortest form that diffusers reads correctly.
 
-    diffusers takes the mid level's depth from the last down entry, and the up depths from the reversed list
-    unless they are given.
+    diffusers takes the mid block's depth from the last down entry, and the up depths from the reversed list unless
+    they are given.
     """
     rows = [_depths(level, nested=False) for level in down]
     up_rows = [_depths(level, nested=False) for level in up]
@@ -175,7 +175,7 @@ def _transformer_fields(
     if mid_blocks and (rows[-1][0] if isinstance(rows[-1], list) else rows[-1]) != len(mid_blocks):
         raise UserError(
             f"The plan leaves {len(mid_blocks)} transformer blocks in mid_block.attentions.0 and {rows[-1]} in "
-            f"down_blocks.{down[-1].index}; diffusers has one number for both: remove as many from each"
+            f"down_blocks.{down[-1].index}; diffusers has one number for both: remove equally many from each"
         )
     symmetric = not any(isinstance(row, list) for row in rows) and all(
         a == b for a, b, level in zip(rows, reversed(up_rows), reversed(up), strict=True) if level.has_attention
@@ -201,7 +201,7 @@ def _level_type(name: str, level: UNetLevel) -> str:
 
 
 def student_config(config: Mapping[str, Any], net: Any, removed: Mapping[str, str]) -> Config:
-    """The stock diffusers config of what is left of `net`. An empty plan gives the teacher's own."""
+    """Returns the stock diffusers config of `net` without the parts `removed`; an empty plan gives the teacher's."""
     full: Config = dict(config)
     if not removed:
         return full
@@ -223,7 +223,7 @@ def student_config(config: Mapping[str, Any], net: Any, removed: Mapping[str, st
 
 
 def module_map(net: Any, removed: Mapping[str, str]) -> dict[str, str]:
-    """Student module -> teacher module, for the smallest prefixes that say it all (longest match wins)."""
+    """Maps student modules to teacher modules, by prefixes of their names; the longest prefix counts."""
     down, up = kept_levels(net, removed)
     mapping: dict[str, str] = {}
     for side, levels in (("down_blocks", down), ("up_blocks", up)):

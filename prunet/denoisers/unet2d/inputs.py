@@ -1,4 +1,4 @@
-"""How a U-Net is called: its arguments, examples of them, and the size that it was made for."""
+"""The arguments of a U-Net, examples of them, and the size that it was made for."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ TEXT_TOKENS = 77
 
 
 def native_latent_size(config: Mapping[str, Any]) -> tuple[int, int]:
-    """(height, width) of the latents that the model was made for."""
+    """Returns (height, width) of the latents that the model was made for."""
     size = config.get("sample_size") or 64
     return (int(size[0]), int(size[1])) if isinstance(size, list | tuple) else (int(size), int(size))
 
@@ -24,7 +24,7 @@ def example_inputs(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Arguments of the denoiser's `forward`: zeros (or meta tensors) of the right shapes.
+    """Returns arguments for the denoiser's `forward`: zeros (or meta tensors) of the right shapes.
 
     `sample` (B, C, h, w), `timestep` (B,), `encoder_hidden_states` (B, 77, D), and for SDXL `added_cond_kwargs`
     with `text_embeds` (B, P) and `time_ids` (B, 6).
@@ -47,7 +47,7 @@ def example_inputs(
 
 
 def arguments(condition: Condition) -> dict[str, Any]:
-    """The keyword arguments that say what to draw."""
+    """Returns the keyword arguments for a condition."""
     known: dict[str, Any] = {"encoder_hidden_states": condition["prompt_embeds"]}
     if "pooled" in condition:
         known["added_cond_kwargs"] = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"]}

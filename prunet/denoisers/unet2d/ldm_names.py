@@ -1,11 +1,11 @@
-"""The names of a U-Net's modules in the original LDM layout (SGM's, for SDXL), which counts layers without levels."""
+"""The names of a U-Net's modules in the original LDM layout (SGM's for SDXL), which numbers layers across levels."""
 
 from collections.abc import Iterator
 from typing import Any
 
 #: Layers of a level of SD v1, resampling included.
 LEVEL = 3
-#: What is inside a resnet.
+#: Names of the modules in a resnet.
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -17,9 +17,10 @@ RESNET = {
 
 
 def ldm_modules(unet: Any, gaps: bool = False) -> Iterator[tuple[str, str]]:
-    """(module, LDM module): a layer is a resnet with its attention and upsampler, or a downsampler alone.
+    """Yields (module, LDM module). An LDM layer is a resnet with its attention and upsampler, or a downsampler alone.
 
-    With `gaps`, as stable-diffusion.cpp counts: each level begins, and resamples, at the number that it has in SD v1.
+    With `gaps`, layers are numbered like in stable-diffusion.cpp: each level begins, and resamples, at its number in
+    SD v1.
     """
     for ours, theirs in (("time_embedding", "time_embed"), ("add_embedding", "label_emb.0")):
         if getattr(unet, ours, None) is not None:
@@ -41,16 +42,16 @@ def ldm_modules(unet: Any, gaps: bool = False) -> Iterator[tuple[str, str]]:
                 yield f"{ours}.downsamplers.0.conv", f"{theirs}.{layer}.0.op"
                 layer += 1
             if gaps and way == "up" and layer < end:
-                layer, attended = end, b > 0  # it has the name that it has in SD v1, whose first level has no attention
-            if way == "up" and block.upsamplers:  # within the level's last layer
+                layer, attended = end, b > 0  # the upsampler's name in SD v1, where the first level has no attention
+            if way == "up" and block.upsamplers:  # part of the level's last layer
                 yield f"{ours}.upsamplers.0.conv", f"{theirs}.{layer - 1}.{1 + attended}.conv"
-    for kind, first in (("resnets", 0), ("attentions", 1)):  # they alternate, if there are any
+    for kind, first in (("resnets", 0), ("attentions", 1)):  # resnets and attentions alternate
         for i in range(len(getattr(unet.mid_block, kind, ()))):
             yield f"mid_block.{kind}.{i}", f"middle_block.{2 * i + first}"
 
 
 def ldm_names(unet: Any) -> dict[str, str]:
-    """Module -> its name in the LDM layout, of all modules with weights of their own."""
+    """Maps each module with its own weights to its name in the LDM layout."""
     names: dict[str, str] = {}
     for ours, theirs in ldm_modules(unet):
         for inner, module in unet.get_submodule(ours).named_modules():

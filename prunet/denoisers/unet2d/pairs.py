@@ -1,4 +1,4 @@
-"""Pairs: which module of the student is compared with which module of the teacher, at four levels of detail.
+"""Pairs: the modules of student and teacher that distillation compares, at four levels of detail.
 
 `block`        the output of every down and up block, never the mid block (BK-SDM, arXiv 2305.15798, section 3.2)
 `layer`        every resnet and every Transformer2D of the down and up blocks, and the mid block (SSD-1B, arXiv
@@ -7,8 +7,8 @@
                arXiv 2312.04005, section 3.2)
 `transformer`  every transformer block; in a down or up block without one, its last resnet
 
-Pairs follow the weight map (a student's module is compared with the one that it comes from) but for one case, see
-`_block_pairs`.
+Pairs follow the weight map: a student's module is compared with the teacher's module that it inherits from.
+`_block_pairs` has the one exception.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ from prunet.denoisers.pairs import Level, Pair
 
 
 def find_pairs(teacher: Any, student: Any, mapping: Mapping[str, str], level: Level) -> list[Pair]:
-    """The pairs of two U-Nets at `level`; `mapping` says where student modules come from."""
+    """Returns the pairs of two U-Nets at `level`; `mapping` maps student modules to teacher modules."""
     if level == "block":
         return _block_pairs(teacher, student, mapping)
     names = {"layer": _layers, "attention": _attentions, "transformer": _transformers}[level]
@@ -64,8 +64,10 @@ def _attentions(net: Any) -> Iterator[str]:
 
 
 def _block_pairs(teacher: Any, student: Any, mapping: Mapping[str, str]) -> list[Pair]:
-    """A block that lost its sampler ends at another resolution than the teacher's, so there the last attention's
-    `proj_out` (or the last resnet) is compared: the teacher's *last*, which need not be the one inherited.
+    """Returns the pairs of down and up blocks.
+
+    A block that lost its sampler ends at another resolution than the teacher's. There the last attention's `proj_out`
+    (or the last resnet) is compared with the teacher's *last*, which need not be the one that it inherits from.
     """
     pairs = []
     for name, block in _levels(student):

@@ -1,1 +1,1 @@
-"""What a stage of training minimises: each file is one objective of the loop (`prunet.training.loop`)."""
+"""Objectives: what a stage of training minimises. Each file is one objective of the loop (`prunet.training.loop`)."""

@@ -1,5 +1,7 @@
-"""Consistency distillation in latents (LCM, arXiv 2310.04378, algorithm 1): at both ends of one step of the teacher's
-guided DDIM the student sees the same clean picture, so that it sees the teacher's from pure noise, too.
+"""Consistency distillation in latents (LCM, arXiv 2310.04378, algorithm 1).
+
+The student learns to predict the same clean picture at both ends of one step of the teacher's guided DDIM. It then
+predicts the teacher's picture also from pure noise.
 """
 
 from collections.abc import Iterator
@@ -16,15 +18,15 @@ from prunet.teacher.teacher import Teacher
 from prunet.training.objectives.guidance import Guidance
 from prunet.training.objectives.trajectory import in_full
 
-SOLVER_STEPS = 50  # of the teacher's DDIM; the `original_inference_steps` of diffusers' LCMScheduler
-SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # of the boundary condition, as LCMScheduler has them
+SOLVER_STEPS = 50  # steps of the teacher's DDIM; the `original_inference_steps` of diffusers' LCMScheduler
+SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # constants of the boundary condition, as in LCMScheduler
 HUBER = 0.001
 
 
 class Consistency(Guidance):
-    """The pseudo-Huber distance of what the student sees at both ends of a step of the teacher.
+    """The pseudo-Huber distance of the student's clean pictures at both ends of a step of the teacher.
 
-    The target is the student itself without gradient, as in LCM-LoRA's scripts: no average of its weights is called.
+    The target is the student itself without gradient, as in LCM-LoRA's scripts, not an average of its weights.
     """
 
     def __init__(self, teacher: Teacher, student: Net, stage: Stage, empty: Condition) -> None:
@@ -40,7 +42,7 @@ class Consistency(Guidance):
     def __call__(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         process, condition = self._process, batch["condition"]
         skip = process.num_timesteps // SOLVER_STEPS
-        # The solver's timesteps are as likely as each other, because all timesteps are.
+        # All timesteps of the solver are equally likely, because all timesteps are.
         timestep = (batch["timestep"] * SOLVER_STEPS // process.num_timesteps + 1) * skip - 1
         before = (timestep - skip).clamp(min=0)
         noisy = process.add_noise(batch["latents"], batch["noise"], timestep)
@@ -52,7 +54,7 @@ class Consistency(Guidance):
         return loss, loss.detach()[None]
 
     def _seen(self, model: Any, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """The clean picture (B, C, h, w) that the student sees; at timestep 0 it is `noisy` (boundary condition)."""
+        """Returns the student's clean picture (B, C, h, w); at timestep 0 it is `noisy` (boundary condition)."""
         output = self._teacher.architecture.call(model, noisy, timestep, condition).float()
         scaled = TIMESTEP_SCALING * timestep.view(-1, 1, 1, 1)
         kept = SIGMA_DATA**2 / (scaled.square() + SIGMA_DATA**2)

@@ -1,4 +1,4 @@
-"""Distillation of the VAE's decoder: a small one learns from latents what the teacher's VAE makes of them."""
+"""Distillation of the VAE's decoder: a small decoder learns the pictures that the teacher's VAE makes from latents."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,17 +14,17 @@ from prunet.teacher.teacher import Teacher
 from prunet.training.losses import feature_losses, mse
 from prunet.training.session import Session
 
-#: The weight of the features beside that of the pixels, which is 1.
+#: The weight of the features; the weight of the pixels is 1.
 FEATURES = 0.1
-#: Blocks at each level of the latents' sides, and at the last one, as in TAESD (github.com/madebyollin/taesd).
+#: Blocks at each resolution, and at the last one, as in TAESD (github.com/madebyollin/taesd).
 BLOCKS, LAST = 3, 1
 
 
 def small_decoder(teacher: Teacher, seed: int = 0) -> AutoencoderTiny:
-    """Makes a decoder for the teacher's latents with random weights: TAESD's form, half as wide as the VAE's largest
-    pictures, at least 16 (narrower is no faster).
+    """Makes a decoder for the teacher's latents with random weights, as a stock `AutoencoderTiny`.
 
-    It stands in the decoder of a stock `AutoencoderTiny`. The encoder of that is as small as can be, and all zeros.
+    It has TAESD's form, and half the width of the VAE at full resolution, but at least 16 channels (fewer are not
+    faster). The encoder is as small as possible, and all zeros.
     """
     channels: Sequence[int] = teacher.part_config("vae")["block_out_channels"]
     width, levels = max(16, channels[0] // 2), len(channels)
@@ -43,8 +43,9 @@ def small_decoder(teacher: Teacher, seed: int = 0) -> AutoencoderTiny:
 
 
 class Decoding:
-    """The squared error of the pixels, and the relative one of what the first blocks of the VAE's encoder see in both
-    pictures (`feature/MODULE`).
+    """The squared error of the pixels, and the relative squared error of features of both pictures (`feature/MODULE`).
+
+    The features are outputs of the first blocks of the VAE's encoder.
     """
 
     nets: Sequence[Net] = ()
@@ -60,13 +61,13 @@ class Decoding:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Catches the features of both pictures."""
+        """Collects the features of both pictures."""
         with tap([self._vae.get_submodule(name) for name in self._looks]) as features:
             self._features: Features = features
             yield
 
     def __call__(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The weighted sum of the terms, and the terms (`Objective`)."""
+        """Returns the weighted sum of the terms, and the terms (`Objective`)."""
         with torch.no_grad():
             theirs = decoded(self._vae, batch["latents"], self._scaling_factor)
             self._look(theirs)
@@ -77,17 +78,17 @@ class Decoding:
         return terms[0] + FEATURES * terms[1:].sum(), terms
 
     def _look(self, pixels: Tensor) -> None:
-        """Shows a picture to the first blocks of the VAE's encoder."""
+        """Runs the first blocks of the VAE's encoder on a picture."""
         encoder = self._vae.encoder
         encoder.down_blocks[0](encoder.conv_in(pixels))
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """What is minimised, and the two kinds of terms."""
+        """Returns the loss, and the two kinds of terms."""
         feature = sum(means[name] for name in self.names[1:])
         return {"loss": means["pixel"] + FEATURES * feature, "pixel": means["pixel"], "feature": feature}
 
     def blame(self) -> str | None:
-        """Nothing: a VAE whose pictures are not finite is refused before."""
+        """Does nothing: a VAE with pictures that are not finite was refused earlier."""
         return None
 
 

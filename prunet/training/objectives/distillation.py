@@ -19,16 +19,17 @@ from prunet.training.session import Session
 
 
 class Distillation:
-    """The student learns from the data (`task`), from its teacher's output (`output`), and from the teacher's features
-    (`feature/MODULE`, one a pair).
+    """Learning from the data (`task`), from the teacher's output (`output`), and from its features (`feature/MODULE`).
+
+    Each pair has one feature term.
 
     Raises:
-        UserError: a pattern of the losses' weights names no pair.
+        UserError: a pattern of the losses' weights matches no pair.
     """
 
     def __init__(self, teacher: Teacher, student: Net, pairs: Sequence[Pair], stage: Stage) -> None:
         self._teacher, self._pairs, self._stage = teacher, pairs, stage
-        # Pairs are module objects of the bare model, found before it is wrapped.
+        # Pairs are module objects of the bare model, so they are found before it is wrapped.
         self._student_modules = [student.get_submodule(pair.student) for pair in pairs]
         self._factors = term_factors(pairs, stage.losses.weights)
         self._process = teacher.process
@@ -44,17 +45,17 @@ class Distillation:
         if runtime.channels_last:
             set_memory_format(torch.channels_last, [net])
         self.nets, self._net = (net,), session.compiled(net)
-        # In one kernel, instead of one for each operation of each pair.
+        # Compiled into one kernel, instead of one for each operation of each pair.
         fused = runtime.compile or runtime.compile_blocks
         self._compare: Any = torch.compile(feature_losses) if fused else feature_losses
         self._process = self._process.to(device)
         self._scale = torch.tensor(self._factors, device=device)
-        self._overflows = torch.zeros((), device=device)  # micro-batches of which the teacher's output is not finite
+        self._overflows = torch.zeros((), device=device)  # micro-batches where the teacher's output is not finite
         self._session = session
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Catches the features of both."""
+        """Collects the features of teacher and student."""
         used = self._stage.losses.feature > 0
         teacher_modules = [self.nets[0].get_submodule(pair.teacher) for pair in self._pairs]
         with tap(self._student_modules if used else []) as ours, tap(teacher_modules if used else []) as theirs:
@@ -65,19 +66,19 @@ class Distillation:
             set_memory_format(torch.contiguous_format, self.nets)
 
     def __call__(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The weighted sum of the terms, and the terms (`Objective`)."""
+        """Returns the weighted sum of the terms, and the terms (`Objective`)."""
         latents, noise, timestep, condition = (batch[k] for k in ("latents", "noise", "timestep", "condition"))
         weights, process, call = self._stage.losses, self._process, self._teacher.architecture.call
         noisy, target = process.add_noise(latents, noise, timestep), process.target(latents, noise, timestep)
         theirs = self._taught(noisy, timestep, condition)
         ours = call(model, noisy, timestep, condition)
-        # Min-SNR weighs what is learned from the data, never what is learned from the teacher.
+        # Min-SNR weighs only the task loss, never the terms learned from the teacher.
         gamma = self._stage.min_snr_gamma
         weight = process.min_snr_weight(timestep, gamma) if gamma else None
         terms = torch.stack([mse(ours, target, weight), mse(ours, theirs)])
         loss = weights.task * terms[0] + weights.output * terms[1]
         if len(self._ours):
-            # Named nowhere, so that the teacher's are gone before the backward pass.
+            # Without a variable, so that the teacher's features are freed before the backward pass.
             features = self._compare(self._ours.take(), self._theirs.take(), weights.normalize)
             loss = loss + weights.feature * (self._scale * features).sum()
             terms = torch.cat([terms, features])
@@ -85,18 +86,18 @@ class Distillation:
 
     @torch.no_grad()
     def _taught(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """What the teacher teaches, in its own precision."""
+        """Returns the teacher's output, computed in its own precision."""
         dtype = self.nets[0].dtype
         theirs = self._teach(noisy.to(dtype), timestep, condition.to(noisy.device, dtype))
         self._overflows += ~theirs.isfinite().all()
         return theirs
 
     def _teach(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """What the student's output is compared with; the teacher's features are those of its last call."""
+        """Returns the target of the student's output; the teacher's features are those of its last call."""
         return self._teacher.architecture.call(self._net, noisy, timestep, condition)
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """`feature` is the sum of its terms with their factors, `loss` what is minimised."""
+        """Returns `loss`, which is minimised, `task`, `output`, and `feature`, the weighted sum of its terms."""
         weights = self._stage.losses
         terms = [means[name] for name in self.names[2:]]
         feature = sum(factor * value for factor, value in zip(self._factors, terms, strict=True))
@@ -104,7 +105,7 @@ class Distillation:
         return {"loss": total, "task": means["task"], "output": means["output"], "feature": feature}
 
     def blame(self) -> str | None:
-        """The teacher, if its own output is not finite."""
+        """Blames the teacher if its own output is not finite."""
         if not self._session.accelerator.reduce(self._overflows, "sum"):
             return None
         dtype = self.nets[0].dtype

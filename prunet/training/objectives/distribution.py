@@ -1,5 +1,7 @@
-"""Distribution matching (DMD2 without its adversarial term, arXiv 2405.14867): what the student draws in its few steps
-is moved towards where the guided teacher finds it likelier than a network that learns what is drawn (the fake score).
+"""Distribution matching (DMD2 without its adversarial term, arXiv 2405.14867).
+
+A second network, the fake score, learns what the student draws in its few steps. The student's pictures are moved to
+where the guided teacher finds them likelier than the fake score does.
 """
 
 import copy
@@ -23,13 +25,13 @@ from prunet.training.objectives.trajectory import in_full
 from prunet.training.samples import FAKE_UPDATES
 from prunet.training.session import Session
 
-FAKE_RATE = 3.0  # learning rate of the fake score, of the student's
+FAKE_RATE = 3.0  # learning rate of the fake score, relative to the student's
 
 
 class Distribution(Guidance):
-    """The `matching` loss, whose gradient is DMD's, and that of `Trajectory` from where the student arrives (`jump`).
+    """The loss `matching`, which has DMD's gradient, and that of `Trajectory` from where the student arrives (`jump`).
 
-    The fake score has the student's shape, and begins as the student does.
+    The fake score has the student's shape and begins with the student's weights.
     """
 
     def __init__(self, teacher: Teacher, student: Net, stage: Stage, empty: Condition) -> None:
@@ -69,7 +71,7 @@ class Distribution(Guidance):
 
     @torch.no_grad()
     def _arrived(self, model: Any, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """Where the student's own jumps from pure noise lead at `timestep` (B,), one of the times of its jumps."""
+        """Returns the latents of the student's jumps from pure noise at `timestep` (B,), a time of its jumps."""
         jumps, process = self._stage.jumps or 1, self._process
         times = [torch.full_like(timestep, process.jump_time(jumps, number)) for number in range(jumps)]
         for now, after in itertools.pairwise(times):
@@ -80,7 +82,7 @@ class Distribution(Guidance):
 
     @torch.no_grad()
     def _moved(self, drawn: Tensor, condition: Condition, noise: Tensor, timestep: Tensor) -> Tensor:
-        """Pictures, moved from what the fake score sees in them, noised, towards what the guided teacher sees."""
+        """Noises pictures, and moves them from the fake score's clean picture towards that of the guided teacher."""
         process = self._process
         noisy = process.add_noise(drawn, noise, timestep)
         real = process.clean(noisy, self._taught(noisy, timestep, condition).float(), timestep)
@@ -92,14 +94,14 @@ class Distribution(Guidance):
 
 
 class FakeScore:
-    """A denoiser that learns what the student draws: after each of the student's steps, from all pictures of it."""
+    """A denoiser that learns what the student draws, after each step of the student, from all its pictures."""
 
     def __init__(self, net: Net, call: Caller, process: DDPM, session: Session) -> None:
         self._net = net.to(session.device).train().requires_grad_(True)
         if session.runtime.gradient_checkpointing:
             net.enable_gradient_checkpointing()
         self._call, self._process, self._session = call, process, session
-        # In evaluation mode accelerate gives it its precision and leaves out DDP: it steps at its own times.
+        # In evaluation mode accelerate sets the precision and leaves out DDP, because this network updates separately.
         self._model = session.accelerator.prepare_model(net, evaluation_mode=True)
         decay = session.stage.weight_decay
         optimizer = torch.optim.AdamW(self._net.parameters(), weight_decay=decay, fused=True)
@@ -107,7 +109,7 @@ class FakeScore:
         self._drawn: list[tuple[Tensor, Condition, Tensor, Tensor]] = []
 
     def __call__(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        """Its output (B, C, h, w), in fp32."""
+        """Returns its output (B, C, h, w), in fp32."""
         return self._call(self._model, noisy, timestep, condition).float()
 
     def learn(self, drawn: Tensor, condition: Condition, noises: Tensor, timesteps: Tensor) -> None:
@@ -115,7 +117,7 @@ class FakeScore:
         self._drawn.append((drawn, condition, noises, timesteps))
 
     def step(self, learning_rate: float) -> None:
-        """Learns to denoise what was kept."""
+        """Learns to denoise the kept pictures."""
         accelerator, process = self._session.accelerator, self._process
         for group in self._optimizer.param_groups:
             group["lr"] = FAKE_RATE * learning_rate

@@ -1,5 +1,6 @@
-"""Guidance distillation at a fixed scale (arXiv 2210.03142, section 3.1, for one scale): one call of the student gives
-what guidance makes of two calls of its teacher.
+"""Guidance distillation at a fixed scale (arXiv 2210.03142, section 3.1, for one scale).
+
+One call of the student gives the guided output of two calls of its teacher.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from prunet.training.objectives.distillation import Distillation
 
 
 class Guidance(Distillation):
-    """Distillation from the teacher's guided output; features are those of its call with the prompt.
+    """Distillation from the teacher's guided output; the features are those of its call with the prompt.
 
     Args:
         empty: the condition of no prompt, as one row.

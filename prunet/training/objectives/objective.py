@@ -1,4 +1,4 @@
-"""What the loop asks of an objective."""
+"""The interface of objectives."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -15,20 +15,20 @@ class Objective(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """Of its terms, as the log has them."""
+        """The names of its terms in the log."""
 
     @property
     def nets(self) -> Sequence[Net]:
-        """Other models that it calls, from `start` on."""
+        """Other models that it calls, available from `start` on."""
 
     def start(self, session: Session) -> None:
-        """Puts what it needs on the session's device."""
+        """Puts its models on the session's device."""
 
     def running(self) -> AbstractContextManager[None]:
-        """What lasts as long as the loop: hooks."""
+        """Holds its hooks while the loop runs."""
 
     def __call__(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The loss () of a micro-batch, and its terms (up to len(names),) in the order of `names`.
+        """Returns the loss () of a micro-batch, and its terms (up to len(names),) in the order of `names`.
 
         Args:
             model: the student, wrapped.
@@ -36,7 +36,7 @@ class Objective(Protocol):
         """
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """What a row of the log begins with, of the means of the terms: `loss` first."""
+        """Returns the first values of a row of the log from the means of the terms; `loss` comes first."""
 
     def blame(self) -> str | None:
-        """Where the loss is not finite: why, if it is not the student's fault."""
+        """Explains a loss that is not finite, if it is not the student's fault."""

@@ -1,5 +1,7 @@
-"""DreamBooth (arXiv 2208.12242, section 3.2): the usual loss on pictures of a subject, and, so that the model does not
-forget what else the subject's class looks like, on pictures of the class that it drew before (prior preservation).
+"""DreamBooth (arXiv 2208.12242, section 3.2): the usual loss on pictures of a subject.
+
+The loss is also computed on pictures of the subject's class that the model drew before, so that the model does not
+forget what the class looks like (prior preservation).
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +21,7 @@ from prunet.training.session import Session
 class Personalization:
     """The squared error on the `subject`, and `prior_weight` times that on its class (`prior`), if there is one.
 
-    No other model is called: the pictures of the class lie in a cache.
+    It calls no other model, because the pictures of the class lie in a cache.
     """
 
     nets: Sequence[Net] = ()
@@ -47,7 +49,7 @@ class Personalization:
         return loss, torch.stack(terms).detach()
 
     def _rows(self, batch: dict[str, Any], name: str) -> Tensor:
-        """The subject's rows, then those of the class."""
+        """Returns the rows of the subject, then those of the class."""
         return torch.cat([batch[f"{prefix}{name}"] for prefix in ("", "class_")[: len(self.names)]])
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:

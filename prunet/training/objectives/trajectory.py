@@ -1,4 +1,4 @@
-"""Trajectory regression: one step of the student lands where several guided ones of its teacher did."""
+"""Trajectory regression: one step of the student lands where several guided steps of its teacher landed."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +14,11 @@ from prunet.training.session import Session
 
 
 class Trajectory:
-    """The squared error of the clean picture that the student sees before a jump, against the one with which a step of
-    DDIM lands on the teacher's path, weighed by the signal-to-noise ratio there, at least 1.
+    """The squared error of the clean picture that the student predicts before a jump.
 
-    No teacher is called: its paths lie in a cache (`prunet.data.paths`).
+    The target is the clean picture with which a step of DDIM lands on the teacher's path. The weight is the
+    signal-to-noise ratio before the jump, at least 1. The objective calls no teacher: its paths lie in a cache
+    (`prunet.data.paths`).
     """
 
     names: Sequence[str] = ("jump",)
@@ -52,9 +53,7 @@ class Trajectory:
 
 @contextmanager
 def in_full(layer: nn.Module) -> Iterator[None]:
-    """The layer computes in fp32 under autocast, too: in pure noise an error of the output counts some 15 times in the
-    picture.
-    """
+    """Lets a layer compute in fp32 under autocast: in pure noise an output's error grows 15 times in the picture."""
     forward = layer.forward
 
     def exact(features: Tensor) -> Tensor:
