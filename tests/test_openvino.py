@@ -16,7 +16,8 @@ from PIL import Image
 from test_cli import call
 
 from prunet import Teacher, UserError, generate
-from prunet.exports.openvino import export_openvino, open_decoder
+from prunet.exports.openvino import export_openvino
+from prunet.exports.traced import open_decoder
 from prunet.play.models import Asked, open_players
 from prunet.recipe.values import Drawing
 from prunet.sampling.draw import draw
@@ -174,8 +175,11 @@ def test_bench_and_play_beside_torch(exported, tmp_path, capsys) -> None:
     ("options", "message"),
     [
         (["--int8"], "--int8: needs --openvino"),
-        (["--decoder", "x"], "--decoder: needs --openvino"),
-        (["--openvino", "--fp16"], "--openvino --fp16: one export at a time"),
+        (["--decoder", "x"], "--decoder: needs --openvino or --onnx"),
+        (
+            ["--openvino", "--fp16"],
+            "--openvino --fp16: --fp16 is for a stock folder or --single-file: leave one of them out",
+        ),
         (["--openvino", "--int8", "--int8-weights"], "choose one"),
         (["--openvino", "--decoder", "none"], "none is not a decoder"),
     ],

@@ -112,9 +112,9 @@ def run_folder(finished, tmp_path_factory) -> Path:
     [
         (["--single-file", "--for", "sd.cpp"], "stable-diffusion.cpp does not load this student: not the widths"),
         (["--for", "sd.cpp"], "--for: needs --single-file"),
-        (["--gguf", "q8_0", "--for", "comfyui"], "--gguf --for comfyui: a GGUF file is for sd.cpp"),
-        (["--gguf", "q8_0", "--fp16"], "leave --fp16 out"),
-        (["--gguf", "q8_0", "--openvino"], "--openvino --gguf: one export at a time"),
+        (["--gguf", "q8_0", "--for", "comfyui"], "--gguf --for: --for is for --single-file"),
+        (["--gguf", "q8_0", "--fp16"], "--gguf --fp16: --fp16 is for a stock folder or --single-file"),
+        (["--gguf", "q8_0", "--openvino"], "--gguf --openvino: one export at a time"),
         (["--gguf", "q8_0", "-o", "a.safetensors"], "give NAME.gguf"),
         (["--gguf", "q2_k"], "q2_k"),
     ],

@@ -1,4 +1,4 @@
-"""Verbs that write a run's student for other programs: as a stock pipeline, a single file, a folder for OpenVINO."""
+"""Verbs that write a run's student for other programs: a stock pipeline, a single file, a folder for a runtime."""
 
 import json
 import os
@@ -10,10 +10,23 @@ import typer
 
 from prunet.cli.options import Json, app, open_recipe, say, with_runtime
 from prunet.errors import UserError
+from prunet.extras import EXTRAS, check_extra
 from prunet.words import command, percent
 
 if TYPE_CHECKING:
     from prunet.runs.run import Run
+
+
+#: The forms of export that are asked for by an option, and of the other options the forms that each is for ("": a
+#: stock folder).
+FORMS = ("--single-file", "--gguf", "--openvino", "--onnx")
+FITS = {
+    "--for": ("--single-file",),
+    "--fp16": ("", "--single-file"),
+    "--int8": ("--openvino",),
+    "--int8-weights": ("--openvino",),
+    "--decoder": ("--openvino", "--onnx"),
+}
 
 
 @app.command()
@@ -21,7 +34,7 @@ def export(
     run_folder: Annotated[Path, typer.Argument(help="The run folder of an evaluated student.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="RUN/pipeline, RUN/student.safetensors or RUN/openvino by default."),
+        typer.Option("--output", "-o", help="RUN/pipeline, RUN/student.safetensors, RUN/openvino, ... by default."),
     ] = None,
     single_file: Annotated[bool, typer.Option("--single-file", help="The original LDM layout as one file.")] = False,
     program: Annotated[
@@ -38,22 +51,24 @@ def export(
     openvino: Annotated[
         bool, typer.Option("--openvino", help="A folder for OpenVINO GenAI, which draws on CPUs without torch.")
     ] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="A folder of ONNX models of any batch and size.")] = False,
     int8: Annotated[
         bool, typer.Option("--int8", help="With --openvino: also the U-Net's activations in 8 bits; least exact.")
     ] = False,
     int8_weights: Annotated[
-        bool, typer.Option("--int8-weights", help="With --openvino: weights of U-Net and text encoders in 8 bits.")
+        bool,
+        typer.Option("--int8-weights", help="With --openvino: weights of U-Net and text encoders in 8 bits."),
     ] = False,
     decoder: Annotated[
         Path | None,
-        typer.Option(help="With --openvino: an AutoencoderTiny in place of the VAE, by `prunet decoder` or TAESD."),
+        typer.Option(help="With --openvino, --onnx: an AutoencoderTiny (`prunet decoder`, TAESD) for the VAE."),
     ] = None,
     to_hub: Annotated[
         str | None, typer.Option("--push", help="Also upload it to owner/name on the hub; a new repository is private.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the student of a run as a stock pipeline, as one file for ComfyUI or stable-diffusion.cpp, or for OpenVINO.
+    """Write the student of a run as a stock pipeline, as one file, or as a folder for a runtime other than torch.
 
     Example: prunet export runs/demo --openvino --int8
     """
@@ -62,30 +77,30 @@ def export(
     from prunet.runs.checks import read_paths
     from prunet.runs.run import Run
 
-    asked = {"--int8": int8, "--int8-weights": int8_weights, "--decoder": decoder}
-    _check_options(openvino, asked, {"--single-file": single_file, "--gguf": gguf, "--fp16": fp16})
-    single_file |= bool(gguf)
-    _check_form(single_file, program, gguf, fp16)
+    form = _form_of(dict(zip(FORMS, (single_file, gguf, openvino, onnx), strict=True)))
+    bits = _bits_of({"int8": int8, "int8-weights": int8_weights})
+    options = (program, fp16, int8, int8_weights, decoder)
+    _check_options(form, dict(zip(FITS, options, strict=True)))
     _check_run(run_folder)
-    bits = "int8" if int8 else "int8-weights" if int8_weights else None
-    name = _file_name(program, gguf) if single_file else "-".join(filter(None, ("openvino", bits)))
-    own = run_folder / (name if single_file or openvino else "pipeline")
+    is_file = form in ("--single-file", "--gguf")
+    name = _file_name(program, gguf) if is_file else "-".join(filter(None, (form[2:], bits)))
+    own = run_folder / (name or "pipeline")
     target = output or own
     elsewhere = os.path.realpath(target) != os.path.realpath(own)
     recipe = open_recipe(run_folder, [f"output={json.dumps(str(run_folder))}"])
     read = [*read_paths(recipe), *([decoder] if decoder else [])]
-    what = "openvino" if openvino else "pipeline" if elsewhere else "export"
-    _check_target(target, None if single_file else what, gguf, read)
+    what = form[2:] or ("pipeline" if elsewhere else "export")
+    _check_target(target, None if is_file else what, gguf, read)
     this = _evaluated(Run(recipe))
     if gguf or program == "sd.cpp":
         check_for_cpp(this.derived.student_config)
     if to_hub:
         check_push(to_hub)
     with nullcontext() if elsewhere else this.at_work():
-        if openvino:
-            facts, text = _for_openvino(this, target, bits, decoder)
+        if form and not is_file:
+            facts, text = _for_runtime(this, form, target, bits, decoder)
         else:
-            file = {"program": program or "comfyui", "bits": gguf} if single_file else None
+            file = {"program": program or "comfyui", "bits": gguf} if is_file else None
             facts, text = _stock(this, target, what, fp16, file)
     pushed = push(target, to_hub) if to_hub else None
     say(as_json, {"output": str(target), **facts, "pushed": pushed}, f"{pushed}\n{text}" if pushed else text)
@@ -145,29 +160,32 @@ def _check_target(target: Path, folder: str | None, gguf: str | None, read: list
     check_place(target.with_suffix(".config"), "configs", "--output", read)  # the file's configs go there
 
 
-def _check_options(openvino: bool, its: dict[str, Any], others: dict[str, Any]) -> None:
-    """Refuses options that exclude each other. `its`: options of --openvino and their values; `others`: of the rest."""
-    given = [[name for name, value in options.items() if value] for options in (its, others)]
-    if given[0] and not openvino:
-        raise UserError(f"{given[0][0]}: needs --openvino: add it, or leave {given[0][0]} out")
-    if openvino and given[1]:
-        raise UserError(f"--openvino {given[1][0]}: one export at a time: leave one of them out")
-    if its["--int8"] and its["--int8-weights"]:
-        raise UserError("--int8 --int8-weights: choose one of them")
+def _form_of(forms: dict[str, Any]) -> str:
+    """Returns the form that is asked for by its option; "": a stock folder."""
+    asked = [name for name, given in forms.items() if given]
+    if len(asked) > 1:
+        raise UserError(f"{asked[0]} {asked[1]}: one export at a time: leave one of them out")
+    return asked[0] if asked else ""
 
 
-def _check_form(single_file: bool, program: str | None, gguf: str | None, fp16: bool) -> None:
-    """Refuses options of a single file that exclude each other, and GGUF without its package."""
-    from prunet.exports.gguf import need_gguf
+def _bits_of(options: dict[str, bool]) -> str | None:
+    """Returns how weights are stored, as the name of the option that asks for it; None: not in fewer bits."""
+    asked = [name for name, given in options.items() if given]
+    if len(asked) > 1:
+        raise UserError(f"--{asked[0]} --{asked[1]}: choose one of them")
+    return asked[0] if asked else None
 
-    if program and not single_file:
-        raise UserError("--for: needs --single-file: add it, or leave --for out")
-    if gguf and program == "comfyui":
-        raise UserError("--gguf --for comfyui: a GGUF file is for sd.cpp: leave one of them out")
-    if gguf and fp16:
-        raise UserError("--gguf --fp16: weights of a GGUF file have 8, 4 or 16 bits already: leave --fp16 out")
-    if gguf:
-        need_gguf()
+
+def _check_options(form: str, options: dict[str, Any]) -> None:
+    """Refuses an option that the form of export does not have, and a form whose packages are not installed."""
+    for name, forms in FITS.items():
+        if options[name] and form not in forms:
+            wanted = " or ".join(form or "a stock folder" for form in forms)
+            if form:
+                raise UserError(f"{form} {name}: {name} is for {wanted}: leave one of them out")
+            raise UserError(f"{name}: needs {wanted}: add it, or leave {name} out")
+    if (extra := form[2:]) in EXTRAS:
+        check_extra(extra, form)
 
 
 def _file_name(program: str | None, gguf: str | None) -> str:
@@ -196,8 +214,8 @@ def _stock(this: "Run", target: Path, what: str, fp16: bool, file: dict[str, Any
     )
 
 
-def _for_openvino(this: "Run", target: Path, bits: Any, decoder: Path | None) -> tuple[dict[str, Any], str]:
-    from prunet.exports.openvino import export_openvino
+def _for_runtime(this: "Run", form: str, target: Path, bits: Any, decoder: Path | None) -> tuple[dict[str, Any], str]:
+    """Writes a folder for OpenVINO or ONNX Runtime."""
     from prunet.recipe.recipe import read_prompts
     from prunet.recipe.values import Drawing
     from prunet.runs.card import card_facts
@@ -206,12 +224,22 @@ def _for_openvino(this: "Run", target: Path, bits: Any, decoder: Path | None) ->
         this.do("export")
     recipe = this.recipe
     drawing = recipe.made_for or Drawing(**recipe.evaluation.model_dump(include=set(Drawing.model_fields)))
-    prompts = read_prompts(recipe.evaluation.prompts)
-    pipeline, card = this.folder / "pipeline", card_facts(this)
-    facts = export_openvino(pipeline, target, prompts, drawing, bits=bits, decoder=decoder, card=card)
-    return (
-        facts,
-        f"{target}: {facts['bytes'] / 1e6:,.1f} MB of models, {facts['seconds']:.2f} s a picture\n"
-        f"  pictures compared with those of 16-bit weights in f32: PSNR {facts['psnr']:.1f} dB, root mean squared "
-        f"error {facts['picture']:.4f}, over {facts['prompts']} prompts",
-    )
+    prompts, card = read_prompts(recipe.evaluation.prompts), card_facts(this)
+    given: Any = this.folder / "pipeline", target, prompts, drawing
+    how: Any = {"card": card, "decoder": decoder}
+    if form == "--onnx":
+        from prunet.exports.onnx import export_onnx
+
+        facts = export_onnx(*given, **how)
+        apart = max(model["apart"] for model in facts["models"].values())
+        more = f"\n  within {apart:.0e} of what torch computes, of the largest output"
+    else:
+        from prunet.exports.openvino import export_openvino
+
+        facts = export_openvino(*given, **how, bits=bits)
+        more = (
+            f", {facts['seconds']:.2f} s a picture\n"
+            f"  pictures compared with those of 16-bit weights in f32: PSNR {facts['psnr']:.1f} dB, root mean squared "
+            f"error {facts['picture']:.4f}, over {facts['prompts']} prompts"
+        )
+    return facts, f"{target}: {facts['bytes'] / 1e6:,.1f} MB of models{more}"

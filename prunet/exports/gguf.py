@@ -1,13 +1,12 @@
 """Tensors of a single file as GGUF, with the weights of matrices in 8 or 4 bits."""
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
-from prunet.errors import UserError
+from prunet.extras import need
 
 #: GGML's types of matrices: blocks of 32 weights with a scale of 16 bits, so 8.5 and 4.5 bits per weight.
 Bits = Literal["q8_0", "q4_0"]
@@ -16,21 +15,9 @@ BLOCK = 32
 KEPT = ("time_embed.", "label_emb.", "embedding", "positional_")
 
 
-def need_gguf() -> Any:
-    """Imports `gguf`.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        return importlib.import_module("gguf")
-    except ImportError as error:
-        raise UserError("--gguf: needs gguf, which is not installed: pip install 'prunet[gguf]'") from error
-
-
 def write_gguf(tensors: Mapping[str, Tensor], path: Path, bits: Bits) -> None:
     """Writes tensors by name: matrices in `bits`, convolutions and embeddings in 16 bits, vectors in 32."""
-    gguf = need_gguf()
+    gguf = need("gguf", "gguf", "--gguf")
     writer = gguf.GGUFWriter(path, arch="sd")
     kinds = gguf.GGMLQuantizationType
     for name, tensor in tensors.items():

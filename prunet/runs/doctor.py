@@ -1,6 +1,5 @@
 """What this machine has for prunet: versions, device, memory and disk, the hub, optional packages."""
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -15,21 +14,11 @@ import torch
 from huggingface_hub import constants
 
 from prunet import __version__
+from prunet.extras import EXTRAS, missing
 from prunet.runtime import Runtime
 from prunet.training.gpu import has_fp8
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "huggingface-hub", "safetensors", "pydantic")
-#: Maps each extra of the package to its modules, and their purpose.
-EXTRAS = {
-    "data": (("datasets",), "Parquet, saved data sets, data sets of the hub"),
-    "eval": (("open_clip", "torch_fidelity"), "FID, IS, KID, CLIP score, LPIPS (prunet measure, prunet evaluate)"),
-    "gguf": (("gguf",), "prunet export --gguf"),
-    "memory": (("bitsandbytes", "torchao"), "--use-8bit-adam, --teacher-8bit, --teacher-fp8"),
-    "openvino": (("nncf", "openvino", "openvino_genai", "openvino_tokenizers"), "prunet export --openvino"),
-    "personalize": (("peft",), "training a LoRA on a student"),
-    "tensorboard": (("tensorboard",), "--tracker tensorboard"),
-    "ui": (("gradio", "peft"), "prunet play"),
-}
 HUB_S = 3.0  # seconds to wait for the hub
 
 
@@ -53,10 +42,7 @@ def examine() -> dict[str, Any]:
         "memory": {"total": psutil.virtual_memory().total, "free": psutil.virtual_memory().available, **_cuda(device)},
         "disk": {"current folder": shutil.disk_usage(".").free, f"hub's cache {cache}": shutil.disk_usage(above).free},
         "hub": {"endpoint": constants.ENDPOINT, "state": reach(constants.ENDPOINT)},
-        "extras": {
-            extra: {"missing": [name for name in modules if importlib.util.find_spec(name) is None], "for": purpose}
-            for extra, (modules, purpose) in EXTRAS.items()
-        },
+        "extras": {extra: {"missing": missing(extra), "for": purpose} for extra, (_, purpose) in EXTRAS.items()},
         "compiler": shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++"),
     }
 

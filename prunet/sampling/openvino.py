@@ -1,6 +1,5 @@
 """Pictures from a folder that `prunet export --openvino` wrote, drawn by openvino_genai on the CPU."""
 
-import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from prunet import extras
 from prunet.denoisers.known import architecture_of
 from prunet.errors import UserError
 from prunet.recipe.values import Drawing
 from prunet.sampling.made_for import overridden, read_made_for
 from prunet.teacher.configs import check_config, read_object
+from prunet.teacher.runtimes import runtime_of
 from prunet.teacher.space import check_size
 
 #: The name of a part's model in its folder.
@@ -24,7 +25,7 @@ SAMPLERS = ("ddim", "ddim-trailing", "pndm", "euler", "euler-a", "lcm")
 
 def is_openvino(folder: Path | str) -> bool:
     """Returns whether a folder is a pipeline for OpenVINO."""
-    return (Path(folder) / "unet" / MODEL).is_file()
+    return runtime_of(folder) == "OpenVINO"
 
 
 def need(package: str) -> Any:
@@ -33,10 +34,7 @@ def need(package: str) -> Any:
     Raises:
         UserError: it is not installed.
     """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise UserError(f"OpenVINO needs {package}, which is not installed: pip install 'prunet[openvino]'") from error
+    return extras.need(package, "openvino", "OpenVINO")
 
 
 def precision_of(dtype: torch.dtype) -> str:

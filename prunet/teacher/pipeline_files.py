@@ -17,6 +17,7 @@ from prunet.hashing import file_hash, hash_of
 from prunet.teacher import hub, marks, placing, scheduler
 from prunet.teacher.configs import check_config, read_object
 from prunet.teacher.known import LAYOUTS, layout_config
+from prunet.teacher.runtimes import RUNTIMES, runtime_of
 from prunet.teacher.weight_files import WEIGHTS, find_weights
 from prunet.words import command
 
@@ -153,10 +154,10 @@ class PipelineFiles:
 
     def _read_index(self) -> None:
         assert self._folder is not None
-        if (self._folder / "unet" / "openvino_model.xml").is_file():
+        if runtime := runtime_of(self._folder):
             raise UserError(
-                f"{self._folder}: a pipeline for OpenVINO, which `prunet generate` draws with: give the folder or run "
-                "that it was made from"
+                f"{self._folder}: a pipeline for {runtime}, which {RUNTIMES[runtime][1]} draws with: give the folder "
+                "or run that it was made from"
             )
         index = read_object(self._folder / "model_index.json", f"{self._folder} is not a diffusers pipeline folder")
         check_config("model_index", index, self._folder / "model_index.json")

@@ -1,0 +1,146 @@
+"""Pipelines as ONNX: models compute what torch does at any size, and a sampler in NumPy draws what diffusers does."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from PIL import Image
+from test_cli import call
+
+from prunet import Teacher, UserError, generate
+from prunet.exports.onnx import export_onnx
+from prunet.recipe.values import Drawing
+from prunet.sampling.samplers import set_sampler
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+EXAMPLE = Path(__file__).parent.parent / "examples" / "edge" / "draw_onnx.py"
+NEAR = 2  # of 255
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Teacher]:
+    source = request.getfixturevalue(request.param)
+    folder = tmp_path_factory.mktemp("onnx") / "folder"
+    facts = export_onnx(source, folder, ["a cat"], Drawing(steps=2, guidance_scale=3), card={"teacher": "sd"})
+    assert facts["made_for"]["sampler"] == "ddim"  # in place of dpmsolver++
+    assert {*facts["models"]} == {"unet", "vae_decoder", *Teacher(source).text_encoders}
+    return folder, Teacher(source)
+
+
+def ours(folder: Path, prompt: str, seed: int) -> Image.Image:
+    spec = importlib.util.spec_from_file_location("draw_onnx", EXAMPLE)
+    assert spec and spec.loader
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    picture: Image.Image = example.draw(folder, prompt, seed)
+    return picture
+
+
+def made_for(folder: Path, copy: Path, how: Drawing) -> Path:
+    from prunet.sampling.made_for import write_made_for
+
+    write_made_for(Path(shutil.copytree(folder, copy)), how)
+    return copy
+
+
+def apart(a: Image.Image, b: Image.Image) -> int:
+    assert a.size == b.size
+    return int(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max())
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Drawing(steps=3, guidance_scale=3, sampler="ddim"),
+        Drawing(steps=3, guidance_scale=1, sampler="ddim-trailing"),
+        Drawing(steps=1, guidance_scale=1, sampler="lcm"),
+    ],
+    ids=str,
+)
+def test_the_example_draws_what_diffusers_draws(exported, how, tmp_path) -> None:
+    folder, teacher = exported
+    noise = np.random.default_rng(5).standard_normal((1, 4, 8, 8), np.float32)
+    theirs = set_sampler(teacher.pipeline(), how.sampler)(
+        "a red cat",
+        num_inference_steps=how.steps,
+        guidance_scale=how.guidance_scale,
+        latents=torch.from_numpy(noise),
+        height=16,
+        width=16,
+    ).images[0]
+    assert apart(ours(made_for(folder, tmp_path / "copy", how), "a red cat", 5), theirs) <= NEAR
+
+
+def test_noise_of_lcm_is_new_at_every_step(exported, tmp_path) -> None:
+    folder, teacher = exported
+    how, random = Drawing(steps=3, guidance_scale=1, sampler="lcm"), np.random.default_rng(5)
+    noise = [torch.from_numpy(random.standard_normal((1, 4, 8, 8), np.float32)) for _ in range(how.steps)]
+    pipe, (first, *more) = set_sampler(teacher.pipeline(), "lcm"), noise
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: more.pop(0))
+        drawn = pipe("a cat", num_inference_steps=3, guidance_scale=1, latents=first, height=16, width=16)
+    assert apart(ours(made_for(folder, tmp_path / "copy", how), "a cat", 5), drawn.images[0]) <= NEAR
+
+
+def test_the_example_runs_without_torch(exported, tmp_path) -> None:
+    picture = tmp_path / "picture.png"
+    argv = [sys.executable, EXAMPLE, exported[0], "a cat", picture]
+    told = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    assert "torch is not imported" in told and Image.open(picture).size == (16, 16)
+
+
+def test_models_say_what_they_take(exported) -> None:
+    folder, teacher = exported
+    readme, models = (folder / "README.md").read_text(), json.loads((folder / "onnx.json").read_text())["models"]
+    assert f"`encoder_hidden_states [batch, tokens, {teacher.unet_config['cross_attention_dim']}]`" in readme
+    assert all(model["apart"] < 1e-4 for model in models.values())
+    with pytest.raises(
+        UserError, match=r"a pipeline for ONNX Runtime, which .*draw_onnx.py draws with: give the folder"
+    ):
+        generate(folder, "a cat")
+
+
+@pytest.fixture(scope="module")
+def run_folder(finished, tmp_path_factory) -> Path:
+    return Path(shutil.copytree(finished, tmp_path_factory.mktemp("run") / "run"))
+
+
+def test_a_run_with_a_small_decoder(run_folder, tmp_path, capsys) -> None:
+    forms = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    torch.manual_seed(0)
+    AutoencoderTiny(**forms, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(tmp_path / "tiny")
+    code, out, _ = call(capsys, "export", run_folder, "--onnx", "--decoder", tmp_path / "tiny", "--json")
+    facts = json.loads(out.splitlines()[-1])
+    assert code == 0 and facts["output"] == str(run_folder / "onnx") and facts["decoder"] == "AutoencoderTiny"
+    assert ours(run_folder / "onnx", "a cat", 0).size == (16, 16)
+    code, _, err = call(capsys, "export", run_folder, "--openvino", "-o", run_folder / "onnx")
+    assert code == 2 and "is an onnx of prunet, not an openvino" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--onnx", "--openvino"], "--openvino --onnx: one export at a time"),
+        (["--onnx", "--int8"], "--onnx --int8: --int8 is for --openvino: leave one of them out"),
+        (["--onnx", "--fp16"], "--fp16 is for a stock folder or --single-file"),
+        (["--onnx", "--decoder", "none"], "none is not a decoder"),
+    ],
+)
+def test_export_refuses(options, message, run_folder, capsys) -> None:
+    before = sorted(run_folder.rglob("*"))
+    code, _, err = call(capsys, "export", run_folder, *options)
+    assert code == 2 and message in err and sorted(run_folder.rglob("*")) == before
+
+
+def test_onnx_that_is_not_installed(run_folder, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    code, _, err = call(capsys, "export", run_folder, "--onnx")
+    assert code == 2 and "onnxruntime, which is not installed: pip install 'prunet[onnx]'" in err
