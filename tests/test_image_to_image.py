@@ -147,7 +147,7 @@ def test_mistakes_of_the_verb_are_one_line(capsys, sd: Path, tmp_path: Path) -> 
         (("--image", "large.png"), "more than 50,000,000 pixels"),
         (("--image", "in.png", "--mask", "text.png"), "--mask .*text.png: not a picture"),
         (("--image", "in.png", "--strength", 7), "strength 7: give a number above 0"),
-        (("--mask", "mask.png"), "mask: is for a picture to start from"),
+        (("--mask", "mask.png"), "--mask: needs a picture to start from: add --image"),
         (("--image", "in.png", "-o", "in.png"), "is .*in.png, which prunet only reads"),
     ):
         args = [tmp_path / str(arg) if str(arg).endswith(".png") else arg for arg in given]

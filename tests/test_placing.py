@@ -421,7 +421,7 @@ def test_headers_are_looked_at_with_index_and_scheduler(sdxl, tmp_path) -> None:
 
 def test_a_revision_is_of_the_hub(sd, tmp_path) -> None:
     for source in (sd, "sd-v1"):
-        with pytest.raises(UserError, match=r"teacher\.revision 'main' is for a repository of the hub"):
+        with pytest.raises(UserError, match=r"teacher\.revision 'main' is only for a repository of the hub"):
             Teacher(source, revision="main")
 
 
