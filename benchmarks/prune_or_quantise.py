@@ -78,9 +78,16 @@ def measured(pictures: list[Image.Image], teachers: list[Image.Image], clip: Any
 def chart(rows: list[dict]) -> str:
     panels = []
     for title, soft, key, kind, text in PANELS:
-        bars = [Bar(r["model"], [(kind, r[key])], text.format(r[key]), note=r["form"]) for r in rows]
+        # A shorter note leaves room for the model's name.
+        notes = [row["form"].replace("int8 weights", "weights") for row in rows]
+        named = zip(rows, notes, strict=True)
+        bars = [Bar(row["model"], [(kind, row[key])], text.format(row[key]), note=note) for row, note in named]
         panels.append(Panel(title, soft, bars, {}))
-    return draw_bars("Prune or quantise", f"{rows[0]['pictures']} pictures of each", [panels[:2], panels[2:]])
+    return draw_bars(
+        "Prune or quantise",
+        f"{rows[0]['pictures']} pictures of each; weights: these alone in 8 bits",
+        [panels[:2], panels[2:]],
+    )
 
 
 def table(rows: list[dict]) -> str:
