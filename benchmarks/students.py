@@ -153,7 +153,7 @@ def all_done(jobs: dict[str, tuple[Job, set[str]]], workers: int) -> None:
     began, ended, running = time.perf_counter(), set[str](), dict[Future[str], str]()
     # Forked, so that nothing is imported again; no GPU is used in this process before.
     context = multiprocessing.get_context("fork")
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
     with ProcessPoolExecutor(workers, context, begin_worker, (threads,)) as pool:
         todo = dict(jobs)
         while todo or running:
