@@ -113,11 +113,11 @@ def test_text_that_is_embedded_while_training_costs_time_and_memory(opened, time
     before = estimate(this)
     this = Run(this.recipe.model_copy(update={"data": this.recipe.data.model_copy(update={"text": "live"})}), CPU)
     found = estimate(this)
-    assert found["cache_bytes_per_sample"] == {**before["cache_bytes_per_sample"], "text": 0}
+    assert found.cache_bytes_per_sample == {**before.cache_bytes_per_sample, "text": 0}
     encoder = sum(tensor.nbytes for tensor in load_file(sd / "text_encoder" / "model.safetensors").values())
-    assert found["memory_bytes"]["text encoders"] == encoder
-    assert found["text_seconds_per_image"] > 0 == before["text_seconds_per_image"]
-    assert found["seconds_per_image"] == pytest.approx(before["seconds_per_image"] + found["text_seconds_per_image"])
+    assert found.memory_bytes["text encoders"] == encoder
+    assert found.text_seconds_per_image > 0 == before.text_seconds_per_image
+    assert found.seconds_per_image == pytest.approx(before.seconds_per_image + found.text_seconds_per_image)
 
 
 def test_what_is_done_is_said(finished, timed) -> None:
