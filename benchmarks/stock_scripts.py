@@ -106,12 +106,13 @@ def controlnet(script: Path, student: Path, out: Path, steps: int) -> None:
 
     control = ControlNetModel.from_pretrained(out / "control")
     pipe = StableDiffusionControlNetPipeline.from_pretrained(student, controlnet=control)
-    asked = {"num_inference_steps": 25, "guidance_scale": 3, "image": edges(subject(0))}
+    hint = edges(subject(0))
+    asked = {"num_inference_steps": 25, "guidance_scale": 3, "image": hint}
     pictures = [
         pipe("red heart, 3d", **asked, controlnet_conditioning_scale=scale, generator=torch.Generator().manual_seed(3))
         for scale in (0.0, 1.0)
     ]
-    sheet(out / "controlnet.png", [asked["image"], *(given.images[0] for given in pictures)])
+    sheet(out / "controlnet.png", [hint, *(given.images[0] for given in pictures)])
 
 
 def control_data(shard: Path, folder: Path, count: int) -> None:
