@@ -32,11 +32,11 @@ class Teacher(PipelineFiles):
         config: for a single file: folder or hub id with its configs and tokenizers.
         revision: branch, tag or commit of a hub id.
         only_form: also open a model that prunet can plan for but not train or draw with yet.
-            device: device of loaded parts.
-            dtype: precision of loaded parts.
+        device: device of loaded parts.
+        dtype: precision of loaded parts.
 
-        Raises:
-            UserError: there is nothing to open, or prunet cannot compress it.
+    Raises:
+        UserError: there is nothing to open, or prunet cannot compress it.
     """
 
     def __init__(
