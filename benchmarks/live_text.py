@@ -2,7 +2,7 @@
 
     python benchmarks/live_text.py                      # the shipped teachers, one CPU core
 
-For each teacher the same distillation from both caches, in turn; the time is that of the processor, which
+For each teacher the same distillation from both caches, in turn. The time is processor time, which
 other programs on the machine disturb least. The last line is JSON.
 """
 

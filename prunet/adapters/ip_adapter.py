@@ -12,7 +12,7 @@ from prunet.plan.derived import Derived
 from prunet.teacher.placing import Header
 
 IMAGE = "image_proj."
-#: The number is that of an attention. FaceID's files also contain a LoRA for each attention.
+#: The number counts the attentions of the U-Net. FaceID's files also contain a LoRA for each attention.
 _KEY = re.compile(r"ip_adapter\.(0|[1-9]\d{0,5})\.(?:(to_[kv])_ip\.weight|(to_[qkv]|to_out)_lora\.(down|up)\.weight)")
 MODELS = "give an IP-Adapter that was made for the student's teacher"
 
