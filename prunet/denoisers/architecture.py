@@ -4,7 +4,8 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,6 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from prunet.console import quiet_libraries
 from prunet.denoisers.adapter_forms import AdapterForms
@@ -20,13 +22,26 @@ from prunet.denoisers.condition import Condition
 from prunet.denoisers.form import Form
 from prunet.denoisers.pairs import Level, Pair
 from prunet.denoisers.patterns import removed_parts
-from prunet.denoisers.taps import tap
 from prunet.diagram import Diagram
 from prunet.errors import UserError
 
 #: A denoiser: a stock diffusers model, which has a config and can be saved.
 Net: TypeAlias = ModelMixin
 Config = Mapping[str, Any]
+
+
+@dataclass
+class Trace:
+    """One call of a denoiser, on the meta device.
+
+    `shapes` maps each module to the shape of its output (of the first one, if it has several), without the batch.
+    `flops` maps each operation to its floating-point operations. `leaf_elements` counts the elements of the outputs of
+    all modules without children.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    flops: dict[str, int]
+    leaf_elements: int
 
 
 class Architecture(ABC):
@@ -175,25 +190,13 @@ class Architecture(ABC):
             patterns, self.module_names(config), parts, outline=self.outline(config), parts_help=self.parts_help
         )
 
-    @torch.no_grad()
-    def call_skeleton(self, config: Config, latent_size: tuple[int, int] | None = None) -> None:
-        """Calls the skeleton once on the meta device, for taps and counters. Here a config that does not work shows.
+    def trace(self, config: Config, latent_size: tuple[int, int] | None = None) -> Trace:
+        """Returns what a call of the denoiser with batch 1 does; by default at the native size.
 
         Raises:
             UserError: the denoiser of this config cannot be called.
         """
-        net = self.skeleton(config)
-        try:
-            net(**self.example_inputs(config, latent_size=latent_size, device="meta"))
-        except Exception as error:  # any kind of error, since diffusers does not check the values
-            why = str(error) or type(error).__name__
-            raise UserError(
-                f"The {self.class_name} of this config cannot be called: {why}: fetch or copy it again"
-            ) from error
-
-    def output_shapes(self, config: Config, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-        """Maps each module to the shape of its output, without the batch, in one call at the native size."""
-        return dict(_output_shapes(self, config_text(config), tuple(names)))
+        return _trace(self, config_text(config), latent_size)
 
 
 def config_of(net: Net) -> dict[str, Any]:
@@ -209,19 +212,38 @@ def config_text(config: Config) -> str:
     return json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True)
 
 
-@lru_cache(maxsize=64)
-def _output_shapes(architecture: Architecture, text: str, names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    config = json.loads(text)
-    net = architecture.skeleton(config)
-    with tap([net.get_submodule(name) for name in names]) as features:
-        architecture.call_skeleton(config)
-        return {name: tuple(feature.shape[1:]) for name, feature in zip(names, features.take(), strict=True)}
-
-
 @lru_cache(maxsize=32)
 def _skeleton(architecture: Architecture, text: str) -> Any:
     with torch.device("meta"):
         return architecture.make(json.loads(text)).eval().requires_grad_(False)
+
+
+@lru_cache(maxsize=32)
+@torch.no_grad()
+def _trace(architecture: Architecture, text: str, latent_size: tuple[int, int] | None) -> Trace:
+    config, net, trace = json.loads(text), architecture.skeleton(json.loads(text)), Trace({}, {}, 0)
+
+    def note(name: str, module: Any, args: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Tensor):
+            trace.shapes[name] = tuple(first.shape[1:])
+        if isinstance(output, Tensor) and not any(module.children()):
+            trace.leaf_elements += output.numel()
+
+    hooks = [module.register_forward_hook(partial(note, name)) for name, module in net.named_modules()]
+    try:
+        with FlopCounterMode(display=False) as counter:
+            net(**architecture.example_inputs(config, latent_size=latent_size, device="meta"))
+    except Exception as error:  # any kind of error, since diffusers does not check the values
+        why = str(error) or type(error).__name__
+        raise UserError(
+            f"The {architecture.class_name} of this config cannot be called: {why}: fetch or copy it again"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    trace.flops |= {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
+    return trace
 
 
 def check_shapes(architecture: Architecture, teacher: Config, student: Config, pairs: Sequence[Pair]) -> None:
@@ -230,8 +252,7 @@ def check_shapes(architecture: Architecture, teacher: Config, student: Config, p
     Raises:
         UserError: the outputs of a pair have different shapes.
     """
-    ours = architecture.output_shapes(student, [pair.student for pair in pairs])
-    theirs = architecture.output_shapes(teacher, [pair.teacher for pair in pairs])
+    ours, theirs = architecture.trace(student).shapes, architecture.trace(teacher).shapes
     for pair in pairs:
         if ours[pair.student] != theirs[pair.teacher]:
             raise UserError(

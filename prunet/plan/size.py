@@ -1,14 +1,9 @@
 """Parameters and multiply-adds of a denoiser, computed from its config."""
 
-import json
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
-from torch.utils.flop_counter import FlopCounterMode
-
-from prunet.denoisers.architecture import Architecture, config_text
 from prunet.denoisers.known import architecture_of
 from prunet.plan.effect import Size
 
@@ -41,21 +36,13 @@ def macs_by_kind(config: Mapping[str, Any], latent_size: tuple[int, int] | None 
     The call has batch 1 and all text tokens, by default at the native size. Multiply-adds are half of the FLOPs that
     `torch.utils.flop_counter` counts on the meta device.
     """
-    return dict(_macs_by_kind(architecture_of(config), config_text(config), latent_size))
+    macs = {"convolution": 0, "matmul": 0, "attention": 0}
+    for operation, flops in architecture_of(config).trace(config, latent_size).flops.items():
+        macs[kind_of(operation)] += flops // 2
+    return macs
 
 
 def kind_of(operation: str) -> str:
     """Returns the kind of an operation from its name (`aten::addmm`): one of `KINDS`, or `other`."""
     name = operation.lower()
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "other")
-
-
-@lru_cache(maxsize=32)
-def _macs_by_kind(architecture: Architecture, text: str, latent_size: tuple[int, int] | None) -> dict[str, int]:
-    counter = FlopCounterMode(display=False)
-    with counter:
-        architecture.call_skeleton(json.loads(text), latent_size)
-    flops = {"convolution": 0, "matmul": 0, "attention": 0}
-    for operation, count in counter.get_flop_counts()["Global"].items():
-        flops[kind_of(str(operation))] += count
-    return {kind: count // 2 for kind, count in flops.items()}

@@ -1,15 +1,12 @@
 """The memory of distillation, computed from shapes, and the micro-batch that fits."""
 
-import json
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any
 
 import psutil
 import torch
 
 from prunet import processes
-from prunet.denoisers.architecture import Architecture, config_text
 from prunet.denoisers.known import architecture_of
 from prunet.errors import UserError
 from prunet.plan.size import size_of
@@ -18,27 +15,9 @@ from prunet.runtime import Runtime
 from prunet.training.lora import trained_count
 
 
-@lru_cache(maxsize=32)
-def _activation_elements(architecture: Architecture, text: str, latent_size: tuple[int, int]) -> int:
-    config = json.loads(text)
-    net, total = architecture.skeleton(config), 0
-
-    def count(module: Any, args: Any, output: Any) -> None:
-        nonlocal total
-        total += output.numel() if isinstance(output, torch.Tensor) else 0
-
-    handles = [m.register_forward_hook(count) for m in net.modules() if not any(m.children())]
-    try:
-        architecture.call_skeleton(config, latent_size)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return total
-
-
 def activation_elements(config: Mapping[str, Any], latent_size: tuple[int, int]) -> int:
     """Counts the elements that one sample's forward pass keeps for the backward pass: outputs of all leaf modules."""
-    return _activation_elements(architecture_of(config), config_text(config), latent_size)
+    return architecture_of(config).trace(config, latent_size).leaf_elements
 
 
 def training_memory(
