@@ -15,7 +15,7 @@ KEYS = {"Tab": 9, "Enter": 13, " ": 32, "ArrowRight": 39}
 
 
 def _as_3_and_4(*ends: int) -> None:
-    """Gives the pipes the numbers at which Chromium expects them; each might have the other's number now."""
+    """Duplicates the pipes to the file descriptors that Chromium expects; each may have the other's number before."""
     for number, end in enumerate([fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in ends], 3):
         os.dup2(end, number)
 
@@ -74,13 +74,13 @@ class Page:
         return found
 
     def do(self, script: str) -> Any:
-        """The value of a piece of JavaScript."""
+        """Returns the value of a JavaScript expression."""
         answer = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def wait(self, script: str, seconds: float = 60) -> None:
-        """Waits until a piece of JavaScript is true."""
+        """Waits until a JavaScript expression is true."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             if self.do(f"Boolean({script})"):
@@ -89,7 +89,7 @@ class Page:
         raise AssertionError(f"not within {seconds} s: {script}")
 
     def type(self, text: str) -> None:
-        """Types into what has the focus."""
+        """Types into the element that has the focus."""
         self.send("Input.insertText", text=text)
 
     def press(self, key: str, shift: bool = False) -> None:
@@ -100,7 +100,7 @@ class Page:
         self.send("Input.dispatchKeyEvent", type="keyUp", **how)
 
     def tab_to(self, script: str, back: bool = False) -> None:
-        """Presses Tab until a piece of JavaScript is true."""
+        """Presses Tab until a JavaScript expression is true."""
         for _ in range(20):
             self.press("Tab", shift=back)
             if self.do(script):
@@ -108,7 +108,7 @@ class Page:
         raise AssertionError(f"not within 20 tabs: {script}")
 
     def upload(self, selector: str, path: Path) -> None:
-        """Gives a file to an input of files."""
+        """Chooses a file in a file input."""
         root = self.send("DOM.getDocument")["root"]["nodeId"]
         node = self.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.send("DOM.setFileInputFiles", files=[str(path)], nodeId=node)

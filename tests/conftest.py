@@ -1,6 +1,6 @@
-"""Teachers, pictures and a finished run that tests share: made once, by whichever process of a session asks first.
+"""Teachers, pictures and a finished run that tests share: the first process of a session that asks makes them.
 
-They are not to be written to; a test that changes one copies it.
+No test writes to them; a test that changes one works on a copy.
 """
 
 import fcntl
@@ -21,7 +21,7 @@ from small_models import SMALL_UNETS, make_pictures, make_pipeline, make_tokeniz
 __all__ = ["SMALL_UNETS", "make_pictures", "make_pipeline", "make_tokenizer"]
 
 torch.set_num_threads(1)  # the models are tiny: threads only wait for each other
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in the background ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
 
 
 Once = Callable[[str, Callable[[Path], object]], Path]
@@ -29,7 +29,7 @@ Once = Callable[[str, Callable[[Path], object]], Path]
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
-    """Gives the folder of a name, which the first process that asks for it makes."""
+    """Returns a function that gives the folder of a name; the first process that asks makes it."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder of its own within that of the session
         shared = shared.parent
@@ -50,7 +50,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
 
 @pytest.fixture(scope="session", autouse=True)
 def few_repeats() -> Iterator[None]:
-    """No test asserts a time, so what is timed is timed three times."""
+    """Three repeats of what is timed are enough, because no test asserts a time."""
     from prunet.speed import clock
 
     with pytest.MonkeyPatch.context() as patch:
@@ -80,7 +80,7 @@ def pictures(once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(sd: Path, pictures: Path, once: Once) -> Path:
-    """A finished run of one stage on `sd`, to be copied."""
+    """A finished run of one stage on `sd`; copy it to change it."""
     from prunet import Runtime, load_recipe, run
 
     values = {

@@ -16,7 +16,7 @@ PAGES = sorted(
     path.relative_to(ROOT).as_posix()
     for pattern in ("*.md", "docs/*.md", "benchmarks/*.md", "emoji/README.md")
     for path in ROOT.glob(pattern)
-    if path.name not in ("CHANGELOG.md", "log.md")  # they speak of what was
+    if path.name not in ("CHANGELOG.md", "log.md")  # about older versions
 )
 PROGRAMS = ("prunet", "make", "pytest", "python", "pip", "accelerate", "torchrun")
 #: What begins like a path of the repository has to be one.
@@ -29,7 +29,7 @@ EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["op
 class Command(NamedTuple):
     page: str
     text: str
-    whole: bool  # in a block, to be typed; otherwise a mention in a sentence, which may be a part of one
+    whole: bool  # a command in a block; otherwise a mention in a sentence, which may be only a part of a command
 
     @property
     def words(self) -> list[str]:
@@ -40,7 +40,7 @@ class Command(NamedTuple):
 
 
 def commands(page: str) -> Iterator[Command]:
-    """The commands on a page, in blocks and in sentences."""
+    """Yields the commands on a page, in blocks and in sentences."""
     text = (ROOT / page).read_text()
     fences = re.compile(r"^ *```(\w*).*?\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
     blocks = [found[2] for found in fences.finditer(text) if found[1] in ("", "sh", "bash", "console")]
@@ -57,14 +57,14 @@ def commands(page: str) -> Iterator[Command]:
 def _command(page: str, text: str, whole: bool) -> Iterator[Command]:
     try:
         words = Command(page, text, whole).words
-    except ValueError:  # a quote that is not closed: no command
+    except ValueError:  # an open quote: this is not a command
         return
     if len(words) > 1 and words[0] in PROGRAMS and words[1] not in ("is", "and", "of"):
         yield Command(page, text, whole)
 
 
 def complaint(command: Command) -> str | None:
-    """Why a command cannot be given as it stands."""
+    """Returns why a command does not work as it is written."""
     words = command.words
     if "-m" in words and "prunet" in words[words.index("-m") :]:
         words = words[words.index("prunet", words.index("-m")) :]
@@ -107,7 +107,7 @@ def _prunet(arguments: list[str], whole: bool) -> str | None:
 
 
 def _script(arguments: list[str]) -> str | None:
-    """Some scripts pass options on to others in their folder."""
+    """Includes the options of scripts in the same folder that a script passes options to."""
     known = "".join(path.read_text() for path in (ROOT / arguments[0]).parent.glob("*.py"))
     options = [re.sub("^--no-", "--", word.partition("=")[0]) for word in arguments[1:] if word.startswith("--")]
     return next((f"no option {option}" for option in options if f'"{option}"' not in known), None)

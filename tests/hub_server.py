@@ -1,4 +1,4 @@
-"""A small server that speaks as much of the hub's API as prunet needs: files of commits, and uploads."""
+"""A small server with the parts of the hub's API that prunet needs: files of commits, and uploads."""
 
 import base64
 import hashlib
@@ -23,7 +23,7 @@ class Hub:
         self.gated: set[str] = set()
         self.cut: set[str] = set()
         self.requests: list[tuple[str, str]] = []  # path, Range
-        self.token: str | None = None  # that uploads need
+        self.token: str | None = None  # uploads must send it
 
     def commit(self, repository: str, folder: Path) -> str:
         """Adds a commit with the files of a folder; returns its hash."""
@@ -38,7 +38,7 @@ class Hub:
         return sha
 
     def find(self, repository: str, revision: str) -> tuple[str, Files] | None:
-        """The commit of a revision: a hash, or `main`."""
+        """Returns the commit of a revision: a hash, or `main`."""
         commits = self.repositories[repository]
         return commits[-1] if revision == "main" else next((c for c in commits if c[0] == revision), None)
 

@@ -1,4 +1,4 @@
-"""Commands of prunet, each in a fork of one process that has imported everything, so that it begins at once.
+"""Runs commands of prunet, each in a fork of one process that has imported everything, so that it starts at once.
 
 Reads `[arguments, file for its output]` as JSON, one a line; answers with the process's number, then with its exit code
 (negative: the signal that killed it).

@@ -1,4 +1,4 @@
-"""prunet's command line with small shards of caches and pictures, for tests that need several of them."""
+"""prunet's command line with small shards of caches and pictures, for tests that need several shards."""
 
 from prunet import cli
 from prunet.data import encoding as latents

@@ -1,4 +1,4 @@
-"""Small Stable Diffusion pipelines of the real layouts, and pictures, made on the spot; nothing is fetched."""
+"""Makes small Stable Diffusion pipelines of the real layouts, and pictures; nothing is downloaded."""
 
 import json
 from pathlib import Path

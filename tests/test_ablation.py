@@ -1,4 +1,4 @@
-"""An ablation's runs are those of `prunet run`; its table says what their files say."""
+"""An ablation's runs equal those of `prunet run`; its table equals their files."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def files(tmp_path: Path, sd: Path, pictures: Path) -> Path:
 
 @dataclass
 class Resumed:
-    """An ablation that was stopped after its first arm, and given again."""
+    """An ablation that was stopped after its first arm and resumed."""
 
     files: Path
     before: dict[Path, int]
@@ -69,7 +69,7 @@ class Resumed:
 
 
 def stop_after_the_first_arm(files: Path) -> dict[Path, int]:
-    """The times of what it leaves."""
+    """Returns the modification times of the weights that it leaves."""
     ablation, recipes = load_ablation(files / "ablation.yaml")
     first = {key: recipe for key, recipe in recipes.items() if key[0] == "random"}
     ablate(ablation.model_copy(update={"arms": {"random": ablation.arms["random"]}}), first, CPU)
@@ -95,12 +95,12 @@ def assert_resumed(files: Path, before: dict[Path, int], result: AblationResult)
     assert len(list((files / "out" / "caches").iterdir())) == 2  # one a seed, shared by the arms
 
 
-def test_goes_on_where_it_was_stopped(resumed: Resumed) -> None:
+def test_resumes_where_it_stopped(resumed: Resumed) -> None:
     assert_resumed(resumed.files, resumed.before, resumed.result)
     assert resumed.unets_loaded == 3  # one that all runs share, and one for each of two students that inherit
 
 
-def test_table_says_what_separate_runs_say(resumed: Resumed, tmp_path: Path) -> None:
+def test_table_equals_separate_runs(resumed: Resumed, tmp_path: Path) -> None:
     recipes, arms = resumed.recipes(), resumed.result.arms
     for arm, seed in (("random", 1), ("inherited, all losses", 2)):
         alone = recipes[arm, seed].model_copy(update={"output": str(tmp_path / arm), "cache": None})
@@ -117,7 +117,7 @@ def test_table_says_what_separate_runs_say(resumed: Resumed, tmp_path: Path) -> 
 
 
 @pytest.mark.processes
-def test_two_workers_resume_it_and_say_the_same(files: Path, resumed: Resumed) -> None:
+def test_two_workers_resume_to_the_same_result(files: Path, resumed: Resumed) -> None:
     before = stop_after_the_first_arm(files)
     result = ablate(*load_ablation(files / "ablation.yaml"), CPU, workers=2)
     assert_resumed(files, before, result)
@@ -126,7 +126,7 @@ def test_two_workers_resume_it_and_say_the_same(files: Path, resumed: Resumed) -
 
 @pytest.mark.processes
 def test_a_run_that_fails_stops_the_others(files: Path) -> None:
-    """What is queued is not begun, and what is under way does not go on unseen."""
+    """Queued runs do not start, and no running one continues in the background."""
     ablation, recipes = load_ablation(files / "ablation.yaml")
     endless = {"stages": [recipes["random", 1].stages[0].model_copy(update={"steps": 10**6})]}
     recipes = {key: recipe.model_copy(update=endless) for key, recipe in recipes.items()}
@@ -134,7 +134,7 @@ def test_a_run_that_fails_stops_the_others(files: Path) -> None:
     with hold(Path(ablation.output), "ablation"):
         broken.finish("build")
     weights = broken.folder / "student" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")  # which is seen where they are read: by the worker
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")  # the worker notices it when it reads them
     with pytest.raises(UserError, match=r"safetensors: damaged or changed"):
         ablate(ablation, recipes, CPU, workers=2)
     assert not multiprocessing.active_children()
@@ -142,7 +142,7 @@ def test_a_run_that_fails_stops_the_others(files: Path) -> None:
 
 
 def test_a_common_first_stage_is_trained_once(files: Path) -> None:
-    """What is copied is what would have been trained, and the second arm's own stage starts from it."""
+    """The copy equals what the second arm would have trained, and that arm's next stage starts from it."""
     stage = yaml.safe_load((files / "recipe.yaml").read_text())["stages"][0]
     ablation = yaml.safe_load((files / "ablation.yaml").read_text())
     ablation |= {"seeds": [1], "arms": {"one stage": {}, "two stages": {"stages": [stage, stage | {"steps": 1}]}}}

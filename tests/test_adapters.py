@@ -47,7 +47,7 @@ def derived_of(plan: str) -> Derived:
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder, as far as `adapt` reads it."""
+    """Makes the part of a run's folder that `adapt` reads."""
 
     def make(plan: str) -> Path:
         folder = tmp_path / f"run-{plan}"
@@ -90,7 +90,7 @@ def kohya(state) -> dict[str, Tensor]:
         module, side = re.fullmatch(r"(.*)\.lora_(A|B)\.weight", key).groups()
         name = "lora_unet_" + module.replace(".", "_")
         out[f"{name}.lora_{'down' if side == 'A' else 'up'}.weight"] = value.contiguous()
-        out[f"{name}.alpha"] = torch.tensor(6.0)  # of different ones stock diffusers reads the most frequent
+        out[f"{name}.alpha"] = torch.tensor(6.0)  # if they differ, stock diffusers uses the most frequent one for all
     return out
 
 
@@ -110,7 +110,7 @@ def sgm(state, layers: int) -> dict[str, Tensor]:
 def write_lora(path: Path, kind: str, form: str) -> tuple[Path, dict[str, Tensor]]:
     """The teacher's LoRA in a format, and the deltas of the layers that are in it."""
     wanted, state, config = trained(kind)
-    if form in ("diffusers", "sgm"):  # of attentions only: more of those the stock loader does not read
+    if form in ("diffusers", "sgm"):  # attentions only: the stock loader reads no other layers of these formats
         state = {key: value for key, value in state.items() if re.search(r"\.to_(q|k|v|out\.0)\.", key)}
     text = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 16)}
     text["text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight"] = torch.ones(16, 4)
@@ -134,7 +134,7 @@ def write_lora(path: Path, kind: str, form: str) -> tuple[Path, dict[str, Tensor
 
 
 def load(path: Path, derived: Derived, kind: str):
-    """The student with the LoRA, by the stock loader of its pipeline."""
+    """Returns the student with the LoRA, loaded by the stock loader of its pipeline."""
     student = make_unet(derived.student_config)
     cls = pipeline_of(kind)
     state, alphas, metadata = cls.lora_state_dict(path, unet_config=student.config, return_lora_metadata=True)
@@ -193,14 +193,14 @@ def read_metadata(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
-def test_what_a_carried_file_says(tmp_path, run) -> None:
+def test_metadata_of_a_carried_file(tmp_path, run) -> None:
     path, _ = write_lora(tmp_path / "lora.safetensors", "sd", "kohya")
     once, twice = tmp_path / "new.safetensors", tmp_path / "twice.safetensors"
     adapt(path, run("bk-tiny"), once)
     said = read_metadata(once)
     assert json.loads(said[MARK]) == {"run": "run-bk-tiny", "plan": "bk-tiny", "from": "lora.safetensors"}
     assert said["ss_network_dim"] == "4" and "sshs_model_hash" not in said  # it is another file now
-    adapt(path, run("bk-tiny"), once)  # what it made it may make again
+    adapt(path, run("bk-tiny"), once)  # it may replace its own file
     with pytest.raises(UserError, match="carried over to a student already"):
         adapt(once, run("bk-tiny"), twice)
     with pytest.raises(UserError, match="not an unchanged carried adapter"):
@@ -211,7 +211,7 @@ def test_what_a_carried_file_says(tmp_path, run) -> None:
 
 
 def ip_adapter(kind: str, face: bool = False) -> dict[str, Tensor]:
-    """A stock file for the teacher, as diffusers' loader names it; each tensor is full of its attention's number."""
+    """A stock file for the teacher, named as diffusers loads it; each tensor is filled with its attention's number."""
     unet = make_unet(SMALL_UNETS[kind])
     width = unet.config.cross_attention_dim
     state = {"image_proj.proj.weight": torch.ones(4 * width, 8), "image_proj.proj.bias": torch.ones(4 * width)}
@@ -230,7 +230,7 @@ def ip_adapter(kind: str, face: bool = False) -> dict[str, Tensor]:
 
 
 @each_plan
-def test_each_attention_has_the_image_keys_of_its_own(plan, tmp_path, run) -> None:
+def test_each_attention_gets_its_own_image_keys(plan, tmp_path, run) -> None:
     derived, face = derived_of(plan), plan == "bk-small"
     save_file(ip_adapter(PLANS[plan], face), tmp_path / "ip.safetensors", metadata={"a": "b"})
     facts = adapt(tmp_path / "ip.safetensors", run(plan), tmp_path / "new.safetensors")
@@ -265,7 +265,7 @@ def test_each_attention_has_the_image_keys_of_its_own(plan, tmp_path, run) -> No
 
 @cache
 def controlnet(kind: str) -> ControlNetModel:
-    """A teacher's, whose residuals are not zero."""
+    """A ControlNet of a teacher, with residuals that are not zero."""
     torch.manual_seed(0)
     control = ControlNetModel.from_unet(make_unet(SMALL_UNETS[kind]), conditioning_embedding_out_channels=(4, 8))
     for block in (*control.controlnet_down_blocks, control.controlnet_mid_block):
@@ -287,7 +287,7 @@ def picture() -> Tensor:
 
 
 def patch_out(control: ControlNetModel, removed) -> None:
-    """Has the blocks that a plan removes give what they take."""
+    """Makes the blocks that a plan removes return their input."""
     modules = dict(control.named_modules())
     for name in removed:
         if name in modules and not name.startswith("up_blocks"):
@@ -310,7 +310,7 @@ TAKEN = {
 
 @torch.no_grad()
 @each_plan
-def test_a_controlnet_gives_what_the_teachers_gives_without_the_removed_blocks(plan, tmp_path, run) -> None:
+def test_a_controlnet_equals_the_teachers_without_the_removed_blocks(plan, tmp_path, run) -> None:
     derived, folder, out = derived_of(plan), tmp_path / "control", tmp_path / "new"
     control = controlnet(PLANS[plan])
     control.save_pretrained(folder)
@@ -328,7 +328,7 @@ def test_a_controlnet_gives_what_the_teachers_gives_without_the_removed_blocks(p
     assert len(down) == len(TAKEN[plan]) and len({float(residual.mean()) for residual in theirs}) == len(theirs)
     for residual, place in zip(down, TAKEN[plan], strict=True):
         assert (residual - theirs[place]).abs().max() < 1e-5  # but for rounding
-    has_mid = plan != "bk-tiny"  # its last level is another than the teacher's, where diffusers would add the residual
+    has_mid = plan != "bk-tiny"  # bk-tiny's last level is not the teacher's, and diffusers would add the residual there
     assert (mid - their_mid).abs().max() < 1e-5 if has_mid else not mid.any()
     student = make_unet(derived.student_config)
     steered = student(**inputs, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
@@ -354,7 +354,7 @@ def test_the_loader_beside_a_whole_controlnet_needs_no_prunet(sd, tmp_path, run)
 
 
 def lora_with(path: Path, **tensors) -> Path:
-    """kohya's file of one layer of the small SD teacher, changed."""
+    """Writes kohya's file of one layer of the small SD teacher, with changes."""
     name = "lora_unet_mid_block_attentions_0_proj_in"
     state = {f"{name}.lora_down.weight": torch.ones(4, 32, 1, 1), f"{name}.lora_up.weight": torch.ones(32, 4, 1, 1)}
     state |= {f"{name}.{key.replace('__', '.')}": value for key, value in tensors.items()}
@@ -450,7 +450,7 @@ def test_a_controlnet_of_another_model_is_refused(tmp_path, run) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_a_pickled_ip_adapter_opens_by_the_advice(tmp_path, run) -> None:
+def test_a_pickled_ip_adapter_opens_after_the_advised_conversion(tmp_path, run) -> None:
     state: dict = {"image_proj": {}, "ip_adapter": {}}
     for key, value in ip_adapter("sd").items():
         part, _, name = key.partition(".")

@@ -41,14 +41,14 @@ def derived_of(name: str, plan: Any = None) -> Derived:
 
 
 def run_of(derived: Derived, folder: Path) -> Path:
-    """A run's folder, as far as `adapt` reads it."""
+    """Makes the part of a run's folder that `adapt` reads."""
     folder.mkdir()
     derived.result().save(folder / "plan.json")
     return folder
 
 
 def model(name: str, config: dict[str, Any]) -> Any:
-    """A model with random weights, of which each block is another."""
+    """A model with random weights that differ from block to block."""
     rng = torch.Generator().manual_seed(0)
     net = getattr(diffusers, name)(**{key: value for key, value in config.items() if not key.startswith("_")})
     for key, p in net.named_parameters():
@@ -78,7 +78,7 @@ def trained(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def test_each_layer_of_a_lora_has_its_own_delta(name, form, tmp_path) -> None:
     derived, (theirs, state) = derived_of(name), trained(name)
     old = {key: value.contiguous() for key, value in state.items()}
-    if form == "diffusers":  # of attentions only: more of those the stock loader does not read
+    if form == "diffusers":  # attentions only: the stock loader reads no other layers of this format
         old = {key: value for key, value in old.items() if re.search(r"\.to_(q|k|v|out\.0)\.", key)}
         theirs = {layer: delta for layer, delta in theirs.items() if f"{layer}.lora_A.weight" in old}
         old = {key: value.contiguous() for key, value in convert_state_dict_to_diffusers(dict(old)).items()}
@@ -104,7 +104,7 @@ def test_each_layer_of_a_lora_has_its_own_delta(name, form, tmp_path) -> None:
 
 
 def as_peft(kohya: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
-    """kohya's names in PEFT's, by the model's own: stock diffusers reads those of few transformers."""
+    """Translates kohya's names to PEFT's by the module names: stock diffusers reads kohya's for few transformers."""
     names = {layer.replace(".", "_"): layer for layer, _ in net.named_modules()}
     sides = {"lora_down": "lora_A", "lora_up": "lora_B"}
     parts = [(*key.removeprefix("lora_transformer_").split("."), value) for key, value in kohya.items()]
@@ -112,7 +112,7 @@ def as_peft(kohya: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
 
 
 def controlnet(name: str, **fields: Any) -> Any:
-    """A ControlNet of the small teacher, with another residual in every place."""
+    """A ControlNet of the small teacher whose residuals all differ."""
     cls = getattr(diffusers, str(architecture_of(config_of(name)).adapters.controlnet))
     config = {**config_of(name), **CONTROLNETS[name][0], **fields}
     return model(
@@ -126,7 +126,7 @@ def inputs_of(name: str) -> dict[str, Any]:
 
 
 def steer(net: Any, control: Any, name: str) -> tuple[Tensor, Any]:
-    """What a transformer gives with a ControlNet, and what the ControlNet gives, as the pipelines call both."""
+    """Returns the outputs of a transformer with a ControlNet and of the ControlNet, called as in the pipelines."""
     given = inputs_of(name)
     found = control(**given, controlnet_cond=given["hidden_states"].flip(0, 1), return_dict=False)
     listed = [found] if torch.is_tensor(found[0]) else found
@@ -146,7 +146,7 @@ def test_a_controlnet_steers_the_student_as_the_teacher_without_those_blocks(nam
     assert spec and spec.loader and "prunet" not in (tmp_path / "new" / "student_controlnet.py").read_text()
     spec.loader.exec_module(loaded := importlib.util.module_from_spec(spec))
     ours = loaded.StudentControlNet.from_pretrained(tmp_path / "new").eval()
-    assert isinstance(ours, type(control))  # the pipelines ask
+    assert isinstance(ours, type(control))  # the pipelines check this
 
     teacher = model(name, config_of(name))
     whole = steer(teacher, control, name)[0]

@@ -93,7 +93,7 @@ def config_of(name: str) -> dict[str, Any]:
 
 
 def make_folder(folder: Path, name: str) -> Path:
-    """A stock pipeline folder of which nothing but the transformer is there, with random weights everywhere."""
+    """Writes a stock pipeline folder that has only a transformer, all of whose weights are random."""
     rng = torch.Generator().manual_seed(0)
     net = architecture_of({"_class_name": name}).make(config_of(name))
     for key, p in net.named_parameters():
@@ -112,7 +112,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def filled(value: Any, rng: torch.Generator) -> Any:
-    """An example with random numbers in place of its zeros."""
+    """Returns the example with random numbers in place of its zeros."""
     if isinstance(value, dict):
         return {key: filled(item, rng) for key, item in value.items()}
     if isinstance(value, list):
@@ -129,7 +129,7 @@ def output(net: nn.Module, name: str) -> torch.Tensor:
 
 
 def becomes_identity(block: nn.Module) -> None:
-    """The block gives back what it was given, in the order in which it gives."""
+    """Makes a block return its inputs, in the order of its outputs."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any, given: Any) -> Any:
         said = inspect.signature(module.forward).bind(*args, **kwargs).arguments
@@ -190,7 +190,7 @@ def test_fields_of_the_table_are_the_lengths_of_the_lists(name) -> None:
 
 
 @CLASSES
-def test_drawing_and_pairs_are_of_the_blocks_that_stay(name) -> None:
+def test_drawing_and_pairs_name_the_kept_blocks(name) -> None:
     derived = derive(config_of(name), load_plan(SMALL[name][1]))
     parts = [part for section in derived.diagram().sections for layer in section.layers for part in layer]
     stay = {part.name for part in parts if not part.gone}
@@ -227,7 +227,7 @@ def test_published_sizes(layout, plan, parameters) -> None:
     assert round(sum(p.numel() for p in net.parameters()), -6) == round(parameters, -6)
 
 
-def test_fields_that_name_blocks_follow_them() -> None:
+def test_fields_with_block_numbers_follow_the_blocks() -> None:
     sd3 = derive(config_of("SD3Transformer2DModel"), load_plan(["transformer_blocks.[12]"]))
     assert sd3.student_config["dual_attention_layers"] == [0, 1]
     vace = derive(config_of("WanVACETransformer3DModel"), load_plan(["blocks.[12]"]))
@@ -270,7 +270,7 @@ def test_plan_without_a_form_is_refused(name, patterns, message) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_class_without_such_a_form_is_refused(name) -> None:
+def test_classes_that_cannot_lose_blocks_are_refused(name) -> None:
     assert hasattr(diffusers, name)
     with pytest.raises(UserError, match=f"The denoiser is a {name}: no block of it can be removed, because "):
         derive({"_class_name": name}, Plan("none"))
@@ -290,14 +290,14 @@ def test_build_writes_a_stock_folder(folders, tmp_path, capsys) -> None:
     assert (len(net.transformer_blocks), len(net.single_transformer_blocks)) == (2, 2)
 
 
-def test_inspect_draws_the_blocks_that_stay(folders, tmp_path, capsys) -> None:
+def test_inspect_draws_the_kept_blocks(folders, tmp_path, capsys) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(SMALL["FluxTransformer2DModel"][1]))
     _, out, _ = call(capsys, "inspect", folders["FluxTransformer2DModel"], "--plan", tmp_path / "plan.json")
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert "transformer_blocks 2 of 4 0 · · 3" in lines and "single_transformer_blocks 2 of 4 · 1 2 ·" in lines
 
 
-def test_page_draws_the_blocks_that_stay() -> None:
+def test_page_draws_the_kept_blocks() -> None:
     env = jinja2.Environment(loader=jinja2.PackageLoader("prunet.report", "."), undefined=jinja2.StrictUndefined)
     env.filters["many"] = many
     page = env.from_string("{% import 'macros.html.j2' as m %}{{ m.reading(net) }}{{ m.denoiser(net) }}")

@@ -1,4 +1,4 @@
-"""The model card says what a user wrote, and nothing that it could be taken for."""
+"""The model card shows a user's text as plain text, never as Markdown or as other keys."""
 
 import ast
 import re
@@ -51,13 +51,13 @@ def card(text: str) -> str:
 
 
 def shape(text: str) -> list[str]:
-    """The kinds of all parts of a Markdown text."""
+    """Lists the kinds of all parts of a Markdown text."""
     tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
     return [part.type for token in tokens for part in (token, *(token.children or []))]
 
 
 @pytest.mark.parametrize("text", NASTY)
-def test_what_a_user_wrote_means_itself_in_the_card(text: str) -> None:
+def test_text_of_a_user_is_plain_text_in_the_card(text: str) -> None:
     written = card(text)
     _, front, body = written.split("---\n", 2)
     head = yaml.safe_load(front)

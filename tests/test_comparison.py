@@ -1,4 +1,4 @@
-"""Several runs on one page: all of them there, none that was measured otherwise."""
+"""Several runs on one page: all of them are shown, and runs evaluated differently are refused."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def runs(made: list[Path], tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def long_runs(tmp_path: Path) -> list[Path]:
-    """Of more prompts than a page shows at first."""
+    """Runs with more prompts than a page shows at first."""
     return make_runs(tmp_path, [f"{prompt} {i}" for i in range(9) for prompt in PROMPTS])
 
 
@@ -43,7 +43,7 @@ def change(folder: Path, part: str, **values: object) -> None:
     path.write_text(json.dumps(whole))
 
 
-def test_every_run_is_there_by_a_name_that_tells_it_apart(long_runs: list[Path], tmp_path: Path) -> None:
+def test_every_run_has_its_own_name_on_the_page(long_runs: list[Path], tmp_path: Path) -> None:
     page = Page(write_comparison(long_runs, tmp_path / "page.html"))
     for name in ("first/run", "second/run", "third/run", "fourth/run"):
         assert name in page.text
@@ -52,7 +52,7 @@ def test_every_run_is_there_by_a_name_that_tells_it_apart(long_runs: list[Path],
     assert {g["class"] for g in page.all("g")} == {f"line run-{i}" for i in range(4)}
 
 
-def test_runs_that_were_measured_otherwise_are_refused(runs: list[Path], tmp_path: Path) -> None:
+def test_runs_evaluated_differently_are_refused(runs: list[Path], tmp_path: Path) -> None:
     change(runs[2], "protocol", guidance_scale=3.0, student="another")
     with pytest.raises(UserError, match=r"third/run: evaluated differently .*: they differ in guidance_scale,"):
         write_comparison(runs, tmp_path / "page.html")
@@ -60,7 +60,7 @@ def test_runs_that_were_measured_otherwise_are_refused(runs: list[Path], tmp_pat
 
 
 def test_runs_that_differ_in_their_training_seed_are_compared(finished: Path, tmp_path: Path) -> None:
-    """Their pictures are drawn from the same noise all the same."""
+    """Their pictures are still drawn from the same noise."""
     folders = [Path(shutil.copytree(finished, tmp_path / name)) for name in ("one", "two")]
     recipe = load_recipe(folders[1] / "recipe.yaml", [f"output={folders[1]}", "seed=5"])
     for part in ("cache", "stage-1"):
@@ -78,7 +78,7 @@ def test_runs_that_differ_in_their_training_seed_are_compared(finished: Path, tm
         write_comparison(folders, tmp_path / "page.html")
 
 
-def test_lpips_is_compared_where_all_have_it_by_the_same_weights(runs: list[Path], tmp_path: Path) -> None:
+def test_lpips_is_compared_if_all_runs_have_it_by_the_same_weights(runs: list[Path], tmp_path: Path) -> None:
     def add_lpips(folder: Path, value: float, made_by: str) -> None:
         path = folder / "evaluation" / "evaluation.json"
         whole = json.loads(path.read_text())
@@ -97,7 +97,7 @@ def test_lpips_is_compared_where_all_have_it_by_the_same_weights(runs: list[Path
     assert "LPIPS" in text() and "0.432" in text() and "0.123" in text()
 
 
-def test_what_is_no_comparison_is_refused(runs: list[Path], tmp_path: Path) -> None:
+def test_wrong_sets_of_runs_are_refused(runs: list[Path], tmp_path: Path) -> None:
     for folders, message in (
         (runs[:1], "give 2 to 8 run folders, not 1"),
         ([runs[0], runs[0]], "is given twice"),

@@ -1,4 +1,4 @@
-"""Where a student works: what prunet says of a plan, and what stock diffusers does with the student."""
+"""Where a student works: what prunet reports for a plan equals what stock diffusers does with the student."""
 
 import re
 from functools import cache
@@ -134,7 +134,7 @@ def test_the_default_layer_of_pag(kind, name, request) -> None:
 
 
 def ip_adapter(teacher) -> dict:
-    """Its image keys for the teacher's cross-attentions: each is full of its own number."""
+    """Image keys for the teacher's cross-attentions; each is filled with its number."""
     state = {}
     names = [name for name in teacher.attn_processors if ".attn2." in name]
     for i, name in enumerate(names):
@@ -152,7 +152,7 @@ def ip_adapter(teacher) -> dict:
 
 @each_case
 def test_the_teachers_ip_adapter(kind, name) -> None:
-    """Stock diffusers loads it into the student; right is what each layer of the student had in the teacher."""
+    """Stock diffusers loads it into the student; each layer should get what it had in the teacher."""
     derived, teacher, _ = nets(kind, name)
     student = make_unet(derived.student_config)
     theirs = [layer for layer in teacher.attn_processors if ".attn2." in layer]

@@ -81,7 +81,7 @@ def test_a_field_that_does_not_fit_is_one_line(file: str, sd: Path, tmp_path: Pa
             assert any(name in str(error.value) for name in named), f"{field}: {error.value}"
 
 
-def test_a_key_that_no_part_has_is_left_to_diffusers(sd: Path, tmp_path: Path) -> None:
+def test_an_unknown_key_is_left_to_diffusers(sd: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(sd, tmp_path / "teacher", ignore=shutil.ignore_patterns("*.bin"))
     for file in ("vae/config.json", "text_encoder/config.json", "model_index.json"):
         whole = json.loads((folder / file).read_text())

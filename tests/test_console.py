@@ -1,4 +1,4 @@
-"""What is said while work goes on: on stderr, as it is meant, and now and then where no bar can be drawn."""
+"""Messages and progress while a command works: on stderr, unchanged, and as lines where no bar can be drawn."""
 
 import io
 import os
@@ -15,19 +15,19 @@ from prunet.console import progress, say
 
 @pytest.fixture
 def clock(monkeypatch) -> SimpleNamespace:
-    """The console's time, which passes when the test says so."""
+    """The console's clock, which the test moves."""
     now = SimpleNamespace(s=100.0)
     monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now.s))
     return now
 
 
-def test_what_is_said_goes_to_stderr_in_one_line(capsys) -> None:
+def test_messages_go_to_stderr_in_one_line(capsys) -> None:
     say("[bold]a[/] " + "long " * 100)
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err == "a " + "long " * 100 + "\n"
 
 
-def test_without_a_terminal_there_is_a_line_a_minute(clock, capsys) -> None:
+def test_without_a_terminal_progress_is_a_line_a_minute(clock, capsys) -> None:
     with progress("Working", 20) as bar:
         for i in range(20):
             clock.s += 25
@@ -37,7 +37,7 @@ def test_without_a_terminal_there_is_a_line_a_minute(clock, capsys) -> None:
     assert [line.split()[1] for line in lines] == ["3", "6", "9", "12", "15", "18"]
 
 
-def test_what_was_done_before_does_not_count_for_the_pace(clock, capsys) -> None:
+def test_work_done_before_does_not_count_for_the_pace(clock, capsys) -> None:
     with progress("Working", 100) as bar:
         bar.advance(90)
         for _ in range(3):
@@ -46,7 +46,7 @@ def test_what_was_done_before_does_not_count_for_the_pace(clock, capsys) -> None
     assert capsys.readouterr().err == "  Working: 93 of 100, 0:03:30 left  \n"  # 30 s each
 
 
-def test_what_has_no_end_says_how_far_it_is(clock, capsys) -> None:
+def test_work_without_a_known_end_shows_its_count(clock, capsys) -> None:
     with progress("Reading", None) as bar:
         clock.s += 61
         bar.advance(5, note="a")
@@ -55,14 +55,14 @@ def test_what_has_no_end_says_how_far_it_is(clock, capsys) -> None:
     assert capsys.readouterr().err == "  Reading: 5  a\n  Reading: 10  a\n"
 
 
-def test_a_name_is_text_and_no_markup(clock, capsys) -> None:
+def test_names_are_not_read_as_markup(clock, capsys) -> None:
     with progress("[/a] [bold]", 2) as bar:
         clock.s += 61
         bar.advance(1, note="[red]x")
     assert capsys.readouterr().err.startswith("  [/a] [bold]: 1 of 2, ")
 
 
-def test_work_without_a_name_says_nothing(clock, capsys) -> None:
+def test_work_without_a_name_shows_nothing(clock, capsys) -> None:
     with progress("", None) as bar:
         clock.s += 1000
         bar.advance(1)
@@ -83,7 +83,7 @@ def test_a_narrow_terminal_cuts_the_note_and_not_the_count_or_the_time(width, mo
 
 
 def test_a_library_user_sees_no_warning_of_other_libraries(sd, tmp_path) -> None:
-    """In a process of its own: some of them warn when they are first imported."""
+    """In a new process, because some libraries warn when they are first imported."""
     code = f"""
 import warnings
 warnings.simplefilter("always", FutureWarning)
@@ -96,7 +96,7 @@ generate({str(tmp_path / "out")!r}, "a cat", drawing=Drawing(steps=1))
 import transformers
 assert transformers.logging.get_verbosity() == transformers.logging.WARNING, "as it was"
 """
-    # Without what the command line has set for itself in this process.
+    # Without the settings that the command line has made in this process.
     env = {name: value for name, value in os.environ.items() if not name.endswith("_VERBOSITY") and "TQDM" not in name}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     assert done.stderr + done.stdout == ""

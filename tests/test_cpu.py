@@ -1,4 +1,4 @@
-"""Attention by chunks beside the formula, PyTorch's own, and a whole U-Net's."""
+"""Attention by chunks against the formula, PyTorch's own attention, and a whole U-Net."""
 
 from pathlib import Path
 
@@ -15,14 +15,14 @@ CPU = torch.device("cpu")
 
 
 def inputs(queries: int, keys: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """As diffusers has them: heads in the second place by a transposition."""
+    """Queries, keys and values as in diffusers: a transposition puts the heads second."""
     torch.manual_seed(0)
     parts = (torch.randn(3, n, 2, 8, dtype=torch.float64).transpose(1, 2) for n in (queries, keys, keys))
     return [part.to(dtype).requires_grad_() for part in parts]
 
 
 def outputs(attention, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """What it computes, and the gradients of a sum whose terms differ."""
+    """Returns its output, and the gradients of a weighted sum of it."""
     out = attention(*parts)
     slope = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, parts, slope)]
@@ -70,7 +70,7 @@ def test_it_keeps_few_scores(tokens: int) -> None:
     assert (scores <= cpu.KEPT) == (tokens == 200)
 
 
-def test_a_unet_computes_the_same_and_has_its_own_again(sd: Path) -> None:
+def test_a_unet_computes_the_same_and_gets_its_own_attention_back(sd: Path) -> None:
     net = UNet2DConditionModel.from_pretrained(sd / "unet")
     given = example_inputs(dict(net.config), 2)
     given["encoder_hidden_states"].normal_(generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Damage in a run folder is noticed: any file, in any way, met by any command, is one line or does not matter."""
+"""Damage in a run folder is noticed: whatever file is damaged, however, each command ends in one line or works."""
 
 import json
 import random
@@ -57,14 +57,14 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def partner(path: Path, files: list[Path]) -> Path:
-    """The next file that may be taken for this one: of the same name elsewhere, or else of the same kind."""
+    """Returns a file that could be mistaken for this one: one of the same name elsewhere, or else of the same kind."""
     alike = [f for f in files if f != path and f.name == path.name]
     alike = alike or [f for f in files if f != path and f.suffix == path.suffix] or [f for f in files if f != path]
     return next((f for f in alike if f > path), alike[0])
 
 
 def commands(folder: Path, out: Path) -> dict[str, tuple]:
-    """Those that read a run."""
+    """Returns the commands that read a run."""
     device = ("--device", "cpu", "--precision", "no")
     return {
         "compare": ("compare", folder, folder.parent / "whole", "-o", out / "page.html"),
@@ -79,7 +79,7 @@ def commands(folder: Path, out: Path) -> dict[str, tuple]:
 
 
 def try_all(capsys, whole: Path, place: Path, name: Path, way: Callable, verbs: list[str]) -> list[int]:
-    """Damages one file of a copy and gives each command, all from the same damage."""
+    """Damages one file of a copy in the same way for each command; returns the exit codes."""
     codes = []
     for verb in verbs:
         shutil.rmtree(place, ignore_errors=True)
@@ -97,7 +97,7 @@ def try_all(capsys, whole: Path, place: Path, name: Path, way: Callable, verbs: 
 
 
 def test_some_file_damaged_in_some_way_is_one_line(finished, capsys, tmp_path) -> None:
-    """Every file is damaged once, and read by two commands; the long form does the whole of it."""
+    """Every third file is damaged in one way and read by one command; the slow test tries every combination."""
     files = [f for f in files_of(finished) if f.suffix != ".png" or f.name == "0001.png"]
     quick = ["compare", "generate", "export", "run"]
     refused = 0
@@ -118,7 +118,7 @@ def test_every_file_damaged_in_every_way_is_one_line(way, finished, capsys, tmp_
         print(*(f"{way.__name__} {name}: {', '.join(verbs) or 'nowhere'}" for name, verbs in refused.items()), sep="\n")
 
 
-# -- what a file is read for, and what is said of it
+# -- what each file is read for, and the message if it is damaged
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def opened(folder: Path) -> Run:
 
 
 def last_byte(path: Path) -> None:
-    """Flips a bit where no reader of the format looks."""
+    """Flips a bit that no reader of the format checks."""
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -155,7 +155,7 @@ READ = {
 
 
 def do_as_told(message: str, folder: Path) -> None:
-    """Deletes what a message says: "X: damaged: delete it", "delete X and Y and run again"."""
+    """Deletes what a message names: "X: damaged: delete it", "delete X and Y and run again"."""
     before, _, after = message.partition("delete ")
     paths = rf"{re.escape(str(folder))}/[\w./-]+\w"
     for path in re.findall(paths, before)[-1:] if after.startswith("it") else re.findall(paths, after):
@@ -163,7 +163,7 @@ def do_as_told(message: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", READ)
-def test_a_bit_that_fell_over_is_named_and_what_is_said_fixes_it(name, folder, finished) -> None:
+def test_a_flipped_bit_is_named_and_the_advice_fixes_it(name, folder, finished) -> None:
     last_byte(folder / name)
     with pytest.raises(UserError, match=re.escape(name.rpartition("/")[2])) as error:
         READ[name](folder)
@@ -171,14 +171,14 @@ def test_a_bit_that_fell_over_is_named_and_what_is_said_fixes_it(name, folder, f
     do_as_told(str(error.value), folder)
     assert files_of(folder) != before, error.value
     blocks._opened.cache_clear()
-    for step in (again := opened(folder)).step_names("distil"):  # also what no step would read any more
+    for step in (again := opened(folder)).step_names("distil"):  # also the steps whose results no later step reads
         again.do(step)
     for weights in (f"student/{WEIGHTS}", f"stage-1/unet/{WEIGHTS}", "cache/shard-00000.safetensors"):
         assert (folder / weights).read_bytes() == (finished / weights).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["steps.json", "plan.json", "evaluation/evaluation.json", "stage-1/pairs.json"])
-def test_a_value_that_was_changed_in_a_json_is_noticed(name, folder) -> None:
+def test_a_changed_value_in_a_json_file_is_noticed(name, folder) -> None:
     value = json.loads((folder / name).read_text())
     assert re.fullmatch("[0-9a-f]{8}", value[CHECKSUM])
     text = (folder / name).read_text()
@@ -186,10 +186,10 @@ def test_a_value_that_was_changed_in_a_json_is_noticed(name, folder) -> None:
     (folder / name).write_text(text[:at] + "2" + text[at + 1 :])
     with pytest.raises(UserError, match=f"{Path(name).name}: (damaged or changed|not readable).*delete"):
         write_report(folder)
-    (folder / name).write_text(json.dumps(value))  # only written in another way
+    (folder / name).write_text(json.dumps(value))  # the same value with other spaces
     write_report(folder)
     del value[CHECKSUM]
-    (folder / name).write_text(json.dumps(value))  # by an older version
+    (folder / name).write_text(json.dumps(value))  # as an older version wrote it
     write_report(folder)
 
 
@@ -221,7 +221,7 @@ def test_files_of_another_run_are_noticed(folder, finished, tmp_path) -> None:
 
 
 def test_caches_and_runs_of_older_versions_are_read(folder) -> None:
-    """Without marks and checksums."""
+    """They have no marks and no checksums."""
     latents = Cache.open(folder / "cache").sample(2).mean
     for mark in (*folder.rglob(SEAL), *folder.rglob(LOCK)):
         mark.unlink()
@@ -245,7 +245,7 @@ def test_caches_and_runs_of_older_versions_are_read(folder) -> None:
     write_report(folder)
 
 
-def test_what_a_loader_of_samples_finds_is_one_line(monkeypatch) -> None:
+def test_an_error_in_a_loader_worker_is_one_line(monkeypatch) -> None:
     """Torch puts the worker's traceback before it."""
 
     def load(*args: object, **options: object) -> None:

@@ -1,4 +1,4 @@
-"""Bad names, links, texts and archives: one line within seconds and in little memory, whatever they stand for."""
+"""Bad names, links, texts and archives end in one line, within seconds and in little memory."""
 
 import gzip
 import inspect
@@ -25,7 +25,7 @@ from prunet.recipe.recipe import Data
 
 @pytest.fixture(autouse=True)
 def quick():
-    """No test of this file takes 5 seconds, whatever it is given."""
+    """Fails each test of this file that takes 5 seconds."""
     started = time.process_time()
     yield
     assert time.process_time() - started < 5
@@ -58,12 +58,12 @@ def captioned(folder: Path, name: str = "a") -> Path:
         "x/{5..4}{0..3}.tar",
     ],
 )
-def test_ranges_without_end_are_refused(tmp_path, name):
+def test_huge_ranges_are_refused(tmp_path, name):
     message = why_not(f"{tmp_path}/{name}", read_pictures)
     assert "the range must count up, over at most 100,000 files" in message and len(message) < 600
 
 
-def test_the_widest_range_stops_at_the_first_file_that_is_not_there(tmp_path):
+def test_the_widest_range_stops_at_the_first_missing_file(tmp_path):
     shard(tmp_path / "00000.tar", {"a.png": encoded(), "a.txt": "a"})
     message = why_not([f"{tmp_path}/{{00000..99999}}.tar"] * 1000, read_pictures)
     assert "00001.tar: no such file" in message
@@ -75,7 +75,7 @@ def test_odd_names_are_refused_in_a_line(tmp_path, name):
 
 
 def ring(root: Path, folders: int = 8) -> Path:
-    """Folders that all have links to all of them: without a bound there are 8! ways through, and endless patterns."""
+    """Folders that each link to all of them: without a bound there are 8! paths through them, and endless patterns."""
     for n in range(folders):
         captioned(root / f"{n}", f"{n}")
         for m in range(folders):
@@ -84,12 +84,12 @@ def ring(root: Path, folders: int = 8) -> Path:
 
 
 @pytest.mark.parametrize("pattern", ["**/*.tar", "*/" * 20 + "*.tar", "**/**/**/*.tar", "*/**/*/*.tar"])
-def test_patterns_over_links_that_lead_round_are_refused(tmp_path, pattern):
+def test_patterns_over_circular_links_are_refused(tmp_path, pattern):
     message = why_not(f"{ring(tmp_path / 'ring')}/{pattern}", read_pictures)
     assert "more than 100,000" in message or "more than 1,000 times" in message
 
 
-def test_a_folder_whose_links_lead_round_is_refused_and_one_with_a_few_is_read(tmp_path):
+def test_a_folder_of_circular_links_is_refused_and_a_few_links_are_read(tmp_path):
     root = ring(tmp_path / "ring")
     for call in (read_pictures, source_files, check_source):
         assert "links in it lead to the same folders more than 1,000 times" in why_not(
@@ -103,7 +103,7 @@ def test_a_folder_whose_links_lead_round_is_refused_and_one_with_a_few_is_read(t
 
 
 def test_links_that_multiply_are_refused(tmp_path):
-    """No circle, and 2^20 ways to the last folder."""
+    """There is no circle, but there are 2^20 paths to the last folder."""
     for n in range(20):
         for link in "ab":
             (tmp_path / f"{n}").mkdir(exist_ok=True)
@@ -173,7 +173,7 @@ def test_texts_beyond_the_bound_are_named(tmp_path, monkeypatch):
         assert "longer than 1 MiB" in why_not(folder)
 
 
-def test_of_megabytes_of_text_the_first_words_are_a_caption(tmp_path):
+def test_the_caption_is_the_first_words_of_megabytes_of_text(tmp_path):
     write(tmp_path / "a.png", encoded())
     write(tmp_path / "a.txt", "a " + " " * (1 << 20) + "word " * (1 << 19))
     ((caption,),) = read(tmp_path)[0].values()
@@ -187,7 +187,7 @@ def test_an_unclosed_quote_does_not_read_the_whole_list_as_one_caption(tmp_path)
 
 
 def bomb(path: Path, kind: bytes) -> Path:
-    """A compressed tar whose header of a name is a gigabyte of zeros."""
+    """A compressed tar with a gigabyte of zeros as a member's name."""
     info = tarfile.TarInfo("name")
     info.type, info.size = kind, 1 << 30
     with gzip.open(path, "wb", compresslevel=1) as file:
@@ -234,14 +234,14 @@ def test_control_characters_become_escapes():
     assert is_safe(str(UserError(f"{EVIL}: bad")))
 
 
-def test_what_is_said_shows_no_control_character(capsys):
+def test_messages_show_no_control_character(capsys):
     console.say(f"[yellow]skipped[/] {EVIL}")
     shown = capsys.readouterr().err
     assert is_safe(shown) and "skipped a\\x1b]0;owned" in shown
 
 
 def evil_source(folder: Path, form: str) -> Path:
-    """Data of which nothing can be used, with that name in the first place where it can stand."""
+    """Unusable data, with that name in the first place of a message where it can appear."""
     if form == "folder":
         write(folder / f"data/{EVIL}.png", b"x")
         write(folder / f"data/{EVIL}.txt", "a")

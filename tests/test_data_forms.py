@@ -1,4 +1,4 @@
-"""Data in the forms in which `datasets` writes it: equal to what it reads there itself, or refused in one line."""
+"""Data in the formats that `datasets` writes: equal to what `datasets` reads, or refused in one line."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ COLORS = ("red", "lime", "blue", "white")
 
 
 def made(folder: Path, colors=COLORS, image_column="image", caption_column="text", captions=None):
-    """A dataset of pictures that lie in files of `folder`."""
+    """A dataset of pictures that are files in `folder`."""
     files = [str(write(folder / f"{color}.png", encoded(picture(color)))) for color in colors]
     columns = {image_column: files, caption_column: captions or [f"a {color} thing" for color in colors]}
     return datasets.Dataset.from_dict(columns).cast_column(image_column, datasets.Image())
@@ -65,7 +65,7 @@ def test_a_saved_dataset_is_read_as_datasets_reads_it(tmp_path, form, captions):
     assert all("no caption in column" in why for why in broken.values())
 
 
-def test_of_saved_splits_train_is_read_or_the_one_that_is_named(tmp_path):
+def test_the_train_split_is_read_or_the_one_that_is_named(tmp_path):
     parts = {"train": made(tmp_path / "a", COLORS[:2]), "test": made(tmp_path / "b", COLORS[2:])}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
     assert [captions for _, captions in pixels(tmp_path / "both")] == [("a red thing",), ("a lime thing",)]
@@ -94,7 +94,7 @@ def test_a_damaged_saved_dataset_is_one_line(tmp_path):
     assert "column image does not hold pictures" in why_not(tmp_path / "ints")
 
 
-def test_a_saved_dataset_is_known_by_its_files_and_may_go(tmp_path):
+def test_a_saved_dataset_is_known_by_its_files_and_may_be_deleted(tmp_path):
     folder = tmp_path / "saved"
     made(tmp_path / "files").save_to_disk(folder)
     before = source_files(folder)
@@ -108,7 +108,7 @@ def test_a_saved_dataset_is_known_by_its_files_and_may_go(tmp_path):
 
 def test_parquet_as_datasets_writes_it_with_bytes_or_paths(tmp_path):
     rows = made(tmp_path / "data/files")
-    rows.to_parquet(tmp_path / "data/paths.parquet")  # datasets 5 writes paths alone
+    rows.to_parquet(tmp_path / "data/paths.parquet")  # datasets 5 writes only paths
     rows.save_to_disk(tmp_path / "saved")
     datasets.load_from_disk(str(tmp_path / "saved")).to_parquet(tmp_path / "bytes.parquet")
     expected = as_datasets_reads(rows)
@@ -127,7 +127,7 @@ def test_parquet_as_datasets_writes_it_with_bytes_or_paths(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["/etc/hostname.png", "../outside.png", "s/../../outside.png"])
-def test_a_row_leads_nowhere_out_of_its_folder(tmp_path, path):
+def test_a_row_cannot_name_a_file_outside_its_folder(tmp_path, path):
     write(tmp_path / "outside.png", encoded())
     write(tmp_path / "in/inside.png", encoded())
     table(tmp_path / "in/a.parquet", image=[path, "inside.png", "s/../inside.png"], text=["a", "b", "c"])
@@ -176,7 +176,7 @@ def test_rows_without_a_caption_are_skipped_wherever_they_stand(tmp_path, first)
     assert "line 1: no caption column" in why_not(tmp_path) and "it has file_name, tag" in why_not(tmp_path)
 
 
-def test_a_list_speaks_for_its_folder_and_captions_lie_beside_the_pictures_of_others(tmp_path):
+def test_a_list_captions_its_own_folder_and_text_files_the_others(tmp_path):
     for name in ("list/a", "list/sub/unlisted", "beside/b", "beside/c", "d"):
         write(tmp_path / f"{name}.png", encoded())
         write(tmp_path / f"{name}.txt", f"text of {name}")
@@ -210,7 +210,7 @@ def test_files_behind_links_decide_whether_a_source_is_the_same(tmp_path):
 
 @pytest.mark.parametrize("form", ["bmp", "tar", "parquet", "arrow"])
 def test_contents_that_change_at_equal_size_make_another_source(tmp_path, form, monkeypatch):
-    """Pictures painted over and shards packed again; files that lie as they did are not read again."""
+    """Pictures are painted over and shards packed again; unchanged files are not read again."""
     source = tmp_path / "data"
     if form == "bmp":
         write(source / "a.txt", "a"), write(source / "a.bmp", encoded(picture("red"), "BMP"))

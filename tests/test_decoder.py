@@ -26,14 +26,14 @@ def test_decoder_learns_and_is_stock(run_folder, capsys) -> None:
     rows = read_log(run_folder / "decoder-training" / "log.jsonl")
     assert rows[-1]["step"] == 60 and rows[-1]["pixel"] < 0.5 * rows[0]["pixel"]
     vae = AutoencoderTiny.from_pretrained(run_folder / "decoder")
-    assert sum(p.abs().sum() for p in vae.encoder.parameters()) == 0  # it cannot be taken for a trained one
+    assert sum(p.abs().sum() for p in vae.encoder.parameters()) == 0  # nobody can mistake it for a trained encoder
     teacher = Teacher(run_folder / "pipeline")
     pipe = StableDiffusionPipeline.from_pretrained(run_folder / "pipeline", vae=vae)
     pipe.set_progress_bar_config(disable=True)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     drawn = pipe("a cat", num_inference_steps=1, latents=latents, output_type="pt").images
     assert drawn.shape == (1, 3, teacher.native_size, teacher.native_size)
-    # Again: nothing is trained a second time; with other steps the finished one is not passed off as theirs.
+    # A second time nothing is trained; with another number of steps the finished decoder is not returned.
     code, out, err = call(capsys, "decoder", run_folder, "--steps", "60", "--device", "cpu")
     assert code == 0 and "is done" in err and f"PSNR {facts['psnr']:.1f} dB" in out
     code, _, err = call(capsys, "decoder", run_folder, "--steps", "61", "--device", "cpu")

@@ -71,7 +71,7 @@ def test_links_lead_to_files(page: str) -> None:
 
 @pytest.mark.processes
 def test_the_site_is_whole_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
-    """Built strictly: no broken link or anchor, no docstring that cannot be read."""
+    """Built strictly: broken links, broken anchors and unreadable docstrings are errors."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -87,7 +87,7 @@ def test_the_site_is_whole_and_loads_nothing_from_elsewhere(tmp_path: Path) -> N
 
 @pytest.mark.processes
 def test_the_tutorial_goes_from_pictures_to_a_single_file(tmp_path: Path) -> None:
-    """Its commands, in an empty folder that has emoji/, with its edit; only fewer pictures and steps."""
+    """Runs the tutorial's commands and its edit in an empty folder with emoji/, with fewer pictures and steps."""
     blocks = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "docs/tutorial.md").read_text(), re.MULTILINE | re.DOTALL)
     edit = yaml.safe_load(next(text for kind, text in blocks if kind == "yaml"))
     (tmp_path / "emoji").symlink_to(ROOT / "emoji")
@@ -107,7 +107,7 @@ def test_the_tutorial_goes_from_pictures_to_a_single_file(tmp_path: Path) -> Non
 
 
 def test_commands_that_need_nothing_work(capsys: pytest.CaptureFixture[str]) -> None:
-    """Those about plans and layouts, which are read on the meta device."""
+    """Runs the commands about plans and layouts, which need no files."""
     layouts = r"prunet (plans|protocols|inspect (sd|flux|qwen|z-image|sana|pixart)[\w.-]* --plan [\w-]+)$"
     found = {" ".join(command.words) for page in PAGES for command in commands(page)}
     ready = sorted(text for text in found if re.fullmatch(layouts, text))

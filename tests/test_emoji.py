@@ -102,7 +102,7 @@ def test_teacher_is_a_stock_pipeline_and_takes_the_plans_of_its_layout(name: str
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_image_to_image_keeps_the_shape_and_takes_the_colour(name: str) -> None:
-    """From a grey disc: strength 0.6 and `red heart` leave white corners and put red in the middle."""
+    """From a grey disc with strength 0.6, `red heart` keeps the corners white and makes the middle red."""
     pipe = AutoPipelineForImage2Image.from_pipe(stock(name))
     pipe.set_progress_bar_config(disable=True)
     y, x = np.mgrid[:128, :128]
@@ -128,7 +128,7 @@ def test_teacher_tells_a_red_heart_from_a_green_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_training_conditions_are_those_of_the_stock_pipeline(name: str, scripts, tmp_path) -> None:
-    """What the U-Net was trained on is what a pipeline feeds it, for a prompt and for the empty one of guidance."""
+    """The U-Net was trained on what a pipeline gives it, for a prompt and for the empty prompt of guidance."""
     import conditioning
     import export
 
@@ -189,7 +189,7 @@ def test_distillation_target_is_what_the_tutor_says_of_the_same_latents_and_capt
         dice = torch.Generator().manual_seed(1)
         return noise_error(net, scheduler, *draw_batch(cache, empty, 8, 0.5, dice), dice, **target)[0]
 
-    # Taught by itself, a model is wrong only by the drawn noise's share: for dropped captions as for kept ones.
+    # If a model is its own tutor, only the loss to the noise remains, for dropped captions and for kept ones.
     torch.testing.assert_close(error(target=tutored_noise(net, 0.75)), error() / 16, rtol=1e-3, atol=1e-5)
 
 
@@ -220,7 +220,7 @@ def test_scorer_was_trained_on_what_its_preprocessor_gives(scripts) -> None:
     processor = AutoImageProcessor.from_pretrained(EMOJI / "emoji-clip", local_files_only=True)
     pixels = processor([sample.picture for sample in samples], return_tensors="pt")["pixel_values"]
     ours = resize(stack_images(samples), pixels.shape[-1])
-    assert pixels.std() > 0.3  # of the pictures themselves
+    assert pixels.std() > 0.3  # otherwise the tolerance would hide a difference
     torch.testing.assert_close(ours, pixels, atol=0.06, rtol=0)  # 8-bit pixels are 0.008 apart
 
 
@@ -235,7 +235,7 @@ def test_scorer_finds_captions_of_held_out_pictures_far_better_than_chance(scrip
 
 
 def test_kid_of_embeddings_is_the_mean_over_pairs_of_a_cubic_kernel(scripts) -> None:
-    """Of their cosines, against the definition, pair by pair; near zero for two samples of one distribution."""
+    """Against the definition, pair by pair; near zero for two samples of one distribution."""
     from measure import embed
 
     from prunet.evaluation.metrics import squared_mmd

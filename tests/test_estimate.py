@@ -1,4 +1,4 @@
-"""What a recipe would cost: the sums, and what is timed how often; what is timed does not matter here."""
+"""What a recipe would cost: the sums, and how often what is timed. Nothing is really timed here."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def opened(sd: Path, pictures: Path, tmp_path: Path) -> Any:
 
 @pytest.fixture
 def timed(monkeypatch) -> dict[str, Any]:
-    """How much an image takes by what is compared and how many at once; and which were asked for."""
+    """Replaces the timing: `seconds` gives the seconds per image of a plan and micro-batch, `asked` lists calls."""
     found: dict[str, Any] = {"asked": [], "seconds": lambda plan, count: 0.1}
 
     def seconds_per_image(derived, pairs, latent_size, batch_size, *_) -> float:
@@ -49,7 +49,7 @@ def timed(monkeypatch) -> dict[str, Any]:
     return found
 
 
-def test_hours_are_those_of_all_stages(opened, timed) -> None:
+def test_hours_are_summed_over_all_stages(opened, timed) -> None:
     timed["seconds"] = lambda plan, count: {"bk-base": 0.3, "bk-small": 0.2}[plan]
     found = estimate(opened({**STAGE, "plan": "bk-base"}, STAGE, {**STAGE, "steps": 10}))
     assert found.images == (3 + 3 + 10) * 8
@@ -83,7 +83,7 @@ def test_what_would_take_long_is_timed_by_a_few_images(opened, timed) -> None:
     assert (found.timed_micro_batch, found.micro_batch) == (4, 8)
 
 
-def test_features_are_compared_where_they_weigh_something(opened, timed) -> None:
+def test_features_are_compared_if_their_loss_has_weight(opened, timed) -> None:
     this = opened(STAGE, {**STAGE, "losses": {"feature": 1}})
     assert compared(this, 1) == () and compared(this, 2) == this.pairs(2) != ()
     estimate(this)
@@ -120,7 +120,7 @@ def test_text_that_is_embedded_while_training_costs_time_and_memory(opened, time
     assert found.seconds_per_image == pytest.approx(before.seconds_per_image + found.text_seconds_per_image)
 
 
-def test_what_is_done_is_said(finished, timed) -> None:
+def test_finished_steps_are_listed_as_done(finished, timed) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     recipe = load_recipe(finished / "recipe.yaml", [f"output={json.dumps(str(finished))}"])
     assert set(estimate(Run(recipe, CPU)).steps.values()) == {"done"}
@@ -128,7 +128,7 @@ def test_what_is_done_is_said(finished, timed) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_the_cache_takes_what_is_said(kind, opened, timed, pictures, request, tmp_path) -> None:
+def test_the_cache_has_the_estimated_size(kind, opened, timed, pictures, request, tmp_path) -> None:
     this = opened(STAGE)
     this = Run(
         this.recipe.model_copy(update={"teacher": TeacherSource(source=str(request.getfixturevalue(kind)))}), CPU

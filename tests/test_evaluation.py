@@ -21,7 +21,7 @@ from prunet.training.fit import training_memory
 SPEC = Evaluation(prompts=["a cat", "a dog", "a house"], steps=2, guidance_scale=3.0)
 
 
-def test_the_teacher_itself_is_at_no_distance(sd, tmp_path, caplog) -> None:
+def test_the_teacher_is_at_distance_zero_from_itself(sd, tmp_path, caplog) -> None:
     teacher = Teacher(sd)
     same, cut = build(teacher, Plan("none")), build(teacher, load_plan("bk-small"))
     result = evaluate(teacher, {"same": same, "cut": cut}, SPEC, tmp_path, size=16, seed=3)
@@ -38,7 +38,7 @@ def test_the_teacher_itself_is_at_no_distance(sd, tmp_path, caplog) -> None:
 
 
 def test_image_to_image_starts_from_the_teachers_pictures(sd, tmp_path) -> None:
-    """Each by the prompt after its own, from noise that no other picture has; few steps and 0 leave it out."""
+    """Each is drawn with the next prompt and with noise of its own; 0, or too few steps, leaves this out."""
     teacher = Teacher(sd)
     nets = {"same": build(teacher, Plan("none")), "cut": build(teacher, load_plan("bk-small"))}
     result = evaluate(teacher, nets, SPEC.model_copy(update={"image_to_image": 2}), tmp_path / "two", size=16, seed=3)
@@ -63,7 +63,7 @@ def test_image_to_image_starts_from_the_teachers_pictures(sd, tmp_path) -> None:
 
 
 def test_a_stopped_evaluation_does_not_draw_again_what_it_has(sd, tmp_path, monkeypatch) -> None:
-    """Stopped at each batch, and once with a damaged one, it ends in the same files; another seed's are not taken."""
+    """Stopped at each batch, once with a damaged picture, it ends in the same files; another seed's are not used."""
     monkeypatch.setattr(drawing, "BATCH", 2)
     teacher, drawn, left = Teacher(sd), [], [0]
     students = {"cut": build(teacher, load_plan("bk-small"))}
@@ -87,14 +87,21 @@ def test_a_stopped_evaluation_does_not_draw_again_what_it_has(sd, tmp_path, monk
     kept.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     left[0] = 9
     parts = evaluate(teacher, students, SPEC, tmp_path / "parts", size=16, seed=3)
-    assert drawn == [[4, 5], [3, 4], [5], [3, 4], [3, 4], [5]]  # of the teacher first, the damaged one again, the cut
+    assert drawn == [
+        [4, 5],
+        [3, 4],
+        [5],
+        [3, 4],
+        [3, 4],
+        [5],
+    ]  # the teacher first, then the damaged picture again, then the cut one
     assert parts.distance == whole.distance and parts.pictures == whole.pictures
     names = [sorted(str(p.relative_to(tmp_path / f)) for p in (tmp_path / f).rglob("*")) for f in ("parts", "whole")]
     assert names[0] == names[1]
 
 
 def test_denoiser_distance_by_hand(sd) -> None:
-    """A student that says twice what the teacher says is off by the teacher's own power: 1."""
+    """A student whose output is twice the teacher's has an error equal to the teacher's power, which is 1."""
     teacher = Teacher(sd)
     twice = build(teacher, Plan("none"))
     for tensor in twice.conv_out.parameters():

@@ -1,4 +1,4 @@
-"""Few steps without guidance: losses, paths and samplers against plain and stock ones; nobody draws wrongly."""
+"""Few steps without guidance: losses, paths and samplers against plain formulas and stock diffusers."""
 
 import dataclasses
 import json
@@ -166,7 +166,7 @@ def test_jump_loss_is_the_formula_in_plain_words(made, tmp_path) -> None:
     samples = PathSamples(paths, TRAJECTORY, 5, teacher.process)
     noisy, landed, t, after, condition = batch_of(samples, ("noisy", "landed", "timestep", "after"))
     assert set(t.tolist()) == {999, 499}
-    kept = torch.cat([teacher.noise_scheduler.alphas_cumprod, torch.ones(1)])  # at -1 nothing is noise
+    kept = torch.cat([teacher.noise_scheduler.alphas_cumprod, torch.ones(1)])  # timestep -1 has no noise
     alpha, sigma, alpha_after, sigma_after = (
         x.view(-1, 1, 1, 1).sqrt() for x in (kept[t], 1 - kept[t], kept[after], 1 - kept[after])
     )
@@ -225,21 +225,21 @@ def test_on_paths_the_denoisers_see_the_points_of_the_paths(made) -> None:
 
 
 def test_consistency_loss_is_the_formula_in_plain_words(made, tmp_path) -> None:
-    """As diffusers' scripts for LCM write it: DDIM by the noise, and the scheduler's boundary condition."""
+    """As in diffusers' scripts for LCM: a DDIM step from the noise, and the scheduler's boundary condition."""
     teacher, latents, _ = made
     (student, _), (plain, _) = small(teacher), small(teacher)
     distil(teacher, student, (), latents, CONSISTENCY, tmp_path, seed=5, runtime=CPU)
     clean, noise, t, condition = batch_of(
         Samples(latents, CONSISTENCY, 5, teacher.process), ("latents", "noise", "timestep")
     )
-    t = torch.arange(19, 1000, 20)[t // 20]  # of the teacher's 50 steps, the one that it falls into
+    t = torch.arange(19, 1000, 20)[t // 20]  # the one of the teacher's 50 steps that contains it
     before, kept = (t - 20).clamp(min=0), teacher.noise_scheduler.alphas_cumprod
     scheduler = LCMScheduler.from_config(teacher.noise_scheduler.config)
     scheduler.set_timesteps(50)
     assert set(t.tolist()) <= set(scheduler.timesteps.tolist())
 
     def both(output, x, t):
-        """Picture and noise that follow from an output."""
+        """Returns the picture and the noise that follow from an output."""
         a, s = (part[t].view(-1, 1, 1, 1).sqrt() for part in (kept, 1 - kept))
         if teacher.process.prediction_type == "epsilon":
             return (x - s * output) / a, output
@@ -254,7 +254,7 @@ def test_consistency_loss_is_the_formula_in_plain_words(made, tmp_path) -> None:
     noisy = teacher.noise_scheduler.add_noise(clean, noise, t)
     nothing = {**condition, **{k: v.expand_as(condition[k]) for k, v in latents.unconditional.items()}}
     given, free = (both(call_unet(teacher.unet, noisy, t, c), noisy, t) for c in (condition, nothing))
-    picture, there = (g + 2.0 * (g - f) for g, f in zip(given, free, strict=True))  # 3 as pipelines count it
+    picture, there = (g + 2.0 * (g - f) for g, f in zip(given, free, strict=True))  # guidance scale 3 in pipelines
     nearer = teacher.noise_scheduler.add_noise(picture, there, before)
     apart = seen(plain, noisy, t) - seen(plain, nearer, before)
     loss = ((apart.square() + 0.001**2).sqrt() - 0.001).mean()
@@ -264,7 +264,7 @@ def test_consistency_loss_is_the_formula_in_plain_words(made, tmp_path) -> None:
 
 @pytest.mark.parametrize("jump_weight", [0.0, 0.5])
 def test_distribution_gradient_and_fake_score_are_the_formulas_in_plain_words(made, jump_weight, tmp_path) -> None:
-    """The step is taken in two micro-batches, and here in one."""
+    """The training takes the step in two micro-batches, this test in one."""
     teacher, latents, paths = made
     (student, _), (plain, _), (fake, _) = (small(teacher) for _ in range(3))
     stage = DISTRIBUTION.model_copy(update={"jump_weight": jump_weight, "steps": 1})
@@ -322,7 +322,7 @@ def test_distribution_gradient_and_fake_score_are_the_formulas_in_plain_words(ma
         optimizer.zero_grad()
     saved = torch.load(checkpoints(tmp_path)[-1] / "companion.pt", weights_only=True)["net"]
     differences = [(saved[name] - value).abs() for name, value in fake.state_dict().items()]
-    # Of gradients that are all rounding AdamW makes whole steps.
+    # AdamW makes full steps even from gradients that are only rounding.
     assert torch.cat([d.flatten() for d in differences]).quantile(0.99) < 1e-4
     teacher.release("unet")
 
@@ -401,7 +401,7 @@ def finished_fast(sd, pictures, tmp_path_factory) -> Path:
     return run(load_recipe(folder / "recipe.yaml"), dataclasses.replace(CPU))
 
 
-def test_nobody_draws_it_wrongly_by_default(finished_fast, sd) -> None:
+def test_it_is_drawn_correctly_by_default(finished_fast, sd) -> None:
     how = Drawing(steps=2, guidance_scale=1, sampler="ddim-trailing")
     for model in (finished_fast / "pipeline", finished_fast / "student.safetensors"):
         assert made_for(Teacher(model)) == how
@@ -417,8 +417,8 @@ def test_nobody_draws_it_wrongly_by_default(finished_fast, sd) -> None:
     assert {folder.name for folder in finished_fast.glob("cache*")} == {"cache", "cache-paths"}
 
 
-def test_from_a_picture_it_begins_at_one_of_its_own_timesteps(finished_fast, capsys) -> None:
-    """Of its two steps, one; a share that leaves none is refused, and one that is rounded is told."""
+def test_image_to_image_starts_at_one_of_its_own_timesteps(finished_fast, capsys) -> None:
+    """Of its two steps one is taken; a strength that leaves none is refused, and a rounded one is reported."""
     seen, noisy = [], UNet2DConditionModel.forward
 
     def look(self: Any, sample: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
@@ -435,7 +435,7 @@ def test_from_a_picture_it_begins_at_one_of_its_own_timesteps(finished_fast, cap
         generate(finished_fast, "a cat", start=StartPicture(picture, 0.4))
 
 
-def test_a_protocol_measures_it_as_it_was_made_for_and_says_so(finished_fast, sd, tmp_path, monkeypatch) -> None:
+def test_a_protocol_uses_the_students_own_settings_and_records_them(finished_fast, sd, tmp_path, monkeypatch) -> None:
     clip = {"model": "tiny", "source": "this test"}
     given = {
         "prompts": {"source": "this test"},
@@ -501,7 +501,7 @@ def test_settings_that_do_not_fit_are_refused(stage, said, tmp_path) -> None:
         load_recipe(tmp_path / "recipe.yaml")
 
 
-def test_jumps_that_the_noise_schedule_has_no_times_for_are_refused(sd, sd_v, tmp_path) -> None:
+def test_jumps_that_the_noise_schedule_cannot_make_are_refused(sd, sd_v, tmp_path) -> None:
     stage = TRAJECTORY.model_copy(update={"jumps": 3, "path_steps": 12})
     with pytest.raises(UserError, match=r"stages.1.jumps: 3 do not divide the 1000 timesteps"):
         check_jumps(Teacher(sd), stage, "stages.1")
@@ -525,7 +525,7 @@ def test_jumps_that_the_noise_schedule_has_no_times_for_are_refused(sd, sd_v, tm
                 check_jumps(Teacher(folder), TRAJECTORY, "stages.0")
 
 
-def test_damaged_word_on_how_to_draw_is_one_line(finished_fast, tmp_path) -> None:
+def test_a_damaged_note_on_how_to_draw_is_one_line(finished_fast, tmp_path) -> None:
     folder = shutil.copytree(finished_fast / "pipeline", tmp_path / "pipeline")
     index = json.loads((folder / "model_index.json").read_text())
     for value, said in (

@@ -1,4 +1,4 @@
-"""Files are whole or not there: whatever stops a write, and wherever, the old one stays until the new one is whole."""
+"""Files are whole or absent: whatever stops a write, the old file stays until the new one is whole."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def texts(folder: Path) -> list[str]:
 
 
 def killed_at(call: int, do: Callable[[], object]) -> bool:
-    """Does it in a fork, which is killed before its `call`-th renaming or removal; False if it makes fewer."""
+    """Runs it in a fork that is killed before its `call`-th rename or removal; returns False if there are fewer."""
     if not (child := os.fork()):
         calls = iter(range(call, -1, -1))
 
@@ -38,7 +38,7 @@ def killed_at(call: int, do: Callable[[], object]) -> bool:
 
             return maybe
 
-        os.replace, shutil.rmtree = counted(os.replace), counted(shutil.rmtree)  # of the fork alone
+        os.replace, shutil.rmtree = counted(os.replace), counted(shutil.rmtree)  # only in the fork
         try:
             do()
         except BaseException:
@@ -74,7 +74,7 @@ def test_a_kill_anywhere_leaves_the_old_file_or_the_new_one(tmp_path) -> None:
     write_text(file, "old")
     while killed_at(call, lambda: write_text(file, "new")):
         ends.append(file.read_text())
-        write_text(file, "old")  # over what the kill left
+        write_text(file, "old")  # over the files that the kill left
         assert [path.name for path in tmp_path.iterdir()] == ["a"]
         call += 1
     assert set(ends) == {"old", "new"} and ends == sorted(ends, reverse=True)  # first the old one, then the new one
@@ -139,7 +139,7 @@ def test_a_label_has_its_keys(tmp_path) -> None:
         read_label(path, ("a",))
 
 
-def test_where_nothing_can_be_written_is_one_line(tmp_path) -> None:
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path) -> None:
     assert check_writable(tmp_path / "a" / "b", "output") == tmp_path
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()

@@ -1,4 +1,4 @@
-"""What is not finite is named as that, with whose it is: never a learning rate, never a picture."""
+"""NaN and infinity are reported with their source; the learning rate is not blamed, and no picture is written."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ NAN = float("nan")
 
 
 def scaled(teacher: Path, to: Path, part: str, key: str, factor: float) -> Path:
-    """A copy of a teacher with one tensor times a factor."""
+    """Copies a teacher and multiplies one tensor by a factor."""
     folder = Path(shutil.copytree(teacher, to))
     tensors = load_file(folder / part / WEIGHTS)
     save_file({**tensors, key: tensors[key] * factor}, folder / part / WEIGHTS)
@@ -34,7 +34,7 @@ def scaled(teacher: Path, to: Path, part: str, key: str, factor: float) -> Path:
         ("vae", "decoder.conv_out.weight", 3e38, r"The decoded picture is not finite in torch\.float32"),
     ],
 )
-def test_generate_writes_no_picture_of_nothing(part, key, factor, message, sd, tmp_path) -> None:
+def test_generate_writes_no_picture_that_is_not_finite(part, key, factor, message, sd, tmp_path) -> None:
     folder = scaled(sd, tmp_path / "t", part, key, factor)
     with pytest.raises(UserError, match=message):
         generate(folder, "a cat", drawing=Drawing(steps=2), seed=3, save_to=[tmp_path / "a.png"])

@@ -1,4 +1,4 @@
-"""Mutated inputs: whatever a user gives, a command ends with exit code 0 or 2, in one line, soon and in little memory.
+"""Mutated inputs: every command ends with exit code 0 or 2, in one line, within seconds and in little memory.
 
 The short form is for every change; `python -m pytest -m slow tests/test_fuzz.py` tries 10,000.
 """
@@ -120,7 +120,7 @@ CONFIGS = (*(f"{part}/config.json" for part in PARTS), "scheduler/scheduler_conf
 
 
 class Place:
-    """A teacher, pictures and a folder for the inputs that are tried."""
+    """A teacher, pictures and a folder for the mutated inputs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -153,7 +153,7 @@ class Place:
         page = self.write("r.yaml", yaml.safe_dump(self.recipe))
         try:
             text = json.dumps(new) if not isinstance(new, str) else new
-        except ValueError:  # of an integer longer than Python writes
+        except ValueError:  # an integer longer than Python converts
             return
         if "\0" not in text:  # which no command line can hold
             self.estimate(page, "--set", f"{'.'.join(map(str, path))}={text}")
@@ -255,7 +255,7 @@ def paths(whole: Any, before: tuple = ()) -> list[tuple]:
 
 
 class TooLong(BaseException):
-    """Raised into what takes too long; nothing that catches exceptions catches it."""
+    """Raised when a command takes too long; no `except Exception` catches it."""
 
 
 def stop(*_: object) -> None:
@@ -265,7 +265,7 @@ def stop(*_: object) -> None:
 def check(*args: object) -> None:
     """Runs `prunet ARGS` in this process; anything but exit code 0 or 2 in one line, in time, fails."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Seconds of this process alone: the machine may be busy.
+    # CPU seconds of this process, because the machine may be busy.
     signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, LONGEST_S)
     argv, sys.argv = sys.argv, ["prunet", *map(str, args)]
@@ -334,7 +334,7 @@ mutations = st.one_of(
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
     patch = pytest.MonkeyPatch()
-    # What an estimate measures is no input; it would be most of the time.
+    # The measurements of an estimate would take most of the time, and they do not depend on the input.
     for module in (estimate, personalization):
         patch.setattr(module, "seconds_per_image", lambda *_: 0.1)
         patch.setattr(module, "step_memory", lambda *_, **__: 1)

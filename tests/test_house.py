@@ -21,7 +21,7 @@ def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
 
 
 def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """How many a function takes, but for the object or class that it belongs to."""
+    """Counts the parameters of a function, without `self` or `cls`."""
     args = node.args
     named = [arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
     return len([name for name in named if name not in ("self", "cls")]) + bool(args.vararg) + bool(args.kwarg)

@@ -1,4 +1,4 @@
-"""Teachers of the hub and students for it, by a server that speaks the hub's API."""
+"""Teachers from the hub and students uploaded to it, through a server with the hub's API."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def test_a_download_that_is_cut_off_resumes(hub: Hub, sd, monkeypatch) -> None:
     assert any(path.endswith(UNET) and given for path, given in hub.requests), "it began again instead of resuming"
 
 
-def test_what_is_not_there_is_one_line_that_says_what_to_do(hub: Hub, sd, tmp_path) -> None:
+def test_something_missing_is_one_line_that_tells_what_to_do(hub: Hub, sd, tmp_path) -> None:
     hub.commit("owner/sd", sd)
     hub.commit("owner/gated", sd)
     hub.gated = {"owner/gated"}
@@ -81,7 +81,7 @@ def test_a_run_keeps_the_commit_and_its_student_goes_to_the_hub(
     assert kept == {"source": "owner/sd", "config": None, "revision": first}
     card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
     assert f"`owner/sd` at commit `{first}`" in card and 'base_model: "owner/sd"' in card
-    hub.add("owner/sd", {"model_index.json": b"{}"})  # the run itself reads what it began with
+    hub.add("owner/sd", {"model_index.json": b"{}"})  # the run still reads the commit that it started with
     code, out, err = call(capsys, "run", tmp_path / "run", "--device", "cpu")
     assert code == 0 and "→" not in err, err
 
@@ -112,6 +112,6 @@ def test_the_licence_of_a_model_card_is_found(hub: Hub, sd, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", ["small", "owner/", "a/b/c"])
-def test_a_name_that_is_no_repository_is_refused(name) -> None:
+def test_a_wrong_repository_name_is_refused(name) -> None:
     with pytest.raises(UserError, match="owner/name"):
         check_push(name)

@@ -86,8 +86,8 @@ def test_a_picture_does_not_depend_on_its_batch(sd: Path) -> None:
     assert change(together[1], alone[0]) > 1
 
 
-def test_what_is_black_in_the_mask_stays(sd: Path) -> None:
-    """But for the VAE, through which it goes: at strength 1 without a mask nothing stays."""
+def test_black_parts_of_the_mask_stay(sd: Path) -> None:
+    """Up to the VAE, which it passes through; at strength 1 without a mask nothing stays."""
     how = Drawing(steps=2)
     before = generate(sd, "a cat", drawing=how, start=StartPicture(picture(1), 0.5))[0]
     wide = Image.new("L", (16, 16))
@@ -104,7 +104,7 @@ def test_a_wide_picture_is_cropped_in_the_middle(sd: Path) -> None:
     assert drawn[0].tobytes() == drawn[1].tobytes()
 
 
-def test_a_wrong_start_is_refused_before_anything_is_drawn(sd: Path) -> None:
+def test_a_wrong_start_picture_is_refused_before_anything_is_drawn(sd: Path) -> None:
     for given, message in (
         ({"strength": 0.0}, "strength 0: give a number above 0, up to 1"),
         ({"strength": 1.01}, "strength 1.01: give"),

@@ -1,4 +1,4 @@
-"""Speeds beside their limits: what adds up adds up, and the limit is what the configs say. No test asserts a time."""
+"""Speeds beside their limits: parts add up to the whole, limits follow from the configs. No test asserts a time."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module", autouse=True)
 def one_round():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prunet.speed.profiling.ROUNDS", 1)  # more are for the noise, which no test looks at
+        patch.setattr("prunet.speed.profiling.ROUNDS", 1)  # more rounds only reduce noise, which no test checks
         yield
 
 
@@ -144,7 +144,7 @@ def test_what_is_below_the_limit_is_explained_by_its_largest_part(result) -> Non
     assert "small (batch 2) reaches" not in text(interval=(0.4 * limit, 0.6 * limit), share=0.9)
 
 
-def test_files_hold_what_was_found(result, tmp_path) -> None:
+def test_files_hold_the_results(result, tmp_path) -> None:
     write_speeds(result, tmp_path)
     assert read_json(tmp_path / "bench.json") == json.loads(json.dumps(result.facts()))
     assert markdown(result) in (tmp_path / "bench.md").read_text()
@@ -194,12 +194,12 @@ def test_one_model_alone_has_nothing_to_be_compared_with(sd) -> None:
     assert "Speed-up" not in chart(result)
 
 
-def test_a_name_is_text_and_nothing_else(result) -> None:
+def test_names_are_not_read_as_markup(result) -> None:
     odd = Bench.model_validate_json(result.model_dump_json().replace("small", "<b>&"))
     assert "<b>&" in " ".join(ElementTree.fromstring(chart(odd)).itertext())
 
 
-def test_the_verb_says_the_same_as_its_files(capsys, sd, student, tmp_path) -> None:
+def test_the_verb_prints_what_its_files_hold(capsys, sd, student, tmp_path) -> None:
     out = tmp_path / "out"
     flags = ("--device", "cpu", "--precision", "no", "--repeats", 3, "-o", out, "--json")
     code, text, _ = call(capsys, "bench", sd, student, *flags)

@@ -1,4 +1,4 @@
-"""The package as a stranger gets it: sdist and wheel, installed away from the clone, to a student in five commands."""
+"""The package as a user gets it: sdist and wheel, installed away from the clone, to a student in five commands."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The cache: what it stores, that it can be killed, and that it is refused where it does not belong."""
+"""The cache: what it stores, that a killed one resumes, and that it is refused for other teachers and data."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(latents, "BLOCK", 4)
 
 
-def test_holds_what_the_teachers_own_parts_say(sd, pictures, tmp_path) -> None:
+def test_holds_the_outputs_of_the_teachers_parts(sd, pictures, tmp_path) -> None:
     teacher = Teacher(sd)
     made = cache(teacher, Data(source=str(pictures)), tmp_path / "c")
     assert len(made) == 12
@@ -65,7 +65,7 @@ def test_sdxl_keeps_pooled_embeddings_and_micro_conditioning(sdxl, tmp_path) -> 
     )
 
 
-def test_killed_and_given_again_ends_in_the_same_bytes(sd, pictures, tmp_path, small_shards, monkeypatch) -> None:
+def test_killed_and_resumed_ends_in_the_same_bytes(sd, pictures, tmp_path, small_shards, monkeypatch) -> None:
     data = Data(source=str(pictures), flip=True, crop="random", views=2)
     cache(Teacher(sd), data, tmp_path / "whole", seed=3)
     save_file = latents.save_file
@@ -102,7 +102,7 @@ def test_broken_pictures_are_skipped_counted_and_named(sd, tmp_path, capsys) -> 
     assert "2 pictures skipped" in capsys.readouterr().err
 
 
-def test_nothing_usable_is_refused(sd, tmp_path) -> None:
+def test_data_with_nothing_usable_are_refused(sd, tmp_path) -> None:
     folder = make_pictures(tmp_path / "p", count=2)
     for file in folder.glob("*.png"):
         file.write_bytes(b"x")
@@ -132,7 +132,7 @@ def test_other_teacher_or_data_is_refused(sd, pictures, tmp_path) -> None:
 
 
 def test_another_unet_may_use_the_same_latents(sd, pictures, tmp_path) -> None:
-    """Latents of pictures depend on VAE and text encoder alone."""
+    """Latents of pictures depend only on VAE and text encoder."""
     made = cache(Teacher(sd), Data(source=str(pictures)), tmp_path / "c")
     other = make_pipeline(tmp_path / "other", "sd", seed=4)
     for part in ("vae", "text_encoder"):
@@ -150,7 +150,7 @@ def test_damaged_shard_is_one_clear_line(sd, pictures, tmp_path) -> None:
         Cache.open(tmp_path / "c")
 
 
-def test_what_is_said_of_a_damaged_cache_fixes_it(sd, pictures, tmp_path) -> None:
+def test_the_advice_for_a_damaged_cache_fixes_it(sd, pictures, tmp_path) -> None:
     folder, data = tmp_path / "c", Data(source=str(pictures))
     whole = cache(Teacher(sd), data, folder).unconditional["prompt_embeds"]
     empty = folder / "unconditional.safetensors"
@@ -216,8 +216,18 @@ def test_prompts_alone(kind, request, tmp_path, monkeypatch, small_shards) -> No
 @pytest.mark.parametrize(
     ("file", "change", "of_prompts", "of_pictures"),
     [
-        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, True, False),  # what it draws by
-        ("model_index.json", {"force_zeros_for_empty_prompt": False}, True, True),  # what a dropped caption becomes
+        (
+            "scheduler/scheduler_config.json",
+            {"prediction_type": "v_prediction"},
+            True,
+            False,
+        ),  # it decides how the teacher draws
+        (
+            "model_index.json",
+            {"force_zeros_for_empty_prompt": False},
+            True,
+            True,
+        ),  # it decides what a dropped caption becomes
     ],
 )
 def test_spec_knows_what_the_latents_and_embeddings_depend_on(
@@ -239,7 +249,7 @@ def test_size_that_the_stages_cannot_halve_is_refused(sd, pictures, tmp_path) ->
 
 @pytest.mark.parametrize("other", ["vae", "text_encoder"])
 def test_cache_of_another_teacher_keeps_what_it_would_compute_again(sd, pictures, tmp_path, monkeypatch, other) -> None:
-    """Byte for byte the cache made from nothing; the part that is the same is never run."""
+    """It equals, byte for byte, a cache made from nothing; the unchanged part is never called."""
     twin = tmp_path / "twin"
     shutil.copytree(sd, twin)
     strange = make_pipeline(tmp_path / "strange", "sd", seed=9)
@@ -294,7 +304,7 @@ def test_bucket_sizes_at_1024_are_those_of_sdxl() -> None:
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 @pytest.mark.parametrize("of", ["pictures", "prompts"])
 def test_captions_cut_at_the_token_limit_are_counted(kind, of, request, tmp_path, capsys, small_shards) -> None:
-    """75 words fit between the two marks of 77 tokens; of the words after them the embeddings know nothing."""
+    """75 words fit between the first and the last of 77 tokens; later words do not change the embeddings."""
     captions = ["a " * 75, "b " * 76, "c d", "e f " * 400, "g " * 74, "h " * 77]
     if of == "pictures":
         folder = make_pictures(tmp_path / "p", count=6)
@@ -313,7 +323,7 @@ def test_captions_cut_at_the_token_limit_are_counted(kind, of, request, tmp_path
     assert (made.sample(0).condition["prompt_embeds"] - embeds[1]).abs().max() > 0.01, "a caption that fits is whole"
 
 
-def test_where_nothing_is_cut_nothing_is_said(sd, pictures, tmp_path, capsys) -> None:
+def test_no_message_if_no_caption_is_cut(sd, pictures, tmp_path, capsys) -> None:
     cache(Teacher(sd), Data(source=str(pictures)), tmp_path / "c")
     assert json.loads((tmp_path / "c" / "cache.json").read_text())["cut"] == 0
     assert "cut" not in capsys.readouterr().err
@@ -332,7 +342,7 @@ def test_a_saved_dataset_of_pictures_makes_the_cache_of_its_folder(sd, pictures,
 
 
 def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, monkeypatch) -> None:
-    """Captions, pictures and labels are held a block at a time; what is encoded does not matter here."""
+    """Only one block of captions, pictures and labels is in memory at a time; the encoding is replaced here."""
     small = io.BytesIO()
     Image.new("RGB", (1, 1)).save(small, "PNG")
 
@@ -359,7 +369,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, monkeypatch) 
         tracemalloc.stop()
         return most
 
-    peak(256)  # what is imported and kept once
+    peak(256)  # so that imports and lasting allocations are not counted
     assert peak(3072) < peak(512) + 1_500_000, "all captions together are 6 MB"
 
 

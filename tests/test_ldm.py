@@ -93,7 +93,7 @@ VAE = {
     "layers_per_block": 2,
 }
 CONFIGS = {name: config for name, (config, _) in MODELS.items()}
-# Stages that keep different numbers of layers: only prunet reads them back.
+# Stages with different numbers of layers; only prunet can read these files back.
 CONFIGS["sd-v1 uneven"] = SD_V1 | {"layers_per_block": (2, 1, 2, 1)}
 
 
@@ -116,7 +116,7 @@ def fewer(depths):
 
 
 def shrink(config):
-    """The same structure with widths and depths that a test can afford."""
+    """Returns the same structure with small widths and depths."""
     widths = {320: 16, 640: 32, 1280: 32}
     small = dict(config, block_out_channels=[widths[width] for width in config["block_out_channels"]])
     for key in ("transformer_layers_per_block", "reverse_transformer_layers_per_block"):
@@ -189,7 +189,7 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_what_was_written_is_read_back_bit_equal(name, tmp_path):
+def test_tensors_are_read_back_bit_equal(name, tmp_path):
     unet, vae = unet_of(name), vae_of()
     encoders = text_encoders_of(name)
     assert all(tensor.is_contiguous() for tensor in file_of(name).values())
@@ -243,7 +243,7 @@ def test_sdxl_has_the_2515_tensors_of_the_published_file_less_two():
         meta(CLIPTextModel, config=clip_l),
         meta(CLIPTextModelWithProjection, config=clip_g),
     )
-    assert len(file) == 2515 - 2  # position_ids, a constant, and logit_scale, which no picture needs
+    assert len(file) == 2515 - 2  # position_ids, a constant, and logit_scale, which drawing does not need
     assert file["conditioner.embedders.1.model.transformer.resblocks.31.attn.in_proj_weight"].shape == (
         3840,
         1280,
@@ -254,7 +254,7 @@ def test_sdxl_has_the_2515_tensors_of_the_published_file_less_two():
 
 
 def save_configs(pipeline, folder):
-    """A pipeline folder as `from_single_file(config=...)` wants it: everything but the weights."""
+    """A pipeline folder for `from_single_file(config=...)`: everything except the weights."""
     pipeline.save_pretrained(folder)
     for weights in Path(folder).rglob("*.safetensors"):
         weights.unlink()
@@ -359,7 +359,7 @@ def test_layout_of_a_file_with_only_a_unet(tmp_path):
     assert layout_of(path) is None
 
 
-def test_layout_of_what_is_no_safetensors_file(tmp_path):
+def test_layout_of_a_file_that_is_not_safetensors(tmp_path):
     with pytest.raises(UserError, match="cannot be opened"):
         layout_of(tmp_path / "missing.safetensors")
     (tmp_path / "model.ckpt").write_bytes(b"PK\x03\x04 a pickle")
@@ -384,13 +384,13 @@ def test_reading_with_the_wrong_config_names_what_is_wrong(tmp_path):
         from_ldm_text_encoder(path, text_encoder_of(layers=3).config)
 
 
-def test_what_has_no_ldm_form_is_refused():
+def test_models_without_a_single_file_form_are_refused():
     with pytest.raises(UserError, match=r"down_blocks\.0\.attentions\.0 \(Attention\)"):
         unet_key_map(shrink(SD_V1) | {"down_block_types": ("SimpleCrossAttnDownBlock2D",) + ("DownBlock2D",) * 3})
     with pytest.raises(UserError, match=r"time_embedding\.cond_proj\.weight"):
         unet_key_map(shrink(SD_V1) | {"time_cond_proj_dim": 8})
     unet = deepcopy(unet_of("sd-v1 bk-base"))
-    unet.mid_block = None  # surgery that the config does not know of
+    unet.mid_block = None  # a change that the config does not show
     with pytest.raises(UserError, match=r"does not fit its config \(mid_block"):
         to_ldm(unet, None, None)
     with pytest.raises(UserError, match="two text encoders"):

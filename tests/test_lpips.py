@@ -32,7 +32,7 @@ LAST = (2, 7, 14, 21, 28)
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Random ones, in files as they are to be had."""
+    """Random weights in files of the published formats."""
     folder, rng, vgg, width = tmp_path_factory.mktemp("weights"), torch.Generator().manual_seed(0), {}, 3
     for i, wider in WIDTHS.items():
         vgg[f"features.{i}.weight"] = torch.randn(wider, width, 3, 3, generator=rng) * (2 / (9 * width)) ** 0.5
@@ -71,7 +71,7 @@ def by_hand(weights: dict[str, Path], a: Image.Image, b: Image.Image) -> float:
 
 
 def python(*args: object) -> subprocess.CompletedProcess:
-    """In a process of its own, which finds torchvision."""
+    """Runs it in a new process that can import torchvision."""
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join((str(EVAL), os.environ.get("PYTHONPATH", ""))),
@@ -139,7 +139,7 @@ def test_equals_its_definition_and_refuses_other_files(weights: dict[str, Path],
     assert not (tmp_path / "harm").exists()
 
 
-def test_of_a_run_it_stands_beside_the_other_distances(sd, pictures, weights, tmp_path: Path) -> None:
+def test_lpips_of_a_run_stands_beside_the_other_distances(sd, pictures, weights, tmp_path: Path) -> None:
     stage = {"steps": 1, "batch_size": 2, "warmup_steps": 0}
     recipe = recipe_file(tmp_path, sd, pictures, stages=[stage], sheet={"every": 0})
     folder = run(load_recipe(recipe), CPU)
@@ -158,6 +158,6 @@ def test_of_a_run_it_stands_beside_the_other_distances(sd, pictures, weights, tm
         assert distance.pop("lpips") == pytest.approx(expected.value, rel=1e-4)
         assert distance["intervals"].pop("lpips") == pytest.approx((expected.low, expected.high), rel=1e-4)
     assert after.pop("lpips")
-    assert after == before  # nothing else is measured anew
+    assert after == before  # nothing else is measured again
     assert "| pictures, LPIPS (VGG16) |" in (folder / "evaluation" / "evaluation.md").read_text()
     assert "pictures, LPIPS" in (folder / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""What a single file says of itself, what its config says, and what prunet's own files say."""
+"""Marks of a single file about its prediction type, its config, and the marks that prunet writes."""
 
 import json
 import shutil
@@ -91,7 +91,7 @@ OF_SD = (SAYING[0], SAYING[1], SAYING[4])  # a tensor of each field that a confi
     ("kind", "tensors", "metadata", "field", "value"),
     [*[("sdxl", *case) for case in SAYING], *[("sd", *case) for case in OF_SD]],
 )
-def test_a_config_must_say_the_same(single, kind, tensors, metadata, field, value) -> None:
+def test_a_config_must_agree_with_the_marks(single, kind, tensors, metadata, field, value) -> None:
     """Whatever the mark: the config that agrees is taken; another is refused with both values and where they are."""
     where = [*tensors, *metadata][-1]
     configs = {PREDICTION: (EPSILON, V), ZERO_SNR: (False, True), NOISE: ("DDIMScheduler",)}
@@ -120,7 +120,7 @@ def test_the_configs_beside_a_file_are_compared_too(single, tmp_path) -> None:
         Teacher(tmp_path / "mine.safetensors")
 
 
-def test_a_scheduler_that_does_not_say_means_epsilon_and_no_zero_snr(single) -> None:
+def test_a_scheduler_without_the_fields_means_epsilon_and_no_zero_snr(single) -> None:
     file, config = single(metadata={"modelspec.prediction_type": "epsilon", "ss_zero_terminal_snr": "False"})
     path = config / "scheduler" / "scheduler_config.json"
     fields = {k: v for k, v in json.loads(path.read_text()).items() if k not in (PREDICTION, ZERO_SNR)}
@@ -141,7 +141,7 @@ SMALL = {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "attention_he
 
 @pytest.fixture
 def bare(tmp_path, monkeypatch):
-    """A U-Net of a layout alone, without configs: its size does not matter to what is tested here."""
+    """Writes only a U-Net of a layout, without configs; its size does not matter here."""
     monkeypatch.setattr("prunet.teacher.ldm.has_unet", lambda *args: True)
     monkeypatch.setattr("prunet.teacher.ldm.lacks", lambda *args: None)
 
@@ -180,7 +180,7 @@ def test_a_bare_file_is_compared_with_the_configs_that_it_would_get(bare) -> Non
 @pytest.mark.parametrize(
     ("kind", "prediction", "zero_snr"), [("sd", EPSILON, False), ("sd", V, False), ("sdxl", V, True)]
 )
-def test_exports_say_what_they_predict(kind, prediction, zero_snr, tmp_path) -> None:
+def test_exports_are_marked_with_what_they_predict(kind, prediction, zero_snr, tmp_path) -> None:
     """In the tensors that ComfyUI looks for and in ModelSpec's metadata; prunet reads them back as no disagreement."""
     folder = make_pipeline(tmp_path / "teacher", kind, prediction_type=prediction)
     scheduler = folder / "scheduler" / "scheduler_config.json"

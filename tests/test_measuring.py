@@ -1,4 +1,4 @@
-"""Measuring: the same bytes however the work is shared out; two protocols never in one table."""
+"""Measuring: the same bytes however the work is divided; two protocols are never in one table."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def whole(sd: Path, protocol: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All but the mark and the lock, which tell the time."""
+    """All files except the mark and the lock, which contain times."""
     files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in (SEAL, LOCK))
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
@@ -221,7 +221,7 @@ def test_likeness_to_a_subject_is_the_mean_cosine_with_all_of_its_pictures(sd, s
     assert "tiny-I" in (tmp_path / "measured" / "measures.md").read_text()
 
 
-def test_a_subject_is_pictures(sd, subject, clip, tmp_path) -> None:
+def test_a_subject_must_be_pictures(sd, subject, clip, tmp_path) -> None:
     protocol, real = subject
     (tmp_path / "empty").mkdir()
     for given, message in (
@@ -251,17 +251,17 @@ def copy_of(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
-def test_features_made_otherwise_are_refused(sd: Path, protocol: Path, whole: Path, tmp_path: Path) -> None:
+def test_features_prepared_differently_are_refused(sd: Path, protocol: Path, whole: Path, tmp_path: Path) -> None:
     value = yaml.safe_load(protocol.read_text()) | {"resize": 14}
     other = protocol.with_name("other.yaml")
     other.write_text(yaml.safe_dump(value))
     with pytest.raises(UserError, match="features by another preparation"):
         run(sd, other, tmp_path / "new", real=whole / "real.safetensors")
-    again = run(sd, other, copy_of(whole, tmp_path))  # the same pictures, looked at otherwise
+    again = run(sd, other, copy_of(whole, tmp_path))  # the same pictures with other preprocessing
     assert again.measures != read_measures(whole).measures
 
 
-def test_what_is_damaged_is_made_again_or_named(sd: Path, protocol: Path, whole: Path, tmp_path: Path) -> None:
+def test_damaged_files_are_made_again_or_named(sd: Path, protocol: Path, whole: Path, tmp_path: Path) -> None:
     folder, expected = copy_of(whole, tmp_path), (whole / "measures.json").read_bytes()
     first, second, _ = sorted(folder.glob("features/clip-*/*"))
     first.write_bytes(first.read_bytes()[:900])
@@ -292,7 +292,7 @@ def test_a_broken_real_picture_is_named_before_anything_is_drawn(sd: Path, proto
         run(sd, protocol, tmp_path / "out", real=real)
 
 
-def test_pictures_of_nobody_are_not_used(sd: Path, protocol: Path, whole: Path, tmp_path: Path) -> None:
+def test_pictures_of_unknown_origin_are_not_used(sd: Path, protocol: Path, whole: Path, tmp_path: Path) -> None:
     folder = copy_of(whole, tmp_path)
     (folder / "pictures" / "spec.json").unlink()
     with pytest.raises(UserError, match=r"without a spec\.json"):

@@ -1,4 +1,4 @@
-"""The peak of a step: counted on tensors without contents as on real ones, and following what it should follow."""
+"""The peak memory of a step: equal for fake and real tensors, and changed by the options that should change it."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ def derived() -> Any:
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_real_tensors_need_what_those_without_contents_need(derived: Any, half: bool) -> None:
+def test_real_tensors_need_as_much_memory_as_fake_ones(derived: Any, half: bool) -> None:
     dtype = torch.bfloat16 if half else torch.float32
     teacher = unet.make_unet(derived.teacher_config).to(dtype).eval().requires_grad_(False)
     student, pairs = unet.make_unet(derived.student_config).train(), derived.pairs("layer")
@@ -79,7 +79,7 @@ def test_feature_losses_keep_only_the_differences() -> None:
         loss.backward()
 
 
-def test_what_saves_memory_saves_it(derived: Any) -> None:
+def test_options_that_save_memory_save_it(derived: Any) -> None:
     plain = peak(derived, micro_batch=8)
     assert peak(derived, micro_batch=8, gradient_checkpointing=True) < 0.7 * plain
     assert peak(derived, micro_batch=8, precision="bf16") < plain

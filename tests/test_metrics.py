@@ -68,7 +68,7 @@ def test_retrieval_among_other_prompts_finds_those_too() -> None:
     assert metrics.retrieved(images, np.eye(2), np.eye(2)).tolist() == [1, 1]
 
 
-def test_intervals_hold_what_they_say() -> None:
+def test_intervals_cover_the_true_value() -> None:
     """Of 200 samples about 95 % have the true mean within their interval; likewise for the jackknife of a variance."""
     rng, hits, jack = np.random.default_rng(4), 0, 0
     for _ in range(200):

@@ -18,7 +18,7 @@ EMOJI = Path(__file__).parent.parent / "emoji"
 
 @pytest.fixture(autouse=True)
 def no_step(monkeypatch) -> None:
-    """Going through a step takes seconds, and is tested elsewhere."""
+    """Simulating a step takes seconds, and other tests do it."""
     monkeypatch.setattr(estimate, "step_memory", lambda *args, **options: 2**20)
 
 
@@ -67,7 +67,7 @@ def test_prompts_a_plan_and_a_budget(sd, tmp_path) -> None:
 
 
 def test_options_that_save_memory_come_in_the_order_of_their_cost(sd, pictures, tmp_path) -> None:
-    """For a GPU that is not here: the less memory, the more of them."""
+    """For GPUs of several sizes: the less memory, the more options."""
     gpu, said = Runtime(device="cuda", precision="bf16"), []
     path = tmp_path / "mine.yaml"
     path.write_text(new_recipe(str(sd), str(pictures), runtime=CPU))
@@ -79,7 +79,7 @@ def test_options_that_save_memory_come_in_the_order_of_their_cost(sd, pictures, 
     assert [len(options) for options in said] == sorted(len(options) for options in said) and len(said[-1]) == 4
 
 
-def test_what_is_seen_of_pictures_is_said(sd, tmp_path) -> None:
+def test_what_is_seen_of_the_pictures_is_reported(sd, tmp_path) -> None:
     make_pictures(tmp_path / "pictures", 3, size=12)
     (tmp_path / "pictures" / "000.txt").unlink()
     (tmp_path / "pictures" / "001.txt").write_text("a\nb\n")

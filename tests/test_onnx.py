@@ -97,7 +97,7 @@ def test_the_example_runs_without_torch(exported, tmp_path) -> None:
     assert "torch is not imported" in told and Image.open(picture).size == (16, 16)
 
 
-def test_models_say_what_they_take(exported) -> None:
+def test_the_readme_lists_the_inputs_of_the_models(exported) -> None:
     folder, teacher = exported
     readme, models = (folder / "README.md").read_text(), json.loads((folder / "onnx.json").read_text())["models"]
     assert f"`encoder_hidden_states [batch, tokens, {teacher.unet_config['cross_attention_dim']}]`" in readme

@@ -41,7 +41,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Teacher, Drawing]:
-    """SD's layout with a small decoder, made for few steps, and SDXL's as it is."""
+    """SD's layout with a small decoder and for few steps, and SDXL's unchanged."""
     source = request.getfixturevalue(request.param)
     folder, teacher = tmp_path_factory.mktemp("openvino") / "folder", Teacher(source)
     how = Drawing(steps=2, guidance_scale=3, sampler="pndm")

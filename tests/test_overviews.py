@@ -1,4 +1,4 @@
-"""Verbs that only look: the runs in a folder, and what prunet has to work with."""
+"""Commands that only read: the runs in a folder, and the state of the installation."""
 
 import json
 import shutil
@@ -61,7 +61,7 @@ def test_messages_name_the_package_and_not_a_clone() -> None:
         assert "pip install -e '.[" not in path.read_text(), f"{path}: write pip install 'prunet[...]'"
 
 
-def test_a_hub_that_is_not_there_is_no_failure(monkeypatch) -> None:
+def test_an_unreachable_hub_is_no_failure(monkeypatch) -> None:
     monkeypatch.setattr(doctor.constants, "HF_HUB_OFFLINE", False)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # nothing listens there
@@ -80,7 +80,7 @@ def test_shells_complete_verbs(shell, capfd, monkeypatch) -> None:
     assert code == 0 and "inspect" in out and "estimate" not in out
 
 
-def test_watch_says_what_a_run_does_and_writes_a_page_that_reads_itself_again(capsys, finished, tmp_path) -> None:
+def test_watch_shows_progress_and_writes_a_page_that_reloads(capsys, finished, tmp_path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     now = look(run)
@@ -102,7 +102,7 @@ def test_watch_says_what_a_run_does_and_writes_a_page_that_reads_itself_again(ca
         write_live(run, look(run), [("left", "1 h")], tmp_path / "live.html", 5)
     page = (tmp_path / "live.html").read_text()
     assert 'http-equiv="refresh" content="5"' in page and "stage-1, 2 of 10 steps" in page and "data:image/" in page
-    code, out, _ = call(capsys, "watch", run, "--page", tmp_path / "live.html")  # nobody works there any more
+    code, out, _ = call(capsys, "watch", run, "--page", tmp_path / "live.html")  # no process works there any more
     assert code == 0 and "resumes it" in out and "refresh" not in (tmp_path / "live.html").read_text()
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     (tmp_path / "mine.html").write_text("a page of the user's")

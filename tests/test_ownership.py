@@ -1,4 +1,4 @@
-"""Nothing of the user's is overwritten, whatever a command is told to write to; one process at a time in a folder."""
+"""No file of the user is overwritten, whatever the output of a command is; one process at a time writes to a folder."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ CPU = Runtime(device="cpu", precision="no", log_every=1)
 
 
 class Begins(Exception):
-    """The work would begin now."""
+    """Raised where the work would begin."""
 
 
 def begin(*args: object, **options: object) -> None:
@@ -126,7 +126,7 @@ THERE: dict[str, tuple[Callable[[Path, Path, str], object], bool | None]] = {
 
 
 def tree(folder: Path) -> dict[str, tuple[int, ...] | None]:
-    """Which files there are, and when which bytes were written; a folder alone may be looked into."""
+    """Lists the files with their bytes and times, and the folders without times, because reading may change these."""
     found = {p: p.lstat() for p in folder.rglob("*")}
     return {
         str(p): (s.st_ino, s.st_size, s.st_mtime_ns) if not stat.S_ISDIR(s.st_mode) else None for p, s in found.items()
@@ -141,7 +141,7 @@ each_verb = pytest.mark.parametrize(
 
 @pytest.fixture
 def begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every kind of work ends where it would begin."""
+    """Makes every kind of work raise `Begins` at its start."""
     for module, name in (
         (student_folder, "save_unet"),
         (pipeline, "export"),
@@ -157,7 +157,7 @@ def begins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @each_verb
-def test_what_lies_there_decides(verb, files, capsys, begins) -> None:
+def test_existing_contents_decide_whether_a_folder_is_written(verb, files, capsys, begins) -> None:
     arguments, what = VERBS[verb]
     for there, (put, expected) in THERE.items():
         to = files / f"{verb} {there}".replace(" ", "-")
@@ -176,7 +176,7 @@ def test_what_lies_there_decides(verb, files, capsys, begins) -> None:
 
 
 @each_verb
-def test_nothing_goes_into_or_above_what_is_read(verb, files, capsys, begins) -> None:
+def test_nothing_is_written_into_or_above_an_input(verb, files, capsys, begins) -> None:
     arguments, what = VERBS[verb]
     end = "x.config" if what == "configs" else "x"
     refused = [files / "teacher" / end, files / "teacher" / "unet" / "deep" / end, files / "finished/cache" / end]
@@ -191,7 +191,7 @@ def test_nothing_goes_into_or_above_what_is_read(verb, files, capsys, begins) ->
         assert (code, err.count("\n")) == (2, 1), (to, err)
         assert tree(files) == before, to
     if what in ("bench", "measurement", "pictures", "pipeline", "student"):
-        with pytest.raises(Begins):  # beside the parts of a run there is room for results
+        with pytest.raises(Begins):  # results may be written beside the parts of a run
             call(capsys, *arguments(files, files / "finished" / "x"))
 
 
@@ -253,7 +253,7 @@ def test_pictures_of_another_prompt_are_not_replaced(files, capsys) -> None:
     assert tree(files / "drawn") == before
 
 
-def test_what_versions_without_marks_made_is_prunets(files) -> None:
+def test_folders_of_versions_without_marks_are_recognised(files) -> None:
     for mark in (files / "finished").rglob(SEAL):
         mark.unlink()
     assert [kind_of(files / "finished" / name) for name in ("", "cache", "pipeline")] == ["run", "cache", None]
@@ -287,7 +287,7 @@ def other_process(folder: Path) -> subprocess.Popen:
     return held
 
 
-def test_one_process_at_a_time_and_readers_as_they_like(files, capsys) -> None:
+def test_one_writer_at_a_time_and_any_number_of_readers(files, capsys) -> None:
     folder = files / "finished"
     held = other_process(folder)
     try:

@@ -1,4 +1,4 @@
-"""Files of other users: those that may not be read are named so, a run that may only be read is read."""
+"""Files of other users: a file without permission is reported as such, and a read-only run can be read."""
 
 import os
 import shutil
@@ -62,7 +62,7 @@ UNREADABLE = {
 }
 
 
-def test_a_file_without_permission_is_named_so_and_not_as_damaged(shared, capsys, monkeypatch) -> None:
+def test_a_file_without_permission_is_not_called_damaged(shared, capsys, monkeypatch) -> None:
     monkeypatch.chdir(shared)
     for name, arguments in UNREADABLE.items():
         (shared / name).chmod(0)

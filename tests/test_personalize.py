@@ -112,7 +112,7 @@ def test_stopped_and_resumed_equals_uninterrupted(rank, sd, dog, tmp_path, monke
         ours, theirs = load_file(parts / file), load_file(whole / file)
         assert all(torch.equal(ours[key], theirs[key]) for key in ours.keys() | theirs.keys()), file
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    assert personalize(spec_of(sd, dog, tmp_path / "parts", lora=rank), CPU) == parts  # it is not done again
+    assert personalize(spec_of(sd, dog, tmp_path / "parts", lora=rank), CPU) == parts  # it is not trained again
 
 
 def test_a_missing_picture_of_the_class_alone_is_drawn_again(lora, sd, dog, tmp_path) -> None:
@@ -183,7 +183,7 @@ def test_a_lora_with_other_numbers_is_noticed_before_it_is_there(lora, sd, dog, 
     assert not (output / "lora").exists()
 
 
-def test_what_is_written_beside(lora) -> None:
+def test_files_beside_the_lora(lora) -> None:
     assert sorted(path.name for path in (lora / "training" / "sheets").iterdir()) == [
         "step-0000000.png",
         "step-0000004.png",

@@ -141,7 +141,7 @@ def evil() -> dict[str, object]:
 @LAYOUTS
 @pytest.mark.parametrize("name", evil())
 def test_nothing_in_a_pickle_runs(tmp_path, new, name, monkeypatch) -> None:
-    """As an entry beside good tensors, as a key's value among them, and in place of the whole."""
+    """As an entry beside tensors, inside an entry, and as the whole file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(RAN, raising=False)
     good, bad = {"a": torch.ones(2)}, evil()[name]
@@ -165,7 +165,7 @@ def test_nothing_in_a_pickle_runs(tmp_path, new, name, monkeypatch) -> None:
 
 
 def test_the_attacks_are_real(tmp_path, monkeypatch) -> None:
-    """What the test above proves is only worth something if the same pickles run elsewhere."""
+    """The test above proves something only if the same pickles run code elsewhere."""
     monkeypatch.setenv(RAN, "0")
     for name in ("eval", "exec", "a pickle in a pickle"):
         os.environ[RAN] = "0"
@@ -262,7 +262,7 @@ def wrong(folder: Path) -> dict[str, tuple[Path, str]]:
     }
 
 
-def test_what_is_no_checkpoint_is_one_line_and_writes_nothing(tmp_path) -> None:
+def test_a_file_that_is_no_checkpoint_is_one_line_and_writes_nothing(tmp_path) -> None:
     for name, (path, message) in wrong(tmp_path).items():
         with pytest.raises(UserError, match=message) as error:
             convert(path, tmp_path / "out.safetensors")
@@ -283,7 +283,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, new) -> None:
             convert(tmp_path / "cut.ckpt")
 
 
-def test_a_file_that_is_there_is_kept(tmp_path) -> None:
+def test_an_existing_file_is_kept(tmp_path) -> None:
     path = save({"a": torch.ones(1)}, tmp_path / "a.ckpt")
     (tmp_path / "a.safetensors").write_text("mine")
     with pytest.raises(UserError, match="exists"):
@@ -298,7 +298,7 @@ def test_a_file_that_is_there_is_kept(tmp_path) -> None:
     assert (tmp_path / "a.safetensors").read_text() == "mine"
 
 
-def test_a_pickled_teacher_opens_by_the_advice(sd, tmp_path, capsys, monkeypatch) -> None:
+def test_a_pickled_teacher_opens_after_the_advised_conversion(sd, tmp_path, capsys, monkeypatch) -> None:
     teacher = Teacher(sd)
     state = to_ldm(teacher.unet, teacher.vae, teacher.text_part("text_encoder"))
     path = save({"state_dict": state, "global_step": 3}, tmp_path / "mine.ckpt")
@@ -314,7 +314,7 @@ def test_a_pickled_teacher_opens_by_the_advice(sd, tmp_path, capsys, monkeypatch
     assert again.keys() == given.keys() and all(torch.equal(tensor, given[name]) for name, tensor in again.items())
 
 
-def test_a_pickled_part_of_a_folder_opens_by_the_advice(sd, tmp_path) -> None:
+def test_a_pickled_part_of_a_folder_opens_after_the_advised_conversion(sd, tmp_path) -> None:
     folder = shutil.copytree(sd, tmp_path / "pickled")
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     pickled = save(load_file(weights), weights.with_suffix(".bin"))
@@ -327,5 +327,5 @@ def test_a_pickled_part_of_a_folder_opens_by_the_advice(sd, tmp_path) -> None:
 
 
 def test_builtins_are_whole() -> None:
-    """No stand-in has come in place of what it stands for."""
+    """The stand-ins are no longer in place of the real builtins."""
     assert eval is builtins.eval and eval("1 + 1") == 2

@@ -58,7 +58,7 @@ def metadata(folder: Path, *rows: dict, name: str = "metadata.jsonl") -> Path:
 
 
 def read(source, **options) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
-    """({key: captions} of the usable, {key: why} of the others), and the invariants of every stream."""
+    """Returns ({key: captions} of usable samples, {key: reason} of the others); checks what holds for every stream."""
     usable, broken = {}, {}
     keys = []
     for sample in read_pictures(source, **options):
@@ -111,7 +111,7 @@ def test_text_beside_pictures_in_nested_folders(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", " ", "\r\n \t\r\n", "\ufeff", "\u00a0\u3000", "\u200b\n\ufeff \u2060", "\0"])
-def test_a_caption_that_shows_nothing_is_none(tmp_path, text):
+def test_an_invisible_caption_is_no_caption(tmp_path, text):
     for name in ("beside/a.png", "list/a.png"):
         write(tmp_path / name, encoded())
     write(tmp_path / "beside/a.txt", text)
@@ -122,7 +122,7 @@ def test_a_caption_that_shows_nothing_is_none(tmp_path, text):
         assert not usable and list(broken) == names and all("no caption" in why for why in broken.values())
 
 
-def test_what_cannot_be_used_keeps_its_key_and_says_why(tmp_path):
+def test_unusable_samples_keep_their_key_and_give_the_reason(tmp_path):
     files = {"good.png": encoded(), "empty.png": b"", "garbage.png": b"GIF89a garbage", "none.png": encoded(),
              "cut.png": encoded(picture(size=(64, 64)))[:-40], "blank.png": encoded(), "latin.png": encoded(),
              "script.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"}  # fmt: skip
@@ -150,7 +150,7 @@ def test_what_cannot_be_used_keeps_its_key_and_says_why(tmp_path):
     assert uncaptioned == {"none.png", "blank.png", "latin.png"}
 
 
-def test_a_file_name_that_is_no_unicode_can_be_stored(tmp_path):
+def test_a_file_name_that_is_not_unicode_can_be_stored(tmp_path):
     try:
         write(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")), encoded())
         write(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")), "a")
@@ -247,7 +247,7 @@ def test_a_mistake_in_metadata_is_found_at_once_with_its_line(tmp_path, name, te
     assert str(path) in message and expected in message
 
 
-def test_one_list_of_captions_a_folder(tmp_path):
+def test_one_list_of_captions_per_folder(tmp_path):
     metadata(tmp_path)
     write(tmp_path / "metadata.csv", "file_name,text\n")
     assert "keep one" in why_not(tmp_path)
@@ -298,7 +298,7 @@ def test_shard_captions_of_every_form(tmp_path):
     assert usable == {"a.tar.gz/2": ("zwei",)} and "other" in broken["a.tar.gz/1"]
 
 
-def test_broken_samples_of_a_shard_are_named_and_passed(tmp_path):
+def test_broken_samples_of_a_shard_are_named_and_skipped(tmp_path):
     image = encoded()
     path = shard(tmp_path / "a.tar", [
         ("1.png", b"garbage"), ("1.txt", "a"), ("2.png", image), ("3.txt", "a"),
@@ -325,7 +325,7 @@ def test_pictures_of_every_ending_are_read_beside_captions_and_in_shards(tmp_pat
     assert list(read(shard(tmp_path / "a.tar", members))[0].values()) == [("a",), ("a",)]
 
 
-def test_what_has_a_caption_and_is_no_picture_by_its_ending_is_named(tmp_path):
+def test_a_captioned_file_with_another_ending_is_named(tmp_path):
     for name in ("a.jxl", "b.psd", "c.png", "c.npz", "no-ending", "README.md"):
         write(tmp_path / name, encoded())
     for name in ("a", "b", "c", "no-ending", "alone"):
@@ -353,7 +353,7 @@ def test_names_with_dots_are_told_the_rule_of_the_first_dot(tmp_path):
     assert "b.tar/22.05.png" in message and "this is .05.png of '22'" in message and "remove the other dots" in message
 
 
-def test_no_sample_of_a_shard_is_lost_without_a_word(tmp_path):
+def test_every_sample_of_a_shard_is_used_or_named(tmp_path):
     image = encoded()
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
@@ -470,7 +470,7 @@ def test_memory_is_flat(tmp_path):
 # -- naming the source
 
 
-def test_a_path_that_exists_is_no_pattern(tmp_path):
+def test_an_existing_path_is_not_read_as_a_pattern(tmp_path):
     folder = tmp_path / "my [best] {0..1}*"
     write(folder / "a.png", encoded())
     write(folder / "a.txt", "a")
@@ -663,7 +663,7 @@ def odd_pictures(name: str) -> bytes:
 
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate"])
-def test_what_libtiff_writes_past_python_does_not_reach_the_user(tmp_path, capfd, compression):
+def test_messages_of_libtiff_do_not_reach_the_user(tmp_path, capfd, compression):
     data = bytearray(encoded(gradient(64, 64), "TIFF", compression=compression))
     data[200:260] = b"\xff" * 60
     with pytest.raises(BrokenPicture, match="decoder error"):
@@ -760,7 +760,7 @@ def test_fit_refuses_what_it_does_not_know():
             fit(picture(), size, crop=crop)
 
 
-def test_csv_written_by_the_standard_library_comes_back(tmp_path):
+def test_csv_written_by_the_standard_library_is_read_back(tmp_path):
     write(tmp_path / "a.png", encoded())
     with (tmp_path / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("file_name", "text"), ("a.png", 'a "quoted", 猫')])

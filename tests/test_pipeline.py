@@ -46,7 +46,7 @@ class Exported:
 
 @pytest.fixture(scope="module")
 def exported(request, tmp_path_factory) -> Callable[[str, str], Exported]:
-    """A student and its pipeline, made once for each teacher and plan; not to be written to."""
+    """A student and its pipeline, made once for each teacher and plan; tests do not change it."""
 
     @cache
     def make(kind: str, plan: str) -> Exported:
@@ -61,7 +61,7 @@ def exported(request, tmp_path_factory) -> Callable[[str, str], Exported]:
 
 @pytest.fixture(scope="module")
 def opened(sd) -> Teacher:
-    """`sd`, of which nothing is changed."""
+    """The student of `sd` and its pipeline; tests do not change it."""
     return Teacher(sd)
 
 
@@ -76,7 +76,11 @@ def test_export_loads_in_stock_diffusers_and_draws_the_same(kind, plan, exported
         rng = torch.Generator().manual_seed(1)
         return pipe("a cat", num_inference_steps=2, generator=rng, output_type="pt", height=16, width=16).images
 
-    for name in ("unet", "vae", *made.teacher.text_encoders):  # what changes the rounding of equal weights
+    for name in (
+        "unet",
+        "vae",
+        *made.teacher.text_encoders,
+    ):  # other settings would round differently with equal weights
         freeze(getattr(stock, name))
     assert torch.equal(one(stock), one(ours))
 
@@ -166,7 +170,7 @@ STOCK = {
 
 
 def test_every_sampler_draws_what_its_scheduler_draws_in_stock_diffusers(sd, opened) -> None:
-    """And no two of them the same."""
+    """No two samplers draw the same."""
     pipe, stock = opened.pipeline(), DiffusionPipeline.from_pretrained(sd)
     stock.set_progress_bar_config(disable=True)
     for name in ("unet", "vae", "text_encoder"):
@@ -228,7 +232,7 @@ def test_fp16_only_teacher_opens(sd, tmp_path) -> None:
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_student_of_a_half_precision_teacher_draws_when_opened_without_a_dtype(kind, request, tmp_path) -> None:
-    """transformers takes the stored dtype by default, diffusers does not; the two must not meet."""
+    """transformers uses the stored dtype by default, diffusers does not; a pipeline must have one."""
     source = DiffusionPipeline.from_pretrained(request.getfixturevalue(kind), torch_dtype=torch.float16)
     source.save_pretrained(tmp_path / "half")
     teacher = Teacher(tmp_path / "half")
@@ -238,13 +242,13 @@ def test_student_of_a_half_precision_teacher_draws_when_opened_without_a_dtype(k
 
 
 def test_ddim_does_not_clip_latents(opened) -> None:
-    """diffusers' default would, where the config of the sampler before does not say."""
+    """diffusers' default clips, if the config of the previous sampler has no value."""
     pipe = set_sampler(opened.pipeline(), "euler")
     assert set_sampler(pipe, "ddim").scheduler.config.clip_sample is False
 
 
-def test_a_teacher_that_cannot_read_is_refused(sd, tmp_path) -> None:
-    """Without its words a tokenizer makes the same tokens of every text, and nothing else would say so."""
+def test_a_teacher_without_a_vocabulary_is_refused(sd, tmp_path) -> None:
+    """Without its vocabulary a tokenizer gives the same tokens for every text, and no other check finds this."""
     folder = shutil.copytree(sd, tmp_path / "teacher")
     before = Teacher(folder).fingerprint(["text_encoder"])
     words = folder / "tokenizer" / "tokenizer.json"
@@ -283,7 +287,7 @@ def test_a_teacher_that_cannot_read_is_refused(sd, tmp_path) -> None:
         ("scheduler/scheduler_config.json", {"_class_name": "UNet2DConditionModel"}, "is not one of diffusers'"),
     ],
 )
-def test_a_config_that_makes_no_teacher_is_one_line(sd, tmp_path, file, change, message) -> None:
+def test_a_config_that_cannot_make_a_teacher_is_one_line(sd, tmp_path, file, change, message) -> None:
     folder = shutil.copytree(sd, tmp_path / "teacher")
     (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **change}))
     with pytest.raises(UserError, match=message) as error:

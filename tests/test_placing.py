@@ -1,4 +1,4 @@
-"""Opening a teacher: every tensor finds its place, or it is refused; never a success with random weights."""
+"""Opening a teacher: every tensor finds its place, or the teacher is refused; no weight stays random."""
 
 import json
 import random
@@ -65,7 +65,7 @@ def renamed(tensors: dict, key: str) -> dict:
 
 
 def transposed(tensors: dict, key: str) -> dict:
-    """Another shape of the same numbers: turned round, and where that is the same, cut in two."""
+    """Returns the numbers in another shape: transposed, or, if that is the same shape, halved."""
     tensor = tensors[key]
     turned = tensor.transpose(0, -1).contiguous()
     return {**tensors, key: turned if turned.shape != tensor.shape else tensor[: len(tensor) // 2].clone()}
@@ -82,7 +82,7 @@ def with_integers(tensors: dict, key: str) -> dict:
 
 
 def scaled(tensors: dict, key: str) -> dict:
-    """As ComfyUI writes fp8: the scale beside the weight."""
+    """Stores a scale beside the weight, as ComfyUI does for fp8."""
     half = {**tensors, key: tensors[key].to(torch.float8_e4m3fn)}
     return half | {key.removesuffix("weight") + "scale_weight": torch.ones(1)}
 
@@ -92,7 +92,7 @@ MORE = {"integers": with_integers, "scaled": scaled}
 
 
 def refusal(form: str, teacher: Path, part: str, key: str, change, tmp: Path, *, load: bool = True) -> str:
-    """What is said of a teacher of which one tensor was changed, by the check and, with `load`, by loading it."""
+    """Returns the message for a teacher with one changed tensor, from the check and, with `load`, from loading."""
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
     if form == "file":
@@ -113,7 +113,7 @@ def refusal(form: str, teacher: Path, part: str, key: str, change, tmp: Path, *,
     with pytest.raises(UserError) as found:
         if load:
             Teacher(again).check_weights()
-        else:  # the same of this part alone, for many of them
+        else:  # only this part, because there are many changes
             placing.check_finite(Teacher(again).place(part))
     assert "\n" not in str(found.value)
     if load:
@@ -137,7 +137,7 @@ def test_one_tensor_changed_is_refused(form, teachers, tmp_path) -> None:
 
 
 def changed_headers(found: dict[str, Header], key: str) -> Iterator[dict[str, Header]]:
-    """What the headers of a file would be after each of `CHANGES` and `MORE` but NaN."""
+    """Yields the headers that a file would have after each of `CHANGES` and `MORE` except NaN."""
     header, rest = found[key], removed(found, key)
     yield rest
     yield rest | {f"{key}_": header}
@@ -152,7 +152,7 @@ def changed_headers(found: dict[str, Header], key: str) -> Iterator[dict[str, He
 @pytest.mark.parametrize("form", ["folder", "shards", "file"])
 @pytest.mark.parametrize("part", PARTS)
 def test_any_tensor_changed_is_refused(part, form, teachers, monkeypatch) -> None:
-    """By its headers, for all tensors; `refusal` writes files with some of these changes, which takes long for all."""
+    """Checks all tensors through the headers; `refusal` writes real files, which would take long for all of them."""
     teacher, keys = Teacher(teachers[form]), keys_of(form, teachers[form], part)
     model, read = teacher.empty(part), placing.headers
     for key in keys:
@@ -167,7 +167,7 @@ def test_any_tensor_changed_is_refused(part, form, teachers, monkeypatch) -> Non
     monkeypatch.setattr(placing, "headers", read)
     placed, seen = teacher.place(part, model), []
     monkeypatch.setattr(placing, "is_finite", lambda tensor: seen.append(tensor) or True)
-    placing.check_finite(placed)  # looks for NaN in every one of them
+    placing.check_finite(placed)  # searches every tensor for NaN
     assert all(placing.HARMLESS.search(key) for key in {*keys} - {key for _, key in placed.places.values()})
     assert len(seen) == len(set(placed.places.values()))
 
@@ -193,7 +193,7 @@ def prefixed(prefix: str):
 
 
 def inside(wrapper: str):
-    """A wrapper round every last module, as PEFT has it."""
+    """Renames as if every innermost module had a wrapper, as with PEFT."""
     return lambda tensors: {wrapper.join(key.rpartition(".")[::2]): tensor for key, tensor in tensors.items()}
 
 
@@ -211,7 +211,7 @@ def state(teacher: Teacher, part: str) -> str:
         ("text_encoder_2", prefixed("module.")),
     ],
 )
-def test_wrapped_names_are_unwrapped_and_said(part, change, sdxl, tmp_path, capsys) -> None:
+def test_wrapped_names_are_unwrapped_and_reported(part, change, sdxl, tmp_path, capsys) -> None:
     folder = changed(sdxl, tmp_path / "wrapped", part, change)
     teacher = Teacher(folder)
     teacher.check_weights()
@@ -233,7 +233,7 @@ def old_attention(tensors: dict) -> dict:
 
 
 def other_text_names(tensors: dict) -> dict:
-    """With `text_model.` where it was not, and without where it was; and what other versions stored beside."""
+    """With `text_model.` added or removed, and with the tensors that other versions stored as well."""
     has = any(key.startswith("text_model.") for key in tensors)
     swapped = {
         key.removeprefix("text_model.") if has else key if key.startswith("text_proj") else f"text_model.{key}": tensor
@@ -255,14 +255,14 @@ def test_names_of_other_versions_open_as_in_stock_diffusers(part, change, sdxl, 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_single_files_of_other_programs(kind, request, tmp_path, capsys) -> None:
-    """Old text encoder names, wrappers, 2-dimensional attention of the VAE, and what trainers store beside."""
+    """Old text encoder names, wrappers, 2-dimensional attention of the VAE, and extra tensors of trainers."""
     source = request.getfixturevalue(kind)
     export_single_file(source, path := tmp_path / "a.safetensors")
     tensors = {key.replace("transformer.text_model.", "transformer."): v for key, v in load_file(path).items()}
     attention = {k: v[:, :, 0, 0] for k, v in tensors.items() if ".mid.attn_1." in k and v.ndim == 4}
     assert attention
     projection = "conditioner.embedders.1.model.text_projection"
-    if projection in tensors:  # as kohya's scripts write it: named like a layer, turned round
+    if projection in tensors:  # as kohya's scripts write it: named like a layer, transposed
         tensors[f"{projection}.weight"] = tensors.pop(projection).T
     extra = {"betas": torch.ones(5), "model_ema.decay": torch.ones(()), "model_ema.num_updates": torch.ones(())}
     extra["first_stage_model.loss.logvar"] = torch.ones(())
@@ -330,7 +330,7 @@ def test_configs_of_other_versions(sd, tmp_path) -> None:
     assert teacher.noise_scheduler.config.beta_end == before.noise_scheduler.config.beta_end
 
 
-def test_a_config_that_makes_no_model_is_one_line(sd, tmp_path) -> None:
+def test_a_config_that_cannot_make_a_model_is_one_line(sd, tmp_path) -> None:
     wrong = {"vae": {"norm_num_groups": 7}, "text_encoder": {"hidden_size": "x"}, "unet": {"layers_per_block": "x"}}
     for part, change in wrong.items():
         folder = Path(shutil.copytree(sd, tmp_path / part))
@@ -401,7 +401,7 @@ def test_parts_that_could_not_be_exported_are_found_before(index, file, message,
 
 
 def test_headers_are_looked_at_with_index_and_scheduler(sdxl, tmp_path) -> None:
-    """What `inspect` sees of a pipeline: text encoders that were exchanged, a scheduler that is not there."""
+    """`inspect` notices exchanged text encoders and a missing scheduler."""
     folder = Path(shutil.copytree(sdxl, tmp_path / "teacher"))
     path = folder / "model_index.json"
     index = json.loads(path.read_text())
@@ -419,7 +419,7 @@ def test_headers_are_looked_at_with_index_and_scheduler(sdxl, tmp_path) -> None:
         Teacher(folder).check_weights(headers_only=True)
 
 
-def test_a_revision_is_of_the_hub(sd, tmp_path) -> None:
+def test_a_revision_needs_a_teacher_of_the_hub(sd, tmp_path) -> None:
     for source in (sd, "sd-v1"):
         with pytest.raises(UserError, match=r"teacher\.revision 'main' is only for a repository of the hub"):
             Teacher(source, revision="main")
@@ -447,8 +447,8 @@ def test_emoji_teachers_pass_every_check() -> None:
         check_other_parts(teacher)
 
 
-def test_a_teacher_saved_by_another_version_may_follow(sd, tmp_path) -> None:
-    """A key that is not there is the default, which other versions write."""
+def test_a_teacher_saved_by_another_version_is_the_same_teacher(sd, tmp_path) -> None:
+    """A missing key means the default, which other versions write out."""
     folder = Path(shutil.copytree(sd, tmp_path / "older"))
     for part, keys in (
         ("unet", ("resnet_time_scale_shift", "mid_block_type", "dropout")),

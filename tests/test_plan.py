@@ -83,7 +83,7 @@ def test_ssd_1b_has_the_published_config() -> None:
 
 
 def published_origin(name: str, plan: str) -> str:
-    """Nota's mapping, as its code states it: the third up layer becomes the second; in Tiny up stages move by one."""
+    """Nota's mapping, from its code: the third up layer becomes the second; in Tiny the up stages move by one."""
     found = re.match(r"up_blocks\.(\d)\.(resnets|attentions|upsamplers)\.(\d)\.(.*)", name)
     if not found:
         return name

@@ -53,7 +53,7 @@ def test_from_a_picture(players, finished, sd) -> None:
 
 
 def test_a_lora_is_the_teachers_and_is_carried_over_to_the_student(players, finished, tmp_path) -> None:
-    """As stock diffusers draws with the file that `adapt` writes; and gone when it is taken away."""
+    """It draws as stock diffusers does with the file that `adapt` writes; without the file it draws as before."""
     lora, _ = write_lora(tmp_path / "lora.safetensors", "sd", "peft")
     before = [player.draw(Asked(**ASKED)).picture.tobytes() for player in players]
     with_it = [player.draw(Asked(**ASKED, lora=lora)).picture.tobytes() for player in players]
@@ -82,7 +82,7 @@ def test_two_models_and_their_names(finished, sd, sdxl) -> None:
 
 
 def test_the_server_bounds_what_it_is_asked_for(players, tmp_path) -> None:
-    """Whatever the page's controls allow: a request can be made without them."""
+    """Requests need not come from the page's controls."""
     answer = page_file._answer(SimpleNamespace(Error=lambda text, **_: RuntimeError(text)), players)
     text = tmp_path / "text.png"
     text.write_text("no picture")
@@ -121,7 +121,7 @@ def test_mistakes_of_the_verb_are_one_line(capsys, finished, tmp_path) -> None:
 
 @pytest.fixture(scope="module")
 def served(finished: Path, tmp_path_factory) -> Any:
-    """The command itself, in a process of its own: its address and the process."""
+    """Starts the command in a new process; yields its address and the process."""
     pytest.importorskip("gradio")
     command = [sys.executable, "-m", "prunet", "play", str(finished), "--port", "0", "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})

@@ -1,4 +1,4 @@
-"""Several processes give what one gives: the same cache, the same losses, the same student."""
+"""Several processes give the results of one: the same cache, the same losses, the same student."""
 
 import json
 import os
@@ -51,8 +51,8 @@ def rows(run: Path) -> list[dict]:
 
 
 def assert_trained_the_same(one: Path, other: Path) -> None:
-    """Equal caches, losses within 1e-5, and students within what so many steps make of the rounding."""
-    for file in sorted(one.glob("cache*/[!.]*")):  # but for the mark and the lock, which tell the time
+    """Asserts equal caches, losses within 1e-5, and students equal up to the rounding of so many steps."""
+    for file in sorted(one.glob("cache*/[!.]*")):  # except the mark and the lock, which contain times
         assert file.read_bytes() == (other / file.relative_to(one)).read_bytes(), file
     ours, theirs = rows(one), rows(other)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs] == [2, 3, 4, 6]
@@ -106,7 +106,7 @@ def test_two_processes_draw_the_same_paths_and_learn_the_same_jumps(objective, t
 
 @pytest.mark.processes
 def test_alone_then_sharded_then_alone_equals_one(alone: Path, teacher: Path, pictures: Path, tmp_path: Path) -> None:
-    """A checkpoint does not show how many processes wrote it, nor whether they shared the student out (FSDP2)."""
+    """A checkpoint does not depend on the number of processes, nor on sharding (FSDP2)."""
     recipe = write_recipe(tmp_path, teacher, pictures)
     do(1, "distil", str(recipe), "--set", "stages.0.steps=2")
     do(2, "distil", str(recipe), "--set", "stages.0.steps=4", "--fsdp")
@@ -124,7 +124,7 @@ def test_alone_then_sharded_then_alone_equals_one(alone: Path, teacher: Path, pi
         ),
     ],
 )
-def test_what_several_processes_cannot_do_is_said(arguments, message, capsys, monkeypatch) -> None:
+def test_options_for_one_process_are_refused_in_several(arguments, message, capsys, monkeypatch) -> None:
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     code, _, said = call(capsys, *arguments)

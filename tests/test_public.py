@@ -1,4 +1,4 @@
-"""The public names: each is documented, and with them all that they take and give can be named."""
+"""The public names: each is documented, and so are all classes in their annotations."""
 
 import inspect
 import tomllib
@@ -16,7 +16,7 @@ NAMES = [name for name in prunet.__all__ if name != "__version__"]
 
 
 def named(annotation: Any) -> Iterator[type]:
-    """The classes in an annotation."""
+    """Returns the classes in an annotation."""
     if isinstance(annotation, type) and not typing.get_args(annotation):
         yield annotation
     for inside in typing.get_args(annotation):

@@ -1,4 +1,4 @@
-"""What users write is read within bounds: too much, too deep, twice, or not for a terminal is one line at once."""
+"""Input is read within bounds: too much, too deep, repeated keys and control characters are one line at once."""
 
 import io
 import json
@@ -59,7 +59,7 @@ def test_json_is_yaml_with_emoji_in_two_halves_too() -> None:
 
 @pytest.mark.parametrize("case", TOO_MUCH)
 @pytest.mark.parametrize("reader", ["recipe", "plan", "protocol", "--set"])
-def test_what_is_too_much_is_refused_at_once(case: str, reader: str, tmp_path: Path) -> None:
+def test_too_much_is_refused_at_once(case: str, reader: str, tmp_path: Path) -> None:
     text, words = TOO_MUCH[case]
     page = tmp_path / "page.yaml"
     page.write_text(text)
@@ -86,7 +86,7 @@ def test_values_are_counted_while_they_are_read(monkeypatch: pytest.MonkeyPatch)
         parse_yaml("[" + "1," * 1000 + "]", "here")
 
 
-def test_as_much_as_a_long_recipe_has_is_read() -> None:
+def test_a_long_recipe_is_read() -> None:
     prompts = [f"a picture of the number {i}" for i in range(5000)]
     assert parse_yaml("prompts:\n" + "".join(f"  - {p}\n" for p in prompts), "here") == {"prompts": prompts}
     depth = DEEPEST - 2
@@ -144,14 +144,14 @@ NUMBERS = {
 
 @pytest.mark.parametrize("key", NUMBERS)
 @pytest.mark.parametrize("truth", ["true", "false", "yes"])
-def test_true_is_no_number(key: str, truth: str) -> None:
+def test_true_is_not_a_number(key: str, truth: str) -> None:
     good = SHIPPED / "demo.yaml"
     value = f"{{mid_block: {truth}}}" if key.endswith("weights") else truth
     with pytest.raises(UserError, match=f"{key}.*give a number, not (true|false)"):
         load_recipe(good, [f"{key}={value}"])
 
 
-def test_true_is_no_number_of_a_protocol(tmp_path: Path) -> None:
+def test_true_is_not_a_number_of_a_protocol(tmp_path: Path) -> None:
     shipped = (Path(__file__).parent.parent / "prunet" / "evaluation" / "protocols" / "parti.yaml").read_text()
     for key in ("seed", "steps", "guidance_scale", "version", "size", "jpeg"):
         lines = [line for line in shipped.splitlines() if not line.startswith(f"{key}:")]
@@ -167,7 +167,7 @@ def test_a_key_is_set_once() -> None:
 
 
 @pytest.mark.parametrize("index", ["9" * 5000, "²", "-1", "1_0", "00"])
-def test_a_place_in_a_list_is_a_number_that_is_there(index: str) -> None:
+def test_an_index_of_a_list_must_exist(index: str) -> None:
     good = SHIPPED / "demo.yaml"
     for key in (f"stages.{index}.steps", f"stages.{index}", "a." * 1000 + "b"):
         with pytest.raises(UserError, match="--set"):
@@ -178,7 +178,7 @@ OBEYED = ["\x1b[2J", "\x9b31m", "\x07", "\x7f", "\b", "\x00", "\r", "\u202e", "\
 
 
 @pytest.mark.parametrize("character", OBEYED)
-def test_nothing_that_a_terminal_obeys_is_said(character: str) -> None:
+def test_messages_hold_no_terminal_commands(character: str) -> None:
     name = f"cat{character}.png"
     assert character not in str(UserError(f"{name}: no picture"))
     out = io.StringIO()
@@ -189,10 +189,10 @@ def test_nothing_that_a_terminal_obeys_is_said(character: str) -> None:
     console.print(table)
     shown = out.getvalue()
     assert character not in shown
-    assert "\x1b[1m" in shown  # rich's own still work
+    assert "\x1b[1m" in shown  # rich's own markup still works
 
 
-def test_what_a_terminal_shows_stays_as_it_is() -> None:
+def test_printable_text_stays_as_it_is() -> None:
     for text in ("a b\n\tc", "猫 🐈‍⬛ é", "[bold]", "\\x1b"):
         assert printable(text) == text
 
@@ -203,7 +203,7 @@ def test_a_long_line_says_what_is_wrong_and_how_to_fix_it() -> None:
     assert line.startswith("mine.yaml: bad value") and line.endswith("x: give a number")
 
 
-def test_a_config_may_not_be_deep(sd: Path, tmp_path: Path) -> None:
+def test_a_deeply_nested_config_is_refused(sd: Path, tmp_path: Path) -> None:
     from prunet import Teacher
 
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))

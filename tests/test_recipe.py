@@ -1,4 +1,4 @@
-"""Recipes: what is read, what is refused, and with which words."""
+"""Recipes: what is read, what is refused, and the messages."""
 
 import re
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_bad_recipe_is_one_line_that_names_the_key(case: str, tmp_path) -> None:
 
 
 def test_recipe_of_a_run_folder_is_read_again(tmp_path) -> None:
-    """It says all values, those too that prompts have no use for."""
+    """It lists all values, also those that do not apply to prompts."""
     recipe = load_recipe(write(tmp_path, data={"prompts": ["y"], "steps": 5}))
     (tmp_path / "recipe.yaml").write_text(recipe_yaml(recipe))
     assert load_recipe(tmp_path / "recipe.yaml").data == recipe.data
@@ -96,7 +96,7 @@ def test_missing_key_is_named(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[1, 2", "- a", "", "a: b: c"])
-def test_what_is_no_yaml_mapping_is_refused(text: str, tmp_path) -> None:
+def test_a_recipe_that_is_not_a_mapping_is_refused(text: str, tmp_path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=r"r\.yaml"):
@@ -170,7 +170,7 @@ def test_paths_begin_at_the_recipes_folder_and_those_of_set_at_the_current_one(t
     assert (recipe.plan.remove, recipe.output) == (("mid_block",), "/big/run")
     assert len(read_prompts(recipe.evaluation.prompts)) > 10 and recipe.cache == "../home/runs/../latents"
     assert load_recipe(path, ["output=there", "data={source: other}"]).output == "there"
-    written = yaml.safe_load(recipe_yaml(recipe))  # what a run keeps can be read from anywhere
+    written = yaml.safe_load(recipe_yaml(recipe))  # a run's own recipe works from any folder
     assert written["teacher"]["source"] == str(home / "emoji" / "sd") and written["cache"] == str(home / "latents")
     assert written["stages"][0]["teacher"]["source"] == "owner/name" and written["evaluation"]["prompts"] == "everyday"
     assert load_recipe(home / path.name, ["output=there"]).data.source == [
@@ -179,7 +179,7 @@ def test_paths_begin_at_the_recipes_folder_and_those_of_set_at_the_current_one(t
     ]
 
 
-def test_a_path_as_older_versions_meant_it_is_told_in_one_line(tmp_path, monkeypatch) -> None:
+def test_a_path_as_older_versions_read_it_is_explained_in_one_line(tmp_path, monkeypatch) -> None:
     (tmp_path / "recipes").mkdir()
     (tmp_path / "runs" / "x").mkdir(parents=True)
     path = write(tmp_path / "recipes", output="runs/x")
@@ -240,7 +240,7 @@ def test_recipes_of_segmind_are_as_published() -> None:
             assert (stage.losses.task, stage.losses.output, stage.losses.feature) == (1, 0.5, 0.5)
 
 
-def test_each_number_of_a_published_recipe_says_where_it_is_from() -> None:
+def test_each_number_of_a_published_recipe_has_a_source() -> None:
     for path in sorted(set(SHIPPED.glob("*.yaml")) - set(SHIPPED.glob("demo*.yaml"))):
         text = path.read_text()
         sources = re.findall(r"^#   (\w+)  +\S", text, re.M)

@@ -1,4 +1,4 @@
-"""Data behind URLs: whatever the network does, the cache is that of local files, or the command stops in one line."""
+"""Data behind URLs: whatever the network does, the cache equals that of local files, or an error is one line."""
 
 import hashlib
 import re
@@ -23,7 +23,7 @@ pytest.importorskip("aiohttp")
 
 
 class Server(BaseHTTPRequestHandler):
-    """Serves the files of `folder`; of every request but each third, `fault` decides what becomes of it."""
+    """Serves the files of `folder`; two of three requests are handled by `fault`."""
 
     protocol_version = "HTTP/1.1"
     folder: Path
@@ -77,7 +77,7 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def served(shards, monkeypatch) -> Iterator[tuple[type[Server], str]]:
-    """A server of the shards, which never waits to be asked again, and its address."""
+    """A server of the shards and its address; clients retry without a pause."""
     handler = type("Bound", (Server,), {"folder": shards, "requests": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -123,7 +123,9 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_the_cache_of_a_bad_network_is_that_of_local_files(sd, served, tmp_path, monkeypatch, name, fault) -> None:
     server, address = served
     server.fault = fault
-    monkeypatch.setattr(encoding, "source_fingerprint", lambda *_: "the same")  # it is part of every block's label
+    monkeypatch.setattr(
+        encoding, "source_fingerprint", lambda *_: "the same"
+    )  # because it is part of every block's label
     teacher = Teacher(sd)
     cache(teacher, Data(source=f"{server.folder}/{name}"), tmp_path / "local")
     made = cache(teacher, Data(source=f"{address}/{name}"), tmp_path / "remote")
@@ -184,7 +186,7 @@ def test_how_many_samples_there_are_is_told_from_the_first_shard_and_the_sizes_o
         ("{}/folder", "pictures come from one folder, or from .tar shards, or from .parquet files"),
     ],
 )
-def test_what_cannot_be_read_is_one_line(served, source, message) -> None:
+def test_unreadable_data_are_one_line(served, source, message) -> None:
     source = source.format(served[1])
     if message is None:
         assert [picture.key for picture in read_pictures(source)] == [f"train-1.tar/{i:03d}" for i in range(4, 8)]

@@ -46,7 +46,7 @@ PROMPTS = ["a red fox", "<script>alert('x')</script> & \"more\"", "very long, " 
 
 
 class Page(HTMLParser):
-    """What a test asks of a page: its tags with their attributes, its text, and that its tags are closed."""
+    """Parses a page: its tags with their attributes, and its text; asserts that its tags are closed."""
 
     VOID = frozenset({"meta", "link", "img", "br", "input"})
 
@@ -215,7 +215,7 @@ def test_every_prompt_is_there_as_text_beside_its_three_pictures(tmp_path: Path)
 
 
 def test_pictures_from_pictures_stand_beside_their_start(tmp_path: Path) -> None:
-    """An evaluation without them, as older versions left it, makes a page without them."""
+    """An evaluation of an older version, which has none, makes a page without them."""
     make_run(tmp_path)
     assert "From a picture" not in Page(write_report(tmp_path)).text
     path = tmp_path / "evaluation" / "evaluation.json"
@@ -282,7 +282,7 @@ def test_a_long_log_stays_a_light_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2])
-def test_hardly_any_log(tmp_path: Path, rows: int) -> None:
+def test_a_log_of_few_rows(tmp_path: Path, rows: int) -> None:
     make_run(tmp_path, rows=max(rows, 1), prompts=["a fox"])
     if rows == 0:
         (tmp_path / "stage-1" / "log.jsonl").unlink()
@@ -292,7 +292,7 @@ def test_hardly_any_log(tmp_path: Path, rows: int) -> None:
     assert len(dots) >= 14 + 4 * rows  # two lines over seven noise levels, four losses
 
 
-def test_what_is_missing_is_said_or_left_out(tmp_path: Path) -> None:
+def test_missing_results_are_noted_or_left_out(tmp_path: Path) -> None:
     make_run(tmp_path, memory=None, sheets=False)
     (tmp_path / "evaluation" / "pictures" / "before" / "0001.png").unlink()
     (tmp_path / "steps.json").unlink()
@@ -302,8 +302,8 @@ def test_what_is_missing_is_said_or_left_out(tmp_path: Path) -> None:
     assert "Pictures during training" not in page.text
 
 
-def test_losses_and_distances_of_nothing(tmp_path: Path) -> None:
-    """A weight of 0 gives rows of 0, a plan that removes nothing a distance of 0: no place on a log scale."""
+def test_losses_and_distances_of_zero(tmp_path: Path) -> None:
+    """A weight of 0 gives rows of 0, and a plan that removes nothing a distance of 0, which no log scale shows."""
     make_run(tmp_path, "nothing", prompts=["a fox"])
     log = tmp_path / "stage-1" / "log.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()]
@@ -333,7 +333,7 @@ def test_measures_by_a_protocol_are_there_with_their_intervals(tmp_path: Path, m
     (tmp_path / "measured" / "mine").mkdir(parents=True)
     result = {"model": {"source": "x", "fingerprint": "before"}, "protocol": protocol, "measures": measures}
     (tmp_path / "measured" / "mine" / "measures.json").write_text(json.dumps(result))
-    assert "Measured by protocol" not in Page(write_report(tmp_path)).text  # of a student that was trained on since
+    assert "Measured by protocol" not in Page(write_report(tmp_path)).text  # the student was trained further since then
     result["model"]["fingerprint"] = "now"
     (tmp_path / "measured" / "mine" / "measures.json").write_text(json.dumps(result))
     text = Page(write_report(tmp_path)).text

@@ -1,4 +1,4 @@
-"""What a run leaves is verified, made again where it is gone, and never replaced where it is the user's."""
+"""Results of a run are verified, made again if they are missing, and never replaced if the user changed them."""
 
 import json
 import shutil
@@ -37,15 +37,15 @@ SEALED = (
 
 
 @pytest.mark.parametrize("name", SEALED)
-def test_what_is_called_done_is_as_it_was_written(name, folder, finished, capsys) -> None:
-    """A changed file is named, with what to do; a missing one is made again, as it was, without training."""
+def test_changed_results_are_noticed_and_missing_ones_made_again(name, folder, finished, capsys) -> None:
+    """A changed file is named, with advice to delete it; a missing one is made again, identical, without training."""
     trained = (folder / "stage-1" / "log.jsonl").stat().st_mtime_ns
     last_byte(folder / name)
     with pytest.raises(UserError, match=f"{name}: damaged or changed .*: delete it, and") as error:
         opened(folder).finish()
     do_as_told(str(error.value), folder)
     assert not (folder / name).exists()
-    is_read = name.startswith("pipeline")  # what no step reads any more is not made again for a run that is finished
+    is_read = name.startswith("pipeline")  # a finished run makes only those files again that a later step reads
     assert bool(opened(folder).todo()) == is_read
     capsys.readouterr()
     opened(folder).do(Path(name).parts[0].replace("student", "build").replace("pipeline", "export"))
@@ -58,7 +58,7 @@ def test_what_is_called_done_is_as_it_was_written(name, folder, finished, capsys
 
 
 @pytest.mark.parametrize("name", [f"pipeline/vae/{WEIGHTS}", f"stage-1/unet/{WEIGHTS}"])
-def test_cut_off_weights_are_missing(name, folder, finished) -> None:
+def test_cut_off_weights_are_made_again(name, folder, finished) -> None:
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[:-9])
     opened(folder).do("stage-1" if "stage" in name else "export")
@@ -90,7 +90,7 @@ USERS: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("what", USERS)
-def test_what_is_the_users_is_not_replaced(what, folder) -> None:
+def test_files_of_the_user_are_not_replaced(what, folder) -> None:
     name, change, override = USERS[what]
     step = next((step for start, step in (("stage-1", "stage-1"), ("report", "report")) if start in name), "export")
     change(folder / name)
@@ -98,11 +98,11 @@ def test_what_is_the_users_is_not_replaced(what, folder) -> None:
     with pytest.raises(UserError, match=name):
         opened(folder, override).check()
     assert tree(folder) == before
-    with pytest.raises(UserError, match=name):  # or it came after the check, while the run was training
+    with pytest.raises(UserError, match=name):  # also if it appeared after the check, while the run was training
         opened(folder, override).do(step)
 
 
-def test_a_single_file_of_prunets_is_replaced_until_it_is_changed(folder, capsys) -> None:
+def test_a_single_file_of_prunet_is_replaced_unless_it_was_changed(folder, capsys) -> None:
     export = ("export", folder, "--single-file")
     assert call(capsys, *export)[0] == 0
     assert call(capsys, *export, "--fp16")[0] == 0
@@ -112,7 +112,7 @@ def test_a_single_file_of_prunets_is_replaced_until_it_is_changed(folder, capsys
 
 
 def test_a_finished_step_needs_nothing_that_it_has_read(folder, finished, capsys) -> None:
-    """To save room a user deletes what was for training alone."""
+    """A user may delete the files that only training needs."""
     for name in ("cache", "stage-1/checkpoints", "student"):
         shutil.rmtree(folder / name)
     log = (folder / "stage-1" / "log.jsonl").stat().st_mtime_ns

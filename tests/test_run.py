@@ -1,4 +1,4 @@
-"""The whole job on a small pipeline: skip what is done, survive kills, refuse before the expense."""
+"""The whole job on a small pipeline: finished steps are skipped, kills are survived, mistakes are refused early."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def recipe_file(folder: Path, source: Path, pictures: Path, **changes) -> Path:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Hashes of all that a run leaves but for times: weights, caches, pictures, plan, log rows without speeds."""
+    """Returns hashes of a run's files without times: weights, caches, pictures, plan, log rows without speeds."""
     out = {}
     for file in sorted(folder.rglob("*")):
         name = str(file.relative_to(folder))
@@ -63,7 +63,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def finished(sd, pictures, once) -> Path:
-    """A finished run of two stages; not to be written to."""
+    """A finished run of two stages; tests do not change it."""
     stages = [{"steps": 2, "batch_size": 4, "warmup_steps": 1}, {"steps": 2, "batch_size": 4}]
     return (
         once(
@@ -119,7 +119,7 @@ def test_finished_steps_are_skipped(copied, capsys) -> None:
 
 
 def test_a_run_of_an_earlier_version_is_still_done() -> None:
-    """The demo's inputs; others here would train again what users have trained."""
+    """The hashes of the demo's inputs; if they changed, users would have to train again."""
     found = Run(load_recipe("demo"), CPU).inputs
     assert found == {
         "plan": "bf0157873c7bde86",
@@ -172,7 +172,7 @@ def test_other_recipe_in_the_same_folder_is_refused_before_anything_changes(copi
 
 
 def test_a_run_that_moved_with_its_teacher_and_data_is_still_done(copied, sd, pictures, tmp_path) -> None:
-    """Its recipe has full paths; those that are not there any more are found where they went with the run."""
+    """Its recipe has full paths; paths that no longer exist are found by their place relative to the run."""
     project = tmp_path / "project"
     for source, name in ((copied, "runs/a"), (sd, "models/sd"), (pictures, "data")):
         shutil.copytree(source, project / name)
@@ -191,7 +191,7 @@ def test_a_run_that_moved_with_its_teacher_and_data_is_still_done(copied, sd, pi
 
 
 def test_data_that_changed_are_not_blamed_on_the_recipe(copied, pictures, tmp_path, monkeypatch) -> None:
-    """The run's own recipe would be refused as well, so it is no advice; a path with spaces is quoted where it is."""
+    """The run's own recipe would be refused too, so it is not advised; a path with spaces is quoted in the advice."""
     monkeypatch.chdir(tmp_path)
     run_folder = copied.rename(tmp_path / "my run")
     shutil.copytree(pictures, tmp_path / "data")
@@ -208,7 +208,7 @@ def test_data_that_changed_are_not_blamed_on_the_recipe(copied, pictures, tmp_pa
 def test_pictures_may_go_when_the_cache_is_whole(sd, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_pictures(tmp_path / "data" / "pictures", 4)
-    source = Path("data/pictures")  # once it is gone this might be a data set of the hub
+    source = Path("data/pictures")  # without the folder this could be the name of a dataset of the hub
     recipe = load_recipe(recipe_file(tmp_path, sd, source, stages=[{"steps": 2, "batch_size": 2}]))
     run(recipe, CPU, until="cache")
     shutil.rmtree(source)
@@ -271,7 +271,7 @@ def test_nothing_starts_when_something_is_wrong(sd, pictures, tmp_path) -> None:
 
 
 def test_sdxl_from_prompts_alone(sdxl, tmp_path) -> None:
-    """Trained, and the same student in every form: evaluated, as stock folder, in half precision, as one file."""
+    """The trained student is the same in every form: evaluated, as stock folder, in half precision, as one file."""
     recipe = recipe_file(
         tmp_path,
         sdxl,
@@ -314,7 +314,7 @@ STAIRS = [
 
 
 def test_progressive_stages_cut_what_the_stage_before_trained(sd, pictures, tmp_path) -> None:
-    """Three removals; stopped between all stages and given again, it ends in the same bits."""
+    """Three removals; stopped between all stages and resumed, it ends in the same bits."""
     changes = {"plan": "bk-tiny", "stages": STAIRS, "sheet": {"every": 0}}
     whole = run(load_recipe(recipe_file(tmp_path / "whole", sd, pictures, **changes)), CPU, until="distil")
     configs = [json.loads((whole / f"stage-{n}/unet/config.json").read_text()) for n in (1, 2, 3)]
@@ -346,7 +346,7 @@ def test_stage_that_brings_a_part_back_is_refused(sdxl, pictures, tmp_path) -> N
 
 
 def test_teachers_in_turn(sd, pictures, tmp_path) -> None:
-    """The second teacher has another U-Net and text encoder: a cache of its own, and it is the one that is exported."""
+    """The second teacher has another U-Net and text encoder, so it needs its own cache, and its parts are exported."""
     second = make_pipeline(tmp_path / "second", "sd", seed=3)
     for part in ("vae", "tokenizer"):
         shutil.rmtree(second / part)
@@ -425,7 +425,7 @@ def test_a_stage_that_cannot_resume_is_refused_before_what_is_done_is_undone(cop
 
 
 def test_a_run_that_was_evaluated_before_image_to_image_stays_finished(finished: Path) -> None:
-    """Its recipe.yaml lacks the key: with the default its evaluation is the one that is there, with another not."""
+    """Its recipe.yaml lacks the key: the default keeps the evaluation finished, another value does not."""
     recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
     assert recipe["evaluation"].pop("image_to_image") == 4
     done = json.loads((finished / "steps.json").read_text())
@@ -434,6 +434,6 @@ def test_a_run_that_was_evaluated_before_image_to_image_stays_finished(finished:
         inputs = Run(Recipe.model_validate(value), CPU).inputs
         assert (inputs["evaluate"] == done["evaluate"]["inputs"]) is same
         assert inputs["stage-1"] == done["stage-1"]["inputs"]
-    # All that was hashed before there was this key.
+    # All inputs that were hashed before this key existed.
     how = {key: recipe["evaluation"][key] for key in ("steps", "guidance_scale", "sampler")}
     assert _hash(done["stage-2"]["inputs"], ["a cat", "a dog"], how, 1234, 16) == done["evaluate"]["inputs"]

@@ -54,14 +54,14 @@ def test_other_models_that_it_knows_have_no_gaps(layout, plan) -> None:
         ("sdxl", ["mid_block"], "it knows only the whole SD v1"),
     ],
 )
-def test_what_it_does_not_know_is_refused(layout, plan, why) -> None:
+def test_models_that_it_does_not_know_are_refused(layout, plan, why) -> None:
     with pytest.raises(single_file.UserError, match=rf"does not load this student: {why}.*; export without --for"):
         check_for_cpp(config_of(layout, plan))
 
 
 @pytest.fixture(scope="module")
 def tiny(sd, tmp_path_factory) -> Path:
-    """A student of bk-tiny's form; it is narrower than what stable-diffusion.cpp opens."""
+    """A student of bk-tiny's form; narrower than stable-diffusion.cpp can open."""
     teacher = Teacher(sd)
     return export(teacher, build(teacher, load_plan("bk-tiny")), tmp_path_factory.mktemp("tiny") / "pipeline")
 

@@ -1,4 +1,4 @@
-"""Plans for a budget: the choice against brute force, plans that keep it, stops and resumes, mistakes in one line."""
+"""Plans for a budget: the choice equals brute force, plans keep the budget, searches resume, mistakes are one line."""
 
 import itertools
 import shutil
@@ -38,7 +38,7 @@ def test_choice_is_that_of_brute_force(seed) -> None:
         pairs={(i, j): rng.normal(0, 0.3) for i, j in itertools.combinations(range(n), 2) if rng.random() < 0.2},
         exclude=[frozenset(pair) for pair in itertools.combinations(range(n), 2) if rng.random() < 0.1],
     )
-    # Some sets fail for reasons that no sum tells: all of a group together, or one set alone.
+    # Some sets fail for reasons that no sum of costs shows: a whole group together, or one particular set.
     group = frozenset((2, 5, 7))
     alone = frozenset((0, 1, 3, 4))
 
@@ -67,7 +67,7 @@ def test_nothing_fits_a_budget_that_all_units_together_miss() -> None:
     assert best_sets(problem, lambda chosen: None, 3) == []
 
 
-def test_what_fails_is_made_as_small_as_it_can_be() -> None:
+def test_failing_sets_are_made_as_small_as_possible() -> None:
     bad = {2, 5}
     assert smallest_failing(frozenset(range(8)), lambda some: bad <= set(some)) == bad
 
@@ -92,7 +92,7 @@ def test_budgets_are_read(text, amount, is_share) -> None:
 
 @pytest.fixture(scope="module")
 def space(sd) -> Space:
-    outer = ["down_blocks.[012]", "up_blocks.[123]"]  # stay, so that there are few units
+    outer = ["down_blocks.[012]", "up_blocks.[123]"]  # keep these, so that there are few units
     return Space(Teacher(sd), parse_budgets(["parameters=75%"]), outer)
 
 
@@ -122,7 +122,7 @@ def test_the_plan_keeps_the_budget_and_hurts_least(space, searched) -> None:
     assert all(result.plans[0].error <= row.error for row in within)
 
 
-def test_the_recipe_is_one(searched, sd) -> None:
+def test_the_recipe_can_be_run(searched, sd) -> None:
     folder, plan, _ = searched
     recipe = load_recipe(folder / "recipe.yaml")
     assert recipe.plan.remove == plan.remove
@@ -140,7 +140,7 @@ def test_the_recipe_follows_that_of_the_run_it_is_given(searched, finished, tmp_
     assert ours.stages[0].learning_rate < theirs.stages[0].learning_rate
 
 
-def test_a_stopped_search_ends_as_one_that_was_not(space, searched, tmp_path, monkeypatch) -> None:
+def test_a_resumed_search_equals_an_uninterrupted_one(space, searched, tmp_path, monkeypatch) -> None:
     folder, plan, result = searched
     keep, count = Scores.keep, itertools.count()
 
@@ -193,7 +193,7 @@ def test_latency_is_timed_and_keeps_its_budget(space, searched, tmp_path, monkey
 def test_students_recover_and_the_untrained_one_may_stay(space, finished, tmp_path, monkeypatch) -> None:
     scores = Scores(space.teacher, open_examples(space.teacher, ["a cat"], file=tmp_path / "examples"), tmp_path)
     students = [derive(space.config, load_plan(name)) for name in ("bk-base", "bk-small")]
-    for name, value in {"FIRST": 0, "SHARE": 0.5, "LAST": 1}.items():  # presets are trained all the same
+    for name, value in {"FIRST": 0, "SHARE": 0.5, "LAST": 1}.items():  # presets are trained in any case
         monkeypatch.setattr(recovery, name, value)
     found = recover(students, scores, finished, 2, tmp_path / "recovery", RUNTIME)
     assert sorted(sorted(steps) for steps in found.values()) == [[1], [1, 2]]

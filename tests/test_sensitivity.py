@@ -1,4 +1,4 @@
-"""Units are the smallest sets that can go; what a removal hurts is measured, kept, and shown."""
+"""Units are the smallest sets that can be removed; the error of each removal is measured, stored and shown."""
 
 import itertools
 import json
@@ -83,7 +83,7 @@ def test_kept_parts_are_in_no_unit(sd) -> None:
 
 @pytest.fixture(scope="module", params=["sd", "SD3Transformer2DModel"])
 def scored(request, tmp_path_factory):
-    """A teacher, some of its units, and what they hurt; the folder with the scores."""
+    """A teacher, some of its units with their errors, and the folder with the scores."""
     folder = tmp_path_factory.mktemp("scores")
     if request.param in SMALL:
         teacher = Teacher(make_folder(folder / "teacher", request.param), only_form=True)
@@ -94,7 +94,7 @@ def scored(request, tmp_path_factory):
     return teacher, units, sensitivity(units, scores), folder
 
 
-def test_what_removes_nothing_hurts_nothing(scored) -> None:
+def test_removing_nothing_has_no_error(scored) -> None:
     teacher, units, result, folder = scored
     scores = Scores(teacher, open_examples(teacher, ["a cat", "a dog"]), folder)
     nothing = scores.error(derive(teacher.unet_config, Plan("none")))
@@ -147,7 +147,7 @@ def test_a_cache_gives_its_samples_with_noise_of_all_levels(sd, finished) -> Non
     teacher, samples = Teacher(sd), Cache.open(finished / "cache")
     examples = open_examples(teacher, cache=finished)
     assert len(examples.groups) == len(set(examples.groups)) == len(samples) == 12
-    # Guided, a net that gives back what it is asked gives just that.
+    # With guidance, a net whose output is its prompt returns the guided prompt.
     noisy = torch.cat([call(lambda noisy, *_, **__: (noisy,)) for call in examples.calls]).flatten(1)
     steps = torch.cat([call(lambda noisy, t, **_: (t.view(-1, 1, 1, 1).expand_as(noisy),)) for call in examples.calls])
     steps, latents = steps[:, 0, 0, 0].round(), torch.stack([samples.sample(i).mean for i in range(12)]).flatten(1)

@@ -33,7 +33,7 @@ STOPS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Forks:
-    """Starts commands of prunet without the seconds that its imports take."""
+    """Starts commands of prunet without the time of the imports."""
 
     def __init__(self) -> None:
         script = Path(__file__).parent / "run_forks.py"
@@ -77,7 +77,7 @@ def command(folder: Path, teacher: Path, pictures: Path) -> tuple[object, ...]:
 
 @pytest.fixture(scope="module")
 def whole(forks: Forks, sd: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """An undisturbed run, and the seconds that it took."""
+    """An undisturbed run, and its duration in seconds."""
     folder, start = tmp_path_factory.mktemp("whole"), time.monotonic()
     forks.start(folder / "log", *command(folder, sd, pictures))
     assert forks.wait() == 0, (folder / "log").read_text()
@@ -85,7 +85,7 @@ def whole(forks: Forks, sd: Path, pictures: Path, tmp_path_factory: pytest.TempP
 
 
 def assert_same(run: Path, whole: Path) -> None:
-    """Equal bytes, and no file more or less: nothing half-written is left."""
+    """Asserts equal bytes and the same files: nothing half-written is left."""
     assert contents(run) == contents(whole)
     names = [{str(p.relative_to(folder)) for p in folder.rglob("*")} for folder in (run, whole)]
     assert names[0] == names[1]
@@ -96,7 +96,7 @@ def kill_often(kills: int, forks: Forks, whole: tuple[Path, float], sd: Path, pi
     while done < kills:
         folder = tmp_path / f"run-{finished}"
         asked = command(folder, sd, pictures)
-        for left in reversed(range(5)):  # of one run; the last time it is left alone
+        for left in reversed(range(5)):  # kills of one run; the last time it is not killed
             pid = forks.start(folder / "log", *asked)
             start = time.monotonic()
             if left and done < kills:
@@ -214,8 +214,8 @@ WRITE = {
 
 
 @pytest.mark.parametrize("kind", WRITE)
-def test_no_room_is_one_line_whoever_writes(kind, tmp_path) -> None:
-    """By a limit on the size of files, which needs no mount; and on a small disk where one can be had."""
+def test_a_full_disk_is_one_line_whoever_writes(kind, tmp_path) -> None:
+    """With a limit on file sizes, which needs no mount, and on a small disk where one can be mounted."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
     try:
@@ -235,8 +235,8 @@ def test_no_room_is_one_line_whoever_writes(kind, tmp_path) -> None:
         assert not list(disk.iterdir())
 
 
-def test_no_room_for_a_copy_is_one_line(tmp_path) -> None:
-    """shutil.Error has no number, and the errors of all files in its text."""
+def test_a_full_disk_during_a_copy_is_one_line(tmp_path) -> None:
+    """shutil.Error has no errno; its text has the errors of all files."""
     (tmp_path / "from").mkdir()
     for name in "ab":
         (tmp_path / "from" / name).write_bytes(bytes(300_000))
@@ -259,7 +259,7 @@ def test_no_room_for_a_copy_is_one_line(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch"])
-def test_no_room_is_one_line_wherever_the_file_is_cut(kind, tmp_path) -> None:
+def test_a_full_disk_is_one_line_wherever_the_file_is_cut(kind, tmp_path) -> None:
     """torch has an error of its own for each part of an archive."""
     values = {"a": torch.randn(5_000), "b": {"c": torch.ones(300), "d": [1, 2.0]}}
     save = {"torch": torch.save, "safetensors": lambda v, path: save_file({"a": v["a"]}, path)}[kind]
@@ -284,7 +284,7 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path) -> None:
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
 def test_files_have_the_modes_of_the_umask(umask, tmp_path) -> None:
-    """Those of safetensors, which has its own idea, of copies, and of marks."""
+    """Errors of safetensors, which has its own class, of copies, and of marks."""
     before = os.umask(umask)
     try:
         with new_file(tmp_path / "a.safetensors") as part:
@@ -317,7 +317,7 @@ def test_a_folder_that_was_being_replaced_comes_back(tmp_path) -> None:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_ends_a_command_with_its_code_and_a_word(number, forks, sd, pictures, tmp_path) -> None:
+def test_a_signal_ends_a_command_with_its_exit_code_and_a_message(number, forks, sd, pictures, tmp_path) -> None:
     pid = forks.start(tmp_path / "log", *command(tmp_path, sd, pictures))
     while alive(pid) and not (tmp_path / "run" / LOCK).exists():
         time.sleep(0.01)
@@ -330,8 +330,8 @@ def test_a_signal_ends_a_command_with_its_code_and_a_word(number, forks, sd, pic
 
 
 @pytest.mark.processes
-def test_what_was_asked_to_spare_a_command_does() -> None:
-    """As nohup does."""
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """nohup ignores SIGHUP."""
     code = "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN)\nfrom prunet import cli\n"
     code += "cli._listen(); print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)"
     done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True)

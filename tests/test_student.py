@@ -69,7 +69,7 @@ PATHS = [
 
 @pytest.mark.parametrize(("kind", "path"), PATHS)
 def test_cut_step_by_step_is_cut_at_once(kind: str, path: list[str], request) -> None:
-    """The composed weight map is the direct one, shown by the weights."""
+    """The composed weight map equals the direct one, as the weights show."""
     teacher = Teacher(request.getfixturevalue(kind))
     steps = [derive(teacher.unet_config, load_plan(name)) for name in path]
     student = build(teacher, load_plan(path[0]))

@@ -19,7 +19,7 @@ WEIGHTS = "model.safetensors"
 
 
 def names_of(layers: int, projection: bool = False) -> set[str]:
-    """What transformers 4 has in a `CLIPTextModel`, or `CLIPTextModelWithProjection`, of so many layers."""
+    """The names that transformers 4 has in a `CLIPTextModel` or `CLIPTextModelWithProjection` of so many layers."""
     linear = [f"self_attn.{part}_proj" for part in "qkv"] + ["self_attn.out_proj", "mlp.fc1", "mlp.fc2"]
     modules = [f"encoder.layers.{i}.{name}" for i in range(layers) for name in (*linear, "layer_norm1", "layer_norm2")]
     names = [f"{module}.{kind}" for module in (*modules, "final_layer_norm") for kind in ("weight", "bias")]
@@ -28,7 +28,7 @@ def names_of(layers: int, projection: bool = False) -> set[str]:
 
 
 def check(folder: Path, teacher: Teacher, layers: int = 2) -> None:
-    """Names in the files, and that the transformers installed here read them without a difference."""
+    """Returns the names in the files, and asserts that the installed transformers reads them without differences."""
     for part in teacher.text_encoders:
         files = sorted((folder / part).glob("*.safetensors"))
         tensors = {
@@ -76,7 +76,7 @@ def test_shards_and_their_index(sd, tmp_path) -> None:
 
 
 def test_good_names_stay_byte_for_byte(sd, tmp_path) -> None:
-    """A teacher's own file, with what its metadata says, is copied as it is."""
+    """A teacher's own file is copied unchanged, with its metadata."""
     folder = shutil.copytree(sd, tmp_path / "classical")
     weights = folder / "text_encoder" / WEIGHTS
     tensors = load_file(weights)

@@ -1,4 +1,4 @@
-"""The loop: resume equals uninterrupted, micro-batches change nothing, EMA and teacher are what they should be."""
+"""The loop: resumed equals uninterrupted, micro-batches change nothing, the average and the teacher are right."""
 
 import dataclasses
 import itertools
@@ -65,7 +65,7 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def whole(sd, made, tmp_path_factory) -> Trained:
-    """An uninterrupted training with every checkpoint, to be compared with others; not to be written to."""
+    """An uninterrupted training with every checkpoint, for comparison; tests do not change it."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     return Trained(folder, train(sd, made, folder, saving=Saving(1, 9))[0])
 
@@ -95,7 +95,7 @@ def test_stopped_and_resumed_equals_uninterrupted(sd, made, whole, tmp_path, mon
 
 @contextmanager
 def stops(number: int) -> Iterator[None]:
-    """What a command does of a signal."""
+    """Turns a signal into KeyboardInterrupt, as a command does."""
 
     def stopped(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -111,7 +111,7 @@ def stops(number: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_with_a_checkpoint(number, sd, made, whole, tmp_path) -> None:
-    """It arrives while the sheet of step 3 is drawn."""
+    """The signal arrives while the sheet of step 3 is drawn."""
 
     class Interrupts:
         every = 3
@@ -129,7 +129,7 @@ def test_a_signal_ends_the_step_with_a_checkpoint(number, sd, made, whole, tmp_p
 
 
 def test_a_stop_between_two_rows_of_the_log_leaves_no_trace_in_it(sd, made, whole, tmp_path, monkeypatch) -> None:
-    """What was summed up before the stop counts in the row after it, with its time."""
+    """The sums and the time from before the stop count in the row after it."""
     runtime, step, steps, seconds = dataclasses.replace(CPU, log_every=4), training.Session.step, [], 0.5
 
     def step_and_stop(session: training.Session, learning_rate: float) -> torch.Tensor:
@@ -155,7 +155,7 @@ def test_a_stop_between_two_rows_of_the_log_leaves_no_trace_in_it(sd, made, whol
 
 
 def plain_losses(sd: Path, made, stage: Stage, dtype: torch.dtype) -> list[float]:
-    """The loop as the paper has it: stock attention, optimizer and losses of PyTorch, features copied to fp32."""
+    """The loop written plainly: stock attention, optimizer and losses of PyTorch, features copied to fp32."""
     teacher, student = Teacher(sd, dtype=dtype), build(Teacher(sd), load_plan("bk-small")).train().requires_grad_(True)
     kept, pairs = {}, derive(teacher.unet_config, load_plan("bk-small")).pairs(stage.losses.level)
 
@@ -189,7 +189,7 @@ def plain_losses(sd: Path, made, stage: Stage, dtype: torch.dtype) -> list[float
 
 
 @pytest.mark.parametrize(("precision", "dtype", "rel"), [("no", torch.float32, 1e-5), ("bf16", torch.bfloat16, 0.01)])
-def test_what_makes_it_fast_changes_no_loss(sd, made, tmp_path, precision, dtype, rel) -> None:
+def test_fast_kernels_change_no_loss(sd, made, tmp_path, precision, dtype, rel) -> None:
     stage = STAGE.model_copy(update={"losses": Losses(level="layer")})
     teacher = Teacher(sd, dtype=dtype)
     pairs = derive(teacher.unet_config, load_plan("bk-small")).pairs("layer")
@@ -253,7 +253,7 @@ LEARNING = Stage(
 
 
 def distance(folder: Path, student: UNet2DConditionModel) -> float:
-    """From the teacher, of noisy latents that are the same each time."""
+    """The student's distance from the teacher on fixed noisy latents."""
     latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     error, power = denoiser_errors(Teacher(folder), student, ["a", "b", "c", "d"], latents, seed=0)
     return (error.sum() / power.sum()).item()
@@ -426,7 +426,7 @@ def test_live_text_learns_the_same_and_resumes(sd, pictures, whole, tmp_path) ->
 
 
 def test_no_draw_of_one_seed_is_one_of_another(made) -> None:
-    """A generator counted on from the seed would meet that of the next seed after a million samples."""
+    """A generator numbered from the seed would repeat the next seed's after a million samples."""
     first, second = (Samples(made, STAGE.model_copy(update={"batch_size": 1}), seed, PROCESS) for seed in (1, 2))
     start = second[0, 0]["noise"]
     assert not any(torch.equal(first[step, 0]["noise"], start) for step in (0, 1, 1_000_003, 2**32))
@@ -498,7 +498,7 @@ def test_batches_of_buckets_have_one_size_and_see_every_picture(sdxl, tmp_path) 
 @pytest.mark.processes  # with what calls a compiler
 @pytest.mark.parametrize("what", [{"compile": True}, {"compile_blocks": True}])
 def test_compiled_equals_plain(sd, made, tmp_path, monkeypatch, what) -> None:
-    """Dynamo's graphs, run as they are: no feature is lost, and nothing falls back to Python (a graph break).
+    """Dynamo's graphs run unchanged: no feature is lost, and there is no graph break.
 
     In bf16, so that the CPU's attention by chunks is among them.
     """
@@ -523,7 +523,7 @@ def test_compiled_equals_plain(sd, made, tmp_path, monkeypatch, what) -> None:
 
 
 def test_channels_last_changes_nothing_but_rounding(sd, made, whole, tmp_path) -> None:
-    """Weights lie differently while they are trained; what is written does not show it, and a stopped run resumes."""
+    """Weights have another memory layout while they train; files do not show it, and a stopped run resumes."""
     fast = dataclasses.replace(CPU, channels_last=True)
     train(sd, made, tmp_path / "fast", stage=STAGE.model_copy(update={"steps": 3}), saving=Saving(3))
     student, teacher = train(sd, made, tmp_path / "fast", runtime=fast, saving=Saving(3))

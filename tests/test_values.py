@@ -22,8 +22,8 @@ class Result(Value):
     parts: dict[str, Part]
 
 
-def test_it_is_written_as_it_stands_and_read_again(tmp_path: Path) -> None:
-    """What is optional and not there is left out; what was not measured is null; fields of other versions stay."""
+def test_values_are_written_in_order_and_read_back(tmp_path: Path) -> None:
+    """Optional fields without a value are left out, unmeasured ones are null, fields of other versions are kept."""
     result = Result(name="a", parts={"x": Part(1.5, None)})
     assert list(result.facts().items()) == [("name", "a"), ("parts", {"x": {"size": 1.5, "memory": None}})]
     result.save(tmp_path / "a.json")
@@ -42,7 +42,7 @@ def test_it_is_written_as_it_stands_and_read_again(tmp_path: Path) -> None:
         ('{"name": "a", "parts": {"x": {"size": 1}}}', r"parts\.x\.memory"),
     ],
 )
-def test_what_is_no_such_value_is_one_line(tmp_path: Path, text: str, where: str) -> None:
+def test_a_wrong_value_is_one_line(tmp_path: Path, text: str, where: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(
         UserError, match=rf"a\.json: damaged, or of another version \('{where}': .*\): do this$"

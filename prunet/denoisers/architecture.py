@@ -196,7 +196,7 @@ class Architecture(ABC):
         Raises:
             UserError: the denoiser of this config cannot be called.
         """
-        return _trace(self, config_text(config), latent_size)
+        return _trace(self, config_text(config), latent_size or self.native_latent_size(config))
 
 
 def config_of(net: Net) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def _skeleton(architecture: Architecture, text: str) -> Any:
 
 @lru_cache(maxsize=32)
 @torch.no_grad()
-def _trace(architecture: Architecture, text: str, latent_size: tuple[int, int] | None) -> Trace:
+def _trace(architecture: Architecture, text: str, latent_size: tuple[int, int]) -> Trace:
     config, net, trace = json.loads(text), architecture.skeleton(json.loads(text)), Trace({}, {}, 0)
 
     def note(name: str, module: Any, args: Any, output: Any) -> None:
