@@ -6,7 +6,7 @@
 Nothing that is finished is done again. Each ablation gets `students.md` in its folder: R@1, score and KID by the
 protocols `emoji-train` and `emoji-heldout`, and how far the pictures are from those of the teacher (25 guided steps,
 equal noise). Numbers are means over the training seeds, with half of the 95 % interval (Student's t); with one seed,
-the interval over the pictures. What is not finished is left out.
+the interval over the pictures. What is not finished is left out. `students.png` beside it shows the first pictures.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from prunet import Drawing, Model, Runtime
 from prunet.console import console
@@ -35,6 +36,7 @@ from prunet.runs.ablation import finish, load_ablation
 from prunet.runs.run import Run
 from prunet.sampling.shards import read_shard
 from prunet.student.folder import save_unet
+from prunet.training.sheets import grid
 
 GUIDANCE = 1.5
 PROTOCOLS = ("emoji-train", "emoji-heldout")
@@ -52,7 +54,9 @@ DRAWN = {
     "distribution": [(2, 1.0), (1, 1.0), (4, 1.0)],
     "distribution with jumps": [(2, 1.0), (1, 1.0), (4, 1.0)],
 }
-TEACHER = [(25, GUIDANCE), (4, GUIDANCE), (2, GUIDANCE), (1, GUIDANCE)]
+TEACHER = [(25, GUIDANCE), (8, GUIDANCE), (4, GUIDANCE), (2, GUIDANCE), (1, GUIDANCE)]
+#: Pictures of each protocol in the sheet.
+SHOWN = 6
 METRICS = {"retrieval": "R@1", "clip_score": "score", "kid": "KID"}
 Job = Callable[[], object]
 
@@ -149,7 +153,7 @@ def do(name: str, job: Job) -> str:
 
 
 def all_done(jobs: dict[str, tuple[Job, set[str]]], workers: int) -> None:
-    """Does the jobs, `workers` at once; each after those that it names."""
+    """Does the jobs, `workers` at once; each after those that it names. The earliest that can begin is the next."""
     began, ended, running = time.perf_counter(), set[str](), dict[Future[str], str]()
     # Forked, so that nothing is imported again; no GPU is used in this process before.
     context = multiprocessing.get_context("fork")
@@ -157,7 +161,8 @@ def all_done(jobs: dict[str, tuple[Job, set[str]]], workers: int) -> None:
     with ProcessPoolExecutor(workers, context, begin_worker, (threads,)) as pool:
         todo = dict(jobs)
         while todo or running:
-            for name in [name for name, (_, after) in todo.items() if after <= ended]:
+            ready = [name for name, (_, after) in todo.items() if after <= ended]
+            for name in ready[: workers - len(running)]:
                 running[pool.submit(do, name, todo.pop(name)[0])] = name
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 ended.add(name := running.pop(future))
@@ -240,6 +245,22 @@ def table(title: str, arms: dict[str, list[Recipe]], args: argparse.Namespace) -
     return "\n".join(text)
 
 
+def write_sheet(path: Path, arms: dict[str, list[Recipe]], args: argparse.Namespace) -> None:
+    """Writes a sheet of the first prompts of both protocols: the teacher, and the first seed of each arm."""
+    drawn = {"teacher": (args.teachers, TEACHER[0])}
+    drawn |= {arm: (Path(recipes[0].output), drawn_in(arm, recipes[0])[0]) for arm, recipes in arms.items()}
+    rows: dict[str, list[Image.Image]] = {}
+    captions: list[str] = []
+    for name, (place, how) in drawn.items():
+        folders = [folder_of(place, protocol, *how) / "pictures" for protocol in PROTOCOLS]
+        if all(folder.is_dir() for folder in folders):
+            shown = [pair for folder in folders for pair in list(read_shard(min(folder.glob("*.tar"))))[:SHOWN]]
+            label = f"{name}, {how[0]} step{'s' * (how[0] > 1)}"
+            rows[label], captions = [picture for picture, _ in shown], [caption for _, caption in shown]
+    if rows:
+        grid(list(rows.values()), list(rows), captions).save(path, optimize=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ablations", type=Path, nargs="+")
@@ -267,6 +288,7 @@ def main() -> None:
                 arms.setdefault(arm, []).append(recipe)
         text = table(ablation.title, arms, args)
         write_text(Path(ablation.output) / "students.md", text + "\n")
+        write_sheet(Path(ablation.output) / "students.png", arms, args)
         print(text)
 
 
