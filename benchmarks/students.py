@@ -192,6 +192,8 @@ def jobs_of(
         jobs.setdefault(f"cache {recipe.cache}", (partial(finished, recipe, every, args, "cache"), set()))
     caches = set(jobs)
     jobs["teacher"] = (partial(teachers_pictures, teacher, args), set())
+    if args.caches:
+        return jobs
     before: list[tuple[str, Recipe]] = []
     for (title, arm, seed), recipe in recipes.items():
         name = f"{title}: {arm}, seed {seed}"
@@ -268,6 +270,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="these of the ablation's seeds")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="students that train at once (%(default)s)")
+    parser.add_argument("--caches", action="store_true", help="only make the caches and the teacher's pictures")
     parser.add_argument("--table", action="store_true", help="only write the tables of what is there")
     args = parser.parse_args()
     loaded = [load_ablation(path) for path in args.ablations]
