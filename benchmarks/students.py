@@ -49,6 +49,7 @@ DRAWN = {
     "guidance, on paths": [(25, 1.0), (2, 1.0), (4, 1.0), (1, 1.0)],
     "trajectory, 4 jumps": [(4, 1.0), (8, 1.0)],
     "trajectory, 2 jumps": [(2, 1.0), (1, 1.0), (4, 1.0)],
+    "trajectory, 2 jumps, LoRA": [(2, 1.0)],
     "trajectory, 1 jump": [(1, 1.0), (2, 1.0)],
     "consistency": [(2, 1.0), (1, 1.0), (4, 1.0), (8, 1.0)],
     "distribution": [(2, 1.0), (1, 1.0), (4, 1.0)],

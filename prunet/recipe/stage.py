@@ -77,7 +77,7 @@ IDLE: dict[str, tuple[str, ...]] = {
     "guidance": ("min_snr_gamma", "jumps", "path_steps", "paths", "jump_weight"),
     "trajectory": ("min_snr_gamma", "losses", "caption_dropout", "jump_weight"),
     "consistency": ("min_snr_gamma", "losses", "path_steps", "paths", "jump_weight"),
-    "distribution": ("min_snr_gamma", "losses", "caption_dropout"),
+    "distribution": ("min_snr_gamma", "losses", "caption_dropout", "lora"),
 }
 #: Maps an objective to the keys of `IDLE` that have a meaning if `paths` is given: its inputs are then points of paths.
 ON_PATHS: dict[str, tuple[str, ...]] = {
@@ -101,8 +101,8 @@ FEW_STEP_SAMPLER = {"trajectory": "ddim-trailing", "consistency": "lcm", "distri
 class Stage(Training):
     """A stage of distillation. Defaults are BK-SDM's, except that its scripts have no warm-up and no caption dropout.
 
-    `settings` leaves out the keys without a meaning for the objective. It also leaves out `objective: distillation`, so
-    that stages that were trained before other objectives existed keep their fingerprints.
+    `settings` leaves out the keys without a meaning for the objective. It also leaves out `objective: distillation` and
+    `lora: null`, so that stages that were trained before these keys existed keep their fingerprints.
     """
 
     objective: Objective = Field(
@@ -119,6 +119,10 @@ class Stage(Training):
     )
     plan: PlanValue | None = Field(
         default=None, description="an earlier plan that removes less; if not given, the recipe's plan"
+    )
+    lora: Steps | None = Field(
+        default=None,
+        description="rank of a LoRA that is trained instead of all weights; the student gets it merged",
     )
     losses: Losses = Field(default=Losses(), description="the terms of the loss")
     teacher: TeacherValue | None = Field(default=None, description="another teacher for this stage, of the same layout")
@@ -144,12 +148,17 @@ class Stage(Training):
 
     @model_serializer(mode="wrap")
     def _what_has_a_meaning(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if self.has(key)}
+        return {k: v for k, v in write(self).items() if self.has(k) and not (k == "lora" and v is None)}
 
     def has(self, key: str) -> bool:
         """Returns whether a key has a meaning for the objective."""
         on_paths = self.paths is not None and key in ON_PATHS.get(self.objective, ())
         return on_paths or key not in IDLE[self.objective]
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of the LoRA that is trained; None: all weights are trained."""
+        return self.lora
 
     @property
     def teacher_calls(self) -> int:
