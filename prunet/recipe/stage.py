@@ -75,9 +75,9 @@ Objective = Literal["distillation", "guidance", "trajectory", "consistency", "di
 IDLE: dict[str, tuple[str, ...]] = {
     "distillation": ("objective", "guidance_scale", "jumps", "path_steps", "paths", "jump_weight"),
     "guidance": ("min_snr_gamma", "jumps", "path_steps", "paths", "jump_weight"),
-    "trajectory": ("min_snr_gamma", "losses", "caption_dropout", "jump_weight"),
-    "consistency": ("min_snr_gamma", "losses", "path_steps", "paths", "jump_weight"),
-    "distribution": ("min_snr_gamma", "losses", "caption_dropout"),
+    "trajectory": ("min_snr_gamma", "losses", "caption_dropout", "random_captions", "jump_weight"),
+    "consistency": ("min_snr_gamma", "losses", "random_captions", "path_steps", "paths", "jump_weight"),
+    "distribution": ("min_snr_gamma", "losses", "caption_dropout", "random_captions"),
 }
 #: Maps an objective to the keys of `IDLE` that have a meaning if `paths` is given: its inputs are then points of paths.
 ON_PATHS: dict[str, tuple[str, ...]] = {
@@ -121,6 +121,9 @@ class Stage(Training):
         default=None, description="an earlier plan that removes less; if not given, the recipe's plan"
     )
     losses: Losses = Field(default=Losses(), description="the terms of the loss")
+    random_captions: bool = Field(
+        default=False, description="where there is much noise, show captions of other samples (arXiv 2504.02011)"
+    )
     teacher: TeacherValue | None = Field(default=None, description="another teacher for this stage, of the same layout")
     min_snr_gamma: Positive | None = Field(
         default=None, description="the task loss is weighed by the signal-to-noise ratio, up to this value; 5 is usual"
@@ -138,13 +141,18 @@ class Stage(Training):
             raise ValueError("objective guidance needs 'losses.task' 0, because the data teach the unguided output")
         if name == "distillation" and self.paths and self.losses.task:
             raise ValueError("'paths' need 'losses.task' 0, because guided paths do not lead to the data")
+        if self.random_captions and self.losses.task:
+            raise ValueError("'random_captions' need 'losses.task' 0, because the data do not show other captions")
         if self.jumps and self.has("path_steps") and self.path_steps % self.jumps:
             raise ValueError(f"'jumps' {self.jumps} must divide 'path_steps' {self.path_steps}")
         return self
 
     @model_serializer(mode="wrap")
     def _what_has_a_meaning(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if self.has(key)}
+        written = {key: value for key, value in write(self).items() if self.has(key)}
+        if not self.random_captions:  # so that stages that were trained before it existed keep their fingerprints
+            written.pop("random_captions", None)
+        return written
 
     def has(self, key: str) -> bool:
         """Returns whether a key has a meaning for the objective."""
