@@ -11,21 +11,14 @@ the interval over the pictures. What is not finished is left out. `students.png`
 
 import argparse
 import json
-import multiprocessing
-import os
-import time
-import traceback
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
+from pool import Jobs, all_done
 
 from prunet import Drawing, Model, Runtime
-from prunet.console import console
 from prunet.disk.files import write_json, write_text
 from prunet.evaluation.measures import read_measures
 from prunet.evaluation.measuring import measure
@@ -59,7 +52,6 @@ TEACHER = [(25, GUIDANCE), (8, GUIDANCE), (4, GUIDANCE), (2, GUIDANCE), (1, GUID
 #: Pictures of each protocol in the sheet.
 SHOWN = 6
 METRICS = {"retrieval": "R@1", "clip_score": "score", "kid": "KID"}
-Job = Callable[[], object]
 
 
 def drawn_in(arm: str, recipe: Recipe) -> list[tuple[int, float]]:
@@ -113,19 +105,24 @@ def pictures(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(picture) for path in shards for picture, _ in read_shard(path)]).astype(np.float32)
 
 
+def drawable(recipe: Recipe, recipes: list[Recipe], teacher: Path, args: argparse.Namespace) -> Path:
+    """Trains a student; returns a pipeline with it, beside its run."""
+    run = finished(recipe, recipes, args)
+    model = run.folder / "drawn-by"
+    if not (model / "unet").is_dir():
+        model.mkdir(exist_ok=True)
+        for part in teacher.iterdir():
+            if part.name != "unet" and not (model / part.name).exists():
+                (model / part.name).symlink_to(part.resolve())
+        save_unet(run.last_unet(), model / "unet", "stage")
+    return model
+
+
 def trained(
     recipe: Recipe, recipes: list[Recipe], drawn: list[tuple[int, float]], teacher: Path, args: argparse.Namespace
 ) -> None:
-    """Trains a student, puts it into a pipeline beside its run, and measures how it draws."""
-    run = finished(recipe, recipes, args)
-    model = run.folder / "drawn-by"
-    if not model.is_dir():
-        model.mkdir()
-        for part in teacher.iterdir():
-            if part.name != "unet":
-                (model / part.name).symlink_to(part.resolve())
-        save_unet(run.last_unet(), model / "unet", "stage")
-    del run
+    """Trains a student, and measures how it draws."""
+    model = drawable(recipe, recipes, teacher, args)
     for how in drawn:
         measured(model, Path(recipe.output), how, sampler_of(recipe, how[1]), teachers=args.teachers, args=args)
 
@@ -139,38 +136,6 @@ def finished(recipe: Recipe, recipes: list[Recipe], args: argparse.Namespace, un
     return finish(recipe, Runtime(device=args.device, precision="no"), recipes, until=until)
 
 
-def begin_worker(threads: int) -> None:
-    console.quiet = True
-    torch.set_num_threads(threads)
-
-
-def do(name: str, job: Job) -> str:
-    """Does a job in a worker; returns what went wrong."""
-    try:
-        job()
-    except Exception:
-        return traceback.format_exc()
-    return ""
-
-
-def all_done(jobs: dict[str, tuple[Job, set[str]]], workers: int) -> None:
-    """Does the jobs, `workers` at once; each after those that it names. The earliest that can begin is the next."""
-    began, ended, running = time.perf_counter(), set[str](), dict[Future[str], str]()
-    # Forked, so that nothing is imported again; no GPU is used in this process before.
-    context = multiprocessing.get_context("fork")
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    with ProcessPoolExecutor(workers, context, begin_worker, (threads,)) as pool:
-        todo = dict(jobs)
-        while todo or running:
-            ready = [name for name, (_, after) in todo.items() if after <= ended]
-            for name in ready[: workers - len(running)]:
-                running[pool.submit(do, name, todo.pop(name)[0])] = name
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                ended.add(name := running.pop(future))
-                said = future.result()
-                print(f"[{time.perf_counter() - began:6.1f} s] {name}: {said or 'done'}", flush=True)
-
-
 def common(a: Recipe, b: Recipe) -> int:
     """How many stages two recipes begin with alike."""
     if a.model_dump(include={"teacher", "plan", "data", "seed"}) != b.model_dump(
@@ -181,16 +146,16 @@ def common(a: Recipe, b: Recipe) -> int:
     return same.index(False) if False in same else len(same)
 
 
-def jobs_of(
-    recipes: dict[tuple[str, str, int], Recipe], teacher: Path, args: argparse.Namespace
-) -> dict[str, tuple[Job, set[str]]]:
+def caches_of(recipes: list[Recipe], args: argparse.Namespace) -> Jobs:
+    return {f"cache {r.cache}": (partial(finished, r, recipes, args, "cache"), set()) for r in recipes}
+
+
+def jobs_of(recipes: dict[tuple[str, str, int], Recipe], teacher: Path, args: argparse.Namespace) -> Jobs:
     """The caches, the teacher's pictures, and the students: after all caches, which nothing else should slow down, and
     each after the one with most stages alike.
     """
     every = list(recipes.values())
-    jobs: dict[str, tuple[Job, set[str]]] = {}
-    for recipe in every:
-        jobs.setdefault(f"cache {recipe.cache}", (partial(finished, recipe, every, args, "cache"), set()))
+    jobs = caches_of(every, args)
     caches = set(jobs)
     jobs["teacher"] = (partial(teachers_pictures, teacher, args), set())
     if args.caches:

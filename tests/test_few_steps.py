@@ -382,7 +382,7 @@ def test_stock_pipeline_draws_the_students_own_jumps(made, tmp_path) -> None:
 
 @pytest.fixture(scope="module")
 def finished_fast(sd, pictures, tmp_path_factory) -> Path:
-    """A run: its first stage removes blocks and guidance at once, its second trains a LoRA to jump on the same paths."""
+    """A run: its first stage removes blocks and guidance at once, its second trains a LoRA to jump, on equal paths."""
     folder = tmp_path_factory.mktemp("fast")
     pace = {"steps": 1, "batch_size": 2, "warmup_steps": 0, "guidance_scale": 3, "path_steps": 4, "paths": 4}
     values = {

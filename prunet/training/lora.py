@@ -39,7 +39,7 @@ def trainable(net: Net, rank: int | None, seed: int) -> Net:
 
 
 def merge_lora(net: Any) -> None:
-    """Adds the LoRA of `add_lora` to the weights of its layers and removes it; `net` then has its stock form, in place."""
+    """Adds the LoRA of `add_lora` to the weights of its layers and removes it: `net` has its stock form again."""
     net.fuse_lora()
     net.unload_lora()
 
