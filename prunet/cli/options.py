@@ -43,6 +43,18 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override a value of the recipe: stages.0.steps=100.")
 ]
 
+#: Fields of `Runtime` that are on or off, and their help texts.
+SWITCHES = {
+    "gradient_checkpointing": "Compute activations twice to need less memory.",
+    "offload_ema": "Keep the average of the weights on the CPU.",
+    "use_8bit_adam": "Keep Adam's state in 8 bits (GPU, bitsandbytes).",
+    "teacher_8bit": "Keep the teacher's linear layers in 8 bits (torchao).",
+    "teacher_fp8": "Run the teacher's linear layers in fp8 (Hopper GPUs, torchao).",
+    "fsdp": "Divide the student among the processes (FSDP2), without a copy in each.",
+    "compile": "torch.compile both models; the first step takes minutes.",
+    "compile_blocks": "torch.compile only the transformer blocks, in seconds.",
+    "channels_last": "Store convolutions in the GPU's own order; usually a little faster.",
+}
 #: Fields of `Runtime` as options: type and default.
 RUNTIME: dict[str, tuple[Any, Any]] = {
     "device": (Annotated[str | None, typer.Option(help="cuda, cpu or mps; by default the best available.")], None),
@@ -54,56 +66,10 @@ RUNTIME: dict[str, tuple[Any, Any]] = {
         Annotated[int | None, typer.Option(min=1, help="Samples at once on a device; by default as many as fit.")],
         None,
     ),
-    "gradient_checkpointing": (
-        Annotated[
-            bool, typer.Option("--gradient-checkpointing", help="Compute activations twice to need less memory.")
-        ],
-        False,
-    ),
-    "offload_ema": (
-        Annotated[bool, typer.Option("--offload-ema", help="Keep the average of the weights on the CPU.")],
-        False,
-    ),
-    "use_8bit_adam": (
-        Annotated[bool, typer.Option("--use-8bit-adam", help="Keep Adam's state in 8 bits (GPU, bitsandbytes).")],
-        False,
-    ),
-    "teacher_8bit": (
-        Annotated[bool, typer.Option("--teacher-8bit", help="Keep the teacher's linear layers in 8 bits (torchao).")],
-        False,
-    ),
-    "teacher_fp8": (
-        Annotated[
-            bool,
-            typer.Option("--teacher-fp8", help="Run the teacher's linear layers in fp8 (Hopper GPUs, torchao)."),
-        ],
-        False,
-    ),
-    "fsdp": (
-        Annotated[
-            bool,
-            typer.Option("--fsdp", help="Divide the student among the processes (FSDP2), without a copy in each."),
-        ],
-        False,
-    ),
-    "compile": (
-        Annotated[bool, typer.Option("--compile", help="torch.compile both models; the first step takes minutes.")],
-        False,
-    ),
-    "compile_blocks": (
-        Annotated[
-            bool,
-            typer.Option("--compile-blocks", help="torch.compile only the transformer blocks, in seconds."),
-        ],
-        False,
-    ),
-    "channels_last": (
-        Annotated[
-            bool,
-            typer.Option("--channels-last", help="Store convolutions in the GPU's own order; usually a little faster."),
-        ],
-        False,
-    ),
+    **{
+        name: (Annotated[bool, typer.Option(f"--{name.replace('_', '-')}", help=text)], False)
+        for name, text in SWITCHES.items()
+    },
     "tracker": (
         Annotated[str | None, typer.Option(help="Also log to an accelerate tracker, such as tensorboard.")],
         None,

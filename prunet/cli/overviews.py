@@ -111,15 +111,17 @@ def _watch_lines(now: "Activity") -> list[tuple[str, str]]:
 
 
 def _watch_view(now: "Activity") -> Any:
+    from prunet.report.live import title
+
+    return _two_columns([("run", now.run), ("now", title(now)), *_watch_lines(now)])
+
+
+def _two_columns(rows: list[tuple[str, str]]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from prunet.report.live import title
-
     table = Table.grid(padding=(0, 2))
-    table.add_row(Text("run", style="bold"), Text(now.run))
-    table.add_row(Text("now", style="bold"), Text(title(now)))
-    for name, text in _watch_lines(now):
+    for name, text in rows:
         table.add_row(Text(name, style="bold"), Text(text))
     return table
 
@@ -137,9 +139,6 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _doctor_view(facts: dict[str, Any]) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
     def gib(count: int) -> str:
         return f"{count / 2**30:,.1f} GiB"
 
@@ -162,7 +161,4 @@ def _doctor_view(facts: dict[str, Any]) -> Any:
     for at, (extra, found) in enumerate(facts["extras"].items()):
         state = f"pip install 'prunet[{extra}]'" if found["missing"] else "installed"
         rows.append(("optional" if not at else "", f"{extra}: {state} ({found['for']})"))
-    table = Table.grid(padding=(0, 2))
-    for name, text in rows:
-        table.add_row(Text(name, style="bold"), Text(text))
-    return table
+    return _two_columns(rows)

@@ -108,9 +108,9 @@ def stairs_view(steps: "Sequence[Derived]", notes: Sequence[str]) -> RenderableT
     return Group(table, Text(), *map(Text, lines))
 
 
-def _bar(share: float, width: int = 12) -> Text:
-    full = round(share * width)
-    return Text("█" * full, style="cyan").append("░" * (width - full), style="dim").append(f" {share:.0%}")
+def _bar(share: float) -> Text:
+    full = round(share * 12)
+    return Text("█" * full, style="cyan").append("░" * (12 - full), style="dim").append(f" {share:.0%}")
 
 
 KINDS = ("resnets", "attentions", "transformer_blocks", "downsamplers", "upsamplers")

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import model_validator
 
-from prunet.denoisers.patterns import match
+from prunet.denoisers.patterns import around, match
 from prunet.disk.values import Value
 from prunet.errors import UserError
 
@@ -44,16 +44,10 @@ def term_factors(pairs: Sequence[Pair], weights: Mapping[str, float]) -> list[fl
     """
     factors = [1.0] * len(pairs)
     for pattern, weight in weights.items():
-        named = [i for i, pair in enumerate(pairs) if match(pattern, _around(pair.teacher))]
+        named = [i for i, pair in enumerate(pairs) if match(pattern, around(pair.teacher))]
         if not named:
             some = ", ".join(pair.teacher for pair in pairs[:3])
             raise UserError(f"losses.weights: {pattern!r} matches no module that is compared: match {some}, ...")
         for i in named:
             factors[i] = float(weight)
     return factors
-
-
-def _around(name: str) -> list[str]:
-    """Lists a name and the modules around it: `a.b.c` gives a, a.b, a.b.c."""
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]

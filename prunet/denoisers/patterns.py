@@ -5,7 +5,7 @@ import fnmatch
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from prunet.errors import UserError
 
@@ -68,7 +68,12 @@ def removed_parts(
     return removed
 
 
-def is_within(name: str, parts: set[str]) -> bool:
-    """Returns whether `name` is one of `parts` or lies in one of them."""
+def around(name: str) -> list[str]:
+    """Lists a name and the modules around it: `a.b.c` gives a, a.b, a.b.c."""
     pieces = name.split(".")
-    return any(".".join(pieces[:end]) in parts for end in range(1, len(pieces) + 1))
+    return [".".join(pieces[:end]) for end in range(1, len(pieces) + 1)]
+
+
+def is_within(name: str, parts: Container[str]) -> bool:
+    """Returns whether `name` is one of `parts` or lies in one of them."""
+    return any(outer in parts for outer in around(name))

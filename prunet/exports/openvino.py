@@ -45,16 +45,16 @@ def export_openvino(
 
     Args:
         prompts: the first `PROMPTS` calibrate 8 bits, the next ones are drawn for comparison.
-            drawing: how to draw with it; a sampler that openvino_genai lacks is replaced by DDIM.
-            decoder: a folder with an `AutoencoderTiny`, which replaces the pipeline's VAE.
-            card: more facts for the README (`openvino.md.j2`).
+        drawing: how to draw with it; a sampler that openvino_genai lacks is replaced by DDIM.
+        decoder: a folder with an `AutoencoderTiny`, which replaces the pipeline's VAE.
+        card: more facts for the README (`openvino.md.j2`).
 
-        Returns the content of `openvino.json`: `bytes` of all models, `psnr` (dB) and `picture` (root mean squared
-        error, 0 to 1) as means over the compared prompts, `seconds` per picture (median), and with `bits` "int8" the
-        choices of `prunet.exports.int8.quantize`.
+    Returns the content of `openvino.json`: `bytes` of all models, `psnr` (dB) and `picture` (root mean squared error,
+    0 to 1) as means over the compared prompts, `seconds` per picture (median), and with `bits` "int8" the choices of
+    `prunet.exports.int8.quantize`.
 
-        Raises:
-            UserError: the extra `openvino` is not installed, or the decoder does not fit.
+    Raises:
+        UserError: the extra `openvino` is not installed, or the decoder does not fit.
     """
     for package in ("openvino", "openvino_genai", "openvino_tokenizers", *(["nncf"] if bits else [])):
         need(package)
@@ -70,7 +70,8 @@ def export_openvino(
                 shutil.copytree(part, before, dirs_exist_ok=True)
             chosen = _quantize(source.teacher, part, bits, prompts[:PROMPTS], drawing) if bits else {}
             exact = OpenVinoPipeline(before if bits else part, "f32")
-            facts = {**_compare(exact, OpenVinoPipeline(part), compared), **chosen, "bits": bits, "bytes": _bytes(part)}
+            size = sum(path.stat().st_size for path in part.glob("*/openvino_model.bin"))
+            facts = {**_compare(exact, OpenVinoPipeline(part), compared), **chosen, "bits": bits, "bytes": size}
         return write_facts(source, part, "openvino", facts, drawing, {**(card or {}), "prompt": compared[0]})
 
 
@@ -130,7 +131,3 @@ def _compare(exact: OpenVinoPipeline, ours: OpenVinoPipeline, prompts: Sequence[
         "picture": statistics.mean(errors),
         "seconds": statistics.median(seconds),
     }
-
-
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*/openvino_model.bin"))

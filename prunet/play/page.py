@@ -153,10 +153,10 @@ def _distance(drawn: Sequence[Drawn]) -> str:
     return f"The pictures differ by **{apart:.3f}** (root mean squared error, 0 to 1)."
 
 
-def serve(players: Sequence[Player], *, host: str, port: int, head: str = "") -> Any:
+def serve(players: Sequence[Player], *, host: str, port: int) -> Any:
     """Shows the page at `host`:`port` (0: any free port) and returns it; the server runs in threads.
 
-    `head`: HTML for the page's head. Uploads and pictures lie in a temporary folder, which is deleted at the end.
+    Uploads and pictures lie in a temporary folder, which is deleted at the end.
 
     Raises:
         UserError: Gradio is not installed, or the port is in use.
@@ -173,7 +173,6 @@ def serve(players: Sequence[Player], *, host: str, port: int, head: str = "") ->
             server_port=port or None,
             theme=gr.themes.Base(font=FONTS, font_mono=["monospace"]),
             css=CSS,
-            head=head,
             share=False,
             quiet=True,
             show_error=False,

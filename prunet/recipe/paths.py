@@ -6,6 +6,7 @@ the command line (`--set`) are relative to the current folder.
 
 import os
 import re
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -97,10 +98,6 @@ def _exists(path: str) -> bool:
     return os.path.exists(path if plain == path else os.path.dirname(plain) or ".")
 
 
-def _located_or_id(text: Any) -> Any:
-    return located(text, may_be_id=True)
-
-
 def _located_prompts(text: Any) -> Any:
     return str(text) if text in shipped_names(".txt") else located(text)
 
@@ -117,6 +114,6 @@ def _absolute_always(path: str, info: SerializationInfo) -> str:
 
 PathText = Annotated[str, BeforeValidator(located), PlainSerializer(_absolute_always)]
 #: A path, a hub id or a layout.
-PathOrId = Annotated[str, BeforeValidator(_located_or_id), PlainSerializer(_absolute)]
+PathOrId = Annotated[str, BeforeValidator(partial(located, may_be_id=True)), PlainSerializer(_absolute)]
 #: A text file of prompts, or the name of a shipped list.
 PromptsText = Annotated[str, BeforeValidator(_located_prompts), PlainSerializer(_absolute)]

@@ -29,12 +29,10 @@ class TeacherSource(Part):
     revision: str | None = Field(default=None, description="for a hub id: a branch, tag or commit")
 
 
-def _read_teacher(value: Any) -> Any:
-    return {"source": value} if isinstance(value, str) else value
-
-
 #: A teacher in a recipe: its source, or a mapping.
-TeacherValue = Annotated[TeacherSource, BeforeValidator(_read_teacher)]
+TeacherValue = Annotated[
+    TeacherSource, BeforeValidator(lambda value: {"source": value} if isinstance(value, str) else value)
+]
 
 
 class Losses(Part):

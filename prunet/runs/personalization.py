@@ -195,7 +195,7 @@ class Personal:
             self.model.release("unet", "vae", "text")
         return train(
             Objective(self.model, spec.prior_weight if spec.class_prompt else None),
-            self._net_at_start(),
+            trainable(inherit(self._stored().unet, self.derived), spec.lora, spec.seed),
             samples,
             self.micro_batch,
             self.folder / "training",
@@ -207,9 +207,6 @@ class Personal:
     def _stored(self) -> Teacher:
         """Opens the model in fp32 on the CPU for any precision, because training starts from the stored weights."""
         return open_model(Model(self.spec.model, self.spec.config))
-
-    def _net_at_start(self) -> Net:
-        return trainable(inherit(self._stored().unet, self.derived), self.spec.lora, self.spec.seed)
 
     def _write(self, net: Net, made_from: str) -> None:
         facts = {**origin(self.model), **self.spec.model_dump(), "rank": self.spec.lora, "template": CARD}

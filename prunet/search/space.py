@@ -12,7 +12,7 @@ from prunet.plan.derived import Derived, derive
 from prunet.plan.plan import Plan
 from prunet.search.budgets import Budget, costs_of, shown
 from prunet.search.choice import Problem, Refusal, best_sets, needs_of, smallest_failing
-from prunet.search.units import find_units, patterns_of
+from prunet.search.units import find_units, overlap, patterns_of
 from prunet.teacher.teacher import Teacher
 
 #: Tolerance for rounding of a cost that is a share of another.
@@ -45,7 +45,7 @@ class Space:
                 _ = unit.derived.student_size
                 bar.advance()
         pairs = combinations(enumerate(self.units), 2)
-        self._exclude = [frozenset((i, j)) for (i, a), (j, b) in pairs if a.overlaps(b)]
+        self._exclude = [frozenset((i, j)) for (i, a), (j, b) in pairs if overlap(a.parts, b.parts)]
         self._derived: dict[frozenset[int], Derived | None] = {}
         self._check_budgets()
 

@@ -1,6 +1,6 @@
 """The units of a denoiser: the smallest sets of parts that can be removed. They are found by trying."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -27,10 +27,10 @@ class Unit:
         """Its parts in short form: `mid_block`, `down_blocks.0.{attentions,resnets}.1 + up_blocks.3...`."""
         return " + ".join(patterns_of(self.parts))
 
-    def overlaps(self, other: "Unit") -> bool:
-        """Returns whether a part of one unit is, or lies in, a part of the other; then they exclude each other."""
-        ours, theirs = set(self.parts), set(other.parts)
-        return any(is_within(part, theirs) for part in ours) or any(is_within(part, ours) for part in theirs)
+
+def overlap(some: Collection[str], others: Collection[str]) -> bool:
+    """Returns whether a part of one collection is, or lies in, a part of the other."""
+    return any(is_within(part, others) for part in some) or any(is_within(part, some) for part in others)
 
 
 def find_units(config: Mapping[str, Any], keep: Sequence[str] = ()) -> list[Unit]:
@@ -51,7 +51,7 @@ def find_units(config: Mapping[str, Any], keep: Sequence[str] = ()) -> list[Unit
         for candidate in _candidates(diagram, parts, failed):
             bar.advance()
             removed = frozenset(candidate)
-            if removed in found or any(is_within(part, stays) or _holds(part, stays) for part in removed):
+            if removed in found or overlap(removed, stays):
                 continue
             try:
                 derived = derive(config, Plan("unit", tuple(sorted(removed))))
@@ -69,10 +69,6 @@ def _kept(config: Mapping[str, Any], keep: Sequence[str]) -> set[str]:
         return set(architecture_of(config).removed_parts(config, keep))
     except UserError as error:
         raise UserError(f"--keep: {error}") from error
-
-
-def _holds(part: str, stays: Iterable[str]) -> bool:
-    return any(is_within(other, {part}) for other in stays)
 
 
 def _candidates(diagram: Diagram, parts: Sequence[str], failed: list[str]) -> Iterator[tuple[str, ...]]:

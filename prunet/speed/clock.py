@@ -46,16 +46,15 @@ class Speeds(Value):
 def time_denoisers(
     denoisers: Mapping[str, nn.Module],
     *,
-    batch_size: int = 2,
     repeats: int = 15,
     device: torch.device | str = "cpu",
 ) -> Speeds:
     """Times the denoisers in turns, so that a disturbance of the machine affects all of them.
 
-    `batch_size` 2 is one picture with guidance. Each denoiser runs at its native size, in its own precision.
+    A call draws one picture with guidance (batch size 2) at the denoiser's native size, in its own precision.
     """
     device = torch.device(device)
-    calls = {name: denoiser_call(net, batch_size, device=device) for name, net in denoisers.items()}
+    calls = {name: denoiser_call(net, 2, device=device) for name, net in denoisers.items()}
     times = times_in_turn(calls, repeats, device)
     speeds = {}
     for name, net in denoisers.items():
@@ -64,7 +63,7 @@ def time_denoisers(
         speeds[name] = Speed(statistics.median(times[name]), peak)
     return Speeds(
         device=device_name(device),
-        batch_size=batch_size,
+        batch_size=2,
         repeats=min(map(len, times.values())),
         dtypes={name: str(next(net.parameters()).dtype).removeprefix("torch.") for name, net in denoisers.items()},
         speeds=speeds,

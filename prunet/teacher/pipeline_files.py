@@ -45,8 +45,8 @@ class PipelineFiles:
         revision: the revision of a hub id.
         only_form: also accept denoisers that prunet can only plan and build students of, not train.
 
-        Raises:
-            UserError: there is nothing to open, or prunet cannot compress it.
+    Raises:
+        UserError: there is nothing to open, or prunet cannot compress it.
     """
 
     def __init__(

@@ -15,11 +15,6 @@ from prunet.runtime import Runtime
 from prunet.training.lora import trained_count
 
 
-def activation_elements(config: Mapping[str, Any], latent_size: tuple[int, int]) -> int:
-    """Counts the elements that one sample's forward pass keeps for the backward pass: outputs of all leaf modules."""
-    return architecture_of(config).trace(config, latent_size).leaf_elements
-
-
 def training_memory(
     teacher: Mapping[str, Any],
     student: Mapping[str, Any],
@@ -38,7 +33,8 @@ def training_memory(
     t, s, trained = size_of(teacher).parameters, size_of(student).parameters, trained_count(student, stage.rank)
     half, shards = runtime.mixed_precision != "no", processes.count() if runtime.fsdp else 1
     weight = 1 if runtime.teacher_8bit or runtime.teacher_fp8 else 2 if half else 4
-    elements = activation_elements(student, latent_size) * micro_batch * stage.rows
+    # A sample's forward pass keeps the outputs of all leaf modules for the backward pass.
+    elements = architecture_of(student).trace(student, latent_size).leaf_elements * micro_batch * stage.rows
     kept = 0.3 if runtime.gradient_checkpointing else 1.0
     return {
         "teacher": t * weight if stage.teacher_calls else 0,

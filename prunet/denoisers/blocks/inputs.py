@@ -33,6 +33,10 @@ class Shape:
         """Returns positions (count, axes) for the rotary embedding."""
         return torch.zeros(count, axes, device=self.device, dtype=self.dtype)
 
+    def latents(self, channels: int) -> Tensor:
+        """Returns latents (batch, channels, height, width)."""
+        return self.zeros(channels, self.height, self.width)
+
     @property
     def packed(self) -> int:
         """The number of tokens of 2x2 latents."""
@@ -40,6 +44,12 @@ class Shape:
 
 
 Inputs = Callable[[Any, Shape], dict[str, Any]]
+
+
+def _usual(shape: Shape, latents: Tensor, tokens: int, width: int) -> dict[str, Any]:
+    """Returns latents, `tokens` embeddings of text and the timestep under their usual names."""
+    text = shape.zeros(tokens, width)
+    return {"hidden_states": latents, "encoder_hidden_states": text, "timestep": shape.zeros()}
 
 
 def _guidance(config: Any, shape: Shape) -> dict[str, Any]:
@@ -51,9 +61,7 @@ def flux(config: Any, shape: Shape) -> dict[str, Any]:
     axes = len(config.axes_dims_rope)
     pooled = {"pooled_projections": shape.zeros(config.pooled_projection_dim)} if axes == 3 else {}
     return {
-        "hidden_states": shape.zeros(shape.packed, config.in_channels),
-        "encoder_hidden_states": shape.zeros(512, config.joint_attention_dim),
-        "timestep": shape.zeros(),
+        **_usual(shape, shape.zeros(shape.packed, config.in_channels), 512, config.joint_attention_dim),
         "img_ids": shape.ids(shape.packed, axes),
         "txt_ids": shape.ids(512, axes),
         **pooled,
@@ -64,9 +72,7 @@ def flux(config: Any, shape: Shape) -> dict[str, Any]:
 def qwen_image(config: Any, shape: Shape) -> dict[str, Any]:
     """Returns inputs of Qwen-Image."""
     return {
-        "hidden_states": shape.zeros(shape.packed, config.in_channels),
-        "encoder_hidden_states": shape.zeros(512, config.joint_attention_dim),
-        "timestep": shape.zeros(),
+        **_usual(shape, shape.zeros(shape.packed, config.in_channels), 512, config.joint_attention_dim),
         "img_shapes": [[(1, shape.height // 2, shape.width // 2)]] * shape.batch,
         **_guidance(config, shape),
     }
@@ -74,32 +80,20 @@ def qwen_image(config: Any, shape: Shape) -> dict[str, Any]:
 
 def sd3(config: Any, shape: Shape) -> dict[str, Any]:
     """Returns inputs of Stable Diffusion 3."""
-    return {
-        "hidden_states": shape.zeros(config.in_channels, shape.height, shape.width),
-        "encoder_hidden_states": shape.zeros(333, config.joint_attention_dim),  # 77 of CLIP, 256 of T5
-        "pooled_projections": shape.zeros(config.pooled_projection_dim),
-        "timestep": shape.zeros(),
-    }
+    inputs = _usual(shape, shape.latents(config.in_channels), 77 + 256, config.joint_attention_dim)  # of CLIP and T5
+    return {**inputs, "pooled_projections": shape.zeros(config.pooled_projection_dim)}
 
 
 def sana(config: Any, shape: Shape) -> dict[str, Any]:
     """Returns inputs of Sana."""
-    return {
-        "hidden_states": shape.zeros(config.in_channels, shape.height, shape.width),
-        "encoder_hidden_states": shape.zeros(300, config.caption_channels),
-        "timestep": shape.zeros(),
-        **_guidance(config, shape),
-    }
+    inputs = _usual(shape, shape.latents(config.in_channels), 300, config.caption_channels)
+    return {**inputs, **_guidance(config, shape)}
 
 
 def pixart(config: Any, shape: Shape) -> dict[str, Any]:
     """Returns inputs of PixArt."""
-    return {
-        "hidden_states": shape.zeros(config.in_channels, shape.height, shape.width),
-        "encoder_hidden_states": shape.zeros(300, config.caption_channels),
-        "timestep": shape.zeros(),
-        "added_cond_kwargs": {"resolution": shape.zeros(2), "aspect_ratio": shape.zeros(1)},
-    }
+    inputs = _usual(shape, shape.latents(config.in_channels), 300, config.caption_channels)
+    return {**inputs, "added_cond_kwargs": {"resolution": shape.zeros(2), "aspect_ratio": shape.zeros(1)}}
 
 
 def z_image(config: Any, shape: Shape) -> dict[str, Any]:
@@ -116,42 +110,25 @@ def lumina2(config: Any, shape: Shape) -> dict[str, Any]:
     mask = torch.ones(shape.batch, 256, device=shape.device, dtype=torch.bool)
     if mask.is_meta:  # the model reads the number of tokens from the mask, but a meta tensor has no contents
         mask.sum = lambda dim: torch.full((shape.batch,), 256)  # type: ignore[method-assign, assignment]
-    return {
-        "hidden_states": shape.zeros(config.in_channels, shape.height, shape.width),
-        "encoder_hidden_states": shape.zeros(256, config.cap_feat_dim),
-        "encoder_attention_mask": mask,
-        "timestep": shape.zeros(),
-    }
+    inputs = _usual(shape, shape.latents(config.in_channels), 256, config.cap_feat_dim)
+    return {**inputs, "encoder_attention_mask": mask}
 
 
 def auraflow(config: Any, shape: Shape) -> dict[str, Any]:
     """Returns inputs of AuraFlow."""
-    return {
-        "hidden_states": shape.zeros(config.in_channels, shape.height, shape.width),
-        "encoder_hidden_states": shape.zeros(256, config.joint_attention_dim),
-        "timestep": shape.zeros(),
-    }
+    return _usual(shape, shape.latents(config.in_channels), 256, config.joint_attention_dim)
 
 
 def cogview4(config: Any, shape: Shape) -> dict[str, Any]:
     """Returns inputs of CogView4."""
-    return {
-        "hidden_states": shape.zeros(config.in_channels, shape.height, shape.width),
-        "encoder_hidden_states": shape.zeros(1024, config.text_embed_dim),
-        "timestep": shape.zeros(),
-        "original_size": shape.zeros(2),
-        "target_size": shape.zeros(2),
-        "crop_coords": shape.zeros(2),
-    }
+    inputs = _usual(shape, shape.latents(config.in_channels), 1024, config.text_embed_dim)
+    return {**inputs, **{name: shape.zeros(2) for name in ("original_size", "target_size", "crop_coords")}}
 
 
 def wan(config: Any, shape: Shape) -> dict[str, Any]:
     """Returns inputs of Wan."""
-    inputs = {
-        "hidden_states": shape.zeros(config.in_channels, WAN_FRAMES, shape.height, shape.width),
-        "encoder_hidden_states": shape.zeros(512, config.text_dim),
-        "timestep": shape.zeros(),
-    }
+    latents = shape.zeros(config.in_channels, WAN_FRAMES, shape.height, shape.width)
+    inputs = _usual(shape, latents, 512, config.text_dim)
     if "vace_in_channels" in config:
         inputs["control_hidden_states"] = shape.zeros(config.vace_in_channels, WAN_FRAMES, shape.height, shape.width)
     return inputs
