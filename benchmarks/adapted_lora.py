@@ -32,13 +32,13 @@ PROMPTS = [
 
 
 def two_colours(picture: Image.Image) -> Image.Image:
-    """The style: grey, from dark blue to orange."""
+    """Applies the style: grey levels become colours from dark blue to orange."""
     grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None] / 255
     return Image.fromarray((255 * (DARK * (1 - grey) + LIGHT * grey)).round().astype(np.uint8))
 
 
 def off_style(pictures: list[Image.Image]) -> float:
-    """Root mean squared distance (0 to 1) of pixels from the nearest colour of the style."""
+    """Returns the root mean squared distance (0 to 1) of pixels from the nearest colour of the style."""
     pixels = np.stack([np.asarray(p.convert("RGB"), dtype=np.float32) / 255 for p in pictures])
     along = LIGHT - DARK
     share = ((pixels - DARK) @ along / (along @ along)).clip(0, 1)[..., None]
@@ -46,7 +46,7 @@ def off_style(pictures: list[Image.Image]) -> float:
 
 
 def apart(pictures: list[Image.Image], others: list[Image.Image]) -> float:
-    """Root mean squared difference (0 to 1) of pictures at equal prompts and noise."""
+    """Returns the root mean squared difference (0 to 1) of pictures at equal prompts and noise."""
     a, b = (np.stack([np.asarray(p.convert("RGB"), dtype=np.float32) / 255 for p in ps]) for ps in (pictures, others))
     return float(np.sqrt(((a - b) ** 2).mean()))
 
@@ -67,7 +67,7 @@ def caption(label: dict) -> str:
 
 
 def train(teacher: Teacher, shard: Path, folder: Path, steps: int, count: int) -> Path:
-    """A LoRA of rank 16 in diffusers' usual format, by the plain loss of its training scripts."""
+    """Trains a LoRA of rank 16 in diffusers' usual format, with the plain loss of its training scripts."""
     torch.manual_seed(0)
     pictures, captions = read(shard, count)
     pixels = np.stack([np.asarray(two_colours(p.resize((teacher.native_size,) * 2)), np.float32) for p in pictures])

@@ -1,6 +1,6 @@
 """Distillation, images a second and peak memory: prunet's loop beside the loop of the published scripts.
 
-    python benchmarks/distill_speed.py emoji                         # what ships, seconds
+    python benchmarks/distill_speed.py emoji                         # the shipped models, seconds
     python benchmarks/distill_speed.py sd-v1 --plan bk-small         # SD v1.4's size at 512 px, random weights
     python benchmarks/distill_speed.py sd-v1 --batch 16 --micro-batch 1  # the same batch in little memory
     python benchmarks/distill_speed.py sdxl --plan vega --size 1024
@@ -9,7 +9,7 @@ The reference does on every step what the published scripts do: the VAE and the 
 pair's features are compared in fp32, losses are read back, the EMA is updated tensor by tensor. The published
 commands train with gradient checkpointing (Nota-NetsPresso/BK-SDM, scripts/kd_train.sh; segmind/distill-sd, README),
 and so does the reference; with `--no-reference-checkpointing` it keeps its activations. prunet's loop reads a cache;
-what filling it costs is told apart. Each loop runs in a process of its own, in turn, `--rounds` times; the best round
+filling it is timed separately. Each loop runs in a process of its own, in turn, `--rounds` times; the best round
 counts. The last line is JSON.
 """
 
@@ -40,7 +40,7 @@ SIZES = {"emoji": 128, "sd-v1": 512, "sdxl": 1024}  # pixels
 
 
 def make_teacher(model: str, folder: Path) -> Path:
-    """What ships, or random weights of the published size."""
+    """Opens the shipped model, or makes random weights of the published size."""
     if model == "emoji":
         return HERE.parent / "emoji" / "emoji-sd"
     from full_size import random_pipeline
@@ -50,7 +50,7 @@ def make_teacher(model: str, folder: Path) -> Path:
 
 
 def limit_memory(device: torch.device, budget_gb: float) -> None:
-    """From here on an allocation beyond it fails."""
+    """Limits the memory: later allocations beyond the limit fail."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget_gb * 1e9 / total), device)
@@ -64,7 +64,7 @@ def sync(device: torch.device) -> None:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 4096) -> float:
-    """Floating-point operations a second of the fastest thing there is: a large matmul."""
+    """Returns the floating-point operations a second of a large matmul, the fastest operation."""
     a = torch.randn(size, size, device=device, dtype=dtype)
     times = []
     for _ in range(6):
@@ -83,7 +83,7 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 class Parts:
-    """Seconds that each part of the step took, at each step; nothing is timed, or waited for, if not `on`."""
+    """The seconds of each part of each step; if not `on`, nothing is timed or waited for."""
 
     def __init__(self, device: torch.device, on: bool = True) -> None:
         self.all: dict[str, list[float]] = {}
@@ -109,7 +109,7 @@ class Parts:
         return inner
 
     def drawn(self, batches):
-        """Passes batches on, and times how long each is waited for."""
+        """Yields the batches, and times the wait for each."""
         end = object()
         while True:
             with self("data"):
@@ -122,7 +122,7 @@ class Parts:
 def reference_loop(
     teacher, student, pairs, pictures: torch.Tensor, captions: list[str], args, runtime, *, by_parts: bool = True
 ) -> dict:
-    """Written from the description of BK-SDM's training (arXiv 2305.15798), plainly.
+    """The loop of BK-SDM's training, written plainly from its description (arXiv 2305.15798).
 
     `by_parts`: times the parts of each step, which waits for the device after each.
     """
@@ -195,7 +195,7 @@ def reference_loop(
 
 
 def prunet_loop(this, cache, folder: Path, args, runtime) -> dict:
-    """The real loop; its log has images a second for each step, the first of which warms up."""
+    """Runs the real loop; its log has the images a second of each step. The first step warms up."""
     from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
 
@@ -206,7 +206,7 @@ def prunet_loop(this, cache, folder: Path, args, runtime) -> dict:
     from prunet.training.loop import distil
 
     def steps(where: Path, parts: Parts | None = None) -> list[float]:
-        """Seconds of each step but the first, which warms up, unless it is the only one."""
+        """The seconds of each step, without the first, which warms up, if there are more."""
         student = load_unet(this.folder / "student")
         stage = this.recipe.stages[0].model_copy(update={"steps": args.steps + 1})
         if parts:
@@ -220,7 +220,7 @@ def prunet_loop(this, cache, folder: Path, args, runtime) -> dict:
         "seconds_per_step": min(steps(folder / "timed")),
         "peak_memory_gb": peak_memory_gb(runtime.torch_device),
     }
-    # Compiled code has no parts; and to wait for each part costs time, so this is a run of its own.
+    # A separate run, because waiting for each part costs time; compiled code has no parts.
     if args.steps and not args.compile:
         parts, draw = Parts(runtime.torch_device), training.batches
         places = {"backward": (Accelerator, "backward"), "clip": (Accelerator, "clip_grad_norm_")}

@@ -35,7 +35,7 @@ ROW = "| {form} | {steps} | {loaded:.1f} | {first:.1f} | {seconds:.2f} | {memory
 
 
 def alone(do: Callable, *args: Any) -> Any:
-    """Calls a function in a process of its own, so that its memory is free again afterwards."""
+    """Calls a function in a new process, so that its memory is free again afterwards."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(do, *args).result()
 
@@ -77,14 +77,14 @@ def make_openvino(root: Path, form: str) -> None:
 
 
 def drawing():
-    """How the student draws: in few steps without guidance."""
+    """Returns how the student draws: in few steps without guidance."""
     from prunet.recipe.values import Drawing
 
     return Drawing(steps=4, guidance_scale=1, sampler="ddim-trailing")
 
 
 def in_range(module) -> None:
-    """Random weights that keep activations in the range of trained ones."""
+    """Fills random weights that keep activations in the range of trained ones."""
     for name, tensor in module.named_parameters():
         if tensor.ndim > 1:
             tensor.data.normal_(std=tensor[0].numel() ** -0.5)
@@ -93,7 +93,7 @@ def in_range(module) -> None:
 
 
 def draw_with_torch(folder: Path, decoder: Path | None, steps: int, guidance: float, threads: int, repeat: int) -> str:
-    """What `examples/edge/draw.py` does, in torch and bf16."""
+    """Does the work of `examples/edge/draw.py`, in torch and bf16."""
     import resource
 
     import torch
@@ -117,7 +117,7 @@ def draw_with_torch(folder: Path, decoder: Path | None, steps: int, guidance: fl
 
 
 def run(form: str, root: Path, steps: int, threads: int, repeat: int) -> dict[str, float]:
-    """One process: seconds until loaded and until the first picture, median seconds of a picture, peak MB."""
+    """Times one process: seconds until loaded and until the first picture, median seconds of a picture, peak MB."""
     if form in FORMS:
         command = [HERE.parent / "examples/edge/draw.py", root / form, "a red apple", root / f"{form}.png"]
         command += ["--steps", steps, "--threads", threads, "--repeat", repeat]
@@ -135,7 +135,7 @@ def run(form: str, root: Path, steps: int, threads: int, repeat: int) -> dict[st
 
 
 def peaks(threads: int) -> dict[str, float]:
-    """Operations a second of large matrix products (10^9), of the better of torch's kinds."""
+    """Returns the operations a second (10^9) of large matrix products in torch's fastest precision."""
     import torch
 
     torch.set_num_threads(threads)
@@ -155,7 +155,7 @@ def peaks(threads: int) -> dict[str, float]:
 
 
 def operations(folder: Path) -> float:
-    """What a call of the denoiser computes (10^9 operations, two for a multiply-add)."""
+    """Returns the operations of a call of the denoiser (10^9; two for a multiply-add)."""
     from prunet.plan.size import macs_by_kind
 
     config = json.loads((folder / "unet/config.json").read_text())
@@ -163,7 +163,7 @@ def operations(folder: Path) -> float:
 
 
 def tell_shares(results: list[dict], root: Path, threads: int) -> None:
-    """Prints what share of the machine's peak the steps reach: the time of one is what more steps take longer."""
+    """Prints the share of the machine's peak that the steps reach; the time of a step is the cost of one step more."""
     peak, work = alone(peaks, threads), alone(operations, root / "torch")
     print("\n| runtime | a step (s) | the rest (s) | operations a second (10^9) | of the peak in |")
     print("|---|---:|---:|---:|---|")
@@ -195,7 +195,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, root: Path) -> None:
-    """Makes what is not there yet, and prints the table."""
+    """Makes the models that are missing, and prints the table."""
     made, asked = root / "made.json", {"source": args.source, "plan": args.plan}
     if made.exists() and json.loads(made.read_text()) != asked:
         sys.exit(f"--work {root}: holds the models of {made.read_text()}; give another folder")

@@ -1,11 +1,11 @@
-"""Full size is real: the main job on models of the published sizes with random weights.
+"""Runs the main job on models of the published sizes with random weights.
 
     python benchmarks/full_size.py sd-v1 bk-small            # SD v1.4 at 512 px, two steps, exported
     python benchmarks/full_size.py sdxl vega --size 1024 --steps 3 --level layer --precision bf16 \\
         --gradient-checkpointing --until distil              # SDXL in less than 24 GB
 
-Prints what it took, and the peak memory of distillation beside what `prunet estimate` says of it, and ends with one
-JSON line. Needs 24 GB of memory and about as much disk.
+Prints the times, and the peak memory of distillation beside the estimate of `prunet estimate`. The last line is
+JSON. Needs 24 GB of memory and about as much disk.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from prunet.runs.estimate import memory
 from prunet.speed.clock import reset_peak, resident_kb
 from prunet.teacher.known import layout_config
 
-torch.set_num_threads(os.cpu_count() or 1)  # the tests' models want one thread, these want all
+torch.set_num_threads(os.cpu_count() or 1)  # tests/conftest.py sets one thread, which is enough only for small models
 
 VAE = {
     "block_out_channels": (128, 256, 512, 512),
@@ -56,7 +56,7 @@ TEXT = {  # width, layers, heads, projection: CLIP ViT-L/14 and OpenCLIP ViT-big
 
 
 def random_module(make, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.nn.Module:
-    """Small random weights without the slow initialisers."""
+    """Fills small random weights without the slow initialisers."""
     with torch.device("meta"):
         module = make()
     module = module.to(dtype).to_empty(device=device)
@@ -69,7 +69,7 @@ def random_module(make, dtype: torch.dtype, device: torch.device | str = "cpu") 
 
 
 def random_pipe(layout: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> DiffusionPipeline:
-    """A pipeline of the layout's full size."""
+    """Makes a pipeline of the layout's full size."""
     sdxl = layout == "sdxl"
 
     def text(name: str, cls):
@@ -105,7 +105,7 @@ def random_pipeline(folder: Path, layout: str, dtype: torch.dtype, device: torch
 
 
 def start_counting(device: torch.device) -> int:
-    """Bytes in use, once what was freed is given back; from here on `most_bytes` counts."""
+    """Returns the bytes in use after freed memory is returned; `most_bytes` counts from here."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -152,7 +152,7 @@ def main() -> None:
         )
         how = {"micro_batch": 1, "log_every": 1, "gradient_checkpointing": args.gradient_checkpointing}
         this = Run(recipe, Runtime(device=args.device, precision=args.precision, **how))
-        # Straight from distillation to export: the evaluation draws, which would take most of an hour on a CPU.
+        # Export follows distillation directly, because the evaluation would draw for most of an hour on a CPU.
         for step in this.step_names("distil" if args.until == "export" else args.until):
             if step == "stage-1":
                 report["estimated_gb"] = {k: round(v / 1e9, 2) for k, v in memory(this, 1).items()}

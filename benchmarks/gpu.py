@@ -1,4 +1,4 @@
-"""What prunet claims, on a GPU: one command that proves or breaks it in ten minutes.
+"""Checks prunet's claims on a GPU, with one command and in ten minutes.
 
     python benchmarks/gpu.py --out report                          # all sections, 540 s at most
     python benchmarks/gpu.py --out report --only distill-sd memory
@@ -8,7 +8,7 @@ Needs prunet, the shipped `emoji/emoji-sd` and `emoji/data/train-0000.tar`, and 
 weights: neither speed nor memory depends on them. Each section is a process of its own with a time limit of its own,
 and one that fails does not stop the rest. In `--out` each leaves NAME.json, written again after every result, and
 NAME.log; `results.md` is the table of all of them so far. Exit code 1 when a check failed or a section broke off;
-a goal of speed or memory that was missed is told in the table and does not count as a failure.
+a missed goal of speed or memory is reported in the table, but is not a failure.
 """
 
 import argparse
@@ -45,7 +45,7 @@ class Section:
     arguments: tuple[str, ...] = ()
 
 
-#: In the order of what they tell.
+#: In the order of their importance.
 SECTIONS = (
     Section("correctness", "correctness", 110),
     Section("distill-sd", "distill", 120, ("sd-v1",)),
@@ -53,12 +53,12 @@ SECTIONS = (
     Section("memory", "memory", 85),
     Section("emoji", "emoji", 70),
     Section("kernels", "kernels", 30),
-    Section("inference", "inference", 150),  # compiles for long: it gets what is left
+    Section("inference", "inference", 150),  # compilation takes long, so it gets the time that is left
 )
 
 
 def facts(device: str) -> dict[str, str]:
-    """What the numbers depend on: the card, and versions of what ran."""
+    """Returns what the numbers depend on: the card, and versions of the software."""
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
@@ -75,15 +75,15 @@ def facts(device: str) -> dict[str, str]:
 
 
 def child(section: Section, args: argparse.Namespace) -> None:
-    """Runs one section here, and writes what is known after each of its results."""
+    """Runs one section in this process, and writes all results after each new one."""
     import importlib
 
     import torch
     from on_gpu.results import Setting
 
     if args.smoke:
-        torch.set_num_threads(1)  # more would only wait for each other
-        # Inductor would compile for minutes; what is compiled, and where it breaks, is the same.
+        torch.set_num_threads(1)  # more threads would only wait for each other
+        # Inductor would compile for minutes; the graphs and their breaks are the same without it.
         compile_by = torch.compile
         torch.compile = lambda f=None, **given: compile_by(f, **{"backend": "eager", **given})  # type: ignore[assignment]
     module = importlib.import_module(f"on_gpu.{section.module}")
@@ -118,7 +118,7 @@ def run(section: Section, args: argparse.Namespace, seconds: float) -> str:
             code = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             return f"stopped at its limit of {seconds:.0f} s"
-        finally:  # what it started itself, too
+        finally:  # also ends the processes that it started
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -126,7 +126,7 @@ def run(section: Section, args: argparse.Namespace, seconds: float) -> str:
 
 
 def table(args: argparse.Namespace, ends: dict[str, str]) -> str:
-    """All that is known so far, as Markdown."""
+    """Formats all results so far as Markdown."""
     from on_gpu.results import Result
 
     rows, first = [], None
@@ -172,7 +172,7 @@ def main() -> int:
 
     chosen = [section for section in SECTIONS if not args.only or section.name in args.only]
     try:
-        # What is timed runs alone; a smoke run has two at once, one on each of two cores.
+        # Timed sections run alone; a smoke run has two at once, one on each of two cores.
         with ThreadPoolExecutor(2 if args.smoke else 1) as pool:
             for section, end in zip(chosen, pool.map(started, chosen), strict=True):
                 ends[section.name] = end

@@ -3,7 +3,7 @@
     python benchmarks/inference_speed.py sd-v1 bk-base bk-small bk-tiny --device cuda --compile
     python benchmarks/inference_speed.py sdxl ssd-1b vega --device cuda --batch-size 1 4
 
-What `prunet bench` does with checkpoints, for machines that have none. Writes bench.md, bench.svg and bench.json.
+Does the work of `prunet bench` on machines without checkpoints. Writes bench.md, bench.svg and bench.json.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
         check_compiler(runtime.torch_device)
     first = random_pipe(args.layout, runtime.dtype).to(runtime.torch_device)
     if args.layout == "sdxl":
-        first.vae.to(torch.float32)  # as its config asks for
+        first.vae.to(torch.float32)  # its config asks for this
     first.vae.enable_slicing()
     pipelines = {args.layout: first}
     for plan, student in derived.items():

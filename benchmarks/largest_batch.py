@@ -54,7 +54,7 @@ def main() -> None:
                     break
                 said = json.loads(done.stdout.splitlines()[-1])
                 best = {"budget_gb": budget, "batch": BATCHES[index], **said}
-                first = index  # what fits a small budget fits a larger one
+                first = index  # a larger budget fits at least as much
                 keep = ("images_per_s", "peak_memory_gb", "share_of_matmul_peak")
                 print(f"{budget:g} GB, batch {BATCHES[index]}:", {k: round(said[k], 3) for k in keep}, flush=True)
             print(f"{budget:g} GB: " + (f"{best['batch']} at most" if best else "not even 1"), flush=True)

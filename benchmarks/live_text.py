@@ -1,4 +1,4 @@
-"""What it costs to embed captions while training (data.text: live) instead of caching their embeddings.
+"""Measures the cost of embedding captions while training (data.text: live) instead of caching the embeddings.
 
     python benchmarks/live_text.py                      # the shipped teachers, one CPU core
 
@@ -22,7 +22,7 @@ RECIPES = {"emoji/emoji-sd": "bk-small", "emoji/emoji-xl": "vega"}
 
 
 def seconds_per_image(run: Run, folder: Path) -> float:
-    """Processor seconds of a distillation, one image's share."""
+    """Returns the processor seconds of a distillation per image."""
     stage = run.recipe.stages[0]
     made = cache(run.teacher, run.recipe.data, folder.parent / run.recipe.data.text, seed=1)
     student = run._initial(run.derived)
@@ -32,7 +32,7 @@ def seconds_per_image(run: Run, folder: Path) -> float:
 
 
 def compare(teacher: str, plan: str, args: argparse.Namespace) -> dict[str, object]:
-    """Bytes of a sample in both caches, and the median ratio of their times with its range."""
+    """Returns the bytes of a sample in both caches, and the median ratio of their times with its range."""
     times: dict[str, list[float]] = {"cached": [], "live": []}
     sizes: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as temporary:

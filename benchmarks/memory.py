@@ -1,4 +1,4 @@
-"""What distillation at full size needs, by the formulas of `prunet estimate`: no weights, no GPU, a minute a model.
+"""Computes the memory of distillation at full size as `prunet estimate` does: no weights, no GPU, a minute a model.
 
     python benchmarks/memory.py sdxl vega koala-700m --size 1024 --micro-batch 1
 

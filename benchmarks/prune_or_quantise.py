@@ -34,7 +34,7 @@ from prunet.sampling.pictures import picture_rmse
 from prunet.speed.clock import reset_peak, resident_kb
 
 EMOJI = Path(__file__).parent.parent / "emoji"
-#: Row -> the folder's 8 bits, and what is computed in.
+#: Row -> the 8 bits of the folder, and the precision of the computation.
 FORMS: dict[str, tuple[Literal["int8", "int8-weights"] | None, str]] = {
     "f32": (None, "f32"),
     "bf16": (None, "bf16"),
@@ -52,7 +52,7 @@ PANELS = (
 
 
 def draw(folder: Path, precision: str, prompts: list[str], to: Path) -> dict[str, float]:
-    """Draws a picture of each prompt into `to`; in a process of its own."""
+    """Draws a picture of each prompt into `to`; called in a new process."""
     torch.set_num_threads(1)
     to.mkdir(parents=True, exist_ok=True)
     before = (resident_kb("VmRSS") or 0) if reset_peak() else 0

@@ -1,4 +1,4 @@
-"""Distillation by several processes: what the messages between them cost, and whether the simple model of it holds.
+"""Distillation by several processes: the cost of the messages between them, and a test of the simple model of it.
 
     python benchmarks/scaling.py                        # two CPU processes, the shipped teacher
     python benchmarks/scaling.py --processes 8 --device cuda --batch 256 --recipe mine.yaml
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 
 
 def distil(args: argparse.Namespace, folder: Path, name: str, processes: int, batch: int, *options: str) -> dict:
-    """Starts `prunet distil`; `processes` of them together, or (as "apart") one that thinks it is alone."""
+    """Starts `prunet distil` with `processes` together, or ("apart") one that does not know of others."""
     sets = {"output": folder / name, "cache": folder / "cache", "stages.0.batch_size": batch}
     sets |= {"stages.0.steps": args.steps, "sheet.every": 0, "checkpoint_every": 10**6, "data.limit": 256}
     launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -32,7 +32,7 @@ def distil(args: argparse.Namespace, folder: Path, name: str, processes: int, ba
 
 
 def together(runs: list[dict], threads: int) -> float:
-    """Images a second of several commands started at once: of each the median of its rows after the first."""
+    """Returns the images a second of commands started at once: the median of each one's rows after the first."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     started = [subprocess.Popen(run["command"], env=env, stderr=subprocess.DEVNULL) for run in runs]
     if any(process.wait() for process in started):
@@ -45,7 +45,7 @@ def together(runs: list[dict], threads: int) -> float:
 
 
 def all_reduce(count: int, device: str) -> None:
-    """Run by every process: seconds for the mean of `count` fp32 numbers, the best of five."""
+    """Runs in every process: times the mean of `count` fp32 numbers, the best of five."""
     import torch
     from accelerate import PartialState
 

@@ -1,4 +1,4 @@
-"""Whether stable-diffusion.cpp draws an exported student as diffusers does, from the same noise.
+"""Checks that stable-diffusion.cpp draws an exported student like diffusers, from the same noise.
 
     pip download --no-deps --no-binary :all: stable-diffusion-cpp-python && tar xf stable_diffusion_cpp_python-*.tar.gz
     cmake -S stable_diffusion_cpp_python-*/vendor/stable-diffusion.cpp -B build -DCMAKE_BUILD_TYPE=Release \\
@@ -7,8 +7,8 @@
     python benchmarks/sd_cpp.py build/bin/sd-cli sd-v1 bk-tiny    # or random weights of that size; 10 GB of memory
 
 Each file (16 bits, q8_0, q4_0) draws the empty prompt, which needs no vocabulary, without guidance by Euler's method.
-A row says its size, the seconds of the whole process, and how far its picture is from that of diffusers in f32: the
-mean difference of 255 and the correlation. With random weights the picture is noise, and as sensitive as one can be.
+A row has its size, the seconds of the whole process, and the distance of its picture from that of diffusers in f32:
+the mean difference of 255, and the correlation. With random weights the picture is noise, the most sensitive case.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def make(plan: str, root: Path) -> Path:
 
 @torch.no_grad()
 def by_diffusers(folder: Path, size: int, steps: int) -> np.ndarray:
-    """The picture (height, width, 3) of an empty prompt, from the noise of stable-diffusion.cpp's `--rng cpu`."""
+    """Draws the picture (height, width, 3) of an empty prompt from the noise of stable-diffusion.cpp's `--rng cpu`."""
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace")
     ids = torch.tensor([[49406] + [49407] * 76])  # begin and end of CLIP's vocabulary
@@ -56,7 +56,7 @@ def by_diffusers(folder: Path, size: int, steps: int) -> np.ndarray:
 
 
 def by_program(program: str, file: Path, size: int, steps: int) -> tuple[np.ndarray, float]:
-    """The same by stable-diffusion.cpp, and the seconds that its process took."""
+    """Draws the same with stable-diffusion.cpp; returns the picture and the seconds of its process."""
     picture = file.with_suffix(".png")
     command = [program, "-m", file, "-p", "", "-o", picture, "-W", size, "-H", size, "--steps", steps, "-s", SEED]
     command += ["--cfg-scale", 1, "--sampling-method", "euler", "--scheduler", "discrete", "--rng", "cpu", "-t", 2]

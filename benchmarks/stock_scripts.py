@@ -1,4 +1,4 @@
-"""diffusers' own training scripts on an exported student, as someone without prunet runs them.
+"""Runs diffusers' own training scripts on an exported student, as a user without prunet does.
 
     git clone --depth 1 https://github.com/huggingface/diffusers
     python benchmarks/stock_scripts.py diffusers --out stock
@@ -41,13 +41,13 @@ PROMPT = "a photo of sks emoji"
 
 
 def run_script(script: Path, *options: object) -> None:
-    """Runs a script of diffusers' in a process of its own, offline."""
+    """Runs a script of diffusers in a new process, offline."""
     command = [sys.executable, "-c", RUN, str(script), *map(str, options)]
     subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
 
 
 def subject(number: int) -> Image.Image:
-    """A subject that the teacher never saw: a striped ball, each time another size and place."""
+    """Draws a subject that the teacher never saw: a striped ball of varying size and place."""
     picture, rng = Image.new("RGB", (128, 128), "white"), np.random.default_rng(number)
     side, (x, y) = int(rng.integers(60, 90)), rng.integers(8, 30, 2)
     draw = ImageDraw.Draw(picture)
@@ -82,7 +82,7 @@ def drawn(pipe: Any, prompt: str, lora: Path | None) -> Image.Image:
     if lora:
         pipe.load_lora_weights(lora)
     noise = torch.Generator().manual_seed(3)
-    # As the shipped student is made for.
+    # The settings that the shipped student is made for.
     picture: Image.Image = pipe(prompt, num_inference_steps=2, guidance_scale=1, generator=noise).images[0]
     return picture
 
@@ -116,7 +116,7 @@ def controlnet(script: Path, student: Path, out: Path, steps: int) -> None:
 
 
 def control_data(shard: Path, folder: Path, count: int) -> None:
-    """Pictures of the shipped data with their edges and captions, as `load_dataset` reads a folder."""
+    """Writes pictures of the shipped data with edges and captions, in a folder that `load_dataset` reads."""
     from adapted_lora import read
 
     folder.mkdir(parents=True, exist_ok=True)

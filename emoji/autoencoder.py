@@ -26,13 +26,13 @@ def edges(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def random_crop(images: Tensor, size: int, dice: torch.Generator) -> Tensor:
-    """One window for the whole batch: a quarter of the pixels, and three times the steps."""
+    """Cuts one window from the whole batch: with a quarter of the pixels the budget has three times the steps."""
     top, left = torch.randint(images.shape[-1] - size + 1, (2,), generator=dice).tolist()
     return images[..., top : top + size, left : left + size]
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, config: dict) -> Tensor:
-    """L1 + MSE + L1 of the gradients, at full and at quarter size (the small one holds colours together)."""
+    """L1 + MSE + L1 of the gradients, at full and at quarter size (for colours of large areas)."""
     loss = output.new_zeros(())
     for scale in (1, 4):
         if scale > 1:
@@ -45,7 +45,7 @@ def reconstruction_loss(output: Tensor, target: Tensor, config: dict) -> Tensor:
 
 @torch.no_grad()
 def psnr_db(model: AutoencoderKL, images: Tensor, batch_size: int = 32) -> float:
-    """Mean over pictures, with pixels in [0, 1]; latents are the means of the posteriors."""
+    """Returns the mean PSNR of pictures in [0, 1], decoded from the means of their posteriors."""
     device, total = model.device, 0.0
     for batch in images.split(batch_size):
         target = to_model(batch).to(device)
@@ -57,14 +57,14 @@ def psnr_db(model: AutoencoderKL, images: Tensor, batch_size: int = 32) -> float
 
 @torch.no_grad()
 def encode_all(model: AutoencoderKL, images: Tensor, batch_size: int = 32) -> Tensor:
-    """Means of the posteriors, (N, 4, H / 8, W / 8), not scaled."""
+    """Returns the means of the posteriors (N, 4, H / 8, W / 8), not scaled."""
     batches = images.split(batch_size)
     return torch.cat([model.encode(to_model(batch).to(model.device)).latent_dist.mode().cpu() for batch in batches])
 
 
 @torch.no_grad()
 def center_latents(model: AutoencoderKL, latents: Tensor) -> None:
-    """Fold a shift and a per-channel factor into the two 1x1 convolutions around the latents.
+    """Folds a shift and a per-channel factor into the two 1x1 convolutions around the latents.
 
     White backgrounds give latents a strong mean, but SD v1 pipelines can only scale, and a diffusion that
     ends at an alpha above zero has to learn that mean at every step. After this the mean is zero and all
@@ -103,7 +103,7 @@ def train(config: dict, data: Path, root: Path, seed: int) -> None:
         lr = learning_rate(progress, config["learning_rate"])
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # A generator per step: a resumed run draws what an unbroken one would have drawn.
+        # One generator per step, so that a resumed run draws the same numbers as an uninterrupted one.
         dice = torch.Generator().manual_seed(seed + state["step"])
         picked = torch.randint(len(images), (config["batch_size"],), generator=dice)
         batch = images[picked]

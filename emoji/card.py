@@ -1,4 +1,4 @@
-"""The model card: card.md, filled in. Every number in it comes from training.json and measures.json.
+"""Writes the model card from card.md. Every number in it comes from training.json and measures.json.
 
 python emoji/card.py emoji/emoji-sd.yaml writes it again, after measure.py.
 """
@@ -63,7 +63,7 @@ def guidance_line(measures: dict) -> str:
 
 
 def curve(log: list[dict]) -> str:
-    """The two losses of training-log.jsonl over hours, on a logarithmic axis, as SVG."""
+    """Draws the two losses of training-log.jsonl over hours, on a logarithmic axis, as SVG."""
     losses = {key: [[(point["hours"], point[key]) for point in log]] for key in ("train", "heldout")}
     chart = draw_chart(losses, log[-1]["hours"], [])
     assert chart

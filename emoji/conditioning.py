@@ -1,4 +1,4 @@
-"""What the U-Net reads besides the noisy latents, made as stock pipelines make it: SD v1's way, or SDXL's."""
+"""The U-Net's inputs besides the noisy latents, computed as in the stock pipelines of SD v1 and SDXL."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ SIZE = 128
 
 
 def load_encoders(root: Path) -> list[TextEncoder]:
-    """One encoder for the SD v1 layout, two for SDXL's."""
+    """Loads one encoder for the SD v1 layout, two for SDXL's."""
     encoders: list[TextEncoder] = [CLIPTextModel.from_pretrained(root / "text_encoder")]
     if (root / "text_encoder_2").exists():
         encoders.append(CLIPTextModelWithProjection.from_pretrained(root / "text_encoder_2"))
@@ -21,7 +21,7 @@ def load_encoders(root: Path) -> list[TextEncoder]:
 
 @torch.no_grad()
 def encode_captions(root: Path, captions: list[str], batch_size: int = 128) -> dict[str, Tensor]:
-    """`prompts` (N, T, D) and, for SDXL, `pooled` (N, P); fp16."""
+    """Returns `prompts` (N, T, D) and, for SDXL, `pooled` (N, P), in fp16."""
     tokenizer, encoders = CLIPTokenizer.from_pretrained(root / "tokenizer"), load_encoders(root)
     parts: dict[str, list[Tensor]] = {"prompts": [], "pooled": []}
     for batch in tokenize(tokenizer, captions).split(batch_size):
@@ -29,7 +29,7 @@ def encode_captions(root: Path, captions: list[str], batch_size: int = 128) -> d
         if len(encoders) == 1:
             parts["prompts"].append(read_text(encoders[0], tokens)[0].half())
             continue
-        # SDXL reads the last layer but one of both encoders, and the second one's projected end of the text.
+        # SDXL reads the last layer but one of both encoders, and the second encoder's projected end-of-text state.
         first = encoders[0](tokens, output_hidden_states=True).hidden_states[-2]
         second, pooled = read_text(encoders[1], tokens)
         parts["prompts"].append(torch.cat([first, second], dim=-1).half())
@@ -38,17 +38,17 @@ def encode_captions(root: Path, captions: list[str], batch_size: int = 128) -> d
 
 
 def empty_condition(root: Path) -> dict[str, Tensor]:
-    """What a dropped caption becomes. SDXL's pipeline takes zeros for it (`force_zeros_for_empty_prompt`)."""
+    """Returns the condition of a dropped caption. SDXL's pipeline uses zeros (`force_zeros_for_empty_prompt`)."""
     empty = encode_captions(root, [""])
     return {name: torch.zeros_like(value) for name, value in empty.items()} if "pooled" in empty else empty
 
 
 def unet_arguments(condition: dict[str, Tensor]) -> dict:
-    """Keyword arguments of `UNet2DConditionModel.forward`, fp32."""
+    """Returns keyword arguments of `UNet2DConditionModel.forward`, in fp32."""
     prompts = condition["prompts"].float()
     arguments: dict = {"encoder_hidden_states": prompts}
     if "pooled" in condition:
-        # original size, crop corner, target size: all pictures are whole and of one size
+        # original size, crop corner, target size: no picture is cropped, and all have one size
         time_ids = torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE], device=prompts.device).repeat(len(prompts), 1)
         arguments["added_cond_kwargs"] = {"text_embeds": condition["pooled"].float(), "time_ids": time_ids}
     return arguments

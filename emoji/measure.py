@@ -1,4 +1,4 @@
-"""Measure a teacher: does it draw what the prompt says (R@1 by emoji-clip), and do its pictures look real (KID)?
+"""Measures whether a teacher draws what the prompt says (R@1 by emoji-clip), and whether it looks real (KID).
 
     python emoji/measure.py emoji/emoji-sd --state ~/.cache/prunet/emoji
 
@@ -10,8 +10,8 @@ Three rows of at least a thousand pictures each, all with one guidance scale, wh
 
 A picture is right if its own caption is the nearest of a thousand (cosine of emoji-clip's embeddings); the other
 captions are pairs of the training split. The real pictures of the same pairs are the ceiling, the same pictures with
-shuffled captions the floor. KID is against those real pictures, and for the ceiling, between two halves of them.
-Pictures already drawn with the same weights and settings are not drawn again. On CPU cores they are drawn fastest with
+shuffled captions the floor. KID compares with those real pictures; its ceiling compares two halves of them.
+Pictures that exist for the same weights and settings are not drawn again. On CPU cores they are drawn fastest with
 one process per core and one thread each:
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 emoji/measure.py emoji/emoji-sd
@@ -49,25 +49,25 @@ Make = Callable[[list[str], float], list[Image.Image]]
 
 
 def candidate_captions(samples: list[Sample], train: list[Sample]) -> list[str]:
-    """A thousand different captions; those of `samples` come first."""
+    """Returns a thousand different captions, first those of `samples`."""
     others = [sample.caption for sample in train]
     random.Random(0).shuffle(others)
     return list(dict.fromkeys([sample.caption for sample in samples] + others))[:NUM_CAPTIONS]
 
 
 def weights_hash(folder: Path) -> str:
-    """Of all weights in a folder: measures say which ones they are of."""
+    """Returns the hash of all weights in a folder, which is stored with the measures."""
     return hash_of(file.read_bytes() for file in sorted(folder.rglob("*.safetensors")))
 
 
 def pair_of(count: int, num_pairs: int) -> Tensor:
-    """Which pair the i-th picture shows: all of them in turn, until there are `count` pictures."""
+    """Returns the number of each picture's pair: all pairs in turn, until there are `count` pictures."""
     return torch.arange(max(count, num_pairs)) % num_pairs
 
 
 @torch.no_grad()
 def embed(network: Callable[[Sequence], Tensor], values: Sequence, batch_size: int = 100) -> Array:
-    """Embeddings (N, D) of pictures or texts, of length sqrt(D): the kernel of KID then is (cosine + 1)^3."""
+    """Returns embeddings (N, D) of pictures or texts with length sqrt(D), which makes KID's kernel (cosine + 1)^3."""
     parts = [network(values[at : at + batch_size]) for at in range(0, len(values), batch_size)]
     features = torch.nn.functional.normalize(torch.cat(parts).double().cpu(), dim=1)
     return (features * features.shape[1] ** 0.5).numpy()
@@ -97,7 +97,7 @@ def measure_row(samples: list[Sample], train: list[Sample], scorer: Clip, make: 
 
 
 def choose_guidance(samples: list[Sample], train: list[Sample], scorer: Clip, make: Make) -> dict[float, float]:
-    """R@1 by guidance scale on training pairs, evenly spread."""
+    """Returns R@1 by guidance scale on evenly spread training pairs."""
     picked = [samples[int(i * len(samples) / NUM_FOR_GUIDANCE)] for i in range(NUM_FOR_GUIDANCE)]
     captions = embed(scorer.texts, candidate_captions(picked, train))
     prompts = [sample.caption for sample in picked]
@@ -132,7 +132,7 @@ def main() -> None:
     weights, teacher = weights_hash(args.folder), Teacher(args.folder, device=device)
 
     def make(prompts: list[str], scale: float) -> list[Image.Image]:
-        """Drawn by all processes, each with all of them; kept under the name of all that they depend on."""
+        """Draws with all processes; each returns all pictures. The folder's name is a hash of all inputs."""
         how = drawing({**settings, "guidance_scale": scale})
         folder = args.state / "drawn" / json_hash([prompts, str(how), weights])
         size = teacher.native_size

@@ -1,12 +1,12 @@
 """Writes the two protocols of the shipped domain: prompts, and emoji-clip's features of the real pictures.
 
-    python emoji/protocols.py            # into emoji/protocols/; run it again when emoji-clip was trained again
+    python emoji/protocols.py            # into emoji/protocols/; run it again after emoji-clip is trained again
 
-It also writes `known-captions.txt`: two captions of each pair that the teachers were trained on, the second in the
-forms in turn, for students that are trained without pictures.
+It also writes `known-captions.txt`: two captions of each pair that the teachers were trained on, the second in
+alternating forms, for students that are trained without pictures.
 
 `emoji-train` asks for the (label, style) pairs that the teachers were trained on, `emoji-heldout` for labels that they
-know in styles that they never saw them in. Prompts go round until there are at least `FEWEST`.
+know in styles that they never saw them in. Prompts are repeated until there are at least `FEWEST`.
 """
 
 from pathlib import Path

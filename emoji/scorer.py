@@ -1,4 +1,4 @@
-"""Train emoji-clip, a `transformers.CLIPModel`, on the training split, and measure what it finds in held-out ones."""
+"""Trains emoji-clip, a `transformers.CLIPModel`, on the training split, and measures its retrieval on all splits."""
 
 import json
 import math
@@ -30,12 +30,12 @@ TEMPLATE = Path(__file__).with_name("emoji-clip-card.md")
 
 
 def resize(images: Tensor, side: int) -> Tensor:
-    """uint8 (B, 3, H, W) -> [-1, 1] (B, 3, side, side), as the preprocessor of the folder does it."""
+    """Resizes uint8 (B, 3, H, W) to (B, 3, side, side) in [-1, 1], like the preprocessor of the folder."""
     return F.interpolate(to_model(images), size=side, mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def disturb(images: Tensor, dice: torch.Generator) -> Tensor:
-    """Moved, scaled, brightened and sometimes blurred, as drawn pictures are; never mirrored: arrows have a side.
+    """Moves, scales, brightens and sometimes blurs pictures, like a denoiser's; never mirrors them, because of arrows.
 
     (B, 3, H, W) in [-1, 1] -> the same. The background stays white.
     """
@@ -115,7 +115,7 @@ def train(config: dict, data: Path, root: Path, out: Path, seed: int) -> None:
 
 
 def retrieval(scorer: Clip, samples: list[Sample]) -> dict[str, float]:
-    """A picture finds its caption `label, style` among those of its split, or of a thousand of them; and chance."""
+    """Returns R@1 of pictures among the captions `label, style` of a split (at most a thousand), and that of chance."""
     samples = samples[:1000]
     captions = [sample.caption for sample in samples]
     found = retrieved(embed(scorer.images, [s.picture for s in samples]), embed(scorer.texts, captions)).mean()
@@ -123,7 +123,7 @@ def retrieval(scorer: Clip, samples: list[Sample]) -> dict[str, float]:
 
 
 def publish(model: CLIPModel, tokenizer: CLIPTokenizer, data: Path, state: dict, out: Path) -> None:
-    """fp16 weights that say float32, the tokenizer, the preprocessing, the measures and the card."""
+    """Writes fp16 weights with the dtype float32 in the config, tokenizer, preprocessing, measures and card."""
     model.half().save_pretrained(out)
     settings = json.loads((out / "config.json").read_text())
     for part in (settings, settings["text_config"], settings["vision_config"]):

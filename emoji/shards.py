@@ -1,4 +1,4 @@
-"""Read the WebDataset shards of make_data.py. The set is small: everything is read at once."""
+"""Reads the WebDataset shards of make_data.py, all at once, because the set is small."""
 
 import io
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ class Sample:
 
     @property
     def caption(self) -> str:
-        """The one that measures ask for."""
+        """The caption that measures use as the prompt."""
         return f"{self.label.lower()}, {self.style}"
 
 
 def read_known_labels() -> list[str]:
-    """The labels the denoiser learns; the text encoders see them more often than the others."""
+    """Returns the labels that the denoiser learns; the text encoders see them more often than the others."""
     return (Path(__file__).parent / "known-labels.txt").read_text().splitlines()
 
 
@@ -53,5 +53,5 @@ def stack_images(samples: list[Sample]) -> Tensor:
 
 
 def to_model(images: Tensor) -> Tensor:
-    """uint8 -> float in [-1, 1]"""
+    """Converts uint8 to float in [-1, 1]."""
     return images.float().div(127.5).sub(1)

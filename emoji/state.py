@@ -18,18 +18,18 @@ from prunet.disk.files import new_file, write_text
 
 
 def atomic_save(value, path: Path) -> None:
-    """A run killed at any moment leaves a whole file."""
+    """Writes the state so that a kill at any moment leaves a whole file."""
     with new_file(path) as part:
         torch.save(value, part)
 
 
 def save_state(path: Path, state: dict, **parts) -> None:
-    """Called within a step, after its update: a resumed run begins with the next one."""
+    """Saves the state of a step after its update; a resumed run starts with the next step."""
     atomic_save({**state, "step": state["step"] + 1, **parts}, path)
 
 
 def load_state(path: Path) -> dict:
-    """The stage's state, or a fresh one; `seconds` count against its budget."""
+    """Returns the stage's state, or a new one; its `seconds` count against the budget."""
     if path.exists():
         return torch.load(path, map_location="cpu", weights_only=True)
     return {"step": 0, "seconds": 0.0, "images": 0}
@@ -44,19 +44,19 @@ def read_record(path: Path) -> dict:
 
 
 def log_point(path: Path, state: dict, **measured: float) -> None:
-    """One line of the stage's curve."""
+    """Appends a line to the stage's curve."""
     point = {"step": state["step"] + 1, "images": state["images"], "hours": state["seconds"] / 3600, **measured}
     with path.open("a") as file:
         file.write(json.dumps({key: float(f"{value:.6g}") for key, value in point.items()}) + "\n")
 
 
 def is_finished(record: Path, minutes: float) -> bool:
-    """A stage that wrote its record has spent its budget; with a larger budget it goes on from its state."""
+    """Returns whether a stage has spent its budget; with a larger budget it resumes from its state."""
     return record.exists() and read_record(record)["hours"] * 60 >= minutes
 
 
 def timed_steps(title: str, state: dict, minutes: float, log_every_s: float = 30) -> Iterator[float]:
-    """Yield progress in [0, 1) once per step until the budget is spent; count into `state`."""
+    """Yields the progress in [0, 1) at each step until the budget is spent; counts steps and seconds in `state`."""
     budget_s = 60 * minutes
     rank = dist.get_rank() if dist.is_initialized() else 0
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(elapsed_when_finished=True))
@@ -79,7 +79,7 @@ def timed_steps(title: str, state: dict, minutes: float, log_every_s: float = 30
 
 
 def learning_rate(progress: float, peak: float, warmup: float = 0.03) -> float:
-    """Linear warm-up, then a cosine to zero."""
+    """Returns the learning rate: linear warm-up, then a cosine to zero."""
     if progress < warmup:
         return peak * (progress + 1e-3) / (warmup + 1e-3)
     return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
@@ -94,7 +94,7 @@ def pick_device() -> torch.device:
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """bf16 where it is faster: CPUs without units for it are several times slower than in fp32."""
+    """Computes in bf16 where that is faster; CPUs without bf16 units are several times slower than in fp32."""
     if device.type == "cuda" or _bf16_is_faster():
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
@@ -118,7 +118,7 @@ def _matmul_s(dtype: torch.dtype) -> float:
 
 
 def join_group() -> tuple[int, int]:
-    """(rank, number of processes), from the variables that torchrun sets."""
+    """Returns (rank, number of processes) from the variables that torchrun sets."""
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         return 0, 1
     if not dist.is_initialized():
@@ -143,7 +143,7 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def from_first_rank(number: float) -> float:
-    """All processes must agree on the clock, or one would stop while another waits for its gradients."""
+    """Returns one time for all processes; otherwise one would stop while another waits for its gradients."""
     if not dist.is_initialized():
         return number
     shared = torch.tensor(number, dtype=torch.float64)

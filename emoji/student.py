@@ -41,7 +41,7 @@ def write_pipeline(run: Path, out: Path) -> UNet2DConditionModel:
 
 
 def measured(model: Path, name: str, folder: Path, limit: int) -> Measures:
-    """Measures a pipeline by the first prompts of a protocol, unless that was done."""
+    """Measures a pipeline by the first prompts of a protocol, unless it is already measured."""
     if (folder / "measures.json").is_file():
         return Measures.load(folder / "measures.json")
     protocol, beside = load_protocol(str(HERE / "protocols" / f"{name}.yaml"))

@@ -38,7 +38,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def learn_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CLIPTokenizer:
-    """Learn merges. Ids in CLIP's order: bytes, bytes that end a word, merges, specials."""
+    """Learns merges. Ids are in CLIP's order: bytes, bytes that end a word, merges, special tokens."""
     blank = CLIPTokenizer()  # for its normalizer and word splitting: merges must be learned on the same words
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer = blank.backend_tokenizer.normalizer
@@ -53,7 +53,7 @@ def learn_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CL
     )
     learner.train_from_iterator(captions, trainer)
     merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]][:room]
-    # The trainer only knows the word-final bytes it has seen; a user may type any other.
+    # The trainer only knows the word-final bytes that it has seen; a user may type others.
     tokens = [
         *alphabet,
         *(f"{byte}</w>" for byte in alphabet),
@@ -66,7 +66,7 @@ def learn_tokenizer(captions: list[str], vocab_size: int, max_length: int) -> CL
 
 
 def check_tokenizer(tokenizer: CLIPTokenizer, captions: list[str]) -> None:
-    """Decoding may only lose the spacing around punctuation and digits, as CLIP's own tokenizer does."""
+    """Checks that decoding loses only the spacing around punctuation and digits, as with CLIP's own tokenizer."""
     for caption in captions:
         ids = tokenizer(caption)["input_ids"]
         decoded = tokenizer.decode(ids, skip_special_tokens=True)
@@ -80,7 +80,7 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 
 class PictureTower(nn.Sequential):
-    """A few convolutions on 32 px pictures. Only a partner for the text encoder: it is thrown away."""
+    """A few convolutions on 32 px pictures. It only helps to train the text encoder, and is not kept."""
 
     def __init__(self, width: int):
         def down(a: int, b: int) -> list[nn.Module]:
@@ -96,7 +96,7 @@ class PictureTower(nn.Sequential):
 
 
 class Heads(nn.Module):
-    """Everything that reads the text encoder during its training."""
+    """All modules that read the text encoder during its training."""
 
     def __init__(self, width: int, thumbnail: int, num_labels: int):
         super().__init__()
@@ -109,7 +109,7 @@ class Heads(nn.Module):
 
 
 def read_text(model: TextEncoder, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The states that the U-Net will read (B, T, D), and the projected end of the text (B, D) if the model has one."""
+    """Returns the states that the U-Net reads (B, T, D), and the projected end-of-text state (B, D) if there is one."""
     output = model(tokens, output_hidden_states=True)
     if isinstance(model, CLIPTextModelWithProjection):
         return output.hidden_states[-2], output.text_embeds
@@ -117,7 +117,7 @@ def read_text(model: TextEncoder, tokens: Tensor) -> tuple[Tensor, Tensor | None
 
 
 def contrastive_loss(scale: Tensor, text: Tensor, pictures: Tensor) -> Tensor:
-    """CLIP's symmetric cross-entropy. (B, D) both. https://arxiv.org/abs/2103.00020, figure 3"""
+    """Returns CLIP's symmetric cross-entropy of two (B, D) (https://arxiv.org/abs/2103.00020, figure 3)."""
     a, b = F.normalize(text.float(), dim=-1), F.normalize(pictures.float(), dim=-1)
     logits = scale.exp().clamp(max=100) * a @ b.T
     target = torch.arange(len(a), device=a.device)
@@ -125,7 +125,7 @@ def contrastive_loss(scale: Tensor, text: Tensor, pictures: Tensor) -> Tensor:
 
 
 def states_after_end(states: Tensor, ids: Tensor, end_id: int, dice: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The state at the end of the text, and one more, anywhere between there and the last position."""
+    """Returns the state at the end of the text, and a random one between there and the last position."""
     end = (ids == end_id).int().argmax(dim=1)
     where = end + (torch.rand(len(ids), generator=dice).to(ids.device) * (ids.shape[1] - end)).long()
     rows = torch.arange(len(ids), device=ids.device)
@@ -175,7 +175,7 @@ def make_tokenizer(samples: list[Sample], data: Path, config: dict) -> CLIPToken
 
 
 def train(config: dict, data: Path, root: Path, seed: int, name: str = "text_encoder") -> None:
-    """`root/tokenizer` is made if it is not there; `root/NAME` is the encoder."""
+    """Trains the encoder `root/NAME`; makes `root/tokenizer` if it does not exist."""
     device, state_path, out = pick_device(), root / f"{name}.pt", root / name
     if is_finished(out / "record.json", config["minutes"]):
         return

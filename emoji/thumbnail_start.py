@@ -1,4 +1,4 @@
-"""Start an AutoencoderKL as a thumbnail codec, not as noise.
+"""Starts an AutoencoderKL as a thumbnail codec instead of random weights.
 
 With random weights the first thousand steps go into learning that latents should look like the picture, made
 small. Those weights can be written down instead: colours pass every level along the residual path, three
@@ -15,7 +15,7 @@ CONSTANT = 4.0  # much larger than a colour, so that a group norm divides by nea
 
 
 def _copy_colors(conv: nn.Conv2d, kernel: Tensor) -> None:
-    """Output channel k is input channel k under `kernel`; other channels stay random."""
+    """Makes output channel k input channel k, filtered by `kernel`; other channels stay random."""
     conv.weight[:COLORS] = 0
     conv.bias[:COLORS] = 0
     for k in range(COLORS):
@@ -30,7 +30,7 @@ def _center(conv: nn.Conv2d) -> Tensor:
 
 
 def _spread_for_norm(conv: nn.Conv2d, group_size: int) -> None:
-    """One group per colour: +x, -x, +C, -C. Its mean is zero and its variance hardly depends on x."""
+    """Makes one group per colour: +x, -x, +C, -C. Its mean is zero, and its variance hardly depends on x."""
     for k in range(COLORS):
         first = k * group_size
         conv.weight[first : first + 4] = 0
@@ -39,7 +39,7 @@ def _spread_for_norm(conv: nn.Conv2d, group_size: int) -> None:
 
 
 def _read_after_norm(conv: nn.Conv2d, group_size: int) -> None:
-    """silu(a) - silu(-a) = a: the way back through the activation is exact."""
+    """Inverts the activation exactly: silu(a) - silu(-a) = a."""
     sigma = CONSTANT * (2 / group_size) ** 0.5
     conv.weight[:COLORS] = 0
     conv.bias[:COLORS] = 0

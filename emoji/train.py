@@ -1,14 +1,14 @@
-"""Train the small models that ship with prunet, on the emoji shards of make_data.py.
+"""Trains the small models that ship with prunet, on the emoji shards of make_data.py.
 
     python emoji/train.py emoji/emoji-clip.yaml       the scorer, by which the two teachers are measured
     python emoji/train.py emoji/emoji-sd.yaml         a Stable Diffusion of the SD v1 layout
-    python emoji/train.py emoji/emoji-xl.yaml         one of the SDXL layout; wants emoji-sd first
+    python emoji/train.py emoji/emoji-xl.yaml         one of the SDXL layout; needs emoji-sd first
 
 The stages of a model are the sections of its config, in order: autoencoder, text_encoder(_2), unet, then export
 (pipeline folder, model card, sheet of samples). The same command resumes a stage that was stopped and
 skips what is finished. With a larger budget (--minutes, or the config) a finished stage is trained further.
-With --from-shipped the U-Net is, from the weights in the repository, on a machine that has nothing else; the
-other parts are then taken as they are.
+With --from-shipped the U-Net is trained further from the weights in the repository, on a machine without any
+state; the other parts stay unchanged.
 
 Works on two CPU cores; uses a GPU if there is one (then with --batch-size 512). On CPU cores the denoiser trains
 fastest with one process per core and one thread each:
@@ -26,13 +26,13 @@ STAGES = ("autoencoder", "text_encoder", "text_encoder_2", "unet", "scorer", "ex
 
 
 def tutor_of(config: dict, args: argparse.Namespace) -> Path | None:
-    """The pipeline folder that the U-Net is distilled from, if any."""
+    """Returns the pipeline folder that the U-Net is distilled from, if any."""
     name = config.get("unet", {}).get("distil_from")
     return args.config.parent / name if name else None
 
 
 def check_is_ours(stage: str, config: dict, root: Path) -> None:
-    """Refuses to train a part anew in the place of a shipped one, which the parts after it were made for."""
+    """Refuses to train a part from the start if a shipped one exists, because later parts were trained for that one."""
     from state import is_finished
 
     part, state = root / stage, root / f"{stage}.pt"
@@ -41,7 +41,7 @@ def check_is_ours(stage: str, config: dict, root: Path) -> None:
 
 
 def run_stage(stage: str, config: dict, args: argparse.Namespace, root: Path) -> None:
-    """Imported here, because a stage needs only its own libraries."""
+    """Runs a stage; imports it here, because each stage needs only its own libraries."""
     if stage in ("autoencoder", "text_encoder", "text_encoder_2"):
         check_is_ours(stage, config, root)
     if stage == "autoencoder":

@@ -1,6 +1,6 @@
-"""Stage 3: the denoiser, on cached latents and prompt embeddings. Epsilon, weights by noise level, several EMAs.
+"""Stage 3: trains the denoiser (epsilon) on cached latents and embeddings, with weights by noise level and EMAs.
 
-Where the config names a trained model to `distil_from`, the noise to predict is mixed with what that one predicts.
+If the config names a trained model to `distil_from`, the target is a mix of the noise and that model's output.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def prepare(samples: list[Sample], root: Path, device: torch.device, tutor: Path
 
 
 def loss_weights(alphas_cumprod: Tensor, gamma: float, floor: float) -> Tensor:
-    """Of the squared error of the noise: (min(SNR, gamma) + floor) / SNR.
+    """Returns the weight of the squared error of the noise: (min(SNR, gamma) + floor) / SNR.
 
     With floor 0 this is min-SNR (https://arxiv.org/abs/2303.09556, equation 6), with floor 1 it tends to the loss of
     v-prediction where there is much noise. There the picture's contents are decided, and min-SNR hardly looks.
@@ -80,13 +80,13 @@ def draw_batch(
     rows = cache["first"][picked] + which.long()
     drop = (torch.rand(batch_size, generator=dice) < dropout).to(device)
     condition = {name: cache[name][rows] for name in empty}
-    for name, value in empty.items():  # so that guidance has something to point away from
+    for name, value in empty.items():  # guidance needs predictions without a prompt
         condition[name][drop] = value[0]
     return cache["latents"][picked], condition
 
 
 def draw_timesteps(batch_size: int, count: int, dice: torch.Generator) -> Tensor:
-    """One from each of `batch_size` equal parts of the schedule: uniform, with less variance than independent draws."""
+    """Draws a timestep from each of `batch_size` equal parts of the schedule: uniform, with less variance."""
     spread = (torch.arange(batch_size) + torch.rand(batch_size, generator=dice)) / batch_size
     return (spread * count).long().clamp(max=count - 1)  # the last one may be rounded up to 1
 
@@ -99,7 +99,7 @@ def noise_error(
     dice: torch.Generator,
     target: Callable[[Tensor, Tensor, Tensor, Cache], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean squared error of the predicted noise (B,), and the timesteps it was measured at.
+    """Returns the mean squared error of the predicted noise (B,), and its timesteps.
 
     `target` (noise, noisy latents, timesteps, condition) takes the place of the noise.
     """
@@ -113,7 +113,7 @@ def noise_error(
 
 
 def tutored_noise(tutor: UNet2DConditionModel, share: float) -> Callable[[Tensor, Tensor, Tensor, Cache], Tensor]:
-    """(1 - share) x noise + share x what the trained `tutor` predicts, of the same latents and captions.
+    """Returns (1 - share) x noise + share x the prediction of the trained `tutor` for the same latents and captions.
 
     The squared error to this mixture has the gradient of both errors' weighted sum. The tutor's part is the mean of all
     the noises that a noisy picture may have: it spares the gradient the variance of the one that was drawn.
@@ -131,7 +131,7 @@ def tutored_noise(tutor: UNet2DConditionModel, share: float) -> Callable[[Tensor
 def validation_loss(
     model: UNet2DConditionModel, scheduler: DDPMScheduler, cache: Cache, empty: Cache, weights: Tensor, count: int = 512
 ) -> float:
-    """The weighted loss with captions, on the same pictures, captions, noise and timesteps at every call."""
+    """Returns the weighted loss with captions, for the same pictures, captions, noise and timesteps at every call."""
     dice, total = torch.Generator().manual_seed(1), 0.0
     for _ in range(count // 64):
         latents, condition = draw_batch(cache, empty, 64, 0.0, dice)
@@ -141,7 +141,7 @@ def validation_loss(
 
 
 def placed(model: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
-    if device.type == "cpu":  # fused attention is written for wide heads: with these it is half as fast
+    if device.type == "cpu":  # fused attention is made for wide heads; with these narrow ones it is half as fast
         model.set_attn_processor(AttnProcessor())
     return model.to(device, memory_format=torch.channels_last)
 
@@ -238,7 +238,7 @@ def log_losses(
 def choose_ema(
     model: UNet2DConditionModel, emas: list[list[Tensor]], gammas: list[float], measure: Callable[[], float]
 ) -> dict[str, float]:
-    """Leaves the average with the lowest loss in `model`; says what each one's was."""
+    """Puts the average with the lowest loss into `model`; returns the losses of all."""
     found = {}
     for ema, gamma in zip(emas, gammas, strict=True):
         _copy_into(model, ema)

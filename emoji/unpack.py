@@ -13,7 +13,7 @@ from prunet.data.shards import read_samples
 
 
 def read_shard(shard: Path) -> Iterator[tuple[str, bytes, dict]]:
-    """Yields of each sample its name, its picture as WebP, and what is known of it."""
+    """Yields each sample's name, its picture as WebP, and its record."""
     for name, files in read_samples(shard):
         if isinstance(files, Exception):
             raise files

@@ -17,10 +17,10 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.1e}" if size < -4 else f"{value:,.{max(0, digits - 1 - size)}f}"
 
 
-def many(count: float) -> str:
+def many(count: float, digits: int = 3) -> str:
     """Formats a count as papers do: 266 k, 2,567 M parameters, 338 G multiply-adds."""
     unit, scale = ("G", 1e9) if count >= 1e10 else ("M", 1e6) if count >= 1e6 else ("k", 1e3)
-    return f"{number(count / scale)} {unit}"
+    return f"{number(count / scale, digits)} {unit}"
 
 
 def percent(share: float) -> str:

@@ -1,4 +1,4 @@
-"""Section a: the same numbers as on a CPU, whatever the precision and whatever makes it fast.
+"""Section a: the numbers equal those on a CPU, in every precision and with every fast option.
 
 Small models of the SD and SDXL layouts. The yardstick of each check is the CPU's fp32 run from the same seeds.
 """
@@ -58,7 +58,7 @@ def results(setting: Setting) -> Iterator[Result]:
 
 
 class Made:
-    """A teacher of one layout, its cache, and distillations of it that start alike."""
+    """A teacher of one layout, its cache, and distillations that start from the same student."""
 
     def __init__(self, kind: str, setting: Setting) -> None:
         self.kind, self.plan = kind, load_plan(PLANS[kind])
@@ -76,7 +76,7 @@ class Made:
     def train(
         self, runtime: Runtime, folder: Path | None = None, **stage: Any
     ) -> tuple[list[dict], UNet2DConditionModel]:
-        """Rows of the log, and the student."""
+        """Distils; returns the rows of the log, and the student."""
         self.runs += 1
         folder = folder or self.folder / f"run-{self.runs}"
         teacher = Teacher(self.teacher, device=runtime.torch_device, dtype=runtime.dtype)
@@ -88,13 +88,13 @@ class Made:
 
 
 def apart(rows: list[dict], others: list[dict]) -> float:
-    """The largest relative difference of the loss and its three terms, over all steps."""
+    """Returns the largest relative difference of the loss and its three terms over all steps."""
     names = ("loss", "task", "output", "feature")
     return max(abs(a[n] - b[n]) / abs(b[n]) for a, b in zip(rows, others, strict=True) for n in names)
 
 
 def tried(name: str, make: Callable[[], Result]) -> Result:
-    """A check; what it raises is its result."""
+    """Runs a check; an exception is its result."""
     try:
         return make()
     except Exception as error:
@@ -112,7 +112,7 @@ def _steps(made: dict[str, Made], setting: Setting) -> Iterator[Result]:
 
             def compared(these=these, precision=precision, name=name, yardstick=yardstick) -> Result:
                 rows, _ = these.train(these.runtime(precision=precision))
-                # The scaler of fp16 may skip the first steps; what it learns is compared in the loss after more.
+                # The scaler of fp16 may skip the first steps, so learning is compared in the loss after more steps.
                 both = (rows[:1], yardstick[:1]) if precision == "fp16" else (rows, yardstick)
                 return check(name, apart(*both), TOLERANCE[precision])
 
@@ -128,7 +128,7 @@ def _steps(made: dict[str, Made], setting: Setting) -> Iterator[Result]:
 
 
 def _losses(setting: Setting) -> Iterator[Result]:
-    """The gradient of prunet's own MSE against autograd's in fp64, at a loss scale as fp16 has it."""
+    """Compares the gradient of prunet's own MSE with autograd's in fp64, at a loss scale of fp16."""
     for dtype, most in ((torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 2e-3)):
         name = f"gradient of the MSE in {str(dtype).removeprefix('torch.')}, against fp64"
 
@@ -146,7 +146,7 @@ def _losses(setting: Setting) -> Iterator[Result]:
 
 
 def _attention(setting: Setting) -> Iterator[Result]:
-    """The U-Net of emoji-sd by every attention there is, against the plain one in fp32."""
+    """Compares the U-Net of emoji-sd with every kind of attention against the plain one in fp32."""
     nets = {
         dtype: Teacher(EMOJI, device=setting.device, dtype=dtype).unet.to(setting.device)
         for dtype in (torch.float32, torch.bfloat16)
@@ -173,12 +173,12 @@ def _attention(setting: Setting) -> Iterator[Result]:
                 with sdpa_kernel([backend, SDPBackend.MATH] if setting.smoke else backend):
                     error = (output(dtype) - plain).norm() / plain.norm()
                 yield check(name, error.item(), most)
-            except RuntimeError as unavailable:  # not every backend takes every precision and width
+            except RuntimeError as unavailable:  # not every backend supports every precision and width
                 yield Result(name, note=f"not available: {str(unavailable).splitlines()[0]}")
 
 
 def _options(made: Made, setting: Setting) -> Iterator[Result]:
-    """What makes it fast or small, against the plain loop on the same device in bf16."""
+    """Compares the options that save time or memory with the plain loop on the same device in bf16."""
     bf16 = made.runtime(precision="bf16")
     plain, whole = made.train(bf16)
     has = {name: importlib.util.find_spec(name) is not None for name in ("torchao", "bitsandbytes")}
@@ -211,7 +211,7 @@ def _options(made: Made, setting: Setting) -> Iterator[Result]:
 
 
 def _synchronisations(made: Made) -> Result:
-    """Twice as many steps wait for the device as often as half of them: at the start and at the end."""
+    """Checks that more steps do not wait for the device more often: it waits only at the start and at the end."""
 
     def found(steps: int) -> Counter[str]:
         with warnings.catch_warnings(record=True) as said:
@@ -223,7 +223,7 @@ def _synchronisations(made: Made) -> Result:
                 torch.cuda.set_sync_debug_mode("default")
         return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in said if "synchroniz" in str(w.message).lower())
 
-    with patch.object(training, "save", lambda *args, **options: None):  # checkpoints wait, and are meant to
+    with patch.object(training, "save", lambda *args, **options: None):  # checkpoints must wait
         few, many = found(4), found(8)
     more = many - few
     return check(
@@ -232,7 +232,7 @@ def _synchronisations(made: Made) -> Result:
 
 
 def _interrupted(made: Made, setting: Setting) -> Iterator[Result]:
-    """Stopped at step 2 of 4 and started again, in the precision in which GPUs train."""
+    """Stops at step 2 of 4 and resumes, in the precision in which GPUs train."""
 
     def compared() -> Result:
         precision = "fp16" if setting.device.type == "cuda" else "bf16"
@@ -254,7 +254,7 @@ def _interrupted(made: Made, setting: Setting) -> Iterator[Result]:
 
 
 def _pictures(setting: Setting) -> Iterator[Result]:
-    """emoji-sd draws the same twice, and what the CPU draws."""
+    """Checks that emoji-sd draws the same twice, and the same as on the CPU."""
 
     def pictures(device: str, dtype: torch.dtype) -> np.ndarray:
         how = prunet.Drawing(steps=4 if setting.smoke else 15, guidance_scale=2.0)
@@ -273,7 +273,7 @@ def _pictures(setting: Setting) -> Iterator[Result]:
 
 
 def _counters(setting: Setting) -> Iterator[Result]:
-    """A call that makes 64 MB is measured as one."""
+    """Checks that a call that makes 64 MB is measured as 64 MB."""
 
     def compared() -> Result:
         def call() -> None:

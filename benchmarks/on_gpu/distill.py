@@ -7,7 +7,7 @@ from on_gpu.results import Result, Setting, check, failed, goal
 
 BATCHES = {"sd-v1": (16, 64, 128), "sdxl": (4, 16, 32)}
 STEPS = {"sd-v1": 4, "sdxl": 3}
-#: What makes prunet's loop faster, in the order in which it is tried. Whole models compile for minutes: last.
+#: Options that make prunet's loop faster, in the order of the tries. Compiling whole models takes minutes: last.
 WAYS: dict[str, dict[str, bool]] = {
     "channels_last": {"channels_last": True},
     "compiled blocks, channels_last": {"compile_blocks": True, "channels_last": True},
@@ -70,7 +70,7 @@ def search(
     found: dict[int, Speed],
     line: Callable[[str, int, Speed], Result],
 ) -> Iterator[Result]:
-    """Tries larger batches as long as they fit and bring something; fills `found`."""
+    """Tries larger batches as long as they fit and are faster; fills `found`."""
     for batch in batches:
         try:
             found[batch] = measure(batch)
@@ -86,7 +86,7 @@ def search(
 
 
 def verdict(best: Speed, theirs: Speed, job: Job, peak: float, name: str, setting: Setting) -> Result:
-    """Both goals in one line: times the published loop, and the share of the matmul peak."""
+    """Returns a row with both goals: the ratio to the published loop, and the share of the matmul peak."""
     share = best.images_per_s * job.flops_per_image / peak
     times = speed(best) / speed(theirs)
     return goal(
@@ -100,7 +100,7 @@ def verdict(best: Speed, theirs: Speed, job: Job, peak: float, name: str, settin
 
 
 def memory(job: Job, made: object, batch: int, reference: Speed, steps: int, setting: Setting) -> Iterator[Result]:
-    """At equal batch, by micro-batches and what else saves memory, the cheapest first."""
+    """Saves memory at equal batch by micro-batches and other options, the cheapest first."""
     micro = max(1, batch // 4)
     ways = {f"micro-batch {micro}": {"micro_batch": micro}}
     ways[f"micro-batch {micro}, average on the CPU"] = {"micro_batch": micro, "offload_ema": True}

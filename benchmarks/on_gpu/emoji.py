@@ -1,4 +1,4 @@
-"""Section f: the demo on the device: killed on the way, resumed, evaluated; its pictures are kept to be looked at."""
+"""Section f: the demo on the device: killed, resumed, evaluated; its pictures are kept for a look."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def results(setting: Setting) -> Iterator[Result]:
 
 
 def _killed(command: list[str], output: Path) -> Result:
-    """Kills the run as soon as its first checkpoint is there."""
+    """Kills the run as soon as its first checkpoint exists."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         if list(output.glob("stage-1/checkpoints/step-*")):

@@ -1,4 +1,4 @@
-"""Section d: how fast teacher and students draw, eager and compiled, beside what their multiply-adds allow."""
+"""Section d: how fast teacher and students draw, eager and compiled, beside the limit of their multiply-adds."""
 
 import statistics
 import time
@@ -68,7 +68,7 @@ def _rows(said: Bench, setting: Setting, mode: str = "eager") -> Iterator[Result
 
 
 def _pictures(pipelines: dict[str, Any], setting: Setting) -> Iterator[Result]:
-    """From prompt to picture, the whole pipeline: the median of three, after one that warms up."""
+    """Times the whole pipeline from prompt to picture: the median of three, after one that warms up."""
     for name in list(pipelines)[:1] if setting.smoke else pipelines:
         for steps in (1,) if setting.smoke else (1, 4, 25):
             times = []

@@ -1,4 +1,4 @@
-"""Section e: where the time of a distillation step goes: the kernels that take most, and when the device waits."""
+"""Section e: the time of a distillation step: the kernels that take most, and the waits of the device."""
 
 from collections.abc import Iterator
 from typing import Any

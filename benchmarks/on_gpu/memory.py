@@ -1,4 +1,4 @@
-"""Section c: what `prunet estimate` says beside the peak that was measured, in five settings."""
+"""Section c: the memory of `prunet estimate` beside the measured peak, in five settings."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -35,7 +35,7 @@ def results(setting: Setting) -> Iterator[Result]:
 
 
 def measured(name: str, job: Job, plan: str, batch: int, micro: int, level: str, options: dict[str, Any]) -> Result:
-    """The estimate over the measured peak of three steps."""
+    """Returns the ratio of the estimate to the measured peak of three steps."""
     folder = work_folder(job.setting, "memory")
     stage = {"steps": 3, "batch_size": batch, "warmup_steps": 0, "losses": {"level": level}}
     value = {"teacher": str(job.source), "plan": plan, "stages": [stage], "sheet": {"every": 0}}

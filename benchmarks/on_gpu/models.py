@@ -30,7 +30,7 @@ PICTURES = 8
 
 @dataclass(frozen=True)
 class Speed:
-    """Images a second, peak memory of the device beside what it held before, and the last loss."""
+    """Images a second, the growth of the device's peak memory, and the last loss."""
 
     images_per_s: float
     peak_gb: float
@@ -41,7 +41,7 @@ class Speed:
 
 
 class Job:
-    """One teacher and plan: its cache, and the two loops."""
+    """A teacher and a plan, the teacher's cache, and the two loops."""
 
     def __init__(self, layout: str, setting: Setting) -> None:
         plan, self.level, small = JOBS[layout]
@@ -71,7 +71,7 @@ class Job:
 
     @property
     def flops_per_image(self) -> float:
-        """Of a step: the forward pass of both models, and a backward pass of the student that costs two of its own."""
+        """The operations of a step: forward passes of both models, and the student's backward pass, which costs two."""
         macs = [size.macs + size.attention_macs for size in (self.derived.teacher_size, self.derived.student_size)]
         return 2 * (macs[0] + 3 * macs[1])
 
@@ -80,7 +80,7 @@ class Job:
         return matmul_flops(self.setting.device, self.runtime.dtype, size)
 
     def reference(self, batch: int, steps: int) -> Speed:
-        """The published scripts' loop, with their gradient checkpointing."""
+        """Runs the published scripts' loop, with their gradient checkpointing."""
         args = Namespace(steps=steps, size=self.size, reference_checkpointing=True)
         pictures = torch.rand(batch, 3, self.size, self.size) * 2 - 1
         pairs = self.derived.pairs(self.level)
@@ -92,7 +92,7 @@ class Job:
         return Speed(batch / said["seconds_per_step"], peak_gb(self.setting.device, before))
 
     def prunet(self, made: Cache, batch: int, steps: int, **options: Any) -> Speed:
-        """prunet's loop; the first `steps` steps warm up, as many more are timed. Writes no checkpoint."""
+        """Runs prunet's loop; the first `steps` steps warm up, as many more are timed. Writes no checkpoint."""
         runtime = Runtime(**{"device": str(self.setting.device), "micro_batch": batch, "log_every": steps, **options})
         stage = Stage(steps=2 * steps, batch_size=batch, warmup_steps=0, losses=Losses(level=self.level))
         folder = self.folder / "run"
@@ -108,7 +108,7 @@ class Job:
 
 
 def fresh(device: torch.device) -> int:
-    """Gives back what is not in use; bytes that stay. From here on `peak_gb` counts."""
+    """Frees unused memory and returns the bytes in use; `peak_gb` counts from here."""
     gc.collect()
     if device.type != "cuda":
         return 0
@@ -119,7 +119,7 @@ def fresh(device: torch.device) -> int:
 
 
 def peak_gb(device: torch.device, before: int) -> float:
-    """Most bytes of the device in use since `fresh`, weights included; 0 where the device does not count them."""
+    """Returns the peak memory of the device since `fresh`, with weights; 0 if the device does not count it."""
     return (torch.cuda.max_memory_allocated(device) - before) / 1e9 if device.type == "cuda" else 0.0
 
 

@@ -1,4 +1,4 @@
-"""What a section finds, and where it runs."""
+"""The results of a section, and its setting."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +42,12 @@ class Result:
 
 
 def check(name: str, value: float, at_most: float, unit: str = "", note: str = "") -> Result:
-    """A check that holds where `value` is a number, and at most `at_most`."""
+    """Returns a check that passes if `value` is a number and at most `at_most`."""
     return Result(name, value, unit, ok=value <= at_most, goal=f"≤ {at_most:g}", note=note)
 
 
 def failed(name: str, error: BaseException) -> Result:
-    """A check that could not be made."""
+    """Returns the row of a check that could not run."""
     import traceback
 
     traceback.print_exception(error)
@@ -55,6 +55,6 @@ def failed(name: str, error: BaseException) -> Result:
 
 
 def goal(name: str, value: float, at_least: float, unit: str = "", note: str = "", meant: bool = True) -> Result:
-    """A measure that should be at least so much; `meant`: False in a smoke run, whose speeds say nothing."""
+    """Returns a measure with a goal; `meant` is False in a smoke run, whose speeds mean nothing."""
     reached = value >= at_least if meant else None
     return Result(name, value, unit, goal=f"≥ {at_least:g}", reached=reached, note=note)
