@@ -8,10 +8,10 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
-from prunet.denoisers.architecture import Net
 from prunet.denoisers.taps import Features, tap
 from prunet.teacher.teacher import Teacher
 from prunet.training.losses import feature_losses, mse
+from prunet.training.objectives.objective import Objective
 from prunet.training.session import Session
 
 #: The weight of the features; the weight of the pixels is 1.
@@ -42,13 +42,11 @@ def small_decoder(teacher: Teacher, seed: int = 0) -> AutoencoderTiny:
     return net
 
 
-class Decoding:
+class Decoding(Objective):
     """The squared error of the pixels, and the relative squared error of features of both pictures (`feature/MODULE`).
 
     The features are outputs of the first blocks of the VAE's encoder.
     """
-
-    nets: Sequence[Net] = ()
 
     def __init__(self, teacher: Teacher, student: AutoencoderTiny) -> None:
         self._vae, self._scaling_factor, self._student = teacher.vae, teacher.scaling_factor, student
@@ -86,10 +84,6 @@ class Decoding:
         """Returns the loss, and the two kinds of terms."""
         feature = sum(means[name] for name in self.names[1:])
         return {"loss": means["pixel"] + FEATURES * feature, "pixel": means["pixel"], "feature": feature}
-
-    def blame(self) -> str | None:
-        """Does nothing: a VAE with pictures that are not finite was refused earlier."""
-        return None
 
 
 def decoded(vae: Any, latents: Tensor, scaling_factor: float) -> Tensor:

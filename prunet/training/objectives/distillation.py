@@ -15,10 +15,11 @@ from prunet.recipe.stage import Stage
 from prunet.teacher.teacher import Teacher, after_overflow
 from prunet.training.gpu import in_8_bits, set_memory_format
 from prunet.training.losses import feature_losses, mse
+from prunet.training.objectives.objective import Objective
 from prunet.training.session import Session
 
 
-class Distillation:
+class Distillation(Objective):
     """Learning from the data (`task`), from the teacher's output (`output`), and from its features (`feature/MODULE`).
 
     Each pair has one feature term.

@@ -1,8 +1,9 @@
 """The interface of objectives."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import Tensor
 
@@ -10,23 +11,21 @@ from prunet.denoisers.architecture import Net
 from prunet.training.session import Session
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """What a stage minimises. It finds the student's modules before the session wraps the student."""
 
-    @property
-    def names(self) -> Sequence[str]:
-        """The names of its terms in the log."""
+    names: Sequence[str]  # of its terms in the log
+    nets: Sequence[Net] = ()  # other models that it calls, available from `start` on
 
-    @property
-    def nets(self) -> Sequence[Net]:
-        """Other models that it calls, available from `start` on."""
-
+    @abstractmethod
     def start(self, session: Session) -> None:
         """Puts its models on the session's device."""
 
     def running(self) -> AbstractContextManager[None]:
-        """Holds its hooks while the loop runs."""
+        """Holds its hooks while the loop runs, if it has any."""
+        return nullcontext()
 
+    @abstractmethod
     def __call__(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Returns the loss () of a micro-batch, and its terms (up to len(names),) in the order of `names`.
 
@@ -35,8 +34,10 @@ class Objective(Protocol):
             batch: what the samples of the stage hold (`prunet.training.samples`).
         """
 
+    @abstractmethod
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """Returns the first values of a row of the log from the means of the terms; `loss` comes first."""
 
     def blame(self) -> str | None:
         """Explains a loss that is not finite, if it is not the student's fault."""
+        return None

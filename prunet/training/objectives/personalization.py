@@ -4,38 +4,30 @@ The loss is also computed on pictures of the subject's class that the model drew
 forget what the class looks like (prior preservation).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunet.denoisers.architecture import Net
 from prunet.denoisers.condition import Condition
 from prunet.teacher.teacher import Teacher
 from prunet.training.losses import mse
+from prunet.training.objectives.objective import Objective
 from prunet.training.session import Session
 
 
-class Personalization:
+class Personalization(Objective):
     """The squared error on the `subject`, and `prior_weight` times that on its class (`prior`), if there is one.
 
     It calls no other model, because the pictures of the class lie in a cache.
     """
 
-    nets: Sequence[Net] = ()
-
     def __init__(self, model: Teacher, prior_weight: float | None) -> None:
         self._call, self._process, self._prior_weight = model.architecture.call, model.process, prior_weight
-        self.names: Sequence[str] = ("subject",) if prior_weight is None else ("subject", "prior")
+        self.names = ("subject",) if prior_weight is None else ("subject", "prior")
 
     def start(self, session: Session) -> None:
         self._process = self._process.to(session.device)
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        yield
 
     def __call__(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         latents, noise, timestep = (self._rows(batch, name) for name in ("latents", "noise", "timestep"))
@@ -54,6 +46,3 @@ class Personalization:
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         return {"loss": means["subject"] + (self._prior_weight or 0.0) * means.get("prior", 0.0)}
-
-    def blame(self) -> str | None:
-        return None

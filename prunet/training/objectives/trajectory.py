@@ -1,7 +1,7 @@
 """Trajectory regression: one step of the student lands where several guided steps of its teacher landed."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from prunet.denoisers.architecture import Net
 from prunet.teacher.teacher import Teacher
 from prunet.training.losses import mse
+from prunet.training.objectives.objective import Objective
 from prunet.training.session import Session
 
 
-class Trajectory:
+class Trajectory(Objective):
     """The squared error of the clean picture that the student predicts before a jump.
 
     The target is the clean picture with which a step of DDIM lands on the teacher's path. The weight is the
@@ -21,8 +22,7 @@ class Trajectory:
     (`prunet.data.paths`).
     """
 
-    names: Sequence[str] = ("jump",)
-    nets: Sequence[Net] = ()
+    names = ("jump",)
 
     def __init__(self, teacher: Teacher, student: Net) -> None:
         self._call, self._process = teacher.architecture.call, teacher.process
@@ -31,10 +31,8 @@ class Trajectory:
     def start(self, session: Session) -> None:
         self._process = self._process.to(session.device)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        with in_full(self._last):
-            yield
+    def running(self) -> AbstractContextManager[None]:
+        return in_full(self._last)
 
     def __call__(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         noisy, landed, timestep, after = (batch[k] for k in ("noisy", "landed", "timestep", "after"))
@@ -46,9 +44,6 @@ class Trajectory:
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         return {"loss": means["jump"]}
-
-    def blame(self) -> str | None:
-        return None
 
 
 @contextmanager
