@@ -92,6 +92,11 @@ def located(text: Any, may_be_id: bool = False) -> Any:
     return path if may_be_id and _ID.fullmatch(path) and not _exists(there) else there
 
 
+def in_full(source: str) -> str:
+    """Returns an absolute path, which is valid wherever a recipe lies; a hub id is returned unchanged."""
+    return str(Path(source).absolute()) if os.path.exists(source) else source
+
+
 def _exists(path: str) -> bool:
     """Returns whether a path exists; for a pattern (`train-*.tar`, `{0000..0099}`), whether its folder exists."""
     plain = re.split(r"[*?\[{]", path)[0]

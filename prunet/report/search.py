@@ -9,8 +9,9 @@ from prunet.diagram import STEPS
 from prunet.disk.files import write_text
 from prunet.report import sensitivity
 from prunet.report.charts import render
+from prunet.search.budgets import shown
 from prunet.search.results import ScoredPlan, SearchResult
-from prunet.words import many, number, short
+from prunet.words import number, short
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 560, 84, 40, 104, 72  # pixels; the last four are margins
 NAMES = {"parameters": "parameters", "macs": "MACs of a call", "size": "size in half precision", "latency": "latency"}
@@ -73,13 +74,6 @@ def kind_of(result: SearchResult) -> str:
     return str(next(iter(result.limits)))
 
 
-def amount(kind: str, value: float) -> str:
-    """Formats an amount of a kind of cost with its unit."""
-    if kind == "latency":
-        return f"{number(value)} ms"
-    return f"{number(value / 1e6)} MB" if kind == "size" else many(value)
-
-
 def dots(result: SearchResult) -> list[Dot]:
     """Returns a point for each plan that was scored, the chosen one last."""
     kind = kind_of(result)
@@ -87,7 +81,7 @@ def dots(result: SearchResult) -> list[Dot]:
 
     def dot(what: str, row: ScoredPlan, error: float, label: str = "") -> Dot:
         cost = row.costs[kind]
-        tip = f"{label or ', '.join(row.remove)}: {amount(kind, cost)}, error {number(error)}"
+        tip = f"{label or ', '.join(row.remove)}: {shown(kind, cost)}, error {number(error)}"
         return Dot(what, cost / whole, error, label, tip)
 
     singles = [
@@ -150,6 +144,6 @@ def frontier(result: SearchResult) -> str:
         budget=", ".join(result.budgets),
         x_ticks=[(x(share / 10), f"{10 * share} %") for share in range(round(10 * left), 11)],
         y_ticks=[(y(10.0**power), f"{10.0**power:g}") for power in range(bottom, top + 1)],
-        across=f"{NAMES[kind]}, share of the teacher's ({amount(kind, result.costs[kind])})",
+        across=f"{NAMES[kind]}, share of the teacher's ({shown(kind, result.costs[kind])})",
         key=key,
     )

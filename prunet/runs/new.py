@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import psutil
-import torch
 import yaml
 from safetensors import safe_open
 
@@ -20,13 +18,13 @@ from prunet.data.sources import check_source, read_pictures
 from prunet.disk.reading import parse_yaml
 from prunet.errors import UserError, one_line
 from prunet.plan.plan import Plan, load_plan
-from prunet.recipe.paths import shipped_names
+from prunet.recipe.paths import in_full, shipped_names
 from prunet.recipe.recipe import Recipe, load_recipe, read_prompts
 from prunet.runs.estimate import COUNTED, memory
 from prunet.runs.run import Run
 from prunet.runtime import Runtime
 from prunet.teacher.teacher import Teacher
-from prunet.training.fit import training_memory
+from prunet.training.fit import device_memory, training_memory
 from prunet.words import short
 
 #: The plan for each layout if none is given.
@@ -88,7 +86,7 @@ def new_recipe(
     chosen = load_plan(plan or USUAL_PLAN[opened.layout])
     found = data_facts(data, opened.native_size)
     steps = min(max(STEPS[0], SEEN * (found["count"] or 0) // BATCH), STEPS[1])
-    model = {"source": _full(teacher), "config": _full(config)} if config else _full(teacher)
+    model = {"source": in_full(teacher), "config": in_full(config)} if config else in_full(teacher)
     facts: dict[str, Any] = {
         "teacher": model,
         "name": short(teacher),
@@ -96,9 +94,9 @@ def new_recipe(
         "size": opened.native_size,
         "prediction": opened.noise_scheduler.config.prediction_type,
         "license": license_of(opened),
-        "plan": chosen.name if chosen.name == plan or plan is None else _full(str(plan)),
+        "plan": chosen.name if chosen.name == plan or plan is None else in_full(str(plan)),
         "about": chosen.description,
-        "data": {**found, "given": _full(data)},
+        "data": {**found, "given": in_full(data)},
         "buckets": opened.kind == "sdxl" and found.get("shapes", 1) > 1,
         "stage": published(chosen, opened.layout),
         "steps": steps,
@@ -108,7 +106,7 @@ def new_recipe(
     }
     recipe = Recipe.model_validate(yaml.safe_load(_render(facts | {"fit": None})))
     run = Run(recipe, runtime)
-    fit = fit_to(run, budget or device_memory(runtime))
+    fit = fit_to(run, budget or device_memory(runtime.torch_device))
     return _render(facts | {"fit": fit, "run": run, "device": runtime.torch_device.type})
 
 
@@ -127,11 +125,6 @@ def _quoted(value: Any) -> str:
     """Writes a value as YAML in one line."""
     text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
     return text.removesuffix("...\n").strip()
-
-
-def _full(path: str) -> str:
-    """Returns an absolute path, so that the recipe may lie anywhere; a hub id is returned unchanged."""
-    return str(Path(path).absolute()) if Path(path).exists() else path
 
 
 # -- facts about teacher and data
@@ -208,14 +201,6 @@ def published(plan: Plan, layout: str) -> dict[str, Any]:
 
 
 # -- memory
-
-
-def device_memory(runtime: Runtime) -> int:
-    """Returns the bytes that distillation may use: nine tenths of a GPU's memory, or half of the machine's."""
-    device = runtime.torch_device
-    if device.type == "cuda":
-        return int(0.9 * torch.cuda.get_device_properties(device).total_memory)
-    return psutil.virtual_memory().total // 2
 
 
 def parse_budget(text: str) -> int:

@@ -7,6 +7,7 @@ import yaml
 
 from prunet.disk.files import write_text
 from prunet.plan.plan import Plan
+from prunet.recipe.paths import in_full
 from prunet.recipe.recipe import load_recipe, recipe_yaml
 from prunet.search.examples import PROMPTS
 from prunet.search.recovery import learning_rate_for, usual_rate
@@ -44,7 +45,7 @@ def _recipe(plan: Plan, result: SearchResult, folder: Path, cache: Path | None, 
     """
     rate = float(f"{learning_rate_for(result.error_before, usual_rate(cache)):.2g}")
     own: dict[str, Any] = {
-        "teacher": {"source": _in_full(result.teacher), **({"config": _in_full(config)} if config else {})},
+        "teacher": {"source": in_full(result.teacher), **({"config": in_full(config)} if config else {})},
         "plan": {"name": plan.name, "description": plan.description, "remove": list(plan.remove)},
         "output": str((folder / "run").absolute()),
     }
@@ -57,8 +58,3 @@ def _recipe(plan: Plan, result: SearchResult, folder: Path, cache: Path | None, 
         stage.pop("plan", None)
         stage["learning_rate"] = rate
     return recipe | own | {"cache": str(cache_folder(cache).absolute())}
-
-
-def _in_full(source: str) -> str:
-    """Returns an absolute path, which is valid wherever the recipe lies; a hub id is returned unchanged."""
-    return str(Path(source).absolute()) if Path(source).exists() else source

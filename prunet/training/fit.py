@@ -76,15 +76,19 @@ def micro_batch_of(
     )
 
 
+def device_memory(device: torch.device) -> int:
+    """Returns the bytes that distillation may use: nine tenths of a GPU's memory, or half of the machine's."""
+    if device.type == "cuda":
+        return int(0.9 * torch.cuda.get_device_properties(device).total_memory)
+    return psutil.virtual_memory().total // 2
+
+
 def _largest_that_fits(share: int, device: torch.device, need: Callable[[int], int]) -> int:
     """Returns the largest divisor of `share` with a step that fits on the device; at least 1.
 
     This depends on the whole memory of the device, not on the free memory: the same command must not round differently
     because another program is running.
     """
-    if device.type == "cuda":
-        budget = 0.9 * torch.cuda.get_device_properties(device).total_memory
-    else:
-        budget = 0.5 * psutil.virtual_memory().total
+    budget = device_memory(device)
     divisors = (micro for micro in range(share, 1, -1) if share % micro == 0)
     return next((micro for micro in divisors if need(micro) <= budget), 1)
