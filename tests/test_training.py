@@ -22,14 +22,16 @@ from torch.utils.data import default_collate
 from prunet import Teacher, UserError, build, derive, distil, load_plan
 from prunet.data.encoding import cache
 from prunet.evaluation.evaluation import denoiser_errors
+from prunet.plan.plan import Plan
 from prunet.recipe.recipe import Data, Losses, Stage
 from prunet.recipe.values import Drawing
 from prunet.runtime import Runtime
 from prunet.search.sensitivity import check_samples
-from prunet.student.student import state_hash
+from prunet.student.student import inherit, state_hash
 from prunet.teacher.process import DDPM, min_snr_weight
 from prunet.training import session as training
 from prunet.training.checkpoints import Saving, checkpoints
+from prunet.training.least_squares import fit
 from prunet.training.loop import learning_rate_at
 from prunet.training.objectives import distillation
 from prunet.training.samples import LiveSamples, Samples, _permutation, batches
@@ -448,6 +450,27 @@ def test_captions_are_dropped_at_the_rate_asked_for(made) -> None:
     drawn = [samples[step, i]["condition"]["prompt_embeds"] for step in range(100) for i in range(4)]
     dropped = sum(torch.equal(embeds, empty) for embeds in drawn)
     assert 70 < dropped < 130
+
+
+def test_fitted_layers_bring_the_output_nearer_on_other_samples(sd, made) -> None:
+    teacher = Teacher(sd)
+    batch = next(batches(Samples(made, STAGE, 99, teacher.process), 0, 4))
+    noisy = teacher.process.add_noise(batch["latents"], batch["noise"], batch["timestep"])
+
+    def output(net):
+        with torch.no_grad():
+            return teacher.architecture.call(net, noisy, batch["timestep"], batch["condition"])
+
+    def error(net):
+        return float((output(net) - output(teacher.unet)).square().mean())
+
+    derived = derive(teacher.unet_config, load_plan("bk-small"))
+    student = inherit(teacher.unet, derived)
+    before = error(student)
+    fit(teacher, student, derived, made, seed=5)
+    assert error(student) < 0.5 * before
+    whole = derive(teacher.unet_config, Plan("none"))
+    assert state_hash(fit(teacher, inherit(teacher.unet, whole), whole, made, seed=5)) == state_hash(teacher.unet)
 
 
 def test_where_there_is_much_noise_other_captions_are_shown(made) -> None:

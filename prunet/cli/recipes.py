@@ -90,7 +90,7 @@ def run(
     overrides: SetOption = None,
     as_json: Json = False,
 ) -> None:
-    """Run a recipe: plan, build, cache, distil, evaluate, export, report.
+    """Run a recipe: plan, cache, build, distil, evaluate, export, report.
 
     Finished steps are skipped, so the same command resumes a run that was stopped.
     """

@@ -115,8 +115,8 @@ class Recipe(Part):
 
     teacher: TeacherValue = Field(description="the original model: its source, or a mapping")
     plan: PlanValue = Field(description="the blocks to remove: a preset's name, a file, or a list of patterns")
-    initialisation: Literal["inherited", "random"] = Field(
-        default="inherited", description="the student's first weights: the teacher's, or random (for comparison)"
+    initialisation: Literal["inherited", "fitted", "random"] = Field(
+        default="inherited", description="the student's first weights: the teacher's; fitted to it; or random"
     )
     data: Data = Field(description="the training data")
     stages: Annotated[list[Stage], Field(min_length=1, max_length=100)] = Field(

@@ -50,6 +50,7 @@ from prunet.student.student import cut, inherit, random_student
 from prunet.teacher.teacher import Teacher
 from prunet.training.checkpoints import Saving
 from prunet.training.fit import micro_batch_of
+from prunet.training.least_squares import fit
 from prunet.training.loop import distil
 from prunet.training.lora import lora_layers, merge_lora
 from prunet.training.sheets import Sheets
@@ -211,7 +212,10 @@ class Run:
     def _initial(self, derived: Derived) -> Net:
         if self.recipe.initialisation == "random":
             return random_student(derived, self.recipe.seed)
-        return inherit(self._stored_teacher().unet, derived)
+        student = inherit(self._stored_teacher().unet, derived)
+        if self.recipe.initialisation == "inherited":
+            return student
+        return fit(self.teachers[0], student, derived, Cache.open(self.cache_folder), self.recipe.seed)
 
     def _cache(self) -> None:
         made: Cache | None = None

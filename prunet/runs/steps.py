@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from prunet.runs.run import Run
 
 #: The steps in order; `distil` stands for one step per stage.
-STEPS = ("plan", "build", "cache", "distil", "evaluate", "export", "report")
+STEPS = ("plan", "cache", "build", "distil", "evaluate", "export", "report")
 #: Steps with results for the user; other steps are done only if one of these reads them.
 RESULTS = ("plan", "evaluate", "export", "report")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -100,7 +100,8 @@ def _read_by(this: "Run", step: str) -> set[str]:
         number = int(step.removeprefix("stage-"))
         return {"cache", f"stage-{number - 1}" if number > 1 else "build"}
     last = f"stage-{len(this.recipe.stages)}"
-    reads = {"evaluate": {"build", last}, "export": {"evaluate", last}, "report": {"plan", "evaluate"}}
+    first = {"cache"} if this.recipe.initialisation == "fitted" else set[str]()
+    reads = {"build": first, "evaluate": {"build", last}, "export": {"evaluate", last}, "report": {"plan", "evaluate"}}
     return reads.get(step, set())
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,12 @@ class UNet2D(Architecture):
     levels = ("block", "layer", "attention", "transformer")
     blocks = ("ResnetBlock2D", "BasicTransformerBlock")
     last_layer = "conv_out"
+    ends: ClassVar = {
+        "ResnetBlock2D": ("conv2", "conv_shortcut"),
+        "Transformer2DModel": ("proj_out",),
+        "Downsample2D": ("conv",),
+        "Upsample2D": ("conv",),
+    }
     adapters = UNetAdapters()
     parts_help = "levels, mid_block, their resnets, attentions, transformer_blocks"
 
