@@ -18,7 +18,7 @@ from prunet.play.models import Asked, Drawn, Player
 from prunet.recipe.values import Drawing
 from prunet.sampling.pictures import picture_rmse
 from prunet.sampling.samplers import SAMPLERS
-from prunet.sampling.start import STRENGTH
+from prunet.sampling.start import STRENGTH, StartPicture
 
 #: Limits for the settings on the page.
 MOST_STEPS, MOST_GUIDANCE, MOST_SEED, LONGEST_PROMPT = 100, 30.0, 2**31 - 1, 1000
@@ -64,7 +64,7 @@ def make_page(players: Sequence[Player]) -> Any:
         with gr.Row(elem_classes="pictures"):
             shown = [_shown(gr, player) for player in players]
         apart = gr.Markdown(elem_id="distance")
-        with gr.Accordion("Steps, guidance, picture to start from, LoRA", open=False):
+        with gr.Accordion("Steps, guidance, picture to start from, mask, LoRA", open=False):
             settings = _settings(gr, players)
         outputs = [*(part for pair in shown for part in pair), apart]
         asked = {"fn": _answer(gr, players), "inputs": [prompt, seed, *settings], "outputs": outputs}
@@ -99,11 +99,13 @@ def _settings(gr: Any, players: Sequence[Player]) -> list[Any]:
         guidance = gr.Slider(0, MOST_GUIDANCE, default.guidance_scale, step=0.1, label="Guidance scale", min_width=200)
         sampler = gr.Dropdown(list(SAMPLERS), value=default.sampler, label="Sampler", filterable=False, min_width=200)
     with gr.Row():
-        image = gr.Image(label="Start from a picture", type="filepath", sources=["upload"], height=220, min_width=200)
+        upload = {"type": "filepath", "sources": ["upload"], "height": 220, "min_width": 200}
+        image = gr.Image(label="Start from a picture", **upload)
+        mask = gr.Image(label="Mask: only its white part is drawn", **upload)
         with gr.Column(min_width=200):
             strength = gr.Slider(0.05, 1, STRENGTH, step=0.05, label="Strength: how much of the picture changes")
             lora = gr.File(label="LoRA of the teacher (.safetensors)", file_types=[".safetensors"], height=120)
-    return [steps, guidance, sampler, image, strength, lora]
+    return [steps, guidance, sampler, image, mask, strength, lora]
 
 
 def _answer(gr: Any, players: Sequence[Player]) -> Callable[..., list[Any]]:
@@ -116,6 +118,7 @@ def _answer(gr: Any, players: Sequence[Player]) -> Callable[..., list[Any]]:
         guidance: float,
         sampler: str,
         image: str | None,
+        mask: str | None,
         strength: float,
         lora: str | None,
     ) -> list[Any]:
@@ -127,8 +130,7 @@ def _answer(gr: Any, players: Sequence[Player]) -> Callable[..., list[Any]]:
                 seed=int(seed or 0),
                 size=players[0].opened.native_size,
                 drawing=Drawing(steps=int(steps), guidance_scale=guidance, sampler=sampler),
-                image=read_picture(Path(image), "picture") if image else None,
-                strength=strength if image else None,
+                start=_start(image, mask, strength),
                 lora=Path(lora) if lora else None,
             )
             drawn = [player.draw(asked) for player in players]
@@ -138,6 +140,16 @@ def _answer(gr: Any, players: Sequence[Player]) -> Callable[..., list[Any]]:
         return [*told, _distance(drawn)]
 
     return answer
+
+
+def _start(image: str | None, mask: str | None, strength: float) -> StartPicture | None:
+    if image is None and mask is not None:
+        raise UserError("mask: needs a picture to start from: give both, or take the mask away")
+    if image is None:
+        return None
+    return StartPicture(
+        read_picture(Path(image), "picture"), strength, read_picture(Path(mask), "mask") if mask else None
+    )
 
 
 def _took(drawn: Drawn) -> str:
