@@ -31,7 +31,7 @@ def do(name: str, job: Job) -> str:
 
 
 def all_done(jobs: Jobs, workers: int) -> None:
-    """Does the jobs, `workers` at once; each after those that it names."""
+    """Does the jobs, `workers` at once; each after those that it names. The earliest that can begin is the next."""
     began, ended, running = time.perf_counter(), set[str](), dict[Future[str], str]()
     # Forked, so that nothing is imported again; no GPU is used in this process before.
     context = multiprocessing.get_context("fork")
@@ -39,7 +39,8 @@ def all_done(jobs: Jobs, workers: int) -> None:
     with ProcessPoolExecutor(workers, context, begin_worker, (threads,)) as pool:
         todo = dict(jobs)
         while todo or running:
-            for name in [name for name, (_, after) in todo.items() if after <= ended]:
+            ready = [name for name, (_, after) in todo.items() if after <= ended]
+            for name in ready[: workers - len(running)]:
                 running[pool.submit(do, name, todo.pop(name)[0])] = name
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 ended.add(name := running.pop(future))

@@ -6,7 +6,7 @@
 Nothing that is finished is done again. Each ablation gets `students.md` in its folder: R@1, score and KID by the
 protocols `emoji-train` and `emoji-heldout`, and how far the pictures are from those of the teacher (25 guided steps,
 equal noise). Numbers are means over the training seeds, with half of the 95 % interval (Student's t); with one seed,
-the interval over the pictures. What is not finished is left out.
+the interval over the pictures. What is not finished is left out. `students.png` beside it shows the first pictures.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from pool import Jobs, all_done
 
 from prunet import Drawing, Model, Runtime
@@ -28,6 +29,7 @@ from prunet.runs.ablation import finish, load_ablation
 from prunet.runs.run import Run
 from prunet.sampling.shards import read_shard
 from prunet.student.folder import save_unet
+from prunet.training.sheets import grid
 
 GUIDANCE = 1.5
 PROTOCOLS = ("emoji-train", "emoji-heldout")
@@ -40,12 +42,15 @@ DRAWN = {
     "guidance, on paths": [(25, 1.0), (2, 1.0), (4, 1.0), (1, 1.0)],
     "trajectory, 4 jumps": [(4, 1.0), (8, 1.0)],
     "trajectory, 2 jumps": [(2, 1.0), (1, 1.0), (4, 1.0)],
+    "trajectory, 2 jumps, LoRA": [(2, 1.0)],
     "trajectory, 1 jump": [(1, 1.0), (2, 1.0)],
     "consistency": [(2, 1.0), (1, 1.0), (4, 1.0), (8, 1.0)],
     "distribution": [(2, 1.0), (1, 1.0), (4, 1.0)],
     "distribution with jumps": [(2, 1.0), (1, 1.0), (4, 1.0)],
 }
-TEACHER = [(25, GUIDANCE), (4, GUIDANCE), (2, GUIDANCE), (1, GUIDANCE)]
+TEACHER = [(25, GUIDANCE), (8, GUIDANCE), (4, GUIDANCE), (2, GUIDANCE), (1, GUIDANCE)]
+#: Pictures of each protocol in the sheet.
+SHOWN = 6
 METRICS = {"retrieval": "R@1", "clip_score": "score", "kid": "KID"}
 
 
@@ -153,6 +158,8 @@ def jobs_of(recipes: dict[tuple[str, str, int], Recipe], teacher: Path, args: ar
     jobs = caches_of(every, args)
     caches = set(jobs)
     jobs["teacher"] = (partial(teachers_pictures, teacher, args), set())
+    if args.caches:
+        return jobs
     before: list[tuple[str, Recipe]] = []
     for (title, arm, seed), recipe in recipes.items():
         name = f"{title}: {arm}, seed {seed}"
@@ -206,6 +213,22 @@ def table(title: str, arms: dict[str, list[Recipe]], args: argparse.Namespace) -
     return "\n".join(text)
 
 
+def write_sheet(path: Path, arms: dict[str, list[Recipe]], args: argparse.Namespace) -> None:
+    """Writes a sheet of the first prompts of both protocols: the teacher, and the first seed of each arm."""
+    drawn = {"teacher": (args.teachers, TEACHER[0])}
+    drawn |= {arm: (Path(recipes[0].output), drawn_in(arm, recipes[0])[0]) for arm, recipes in arms.items()}
+    rows: dict[str, list[Image.Image]] = {}
+    captions: list[str] = []
+    for name, (place, how) in drawn.items():
+        folders = [folder_of(place, protocol, *how) / "pictures" for protocol in PROTOCOLS]
+        if all(folder.is_dir() for folder in folders):
+            shown = [pair for folder in folders for pair in list(read_shard(min(folder.glob("*.tar"))))[:SHOWN]]
+            label = f"{name}, {how[0]} step{'s' * (how[0] > 1)}"
+            rows[label], captions = [picture for picture, _ in shown], [caption for _, caption in shown]
+    if rows:
+        grid(list(rows.values()), list(rows), captions).save(path, optimize=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ablations", type=Path, nargs="+")
@@ -213,6 +236,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="these of the ablation's seeds")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="students that train at once (%(default)s)")
+    parser.add_argument("--caches", action="store_true", help="only make the caches and the teacher's pictures")
     parser.add_argument("--table", action="store_true", help="only write the tables of what is there")
     args = parser.parse_args()
     loaded = [load_ablation(path) for path in args.ablations]
@@ -233,6 +257,7 @@ def main() -> None:
                 arms.setdefault(arm, []).append(recipe)
         text = table(ablation.title, arms, args)
         write_text(Path(ablation.output) / "students.md", text + "\n")
+        write_sheet(Path(ablation.output) / "students.png", arms, args)
         print(text)
 
 
