@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from prunet.data.pictures import read_picture
 from prunet.errors import UserError
@@ -33,6 +33,18 @@ CSS = """
 .pictures .image-frame { width: 100%; }
 .pictures img { width: 100% !important; height: auto !important; aspect-ratio: 1; object-fit: contain; }
 """
+
+
+class Settings(NamedTuple):
+    """The settings on the page in their order there: controls, or the values of a request."""
+
+    steps: Any
+    guidance: Any
+    sampler: Any
+    image: Any
+    mask: Any
+    strength: Any
+    lora: Any
 
 
 def gradio() -> ModuleType:
@@ -105,34 +117,15 @@ def _settings(gr: Any, players: Sequence[Player]) -> list[Any]:
         with gr.Column(min_width=200):
             strength = gr.Slider(0.05, 1, STRENGTH, step=0.05, label="Strength: how much of the picture changes")
             lora = gr.File(label="LoRA of the teacher (.safetensors)", file_types=[".safetensors"], height=120)
-    return [steps, guidance, sampler, image, mask, strength, lora]
+    return list(Settings(steps, guidance, sampler, image, mask, strength, lora))
 
 
 def _answer(gr: Any, players: Sequence[Player]) -> Callable[..., list[Any]]:
     """Returns the function that answers a request with pictures, times and memory, and then their distance."""
 
-    def answer(
-        prompt: str,
-        seed: int,
-        steps: int,
-        guidance: float,
-        sampler: str,
-        image: str | None,
-        mask: str | None,
-        strength: float,
-        lora: str | None,
-    ) -> list[Any]:
+    def answer(prompt: str, seed: int, *values: Any) -> list[Any]:
         try:
-            if not (1 <= steps <= MOST_STEPS and 0 <= guidance <= MOST_GUIDANCE and sampler in SAMPLERS):
-                raise UserError(f"steps up to {MOST_STEPS}, guidance up to {MOST_GUIDANCE:g}, a sampler of the list")
-            asked = Asked(
-                prompt=prompt,
-                seed=int(seed or 0),
-                size=players[0].opened.native_size,
-                drawing=Drawing(steps=int(steps), guidance_scale=guidance, sampler=sampler),
-                start=_start(image, mask, strength),
-                lora=Path(lora) if lora else None,
-            )
+            asked = _asked(prompt, seed, Settings(*values), players[0].opened.native_size)
             drawn = [player.draw(asked) for player in players]
         except UserError as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from error
@@ -142,13 +135,23 @@ def _answer(gr: Any, players: Sequence[Player]) -> Callable[..., list[Any]]:
     return answer
 
 
-def _start(image: str | None, mask: str | None, strength: float) -> StartPicture | None:
-    if image is None and mask is not None:
+def _asked(prompt: str, seed: int, given: Settings, size: int) -> Asked:
+    steps, guidance, sampler = given.steps, given.guidance, given.sampler
+    if not (1 <= steps <= MOST_STEPS and 0 <= guidance <= MOST_GUIDANCE and sampler in SAMPLERS):
+        raise UserError(f"steps up to {MOST_STEPS}, guidance up to {MOST_GUIDANCE:g}, a sampler of the list")
+    if given.mask and not given.image:
         raise UserError("mask: needs a picture to start from: give both, or take the mask away")
-    if image is None:
-        return None
-    return StartPicture(
-        read_picture(Path(image), "picture"), strength, read_picture(Path(mask), "mask") if mask else None
+    picture, mask = (
+        read_picture(Path(path), name) if path else None
+        for path, name in ((given.image, "picture"), (given.mask, "mask"))
+    )
+    return Asked(
+        prompt=prompt,
+        seed=int(seed or 0),
+        size=size,
+        drawing=Drawing(steps=int(steps), guidance_scale=guidance, sampler=sampler),
+        start=StartPicture(picture, given.strength, mask) if picture else None,
+        lora=Path(given.lora) if given.lora else None,
     )
 
 
