@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_report import CHROMIUM, PROMPTS, READER, Page, make_run, read_in_chromium
+from test_report import CHROMIUM, PROMPTS, READER, Page, add_image_to_image, make_run, read_in_chromium
 
 from prunet import Runtime, load_recipe, run
 from prunet.errors import UserError
@@ -95,6 +95,26 @@ def test_lpips_is_compared_if_all_runs_have_it_by_the_same_weights(runs: list[Pa
     assert "LPIPS" not in text()
     add_lpips(runs[1], 0.1234, "these")
     assert "LPIPS" in text() and "0.432" in text() and "0.123" in text()
+
+
+def test_pictures_from_pictures_are_compared_where_all_have_them_from_the_same_starts(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    def page() -> Page:
+        return Page(write_comparison(runs[:2], tmp_path / "page.html"))
+
+    add_image_to_image(runs[0], 0.4321)
+    assert "From a picture" not in page().text
+    add_image_to_image(runs[1], 0.1234, strength=0.7)
+    assert "ictures from pictures" not in page().text and "From a picture" not in page().text
+    add_image_to_image(runs[1], 0.1234)
+    found = page()
+    assert "pictures from pictures" in found.text and "0.432" in found.text and "<b>0.123</b>" in found.source
+    caption = f"a blue fox \N{LEFTWARDS ARROW} {PROMPTS[0]}"
+    ends = ("start", "drawn by teacher", "drawn by first/run", "drawn by second/run")
+    assert [image["alt"] for image in found.all("img") if image["alt"].startswith(caption)] == [
+        f"{caption}, {end}" for end in ends
+    ]
 
 
 def test_wrong_sets_of_runs_are_refused(runs: list[Path], tmp_path: Path) -> None:

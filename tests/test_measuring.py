@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -92,9 +93,10 @@ def protocol(clip: Path) -> Path:
     return folder / "tiny.yaml"
 
 
-def run(sd: Path, protocol: Path, folder: Path, **options) -> Measures:
+def run(sd: Path, protocol: Path, folder: Path, *, subject: str | None = None, **options) -> Measures:
     chosen, beside = load_protocol(protocol)
-    return measure(sd, chosen, protocol_prompts(chosen, beside, None), folder, files=ProtocolFiles(beside, **options))
+    prompts = protocol_prompts(chosen, beside, None, subject=subject)
+    return measure(sd, chosen, prompts, folder, files=ProtocolFiles(beside, **options))
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +178,7 @@ def test_saved_features_stand_for_the_pictures(sd: Path, protocol: Path, whole: 
 
 @pytest.fixture(scope="module")
 def subject(clip: Path) -> tuple[Path, Path]:
-    """A protocol like `dreambooth` by tiny networks, and two pictures of a subject."""
+    """The protocol `dreambooth-live` of two prompts by tiny networks, and two pictures of the shipped emoji."""
     folder = clip.parent / "subject"
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
@@ -184,16 +186,17 @@ def subject(clip: Path) -> tuple[Path, Path]:
     side = {"height": 16, "width": 16}
     (folder / "dino" / "preprocessor_config.json").write_text(json.dumps({"do_resize": True, "size": side}))
     (folder / "real").mkdir()
-    for i, colour in enumerate([(200, 10, 10), (10, 200, 60)]):
-        Image.new("RGB", (20, 24), colour).save(folder / "real" / f"{i}.png")
-    (folder / "prompts.txt").write_text("a sks dog in the snow\na red sks dog\n")
+    with tarfile.open(Path(__file__).parents[1] / "emoji" / "data" / "heldout-labels-0000.tar") as tar:
+        for name in ("1f4ef_flat.webp", "26f0_noto.webp"):
+            Image.open(tar.extractfile(name)).convert("RGB").resize((20, 24)).save(folder / "real" / f"{name}.png")
+    (folder / "prompts.txt").write_text("# a comment\na {subject} in the snow\na red {subject}\n")
     value = {
+        **load_protocol("dreambooth-live")[0].model_dump(include={"metrics"}),
         "name": "subject",
         "prompts": {"source": "this test", "file": "prompts.txt", "count": 2},
         "images_per_prompt": 2,
         "steps": 2,
         "guidance_scale": 1,
-        "metrics": ["dino", "clip_i", "clip_score"],
         "clip": {"model": "tiny", "source": "this test", "file": "../clip"},
         "dino": {"model": "tiny-vit", "source": "this test", "file": "dino"},
         "real": {"source": "this test"},
@@ -204,9 +207,10 @@ def subject(clip: Path) -> tuple[Path, Path]:
 
 def test_likeness_to_a_subject_is_the_mean_cosine_with_all_of_its_pictures(sd, subject, clip, tmp_path) -> None:
     protocol, real = subject
-    result = run(sd, protocol, tmp_path / "measured", real=real)
-    drawn = [picture for path in sorted(tmp_path.glob("measured/pictures/*.tar")) for picture, _ in read_shard(path)]
-    assert (len(drawn), result.protocol["count"]) == (4, 4)
+    result = run(sd, protocol, tmp_path / "measured", subject="sks dog", real=real)
+    shards = sorted(tmp_path.glob("measured/pictures/*.tar"))
+    drawn, prompts = zip(*(pair for path in shards for pair in read_shard(path)), strict=True)
+    assert prompts == ("a sks dog in the snow",) * 2 + ("a red sks dog",) * 2 and result.protocol["count"] == 4
     theirs = [Image.open(path) for path in sorted(real.iterdir())]
     vit = ViTModel.from_pretrained(protocol.parent / "dino", add_pooling_layer=False)
 
@@ -218,6 +222,9 @@ def test_likeness_to_a_subject_is_the_mean_cosine_with_all_of_its_pictures(sd, s
     for name, embed in (("dino", by_vit), ("clip_i", lambda pictures: Clip.load(clip)(pictures)["image"])):
         ours, others = (torch.nn.functional.normalize(embed(pictures)) for pictures in (drawn, theirs))
         assert result.measures[name].value == pytest.approx(float((ours @ others.T).mean()), abs=1e-5)
+    found = Clip.load(clip)(drawn, prompts)
+    clip_t = torch.nn.functional.cosine_similarity(found["image"], found["text"]).mean()
+    assert result.measures["clip_score"].value == pytest.approx(float(clip_t), abs=1e-5)
     assert "tiny-I" in (tmp_path / "measured" / "measures.md").read_text()
 
 
@@ -232,11 +239,24 @@ def test_a_subject_must_be_pictures(sd, subject, clip, tmp_path) -> None:
         ({"real": real, "weights": {"dino": clip}}, "which a ViTModel needs|not a ViTModel of transformers"),
     ):
         with pytest.raises(UserError, match=message):
-            run(sd, protocol, tmp_path / "measured", **given)
+            run(sd, protocol, tmp_path / "measured", subject="sks dog", **given)
     assert not (tmp_path / "measured").exists()
-    chosen, beside = load_protocol("dreambooth")
-    with pytest.raises(UserError, match="prompts_and_classes"):
-        protocol_prompts(chosen, beside, None)
+
+
+@pytest.mark.parametrize(("kind", "own"), [("live", "in a chef outfit"), ("object", "floating in an ocean of milk")])
+def test_prompts_about_a_subject_are_those_of_the_paper(kind: str, own: str, tmp_path: Path) -> None:
+    chosen, beside = load_protocol(f"dreambooth-{kind}")
+    prompts = protocol_prompts(chosen, beside, None, subject="sks dog")
+    assert (len(prompts), len(set(prompts)), chosen.metrics) == (100, 25, ["dino", "clip_i", "clip_score"])
+    assert all(prompt.startswith("a ") and "sks dog" in prompt for prompt in prompts)
+    assert {f"a sks dog {own}", "a cube shaped sks dog", "a sks dog on top of a purple rug in a forest"} <= set(prompts)
+    with pytest.raises(UserError, match="give --subject, such as"):
+        protocol_prompts(chosen, beside, None, subject=" ")
+    plain = tmp_path / "plain.txt"
+    plain.write_text("".join(f"a sks dog, {i}\n" for i in range(25)))
+    assert len(protocol_prompts(chosen, beside, plain)) == 100
+    with pytest.raises(UserError, match=r"have no {subject}: leave it out"):
+        protocol_prompts(chosen, beside, plain, subject="sks dog")
 
 
 def test_two_protocols_are_not_put_side_by_side(whole: Path, tmp_path: Path) -> None:
@@ -326,7 +346,7 @@ def test_another_model_is_refused_before_it_draws(sdxl: Path, protocol: Path, wh
 @pytest.mark.parametrize("name", protocol_names())
 def test_shipped_protocols_say_where_their_prompts_are(name: str) -> None:
     chosen, beside = load_protocol(name)
-    with pytest.raises(UserError, match=r"give --prompts FILE\. It (is|takes) "):
+    with pytest.raises(UserError, match=r"give --prompts FILE\. It (is|takes) |its prompts are about a subject"):
         protocol_prompts(chosen, beside, None)
 
 

@@ -162,7 +162,7 @@ def test_bench_and_play_beside_torch(exported, tmp_path, capsys) -> None:
     drawn = players[1].draw(Asked("a cat", 3, size, Drawing()))
     assert drawn.picture.tobytes() == generate(folder, "a cat", seed=3)[0].tobytes() and drawn.drawing == how
     with pytest.raises(UserError, match="draws without picture to start from: leave it out"):
-        players[1].draw(Asked("a cat", 3, size, Drawing(), image=Image.new("RGB", (16, 16))))
+        players[1].draw(Asked("a cat", 3, size, Drawing(), start=StartPicture(Image.new("RGB", (16, 16)))))
     for args, message in (
         (("bench", folder, "--plan", "bk-tiny"), "is for OpenVINO: give it second"),
         (("bench", folder, "--size", "12"), "size: 12 is not a multiple of"),

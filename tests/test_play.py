@@ -44,11 +44,14 @@ def test_a_run_is_its_teacher_and_its_student_at_equal_noise(players, finished, 
         assert one.peak_memory_mb is None or one.peak_memory_mb > weights
 
 
-def test_from_a_picture(players, finished, sd) -> None:
-    start = Image.new("RGB", (20, 16), "red")
+@pytest.mark.parametrize("masked", [False, True])
+def test_from_a_picture(masked, players, finished, sd) -> None:
+    picture, mask = Image.new("RGB", (20, 16), "red"), Image.new("L", (20, 16))
+    mask.paste(255, (10, 0, 20, 16))
+    start = StartPicture(picture, 0.5, mask if masked else None)
     for player, model in zip(players, (sd, finished), strict=True):
-        drawn = player.draw(Asked(**ASKED, image=start, strength=0.5)).picture
-        expected = generate(model, "a cat", drawing=HOW, start=StartPicture(start, 0.5), seed=4)[0]
+        drawn = player.draw(Asked(**ASKED, start=start)).picture
+        expected = generate(model, "a cat", drawing=HOW, start=start, seed=4)[0]
         assert drawn.tobytes() == expected.tobytes()
 
 
@@ -86,7 +89,9 @@ def test_the_server_bounds_what_it_is_asked_for(players, tmp_path) -> None:
     answer = page_file._answer(SimpleNamespace(Error=lambda text, **_: RuntimeError(text)), players)
     text = tmp_path / "text.png"
     text.write_text("no picture")
-    good = ["a cat", 4, 2, 2.0, "ddim", None, 0.6, None]
+    Image.new("L", (16, 16)).save(tmp_path / "black.png")
+    Image.new("L", (16, 12), 255).save(tmp_path / "flat.png")
+    good = ["a cat", 4, 2, 2.0, "ddim", None, None, 0.6, None]
     shown = answer(*good)
     assert isinstance(shown[0], Image.Image) and re.search(r"\d s", shown[1]) and "differ by" in shown[-1]
     for place, value, message in (
@@ -95,11 +100,16 @@ def test_the_server_bounds_what_it_is_asked_for(players, tmp_path) -> None:
         (3, 1e9, "guidance up to 30"),
         (4, "best", "a sampler of the list"),
         (5, str(text), "picture .*not a picture"),
-        (7, str(text), "text.png"),
+        (6, str(tmp_path / "flat.png"), "mask: needs a picture"),
+        (8, str(text), "text.png"),
     ):
         wrong = [value if i == place else old for i, old in enumerate(good)]
         with pytest.raises(RuntimeError, match=message):
             answer(*wrong)
+    good[5] = str(tmp_path / "black.png")
+    for mask, message in (("text", "mask .*not a picture"), ("flat", "mask: has 16 x 12 px"), ("black", "no white")):
+        with pytest.raises(RuntimeError, match=message):
+            answer(*good[:6], str(tmp_path / f"{mask}.png"), *good[7:])
 
 
 def test_without_gradio_the_verb_says_what_to_install(capsys, monkeypatch, finished) -> None:
@@ -138,7 +148,8 @@ def test_the_page_in_a_browser_by_keyboard(served, width: int, tmp_path: Path) -
     listening = [c.laddr.ip for c in psutil.Process(process.pid).net_connections() if c.status == psutil.CONN_LISTEN]
     assert listening == ["127.0.0.1"]
     lora, _ = write_lora(tmp_path / "lora.safetensors", "sd", "peft")
-    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    for name in ("red", "white"):
+        Image.new("RGB", (16, 16), name).save(tmp_path / f"{name}.png")
     page = Page(url, tmp_path, width)
     try:
         page.wait("document.querySelector('#prompt :focus')")  # it has the focus from the start
@@ -152,8 +163,10 @@ def test_the_page_in_a_browser_by_keyboard(served, width: int, tmp_path: Path) -
         for name in ("number input for Steps", "range slider for Guidance scale"):
             page.tab_to(f"document.activeElement.ariaLabel == {name!r}")
         page.upload("input[type=file][accept*=image]", tmp_path / "red.png")
+        page.wait("document.querySelector('img[src*=red]')")
+        page.upload("input[type=file][accept*=image]", tmp_path / "white.png")  # of the mask: the picture's is gone
         page.upload("input[type=file][accept*=safetensors]", lora)
-        page.wait("document.querySelector('img[src*=red]') && document.body.innerText.includes('lora')")
+        page.wait("document.querySelector('img[src*=white]') && document.body.innerText.includes('lora')")
         page.tab_to("document.activeElement.id == 'draw'", back=True)
         page.press(" ")
         page.wait(f"JSON.stringify({SOURCES}) != {first!r}")

@@ -214,21 +214,26 @@ def test_every_prompt_is_there_as_text_beside_its_three_pictures(tmp_path: Path)
     assert len([image for image in page.all("img") if "at step" in image["alt"]]) == 6  # of nine sheets
 
 
+def add_image_to_image(folder: Path, scale: float = 0.03125, **other: Any) -> None:
+    """Of one picture; `scale`: the distance after distillation, half of that before it."""
+    path = folder / "evaluation" / "evaluation.json"
+    distance = {
+        name: {"picture": value, "by_picture": [value], "interval": [0.9 * value, 1.1 * value]}
+        for name, value in (("before", 2 * scale), ("after", scale))
+    }
+    found = {"strength": 0.6, "seed": 9, "prompts": ["a blue fox"], "distance": distance} | other
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_to_image": found}))
+    for name in ("teacher", "before", "after"):
+        file = path.parent / "image-to-image" / name / "0000.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (80, 80)).save(file)
+
+
 def test_pictures_from_pictures_stand_beside_their_start(tmp_path: Path) -> None:
     """An evaluation of an older version, which has none, makes a page without them."""
     make_run(tmp_path)
     assert "From a picture" not in Page(write_report(tmp_path)).text
-    path = tmp_path / "evaluation" / "evaluation.json"
-    distance = {
-        name: {"picture": scale, "by_picture": [scale], "interval": [0.9 * scale, 1.1 * scale]}
-        for name, scale in (("before", 0.0625), ("after", 0.03125))
-    }
-    found = {"strength": 0.6, "seed": 9, "prompts": ["a blue fox"], "distance": distance}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_to_image": found}))
-    for name in ("teacher", "before", "after"):
-        file = path.parent / "image-to-image" / name / "0000.png"
-        file.parent.mkdir(parents=True)
-        Image.new("RGB", (80, 80)).save(file)
+    add_image_to_image(tmp_path)
     page = Page(write_report(tmp_path))
     caption = f"a blue fox \N{LEFTWARDS ARROW} {PROMPTS[0]}"
     ends = ("start", "drawn by teacher", "drawn by student before", "drawn by student after")

@@ -36,6 +36,9 @@ def measure(
         typer.Option("--output", "-o", help="Folder for pictures and numbers; for a run: RUN/measured/PROTOCOL."),
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="The protocol's prompts: .txt, .csv or .tsv.")] = None,
+    subject: Annotated[
+        str | None, typer.Option(help="What prompts with {subject} are about: the rare word and the class, 'sks dog'.")
+    ] = None,
     real: Annotated[
         Path | None, typer.Option(help="Real pictures (folder), features prunet saved, or pytorch-fid's .npz.")
     ] = None,
@@ -73,7 +76,7 @@ def measure(
     from prunet.sampling.draw import Model
 
     chosen, beside = load_protocol(protocol)
-    texts = protocol_prompts(chosen, beside, prompts, limit)
+    texts = protocol_prompts(chosen, beside, prompts, limit, subject)
     if limit:
         chosen = chosen.model_copy(update={"kid_subset_size": max(10, min(chosen.kid_subset_size, len(texts)))})
     is_run = (Path(model) / "recipe.yaml").is_file()

@@ -20,6 +20,8 @@ from prunet.recipe.values import Copies, Drawing, Integer, Part, Seed, Size, Ste
 FOLDER = Path(__file__).parent / "protocols"
 #: Metrics that compare with real pictures.
 NEED_REAL = {"fid", "kid", "precision", "recall"}
+#: The place of a subject in a prompt.
+SUBJECT_MARK = "{subject}"
 #: Metrics that compare with pictures of a subject, and the network for each.
 SUBJECT = {"clip_i": "clip", "dino": "dino"}
 #: Titles of metrics in tables, and the better direction.
@@ -139,11 +141,13 @@ def load_protocol(name: str | Path) -> tuple[Protocol, Path]:
         raise UserError(f"{path}: {explain(error, Protocol)}") from error
 
 
-def protocol_prompts(protocol: Protocol, folder: Path, given: Path | None, limit: int | None = None) -> list[str]:
-    """Reads the prompts of a protocol, and checks their count and hash.
+def protocol_prompts(
+    protocol: Protocol, folder: Path, given: Path | None, limit: int | None = None, subject: str | None = None
+) -> list[str]:
+    """Reads the prompts of a protocol, and checks their count and hash. `subject`: what they say in place of its mark.
 
     Raises:
-        UserError: prompts are missing (the message says where to get them), or are the wrong ones.
+        UserError: prompts are missing (the message says where to get them), or are the wrong ones, or lack a subject.
     """
     wanted = protocol.prompts
     path = given or (folder / wanted.file if wanted.file else None)
@@ -160,7 +164,18 @@ def protocol_prompts(protocol: Protocol, folder: Path, given: Path | None, limit
         raise UserError(f"{path}: not the prompts of protocol {protocol.name} (their hash differs). {wanted.source}")
     if len(prompts[:limit]) < 2:
         raise UserError(f"{path}: one prompt is too few: give at least two")
-    return [prompt for prompt in prompts[:limit] for _ in range(protocol.images_per_prompt or 1)]
+    filled = _with_subject(prompts[:limit], subject, path)
+    return [prompt for prompt in filled for _ in range(protocol.images_per_prompt or 1)]
+
+
+def _with_subject(prompts: list[str], subject: str | None, path: Path) -> list[str]:
+    """Returns the prompts with the subject in place of its mark."""
+    marked = any(SUBJECT_MARK in prompt for prompt in prompts)
+    if marked and not (subject or "").strip():
+        raise UserError(f"{path.name}: its prompts are about a subject: give --subject, such as --subject 'sks dog'")
+    if subject is not None and not marked:
+        raise UserError(f"--subject {subject}: the prompts of {path} have no {SUBJECT_MARK}: leave it out")
+    return [prompt.replace(SUBJECT_MARK, subject or "") for prompt in prompts]
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ from prunet.recipe.values import Drawing
 from prunet.sampling.draw import Model, draw, open_any
 from prunet.sampling.made_for import drawing_of, made_for
 from prunet.sampling.openvino import OpenVinoFolder, OpenVinoPipeline, precision_of
-from prunet.sampling.start import start_from
+from prunet.sampling.start import StartPicture, start_from
 from prunet.speed.clock import weights_mb, working_mb
 from prunet.teacher.space import check_size
 from prunet.teacher.teacher import Teacher
@@ -30,14 +30,16 @@ from prunet.words import names_of
 
 @dataclass(frozen=True)
 class Asked:
-    """What all models draw. `drawing`: how, unless a model has its own settings. `lora`: a LoRA of the teacher."""
+    """What all models draw, from `start` if there is one.
+
+    `drawing`: how, unless a model has its own settings. `lora`: a LoRA of the teacher.
+    """
 
     prompt: str
     seed: int
     size: int
     drawing: Drawing
-    image: Image.Image | None = None
-    strength: float | None = None
+    start: StartPicture | None = None
     lora: Path | None = None
 
 
@@ -80,8 +82,9 @@ class TorchPlayer:
         how = drawing_of(self.opened, asked.drawing)
         self._use(asked.lora)
         start = None
-        if asked.image is not None:
-            start = start_from(self.opened, [asked.image], size=asked.size, steps=how.steps, strength=asked.strength)
+        if (given := asked.start) is not None:
+            pictures, strength, mask = [given.picture], given.strength, given.mask
+            start = start_from(self.opened, pictures, size=asked.size, steps=how.steps, strength=strength, mask=mask)
         seconds = 0.0
         out: list[Image.Image] = []
 
@@ -151,7 +154,7 @@ class OpenVinoPlayer:
         Raises:
             UserError: a picture to start from or a LoRA was asked for.
         """
-        extra = "picture to start from" if asked.image is not None else "LoRA" if asked.lora is not None else None
+        extra = "picture to start from" if asked.start is not None else "LoRA" if asked.lora is not None else None
         if extra is not None:
             raise UserError(f"{self.name}: a pipeline for OpenVINO draws without {extra}: leave it out")
         check_prompts([asked.prompt], "prompt")

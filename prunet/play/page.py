@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from prunet.data.pictures import read_picture
 from prunet.errors import UserError
@@ -18,7 +18,7 @@ from prunet.play.models import Asked, Drawn, Player
 from prunet.recipe.values import Drawing
 from prunet.sampling.pictures import picture_rmse
 from prunet.sampling.samplers import SAMPLERS
-from prunet.sampling.start import STRENGTH
+from prunet.sampling.start import STRENGTH, StartPicture
 
 #: Limits for the settings on the page.
 MOST_STEPS, MOST_GUIDANCE, MOST_SEED, LONGEST_PROMPT = 100, 30.0, 2**31 - 1, 1000
@@ -33,6 +33,18 @@ CSS = """
 .pictures .image-frame { width: 100%; }
 .pictures img { width: 100% !important; height: auto !important; aspect-ratio: 1; object-fit: contain; }
 """
+
+
+class Settings(NamedTuple):
+    """The settings on the page in their order there: controls, or the values of a request."""
+
+    steps: Any
+    guidance: Any
+    sampler: Any
+    image: Any
+    mask: Any
+    strength: Any
+    lora: Any
 
 
 def gradio() -> ModuleType:
@@ -64,7 +76,7 @@ def make_page(players: Sequence[Player]) -> Any:
         with gr.Row(elem_classes="pictures"):
             shown = [_shown(gr, player) for player in players]
         apart = gr.Markdown(elem_id="distance")
-        with gr.Accordion("Steps, guidance, picture to start from, LoRA", open=False):
+        with gr.Accordion("Steps, guidance, picture to start from, mask, LoRA", open=False):
             settings = _settings(gr, players)
         outputs = [*(part for pair in shown for part in pair), apart]
         asked = {"fn": _answer(gr, players), "inputs": [prompt, seed, *settings], "outputs": outputs}
@@ -99,38 +111,21 @@ def _settings(gr: Any, players: Sequence[Player]) -> list[Any]:
         guidance = gr.Slider(0, MOST_GUIDANCE, default.guidance_scale, step=0.1, label="Guidance scale", min_width=200)
         sampler = gr.Dropdown(list(SAMPLERS), value=default.sampler, label="Sampler", filterable=False, min_width=200)
     with gr.Row():
-        image = gr.Image(label="Start from a picture", type="filepath", sources=["upload"], height=220, min_width=200)
+        upload = {"type": "filepath", "sources": ["upload"], "height": 220, "min_width": 200}
+        image = gr.Image(label="Start from a picture", **upload)
+        mask = gr.Image(label="Mask: only its white part is drawn", **upload)
         with gr.Column(min_width=200):
             strength = gr.Slider(0.05, 1, STRENGTH, step=0.05, label="Strength: how much of the picture changes")
             lora = gr.File(label="LoRA of the teacher (.safetensors)", file_types=[".safetensors"], height=120)
-    return [steps, guidance, sampler, image, strength, lora]
+    return list(Settings(steps, guidance, sampler, image, mask, strength, lora))
 
 
 def _answer(gr: Any, players: Sequence[Player]) -> Callable[..., list[Any]]:
     """Returns the function that answers a request with pictures, times and memory, and then their distance."""
 
-    def answer(
-        prompt: str,
-        seed: int,
-        steps: int,
-        guidance: float,
-        sampler: str,
-        image: str | None,
-        strength: float,
-        lora: str | None,
-    ) -> list[Any]:
+    def answer(prompt: str, seed: int, *values: Any) -> list[Any]:
         try:
-            if not (1 <= steps <= MOST_STEPS and 0 <= guidance <= MOST_GUIDANCE and sampler in SAMPLERS):
-                raise UserError(f"steps up to {MOST_STEPS}, guidance up to {MOST_GUIDANCE:g}, a sampler of the list")
-            asked = Asked(
-                prompt=prompt,
-                seed=int(seed or 0),
-                size=players[0].opened.native_size,
-                drawing=Drawing(steps=int(steps), guidance_scale=guidance, sampler=sampler),
-                image=read_picture(Path(image), "picture") if image else None,
-                strength=strength if image else None,
-                lora=Path(lora) if lora else None,
-            )
+            asked = _asked(prompt, seed, Settings(*values), players[0].opened.native_size)
             drawn = [player.draw(asked) for player in players]
         except UserError as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from error
@@ -138,6 +133,26 @@ def _answer(gr: Any, players: Sequence[Player]) -> Callable[..., list[Any]]:
         return [*told, _distance(drawn)]
 
     return answer
+
+
+def _asked(prompt: str, seed: int, given: Settings, size: int) -> Asked:
+    steps, guidance, sampler = given.steps, given.guidance, given.sampler
+    if not (1 <= steps <= MOST_STEPS and 0 <= guidance <= MOST_GUIDANCE and sampler in SAMPLERS):
+        raise UserError(f"steps up to {MOST_STEPS}, guidance up to {MOST_GUIDANCE:g}, a sampler of the list")
+    if given.mask and not given.image:
+        raise UserError("mask: needs a picture to start from: give both, or take the mask away")
+    picture, mask = (
+        read_picture(Path(path), name) if path else None
+        for path, name in ((given.image, "picture"), (given.mask, "mask"))
+    )
+    return Asked(
+        prompt=prompt,
+        seed=int(seed or 0),
+        size=size,
+        drawing=Drawing(steps=int(steps), guidance_scale=guidance, sampler=sampler),
+        start=StartPicture(picture, given.strength, mask) if picture else None,
+        lora=Path(given.lora) if given.lora else None,
+    )
 
 
 def _took(drawn: Drawn) -> str:

@@ -1,6 +1,6 @@
 """One page with several runs side by side, for runs with the same protocol of evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from prunet.errors import UserError
 from prunet.evaluation.protocol import differences
 from prunet.evaluation.results import Distance, EvaluationResult, read_evaluation
 from prunet.plan.result import PlanResult
-from prunet.report.charts import draw_chart, inline, render
+from prunet.report.charts import draw_chart, render
 from prunet.report.curves import level_chart, read_logs, segments, step_ticks
-from prunet.report.run import PICTURE_SIDE
+from prunet.report.pictures import Column, changed, drawn
 from prunet.words import command, names_of, short, without_home
 
 MOST_RUNS = 8  # the colours and columns of a page
@@ -100,6 +100,8 @@ def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
     """Writes one page about all runs to `path`; the page needs no other file and no network."""
     runs, path = open_runs(folders), Path(path)
     protocol = runs[0].evaluation.protocol
+    shown = {run.kind: Column(run.folder / "evaluation", run.evaluation, "after") for run in runs}
+    shown |= {"teacher": Column(runs[0].folder / "evaluation", runs[0].evaluation, "teacher")}
     page = render(
         "comparison.html.j2",
         version=__version__,
@@ -107,8 +109,9 @@ def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
         runs=runs,
         protocol=protocol,
         columns={"teacher": "teacher"} | {run.kind: run.name for run in runs},
-        pictures=_pictures(runs, protocol.prompts),
-        fields=["denoiser", "latent", "picture", *(["lpips"] if _same_lpips(runs) else [])],
+        pictures=drawn(shown),
+        changed=changed(shown) if _same(runs, _image_to_image) else [],
+        measures=_measures(runs),
         nets=[run.plan.diagram() for run in runs],
         losses=_named(runs, _loss_chart(runs)),
         levels=_named(runs, level_chart({run.kind: run.distance.denoiser_by_level for run in runs}, protocol.levels)),
@@ -117,22 +120,31 @@ def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
     return path
 
 
-def _same_lpips(runs: list[Compared]) -> bool:
-    """Returns whether every run has LPIPS by the same weights; if not, the page leaves it out."""
-    made_by = {run.evaluation.lpips for run in runs}
-    return len(made_by) == 1 and None not in made_by
+def _measures(runs: list[Compared]) -> dict[str, list[tuple[float, ...]]]:
+    """Returns the distances by title: that of each run with its interval."""
+    fields = {"denoiser output": "denoiser", "final latents": "latent", "pictures": "picture"}
+    if _same(runs, lambda run: run.evaluation.lpips):
+        fields |= {"pictures, LPIPS": "lpips"}
+    distances = [run.distance for run in runs]
+    found: dict[str, list[tuple[float, ...]]] = {}
+    for title, field in fields.items():
+        found[title] = [(getattr(distance, field), *distance.intervals[field]) for distance in distances]
+    if _same(runs, _image_to_image):
+        changed = [result.distance["after"] for run in runs if (result := run.evaluation.image_to_image)]
+        found["pictures from pictures"] = [(one.picture, *one.interval) for one in changed]
+    return found
 
 
-def _pictures(runs: list[Compared], prompts: list[str]) -> list[dict[str, Any]]:
-    """Returns each prompt with the pictures of teacher and students; `error` is the mean of the students' errors."""
-    rows = []
-    for i, prompt in enumerate(prompts):
-        cells = {run.kind: run.folder / "evaluation" / "pictures" / "after" / f"{i:04d}.png" for run in runs}
-        cells |= {"teacher": runs[0].folder / "evaluation" / "pictures" / "teacher" / f"{i:04d}.png"}
-        errors = {run.kind: run.distance.picture_by_prompt[i] for run in runs}
-        shown = {name: inline(file, PICTURE_SIDE) for name, file in cells.items()}
-        rows.append({"prompt": prompt, "cells": shown, "errors": errors, "error": sum(errors.values()) / len(runs)})
-    return rows
+def _same(runs: list[Compared], made_by: Callable[[Compared], Any]) -> bool:
+    """Returns whether every run has a part of the evaluation, made in the same way; if not, the page leaves it out."""
+    made = [made_by(run) for run in runs]
+    return made[0] is not None and all(one == made[0] for one in made)
+
+
+def _image_to_image(run: Compared) -> dict[str, Any] | None:
+    """Returns what the numbers of image to image depend on beside the protocol."""
+    found = run.evaluation.image_to_image
+    return found.model_dump(exclude={"distance"}) if found else None
 
 
 def _loss_chart(runs: list[Compared]) -> dict[str, Any] | None:

@@ -9,15 +9,16 @@ from prunet import __version__
 from prunet.disk.files import write_text
 from prunet.disk.steps import read_steps
 from prunet.evaluation.measures import Measures, read_measures
-from prunet.evaluation.results import EvaluationResult, read_evaluation
+from prunet.evaluation.results import read_evaluation
 from prunet.plan.result import PlanResult
 from prunet.report.charts import inline, render, thin
 from prunet.report.curves import level_chart, loss_chart, pair_rows, read_logs
+from prunet.report.pictures import Column, changed, drawn
 from prunet.teacher.teacher import Teacher
 from prunet.words import short, without_home
 
 COLUMNS = {"teacher": "teacher", "before": "student before", "after": "student after"}  # before, after distillation
-PICTURE_SIDE, SHEET_SIDE, MOST_SHEETS = 384, 1200, 6  # longest sides in pixels; sheets per stage
+SHEET_SIDE, MOST_SHEETS = 1200, 6  # longest side in pixels; sheets per stage
 
 
 def write_report(folder: Path | str) -> Path:
@@ -33,6 +34,7 @@ def write_report(folder: Path | str) -> Path:
     recipe = yaml.safe_load(recipe_text)
     stages = [folder / f"stage-{number}" for number in range(1, len(recipe["stages"]) + 1)]
     axis = read_logs(stages, steps)
+    shown = {name: Column(folder / "evaluation", evaluation, name) for name in COLUMNS}
     page = render(
         "report.html.j2",
         version=__version__,
@@ -42,8 +44,8 @@ def write_report(folder: Path | str) -> Path:
         plan=plan,
         evaluation=evaluation,
         columns=COLUMNS,
-        pictures=_pictures(folder / "evaluation" / "pictures", evaluation),
-        changed=_changed(folder / "evaluation", evaluation),
+        pictures=drawn(shown),
+        changed=changed(shown),
         net=plan.diagram(),
         losses=loss_chart(axis),
         pairs=pair_rows(axis, stages),
@@ -68,40 +70,6 @@ def _measured(folder: Path) -> list[Measures]:
     now = Teacher(folder / "pipeline").fingerprint()
     found = [read_measures(path.parent) for path in paths]
     return [result for result in found if result.model.fingerprint == now]
-
-
-# -- pictures
-
-
-def _pictures(folder: Path, evaluation: EvaluationResult) -> list[dict[str, Any]]:
-    """Returns each prompt with the pictures of teacher and student (before, after) and their distances."""
-    return [
-        {
-            "prompt": prompt,
-            "cells": {name: inline(folder / name / f"{i:04d}.png", PICTURE_SIDE) for name in COLUMNS},
-            "errors": {name: distance.picture_by_prompt[i] for name, distance in evaluation.distance.items()},
-            "error": evaluation.distance["after"].picture_by_prompt[i],
-        }
-        for i, prompt in enumerate(evaluation.protocol.prompts)
-    ]
-
-
-def _changed(folder: Path, evaluation: EvaluationResult) -> list[dict[str, Any]]:
-    """Returns the results of image to image: each start with the pictures of teacher and student and their errors."""
-    found = evaluation.image_to_image
-    if found is None:
-        return []
-    before = evaluation.protocol.prompts
-    return [
-        {
-            "prompt": f"{prompt} \N{LEFTWARDS ARROW} {before[i]}",
-            "cells": {"start": inline(folder / "pictures" / "teacher" / f"{i:04d}.png", PICTURE_SIDE)}
-            | {name: inline(folder / "image-to-image" / name / f"{i:04d}.png", PICTURE_SIDE) for name in COLUMNS},
-            "errors": {name: distance.by_picture[i] for name, distance in found.distance.items()},
-            "error": found.distance["after"].by_picture[i],
-        }
-        for i, prompt in enumerate(found.prompts)
-    ]
 
 
 def _sheets(folder: Path) -> list[dict[str, Any]]:
