@@ -5,6 +5,7 @@ import json
 import shutil
 import tarfile
 import tracemalloc
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -185,12 +186,17 @@ def test_damaged_labels_say_how_to_fix_them(sd, pictures, tmp_path, text) -> Non
     assert len(cache(Teacher(sd), data, folder)) == 12
 
 
-def test_views_see_other_crops_and_captions(sd, tmp_path) -> None:
-    folder = make_pictures(tmp_path / "p", count=4, size=40)
+def test_views_see_other_crops_and_captions(sd, tmp_path, monkeypatch) -> None:
+    folder = make_pictures(tmp_path / "p", count=5, size=40)
     for file in folder.glob("*.txt"):
         file.write_text("one\ntwo\nthree\n")
+    (folder / "004.png").write_bytes(b"")
+    shown = []  # the total of the bar, then each step
+    monkeypatch.setattr(latents, "progress", lambda _, total: shown.append(total) or nullcontext(bar))
+    bar = SimpleNamespace(advance=shown.append)
     made = cache(Teacher(sd), Data(source=str(folder), crop="random", flip=True, views=6), tmp_path / "c")
     assert len(made) == 24
+    assert shown[0] == 30 == sum(shown[1:]) and len(shown) > 2, "progress within a block, skipped pictures included"
     means = [made.sample(i).mean for i in range(6)]
     assert not all(torch.equal(means[0], m) for m in means[1:])
     with safe_open(tmp_path / "c" / "shard-00000.safetensors", framework="pt") as file:

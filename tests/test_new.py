@@ -80,13 +80,16 @@ def test_options_that_save_memory_come_in_the_order_of_their_cost(sd, pictures, 
 
 
 def test_what_is_seen_of_the_pictures_is_reported(sd, tmp_path) -> None:
-    make_pictures(tmp_path / "pictures", 3, size=12)
+    make_pictures(tmp_path / "pictures", 4, size=12)
     (tmp_path / "pictures" / "000.txt").unlink()
     (tmp_path / "pictures" / "001.txt").write_text("a\nb\n")
+    (tmp_path / "pictures" / "002.png").write_bytes(b"")
     text = new_recipe(str(sd), str(tmp_path / "pictures"), runtime=CPU)
-    assert "3 pictures, 1 without a caption, up to 2 captions each." in text
+    assert "4 pictures, 1 without a caption, up to 2 captions each." in text
+    assert "1 of the first 3 cannot be read and will be skipped. The first: 002.png: the file is empty" in text
     assert "2 of them are smaller than 16 px" in text
-    assert "1,000 steps of 32 see each sample 10667 times" in text
+    assert "1,000 steps of 32 see each sample 8,000 times" in text and "learned by heart" in text
+    assert "prunet run mine.yaml  " in text  # without options: a run finds the micro-batch itself
 
 
 def test_budget() -> None:

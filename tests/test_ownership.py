@@ -312,12 +312,14 @@ def test_a_process_may_take_its_lock_twice_and_a_fork_does_not_keep_it(tmp_path)
         pass
     with contextlib.ExitStack() as stack:
         stack.enter_context(hold(tmp_path / "a", "run"))
-        read, write_end = os.pipe()
+        (read, write_end), (begun, begins) = os.pipe(), os.pipe()
         if not (child := os.fork()):
             os.close(write_end)
+            os.write(begins, b"1")
             os.read(read, 1)
             os._exit(0)
         os.close(read)
+        assert os.read(begun, 1) == b"1"  # a busy machine may let the child wait
         stack.close()
         other = other_process(tmp_path / "a")
         with pytest.raises(UserError, match=rf"process {other.pid} on .* works in it"), hold(tmp_path / "a", "run"):

@@ -34,7 +34,7 @@ from prunet.data.contents import has_files, hub_fingerprint, remember, source_fi
 from prunet.data.listing import source_name
 from prunet.data.pictures import BrokenPicture, Picture, bucket_sizes, fit, nearest_size
 from prunet.data.sources import check_source
-from prunet.data.stream import numbered
+from prunet.data.stream import numbered, sample_count
 from prunet.denoisers.condition import EXACT
 from prunet.disk.files import new_file, read_json, write_json
 from prunet.disk.ownership import check_place, hold
@@ -182,23 +182,33 @@ def _encode_pictures(teacher: Teacher, data: Data, folder: Path, size: int, seed
     def are_needed(numbers: range) -> bool:
         return bool(numbers) and any(map(is_needed, range(numbers[0] // pictures, numbers[-1] // pictures + 1)))
 
-    with progress("Encoding pictures", data.limit) as bar:
+    with progress("Encoding pictures", sample_count(data)) as bar:
         for block, group in itertools.groupby(numbered(data, folder, are_needed), key=lambda at: at[0] // pictures):
             if is_needed(block):
                 whole = [picture for _, picture in group if picture is not None]
-                encode_block(teacher, data, block_path(folder, block), whole, size, seed, kept(block))
-                last = block * pictures + len(whole) - 1
+                encode_block(teacher, data, block_path(folder, block), whole, size, seed, kept(block), bar.advance)
+                count = block * pictures + len(whole)
             else:
                 last = max(number for number, _ in group)
-            bar.advance(last + 1 - count)
-            count = last + 1
+                bar.advance((last + 1 - count) * data.views)
+                count = last + 1
     return -(-count // pictures)
 
 
 def encode_block(
-    teacher: Teacher, data: Data, path: Path, group: list[Picture], size: int, seed: int, kept: dict[str, Tensor]
+    teacher: Teacher,
+    data: Data,
+    path: Path,
+    group: list[Picture],
+    size: int,
+    seed: int,
+    kept: dict[str, Tensor],
+    advance: Callable[[int], None],
 ) -> None:
-    """Writes a block of pictures with their captions; `kept`: tensors that another cache has already."""
+    """Writes a block of pictures with their captions; `kept`: tensors that another cache has already.
+
+    `advance` is told the number of samples after each batch, because a block may take minutes.
+    """
     fitted, captions, skipped, keys = [], [], [], []
     sizes = bucket_sizes(size, side_step(teacher)) if data.buckets else [(size, size)]
     for picture in group:
@@ -206,6 +216,7 @@ def encode_block(
             image = picture.open()
         except BrokenPicture as error:
             skipped.append((error.key, error.why))
+            advance(data.views)
             continue
         for view in range(data.views):
             number = seed_of(seed, picture.key, view)
@@ -214,8 +225,10 @@ def encode_block(
             keys.append(picture.key)
     label: dict[str, Any] = {"captions": captions, "skipped": skipped, "count": len(captions)}
     tensors = dict(kept)
-    if not any(name.startswith("mean") for name in kept):
-        tensors |= _encode(teacher, [f.pixels for f in fitted], data.buckets)
+    if any(name.startswith("mean") for name in kept):
+        advance(len(fitted))
+    else:
+        tensors |= _encode(teacher, [f.pixels for f in fitted], data.buckets, advance)
     if data.text == "cached" and "prompt_embeds" not in kept:
         tensors |= _concat([teacher.encode_prompts(captions[at]) for at in _slices(len(captions))])
     tensors |= teacher.size_condition([(*f.original_size, *f.crop_top_left, *f.pixels.shape[1:]) for f in fitted])
@@ -233,7 +246,7 @@ def _slices(count: int) -> list[slice]:
     return [slice(start, start + ENCODE_BATCH) for start in range(0, count, ENCODE_BATCH)]
 
 
-def _encode(teacher: Teacher, pixels: list[Tensor], buckets: bool) -> dict[str, Tensor]:
+def _encode(teacher: Teacher, pixels: list[Tensor], buckets: bool, advance: Callable[[int], None]) -> dict[str, Tensor]:
     """Returns `mean` and `std` (N, 4, h, w); with buckets `mean.I` and `std.I` (4, h, w). A batch has one size."""
     numbers = sorted(range(len(pixels)), key=lambda i: tuple(pixels[i].shape))
     found: dict[int, tuple[Tensor, Tensor]] = {}
@@ -242,6 +255,7 @@ def _encode(teacher: Teacher, pixels: list[Tensor], buckets: bool) -> dict[str, 
         for at in _slices(len(group)):
             mean, std = teacher.encode_images(torch.stack([pixels[i] for i in group[at]]))
             found |= {i: (mean[k], std[k]) for k, i in enumerate(group[at])}
+            advance(len(mean))
     parts = {"mean": [found[i][0] for i in range(len(pixels))], "std": [found[i][1] for i in range(len(pixels))]}
     if buckets:
         return {f"{name}.{i}": tensor for name, tensors in parts.items() for i, tensor in enumerate(tensors)}

@@ -163,7 +163,7 @@ def read_picture(path: Path, name: str) -> Image.Image:
         UserError: prunet cannot read the picture, or it has more than `MOST_PIXELS`.
     """
     try:
-        with Image.open(path, formats=_formats()) as image:
+        with Image.open(path, formats=formats()) as image:
             if math.prod(image.size) > MOST_PIXELS:
                 raise UserError(f"{name} {path}: more than {MOST_PIXELS:,} pixels: make it smaller")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
@@ -190,7 +190,7 @@ def _decode(key: str, file: Path | bytes | str) -> Image.Image:
     try:
         return _load(file)
     except UnidentifiedImageError:
-        why = f"not a picture ({', '.join(_formats())})"
+        why = f"not a picture ({', '.join(formats())})"
     except Exception as error:  # decoders raise errors of any type
         why = reason_of(error)
     file = b""  # otherwise the traceback of each kept error keeps the bytes
@@ -217,7 +217,7 @@ def _load(file: Path | bytes) -> Image.Image:
 
 
 def _decoded(file: io.BytesIO | Path) -> Image.Image:
-    with Image.open(file, formats=_formats()) as image:
+    with Image.open(file, formats=formats()) as image:
         with _silent_stderr() if image.format == "TIFF" else nullcontext():
             image.load()  # the first frame of several; Pillow refuses more than 179 million pixels
         return to_rgb(_upright(image))
@@ -273,7 +273,8 @@ def existing_file(path: Path) -> Path:
 
 
 @cache
-def _formats() -> list[str]:
+def formats() -> list[str]:
+    """Returns the formats of pictures that can be read here."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 

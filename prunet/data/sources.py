@@ -23,6 +23,7 @@ from prunet.data.pictures import (
     as_text,
     broken_picture,
     extra,
+    formats,
     make_picture,
     reason_of,
 )
@@ -86,7 +87,7 @@ def check_source(source: Source, *, image_column: str = "image", caption_column:
         UserError: there is no usable picture, or a list of captions has a mistake.
     """
     pictures = read_pictures(source, image_column=image_column, caption_column=caption_column)
-    unusable, why = 0, "no pictures here"
+    unusable, why = 0, f"no pictures here ({', '.join(formats())})"
     for picture in islice(pictures, LOOK):
         try:
             picture.open()
@@ -96,7 +97,10 @@ def check_source(source: Source, *, image_column: str = "image", caption_column:
             unusable += 1
     else:
         name = source_name(source)
-        raise UserError(f"{name}: {why}; give pictures with captions, or name the .tar or .parquet files")
+        instead = (
+            "give pictures with captions, name the .tar or .parquet files, or let the teacher draw a list of prompts"
+        )
+        raise UserError(f"{name}: {why}; {instead}")
     paths = [] if isinstance(source, str) and is_hub_id(source) else source_paths(source)
     if len(paths) == 1 and isinstance(paths[0], Path) and _lists(paths[0]):
         for _ in pictures:  # finds a mistake in line 90,000 now, not hours later

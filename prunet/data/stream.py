@@ -4,16 +4,28 @@ When the end of a file is reached, its number of samples is recorded (`files.jso
 files that it has finished, and files behind a slow network are fetched only once.
 """
 
+import os
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from prunet import processes
 from prunet.data.pictures import Picture
-from prunet.data.sources import picture_files
+from prunet.data.rows import saved_dataset
+from prunet.data.sources import picture_files, read_pictures
 from prunet.disk.files import read_json, write_json
 from prunet.recipe.recipe import Data
 
 COUNTS = "files.json"
+
+
+def sample_count(data: Data) -> int | None:
+    """Returns the number of samples, skipped ones too, or None where all pictures must be read to count them."""
+    folder = data.source if isinstance(data.source, str) and os.path.isdir(data.source) else None
+    if folder is None or saved_dataset(Path(folder)):
+        return data.limit and data.limit * data.views
+    pictures = read_pictures(folder, image_column=data.image_column, caption_column=data.caption_column)
+    return data.views * sum(1 for _ in islice(pictures, data.limit))
 
 
 def numbered(data: Data, folder: Path, needed: Callable[[range], bool]) -> Iterator[tuple[int, Picture | None]]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from prunet.console import progress
 from prunet.data.cache import BLOCK, Cache, block_path, read_spec
 from prunet.data.encoding import begin, cache_spec, encode_block, finish
 from prunet.data.listing import walk
@@ -55,8 +56,9 @@ def cache_subject(teacher: Teacher, source: Path, prompt: str, folder: Path, *, 
     with hold(folder, "cache"):
         begin(teacher, data, folder, spec)
         starts = range(0, len(pictures), BLOCK)
-        for block, start in enumerate(starts):
-            if not (path := block_path(folder, block)).is_file():
-                encode_block(teacher, data, path, pictures[start : start + BLOCK], size, seed, {})
+        with progress("Encoding pictures", len(pictures)) as bar:
+            for block, start in enumerate(starts):
+                if not (path := block_path(folder, block)).is_file():
+                    encode_block(teacher, data, path, pictures[start : start + BLOCK], size, seed, {}, bar.advance)
         finish(teacher, data, folder, len(starts))
     return Cache.open(folder)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from prunet import processes
+from prunet.console import Bar, progress
 from prunet.data.cache import STORED
 from prunet.data.encoding import ENCODE_BATCH
 from prunet.data.listing import source_paths
@@ -62,8 +63,15 @@ class Estimate:
 
 def estimate(this: Run) -> Estimate:
     """Returns the peak memory by part (of the stage that needs most) and the hours of all stages, on this device."""
-    runtime, stages = this.runtime, this.recipe.stages
-    found = [memory(this, number) for number in range(1, len(stages) + 1)]
+    with progress("Simulating and timing training steps", 2 * len(this.recipe.stages)) as bar:
+        return _estimate(this, bar)
+
+
+def _estimate(this: Run, bar: Bar) -> Estimate:
+    runtime, stages, found = this.runtime, this.recipe.stages, []
+    for number in range(1, len(stages) + 1):
+        found.append(memory(this, number))
+        bar.advance()
     speeds: dict[tuple[Any, ...], tuple[float, int]] = {}
     text_s = text_seconds(this, min(this.micro_batch(1), ENCODE_BATCH)) if is_live(this) else 0.0
     seconds = 0.0
@@ -78,6 +86,7 @@ def estimate(this: Run) -> Estimate:
                 timed, each_s = micro, seconds_per_image(derived, pairs, this.latent_size, micro, *step)
             speeds[key] = each_s, timed
         seconds += (speeds[key][0] + text_s) * stage.steps * stage.batch_size
+        bar.advance()
     images = sum(stage.steps * stage.batch_size for stage in stages)
     samples, how = count_samples(this)
     each = cache_bytes(this)

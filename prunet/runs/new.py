@@ -1,8 +1,8 @@
 """`prunet new`: a commented recipe that fits a model, its data and the memory of a device."""
 
+import math
 import re
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -12,6 +12,7 @@ import jinja2
 import yaml
 from safetensors import safe_open
 
+from prunet.console import progress
 from prunet.data.contents import has_files
 from prunet.data.pictures import BrokenPicture
 from prunet.data.sources import check_source, read_pictures
@@ -30,7 +31,7 @@ from prunet.words import short
 #: The plan for each layout if none is given.
 USUAL_PLAN = {"sd-v1": "bk-small", "sd-v2": "bk-small", "sdxl": "ssd-1b"}
 PROMPT_FILES = (".txt", ".csv", ".tsv")
-LOOKED_AT = 200  # number of pictures that are opened for their sizes
+LOOKED_AT = 200  # pictures whose sizes are looked at
 BATCH = 32
 #: How often BK-SDM saw each of its 212,776 pictures, in 50,000 steps of 256.
 SEEN = 60
@@ -56,7 +57,7 @@ class Fit:
     @property
     def flags(self) -> str:
         """The options, as typed on the command line."""
-        return " ".join([f"--micro-batch {self.micro_batch}", *(f"--{o.replace('_', '-')}" for o in self.options)])
+        return "".join(f" --{option.replace('_', '-')}" for option in self.options)
 
 
 def new_recipe(
@@ -86,6 +87,7 @@ def new_recipe(
     chosen = load_plan(plan or USUAL_PLAN[opened.layout])
     found = data_facts(data, opened.native_size)
     steps = min(max(STEPS[0], SEEN * (found["count"] or 0) // BATCH), STEPS[1])
+    seen = steps * BATCH / (found["count"] or math.inf)
     model = {"source": in_full(teacher), "config": in_full(config)} if config else in_full(teacher)
     facts: dict[str, Any] = {
         "teacher": model,
@@ -101,13 +103,17 @@ def new_recipe(
         "stage": published(chosen, opened.layout),
         "steps": steps,
         "batch": BATCH,
+        "seen": seen,
+        "by_heart": seen > 10 * SEEN,
         "ema": float(f"{1 - 5 / steps:.4f}"),
         "output": f"runs/{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(short(teacher)).stem)}-{chosen.name}",
     }
     recipe = Recipe.model_validate(yaml.safe_load(_render(facts | {"fit": None})))
     run = Run(recipe, runtime)
     fit = fit_to(run, budget or device_memory(runtime.torch_device))
-    return _render(facts | {"fit": fit, "run": run, "device": runtime.torch_device.type})
+    # A run takes the largest micro-batch that fits the device; it must be told only of another budget.
+    flags = (f" --micro-batch {fit.micro_batch}" if budget else "") + fit.flags
+    return _render(facts | {"fit": fit, "flags": flags, "run": run, "device": runtime.torch_device.type})
 
 
 def _render(facts: dict[str, Any]) -> str:
@@ -145,7 +151,7 @@ def license_of(teacher: Teacher) -> str | None:
 
 
 def data_facts(data: str, size: int) -> dict[str, Any]:
-    """Counts the samples of data and looks at the captions of all, and at the sizes of the first `LOOKED_AT`.
+    """Counts the samples of data, and looks at the captions of all and at the sizes of the first `LOOKED_AT`.
 
     Raises:
         UserError: there is nothing to read.
@@ -155,34 +161,33 @@ def data_facts(data: str, size: int) -> dict[str, Any]:
     check_source(data)
     if not has_files(data):
         return {"kind": "source", "count": None}
-    captions, count, unusable = [], 0, 0
+    captions: list[int] = []
     sides: list[tuple[int, int]] = []
-    for picture in islice(read_pictures(data), COUNTED):
-        count += 1
-        unusable += not picture.captions
-        captions.append(len(picture.captions))
-        sides += _sides(picture) if count <= LOOKED_AT else ()
+    broken: list[BrokenPicture] = []
+    with progress("Looking at the pictures", None) as bar:
+        for picture in islice(read_pictures(data), COUNTED):
+            captions.append(len(picture.captions))
+            if picture.captions and len(sides) < LOOKED_AT:
+                try:
+                    sides.append(picture.open().size)
+                except BrokenPicture as error:
+                    broken.append(error)
+            bar.advance()
     shorter = [min(pair) for pair in sides]
     return {
         "kind": "source",
-        "count": count,
-        "or_more": count == COUNTED,
-        "without_caption": unusable,
+        "count": len(captions),
+        "or_more": len(captions) == COUNTED,
+        "without_caption": captions.count(0),
         "captions": max(captions),
-        "looked_at": len(sides),
+        "broken": broken,
+        "looked_at": len(sides) + len(broken),
         "smallest": min(sides),
         "largest": max(sides),
         "median": round(statistics.median(shorter)),
         "enlarged": sum(side < size for side in shorter),
         "shapes": len({round(width / height, 1) for width, height in sides}),
     }
-
-
-def _sides(picture: Any) -> Iterator[tuple[int, int]]:
-    try:
-        yield picture.open().size
-    except BrokenPicture:
-        return
 
 
 def published(plan: Plan, layout: str) -> dict[str, Any]:

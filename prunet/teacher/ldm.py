@@ -48,7 +48,7 @@ OF_THE_SCHEDULE = re.compile(
     r"(betas|alphas_cumprod\w*|sqrt_\w+|log_one_minus_\w+|posterior_\w+|lvlb_weights|logvar|scale_factor|v_pred|ztsnr"
     r"|edm_vpred\..*|denoiser\..*)$"
 )
-OTHER_CONFIG = "pass the config that the file was made for"
+OTHER_CONFIG = "give the configs of its own pipeline with --config (in a recipe teacher.config)"
 
 
 def to_ldm(
