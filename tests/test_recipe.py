@@ -69,6 +69,14 @@ BAD = {
         },
         r"data\.text.*stages\.0",
     ),
+    "live text of others": (
+        {
+            "data": {"source": "x", "text": "live"},
+            "stages": [{"steps": 1, "random_captions": True, "losses": {"task": 0}}],
+        },
+        r"data\.text.*random_captions",
+    ),
+    "captions of others for data": ({"stages": [{"steps": 1, "random_captions": True}]}, r"losses\.task' 0"),
     "dropout": ({"stages": [{"steps": 1, "caption_dropout": 1.5}]}, "caption_dropout"),
 }
 

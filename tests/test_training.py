@@ -441,6 +441,21 @@ def test_captions_are_dropped_at_the_rate_asked_for(made) -> None:
     assert 70 < dropped < 130
 
 
+def test_where_there_is_much_noise_other_captions_are_shown(made) -> None:
+    stage = STAGE.model_copy(update={"caption_dropout": 0.0, "random_captions": True})
+    without = stage.model_copy(update={"random_captions": False})
+    own, random = (Samples(made, one, 3, PROCESS) for one in (without, stage))
+    other: dict[bool, list[bool]] = {True: [], False: []}
+    for at in [(step, i) for step in range(100) for i in range(4)]:
+        before, now = own[at], random[at]
+        assert all(torch.equal(now[name], before[name]) for name in ("latents", "noise", "timestep"))
+        swapped = not torch.equal(now["condition"]["prompt_embeds"], before["condition"]["prompt_embeds"])
+        other[bool(now["timestep"] > 0.8 * PROCESS.num_timesteps)].append(swapped)
+    shares = {many: sum(swapped) / len(swapped) for many, swapped in other.items()}
+    # The mean of exp(-5 (1 - t / T)) is 0.63 above 0.8 and 0.09 below; among few pictures some captions are the same.
+    assert 0.3 < shares[True] < 0.75 and shares[False] < 0.15
+
+
 def test_an_epoch_shows_each_sample_once(made) -> None:
     seen = [_permutation(1, epoch, len(made)).tolist() for epoch in (0, 1)]
     assert sorted(seen[0]) == list(range(len(made))) == sorted(seen[1])

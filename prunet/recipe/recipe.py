@@ -144,6 +144,8 @@ class Recipe(Part):
         on_paths = next((number for number, stage in enumerate(self.stages) if stage.has("paths")), None)
         if self.data.text == "live" and on_paths is not None:
             raise ValueError(f"'data.text' live: not with stages.{on_paths}, whose paths are cached with their text")
+        if self.data.text == "live" and any(stage.random_captions for stage in self.stages):
+            raise ValueError("'data.text' live: not with 'random_captions', which read cached text")
         return self
 
     @property

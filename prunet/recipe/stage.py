@@ -75,10 +75,13 @@ Objective = Literal["distillation", "guidance", "trajectory", "consistency", "di
 IDLE: dict[str, tuple[str, ...]] = {
     "distillation": ("objective", "guidance_scale", "jumps", "path_steps", "paths", "jump_weight"),
     "guidance": ("min_snr_gamma", "jumps", "path_steps", "paths", "jump_weight"),
-    "trajectory": ("min_snr_gamma", "losses", "caption_dropout", "jump_weight"),
-    "consistency": ("min_snr_gamma", "losses", "path_steps", "paths", "jump_weight"),
-    "distribution": ("min_snr_gamma", "losses", "caption_dropout"),
+    "trajectory": ("min_snr_gamma", "losses", "caption_dropout", "random_captions", "jump_weight"),
+    "consistency": ("min_snr_gamma", "losses", "random_captions", "path_steps", "paths", "jump_weight"),
+    "distribution": ("min_snr_gamma", "losses", "caption_dropout", "random_captions", "lora"),
 }
+#: Keys that are left out where they have their default, so that stages that were trained before they existed keep their
+#: fingerprints.
+LATER = ("lora", "random_captions")
 #: Maps an objective to the keys of `IDLE` that have a meaning if `paths` is given: its inputs are then points of paths.
 ON_PATHS: dict[str, tuple[str, ...]] = {
     "distillation": ("guidance_scale", "path_steps", "paths"),
@@ -101,8 +104,8 @@ FEW_STEP_SAMPLER = {"trajectory": "ddim-trailing", "consistency": "lcm", "distri
 class Stage(Training):
     """A stage of distillation. Defaults are BK-SDM's, except that its scripts have no warm-up and no caption dropout.
 
-    `settings` leaves out the keys without a meaning for the objective. It also leaves out `objective: distillation`, so
-    that stages that were trained before other objectives existed keep their fingerprints.
+    `settings` leaves out the keys without a meaning for the objective, and the defaults of `LATER`. It also leaves out
+    `objective: distillation`, so that stages that were trained before other objectives existed keep their fingerprints.
     """
 
     objective: Objective = Field(
@@ -120,7 +123,14 @@ class Stage(Training):
     plan: PlanValue | None = Field(
         default=None, description="an earlier plan that removes less; if not given, the recipe's plan"
     )
+    lora: Steps | None = Field(
+        default=None,
+        description="rank of a LoRA that is trained instead of all weights; the student gets it merged",
+    )
     losses: Losses = Field(default=Losses(), description="the terms of the loss")
+    random_captions: bool = Field(
+        default=False, description="where there is much noise, show captions of other samples (arXiv 2504.02011)"
+    )
     teacher: TeacherValue | None = Field(default=None, description="another teacher for this stage, of the same layout")
     min_snr_gamma: Positive | None = Field(
         default=None, description="the task loss is weighed by the signal-to-noise ratio, up to this value; 5 is usual"
@@ -138,18 +148,26 @@ class Stage(Training):
             raise ValueError("objective guidance needs 'losses.task' 0, because the data teach the unguided output")
         if name == "distillation" and self.paths and self.losses.task:
             raise ValueError("'paths' need 'losses.task' 0, because guided paths do not lead to the data")
+        if self.random_captions and self.losses.task:
+            raise ValueError("'random_captions' need 'losses.task' 0, because the data do not show other captions")
         if self.jumps and self.has("path_steps") and self.path_steps % self.jumps:
             raise ValueError(f"'jumps' {self.jumps} must divide 'path_steps' {self.path_steps}")
         return self
 
     @model_serializer(mode="wrap")
     def _what_has_a_meaning(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in write(self).items() if self.has(key)}
+        plain = {key for key in LATER if getattr(self, key) == type(self).model_fields[key].default}
+        return {key: value for key, value in write(self).items() if self.has(key) and key not in plain}
 
     def has(self, key: str) -> bool:
         """Returns whether a key has a meaning for the objective."""
         on_paths = self.paths is not None and key in ON_PATHS.get(self.objective, ())
         return on_paths or key not in IDLE[self.objective]
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of the LoRA that is trained; None: all weights are trained."""
+        return self.lora
 
     @property
     def teacher_calls(self) -> int:

@@ -29,6 +29,7 @@ from prunet.teacher.configs import check_condition
 from prunet.teacher.copying import check_other_parts
 from prunet.teacher.space import check_same_space, check_size
 from prunet.training.checkpoints import check_stage
+from prunet.training.lora import check_rank, trained_count
 from prunet.words import command, difference, many
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def check_run(this: "Run", until: str) -> None:
     for number, stage in enumerate(this.recipe.stages, 1):
         this.micro_batch(number)
         term_factors(this.pairs(number), stage.losses.weights)
+        if stage.lora:
+            check_rank(this.steps_down[number - 1].student_config, stage.lora, f"stages.{number - 1}.lora")
     _check_folder(this)
     for step in todo:  # refuse here, before a finished step begins again
         check_replaceable(this, step)
@@ -181,8 +184,9 @@ def checkpoint_bytes(this: "Run", todo: Sequence[str]) -> int:
     for number, (stage, derived) in enumerate(zip(this.recipe.stages, this.steps_down, strict=True), 1):
         if f"stage-{number}" not in todo:
             continue
-        # Weights, their average and two moments, in fp32; a companion network has no average.
-        size = (16 + 12 * stage.companions) * derived.student_size.parameters
+        # Trained weights, their average and two moments, in fp32; a companion network has no average.
+        trained = trained_count(derived.student_config, stage.rank)
+        size = 16 * trained + 12 * stage.companions * derived.student_size.parameters
         need += size * min(this.recipe.keep_checkpoints, -(-stage.steps // this.recipe.checkpoint_every))
         need -= sum(f.stat().st_size for f in this.folder.glob(f"stage-{number}/checkpoints/*/*"))
         largest = max(largest, size)

@@ -69,13 +69,13 @@ def estimate(this: Run) -> Estimate:
     seconds = 0.0
     for number, stage in enumerate(stages, 1):
         derived, micro, pairs = this.steps_down[number - 1], this.micro_batch(number), compared(this, number)
-        calls = stage.teacher_calls
-        key = (derived.plan.fingerprint, pairs, micro, calls)
+        step = (runtime, stage.teacher_calls, stage.rank)
+        key = (derived.plan.fingerprint, pairs, micro, *step[1:])
         if key not in speeds:
             timed = min(micro, FEW)
-            each_s = seconds_per_image(derived, pairs, this.latent_size, timed, runtime, calls)
+            each_s = seconds_per_image(derived, pairs, this.latent_size, timed, *step)
             if timed < micro and each_s * micro < QUICK_S:
-                timed, each_s = micro, seconds_per_image(derived, pairs, this.latent_size, micro, runtime, calls)
+                timed, each_s = micro, seconds_per_image(derived, pairs, this.latent_size, micro, *step)
             speeds[key] = each_s, timed
         seconds += (speeds[key][0] + text_s) * stage.steps * stage.batch_size
     images = sum(stage.steps * stage.batch_size for stage in stages)
@@ -186,6 +186,7 @@ def memory(this: Run, number: int) -> dict[str, int]:
         micro_batch=micro,
         accumulate=stage.batch_size // (micro * processes.count()),
         runtime=this.runtime,
+        rank=stage.rank,
     )
     heap = (parts["gradients"] + activations) // 2 if this.runtime.torch_device.type == "cpu" else 0
     encoders = [this.teacher.empty(part) for part in this.teacher.text_encoders] if is_live(this) else []

@@ -50,7 +50,7 @@ from prunet.teacher.teacher import Teacher
 from prunet.training.checkpoints import PACE, Saving, check_stage
 from prunet.training.fit import micro_batch_of, training_memory
 from prunet.training.loop import train
-from prunet.training.lora import add_lora, check_rank, lora_layers, trained_count
+from prunet.training.lora import check_rank, lora_layers, trainable, trained_count
 from prunet.training.memory import step_memory
 from prunet.training.objectives.personalization import Personalization as Objective
 from prunet.training.samples import Samples, SubjectSamples
@@ -78,7 +78,7 @@ class Personal:
         check_size(self.model, self.size, "--size")
         self.pictures = len(subject_pictures(Path(spec.pictures), spec.prompt))
         if spec.lora:
-            check_rank(self.model.unet_config, spec.lora)
+            check_rank(self.model.unet_config, spec.lora, "--lora")
         side = self.size // self.model.vae_scale
         self.latent_size = side, side
         configs = self.derived.teacher_config, self.derived.student_config
@@ -209,8 +209,7 @@ class Personal:
         return open_model(Model(self.spec.model, self.spec.config))
 
     def _net_at_start(self) -> Net:
-        net = inherit(self._stored().unet, self.derived)
-        return net.requires_grad_(True) if self.spec.lora is None else add_lora(net, self.spec.lora, self.spec.seed)
+        return trainable(inherit(self._stored().unet, self.derived), self.spec.lora, self.spec.seed)
 
     def _write(self, net: Net, made_from: str) -> None:
         facts = {**origin(self.model), **self.spec.model_dump(), "rank": self.spec.lora, "template": CARD}

@@ -7,7 +7,7 @@ A run folder::
     cache/ cache-2/ ...                  latents and prompt embeddings (unless the recipe puts them elsewhere); more
                                          than one if the stages' teachers encode differently
     cache-paths/ ...                     the teacher's paths, if a stage learns from them
-    stage-1/ ...                         checkpoints/, log.jsonl, pairs.json, sheets/, and unet/ when the stage is done
+    stage-1/ ...                         checkpoints/, log.jsonl, pairs.json, sheets/; when done unet/, and its LoRA
     evaluation/                          evaluation.json, evaluation.md, sheet.png, pictures/, image-to-image/
     pipeline/                            the student as a stock pipeline (and student.safetensors if asked)
     report.html
@@ -23,6 +23,8 @@ from typing import Any
 from rich.markup import escape
 
 from prunet import processes
+from prunet.adapters.adapt import LORA_FILE
+from prunet.adapters.lora_file import write_lora
 from prunet.console import say
 from prunet.data.cache import Cache
 from prunet.data.encoding import cache
@@ -49,6 +51,7 @@ from prunet.teacher.teacher import Teacher
 from prunet.training.checkpoints import Saving
 from prunet.training.fit import micro_batch_of
 from prunet.training.loop import distil
+from prunet.training.lora import lora_layers, merge_lora
 from prunet.training.sheets import Sheets
 
 
@@ -109,8 +112,6 @@ class Run:
             return ()
         return self.steps_down[number - 1].pairs(self.recipe.stages[number - 1].losses.level)
 
-    # -- inputs, results and finished steps
-
     @cached_property
     def inputs(self) -> dict[str, str]:
         """For each step a hash of everything that its result depends on."""
@@ -146,8 +147,6 @@ class Run:
     def cache_folder(self) -> Path:
         """The folder of the first stage's cache."""
         return Path(self.recipe.cache) if self.recipe.cache else self.folder / "cache"
-
-    # -- the steps
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -268,6 +267,9 @@ class Run:
             say(f"  {steps.resumes_from(self, number)}")
             raise
         if processes.is_main():
+            if stage.lora:
+                write_lora(lora_layers(trained), folder / LORA_FILE, self.derived.architecture.part, {})
+                merge_lora(trained)
             save_unet(trained, folder / "unet", "stage", self.inputs[f"stage-{number}"])
         if self.runtime.teacher_8bit or self.runtime.teacher_fp8:
             teacher.release("unet")  # evaluation and export use the teacher as it is stored

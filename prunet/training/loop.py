@@ -19,6 +19,7 @@ from prunet.teacher.teacher import Teacher
 from prunet.training.checkpoints import Saving, checkpoints
 from prunet.training.fit import micro_batch_of
 from prunet.training.log import Log, log_note
+from prunet.training.lora import trainable
 from prunet.training.objectives.consistency import Consistency
 from prunet.training.objectives.distillation import Distillation
 from prunet.training.objectives.distribution import Distribution
@@ -55,6 +56,8 @@ def distil(
 ) -> Net:
     """Trains `student` to draw as `teacher` does; returns it with its EMA weights (if the stage has an EMA).
 
+    If the stage trains a LoRA, the student that is returned still has it beside its weights.
+
     Args:
         cache: a cache of latents, or of paths if the stage has any.
         how: `runtime`, `sheets`, `saving`: see `train`.
@@ -70,8 +73,8 @@ def distil(
         lambda: micro_batch_of(stage, runtime, *configs, cache.latent_size, processes.count())
     )
     cache.check(teacher)
+    trainable(student, stage.rank, seed)
     objective, samples = _objective(teacher, student, pairs, cache, stage, seed)
-    student.requires_grad_(True)
     return train(objective, student, samples, micro_batch, Path(folder), runtime=runtime, **how)
 
 

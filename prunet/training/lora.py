@@ -33,6 +33,17 @@ def add_lora(net: Net, rank: int, seed: int) -> Net:
     return net
 
 
+def trainable(net: Net, rank: int | None, seed: int) -> Net:
+    """Lets all weights of `net` be trained, or those of a LoRA that is added to it; in place."""
+    return net.requires_grad_(True) if rank is None else add_lora(net, rank, seed)
+
+
+def merge_lora(net: Any) -> None:
+    """Adds the LoRA of `add_lora` to the weights of its layers and removes it: `net` has its stock form again."""
+    net.fuse_lora()
+    net.unload_lora()
+
+
 def lora_layers(net: Net) -> dict[str, tuple[Tensor, Tensor]]:
     """Maps each layer to the matrices down (rank, in) and up (out, rank) that `add_lora` added."""
     from peft import get_peft_model_state_dict
@@ -43,19 +54,19 @@ def lora_layers(net: Net) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (down.detach().float().cpu(), up.detach().float().cpu()) for name, (down, up) in found.items()}
 
 
-def check_rank(config: Mapping[str, Any], rank: int) -> None:
-    """Refuses a LoRA that cannot be trained on a denoiser of `config`.
+def check_rank(config: Mapping[str, Any], rank: int, key: str) -> None:
+    """Refuses a LoRA that cannot be trained on a denoiser of `config`; `key` begins the message.
 
     Raises:
         UserError: peft is not installed, or the LoRA would not be smaller than a layer that it changes.
     """
     if importlib.util.find_spec("peft") is None:
-        raise UserError("--lora: needs peft, which is not installed: pip install 'prunet[personalize]'")
+        raise UserError(f"{key}: needs peft, which is not installed: pip install 'prunet[personalize]'")
     sizes = [shape for name, shape in _weights(architecture_of(config), config_text(config)) if is_target(name)]
     most = min(math.prod(shape) // sum(shape) for shape in sizes)
     if rank > most:
         raise UserError(
-            f"--lora {rank}: a LoRA of this rank is larger than the smallest layer that it changes: give {most} at most"
+            f"{key} {rank}: a LoRA of this rank is larger than the smallest layer that it changes: give {most} at most"
         )
 
 

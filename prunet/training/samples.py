@@ -30,15 +30,23 @@ class Samples(Dataset[dict[str, Any]]):
     def __init__(self, cache: Cache, stage: Training, seed: int, process: DDPM) -> None:
         self.cache, self.stage, self.seed, self.process = cache, stage, seed, process
         self.unconditional = cache.unconditional
+        self.random_captions = isinstance(stage, Stage) and stage.random_captions
 
     def __getitem__(self, at: tuple[int, int]) -> dict[str, Any]:
         step, position = at
         rng = torch.Generator().manual_seed(seed_of(self.seed, step, position))
         item = self._item(self._choose(step, position), rng)
+        if self.random_captions and torch.rand((), generator=rng) < self._share_of_others(item["timestep"]):
+            other = self._item(int(torch.randint(len(self.cache), (), generator=rng)), rng)["condition"]
+            item["condition"] = Condition(item["condition"] | {name: other[name] for name in self.unconditional})
         if torch.rand((), generator=rng) < self.stage.caption_dropout:
             # The empty prompt replaces the caption, but not the sizes.
             item["condition"] = Condition(item["condition"] | self.unconditional.row(0))
         return item
+
+    def _share_of_others(self, timestep: Tensor) -> Tensor:
+        """Returns the share of samples () that see the caption of another one, at a timestep (arXiv 2504.02011)."""
+        return torch.exp(-5 * (1 - timestep / self.process.num_timesteps))
 
     def complete(self, batch: dict[str, Any]) -> dict[str, Any]:
         """What the objective gets of a batch of items."""
