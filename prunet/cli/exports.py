@@ -53,9 +53,7 @@ def export(
         bool, typer.Option("--openvino", help="A folder for OpenVINO GenAI, which draws on CPUs without torch.")
     ] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="A folder of ONNX models of any batch and size.")] = False,
-    coreml: Annotated[
-        bool, typer.Option("--coreml", help="A folder of Core ML packages for Apple's Swift package StableDiffusion.")
-    ] = False,
+    coreml: Annotated[bool, typer.Option("--coreml", help="A folder for Apple's package StableDiffusion.")] = False,
     int8: Annotated[
         bool, typer.Option("--int8", help="With --openvino: also the U-Net's activations in 8 bits; least exact.")
     ] = False,
@@ -68,9 +66,7 @@ def export(
     ] = False,
     decoder: Annotated[
         Path | None,
-        typer.Option(
-            help="With --openvino, --onnx, --coreml: an AutoencoderTiny (`prunet decoder`, TAESD) for the VAE."
-        ),
+        typer.Option(help="With --openvino, --onnx, --coreml: an AutoencoderTiny (`prunet decoder`) for the VAE."),
     ] = None,
     to_hub: Annotated[
         str | None, typer.Option("--push", help="Also upload it to owner/name on the hub; a new repository is private.")
