@@ -8,6 +8,7 @@ from prunet.errors import UserError
 
 #: Extra of the package -> the modules that it brings, and what they are for.
 EXTRAS = {
+    "coreml": (("coremltools", "sklearn"), "prunet export --coreml"),
     "data": (("datasets",), "Parquet, saved data sets, data sets of the hub"),
     "eval": (("open_clip", "torch_fidelity"), "FID, IS, KID, CLIP score, LPIPS (prunet measure, prunet evaluate)"),
     "gguf": (("gguf",), "prunet export --gguf"),

@@ -17,7 +17,9 @@ from test_cli import call
 from prunet import Teacher, UserError, generate
 from prunet.exports.onnx import export_onnx
 from prunet.recipe.values import Drawing
+from prunet.sampling.draw import draw
 from prunet.sampling.samplers import set_sampler
+from prunet.speed.models import open_models
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -102,10 +104,36 @@ def test_the_readme_lists_the_inputs_of_the_models(exported) -> None:
     readme, models = (folder / "README.md").read_text(), json.loads((folder / "onnx.json").read_text())["models"]
     assert f"`encoder_hidden_states [batch, tokens, {teacher.unet_config['cross_attention_dim']}]`" in readme
     assert all(model["apart"] < 1e-4 for model in models.values())
-    with pytest.raises(
-        UserError, match=r"a pipeline for ONNX Runtime, which .*draw_onnx.py draws with: give the folder"
-    ):
-        generate(folder, "a cat")
+    with pytest.raises(UserError, match=r"a pipeline for ONNX Runtime, which .*prunet generate.* draws with: give the"):
+        Teacher(folder)
+
+
+@pytest.mark.parametrize("how", [Drawing(steps=3, guidance_scale=3), Drawing(steps=3, guidance_scale=1, sampler="lcm")])
+def test_generate_draws_what_diffusers_draws_from_the_same_noise(exported, how, tmp_path) -> None:
+    folder, teacher = exported
+    how = how.model_copy(update={"sampler": "lcm" if how.sampler == "lcm" else "ddim"})
+    copy, theirs = made_for(folder, tmp_path / "copy", how), draw(teacher.pipeline(), ["a cat"], [3], how, size=32)
+    [drawn] = generate(copy, "a cat", seed=3, size=32)
+    assert apart(drawn, next(theirs)) <= NEAR
+    with pytest.raises(UserError, match="draws only with"):
+        generate(copy, "a cat", drawing=Drawing(sampler="euler"))
+    (copy / "unet" / "model.onnx").write_bytes(b"")
+    with pytest.raises(UserError, match=r"ONNX Runtime cannot open it .* export it again"):
+        generate(copy, "a cat")
+    (copy / "unet" / "model.onnx.data").unlink()
+    with pytest.raises(UserError, match=r"no model\.onnx\.data beside it"):
+        open_models([str(copy)])
+
+
+@pytest.mark.processes
+def test_bench_beside_torch(exported, capsys) -> None:
+    folder, teacher = exported
+    flags = ("--device", "cpu", "--precision", "no", "--repeats", "3", "--batch-size", "2", "--json")
+    code, out, err = call(capsys, "bench", teacher.source, folder, *flags)
+    assert code == 0, err
+    torchs, ours = json.loads(out.splitlines()[-1])["models"].values()
+    assert (ours["runtime"], ours["precision"], ours["macs"]) == ("onnx", "f32", torchs["macs"])
+    assert ours["apart"] < NEAR / 255 and ours["process_mb"] > 1 and ours["weights_mb"] > 0.1
 
 
 @pytest.fixture(scope="module")

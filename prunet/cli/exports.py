@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 #: The forms of export that are asked for by an option, and of the other options the forms that each is for ("": a
 #: stock folder).
-FORMS = ("--single-file", "--gguf", "--openvino", "--onnx")
+FORMS = ("--single-file", "--gguf", "--openvino", "--onnx", "--coreml")
 FITS = {
     "--for": ("--single-file",),
     "--fp16": ("", "--single-file"),
     "--int8": ("--openvino",),
-    "--int8-weights": ("--openvino",),
-    "--decoder": ("--openvino", "--onnx"),
+    "--int8-weights": ("--openvino", "--coreml"),
+    "--palettized": ("--coreml",),
+    "--decoder": ("--openvino", "--onnx", "--coreml"),
 }
 
 
@@ -52,16 +53,20 @@ def export(
         bool, typer.Option("--openvino", help="A folder for OpenVINO GenAI, which draws on CPUs without torch.")
     ] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="A folder of ONNX models of any batch and size.")] = False,
+    coreml: Annotated[bool, typer.Option("--coreml", help="A folder for Apple's package StableDiffusion.")] = False,
     int8: Annotated[
         bool, typer.Option("--int8", help="With --openvino: also the U-Net's activations in 8 bits; least exact.")
     ] = False,
     int8_weights: Annotated[
         bool,
-        typer.Option("--int8-weights", help="With --openvino: weights of U-Net and text encoders in 8 bits."),
+        typer.Option("--int8-weights", help="With --openvino, --coreml: weights of U-Net and text encoders in 8 bits."),
+    ] = False,
+    palettized: Annotated[
+        bool, typer.Option("--palettized", help="With --coreml: these weights in 6 bits, which choose among 64 values.")
     ] = False,
     decoder: Annotated[
         Path | None,
-        typer.Option(help="With --openvino, --onnx: an AutoencoderTiny (`prunet decoder`, TAESD) for the VAE."),
+        typer.Option(help="With --openvino, --onnx, --coreml: an AutoencoderTiny (`prunet decoder`) for the VAE."),
     ] = None,
     to_hub: Annotated[
         str | None, typer.Option("--push", help="Also upload it to owner/name on the hub; a new repository is private.")
@@ -77,9 +82,9 @@ def export(
     from prunet.runs.checks import read_paths
     from prunet.runs.run import Run
 
-    form = _form_of(dict(zip(FORMS, (single_file, gguf, openvino, onnx), strict=True)))
-    bits = _bits_of({"int8": int8, "int8-weights": int8_weights})
-    options = (program, fp16, int8, int8_weights, decoder)
+    form = _form_of(dict(zip(FORMS, (single_file, gguf, openvino, onnx, coreml), strict=True)))
+    bits = _bits_of({"int8": int8, "int8-weights": int8_weights, "palettized": palettized})
+    options = (program, fp16, int8, int8_weights, palettized, decoder)
     _check_options(form, dict(zip(FITS, options, strict=True)))
     _check_run(run_folder)
     is_file = form in ("--single-file", "--gguf")
@@ -215,7 +220,7 @@ def _stock(this: "Run", target: Path, what: str, fp16: bool, file: dict[str, Any
 
 
 def _for_runtime(this: "Run", form: str, target: Path, bits: Any, decoder: Path | None) -> tuple[dict[str, Any], str]:
-    """Writes a folder for OpenVINO or ONNX Runtime."""
+    """Writes a folder for a runtime other than torch."""
     from prunet.recipe.recipe import read_prompts
     from prunet.recipe.values import Drawing
     from prunet.runs.card import card_facts
@@ -233,6 +238,11 @@ def _for_runtime(this: "Run", form: str, target: Path, bits: Any, decoder: Path 
         facts = export_onnx(*given, **how)
         apart = max(model["apart"] for model in facts["models"].values())
         more = f"\n  within {apart:.0e} of what torch computes, of the largest output"
+    elif form == "--coreml":
+        from prunet.exports.coreml import export_coreml
+
+        facts = export_coreml(*given, **how, bits=bits)
+        more = "\n  a Mac compiles them (README.md); they were not run here"
     else:
         from prunet.exports.openvino import export_openvino
 

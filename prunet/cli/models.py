@@ -228,7 +228,8 @@ def convert(
 def generate(
     runtime: Any,
     model: Annotated[
-        str, typer.Argument(help="Pipeline folder (also for OpenVINO), .safetensors file, hub id, or run folder.")
+        str,
+        typer.Argument(help="Pipeline folder (also for OpenVINO or ONNX), .safetensors file, hub id, or run folder."),
     ],
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture, or folder: a file for each seed.")] = Path(

@@ -142,8 +142,8 @@ def bench(
     models: Annotated[
         list[str],
         typer.Argument(
-            help="Pipeline folders (also for OpenVINO), .safetensors files, hub ids or run folders; the first is the "
-            "baseline."
+            help="Pipeline folders (also for OpenVINO and ONNX), .safetensors files, hub ids or run folders; the first "
+            "is the baseline."
         ),
     ],
     plans: Annotated[
@@ -186,10 +186,10 @@ def bench(
     from prunet.disk.ownership import check_place, hold
     from prunet.report.speeds import markdown, write_speeds
     from prunet.sampling.draw import Model
-    from prunet.sampling.openvino import is_openvino
     from prunet.speed.bench import bench as time_all
     from prunet.speed.bench import check_compiler
     from prunet.speed.models import drawings, open_models
+    from prunet.teacher.runtimes import runtime_of
     from prunet.words import names_of
 
     if output is not None:
@@ -209,7 +209,7 @@ def bench(
         steps=steps or 25,
         repeats=repeats,
         compiled=compiled,
-        sources=sources if any(map(is_openvino, models)) else None,
+        sources=sources if any(map(runtime_of, models)) else None,
     )
     if output is not None:
         with hold(output, "bench"):

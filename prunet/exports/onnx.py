@@ -15,12 +15,10 @@ from prunet.exports.runtime_folder import open_source, write_facts, write_pipeli
 from prunet.exports.traced import Part
 from prunet.extras import check_extra, need
 from prunet.recipe.values import Drawing
+from prunet.sampling.onnx import MODEL, SAMPLERS
 from prunet.teacher.teacher import Teacher
 
-MODEL = "model.onnx"
 OPSET = 18
-#: Samplers of examples/edge/draw_onnx.py; the folder says another if it has one.
-SAMPLERS = ("ddim", "ddim-trailing", "lcm")
 #: The largest difference from torch that is rounding, as a share of the largest output.
 ROUNDING = 1e-3
 

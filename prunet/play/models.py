@@ -20,7 +20,7 @@ from prunet.recipe.recipe import load_recipe
 from prunet.recipe.values import Drawing
 from prunet.sampling.draw import Model, draw, open_any
 from prunet.sampling.made_for import drawing_of, made_for
-from prunet.sampling.openvino import OpenVinoFolder, OpenVinoPipeline, precision_of
+from prunet.sampling.runtime_folder import RuntimeFolder, RuntimePipeline
 from prunet.sampling.start import StartPicture, start_from
 from prunet.speed.clock import weights_mb, working_mb
 from prunet.teacher.space import check_size
@@ -131,17 +131,17 @@ class TorchPlayer:
 
 
 @dataclass
-class OpenVinoPlayer:
-    """A folder for OpenVINO with its name on the page. It computes in `precision`."""
+class RuntimePlayer:
+    """A folder for another runtime with its name on the page."""
 
     name: str
-    opened: OpenVinoFolder
-    precision: str
+    opened: RuntimeFolder
+    dtype: torch.dtype
 
     @cached_property
-    def pipe(self) -> OpenVinoPipeline:
+    def pipe(self) -> RuntimePipeline:
         """The folder, opened to draw."""
-        return OpenVinoPipeline(self.opened.folder, self.precision)
+        return self.opened.pipeline(self.dtype)
 
     @property
     def made_for(self) -> Drawing:
@@ -156,14 +156,14 @@ class OpenVinoPlayer:
         """
         extra = "picture to start from" if asked.start is not None else "LoRA" if asked.lora is not None else None
         if extra is not None:
-            raise UserError(f"{self.name}: a pipeline for OpenVINO draws without {extra}: leave it out")
+            raise UserError(f"{self.name}: a pipeline for {self.opened.runtime} draws without {extra}: leave it out")
         check_prompts([asked.prompt], "prompt")
         pipe, began = self.pipe, time.perf_counter()
         [picture] = pipe.draw([asked.prompt], [asked.seed], self.made_for, asked.size)
         return Drawn(picture, time.perf_counter() - began, None, self.made_for)
 
 
-Player: TypeAlias = TorchPlayer | OpenVinoPlayer
+Player: TypeAlias = TorchPlayer | RuntimePlayer
 
 
 def open_players(models: Sequence[str], *, config: str | None = None, device: Any, dtype: torch.dtype) -> list[Player]:
@@ -176,8 +176,8 @@ def open_players(models: Sequence[str], *, config: str | None = None, device: An
     players: list[Player] = []
     for name, model, run in zip(names_of(models), models, runs, strict=True):
         opened = open_any(Model(model, config, device, dtype))
-        if isinstance(opened, OpenVinoFolder):
-            players.append(OpenVinoPlayer(name, opened, precision_of(dtype)))
+        if isinstance(opened, RuntimeFolder):
+            players.append(RuntimePlayer(name, opened, dtype))
         else:
             players.append(TorchPlayer(name, opened, run))
     if len(players) == 1 and runs[0] is not None:

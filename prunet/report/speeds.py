@@ -69,7 +69,7 @@ def conditions(result: Bench) -> str:
 
 
 def _precision(model: BenchModel) -> str:
-    runtime = {"torch": "", "openvino": "OpenVINO "}[model.runtime]
+    runtime = {"torch": "", "openvino": "OpenVINO ", "onnx": "ONNX Runtime "}[model.runtime]
     return f"{runtime}{model.precision}"
 
 

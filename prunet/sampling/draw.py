@@ -19,14 +19,18 @@ from prunet.recipe.prompts import check_prompts
 from prunet.recipe.recipe import load_recipe
 from prunet.recipe.values import Drawing
 from prunet.sampling.made_for import drawing_of
-from prunet.sampling.openvino import OpenVinoFolder, OpenVinoPipeline, is_openvino, need, precision_of
+from prunet.sampling.onnx import OnnxFolder
+from prunet.sampling.openvino import OpenVinoFolder
+from prunet.sampling.runtime_folder import RuntimeFolder
 from prunet.sampling.samplers import set_sampler
 from prunet.sampling.start import Start, StartPicture, start_from
+from prunet.teacher.runtimes import runtime_of
 from prunet.teacher.space import check_size
 from prunet.teacher.tasks import image_to_image, inpainting
 from prunet.teacher.teacher import Teacher, after_overflow
 from prunet.words import command
 
+FOLDERS: dict[str | None, type[RuntimeFolder]] = {folder.runtime: folder for folder in (OpenVinoFolder, OnnxFolder)}
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -158,18 +162,18 @@ def open_model(model: str | Path | Model) -> Teacher:
     return Teacher(source, config=given.config, device=given.device, dtype=given.dtype)
 
 
-def open_any(model: Model) -> Teacher | OpenVinoFolder:
-    """Opens a pipeline, or a folder for OpenVINO.
+def open_any(model: Model) -> Teacher | RuntimeFolder:
+    """Opens a pipeline, or a folder for another runtime.
 
     Raises:
         UserError: nothing to open there, or a runtime that is not installed.
     """
-    if not is_openvino(model.source):
+    folder = FOLDERS.get(runtime_of(model.source))
+    if folder is None:
         return open_model(model)
     if model.config is not None:
-        raise UserError(f"{model.source}: a pipeline for OpenVINO draws without config: leave it out")
-    need("openvino_genai")
-    return OpenVinoFolder(model.source)
+        raise UserError(f"{model.source}: a pipeline for {folder.runtime} draws without config: leave it out")
+    return folder(model.source)
 
 
 def generate(
@@ -185,10 +189,10 @@ def generate(
 ) -> list[Image.Image]:
     """Draws `num_images` pictures of each prompt; the first uses `seed`, and each next one a seed larger by one.
 
-    `model`: a pipeline (`Model`), or only its source; or a folder for OpenVINO, which draws on the CPU with its own
-    sampler. `drawing`: settings that override those of the pipeline, or else 25 steps of dpmsolver++ with
-    guidance 7.5 (for a run, its recipe's value). `start`: a picture to start from. `save_to`: a file for each picture
-    (.png, .jpg, .jpeg or .webp), written as soon as the picture is drawn.
+    `model`: a pipeline (`Model`), or only its source; or a folder for another runtime, which draws on the CPU with its
+    own sampler. `drawing`: settings that override those of the pipeline, or else 25 steps of dpmsolver++ with guidance
+    7.5 (for a run, its recipe's value). `start`: a picture to start from. `save_to`: a file for each picture (.png,
+    .jpg, .jpeg or .webp), written as soon as the picture is drawn.
     """
     opening = model if isinstance(model, Model) else Model(model)
     given = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -197,11 +201,11 @@ def generate(
     teacher = open_any(opening)
     if size is not None:
         check_size(teacher, size, "size")
-    if isinstance(teacher, OpenVinoFolder):
+    if isinstance(teacher, RuntimeFolder):
         if start is not None:
-            raise UserError(f"{opening.source}: a pipeline for OpenVINO draws without image: leave it out")
+            raise UserError(f"{opening.source}: a pipeline for {teacher.runtime} draws without image: leave it out")
         check_prompts(given, "prompt")
-        how, pipe = teacher.drawing_of(drawing), OpenVinoPipeline(opening.source, precision_of(opening.dtype))
+        how, pipe = teacher.drawing_of(drawing), teacher.pipeline(opening.dtype)
         return collect(pipe.draw(prompts, seeds, how, size), prompts, text, save_to)
     teacher.check_prompts(given)
     how = drawing_of(teacher, _usual(Path(opening.source)), drawing)

@@ -9,23 +9,15 @@ import torch
 from PIL import Image
 
 from prunet import extras
-from prunet.denoisers.known import architecture_of
 from prunet.errors import UserError
 from prunet.recipe.values import Drawing
-from prunet.sampling.made_for import overridden, read_made_for
-from prunet.teacher.configs import check_config, read_object
-from prunet.teacher.runtimes import runtime_of
+from prunet.sampling.runtime_folder import Part, RuntimeFolder, RuntimePipeline
 from prunet.teacher.space import check_size
 
 #: The name of a part's model in its folder.
 MODEL = "openvino_model.xml"
 #: Samplers (`prunet.sampling.samplers`) that openvino_genai also has.
 SAMPLERS = ("ddim", "ddim-trailing", "pndm", "euler", "euler-a", "lcm")
-
-
-def is_openvino(folder: Path | str) -> bool:
-    """Returns whether a folder is a pipeline for OpenVINO."""
-    return runtime_of(folder) == "OpenVINO"
 
 
 def need(package: str) -> Any:
@@ -47,51 +39,30 @@ def properties(precision: str) -> dict[str, Any]:
     return {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
 
 
-class OpenVinoFolder:
-    """The facts in the files of a folder for OpenVINO, without opening its models.
+class OpenVinoFolder(RuntimeFolder):
+    """A folder for OpenVINO, not open yet."""
 
-    `made_for`: how to draw with it; `native_size`: the side of its pictures in pixels. Other names are like a
-    teacher's.
+    runtime, form, package = "OpenVINO", "openvino", "openvino_genai"
+    model, weights, samplers = MODEL, "openvino_model.bin", SAMPLERS
 
-    Raises:
-        UserError: prunet did not write the folder, or it is damaged.
-    """
+    def precision_of(self, dtype: torch.dtype) -> str:
+        """Returns OpenVINO's precision for a dtype of torch; before it how weights are stored, if in 8 bits."""
+        bits = self.facts.get("bits")
+        return f"{bits} in {precision_of(dtype)}" if bits else precision_of(dtype)
 
-    def __init__(self, folder: Path | str) -> None:
-        folder = self.folder = Path(folder)
-        self._fix = fix = f"{folder}: export it again with `prunet export RUN --openvino`"
-        made_for = read_made_for(folder / "model_index.json", fix)
-        if made_for is None or made_for.sampler not in SAMPLERS:
-            raise UserError(f"{folder}: its model_index.json does not say how to draw with it: {fix}")
-        self.made_for: Drawing = made_for
-        self.unet_config, decoder = (read_object(folder / p / "config.json", fix) for p in ("unet", "vae_decoder"))
-        check_config("unet", self.unet_config, folder / "unet" / "config.json")
-        check_config("vae", decoder, folder / "vae_decoder" / "config.json")
-        self.architecture = architecture_of(self.unet_config)
-        self.vae_scale = int(2 ** (len(decoder.get("block_out_channels", ())) - 1))
-        self.native_size = self.vae_scale * self.architecture.native_latent_size(self.unet_config)[0]
+    def pipeline(self, dtype: torch.dtype) -> RuntimePipeline:
+        """Opens the folder with openvino_genai."""
+        return OpenVinoPipeline(self.folder, precision_of(dtype))
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """The measurements of its export (`prunet.exports.openvino.export_openvino`)."""
-        return read_object(self.folder / "openvino.json", self._fix)
+    def open_parts(self, dtype: torch.dtype) -> dict[str, Part]:
+        """Compiles each model."""
+        core, settings = need("openvino").Core(), properties(precision_of(dtype))
 
-    def check_weights(self) -> None:
-        """Refuses a folder that lacks the weights of a part."""
-        for path in self.folder.glob(f"*/{MODEL}"):
-            if not path.with_suffix(".bin").is_file():
-                raise UserError(f"{path}: no {path.with_suffix('.bin').name} beside it: {self._fix}")
+        def opened(path: Path) -> Part:
+            compiled = core.compile_model(path, "CPU", settings)
+            return lambda given: list(compiled(given).values())
 
-    def drawing_of(self, asked: Drawing | None = None) -> Drawing:
-        """Returns how to draw: the values that `asked` sets, and otherwise those that it was made for.
-
-        Raises:
-            UserError: `asked` has another sampler than the folder.
-        """
-        how = overridden(self.made_for, asked)
-        if how.sampler != self.made_for.sampler:
-            raise UserError(f"sampler: {self.folder} draws only with {self.made_for.sampler}: leave it out")
-        return how
+        return {path.parent.name: opened(path) for path in sorted(self.folder.glob(f"*/{MODEL}"))}
 
 
 class OpenVinoPipeline(OpenVinoFolder):

@@ -32,7 +32,7 @@ Key = tuple[str, str, int]  # model, part or mode, batch size
 
 @dataclass(frozen=True)
 class Row:
-    """One model at one batch size, with its denoiser `eager` or `compiled` in torch, or by `openvino`.
+    """One model at one batch size, with its denoiser `eager` or `compiled` in torch, or by `openvino` or `onnx`.
 
     - `text_ms`: encoding the prompts of the batch, and the empty prompts for guidance.
     - `denoiser_ms`: a call with 2 x `batch_size` latents, or with `batch_size` if the model draws without guidance.

@@ -1,4 +1,4 @@
-"""Models for timing: one interface for stock pipelines of torch and folders for OpenVINO."""
+"""Models for timing: one interface for stock pipelines of torch and folders for other runtimes."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
@@ -15,7 +15,7 @@ from prunet.plan.plan import load_plan
 from prunet.recipe.values import Drawing
 from prunet.sampling.draw import Model, open_any
 from prunet.sampling.made_for import drawing_of
-from prunet.sampling.openvino import MODEL, OpenVinoFolder, need, precision_of, properties
+from prunet.sampling.runtime_folder import Part, RuntimeFolder
 from prunet.speed.clock import Call, denoiser_call, random_inputs, weights_mb
 from prunet.student.student import inherit
 from prunet.teacher.space import check_size
@@ -57,40 +57,35 @@ class TorchModel:
         }
 
 
-class OpenVinoModel:
-    """A folder for OpenVINO on the CPU, with as many threads as torch has; it has the fields of `TorchModel`."""
+class RuntimeModel:
+    """A folder for another runtime on the CPU, with as many threads as torch has; it has the fields of `TorchModel`."""
 
-    runtime = mode = "openvino"
-
-    def __init__(self, folder: OpenVinoFolder, precision: str) -> None:
-        self._folder, self._hint = folder, precision
+    def __init__(self, folder: RuntimeFolder, dtype: torch.dtype) -> None:
+        self._folder, self._dtype = folder, dtype
+        self.runtime = self.mode = folder.form
         self.device, self.scale, self.config = torch.device("cpu"), folder.vae_scale, folder.unet_config
-        facts = folder.facts
-        self.precision = f"{facts['bits']} in {precision}" if facts.get("bits") else precision
-        self.weights_mb = facts["bytes"] / 2**20
+        self.precision, self.weights_mb = folder.precision_of(dtype), folder.facts["bytes"] / 2**20
 
     @cached_property
-    def _parts(self) -> dict[str, Any]:
-        core = need("openvino").Core()
-        paths = sorted(self._folder.folder.glob(f"*/{MODEL}"))
-        return {path.parent.name: core.compile_model(path, "CPU", properties(self._hint)) for path in paths}
+    def _parts(self) -> dict[str, Part]:
+        return self._folder.open_parts(self._dtype)
 
     def calls(self, batch: int, rows: int, latent_size: tuple[int, int]) -> dict[str, Call]:
         """Returns the same calls; `text` does not include tokenizing."""
         texts = [part for name, part in self._parts.items() if name.startswith("text_encoder")]
-        ids = [np.zeros((rows * batch, part.input(0).partial_shape[1].get_length()), np.int64) for part in texts]
+        ids = {"input_ids": np.zeros((rows * batch, self._folder.tokens), np.int64)}
         given = random_inputs(self.config, rows * batch, latent_size=latent_size)
         given |= given.pop("added_cond_kwargs", {})
         arrays = {name: value.numpy() for name, value in given.items()}
-        arrays["timestep"] = arrays["timestep"][:1]  # like the input from openvino_genai
+        arrays["timestep"] = arrays["timestep"][:1].astype(np.int64)
         return {
-            "text": lambda: [part([tokens]) for part, tokens in zip(texts, ids, strict=True)],
+            "text": lambda: [part(ids) for part in texts],
             self.mode: partial(self._parts["unet"], arrays),
-            "vae": partial(self._parts["vae_decoder"], [arrays["sample"][:batch]]),
+            "vae": partial(self._parts["vae_decoder"], {"latent_sample": arrays["sample"][:batch]}),
         }
 
 
-TimedModel: TypeAlias = TorchModel | OpenVinoModel
+TimedModel: TypeAlias = TorchModel | RuntimeModel
 
 
 def open_models(
@@ -112,17 +107,19 @@ def open_models(
     names, opened = names_of(models), [open_any(Model(model, config, device, dtype)) for model in models]
     first = opened[0]
     for one in opened:
-        if isinstance(one, OpenVinoFolder) and torch.device(device).type != "cpu":
+        if isinstance(one, RuntimeFolder) and torch.device(device).type != "cpu":
             raise UserError(f"--device {device}: {one.folder} draws on the CPU: give cpu, or leave this folder out")
         check_size(one, size or first.native_size, "size")
         one.check_weights()
     students = {}
     if plans:
-        if isinstance(first, OpenVinoFolder):
-            raise UserError(f"--plan: needs a model of torch first, and {models[0]} is for OpenVINO: give it second")
+        if isinstance(first, RuntimeFolder):
+            raise UserError(
+                f"--plan: needs a model of torch first, and {models[0]} is for {first.runtime}: give it second"
+            )
         students = {f"plan {p}": partial(_reduced, first, derive(first.unet_config, load_plan(p))) for p in plans}
     timed: dict[str, TimedModel] = {
-        name: OpenVinoModel(one, precision_of(dtype)) if isinstance(one, OpenVinoFolder) else TorchModel(one.pipeline())
+        name: RuntimeModel(one, dtype) if isinstance(one, RuntimeFolder) else TorchModel(one.pipeline())
         for name, one in zip(names, opened, strict=True)
     }
     return timed | {name: make() for name, make in students.items()}
@@ -139,7 +136,6 @@ def drawings(models: Sequence[str], *, config: str | None = None, steps: int | N
     asked = Drawing.given(steps=steps)
     opened = (open_any(Model(model, config)) for model in models)
     ways = (
-        one.drawing_of(asked) if isinstance(one, OpenVinoFolder) else drawing_of(one, Drawing(), asked)
-        for one in opened
+        one.drawing_of(asked) if isinstance(one, RuntimeFolder) else drawing_of(one, Drawing(), asked) for one in opened
     )
     return dict(zip(names_of(models), ways, strict=True))

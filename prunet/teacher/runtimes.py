@@ -5,7 +5,8 @@ from pathlib import Path
 #: Runtime -> what only a folder for it holds, and what draws with it.
 RUNTIMES = {
     "OpenVINO": ("unet/openvino_model.xml", "`prunet generate`"),
-    "ONNX Runtime": ("unet/model.onnx", "examples/edge/draw_onnx.py"),
+    "ONNX Runtime": ("unet/model.onnx", "`prunet generate`"),
+    "Core ML": ("Unet.mlpackage", "a Mac"),
 }
 
 
