@@ -264,8 +264,9 @@ def main() -> None:
     torch.set_num_threads(1)
     args.subject = subject(args.subject or args.out / "subject")
     models, students = opened([Path(model) for model in args.models], args)
-    if not args.table:
-        all_done(jobs_of(models, students, args), args.workers)
+    jobs = {} if args.table else jobs_of(models, students, args)
+    for _ in all_done(jobs, args.workers):
+        write_text(args.out / "table.md", table(models, args))
     text = table(models, args)
     write_text(args.out / "table.md", text)
     sheet(models, args).save(args.out / "sheet.png")

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 
 import torch
@@ -30,8 +30,11 @@ def do(name: str, job: Job) -> str:
     return ""
 
 
-def all_done(jobs: Jobs, workers: int) -> None:
-    """Does the jobs, `workers` at once; each after those that it names. The earliest that can begin is the next."""
+def all_done(jobs: Jobs, workers: int) -> Iterator[str]:
+    """Does the jobs, `workers` at once; each after those that it names. Yields the name of each that has ended.
+
+    The earliest that can begin is the next.
+    """
     began, ended, running = time.perf_counter(), set[str](), dict[Future[str], str]()
     # Forked, so that nothing is imported again; no GPU is used in this process before.
     context = multiprocessing.get_context("fork")
@@ -46,3 +49,4 @@ def all_done(jobs: Jobs, workers: int) -> None:
                 ended.add(name := running.pop(future))
                 said = future.result()
                 print(f"[{time.perf_counter() - began:6.1f} s] {name}: {said or 'done'}", flush=True)
+                yield name

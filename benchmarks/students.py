@@ -25,7 +25,7 @@ from prunet.evaluation.measuring import measure
 from prunet.evaluation.protocol import ProtocolFiles, load_protocol, protocol_prompts
 from prunet.intervals import Measure, summary
 from prunet.recipe.recipe import Recipe
-from prunet.runs.ablation import finish, load_ablation
+from prunet.runs.ablation import Ablation, finish, load_ablation
 from prunet.runs.run import Run
 from prunet.sampling.shards import read_shard
 from prunet.student.folder import save_unet
@@ -229,6 +229,22 @@ def write_sheet(path: Path, arms: dict[str, list[Recipe]], args: argparse.Namesp
         grid(list(rows.values()), list(rows), captions).save(path, optimize=True)
 
 
+def write_tables(
+    ablations: list[Ablation], recipes: dict[tuple[str, str, int], Recipe], args: argparse.Namespace
+) -> list[str]:
+    """Writes table and sheet of each ablation from what is there; returns the tables."""
+    texts = []
+    for ablation in ablations:
+        arms: dict[str, list[Recipe]] = {}
+        for (title, arm, _), recipe in recipes.items():
+            if title == ablation.title:
+                arms.setdefault(arm, []).append(recipe)
+        texts.append(table(ablation.title, arms, args))
+        write_text(Path(ablation.output) / "students.md", texts[-1] + "\n")
+        write_sheet(Path(ablation.output) / "students.png", arms, args)
+    return texts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ablations", type=Path, nargs="+")
@@ -248,17 +264,10 @@ def main() -> None:
     }
     first = next(iter(recipes.values()))
     args.teachers = Path(loaded[0][0].output) / "teacher"
-    if not args.table:
-        all_done(jobs_of(recipes, Path(first.teacher.source), args), args.workers)
-    for ablation, _ in loaded:
-        arms: dict[str, list[Recipe]] = {}
-        for (title, arm, _), recipe in recipes.items():
-            if title == ablation.title:
-                arms.setdefault(arm, []).append(recipe)
-        text = table(ablation.title, arms, args)
-        write_text(Path(ablation.output) / "students.md", text + "\n")
-        write_sheet(Path(ablation.output) / "students.png", arms, args)
-        print(text)
+    jobs = {} if args.table else jobs_of(recipes, Path(first.teacher.source), args)
+    for _ in all_done(jobs, args.workers):  # what is finished can be read at any time
+        write_tables([ablation for ablation, _ in loaded], recipes, args)
+    print("\n".join(write_tables([ablation for ablation, _ in loaded], recipes, args)))
 
 
 if __name__ == "__main__":
