@@ -65,14 +65,19 @@ def names_of(sources: Sequence[Path | str]) -> list[str]:
     raise UserError(f"{twice} is given twice")
 
 
+def brief(value: Any, longest: int = 60) -> str:
+    """Returns the text of a value, cut with `...` to at most `longest` characters."""
+    text = str(value)
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """Returns the first difference of two nested mappings as `data.flip False, now True`; None if they are equal."""
     before, now = _leaves(old), _leaves(new)
     key = next((key for key in now | before if before.get(key) != now.get(key)), None)
     if key is None:
         return None
-    shown = (text if len(text := str(side.get(key))) <= 60 else f"{text[:57]}..." for side in (before, now))
-    return f"{key} {next(shown)}, now {next(shown)}"
+    return f"{key} {brief(before.get(key))}, now {brief(now.get(key))}"
 
 
 def _leaves(value: Any, key: str = "") -> dict[str, Any]:

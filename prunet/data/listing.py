@@ -12,6 +12,7 @@ from pathlib import Path
 from prunet.data.pictures import as_text
 from prunet.data.remote import File, is_url, remotes
 from prunet.errors import UserError
+from prunet.words import brief
 
 MAX_FILES = 100_000  # files that one name may stand for
 MAX_AGAIN = 1_000  # repeated visits of folders: links in a circle make endlessly many paths
@@ -52,7 +53,7 @@ def _ranges(text: str) -> Iterator[str]:
     short = all(len(end) < 19 for pair in ends for end in pair)  # int() refuses thousands of digits
     spans = [range(int(first), int(last) + 1) for first, last in ends] if short else []
     if not short or not all(spans) or math.prod(map(len, spans)) > MAX_FILES:
-        raise UserError(f"{_short(text)}: the range must count up, over at most {MAX_FILES:,} files")
+        raise UserError(f"{brief(text, 300)}: the range must count up, over at most {MAX_FILES:,} files")
     widths = [max(map(len, pair)) if "0" in (pair[0][0], pair[1][0]) else 1 for pair in ends]
     return (
         texts[0] + "".join(f"{n:0{width}d}{rest}" for n, width, rest in zip(numbers, widths, texts[1:], strict=True))
@@ -66,9 +67,9 @@ def _glob(text: str) -> Sequence[File]:
     if os.path.exists(text):  # checked first, because a file may have [brackets] in its name
         return [Path(text)]
     if not glob.has_magic(text):
-        raise UserError(f"{_short(text)}: no such file or folder")
+        raise UserError(f"{brief(text, 300)}: no such file or folder")
     if not (found := sorted(_matches(text))):
-        raise UserError(f"{_short(text)}: no file matches this pattern; fix the pattern or the folder")
+        raise UserError(f"{brief(text, 300)}: no file matches this pattern; fix the pattern or the folder")
     return [Path(name) for name in found]
 
 
@@ -87,12 +88,8 @@ def _matches(pattern: str) -> set[str]:
             found = (path for name in names if os.path.lexists(path := os.path.join(name, part)))
         names = set(itertools.islice(found, MAX_FILES + 1))
         if len(names) > MAX_FILES:
-            raise UserError(f"{_short(pattern)}: matches more than {MAX_FILES:,} files or folders; name fewer")
+            raise UserError(f"{brief(pattern, 300)}: matches more than {MAX_FILES:,} files or folders; name fewer")
     return names
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
@@ -115,12 +112,12 @@ def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
                 continue
             entries = sorted((e for e in os.scandir(folder) if e.name[0] != "."), key=lambda entry: entry.name)
         except OSError as error:
-            raise UserError(f"{_short(str(folder))}: this folder cannot be listed ({error.strerror})") from None
+            raise UserError(f"{brief(folder, 300)}: this folder cannot be listed ({error.strerror})") from None
         again += this in seen
         seen.add(this)
         if again > MAX_AGAIN:
             many = f"links in it lead to the same folders more than {MAX_AGAIN:,} times"
-            raise UserError(f"{_short(str(root))}: {many}; remove those that lead in a circle")
+            raise UserError(f"{brief(root, 300)}: {many}; remove those that lead in a circle")
         folders = [entry.name for entry in entries if _is_folder(entry)]
         yield under, sorted({entry.name for entry in entries}.difference(folders))
         todo.extend((f"{under}{name}/", (*above, this)) for name in reversed(folders))

@@ -37,7 +37,7 @@ from prunet.sampling.made_for import drawing_of
 from prunet.sampling.shards import draw_shards
 from prunet.teacher.space import check_size
 from prunet.teacher.teacher import Teacher
-from prunet.words import short
+from prunet.words import brief, short
 
 
 def measure(
@@ -254,12 +254,7 @@ def compare(folders: Sequence[Path | str]) -> list[Measures]:
             more = f" (and in {', '.join(apart[1:])})" if apart[1:] else ""
             raise UserError(
                 f"{folder}: measured by another protocol than {folders[0]}: {key} is "
-                f"{_brief(result.protocol.get(key))}, not {_brief(first.get(key))}{more}; such numbers cannot "
+                f"{brief(result.protocol.get(key))}, not {brief(first.get(key))}{more}; such numbers cannot "
                 "be compared"
             )
     return results
-
-
-def _brief(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
