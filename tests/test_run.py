@@ -25,6 +25,7 @@ from prunet.recipe.recipe import Recipe
 from prunet.runs.checks import checkpoint_bytes
 from prunet.runs.fingerprints import _hash
 from prunet.runs.steps import logged_seconds
+from prunet.student.student import inherit
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
 
@@ -218,6 +219,18 @@ def test_pictures_may_go_when_the_cache_is_whole(sd, tmp_path, monkeypatch) -> N
     monkeypatch.setattr("prunet.runs.checks.check_source", lambda source, **_: pytest.fail(f"looks for {source}"))
     with pytest.raises(pytest.fail.Exception, match="looks for data/others"):
         Run(recipe.model_copy(update={"data": other}), CPU).check()
+
+
+def test_a_fitted_student_is_made_from_the_cache(sd, pictures, tmp_path) -> None:
+    recipe = load_recipe(recipe_file(tmp_path, sd, pictures, initialisation="fitted"))
+    this = Run(recipe, CPU)
+    assert this.todo("build") == ["plan", "cache", "build"]
+    this.finish("build")
+    fitted, plain = this._unet_of("build"), inherit(this.teacher.unet, this.derived)
+    assert torch.equal(fitted.conv_in.weight, plain.conv_in.weight)
+    assert not torch.equal(fitted.conv_out.weight, plain.conv_out.weight)
+    other = Run(recipe.model_copy(update={"seed": recipe.seed + 1}), CPU)
+    assert this.is_done("build") and not other.is_done("build")
 
 
 def test_disk_for_the_checkpoints_of_all_stages(sd, pictures, tmp_path, monkeypatch) -> None:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import diffusers
 import torch
@@ -51,7 +51,7 @@ class Architecture(ABC):
     part: str  # the name of the denoiser's folder in a pipeline: `unet` or `transformer`
     levels: tuple[Level, ...]  # for the feature losses
     last_layer: str  # the module that computes the output
-    ends: Mapping[str, tuple[str, ...]] = {}  # maps classes of layers to the linear maps whose sum ends them
+    ends: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # maps classes of layers to the linear maps whose sum ends them
     parts_help: str  # the parts that a plan may name, for messages
     only_form: bool = False  # True: prunet plans and builds its students, but cannot train or draw with them yet
     adapters: AdapterForms

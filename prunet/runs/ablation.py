@@ -186,9 +186,9 @@ def ablate(
         except UserError as error:
             raise UserError(f"arm {key[0]!r}: {error}") from error
     with hold(output, "ablation"):
-        for run in runs.values():  # caches first, because several arms share one
+        for run in runs.values():  # caches first, because several arms share one; copied stages follow the build
             for step in run.todo("evaluate"):
-                if step in run.step_names("cache"):
+                if step in run.step_names("build"):
                     run.do(step)
             for teacher in {run.teacher, *run.teachers}:
                 teacher.release("unet", "vae", "text")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def step_inputs(this: "Run") -> dict[str, str]:
     """Returns for each step a hash of everything that its result depends on."""
     recipe = this.recipe
-    begins = [] if recipe.initialisation == "inherited" else [recipe.initialisation, recipe.seed]
+    begins: list[Any] = [] if recipe.initialisation == "inherited" else [recipe.initialisation, recipe.seed]
     if recipe.initialisation == "fitted":
         begins += [this.cache_specs[0][1], this.teachers[0].fingerprint(["unet"])]
     build = _hash(this.teacher.fingerprint(["unet"]), recipe.plan.fingerprint, *begins)

@@ -301,6 +301,7 @@ class Run:
         return self._unet_of(f"stage-{len(self.recipe.stages)}")
 
     def _evaluate(self) -> None:
+        last = f"stage-{len(self.recipe.stages)}"
         evaluate(
             self.teachers[-1],
             {"before": self._unet_of("build"), "after": self.last_unet()},
@@ -309,10 +310,7 @@ class Run:
             size=self.size,
             seed=self.recipe.evaluation.seed,
             drawing=self.recipe.made_for,
-            protocol={
-                "teacher": self.teachers[-1].fingerprint(),
-                "student": self.inputs[f"stage-{len(self.recipe.stages)}"],
-            },
+            protocol={"teacher": self.teachers[-1].fingerprint(), "student": self.inputs[last]},
         )
 
     def _export(self) -> None:

@@ -9,7 +9,7 @@ the student with all samples, so it also corrects the error of those before it. 
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,11 @@ from prunet.training.samples import LiveSamples, Samples, batches
 PIXELS, LEAST, MOST = 2**18, 32, 256
 CHUNK = 8  # samples whose patches are in memory at once
 #: Added to the diagonal of the equations, as a share of its mean: weights of which the samples say nothing stay.
-RIDGE = 1e-3
+RIDGE = 0.1
 #: Layers with a smaller relative error are not changed.
 EQUAL = 1e-9
+#: The linear maps that end a layer.
+Ends: TypeAlias = Sequence[nn.Linear | nn.Conv2d]
 
 
 @torch.no_grad()
@@ -62,9 +64,9 @@ def fit(teacher: Teacher, student: Net, derived: Derived, cache: Cache, seed: in
     return nn.Module.to(student, "cpu")
 
 
-def _layers(student: Net, derived: Derived) -> dict[str, list[nn.Module]]:
+def _layers(student: Net, derived: Derived) -> dict[str, Ends]:
     """Maps the name of each layer to the linear maps that end it."""
-    kinds, found = derived.architecture.ends, {}
+    kinds, found = derived.architecture.ends, dict[str, list[Any]]()
     for name, module in student.named_modules():
         ends = [getattr(module, end, None) for end in kinds.get(type(module).__name__, ())]
         found[name] = [module] if name == derived.architecture.last_layer else [end for end in ends if end is not None]
@@ -83,9 +85,7 @@ def _note(inputs: list[Tensor], end: nn.Module, args: tuple[Tensor, ...]) -> Non
     inputs.append(args[0])
 
 
-def _fit_layer(
-    ends: Sequence[nn.Module], inputs: list[Tensor], target: Tensor, bar: Any, layer: Any, args: Any, output: Any
-) -> Any:
+def _fit_layer(ends: Ends, inputs: list[Tensor], target: Tensor, bar: Any, layer: Any, args: Any, output: Any) -> Any:
     """Changes the maps `ends` of a layer so that its output is nearest to `target`; returns its new output.
 
     A forward hook. `inputs`: those of `ends`.
@@ -99,14 +99,15 @@ def _fit_layer(
     before = [end.forward(given) for end, given in zip(ends, inputs, strict=True)]
     for end, change in zip(ends, changes, strict=False):
         end.weight += change.T.reshape(end.weight.shape).to(end.weight)
-    ends[0].bias += changes[-1][0].to(ends[0].bias)
+    if (bias := ends[0].bias) is not None:
+        bias += changes[-1][0].to(bias)
     for end, given, old in zip(ends, inputs, before, strict=True):
         rows = _rows(end.forward(given) - old) / getattr(layer, "output_scale_factor", 1.0)
         ours = ours + rows.unflatten(0, (len(ours), -1)).transpose(1, 2).reshape(ours.shape)
     return (ours, *output[1:]) if isinstance(output, tuple) else ours
 
 
-def _solve(ends: Sequence[nn.Module], inputs: Sequence[Tensor], rest: Tensor) -> tuple[Tensor, ...]:
+def _solve(ends: Ends, inputs: Sequence[Tensor], rest: Tensor) -> tuple[Tensor, ...]:
     """Returns the change of each map's weights (K, C), and of the bias (1, C), that bring nearest to `rest`."""
     sizes = [end.weight[0].numel() for end in ends]
     where = torch.device("cpu") if rest.device.type == "mps" else rest.device  # mps has no float64
@@ -119,7 +120,8 @@ def _solve(ends: Sequence[nn.Module], inputs: Sequence[Tensor], rest: Tensor) ->
         left += known.T @ known
         right += known.T @ _rows(rest[at]).to(where).double()
     left.diagonal().add_(RIDGE * left.diagonal().mean())
-    return torch.linalg.solve(left, right).split([*sizes, 1])
+    changes: tuple[Tensor, ...] = torch.linalg.solve(left, right).split([*sizes, 1])
+    return changes
 
 
 def _rows(features: Tensor) -> Tensor:
@@ -127,8 +129,9 @@ def _rows(features: Tensor) -> Tensor:
     return (features.flatten(2).transpose(1, 2) if features.ndim == 4 else features).flatten(0, 1)
 
 
-def _patches(end: nn.Module, given: Tensor) -> Tensor:
+def _patches(end: nn.Linear | nn.Conv2d, given: Tensor) -> Tensor:
     """Returns what a linear map multiplies with its weights, as rows (N, K)."""
     if not isinstance(end, nn.Conv2d):
         return _rows(given)
-    return _rows(F.unfold(given, end.kernel_size, end.dilation, end.padding, end.stride).transpose(1, 2))
+    pad: Any = end.padding
+    return _rows(F.unfold(given, end.kernel_size, end.dilation, pad, end.stride).transpose(1, 2))
