@@ -1,6 +1,7 @@
 # make demo   sets up and runs the main job on what ships with the project
 # make demo-fast   the same, and the student draws in two steps without guidance
 # make test   sets up and runs the fast tests
+# make lowest  tests with the oldest versions that pyproject.toml allows; several GB
 # make docs   the documentation as a site, in build/site
 # make check  format, lint, types, which room may import which
 
@@ -8,7 +9,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo demo-fast test test-processes test-slow docs check format clean
+.PHONY: setup demo demo-fast test test-processes test-slow lowest docs check format clean
 
 setup: $(VENV)/.done
 
@@ -38,6 +39,17 @@ test-processes: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow -s
+
+# In an environment of its own; not part of CI, because it downloads a second torch.
+LOWEST := build/lowest
+OLDEST := --resolution lowest-direct --python-version 3.11 --extra data --extra personalize --extra gguf
+lowest:
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/uv pip compile --quiet $(OLDEST) pyproject.toml -o $(LOWEST)/oldest.txt
+	$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python -r $(LOWEST)/oldest.txt pytest pytest-xdist hypothesis
+	PYTHONPATH=. $(LOWEST)/bin/python -m pytest -n auto \
+	    $(addprefix tests/test_,plan.py recipe.py ldm.py latents.py pictures.py student.py run.py personalize.py)
 
 # Material's own notice asks for its successor, which does not call hooks yet.
 docs: setup
