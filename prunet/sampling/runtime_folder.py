@@ -1,5 +1,6 @@
 """Folders that `prunet export` wrote for runtimes other than torch: their facts, and what is alike for each runtime."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias
@@ -20,7 +21,7 @@ Arrays: TypeAlias = dict[str, NDArray[Any]]
 Part: TypeAlias = Callable[[Arrays], list[NDArray[Any]]]
 
 
-class RuntimeFolder:
+class RuntimeFolder(ABC):
     """The facts in the files of a folder for another runtime, without opening its models; a subclass for each runtime.
 
     - `runtime`: its name; `form`: the form of `prunet export` and the extra; `package`: the module that computes.
@@ -83,21 +84,21 @@ class RuntimeFolder:
             raise UserError(f"sampler: {self.folder} draws only with {self.made_for.sampler}: leave it out")
         return how
 
+    @abstractmethod
     def precision_of(self, dtype: torch.dtype) -> str:
         """Returns in which precision the folder computes if `dtype` is asked for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pipeline(self, dtype: torch.dtype) -> "RuntimePipeline":
         """Opens the folder to draw.
 
         Raises:
             UserError: the runtime cannot open it.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def open_parts(self, dtype: torch.dtype) -> dict[str, Part]:
         """Opens each model by itself, with as many threads as torch has; returns them by the names of their folders."""
-        raise NotImplementedError
 
 
 class RuntimePipeline(Protocol):
