@@ -241,6 +241,9 @@ def finish(
     run.check(until)  # checked again, because the disk may be full by now
     others = [Run(other, runtime, like=run) for other in recipes if other.output != recipe.output]
     with run.at_work():
+        for step in run.todo(until):
+            if step in run.step_names("build"):  # a step that begins makes those after it begin again
+                run.do(step)
         for step in (name for name in run.step_names("distil") if name.startswith("stage-")):
             if run.is_done(step):
                 continue
