@@ -61,9 +61,8 @@ def drawn_in(arm: str, recipe: Recipe) -> list[tuple[int, float]]:
 
 
 def sampler_of(recipe: Recipe | None, guidance: float) -> str:
-    """The protocol's sampler for guided pictures; else the one that the student was made for."""
-    made_for = recipe.made_for if recipe and guidance <= 1 else None
-    return made_for.sampler if made_for else "dpmsolver++"
+    """The protocol's sampler for guided pictures; else the one of few steps, also for students not made for them."""
+    return "dpmsolver++" if guidance > 1 else "ddim-trailing"
 
 
 def folder_of(place: Path, protocol: str, steps: int, guidance: float) -> Path:
