@@ -44,9 +44,6 @@ DRAWN = {
     "trajectory, 2 jumps": [(2, 1.0), (1, 1.0), (4, 1.0)],
     "trajectory, 2 jumps, LoRA": [(2, 1.0)],
     "trajectory, 1 jump": [(1, 1.0), (2, 1.0)],
-    "consistency": [(2, 1.0), (1, 1.0), (4, 1.0), (8, 1.0)],
-    "distribution": [(2, 1.0), (1, 1.0), (4, 1.0)],
-    "distribution with jumps": [(2, 1.0), (1, 1.0), (4, 1.0)],
 }
 TEACHER = [(25, GUIDANCE), (8, GUIDANCE), (4, GUIDANCE), (2, GUIDANCE), (1, GUIDANCE)]
 #: Pictures of each protocol in the sheet.

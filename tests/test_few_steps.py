@@ -13,7 +13,6 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
-    LCMScheduler,
     UNet2DConditionModel,
 )
 from PIL import Image
@@ -35,17 +34,13 @@ from prunet.sampling.start import StartPicture
 from prunet.speed.models import drawings
 from prunet.student.student import state_hash
 from prunet.training import session
-from prunet.training.checkpoints import Saving, checkpoints
+from prunet.training.checkpoints import Saving
 from prunet.training.loop import _objective
-from prunet.training.samples import DistributionSamples, PathSamples, Samples
+from prunet.training.samples import PathSamples, Samples
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
 PACE = {"steps": 2, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0, "ema_decay": None}
 TRAJECTORY = Stage(objective="trajectory", guidance_scale=2.0, jumps=2, path_steps=4, paths=10, **PACE)
-CONSISTENCY = Stage(objective="consistency", guidance_scale=3.0, jumps=4, caption_dropout=0, **PACE)
-DISTRIBUTION = Stage(
-    objective="distribution", guidance_scale=2.0, jumps=2, path_steps=4, paths=10, weight_decay=0, **PACE
-)
 GUIDANCE = Stage(objective="guidance", guidance_scale=3.0, losses=Losses(task=0), caption_dropout=0, **PACE)
 SCALE = 2.0
 
@@ -224,114 +219,10 @@ def test_on_paths_the_denoisers_see_the_points_of_the_paths(made) -> None:
     assert len(set(t.tolist())) > 1
 
 
-def test_consistency_loss_is_the_formula_in_plain_words(made, tmp_path) -> None:
-    """As in diffusers' scripts for LCM: a DDIM step from the noise, and the scheduler's boundary condition."""
-    teacher, latents, _ = made
-    (student, _), (plain, _) = small(teacher), small(teacher)
-    distil(teacher, student, (), latents, CONSISTENCY, tmp_path, seed=5, runtime=CPU)
-    clean, noise, t, condition = batch_of(
-        Samples(latents, CONSISTENCY, 5, teacher.process), ("latents", "noise", "timestep")
-    )
-    t = torch.arange(19, 1000, 20)[t // 20]  # the one of the teacher's 50 steps that contains it
-    before, kept = (t - 20).clamp(min=0), teacher.noise_scheduler.alphas_cumprod
-    scheduler = LCMScheduler.from_config(teacher.noise_scheduler.config)
-    scheduler.set_timesteps(50)
-    assert set(t.tolist()) <= set(scheduler.timesteps.tolist())
-
-    def both(output, x, t):
-        """Returns the picture and the noise that follow from an output."""
-        a, s = (part[t].view(-1, 1, 1, 1).sqrt() for part in (kept, 1 - kept))
-        if teacher.process.prediction_type == "epsilon":
-            return (x - s * output) / a, output
-        return a * x - s * output, a * output + s * x
-
-    def seen(net, x, t):
-        picture, _ = both(call_unet(net, x, t, condition), x, t)
-        factors = [scheduler.get_scalings_for_boundary_condition_discrete(each) for each in t]
-        skip, out = (torch.stack(f).view(-1, 1, 1, 1) for f in zip(*factors, strict=True))
-        return skip * x + out * picture
-
-    noisy = teacher.noise_scheduler.add_noise(clean, noise, t)
-    nothing = {**condition, **{k: v.expand_as(condition[k]) for k, v in latents.unconditional.items()}}
-    given, free = (both(call_unet(teacher.unet, noisy, t, c), noisy, t) for c in (condition, nothing))
-    picture, there = (g + 2.0 * (g - f) for g, f in zip(given, free, strict=True))  # guidance scale 3 in pipelines
-    nearer = teacher.noise_scheduler.add_noise(picture, there, before)
-    apart = seen(plain, noisy, t) - seen(plain, nearer, before)
-    loss = ((apart.square() + 0.001**2).sqrt() - 0.001).mean()
-    assert first_row(tmp_path)["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    teacher.release("unet")
-
-
-@pytest.mark.parametrize("jump_weight", [0.0, 0.5])
-def test_distribution_gradient_and_fake_score_are_the_formulas_in_plain_words(made, jump_weight, tmp_path) -> None:
-    """The training takes the step in two micro-batches, this test in one."""
-    teacher, latents, paths = made
-    (student, _), (plain, _), (fake, _) = (small(teacher) for _ in range(3))
-    stage = DISTRIBUTION.model_copy(update={"jump_weight": jump_weight, "steps": 1})
-    runtime = dataclasses.replace(CPU, micro_batch=2)
-    distil(teacher, student, (), paths, stage, tmp_path, seed=5, runtime=runtime)
-    names = ("start", "landed", "timestep", "noises", "timesteps")
-    begin, landed, t, noises, times, condition = batch_of(DistributionSamples(paths, stage, 5, teacher.process), names)
-    assert set(t.tolist()) == {999, 499}
-    kept = torch.cat([teacher.noise_scheduler.alphas_cumprod, torch.ones(1)])
-    epsilon = teacher.process.prediction_type == "epsilon"
-
-    def factors(at):
-        return kept[at].view(-1, 1, 1, 1).sqrt(), (1 - kept[at]).view(-1, 1, 1, 1).sqrt()
-
-    def seen(output, x, at):
-        a, s = factors(at)
-        return (x - s * output) / a if epsilon else a * x - s * output
-
-    first, (a, s), (a2, s2) = torch.full_like(t, 999), factors(torch.tensor([999])), factors(torch.tensor([499]))
-    for net in (plain, fake):
-        net.requires_grad_(True)
-    with torch.no_grad():
-        picture = seen(call_unet(plain, begin, first, condition), begin, first)
-        arrived = torch.where(first == t.view(-1), 1, 0).view(-1, 1, 1, 1)
-        x = arrived * begin + (1 - arrived) * (a2 * picture + s2 * (begin - a * picture) / s)
-    drawn = seen(call_unet(plain, x, t, condition), x, t)
-    at = times[:, 0]
-    a, s = factors(at)
-    noisy = (a * drawn + s * noises[:, 0]).detach()
-    nothing = {**condition, **{k: v.expand_as(condition[k]) for k, v in latents.unconditional.items()}}
-    with torch.no_grad():
-        free, given = (call_unet(teacher.unet, noisy, at, c) for c in (nothing, condition))
-        real = seen(free + 2.0 * (given - free), noisy, at)
-        theirs = seen(call_unet(fake, noisy, at, condition), noisy, at)
-        pull = (theirs - real) / ((drawn - real).abs().mean((1, 2, 3), keepdim=True) + 1e-6)
-    # DMD's gradient, by the gradient of the inner product.
-    gradient_of = (drawn * pull).sum() / drawn.numel()
-    if jump_weight:
-        (a, s), (a2, s2) = factors(t), factors(t - 500)
-        target = (landed - s2 / s * x) / (a2 - s2 / s * a)
-        gradient_of = gradient_of + jump_weight * ((a / s).square().clamp(min=1) * (drawn - target).square()).mean()
-    gradient_of.backward()
-    norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1e9)
-    row = first_row(tmp_path)
-    assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
-    assert row["matching"] == pytest.approx(0.5 * pull.square().mean().item(), rel=1e-4)
-    optimizer = torch.optim.AdamW(fake.parameters(), lr=3e-3, weight_decay=0)
-    for update in (1, 2):
-        noise, at = noises[:, update], times[:, update]
-        a, s = factors(at)
-        output = call_unet(fake, a * drawn.detach() + s * noise, at, condition)
-        torch.nn.functional.mse_loss(output, noise if epsilon else a * noise - s * drawn.detach()).backward()
-        torch.nn.utils.clip_grad_norm_(fake.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    saved = torch.load(checkpoints(tmp_path)[-1] / "companion.pt", weights_only=True)["net"]
-    differences = [(saved[name] - value).abs() for name, value in fake.state_dict().items()]
-    # AdamW makes full steps even from gradients that are only rounding.
-    assert torch.cat([d.flatten() for d in differences]).quantile(0.99) < 1e-4
-    teacher.release("unet")
-
-
-@pytest.mark.parametrize("jumps", [TRAJECTORY, DISTRIBUTION], ids=lambda stage: stage.objective)
 @pytest.mark.parametrize("made", ["sdxl"], indirect=True)
-def test_killed_and_resumed_ends_in_the_same_student(made, jumps, tmp_path, monkeypatch) -> None:
+def test_killed_and_resumed_ends_in_the_same_student(made, tmp_path, monkeypatch) -> None:
     teacher, _, paths = made
-    stage = jumps.model_copy(update={"steps": 4, "ema_decay": 0.9})
+    stage = TRAJECTORY.model_copy(update={"steps": 4, "ema_decay": 0.9})
     students = [small(teacher)[0] for _ in range(3)]
     before, save = state_hash(students[0]), session.save
     teacher.release("unet")
@@ -501,8 +392,6 @@ def test_evaluation_draws_the_teacher_by_the_recipe_and_the_student_by_what_it_w
         ({"path_steps": 9}, "'path_steps' has no meaning with objective distillation: leave it out"),
         ({"paths": 9, "guidance_scale": 2}, "'paths' need 'losses.task' 0"),
         ({"paths": 9, "losses": {"task": 0}}, "objective distillation needs 'guidance_scale'"),
-        ({"objective": "consistency", "guidance_scale": 2}, "objective consistency needs 'jumps'"),
-        ({"objective": "consistency", "guidance_scale": 2, "jumps": 2, "paths": 9}, "'paths' has no meaning"),
         ({"objective": "adversarial"}, "stages.0.objective"),
     ],
 )
@@ -518,9 +407,6 @@ def test_jumps_that_the_noise_schedule_cannot_make_are_refused(sd, sd_v, tmp_pat
     stage = TRAJECTORY.model_copy(update={"jumps": 3, "path_steps": 12})
     with pytest.raises(UserError, match=r"stages.1.jumps: 3 do not divide the 1000 timesteps"):
         check_jumps(Teacher(sd), stage, "stages.1")
-    check_jumps(Teacher(sd), CONSISTENCY.model_copy(update={"jumps": 3}), "stages.1")
-    with pytest.raises(UserError, match=r"cannot drive lcm for 60 steps"):
-        check_jumps(Teacher(sd), CONSISTENCY.model_copy(update={"jumps": 60}), "stages.1")
     for source, fits in ((sd, False), (sd_v, True)):
         folder = tmp_path / source.name
         folder.mkdir()

@@ -68,14 +68,12 @@ def _write_plan(plan: Plan) -> dict[str, Any]:
 PlanValue = Annotated[Any, BeforeValidator(_read_plan), PlainSerializer(_write_plan)]
 
 
-Objective = Literal["distillation", "guidance", "trajectory", "consistency", "distribution"]
+Objective = Literal["distillation", "guidance", "trajectory"]
 #: Maps an objective to the keys that have no meaning for it and are not saved with it.
 IDLE: dict[str, tuple[str, ...]] = {
-    "distillation": ("objective", "guidance_scale", "jumps", "path_steps", "paths", "jump_weight"),
-    "guidance": ("min_snr_gamma", "jumps", "path_steps", "paths", "jump_weight"),
-    "trajectory": ("min_snr_gamma", "losses", "caption_dropout", "random_captions", "jump_weight"),
-    "consistency": ("min_snr_gamma", "losses", "random_captions", "path_steps", "paths", "jump_weight"),
-    "distribution": ("min_snr_gamma", "losses", "caption_dropout", "random_captions", "lora"),
+    "distillation": ("objective", "guidance_scale", "jumps", "path_steps", "paths"),
+    "guidance": ("min_snr_gamma", "jumps", "path_steps", "paths"),
+    "trajectory": ("min_snr_gamma", "losses", "caption_dropout", "random_captions"),
 }
 #: Keys that are left out where they have their default, so that stages that were trained before they existed keep their
 #: fingerprints.
@@ -86,17 +84,15 @@ ON_PATHS: dict[str, tuple[str, ...]] = {
     "guidance": ("path_steps", "paths"),
 }
 #: Maps an objective to the calls of the teacher per sample.
-TEACHER_CALLS = {"distillation": 1, "guidance": 2, "trajectory": 0, "consistency": 2, "distribution": 2}
+TEACHER_CALLS = {"distillation": 1, "guidance": 2, "trajectory": 0}
 #: Maps an objective to the keys that it requires.
 NEEDED: dict[str, tuple[str, ...]] = {
     "distillation": ("guidance_scale",),
     "guidance": ("guidance_scale",),
     "trajectory": ("guidance_scale", "jumps"),
-    "consistency": ("guidance_scale", "jumps"),
-    "distribution": ("guidance_scale", "jumps"),
 }
-#: Maps an objective to the sampler that draws in `jumps` steps.
-FEW_STEP_SAMPLER = {"trajectory": "ddim-trailing", "consistency": "lcm", "distribution": "ddim-trailing"}
+#: The sampler that draws in `jumps` steps.
+FEW_STEP_SAMPLER = "ddim-trailing"
 
 
 class Stage(Training):
@@ -115,9 +111,6 @@ class Stage(Training):
     jumps: Steps | None = Field(default=None, description="number of steps in which the student learns to draw")
     path_steps: DrawingSteps = Field(default=12, description="steps of the teacher in a path")
     paths: Steps | None = Field(default=None, description="number of the teacher's paths; by default one per sample")
-    jump_weight: Weight = Field(
-        default=1.0, description="distribution only: weight of the loss of trajectory, which is added"
-    )
     plan: PlanValue | None = Field(
         default=None, description="an earlier plan that removes less; if not given, the recipe's plan"
     )
@@ -172,15 +165,10 @@ class Stage(Training):
         """Calls of the teacher per sample."""
         return TEACHER_CALLS[self.objective]
 
-    @property
-    def companions(self) -> int:
-        """Networks of the student's size that are trained beside it: the fake score."""
-        return int(self.objective == "distribution")
-
     def made_for(self, evaluation: Drawing) -> Drawing | None:
         """Returns how the stage's student draws; None: like the teacher. `evaluation`: how the teacher draws."""
         if self.jumps:
-            return Drawing(steps=self.jumps, guidance_scale=1, sampler=FEW_STEP_SAMPLER[self.objective])
+            return Drawing(steps=self.jumps, guidance_scale=1, sampler=FEW_STEP_SAMPLER)
         if self.objective == "guidance":
             return Drawing(steps=evaluation.steps, guidance_scale=1, sampler=evaluation.sampler)
         return None

@@ -36,11 +36,6 @@ class Training(Part):
         return 0
 
     @property
-    def companions(self) -> int:
-        """Networks of the student's size that are trained beside it."""
-        return 0
-
-    @property
     def rows(self) -> int:
         """Inputs of the denoiser per sample."""
         return 1

@@ -184,9 +184,8 @@ def checkpoint_bytes(this: "Run", todo: Sequence[str]) -> int:
     for number, (stage, derived) in enumerate(zip(this.recipe.stages, this.steps_down, strict=True), 1):
         if f"stage-{number}" not in todo:
             continue
-        # Trained weights, their average and two moments, in fp32; a companion network has no average.
-        trained = trained_count(derived.student_config, stage.rank)
-        size = 16 * trained + 12 * stage.companions * derived.student_size.parameters
+        # Trained weights, their average and two moments, in fp32.
+        size = 16 * trained_count(derived.student_config, stage.rank)
         need += size * min(this.recipe.keep_checkpoints, -(-stage.steps // this.recipe.checkpoint_every))
         need -= sum(f.stat().st_size for f in this.folder.glob(f"stage-{number}/checkpoints/*/*"))
         largest = max(largest, size)

@@ -69,12 +69,6 @@ class DDPM:
         ratio = noise_after / noise
         return (landed - ratio * noisy) / (signal_after - ratio * signal)
 
-    def landed(self, noisy: Tensor, clean: Tensor, timestep: Tensor, after: Tensor) -> Tensor:
-        """Returns where a step of DDIM with clean picture `clean` lands at `after`: the inverse of `clean_between`."""
-        (signal, noise), (signal_after, noise_after) = self.signal_and_noise(timestep), self.signal_and_noise(after)
-        ratio = noise_after / noise
-        return ratio * noisy + (signal_after - ratio * signal) * clean
-
     def snr(self, timestep: Tensor) -> Tensor:
         """Returns the signal-to-noise ratio (B,) at `timestep` (B,)."""
         return self.alphas_cumprod[timestep] / (1 - self.alphas_cumprod[timestep])

@@ -3,7 +3,7 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -31,28 +31,14 @@ class Saving:
     keep: int = 2
 
 
-class Companion(Protocol):
-    """A network that is trained beside the student, with its own optimizer; it is equal in all processes."""
-
-    def step(self, learning_rate: float) -> None:
-        """Trains the network after a step of the student."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the tensors and numbers that its further training depends on."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads such a state."""
-
-
 @dataclass
 class State:
-    """The content of a checkpoint: the student's trained weights, optimizer, average, fp16's loss scaler, companion."""
+    """The content of a checkpoint: the student's trained weights, optimizer, average, fp16's loss scaler."""
 
     student: Net
     optimizer: Any
     ema: EMAModel | None
     scaler: Any
-    companion: Companion | None = None
 
 
 def trained_parameters(student: Net) -> dict[str, nn.Parameter]:
@@ -84,8 +70,6 @@ def save(now: State, folder: Path, step: int, stage: Training, keep: int, unlogg
         if average:
             save_file(average, part / "ema.safetensors")
         torch.save(moments, part / "optimizer.pt")
-        if now.companion:
-            torch.save(now.companion.state_dict(), part / "companion.pt")
         scaler = now.scaler.state_dict() if now.scaler is not None else None
         label = {"step": step, "stage": stage.settings(), "scaler": scaler, "unlogged": unlogged}
         write_json(part / "state.json", label)
@@ -146,15 +130,6 @@ def check_stage(folder: Path, stage: Training) -> tuple[dict[str, Any], list[str
     if state["step"] > stage.steps:
         raise UserError(f"{saved[-1]}: already past steps {stage.steps}: raise it, or delete {folder / 'checkpoints'}")
     return state, changed
-
-
-def resume_companion(companion: Companion, folder: Path) -> None:
-    """Loads the companion's state from the newest checkpoint."""
-    saved = checkpoints(folder)
-    try:
-        companion.load_state_dict(torch.load(saved[-1] / "companion.pt", weights_only=True, map_location="cpu"))
-    except Exception as error:
-        raise UserError(f"{saved[-1]}: damaged or of another student ({error}): {_before(saved)}") from error
 
 
 def _before(saved: list[Path]) -> str:

@@ -27,7 +27,7 @@ def training_memory(
 
     The student is in fp32, and its trained weights have gradients and AdamW's two moments. The teacher is in the
     runtime's precision. In half precision, the activations include a copy of the student's weights in half precision.
-    `companion`: a network that is trained beside the student. `activations` are counted as if all existed at the same
+    `activations` are counted as if all existed at the same
     time; `prunet.training.memory.step_memory` simulates the step, which takes seconds.
     """
     t, s, trained = size_of(teacher).parameters, size_of(student).parameters, trained_count(student, stage.rank)
@@ -42,7 +42,6 @@ def training_memory(
         "gradients": trained * 4 // shards,
         "optimizer": trained * (2 if runtime.use_8bit_adam else 8) // shards,
         "ema": trained * 4 // shards if stage.ema_decay is not None and not runtime.offload_ema else 0,
-        "companion": s * 16 * stage.companions,
         "activations": int(elements * (2 if half else 4) * kept) + (s * 2 if half else 0),
     }
 

@@ -20,13 +20,11 @@ from prunet.training.checkpoints import Saving, checkpoints
 from prunet.training.fit import micro_batch_of
 from prunet.training.log import Log, log_note
 from prunet.training.lora import trainable
-from prunet.training.objectives.consistency import Consistency
 from prunet.training.objectives.distillation import Distillation
-from prunet.training.objectives.distribution import Distribution
 from prunet.training.objectives.guidance import Guidance
 from prunet.training.objectives.objective import Objective
 from prunet.training.objectives.trajectory import Trajectory
-from prunet.training.samples import DistributionSamples, LiveSamples, PathSamples, Samples, SamplesOnPaths, batches
+from prunet.training.samples import LiveSamples, PathSamples, Samples, SamplesOnPaths, batches
 from prunet.training.session import Session
 from prunet.training.sheets import Sheets
 from prunet.training.stopping import stops_after_step
@@ -84,9 +82,6 @@ def _objective(
     """Returns the objective of the stage and its samples."""
     if stage.objective == "trajectory":
         return Trajectory(teacher, student), PathSamples(cache, stage, seed, teacher.process)
-    if stage.objective == "distribution":
-        objective = Distribution(teacher, student, stage, cache.unconditional)
-        return objective, DistributionSamples(cache, stage, seed, teacher.process)
     if stage.has("paths"):
         times = path_times(teacher, stage.path_steps)
         samples: Samples = SamplesOnPaths(cache, stage, seed, teacher.process, times)
@@ -96,8 +91,6 @@ def _objective(
         samples = Samples(cache, stage, seed, teacher.process)
     if stage.objective == "guidance":
         return Guidance(teacher, student, pairs, stage, cache.unconditional), samples
-    if stage.objective == "consistency":
-        return Consistency(teacher, student, stage, cache.unconditional), samples
     return Distillation(teacher, student, pairs, stage), samples
 
 

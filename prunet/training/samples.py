@@ -17,8 +17,6 @@ from prunet.recipe.training import Training
 from prunet.teacher.process import DDPM
 from prunet.teacher.teacher import Teacher
 
-FAKE_UPDATES = 2  # updates of the fake score for each step of the student, with the objective `distribution`
-
 
 class Samples(Dataset[dict[str, Any]]):
     """The inputs of the denoiser at (step, position in the batch), a pure function of these two and the seed.
@@ -149,28 +147,6 @@ class SamplesOnPaths(Samples):
         latents, timestep = path[-1], self._times[point]
         given = {"latents": latents, "noise": (path[point] - signal * latents) / noise}
         return {**given, "timestep": timestep, "condition": condition}
-
-
-class DistributionSamples(PathSamples):
-    """Samples for the objective `distribution`.
-
-    An item also has `start` (C, h, w), the noise from which the student draws, and `noises` (n, C, h, w) and
-    `timesteps` (n,): the student's picture is judged at the first, and the fake score learns at the rest.
-    """
-
-    def __getitem__(self, at: tuple[int, int]) -> dict[str, Any]:
-        item = super().__getitem__(at)
-        rng = torch.Generator().manual_seed(seed_of(self.seed, "distribution", *at))
-        fresh, *noises = torch.randn(2 + FAKE_UPDATES, *item["noisy"].shape, generator=rng)
-        path, _ = self.cache.path(self._choose(*at))
-        edge = self.process.num_timesteps // 50  # at both ends of the schedule the judgement has no meaning
-        judged = torch.randint(edge, self.process.num_timesteps - edge, (), generator=rng)
-        timesteps = [judged, *(self.process.random_timestep(rng) for _ in range(FAKE_UPDATES))]
-        return item | {
-            "start": path[0] if self.stage.jump_weight else fresh,
-            "noises": torch.stack(noises),
-            "timesteps": torch.stack(timesteps),
-        }
 
 
 class LatentSamples(Samples):

@@ -18,7 +18,7 @@ from prunet.denoisers.known import fast_attention
 from prunet.recipe.training import Training
 from prunet.runtime import Runtime
 from prunet.training.allocator import kept_memory
-from prunet.training.checkpoints import Companion, State, resume, resume_companion, save, trained_parameters
+from prunet.training.checkpoints import State, resume, save, trained_parameters
 from prunet.training.fsdp import local, shard, unsharded, whole
 from prunet.training.gpu import compiled_blocks, set_memory_format
 
@@ -89,14 +89,8 @@ class Session:
         """Adds the gradients of `loss` () to those of the step."""
         self.accelerator.backward(loss)
 
-    def accompany(self, companion: Companion) -> None:
-        """Trains `companion` beside the student from now on, and resumes it if the student is resumed."""
-        self._state.companion = companion
-        if self.start:
-            resume_companion(companion, self.folder)
-
     def step(self, learning_rate: float) -> Tensor:
-        """Updates the weights, the average and the companion. Returns the norm () of the gradients before clipping."""
+        """Updates the weights and the average. Returns the norm () of the gradients before clipping."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.stage.max_grad_norm)
@@ -108,8 +102,6 @@ class Session:
             self._ema.step(self._held)
             if self.runtime.offload_ema:
                 self._ema.to("cpu")
-        if self._state.companion:
-            self._state.companion.step(learning_rate)
         total: Tensor = whole(norm)
         return total
 
