@@ -23,6 +23,7 @@ __all__ = ["SMALL_UNETS", "make_pictures", "make_pipeline", "make_tokenizer"]
 
 torch.set_num_threads(1)  # the models are tiny: threads only wait for each other
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and the processes of tests would too
 
 
 def pytest_collection_finish() -> None:
