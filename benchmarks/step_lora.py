@@ -2,7 +2,7 @@
 
     python benchmarks/step_lora.py runs/few-steps/distilled/seed-1
 
-The run is that of a student of emoji-sd that was distilled only (`students.py few-steps.yaml` leaves some). Trains the
+The run has a student of emoji-sd that was only distilled, such as `students.py few-steps.yaml` leaves. Trains the
 LoRAs of step-lora.yaml on the teacher, carries each over with `prunet adapt`, and draws held-out prompts at equal
 noise. Measures how near the prompt the pictures are (by emoji-clip), and how far from what the teacher draws in 25
 guided steps. The same command resumes the training. Leaves step-lora.md and step-lora.png beside the LoRAs.

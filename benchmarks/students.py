@@ -57,7 +57,7 @@ def drawn_in(arm: str, recipe: Recipe) -> list[tuple[int, float]]:
     return DRAWN.get(arm, [(made_for.steps, made_for.guidance_scale) if made_for else TEACHER[0]])
 
 
-def sampler_of(recipe: Recipe | None, guidance: float) -> str:
+def sampler_of(guidance: float) -> str:
     """The protocol's sampler for guided pictures; else the one of few steps, also for students not made for them."""
     return "dpmsolver++" if guidance > 1 else "ddim-trailing"
 
@@ -120,7 +120,7 @@ def trained(
     """Trains a student, and measures how it draws."""
     model = drawable(recipe, recipes, teacher, args)
     for how in drawn:
-        measured(model, Path(recipe.output), how, sampler_of(recipe, how[1]), teachers=args.teachers, args=args)
+        measured(model, Path(recipe.output), how, sampler_of(how[1]), teachers=args.teachers, args=args)
 
 
 def teachers_pictures(source: Path, args: argparse.Namespace) -> None:

@@ -94,6 +94,7 @@ def assert_same(run: Path, whole: Path) -> None:
 def kill_often(kills: int, forks: Forks, whole: tuple[Path, float], sd: Path, pictures: Path, tmp_path: Path) -> dict:
     rng, done, finished, codes, lasts = random.Random(17), 0, 0, {}, whole[1]
     while done < kills:
+        assert finished <= 5 * kills, f"{finished} runs ended before a signal stopped them"
         folder = tmp_path / f"run-{finished}"
         asked = command(folder, sd, pictures)
         for left in reversed(range(5)):  # kills of one run; the last time it is not killed
@@ -166,6 +167,7 @@ def fill_often(times: int, forks: Forks, whole: tuple[Path, float], sd: Path, pi
     rng, failed, finished, lasts = random.Random(3), 0, 0, whole[1]
     with small_disk(tmp_path / "disk", "200m") as disk:
         while failed < times:
+            assert finished <= 10 * times, f"{finished} runs ended before the disk was full"
             asked = command(tmp_path / f"run-{finished}", sd, pictures)
             asked += ("--set", f"output={disk / 'run'}")
             for left in reversed(range(4)):

@@ -37,7 +37,7 @@ class StagePairs(Value):
 def term_factors(pairs: Sequence[Pair], weights: Mapping[str, float]) -> list[float]:
     """Returns the factor of each pair's term, or 1.
 
-    The factor is that of the last pattern that matches the pair's teacher module or a module around it.
+    The last pattern that matches the pair's teacher module, or a module around it, gives the factor.
 
     Raises:
         UserError: a pattern matches no pair.

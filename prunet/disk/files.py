@@ -128,7 +128,7 @@ def _error_number(error: BaseException) -> int | None:
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    # The text is that of safetensors, or of shutil.Error, which joins the errors of several files.
+    # safetensors wrote the text, or shutil.Error, which joins the errors of several files.
     if found := re.search(r"(?:\(os error |\[Errno )(\d+)[\])]", str(error)):
         return int(found[1])
     lost = r"PytorchStreamWriter|inline_container|iostream error|encoder error"
