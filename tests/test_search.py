@@ -13,6 +13,7 @@ from test_cli import call
 
 from prunet import Runtime, Teacher, UserError, derive, load_plan, load_recipe
 from prunet.disk.files import read_json
+from prunet.report.search import write_search
 from prunet.search import recovery, search
 from prunet.search.budgets import costs_of, parse_budgets
 from prunet.search.choice import Problem, best_sets, smallest_failing, total
@@ -120,6 +121,16 @@ def test_the_plan_keeps_the_budget_and_hurts_least(space, searched) -> None:
     within = [row for row in result.presets if row.costs["parameters"] <= result.limits["parameters"]]
     assert {row.name for row in result.presets} >= {"bk-base", "bk-small", "bk-tiny"}
     assert all(result.plans[0].error <= row.error for row in within)
+
+
+def test_the_page_shows_errors_after_training(searched, tmp_path) -> None:
+    result = searched[2]
+    first, *others = result.plans
+    first = first.model_copy(update={"after": {25: 0.7071, 100: 0.6262}})
+    trained = result.model_copy(update={"plans": [first, *others], "recover_steps": 100})
+    write_search(trained, tmp_path)
+    page = (tmp_path / "search.html").read_text()
+    assert "error after 100 steps" in page and "0.71 <small>(25)</small>, 0.63 <small>(100)</small>" in page
 
 
 def test_the_recipe_can_be_run(searched, sd) -> None:

@@ -46,13 +46,15 @@ def recover(
     """Distils the students with the least error before training, and all presets; returns the errors after training.
 
     The result maps `key_of` a student to its errors by steps. Presets take part because any of them can become the
-    best. Resumes in `folder`. At each rung, the best students of the rung before are trained further.
+    best. Resumes in `folder`. At each rung, the best students of the rung before are trained further, and the best
+    preset in any case, because few steps favour the students that begin near the teacher.
     """
     samples, found = Cache.open(cache_folder(cache)), dict[str, dict[int, float]]()
     left = sorted(students, key=lambda student: scores.error(student).value)
-    left = [student for i, student in enumerate(left) if i < FIRST or student.plan.name in preset_names()]
-    for rung, most in ((max(1, round(SHARE * steps)), len(left)), (steps, LAST)):
-        left = left[:most]
+    presets = [student for student in left if student.plan.name in preset_names()]
+    for rung, most, others in ((max(1, round(SHARE * steps)), FIRST, len(presets)), (steps, LAST, 1)):
+        best = [*left[:most], *[student for student in left if student in presets][:others]]
+        left = [student for student in left if student in best]
         for student in left:
             key = f"{key_of(student)} {rung}"
             if key not in scores.kept("after"):
