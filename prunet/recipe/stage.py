@@ -108,7 +108,7 @@ class Stage(Training):
     guidance_scale: GuidanceScales | None = Field(
         default=None,
         description="of the teacher; the student then draws without guidance, except with distillation. With objective "
-        "guidance it may be a range, such as [1, 8], of which the student takes one as an input",
+        "guidance it may be a range, such as [1, 8], and the student then takes the scale as an input",
     )
     jumps: Steps | None = Field(default=None, description="number of steps in which the student learns to draw")
     path_steps: DrawingSteps = Field(default=12, description="steps of the teacher in a path")
