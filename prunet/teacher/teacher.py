@@ -55,8 +55,8 @@ class Teacher(PipelineFiles):
         if not only_draw and self.architecture.takes_guidance(self.unet_config):
             raise UserError(
                 f"{self.source}: its {self.architecture.part} takes the guidance scale as an input; prunet can draw "
-                "with it and measure it, but not train it or write it in another form: give the model that it was made "
-                "of"
+                "with it and measure it, but not train it or write it in another form: give another model, such as a "
+                "student of one guidance_scale"
             )
         self.device, self.dtype = torch.device(device), dtype
 
