@@ -81,7 +81,7 @@ class EmbeddedGuidance(Drawing):
         return 1
 
     def __str__(self) -> str:
-        return "{}, of {:g} to {:g} in one call".format(super().__str__(), *self.guidance_range)
+        return "{} of {:g} to {:g}, in one call".format(super().__str__(), *self.guidance_range)
 
     def nearest(self, scale: float) -> Self:
         """Returns the drawing at the learned scale that is nearest to `scale`."""
