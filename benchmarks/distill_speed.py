@@ -166,7 +166,7 @@ def reference_loop(
             t = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=device)
             noisy = scheduler.add_noise(latents, noise, t)
             sizes = [(args.size, args.size, 0, 0, args.size, args.size)] * len(latents)
-            known = arguments(Condition(text | teacher.size_condition(sizes)).to(device))
+            known = arguments(Condition(text | teacher.size_condition(sizes)).to(device), noisy.dtype)
             with parts("teacher"), torch.no_grad():
                 theirs = frozen(noisy.to(frozen.dtype), t, **known).sample
             with parts("student"):

@@ -329,7 +329,7 @@ def test_measures_by_a_protocol_are_there_with_their_intervals(tmp_path: Path, m
     make_run(tmp_path, prompts=["a fox"])
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "model_index.json").touch()
-    monkeypatch.setattr("prunet.report.run.Teacher", lambda folder: SimpleNamespace(fingerprint=lambda: "now"))
+    monkeypatch.setattr("prunet.report.run.Teacher", lambda folder, **_: SimpleNamespace(fingerprint=lambda: "now"))
     assert "Measured by protocol" not in Page(write_report(tmp_path)).text
     clip = {"library": "transformers", "model": "emoji-clip"}
     protocol = {"name": "mine", "version": 3, "count": 882, "sampler": "ddim", "steps": 25, "guidance_scale": 2.0}

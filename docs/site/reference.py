@@ -88,6 +88,8 @@ def _type(hint: Any) -> str:
         return f"{', '.join(most)} or {last}"
     if origin is typing.Literal:
         return " or ".join(f"`{one}`" for one in inside)
+    if origin is tuple:
+        return f"list of {len(inside)}: {_type(inside[0])}"
     if origin is list:
         return f"list of {_type(inside[0])}"
     if origin is dict:

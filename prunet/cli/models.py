@@ -135,8 +135,7 @@ def _inspect_recipe(path: Path, as_json: bool) -> None:
     from rich.text import Text
 
     from prunet.cli.views import plan_view, stairs_view
-    from prunet.plan.derived import derive
-    from prunet.student.student import check_steps
+    from prunet.student.student import check_steps, derive_stages
     from prunet.teacher.teacher import Teacher
 
     recipe = open_recipe(path, None)
@@ -144,7 +143,7 @@ def _inspect_recipe(path: Path, as_json: bool) -> None:
     teacher = Teacher(source.source, config=source.config, revision=source.revision)
     config = teacher.unet_config
     teacher.check_weights(headers_only=True)
-    derived, steps = derive(config, recipe.plan), [derive(config, plan) for plan in recipe.stage_plans]
+    derived, steps = derive_stages(config, recipe)
     check_steps(steps)
     notes = [f"{stage.steps:,} x {stage.batch_size}" for stage in recipe.stages]
     title = f"{source.source} by {recipe.plan.name}"

@@ -136,6 +136,6 @@ def _draw_batch(
     condition = Condition({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
     sizes = teacher.size_condition([(height, width, 0, 0, height, width)] * len(numbers))
     condition = Condition({**condition, **{name: value.cpu() for name, value in sizes.items()}})
-    how = {"steps": stage.path_steps, "guidance_scale": stage.guidance_scale or 0.0}
+    how = {"steps": stage.path_steps, "guidance_scale": stage.fixed_guidance}
     paths = draw_path(teacher, noise, condition, latents.unconditional, **how)  # type: ignore[arg-type]
     return [{"path": path, **condition.row(i)} for i, path in enumerate(paths)]

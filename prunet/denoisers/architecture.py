@@ -128,6 +128,18 @@ class Architecture(ABC):
         `net` may be wrapped. Timesteps are those of the noise scheduler.
         """
 
+    def takes_guidance(self, config: Config) -> bool:
+        """Returns whether the denoiser takes the guidance scale as an input (`guidance_scale` in its condition)."""
+        return False
+
+    def with_guidance(self, form: Form) -> Form:
+        """Returns the form of the same student that takes the guidance scale as an input.
+
+        Raises:
+            UserError: diffusers has no form for it.
+        """
+        raise UserError(f"diffusers has no {self.class_name} that learns the guidance scale: give one guidance_scale")
+
     def fast_attention(self, nets: Iterable[Net], device: torch.device, *, half: bool) -> AbstractContextManager[None]:
         """Gives `nets` a faster attention on `device` inside the `with` block, if prunet has one."""
         return nullcontext()

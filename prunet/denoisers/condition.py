@@ -3,15 +3,16 @@
 import torch
 from torch import Tensor
 
-#: Tensors that stay in fp32, because half precision cannot represent their numbers (sizes in pixels).
-EXACT = frozenset({"time_ids"})
+#: Tensors that stay in fp32, because half precision cannot represent their numbers.
+EXACT = frozenset({"time_ids", "guidance_scale"})
 
 
 class Condition(dict[str, Tensor]):
     """Named tensors with one row for each sample, or for one sample without that dimension.
 
     `prompt_embeds` (B, T, D); for SDXL `pooled` (B, P) and `time_ids` (B, 6): original height and width, crop top and
-    left, target height and width, in pixels (micro-conditioning, arXiv 2307.01952, section 2.2).
+    left, target height and width, in pixels (micro-conditioning, arXiv 2307.01952, section 2.2). Only for
+    denoisers that take the guidance scale as an input: `guidance_scale` (B,).
     """
 
     def to(

@@ -13,6 +13,7 @@ class Form:
     module_map: dict[str, str]  # modules, by prefixes of their names; the longest prefix counts
     weight_map: dict[str, str]  # parameters
     implied: tuple[str, ...]  # parts removed with those named (the sampler that led to a removed level of a U-Net)
+    new: tuple[str, ...] = ()  # parameters that the teacher does not have; they begin at zero
 
 
 def teacher_name(name: str, mapping: Mapping[str, str]) -> str:

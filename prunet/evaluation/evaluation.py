@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prunet import processes
 from prunet.console import progress
-from prunet.denoisers.architecture import Net
+from prunet.denoisers.architecture import Net, config_of
 from prunet.denoisers.condition import Condition
 from prunet.disk.files import new_file
 from prunet.disk.seals import file_checksum
@@ -125,6 +125,7 @@ def denoiser_errors(teacher: Teacher, net: Net, prompts: list[str], latents: Ten
     a teacher gets the same inputs.
     """
     process, call = teacher.process, teacher.architecture.call
+    takes_scale = teacher.architecture.takes_guidance(config_of(net))
     side = latents.shape[-1] * teacher.vae_scale
     mine = []
     for batch, rows in enumerate(batches(len(prompts))):
@@ -133,6 +134,8 @@ def denoiser_errors(teacher: Teacher, net: Net, prompts: list[str], latents: Ten
         clean = latents[rows].cpu()
         sizes = teacher.size_condition([(side, side, 0, 0, side, side)] * len(clean))
         condition = Condition(teacher.encode_prompts(prompts[rows]) | sizes)
+        unguided = {"guidance_scale": torch.ones(len(clean), device=teacher.device)} if takes_scale else {}
+        calls = (net, Condition(condition | unguided)), (teacher.unet, condition)
         noise = torch.stack(
             [
                 torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(seed + rows.start + i))
@@ -144,7 +147,7 @@ def denoiser_errors(teacher: Teacher, net: Net, prompts: list[str], latents: Ten
             t = torch.full((len(clean),), process.timestep_at(level))
             noisy = process.add_noise(clean, noise, t).to(teacher.device, teacher.dtype)
             t = t.to(teacher.device)
-            ours, theirs = (call(m, noisy, t, condition).double().cpu() for m in (net, teacher.unet))
+            ours, theirs = (call(model, noisy, t, given).double().cpu() for model, given in calls)
             sums[0, :, i] = (ours - theirs).square().sum(dim=(1, 2, 3)).numpy()
             sums[1, :, i] = theirs.square().sum(dim=(1, 2, 3)).numpy()
         mine.append((rows.start, sums))

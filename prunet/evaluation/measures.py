@@ -11,7 +11,7 @@ from prunet.disk.values import Value
 from prunet.errors import UserError
 from prunet.evaluation.protocol import TITLES
 from prunet.intervals import Measure
-from prunet.recipe.values import Drawing
+from prunet.recipe.values import Drawing, EmbeddedGuidance
 
 
 class MeasuredModel(Value):
@@ -19,7 +19,7 @@ class MeasuredModel(Value):
 
     source: str
     fingerprint: str
-    drawn: Drawing | None = None
+    drawn: EmbeddedGuidance | Drawing | None = None
 
     def __str__(self) -> str:
         return f"{self.source} ({self.drawn})" if self.drawn else self.source

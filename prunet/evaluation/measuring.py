@@ -116,7 +116,7 @@ def measure(
 
 def _open(model: Model, protocol: Protocol) -> Teacher:
     """Opens a pipeline, and refuses it if it cannot draw what the protocol requires."""
-    teacher = open_model(model)
+    teacher = open_model(model, only_draw=True)
     check_size(teacher, protocol.size or teacher.native_size, "size")
     teacher.check_weights()
     return teacher

@@ -11,7 +11,7 @@ from prunet.disk.steps import Step
 from prunet.disk.values import Value
 from prunet.errors import UserError
 from prunet.plan.effect import Size
-from prunet.recipe.values import Drawing
+from prunet.recipe.values import Drawing, EmbeddedGuidance
 from prunet.speed.clock import Speeds
 
 #: Rows of the table of distances: title, field of `Distance`.
@@ -96,7 +96,7 @@ class EvaluationResult(Value):
     """
 
     protocol: EvaluationProtocol
-    drawn: Drawing | None = None
+    drawn: EmbeddedGuidance | Drawing | None = None
     sizes: dict[str, Size]
     speed: Speeds
     distance: dict[str, Distance]

@@ -108,8 +108,10 @@ class Derived:
         )
 
 
-def derive(config: Mapping[str, Any], plan: Plan) -> Derived:
+def derive(config: Mapping[str, Any], plan: Plan, *, guidance: bool = False) -> Derived:
     """Derives the student's config, weight map, pairs and programs from the teacher's config and a plan.
+
+    `guidance`: the student takes the guidance scale as an input.
 
     Raises:
         UserError: a pattern matches nothing, or a part that cannot be removed; a U-Net's levels are uneven; a kept
@@ -118,4 +120,5 @@ def derive(config: Mapping[str, Any], plan: Plan) -> Derived:
     teacher = json.loads(json.dumps(dict(config)))  # plain JSON types: a config is data
     architecture = architecture_of(teacher)
     removed = architecture.removed_parts(teacher, plan.remove)
-    return Derived(plan, teacher, removed, architecture.form(teacher, removed))
+    form = architecture.form(teacher, removed)
+    return Derived(plan, teacher, removed, architecture.with_guidance(form) if guidance else form)

@@ -17,7 +17,7 @@ from prunet.plan.derived import derive
 from prunet.plan.plan import Plan
 from prunet.recipe.prompts import check_prompts
 from prunet.recipe.recipe import load_recipe
-from prunet.recipe.values import Drawing
+from prunet.recipe.values import Drawing, EmbeddedGuidance
 from prunet.sampling.draw import Model, draw, open_any
 from prunet.sampling.made_for import drawing_of, made_for
 from prunet.sampling.runtime_folder import RuntimeFolder, RuntimePipeline
@@ -80,6 +80,8 @@ class TorchPlayer:
         """
         self.opened.check_prompts([asked.prompt])
         how = drawing_of(self.opened, asked.drawing)
+        if isinstance(how, EmbeddedGuidance):
+            how = how.nearest(asked.drawing.guidance_scale)
         self._use(asked.lora)
         start = None
         if (given := asked.start) is not None:

@@ -148,6 +148,25 @@ class Recipe(Part):
             raise ValueError("'data.text' live: not with 'random_captions', which read cached text")
         return self
 
+    @model_validator(mode="after")
+    def _embedded_guidance(self) -> "Recipe":
+        embeds = [stage.guidance_range is not None for stage in self.stages]
+        if embeds != sorted(embeds):
+            raise ValueError(
+                f"stages.{embeds.index(True)} has a range of 'guidance_scale', which the student then takes as an "
+                "input: later stages need a range too"
+            )
+        try:
+            _ = self.made_for
+        except ValidationError as error:
+            raise ValueError(f"evaluation: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+        if self.export.single_file and embeds[-1]:
+            raise ValueError(
+                "'export.single_file': the layout has no name for the weights that take the guidance scale: leave it "
+                "out"
+            )
+        return self
+
     @property
     def made_for(self) -> Drawing | None:
         """How the student of the last stage draws; None: in the same way as the teacher."""

@@ -16,7 +16,7 @@ from prunet.denoisers.pairs import Level
 from prunet.plan.plan import Plan, load_plan, preset_names
 from prunet.recipe.paths import PathOrId, located
 from prunet.recipe.training import Training
-from prunet.recipe.values import Drawing, DrawingSteps, Part, Positive, Steps, Weight
+from prunet.recipe.values import Drawing, DrawingSteps, EmbeddedGuidance, GuidanceScales, Part, Positive, Steps, Weight
 
 
 class TeacherSource(Part):
@@ -105,8 +105,10 @@ class Stage(Training):
     objective: Objective = Field(
         default="distillation", description="what the stage minimises: see docs/few-steps.md for the others"
     )
-    guidance_scale: Weight | None = Field(
-        default=None, description="of the teacher; the student then draws without guidance, except with distillation"
+    guidance_scale: GuidanceScales | None = Field(
+        default=None,
+        description="of the teacher; the student then draws without guidance, except with distillation. With objective "
+        "guidance it may be a range, such as [1, 8], and the student then takes the scale as an input",
     )
     jumps: Steps | None = Field(default=None, description="number of steps in which the student learns to draw")
     path_steps: DrawingSteps = Field(default=12, description="steps of the teacher in a path")
@@ -139,6 +141,11 @@ class Stage(Training):
             raise ValueError("objective guidance needs 'losses.task' 0, because the data teach the unguided output")
         if name == "distillation" and self.paths and self.losses.task:
             raise ValueError("'paths' need 'losses.task' 0, because guided paths do not lead to the data")
+        if self.guidance_range and (name != "guidance" or self.paths or self.lora):
+            raise ValueError(
+                "a range of 'guidance_scale' needs objective guidance without 'paths', which are drawn at one scale, "
+                "and without 'lora', which has no place for the new layer"
+            )
         if self.random_captions and self.losses.task:
             raise ValueError("'random_captions' need 'losses.task' 0, because the data do not show other captions")
         if self.jumps and self.has("path_steps") and self.path_steps % self.jumps:
@@ -161,6 +168,16 @@ class Stage(Training):
         return self.lora
 
     @property
+    def guidance_range(self) -> tuple[float, float] | None:
+        """The smallest and the largest guidance scale, if the student takes the scale as an input."""
+        return self.guidance_scale if isinstance(self.guidance_scale, tuple) else None
+
+    @property
+    def fixed_guidance(self) -> float:
+        """The teacher's guidance scale; 0 if there is none, or a range."""
+        return self.guidance_scale if isinstance(self.guidance_scale, float) else 0.0
+
+    @property
     def teacher_calls(self) -> int:
         """Calls of the teacher per sample."""
         return TEACHER_CALLS[self.objective]
@@ -169,6 +186,9 @@ class Stage(Training):
         """Returns how the stage's student draws; None: like the teacher. `evaluation`: how the teacher draws."""
         if self.jumps:
             return Drawing(steps=self.jumps, guidance_scale=1, sampler=FEW_STEP_SAMPLER)
+        if self.guidance_range:
+            drawing = evaluation.model_dump(include=set(Drawing.model_fields))
+            return EmbeddedGuidance(**drawing, guidance_range=self.guidance_range)
         if self.objective == "guidance":
             return Drawing(steps=evaluation.steps, guidance_scale=1, sampler=evaluation.sampler)
         return None

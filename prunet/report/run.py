@@ -67,7 +67,7 @@ def _measured(folder: Path) -> list[Measures]:
     paths = sorted((folder / "measured").glob("*/measures.json"))
     if not paths or not (folder / "pipeline" / "model_index.json").is_file():
         return []
-    now = Teacher(folder / "pipeline").fingerprint()
+    now = Teacher(folder / "pipeline", only_draw=True).fingerprint()
     found = [read_measures(path.parent) for path in paths]
     return [result for result in found if result.model.fingerprint == now]
 

@@ -243,7 +243,7 @@ def _how(result: Bench) -> str:
     """Returns how the models draw, such as `25 steps with guidance`, and which models draw in another way."""
     ways: dict[str, list[str]] = {}
     for name, model in result.models.items():
-        steps, guidance = model.steps, "with" if model.rows > 1 else "without"
+        steps, guidance = model.steps, "with" if model.rows > 1 else "without a second call for"
         way = f"{steps} step{'s' if steps > 1 else ''} {guidance} guidance"
         ways.setdefault(way, []).append(name)
     (first, _), *others = ways.items()

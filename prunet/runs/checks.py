@@ -196,9 +196,9 @@ def _say_what_is_odd(recipe: Recipe) -> None:
     if not recipe.plan.remove:
         say("[yellow]The plan removes nothing:[/] the student will be as large as the teacher")
     for number, stage in enumerate(recipe.stages, 1):
-        if stage.guidance_scale not in (None, drawn := recipe.evaluation.guidance_scale):
+        if stage.fixed_guidance not in (0, drawn := recipe.evaluation.guidance_scale):
             say(
-                f"[yellow]Stage {number} has the teacher at guidance {stage.guidance_scale:g},[/] but evaluation has "
+                f"[yellow]Stage {number} has the teacher at guidance {stage.fixed_guidance:g},[/] but evaluation has "
                 f"it at {drawn:g}"
             )
         if stage.warmup_steps >= stage.steps:

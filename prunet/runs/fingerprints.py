@@ -20,9 +20,10 @@ def step_inputs(this: "Run") -> dict[str, str]:
     begins: list[Any] = [] if recipe.initialisation == "inherited" else [recipe.initialisation, recipe.seed]
     if recipe.initialisation == "fitted":
         begins += [this.cache_specs[0][1], this.teachers[0].fingerprint(["unet"])]
-    build = _hash(this.teacher.fingerprint(["unet"]), recipe.plan.fingerprint, *begins)
+    more = ["guidance as an input"] if this.derived.form.new else []
+    build = _hash(this.teacher.fingerprint(["unet"]), recipe.plan.fingerprint, *begins, *more)
     out = {
-        "plan": _hash(this.teacher.unet_config, recipe.plan.fingerprint),
+        "plan": _hash(this.teacher.unet_config, recipe.plan.fingerprint, *more),
         "build": build,
         "cache": _hash([spec for _, spec in [*this.cache_specs, *this.path_specs.values()]]),
     }

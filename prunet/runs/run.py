@@ -37,7 +37,7 @@ from prunet.evaluation.evaluation import evaluate
 from prunet.exports.folder import export
 from prunet.exports.single_file import export_single_file
 from prunet.hashing import seed_of
-from prunet.plan.derived import Derived, derive
+from prunet.plan.derived import Derived
 from prunet.recipe.recipe import Recipe, read_prompts
 from prunet.recipe.stage import TeacherSource
 from prunet.report.run import write_report
@@ -46,7 +46,7 @@ from prunet.runs.card import card_facts
 from prunet.runs.checks import check_run
 from prunet.runtime import Runtime
 from prunet.student.folder import load_unet, save_unet
-from prunet.student.student import cut, inherit, random_student
+from prunet.student.student import cut, derive_stages, inherit, random_student
 from prunet.teacher.teacher import Teacher
 from prunet.training.checkpoints import Saving
 from prunet.training.fit import micro_batch_of
@@ -74,8 +74,7 @@ class Run:
                 self._opened[key] = self._open(source)
         #: The recipe's teacher, from which the student inherits its weights, and the teacher of each stage.
         self.teacher, *self.teachers = (self._opened[source.model_dump_json()] for source in sources)
-        self.derived: Derived = derive(self.teacher.unet_config, recipe.plan)
-        self.steps_down = [derive(self.teacher.unet_config, plan) for plan in recipe.stage_plans]
+        self.derived, self.steps_down = derive_stages(self.teacher.unet_config, recipe)
         self.size = recipe.data.size or self.teacher.native_size
 
     def check(self, until: str = "report") -> None:
@@ -282,10 +281,9 @@ class Run:
         """Returns the student that stage `number` trains: that of the stage before, cut further if the plan says so."""
         after = self.steps_down[number - 1]
         if number == 1:
-            whole = after.removed.keys() == self.derived.removed.keys()
-            return self._unet_of("build") if whole else self._initial(after)
+            return self._unet_of("build") if after.form == self.derived.form else self._initial(after)
         before, trained = self.steps_down[number - 2], self._unet_of(f"stage-{number - 1}")
-        return trained if before.removed.keys() == after.removed.keys() else cut(trained, before, after)
+        return trained if before.form == after.form else cut(trained, before, after)
 
     def _stored_teacher(self, other: TeacherSource | None = None) -> Teacher:
         """Opens a teacher in fp32 on the CPU for any precision, because students start from the stored weights."""

@@ -146,8 +146,8 @@ def decode(pipe: Any, latents: Tensor) -> list[Image.Image]:
     return pictures
 
 
-def open_model(model: str | Path | Model) -> Teacher:
-    """Opens a pipeline; if only its source is given, on the CPU in full precision.
+def open_model(model: str | Path | Model, *, only_draw: bool = False) -> Teacher:
+    """Opens a pipeline; if only its source is given, on the CPU in full precision. `only_draw`: see `Teacher`.
 
     Raises:
         UserError: there is nothing to open, or a run has not exported its student yet.
@@ -159,7 +159,7 @@ def open_model(model: str | Path | Model) -> Teacher:
             raise UserError(f"{source}: this run has no pipeline yet: finish it with {command('run', source)}")
         source = Path(source) / "pipeline"
         verify(source, f"delete {source} and run {source.parent} again")
-    return Teacher(source, config=given.config, device=given.device, dtype=given.dtype)
+    return Teacher(source, config=given.config, device=given.device, dtype=given.dtype, only_draw=only_draw)
 
 
 def open_any(model: Model) -> Teacher | RuntimeFolder:
@@ -170,7 +170,7 @@ def open_any(model: Model) -> Teacher | RuntimeFolder:
     """
     folder = FOLDERS.get(runtime_of(model.source))
     if folder is None:
-        return open_model(model)
+        return open_model(model, only_draw=True)
     if model.config is not None:
         raise UserError(f"{model.source}: a pipeline for {folder.runtime} draws without config: leave it out")
     return folder(model.source)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from prunet.errors import UserError
 from prunet.recipe.recipe import explain
-from prunet.recipe.values import Drawing
+from prunet.recipe.values import Drawing, EmbeddedGuidance
 from prunet.sampling.samplers import SAMPLERS, sampler_of
 from prunet.teacher.configs import read_object
 from prunet.teacher.pipeline_files import PipelineFiles
@@ -34,10 +34,11 @@ def read_made_for(path: Path, source: str) -> Drawing | None:
     if value is None:
         return None
     fix = f"fetch or copy it again, or delete {KEY} to draw with it like with any other pipeline"
+    kind = EmbeddedGuidance if isinstance(value, dict) and "guidance_range" in value else Drawing
     try:
-        found = Drawing.model_validate(value)
+        found = kind.model_validate(value)
     except ValidationError as error:
-        raise UserError(f"{path}: {KEY}: {explain(error, Drawing)}: {fix}") from error
+        raise UserError(f"{path}: {KEY}: {explain(error, kind)}: {fix}") from error
     if found.sampler not in SAMPLERS:
         raise UserError(f"{path}: {KEY}: no sampler {found.sampler!r}: {fix}")
     return found
@@ -47,17 +48,30 @@ def drawing_of(pipeline: PipelineFiles, default: Drawing, asked: Drawing | None 
     """Returns how to draw with a pipeline: what `asked` sets, else what it was made for, else `default`.
 
     Raises:
-        UserError: there is no such sampler.
+        UserError: there is no such sampler, or the pipeline takes the guidance scale as an input and did not learn this
+            one.
     """
     how = overridden(made_for(pipeline) or default, asked)
+    if pipeline.architecture.takes_guidance(pipeline.unet_config) and not isinstance(how, EmbeddedGuidance):
+        raise UserError(
+            f"{pipeline.source}: its {pipeline.architecture.part} takes the guidance scale as an input, and its "
+            "model_index.json does not say which scales it learned: draw with diffusers, or give another model"
+        )
     if how.sampler not in SAMPLERS:
         raise UserError(f"No sampler {how.sampler!r}: choose one of {', '.join(SAMPLERS)}")
     return how
 
 
 def overridden(drawing: Drawing, asked: Drawing | None) -> Drawing:
-    """Returns `drawing` with the values that `asked` sets; default values of `asked` do not count."""
-    return drawing if asked is None else drawing.model_copy(update=asked.model_dump(exclude_unset=True))
+    """Returns `drawing` with the values that `asked` sets; default values of `asked` do not count.
+
+    Raises:
+        UserError: a guidance scale that the model did not learn.
+    """
+    try:
+        return drawing if asked is None else type(drawing)(**dict(drawing) | asked.model_dump(exclude_unset=True))
+    except ValidationError as error:
+        raise UserError(explain(error)) from error
 
 
 def write_made_for(folder: Path, drawing: Drawing) -> None:

@@ -33,5 +33,5 @@ def draw_alone(model: Model, prompt: str, how: Drawing, size: int) -> tuple[Imag
 def _draw(model: Model, prompt: str, how: Drawing, size: int, threads: int) -> tuple[Image.Image, float | None]:
     torch.set_num_threads(threads)
     before = resident_kb("VmRSS") if reset_peak() else None
-    [picture] = generate(model, prompt, drawing=Drawing.given(**how.model_dump()), size=size)
+    [picture] = generate(model, prompt, drawing=type(how)(**dict(how)), size=size)
     return picture, None if before is None else ((resident_kb("VmHWM") or before) - before) / 1024

@@ -35,7 +35,7 @@ class Row:
     """One model at one batch size, with its denoiser `eager` or `compiled` in torch, or by `openvino` or `onnx`.
 
     - `text_ms`: encoding the prompts of the batch, and the empty prompts for guidance.
-    - `denoiser_ms`: a call with 2 x `batch_size` latents, or with `batch_size` if the model draws without guidance.
+    - `denoiser_ms`: a call with 2 x `batch_size` latents, or with `batch_size` if `rows` is 1.
     - `vae_ms`: decoding the batch. `seconds`: text, all steps, and VAE.
     - `peak_memory_mb`: the weights of all parts, and the most memory that a call of one part needs beside them (MiB);
       only for torch.
@@ -68,7 +68,8 @@ class Row:
 class BenchModel(Value):
     """A model that was timed: its parameters, multiply-adds of a call by kind, and how it draws.
 
-    - `rows`: inputs of the denoiser per picture, 2 with guidance. `weights_mb`: of all parts (MiB).
+    - `rows`: inputs of the denoiser per picture, 2 with guidance, unless it takes the scale as an input.
+    - `weights_mb`: of all parts (MiB).
     - `process_mb`: the growth of a separate process that opens the model and draws a picture (MiB).
     - `apart`: the distance of that picture from the one of the first model of torch with a U-Net of the same
       size, drawn in the same way from the same noise (root mean squared error, 0 to 1).

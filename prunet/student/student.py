@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from prunet.errors import UserError
 from prunet.hashing import hash_of
 from prunet.plan.derived import Derived, derive
 from prunet.plan.plan import Plan
+from prunet.recipe.recipe import Recipe
 from prunet.teacher.teacher import Teacher
 
 
@@ -44,7 +46,8 @@ def _fill(derived: Derived, weights: Mapping[str, Tensor], origins: Mapping[str,
         {
             name: weights[origin].detach().to("cpu", torch.float32, copy=True).contiguous()
             for name, origin in origins.items()
-        },
+        }
+        | {name: torch.zeros(student.get_parameter(name).shape) for name in derived.form.new if name not in origins},
         assign=True,
     )
     return student.eval().requires_grad_(False)
@@ -63,7 +66,19 @@ def compose(before: Derived, after: Derived) -> dict[str, str]:
             f"plan {after.plan.name!r} keeps {lost}, which plan {before.plan.name!r} of the stage before removed: "
             "remove it in the later plan too"
         )
-    return {name: ours[origin] for name, origin in after.weight_map.items()}
+    kept = {name: name for name in after.form.new if name in before.form.new}
+    return {name: ours[origin] for name, origin in after.weight_map.items()} | kept
+
+
+def derive_stages(config: Mapping[str, Any], recipe: Recipe) -> tuple[Derived, list[Derived]]:
+    """Derives the recipe's student and that of each stage from the teacher's config.
+
+    Raises:
+        UserError: a plan does not fit the teacher.
+    """
+    plans = zip(recipe.stage_plans, recipe.stages, strict=True)
+    stages = [derive(config, plan, guidance=stage.guidance_range is not None) for plan, stage in plans]
+    return derive(config, recipe.plan, guidance=bool(stages[-1].form.new)), stages
 
 
 def check_steps(steps: Sequence[Derived]) -> None:

@@ -70,7 +70,7 @@ class _UNet(_Fields):
     num_attention_heads: Count | Annotated[list[Count], Some] | None = None
     norm_num_groups: Count | None = 32
     time_embedding_dim: Count | None = None
-    time_cond_proj_dim: None = None  # LCM's U-Nets take the guidance scale as an input, which prunet does not give
+    time_cond_proj_dim: Literal[256] | None = None
     act_fn: str = "silu"
     class_embed_type: str | None = None
     encoder_hid_dim_type: str | None = None

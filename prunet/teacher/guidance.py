@@ -12,11 +12,17 @@ Caller = Callable[[Any, Tensor, Tensor, Condition], Tensor]
 
 
 def guided(
-    call: Caller, net: Any, noisy: Tensor, timestep: Tensor, condition: Condition, empty: Condition, scale: float
+    call: Caller,
+    net: Any,
+    noisy: Tensor,
+    timestep: Tensor,
+    condition: Condition,
+    empty: Condition,
+    scale: float | Tensor,
 ) -> Tensor:
     """Returns u + scale (c - u), (B, C, h, w), with outputs c for the prompt and u for no prompt; c is computed last.
 
-    `empty`: the condition of no prompt, one row.
+    `empty`: the condition of no prompt, one row. `scale`: a number, or one for each sample (B, 1, 1, 1).
     """
     without = call(net, noisy, timestep, condition.without_prompt(empty))
     return without + scale * (call(net, noisy, timestep, condition) - without)

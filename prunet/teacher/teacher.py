@@ -32,6 +32,7 @@ class Teacher(PipelineFiles):
         config: for a single file: folder or hub id with its configs and tokenizers.
         revision: branch, tag or commit of a hub id.
         only_form: also open a model that prunet can plan for but not train or draw with yet.
+        only_draw: also open a model that takes the guidance scale as an input, with which prunet can only draw.
         device: device of loaded parts.
         dtype: precision of loaded parts.
 
@@ -48,8 +49,15 @@ class Teacher(PipelineFiles):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         only_form: bool = False,
+        only_draw: bool = False,
     ) -> None:
         super().__init__(source, config=config, revision=revision, only_form=only_form)
+        if not only_draw and self.architecture.takes_guidance(self.unet_config):
+            raise UserError(
+                f"{self.source}: its {self.architecture.part} takes the guidance scale as an input; prunet can draw "
+                "with it and measure it, but not train it or write it in another form: give another model, such as a "
+                "student of one guidance_scale"
+            )
         self.device, self.dtype = torch.device(device), dtype
 
     def check_weights(self, *, headers_only: bool = False) -> None:

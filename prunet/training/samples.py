@@ -29,6 +29,7 @@ class Samples(Dataset[dict[str, Any]]):
         self.cache, self.stage, self.seed, self.process = cache, stage, seed, process
         self.unconditional = cache.unconditional
         self.random_captions = isinstance(stage, Stage) and stage.random_captions
+        self.guidance_range = stage.guidance_range if isinstance(stage, Stage) else None
 
     def __getitem__(self, at: tuple[int, int]) -> dict[str, Any]:
         step, position = at
@@ -40,6 +41,10 @@ class Samples(Dataset[dict[str, Any]]):
         if torch.rand((), generator=rng) < self.stage.caption_dropout:
             # The empty prompt replaces the caption, but not the sizes.
             item["condition"] = Condition(item["condition"] | self.unconditional.row(0))
+        if self.guidance_range:
+            low, high = self.guidance_range
+            scale = low + (high - low) * torch.rand((), generator=rng)
+            item["condition"] = Condition(item["condition"] | {"guidance_scale": scale})
         return item
 
     def _share_of_others(self, timestep: Tensor) -> Tensor:

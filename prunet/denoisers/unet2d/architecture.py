@@ -12,7 +12,7 @@ from prunet.denoisers.architecture import Architecture, Config, Net, check_shape
 from prunet.denoisers.condition import Condition
 from prunet.denoisers.form import Form
 from prunet.denoisers.pairs import Level, Pair
-from prunet.denoisers.unet2d import attention, compatibility, form, inputs
+from prunet.denoisers.unet2d import attention, compatibility, form, guidance, inputs
 from prunet.denoisers.unet2d.adapters import UNetAdapters
 from prunet.denoisers.unet2d.diagram import unet_diagram
 from prunet.denoisers.unet2d.pairs import find_pairs
@@ -90,8 +90,16 @@ class UNet2D(Architecture):
 
     @override
     def call(self, net: Any, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        out: Tensor = net(noisy, timestep, **inputs.arguments(condition), return_dict=False)[0]
+        out: Tensor = net(noisy, timestep, **inputs.arguments(condition, noisy.dtype), return_dict=False)[0]
         return out
+
+    @override
+    def takes_guidance(self, config: Config) -> bool:
+        return guidance.takes_guidance(config)
+
+    @override
+    def with_guidance(self, form: Form) -> Form:
+        return guidance.with_guidance(form)
 
     @override
     def fast_attention(self, nets: Iterable[Net], device: torch.device, *, half: bool) -> AbstractContextManager[None]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from prunet.denoisers.form import teacher_name
 from prunet.denoisers.unet2d.controlnet import residual_names, residuals, without_form
+from prunet.denoisers.unet2d.guidance import takes_guidance
 
 CPP = "stable-diffusion.cpp, single file"
 ADAPT = "`prunet adapt FILE --to RUN`"
@@ -45,10 +46,14 @@ def loads_in(student: Mapping[str, Any], net: Any) -> dict[str, str]:
             cpp = "yes: with --for sd.cpp"
         elif form not in _CPP_FORMS:
             cpp = "no: it knows only the whole SD v1, v2 and SDXL, bk-tiny, SSD-1B and Vega"
-    uneven = isinstance(student["layers_per_block"], list)
+    one_file = "yes"
+    if isinstance(student["layers_per_block"], list):
+        one_file = "no: its reader needs the same number of layers in every level"
+    if takes_guidance(student):
+        one_file = comfy = cpp = "no: the layout has no name for the weights that take the guidance scale"
     return {
         "diffusers": "yes",
-        "diffusers, single file": "no: its reader needs the same number of layers in every level" if uneven else "yes",
+        "diffusers, single file": one_file,
         "ComfyUI, single file": comfy,
         CPP: cpp,
     }

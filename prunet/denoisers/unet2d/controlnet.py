@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from prunet.denoisers.form import teacher_name
+from prunet.denoisers.unet2d.guidance import takes_guidance
 from prunet.errors import UserError
 
 #: Fields of a ControlNet's config about its U-Net's form.
@@ -55,6 +56,8 @@ def without_form(net: Any) -> str | None:
         return "diffusers has no ControlNet without a mid block"
     if isinstance(net.config["layers_per_block"], list | tuple):
         return "diffusers has no ControlNet with different numbers of layers at its levels"
+    if takes_guidance(net.config):
+        return "diffusers has no ControlNet that takes the guidance scale as an input"
     return None
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from prunet.denoisers.condition import Condition
+from prunet.denoisers.unet2d.guidance import WIDTH, guidance_embedding, takes_guidance
 
 TEXT_TOKENS = 77
 
@@ -26,8 +27,8 @@ def example_inputs(
 ) -> dict[str, Any]:
     """Returns arguments for the denoiser's `forward`: zeros (or meta tensors) of the right shapes.
 
-    `sample` (B, C, h, w), `timestep` (B,), `encoder_hidden_states` (B, 77, D), and for SDXL `added_cond_kwargs`
-    with `text_embeds` (B, P) and `time_ids` (B, 6).
+    `sample` (B, C, h, w), `timestep` (B,), `encoder_hidden_states` (B, 77, D), for SDXL `added_cond_kwargs` with
+    `text_embeds` (B, P) and `time_ids` (B, 6), and if it takes the guidance scale `timestep_cond` (B, 256).
     """
     height, width = latent_size or native_latent_size(config)
     dim = config["cross_attention_dim"]
@@ -43,12 +44,16 @@ def example_inputs(
             "text_embeds": torch.zeros(batch_size, pooled, device=device, dtype=dtype),
             "time_ids": torch.zeros(batch_size, 6, device=device, dtype=dtype),
         }
+    if takes_guidance(config):
+        inputs["timestep_cond"] = torch.zeros(batch_size, WIDTH, device=device, dtype=dtype)
     return inputs
 
 
-def arguments(condition: Condition) -> dict[str, Any]:
-    """Returns the keyword arguments for a condition."""
+def arguments(condition: Condition, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns the keyword arguments for a condition; `dtype`: that of the latents."""
     known: dict[str, Any] = {"encoder_hidden_states": condition["prompt_embeds"]}
     if "pooled" in condition:
         known["added_cond_kwargs"] = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"]}
+    if "guidance_scale" in condition:
+        known["timestep_cond"] = guidance_embedding(condition["guidance_scale"]).to(dtype)
     return known

@@ -1,4 +1,4 @@
-"""Guidance distillation at a fixed scale (arXiv 2210.03142, section 3.1, for one scale).
+"""Guidance distillation (arXiv 2210.03142, section 3.1), at one scale or at one drawn for each sample.
 
 One call of the student gives the guided output of two calls of its teacher.
 """
@@ -19,14 +19,19 @@ from prunet.training.objectives.distillation import Distillation
 class Guidance(Distillation):
     """Distillation from the teacher's guided output; the features are those of its call with the prompt.
 
+    A scale in the condition of a sample (`guidance_scale`) replaces that of the stage; the student takes it as an
+    input, the teacher does not.
+
     Args:
         empty: the condition of no prompt, as one row.
     """
 
     def __init__(self, teacher: Teacher, student: Net, pairs: Sequence[Pair], stage: Stage, empty: Condition) -> None:
         super().__init__(teacher, student, pairs, stage)
-        self._empty, self._guidance = empty, stage.guidance_scale or 0.0
+        self._empty, self._guidance = empty, stage.fixed_guidance
 
     def _teach(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        call = self._teacher.architecture.call
-        return guided(call, self._net, noisy, timestep, condition, self._empty, self._guidance)
+        call, scale = self._teacher.architecture.call, condition.get("guidance_scale")
+        plain = Condition({name: tensor for name, tensor in condition.items() if name != "guidance_scale"})
+        by = self._guidance if scale is None else scale.view(-1, 1, 1, 1)
+        return guided(call, self._net, noisy, timestep, plain, self._empty, by)
