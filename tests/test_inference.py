@@ -3,8 +3,10 @@
 import itertools
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch import nn
 from prunet import Teacher, UserError, build, export, load_plan
 from prunet.disk.files import read_json
 from prunet.plan.size import kind_of, macs_by_kind, size_of
+from prunet.recipe.values import Drawing
 from prunet.report.speeds import chart, markdown, write_speeds
 from prunet.speed.bench import Bench, bench
 from prunet.speed.clock import times_in_turn
@@ -184,6 +187,62 @@ def test_another_runtime_stands_beside_torch(result) -> None:
     assert "| small | openvino | 1 |" in text and "not measured" in text
     words = " ".join(ElementTree.fromstring(chart(both)).itertext())
     assert "openvino" in words and "Throughput" in words and "Peak memory" not in words
+
+
+LOG = """\
+[INFO ] stable-diffusion.cpp:3168 - get_learned_condition completed, taking 20 ms
+[INFO ] stable-diffusion.cpp:3432 - sampling completed, taking 1.40s
+[INFO ] stable-diffusion.cpp:3212 - decode_first_stage completed, taking 0.50s
+"""
+
+
+@pytest.fixture
+def sd_cpp(student, tmp_path):
+    """A program that prints what stable-diffusion.cpp prints, and a file for it with its configs."""
+    (file := tmp_path / "student.gguf").write_bytes(bytes(2**20))
+    shutil.copytree(student, file.with_suffix(".config"), ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "log").write_text(LOG)
+    program = tmp_path / "sd-cli"
+    program.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/given\ncat {tmp_path}/log\nsleep 0.1\ntouch "$6"\n')
+    program.chmod(0o755)
+    return str(file), str(program)
+
+
+def test_a_program_that_times_itself_stands_beside_torch(sd, sd_cpp, tmp_path) -> None:
+    file, program = sd_cpp
+    pipelines = open_models([str(sd), file], sd_cpp=program)
+    found = bench(pipelines, steps=7, repeats=4)
+    row = next(row for row in found.rows if row.mode == "sd.cpp")
+    assert (row.text_ms, row.denoiser_ms, row.vae_ms, row.seconds) == pytest.approx((20, 200, 500, 1.92))
+    assert row.interval[0] <= row.speed_up <= row.interval[1]
+    model = found.models["student.gguf"]
+    assert model.weights_mb == 1 and 0 < model.process_mb < 50  # not that of this process, which started it
+    given = (tmp_path / "given").read_text().splitlines()
+    assert len(given) == 3 and " -W 16 -H 16 --steps 7 --cfg-scale 7.5 -s 0 " in given[0]
+    assert "| student.gguf | stable-diffusion.cpp gguf | 1.00 |" in markdown(found)
+
+
+def test_what_such_a_program_cannot_do_is_refused(sd, sd_cpp, tmp_path, capsys) -> None:
+    file, program = sd_cpp
+    (tmp_path / "alone.gguf").touch()
+    for words, message in (
+        ((sd, file, "--sd-cpp", tmp_path / "no"), "--sd-cpp: no program"),
+        ((sd, file), "student.gguf: a file for stable-diffusion.cpp"),
+        ((sd, "--sd-cpp", program), "no model is a file"),
+        ((file, sd, "--sd-cpp", program), "cannot be the baseline"),
+        ((sd, tmp_path / "alone.gguf", "--sd-cpp", program), "no alone.config beside it"),
+        ((sd, file, "--sd-cpp", program, "--batch-size", 4), "one picture at a time"),
+    ):
+        code, _, err = call(capsys, "bench", "--device", "cpu", "--precision", "no", *words)
+        assert code == 2 and message in " ".join(err.split()), err
+    timed = open_models([str(sd), file], sd_cpp=program)["student.gguf"]
+    for log, message in ((LOG.replace("sampling", "drawing"), "seconds of sampling"), ("", "does not draw with it: ")):
+        (tmp_path / "log").write_text(log)
+        if not log:
+            Path(program).write_text("#!/bin/sh\necho '[ERROR] a.cpp:1 - get sd version failed'\nexit 1\n")
+            message += r"\[ERROR\] a.cpp:1 - get sd version failed"
+        with pytest.raises(UserError, match=message):
+            timed.times("", Drawing(), 16)
 
 
 def test_one_model_alone_has_nothing_to_be_compared_with(sd) -> None:

@@ -164,6 +164,10 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Also time the denoisers with torch.compile (minutes each on a CPU).")
     ] = False,
+    sd_cpp: Annotated[
+        str | None,
+        typer.Option("--sd-cpp", help="stable-diffusion.cpp's sd-cli, which draws with all MODELS that are files."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for bench.md, bench.svg (the chart) and bench.json.")
     ] = None,
@@ -195,21 +199,24 @@ def bench(
     if output is not None:
         check_place(output, "bench", "--output", map(Path, models))
         check_writable(output, "--output")
+    if sd_cpp and (batch_sizes or [1]) != [1]:
+        raise UserError("--batch-size: stable-diffusion.cpp draws one picture at a time: leave it out, or --sd-cpp")
     if compiled:
         check_compiler(runtime.torch_device)
     where = {"device": runtime.torch_device, "dtype": runtime.dtype}
-    opened = open_models(models, plans or (), size=size, config=config, **where)
+    opened = open_models(models, plans or (), size=size, config=config, sd_cpp=sd_cpp, **where)
     # The memory of a process needs each model opened once more; with only torch, `working_mb` measures memory.
-    sources = {name: Model(model, config, **where) for name, model in zip(names_of(models), models, strict=True)}
+    named = zip(names_of(models), models, strict=True)
+    sources = {name: Model(model, config, **where) for name, model in named if opened[name].runtime != "sd.cpp"}
     result = time_all(
         opened,
         size=size,
         batch_sizes=list(dict.fromkeys(batch_sizes or [1])),
-        drawn=drawings(models, config=config, steps=steps),
+        drawn=drawings(models, config=config, steps=steps, sd_cpp=sd_cpp),
         steps=steps or 25,
         repeats=repeats,
         compiled=compiled,
-        sources=sources if any(map(runtime_of, models)) else None,
+        sources=sources if sd_cpp or any(map(runtime_of, models)) else None,
     )
     if output is not None:
         with hold(output, "bench"):

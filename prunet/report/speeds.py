@@ -69,8 +69,8 @@ def conditions(result: Bench) -> str:
 
 
 def _precision(model: BenchModel) -> str:
-    runtime = {"torch": "", "openvino": "OpenVINO ", "onnx": "ONNX Runtime "}[model.runtime]
-    return f"{runtime}{model.precision}"
+    names = {"torch": "", "openvino": "OpenVINO ", "onnx": "ONNX Runtime ", "sd.cpp": "stable-diffusion.cpp "}
+    return f"{names[model.runtime]}{model.precision}"
 
 
 def _of_processes(result: Bench) -> list[str]:

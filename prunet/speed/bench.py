@@ -26,13 +26,14 @@ from prunet.speed.alone import draw_alone
 from prunet.speed.clock import Call, denoiser_call, device_name, seconds_of, times_in_turn, working_mb
 from prunet.speed.models import PROMPT, TimedModel, TorchModel
 from prunet.speed.profiling import times_by_kind
+from prunet.speed.sd_cpp import CppModel
 
 Key = tuple[str, str, int]  # model, part or mode, batch size
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model at one batch size, with its denoiser `eager` or `compiled` in torch, or by `openvino` or `onnx`.
+    """One model at one batch size; `mode`: its denoiser `eager` or `compiled` in torch, or another runtime's name.
 
     - `text_ms`: encoding the prompts of the batch, and the empty prompts for guidance.
     - `denoiser_ms`: a call with 2 x `batch_size` latents, or with `batch_size` if `rows` is 1.
@@ -70,7 +71,8 @@ class BenchModel(Value):
 
     - `rows`: inputs of the denoiser per picture, 2 with guidance, unless it takes the scale as an input.
     - `weights_mb`: of all parts (MiB).
-    - `process_mb`: the growth of a separate process that opens the model and draws a picture (MiB).
+    - `process_mb`: the growth of a separate process that opens the model and draws a picture (MiB); of
+      stable-diffusion.cpp, its peak.
     - `apart`: the distance of that picture from the one of the first model of torch with a U-Net of the same
       size, drawn in the same way from the same noise (root mean squared error, 0 to 1).
     """
@@ -141,19 +143,22 @@ def bench(
         compile_s = _compile(models, batch_sizes, how, latent_sizes, calls) if compiled else {}
         say(f"Timing {len(calls)} calls in turn, up to {repeats} times")
         times = times_in_turn(calls, repeats, device)
+        repeats = min(map(len, times.values()))
+        for name, model in models.items():
+            if isinstance(model, CppModel):  # a program that times itself
+                times |= {(name, part, 1): ms for part, ms in model.times(PROMPT, how[name], size).items()}
         say("Memory and operations")
         # Memory and operations of a call are known only for torch.
         seen = {key: call for key, call in calls.items() if isinstance(models[key[0]], TorchModel)}
         working = {key: working_mb(call, device) for key, call in seen.items()}
-        denoisers = {key: call for key, call in calls.items() if key[1] not in ("text", "vae")}
-        medians = {key: statistics.median(times[key]) for key in denoisers}
-        kinds = times_by_kind({key: call for key, call in denoisers.items() if key in seen}, medians, device)
-        kinds = {key: kinds.get(key, {}) for key in denoisers}
+        medians = {key: statistics.median(found) for key, found in times.items() if key[1] not in ("text", "vae")}
+        kinds = times_by_kind({key: call for key, call in seen.items() if key in medians}, medians, device)
+        kinds = {key: kinds.get(key, {}) for key in medians}
     told = {name: _told(model, how[name], latent_sizes[name]) for name, model in models.items()}
     return Bench(
         device=device_name(device),
         size=size,
-        repeats=min(map(len, times.values())),
+        repeats=repeats,
         models=_pictures(told, sources or {}, how, size),
         rows=_rows(times, working, kinds, compile_s, told),
         versions={name: importlib.metadata.version(name) for name in ("prunet", "torch", "diffusers")},
@@ -169,6 +174,7 @@ def _told(model: TimedModel, how: Drawing, latent_size: tuple[int, int]) -> Benc
         precision=model.precision,
         runtime=model.runtime,
         weights_mb=model.weights_mb,
+        process_mb=model.process_mb if isinstance(model, CppModel) else None,
     )
 
 
@@ -278,5 +284,5 @@ def _rows(
 
 def _speed_up(slow: Sequence[float], fast: Sequence[float]) -> Measure:
     """Returns the ratio of two medians, with an interval; calls that took turns are resampled together."""
-    a, b = np.asarray(slow), np.asarray(fast)
+    a, b = (np.asarray(times[: min(len(slow), len(fast))]) for times in (slow, fast))
     return bootstrap(len(a), lambda which: np.median(a[which], axis=-1) / np.median(b[which], axis=-1))

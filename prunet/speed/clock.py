@@ -167,10 +167,10 @@ def working_mb(call: Call, device: torch.device) -> float | None:
     return max(0, peak_kb - before_kb) / 1024
 
 
-def resident_kb(field: str) -> int | None:
-    """Returns a field of Linux's /proc/self/status, this process's memory in KiB; None on other systems."""
+def resident_kb(field: str, process: int | str = "self") -> int | None:
+    """Returns a field of Linux's /proc/PROCESS/status, a process's memory in KiB; None on other systems."""
     try:
-        found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+        found = re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text(), re.M)
     except OSError:
         return None
     return int(found.group(1)) if found else None

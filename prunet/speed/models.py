@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,6 +18,7 @@ from prunet.sampling.draw import Model, open_any
 from prunet.sampling.made_for import drawing_of
 from prunet.sampling.runtime_folder import Part, RuntimeFolder
 from prunet.speed.clock import Call, denoiser_call, random_inputs, weights_mb
+from prunet.speed.sd_cpp import CppFile, CppModel
 from prunet.student.student import inherit
 from prunet.teacher.space import check_size
 from prunet.teacher.teacher import Teacher
@@ -85,7 +87,7 @@ class RuntimeModel:
         }
 
 
-TimedModel: TypeAlias = TorchModel | RuntimeModel
+TimedModel: TypeAlias = TorchModel | RuntimeModel | CppModel
 
 
 def open_models(
@@ -96,19 +98,25 @@ def open_models(
     config: str | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    sd_cpp: str | None = None,
 ) -> dict[str, TimedModel]:
-    """Opens the models (see `open_any`), and the first one reduced by each of `plans`, by
-    name.
+    """Opens the models (see `open_any`), and the first one reduced by each of `plans`, by name.
+
+    `sd_cpp`: stable-diffusion.cpp, which draws with all models that are files.
 
     Raises:
         UserError: a model cannot be opened, is given twice, or cannot draw pictures of `size` pixels on `device`; or a
             plan does not fit the first model. All of this is checked before weights are loaded.
     """
-    names, opened = names_of(models), [open_any(Model(model, config, device, dtype)) for model in models]
+    names, opened = names_of(models), [_open(Model(model, config, device, dtype), sd_cpp) for model in models]
     first = opened[0]
-    for one in opened:
-        if isinstance(one, RuntimeFolder) and torch.device(device).type != "cpu":
-            raise UserError(f"--device {device}: {one.folder} draws on the CPU: give cpu, or leave this folder out")
+    if isinstance(first, CppFile):
+        raise UserError(f"{models[0]}: stable-diffusion.cpp cannot be the baseline: give another model first")
+    if sd_cpp and not any(isinstance(one, CppFile) for one in opened):
+        raise UserError("--sd-cpp: no model is a file: give NAME.gguf or NAME.safetensors that prunet exported for it")
+    for model, one in zip(models, opened, strict=True):
+        if isinstance(one, RuntimeFolder | CppFile) and torch.device(device).type != "cpu":
+            raise UserError(f"--device {device}: {model} is drawn with on the CPU: give cpu, or leave it out")
         check_size(one, size or first.native_size, "size")
         one.check_weights()
     students = {}
@@ -118,11 +126,18 @@ def open_models(
                 f"--plan: needs a model of torch first, and {models[0]} is for {first.runtime}: give it second"
             )
         students = {f"plan {p}": partial(_reduced, first, derive(first.unet_config, load_plan(p))) for p in plans}
-    timed: dict[str, TimedModel] = {
-        name: RuntimeModel(one, dtype) if isinstance(one, RuntimeFolder) else TorchModel(one.pipeline())
-        for name, one in zip(names, opened, strict=True)
-    }
+    timed = {name: _timed(one, dtype) for name, one in zip(names, opened, strict=True)}
     return timed | {name: make() for name, make in students.items()}
+
+
+def _open(model: Model, sd_cpp: str | None) -> Teacher | RuntimeFolder:
+    return CppFile(model.source, sd_cpp) if sd_cpp and Path(model.source).is_file() else open_any(model)
+
+
+def _timed(one: Teacher | RuntimeFolder, dtype: torch.dtype) -> TimedModel:
+    if isinstance(one, RuntimeFolder):
+        return RuntimeModel(one, dtype)
+    return CppModel(one) if isinstance(one, CppFile) else TorchModel(one.pipeline())
 
 
 def _reduced(teacher: Teacher, derived: Derived) -> TorchModel:
@@ -131,10 +146,12 @@ def _reduced(teacher: Teacher, derived: Derived) -> TorchModel:
     )
 
 
-def drawings(models: Sequence[str], *, config: str | None = None, steps: int | None = None) -> dict[str, Drawing]:
+def drawings(
+    models: Sequence[str], *, config: str | None = None, steps: int | None = None, sd_cpp: str | None = None
+) -> dict[str, Drawing]:
     """Returns how to draw with each model, by name: as it was made for, else in 25 guided steps; `steps` if given."""
     asked = Drawing.given(steps=steps)
-    opened = (open_any(Model(model, config)) for model in models)
+    opened = (_open(Model(model, config), sd_cpp) for model in models)
     ways = (
         one.drawing_of(asked) if isinstance(one, RuntimeFolder) else drawing_of(one, Drawing(), asked) for one in opened
     )

@@ -104,6 +104,8 @@ class PipelineFiles:
                 f"{path} is a pickle, which can run code when it is opened; {command('convert', path)} writes its "
                 f"tensors as {path.with_suffix('.safetensors').name} without running code"
             )
+        if path.suffix == ".gguf":
+            raise UserError(f"{path}: a file for stable-diffusion.cpp, which only `prunet bench --sd-cpp` draws with")
         if path.suffix != ".safetensors":
             raise UserError(f"{path}: not a .safetensors file or a diffusers folder")
         self.file = path
