@@ -1,6 +1,7 @@
 """The command line. Each verb is one public function; `--json` makes the last line of stdout one JSON object."""
 
 import errno
+import gc
 import inspect
 import io
 import os
@@ -95,12 +96,15 @@ def main() -> None:
             with suppress(OSError):  # the terminal may be gone
                 print("Stopped; written files are kept, and the same command resumes from there.", file=sys.stderr)
         code = 128 + (_stopped_by or [signal.SIGINT])[-1]
+    gc.freeze()  # else Python would look through all that was imported once more, for a second
     sys.exit(code)
 
 
 def _call() -> int:
     try:
-        code = app([_at_home(argument) for argument in sys.argv[1:]] or ["--help"], standalone_mode=False)
+        code = app(
+            [_at_home(argument) for argument in sys.argv[1:]] or ["--help"], prog_name="prunet", standalone_mode=False
+        )
         if not code:
             processes.leave()
         return code or 0

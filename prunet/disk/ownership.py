@@ -146,6 +146,8 @@ def resolve(path: Path, option: str, sources: Iterable[Path] = ()) -> Path:
     try:
         place = path.resolve()
         others = {source: source.resolve() for source in sources if source.exists()}
+        if any(part.is_symlink() for part in (place, *place.parents)):  # Python 3.13 leaves it as it is
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{option}: {path} leads nowhere ({error}): give another path") from error
     for source, other in others.items():
