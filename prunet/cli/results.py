@@ -189,12 +189,9 @@ def bench(
     from prunet.disk.files import check_writable
     from prunet.disk.ownership import check_place, hold
     from prunet.report.speeds import markdown, write_speeds
-    from prunet.sampling.draw import Model
     from prunet.speed.bench import bench as time_all
     from prunet.speed.bench import check_compiler
-    from prunet.speed.models import drawings, open_models
-    from prunet.teacher.runtimes import runtime_of
-    from prunet.words import names_of
+    from prunet.speed.models import drawings, open_models, sources_of
 
     if output is not None:
         check_place(output, "bench", "--output", map(Path, models))
@@ -205,9 +202,6 @@ def bench(
         check_compiler(runtime.torch_device)
     where = {"device": runtime.torch_device, "dtype": runtime.dtype}
     opened = open_models(models, plans or (), size=size, config=config, sd_cpp=sd_cpp, **where)
-    # The memory of a process needs each model opened once more; with only torch, `working_mb` measures memory.
-    named = zip(names_of(models), models, strict=True)
-    sources = {name: Model(model, config, **where) for name, model in named if opened[name].runtime != "sd.cpp"}
     result = time_all(
         opened,
         size=size,
@@ -216,7 +210,7 @@ def bench(
         steps=steps or 25,
         repeats=repeats,
         compiled=compiled,
-        sources=sources if sd_cpp or any(map(runtime_of, models)) else None,
+        sources=sources_of(models, config=config, sd_cpp=sd_cpp, **where),
     )
     if output is not None:
         with hold(output, "bench"):

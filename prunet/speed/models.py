@@ -20,6 +20,7 @@ from prunet.sampling.runtime_folder import Part, RuntimeFolder
 from prunet.speed.clock import Call, denoiser_call, random_inputs, weights_mb
 from prunet.speed.sd_cpp import CppFile, CppModel
 from prunet.student.student import inherit
+from prunet.teacher.runtimes import runtime_of
 from prunet.teacher.space import check_size
 from prunet.teacher.teacher import Teacher
 from prunet.words import names_of
@@ -144,6 +145,24 @@ def _reduced(teacher: Teacher, derived: Derived) -> TorchModel:
     return TorchModel(
         teacher.pipeline(unet=nn.Module.to(inherit(teacher.unet, derived), teacher.device, teacher.dtype))
     )
+
+
+def sources_of(
+    models: Sequence[str],
+    *,
+    config: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    sd_cpp: str | None = None,
+) -> dict[str, Model] | None:
+    """Returns the models to open once more, each in a process whose memory is measured, by name.
+
+    None if all are of torch, whose memory is known without that. Stable-diffusion.cpp is a process of its own.
+    """
+    if not sd_cpp and not any(map(runtime_of, models)):
+        return None
+    named = zip(names_of(models), models, strict=True)
+    return {name: Model(model, config, device, dtype) for name, model in named if not (sd_cpp and Path(model).is_file())}
 
 
 def drawings(
