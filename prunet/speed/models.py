@@ -162,7 +162,9 @@ def sources_of(
     if not sd_cpp and not any(map(runtime_of, models)):
         return None
     named = zip(names_of(models), models, strict=True)
-    return {name: Model(model, config, device, dtype) for name, model in named if not (sd_cpp and Path(model).is_file())}
+    return {
+        name: Model(model, config, device, dtype) for name, model in named if not (sd_cpp and Path(model).is_file())
+    }
 
 
 def drawings(
