@@ -15,11 +15,13 @@ from PIL import Image
 
 from prunet.denoisers.pairs import StagePairs
 from prunet.denoisers.unet2d.architecture import UNET2D
+from prunet.disk.files import write_json
 from prunet.errors import UserError
 from prunet.plan.derived import Derived, derive
 from prunet.plan.plan import Plan
 from prunet.recipe.recipe import Recipe, recipe_yaml
 from prunet.report.run import write_report
+from prunet.report.runtimes import Exported, better_trades
 
 CONFIG = {
     "sample_size": 8,
@@ -345,6 +347,31 @@ def test_measures_by_a_protocol_are_there_with_their_intervals(tmp_path: Path, m
     assert "emoji-clip score higher is better" in text  # never CLIP score
     assert "0.8125" in text and "0.8000 to 0.8250" in text
     assert "Protocol mine version 3: 882 pictures, ddim, 25 steps, guidance 2.0, 128 px, seed 0" in text
+
+
+def test_exports_for_openvino_stand_side_by_side(tmp_path: Path) -> None:
+    make_run(tmp_path, prompts=["a fox"])
+    exports = {
+        "openvino": (2e7, 0.2, 50.0),
+        "openvino-int8": (1.18e7, 0.2, 27.0),
+        "openvino-int8-weights": (1.18e7, 0.2, 29.0),
+    }
+    for name, (size, seconds, psnr) in exports.items():
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "openvino.json", {"bytes": size, "seconds": seconds, "psnr": psnr})
+    text = Page(write_report(tmp_path)).text
+    assert all(name in text for name in exports) and "20.0" in text and "29.0" in text
+    assert "openvino-int8-weights is a better trade than openvino-int8:" in text
+    assert "than openvino:" not in text and "than openvino-int8-weights" not in text
+
+
+def test_which_export_is_the_better_trade() -> None:
+    small, near = Exported("small", 10, 1.0, 25.0), Exported("near", 20, 1.0, 40.0)
+    fast, alike = Exported("fast", 20, 0.5, 40.0), Exported("alike", 20, 0.51, 40.3)
+    assert better_trades([small]) == []
+    assert better_trades([small, near]) == ["Each is better than the others in size, time or nearness."]
+    assert [text.split(":")[0] for text in better_trades([small, near, fast])] == ["fast is a better trade than near"]
+    assert better_trades([fast, alike]) == ["Each is better than the others in size, time or nearness."]
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

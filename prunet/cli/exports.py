@@ -245,6 +245,7 @@ def _for_runtime(this: "Run", form: str, target: Path, bits: Any, decoder: Path 
         more = "\n  a Mac compiles them (README.md); they were not run here"
     else:
         from prunet.exports.openvino import export_openvino
+        from prunet.report.runtimes import better_trades, exported
 
         facts = export_openvino(*given, **how, bits=bits)
         more = (
@@ -252,4 +253,6 @@ def _for_runtime(this: "Run", form: str, target: Path, bits: Any, decoder: Path 
             f"  pictures compared with those of 16-bit weights in f32: PSNR {facts['psnr']:.1f} dB, root mean squared "
             f"error {facts['picture']:.4f}, over {facts['prompts']} prompts"
         )
+        if len(all_of_run := exported(this.folder)) > 1:
+            more += "".join(f"\n  {line}" for line in ("Side by side:", *all_of_run, *better_trades(all_of_run)))
     return facts, f"{target}: {facts['bytes'] / 1e6:,.1f} MB of models{more}"

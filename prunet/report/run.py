@@ -14,6 +14,7 @@ from prunet.plan.result import PlanResult
 from prunet.report.charts import inline, render, thin
 from prunet.report.curves import level_chart, loss_chart, pair_rows, read_logs
 from prunet.report.pictures import Column, changed, drawn
+from prunet.report.runtimes import better_trades, exported
 from prunet.teacher.teacher import Teacher
 from prunet.words import short, without_home
 
@@ -34,6 +35,7 @@ def write_report(folder: Path | str) -> Path:
     recipe = yaml.safe_load(recipe_text)
     stages = [folder / f"stage-{number}" for number in range(1, len(recipe["stages"]) + 1)]
     axis = read_logs(stages, steps)
+    exports = exported(folder)
     shown = {name: Column(folder / "evaluation", evaluation, name) for name in COLUMNS}
     page = render(
         "report.html.j2",
@@ -55,6 +57,8 @@ def write_report(folder: Path | str) -> Path:
             evaluation.protocol.levels,
         ),
         measured=_measured(folder),
+        exports=exports,
+        trades=better_trades(exports),
         times={name: step.seconds for name, step in steps.items()},
     )
     path = folder / "report.html"
