@@ -21,7 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunet import UserError, adapt, cli, convert, derive, load_plan
+from prunet.adapters import lora_file
 from prunet.adapters.adapt import MARK
+from prunet.adapters.lora_file import PERSONALIZED
+from prunet.denoisers.architecture import ATTENTION_LAYERS
 from prunet.denoisers.form import teacher_name
 from prunet.denoisers.unet2d.form import make_unet
 from prunet.denoisers.unet2d.student_controlnet import StudentControlNet
@@ -205,6 +208,19 @@ def test_metadata_of_a_carried_file(tmp_path, run) -> None:
         adapt(once, run("bk-tiny"), twice)
     with pytest.raises(UserError, match="not an unchanged carried adapter"):
         adapt(path, run("bk-tiny"), write_lora(tmp_path / "mine.safetensors", "sd", "kohya")[0])
+
+
+def test_a_lora_that_was_trained_on_a_student_is_refused(tmp_path, run) -> None:
+    derived, paths = derived_of("bk-small"), []
+    for net in (derived.teacher_skeleton, derived.student_skeleton):
+        shapes = {name: layer.weight.shape for name, layer in net.named_modules() if name.endswith(ATTENTION_LAYERS)}
+        layers = {name: (torch.ones(2, width), torch.ones(height, 2)) for name, (height, width) in shapes.items()}
+        paths.append(tmp_path / f"{len(paths)}.safetensors")
+        about = {PERSONALIZED: json.dumps({"model": "mine", "prompt": "sks dog"})}
+        lora_file.write_lora(layers, paths[-1], "unet", about)
+    assert adapt(paths[0], run("bk-small"), tmp_path / "new.safetensors")["dropped"]
+    with pytest.raises(UserError, match=r"trained on a student \(mine\), not on the teacher: load it on that"):
+        adapt(paths[1], run("bk-small"), tmp_path / "newer.safetensors")
 
 
 # -- IP-Adapter

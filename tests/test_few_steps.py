@@ -334,7 +334,7 @@ def test_image_to_image_starts_at_one_of_its_own_timesteps(finished_fast, capsys
         patch.setattr(UNet2DConditionModel, "forward", look)
         generate(finished_fast, "a cat", start=StartPicture(picture, 0.7))
     assert seen == [(499, 1)]  # the second of its two jumps, without guidance
-    assert "strength 0.7 of 2 steps: 1 is drawn, as with 0.5" in capsys.readouterr().err
+    assert "strength 0.7 of 2 steps: 1 drawn, as with 0.5" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"strength 0.4: of 2 steps that is not one: give 0.5 or more"):
         generate(finished_fast, "a cat", start=StartPicture(picture, 0.4))
 

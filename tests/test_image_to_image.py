@@ -117,6 +117,17 @@ def test_a_wrong_start_picture_is_refused_before_anything_is_drawn(sd: Path) -> 
             generate(sd, "a cat", drawing=Drawing(steps=3), start=StartPicture(picture(1), **given))
 
 
+def test_a_mask_with_transparent_parts_is_refused(sd, tmp_path, capsys) -> None:
+    picture(1).save(tmp_path / "start.png")
+    strokes = Image.new("RGBA", (16, 16), "white")
+    for opaque in (True, False):
+        strokes.putalpha(255 if opaque else Image.linear_gradient("L").resize((16, 16)))
+        strokes.save(mask := tmp_path / f"{opaque}.png")
+        given = ("--image", tmp_path / "start.png", "--mask", mask, "--steps", 1, "--device", "cpu")
+        code, _, err = call(capsys, "generate", sd, "a cat", *given, "-o", tmp_path / f"{opaque}")
+        assert code == (0 if opaque else 2) and ("has transparent parts" in err) == (not opaque), err
+
+
 @pytest.mark.parametrize("option", ["--mask", "--strength"])
 def test_a_mask_or_strength_without_a_picture_is_refused(option: str, capsys, sd: Path, tmp_path: Path) -> None:
     code, _, err = call(capsys, "generate", sd, "a cat", option, "0.5", "-o", tmp_path / "out")

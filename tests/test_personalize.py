@@ -259,6 +259,8 @@ def test_bad_inputs_are_one_line(sd, dog, lora, tmp_path, capsys, monkeypatch) -
     out = ["-o", str(tmp_path / "out"), "--device", "cpu", "--precision", "no"]
     usual = [str(sd), "--pictures", str(dog), "--prompt", "sks dog"]
     cases = {
+        "'class_prompt' is the prompt itself": [*usual, "--class-prompt", " sks dog", *out],
+        "prompt: String should have at least 1": [*usual[:-1], "  ", *out],
         "no pictures in it": [str(sd), "--pictures", str(tmp_path / "empty"), "--prompt", "sks dog", *out],
         "no such folder": [str(sd), "--pictures", str(tmp_path / "none"), "--prompt", "sks dog", *out],
         "cut.png": [str(sd), "--pictures", str(broken), "--prompt", "sks dog", *out],

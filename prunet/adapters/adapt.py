@@ -1,6 +1,7 @@
 """One function for all kinds of adapters: recognises the file, carries it over, and writes the new one."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from safetensors.torch import save_file
 
 from prunet.adapters import controlnet, ip_adapter, lora
 from prunet.adapters.carried import Carried
+from prunet.adapters.lora_file import PERSONALIZED
+from prunet.denoisers.architecture import ATTENTION_LAYERS
 from prunet.denoisers.known import architecture_of
 from prunet.disk.files import check_writable, new_file
 from prunet.disk.ownership import check_file, check_place
@@ -104,11 +107,21 @@ def carry(path: Path, derived: Derived) -> Carried:
         if ip_adapter.is_ip_adapter(list(found)):
             return ip_adapter.carry_ip_adapter(found, said, derived)
         if lora.is_lora(list(found), derived.architecture.part):
-            return lora.carry_lora(found, said, derived)
+            carried = lora.carry_lora(found, said, derived)
+            _check_whole(carried, said, derived)
+            return carried
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     first = next(iter(sorted(found)), "nothing")
     raise UserError(f"{path}: its tensors are not those of an adapter (the first is {first}): give {KINDS}")
+
+
+def _check_whole(carried: Carried, said: Mapping[str, str], derived: Derived) -> None:
+    """Refuses a LoRA that `prunet personalize` trained on a model with fewer attentions than the teacher."""
+    layers = sum(name.endswith(ATTENTION_LAYERS) for name, _ in derived.teacher_skeleton.named_modules())
+    if PERSONALIZED in said and len(carried.kept) + len(carried.dropped) != layers:
+        model = json.loads(said[PERSONALIZED]).get("model")
+        raise UserError(f"trained on a student ({model}), not on the teacher: load it on that student as it is")
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -12,6 +12,8 @@ from prunet.console import quiet_libraries
 from prunet.denoisers.architecture import Net, config_of
 from prunet.denoisers.known import architecture_of
 
+#: Key in the metadata of a LoRA of `prunet personalize`, which changes all attentions of its model.
+PERSONALIZED = "prunet.personalized"
 Layers = Mapping[str, tuple[Tensor, Tensor]]
 
 

@@ -245,6 +245,7 @@ def _for_runtime(this: "Run", form: str, target: Path, bits: Any, decoder: Path 
         more = "\n  a Mac compiles them (README.md); they were not run here"
     else:
         from prunet.exports.openvino import export_openvino
+        from prunet.report.run import write_report
         from prunet.report.runtimes import better_trades, exported
 
         facts = export_openvino(*given, **how, bits=bits)
@@ -255,4 +256,6 @@ def _for_runtime(this: "Run", form: str, target: Path, bits: Any, decoder: Path 
         )
         if len(all_of_run := exported(this.folder)) > 1:
             more += "".join(f"\n  {line}" for line in ("Side by side:", *all_of_run, *better_trades(all_of_run)))
+        if (this.folder / "report.html").is_file():
+            write_report(this.folder)
     return facts, f"{target}: {facts['bytes'] / 1e6:,.1f} MB of models{more}"

@@ -276,7 +276,7 @@ def generate(
 
     From a picture: prunet generate runs/demo "a red apple" --image pear.png --strength 0.6
     """
-    from prunet.data.pictures import read_picture
+    from prunet.data.pictures import read_mask, read_picture
     from prunet.disk.files import check_writable
     from prunet.disk.ownership import check_file, check_place, hold
     from prunet.sampling.draw import PICTURE_FORMATS, Model, is_drawn
@@ -299,7 +299,7 @@ def generate(
             raise UserError(f"--output {path}: a picture of another prompt: give another folder, or another --seed")
     start = None
     if image is not None:
-        start = StartPicture(read_picture(image, "--image"), strength, read_picture(mask, "--mask") if mask else None)
+        start = StartPicture(read_picture(image, "--image"), strength, read_mask(mask, "--mask") if mask else None)
     elif (strength, mask) != (None, None):
         raise UserError(f"--{'mask' if strength is None else 'strength'}: needs a picture to start from: add --image")
     with nullcontext() if one_file else hold(output, "pictures"):

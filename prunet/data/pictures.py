@@ -174,6 +174,20 @@ def read_picture(path: Path, name: str) -> Image.Image:
         raise UserError(f"{name} {error}") from error
 
 
+def read_mask(path: Path, name: str) -> Image.Image:
+    """Opens a mask that the user gave with the option `name`, as `read_picture` does.
+
+    Raises:
+        UserError: as there; or parts are transparent, which programs take for white or for black.
+    """
+    mask = read_picture(path, name)
+    with Image.open(path, formats=formats()) as image:
+        opaque = bool((np.asarray(image.convert("RGBA"))[..., 3] == 255).all())
+    if not opaque:
+        raise UserError(f"{name} {path}: has transparent parts: paint it white where the picture changes, else black")
+    return mask
+
+
 def broken_picture(key: str, why: str) -> Picture:
     """Makes a sample that cannot be used; its `open` raises."""
     return Picture(key, (), partial(_refuse, key, why))

@@ -28,6 +28,8 @@ from prunet.errors import UserError
 #: A denoiser: a stock diffusers model, which has a config and can be saved.
 Net: TypeAlias = ModelMixin
 Config = Mapping[str, Any]
+#: Ends of the names of an attention's layers: those that LoRAs change.
+ATTENTION_LAYERS = (".to_q", ".to_k", ".to_v", ".to_out.0")
 
 
 @dataclass

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from prunet.data.pictures import read_picture
+from prunet.data.pictures import read_mask, read_picture
 from prunet.errors import UserError
 from prunet.play.models import Asked, Drawn, Player
 from prunet.recipe.values import Drawing
@@ -141,10 +141,8 @@ def _asked(prompt: str, seed: int, given: Settings, size: int) -> Asked:
         raise UserError(f"steps up to {MOST_STEPS}, guidance up to {MOST_GUIDANCE:g}, a sampler of the list")
     if given.mask and not given.image:
         raise UserError("mask: needs a picture to start from: give both, or take the mask away")
-    picture, mask = (
-        read_picture(Path(path), name) if path else None
-        for path, name in ((given.image, "picture"), (given.mask, "mask"))
-    )
+    picture = read_picture(Path(given.image), "picture") if given.image else None
+    mask = read_mask(Path(given.mask), "mask") if given.mask else None
     return Asked(
         prompt=prompt,
         seed=int(seed or 0),

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from prunet.errors import UserError
 from prunet.recipe.paths import PathOrId, PathText
@@ -14,6 +14,10 @@ from prunet.recipe.values import Fraction, Integer, Number, Positive, Seed, Size
 PLACES = ("model", "config", "pictures", "output", "sheet_every", "checkpoint_every")
 
 
+#: A prompt that says something.
+Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
 class Personalization(Training):
     """DreamBooth (arXiv 2208.12242) of a model. Defaults are those of diffusers' scripts (docs/personalize.md)."""
 
@@ -21,12 +25,8 @@ class Personalization(Training):
     config: PathOrId | None = Field(default=None, description="for a single file: folder or hub id with configs")
     pictures: PathText = Field(description="folder with pictures of the subject")
     output: PathText = Field(description="folder for the results")
-    prompt: Annotated[str, Field(min_length=1)] = Field(
-        description="what the pictures show, with a rare word for the subject"
-    )
-    class_prompt: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None, description="the prompt without the rare word"
-    )
+    prompt: Words = Field(description="what the pictures show, with a rare word for the subject")
+    class_prompt: Words | None = Field(default=None, description="the prompt without the rare word")
     class_pictures: Steps = Field(default=200, description="pictures of the class that the model draws")
     prior_weight: Weight = Field(default=1.0, description="weight of the class in the loss")
     lora: Steps | None = Field(default=None, description="rank of the LoRA; null: all weights are trained")
@@ -60,6 +60,8 @@ class Personalization(Training):
         idle = [name for name in ("class_pictures", "prior_weight") if name in self.model_fields_set]
         if idle and self.class_prompt is None:
             raise ValueError(f"'{idle[0]}' has no meaning without a 'class_prompt': give one, or leave it out")
+        if self.class_prompt == self.prompt:
+            raise ValueError("'class_prompt' is the prompt itself: leave the rare word out of it")
         return self
 
     def settings(self, *without: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 from rich.markup import escape
 
 from prunet.adapters.adapt import LORA_FILE
-from prunet.adapters.lora_file import check_lora, write_lora
+from prunet.adapters.lora_file import PERSONALIZED, check_lora, write_lora
 from prunet.console import say
 from prunet.data.contents import source_fingerprint
 from prunet.data.subject import cache_subject, subject_pictures
@@ -216,7 +216,7 @@ class Personal:
             export(stored, net, self.result, card=card, what="personalized", made_from=made_from)
             return
         with new_folder(self.result, "personalized", made_from) as part:
-            about = {"prunet.personalized": json.dumps({"model": short(self.spec.model), "prompt": self.spec.prompt})}
+            about = {PERSONALIZED: json.dumps({"model": short(self.spec.model), "prompt": self.spec.prompt})}
             write_lora(lora_layers(net), part / LORA_FILE, self.derived.architecture.part, about)
             (part / "README.md").write_text(model_card(card), encoding="utf-8")
             check_lora(stored.pipeline(vae=None), net, part / LORA_FILE)

@@ -103,7 +103,7 @@ def _check_strength(strength: float, steps: int) -> None:
         least = math.ceil(100 / steps) / 100
         raise UserError(f"strength {strength:g}: of {steps} steps that is not one: give {least:g} or more")
     if abs(drawn / steps - strength) >= 0.05:
-        say(f"strength {strength:g} of {steps} steps: {drawn} is drawn, as with {drawn / steps:.2g}")
+        say(f"strength {strength:g} of {steps} steps: {drawn} drawn, as with {drawn / steps:.2g}")
 
 
 def _check_mask(mask: Image.Image | None, picture: Image.Image) -> None:

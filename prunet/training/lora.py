@@ -10,12 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunet.denoisers.architecture import Architecture, Net, config_text
+from prunet.denoisers.architecture import ATTENTION_LAYERS, Architecture, Net, config_text
 from prunet.denoisers.known import architecture_of
 from prunet.errors import UserError
-
-#: Ends of the names of the layers that diffusers' train_dreambooth_lora.py trains.
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def add_lora(net: Net, rank: int, seed: int) -> Net:
@@ -26,7 +23,8 @@ def add_lora(net: Net, rank: int, seed: int) -> Net:
     from peft import LoraConfig
 
     net.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGETS))
+    targets = [end.removeprefix(".") for end in ATTENTION_LAYERS]  # those of diffusers' train_dreambooth_lora.py
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net.add_adapter(config)
@@ -80,7 +78,7 @@ def trained_count(config: Mapping[str, Any], rank: int | None) -> int:
 
 def is_target(layer: str) -> bool:
     """Returns whether `add_lora` adds a LoRA to a layer of this name."""
-    return layer.endswith(tuple(f".{name}" for name in TARGETS))
+    return layer.endswith(ATTENTION_LAYERS)
 
 
 @lru_cache(maxsize=32)

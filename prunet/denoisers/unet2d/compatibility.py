@@ -6,6 +6,7 @@ Everything follows from the plan. An answer is "yes", or "no:" with the reason a
 from collections.abc import Mapping
 from typing import Any
 
+from prunet.denoisers.architecture import ATTENTION_LAYERS
 from prunet.denoisers.form import teacher_name
 from prunet.denoisers.unet2d.controlnet import residual_names, residuals, without_form
 from prunet.denoisers.unet2d.guidance import takes_guidance
@@ -100,7 +101,7 @@ def _depths(blocks: Any) -> list[int]:
 def _lora(whole: Any, net: Any, mapping: Mapping[str, str]) -> str:
     """A LoRA finds layers by name: a student's layer with the name of another layer of the teacher gets its delta."""
     there = {name for name, _ in whole.named_modules()}
-    layers = [n for n, _ in net.named_modules() if n.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))]
+    layers = [n for n, _ in net.named_modules() if n.endswith(ATTENTION_LAYERS)]
     wrong = [name for name in layers if name in there and teacher_name(name, mapping) != name]
     if not wrong:
         return "yes"
