@@ -369,9 +369,9 @@ def test_which_export_is_the_better_trade() -> None:
     small, near = Exported("small", 10, 1.0, 25.0), Exported("near", 20, 1.0, 40.0)
     fast, alike = Exported("fast", 20, 0.5, 40.0), Exported("alike", 20, 0.51, 40.3)
     assert better_trades([small]) == []
-    assert better_trades([small, near]) == ["Each is better than the others in size, time or nearness."]
+    assert better_trades([small, near]) == ["None of them is a better trade than another."]
     assert [text.split(":")[0] for text in better_trades([small, near, fast])] == ["fast is a better trade than near"]
-    assert better_trades([fast, alike]) == ["Each is better than the others in size, time or nearness."]
+    assert better_trades([fast, alike]) == ["None of them is a better trade than another."]
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def better_trades(exports: Sequence[Exported]) -> list[str]:
         if not _is_better(worse, better) and _is_better(better, worse)
     }
     if not found and len(exports) > 1:
-        return ["Each is better than the others in size, time or nearness."]
+        return ["None of them is a better trade than another."]
     return [f"{text}: no worse in size, time and nearness, and better in some." for text in found.values()]
 
 
