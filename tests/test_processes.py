@@ -75,7 +75,26 @@ def assert_same(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pipeline(tmp_path_factory.mktemp("processes") / "teacher", "sd")
+    """A small teacher with the scheduler of Stable Diffusion v1.4, whose config lacks many of DDPM's fields."""
+    folder = make_pipeline(tmp_path_factory.mktemp("processes") / "teacher", "sd")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "PNDMScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    schedule = {
+        "_class_name": "PNDMScheduler",
+        "_diffusers_version": "0.7.0.dev0",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "trained_betas": None,
+    }
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule))
+    return folder
 
 
 @pytest.fixture(scope="module")

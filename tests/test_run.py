@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 
 from prunet import Run, Runtime, Teacher, UserError, load_recipe, run
 from prunet.data.cache import Cache
+from prunet.disk.files import read_json, write_json
 from prunet.recipe.recipe import Recipe
 from prunet.runs.checks import checkpoint_bytes
-from prunet.runs.fingerprints import _hash
+from prunet.runs.fingerprints import _hash, stage_label, step_inputs
 from prunet.runs.steps import logged_seconds
 from prunet.student.student import inherit
 
@@ -131,6 +132,31 @@ def test_a_run_of_an_earlier_version_is_still_done() -> None:
         "export": "5aba7413cc47cfee",
         "report": "995f7e85ac983eec",
     }
+
+
+def test_inputs_are_the_same_in_each_process(copied) -> None:
+    """The configs of most teachers' schedulers lack fields, which diffusers notes in a set's order."""
+    this = Run(recipe_of(copied), CPU)
+    found = []
+    for noted in (["thresholding", "variance_type"], ["variance_type", "thresholding"]):
+        this.teacher.noise_scheduler.register_to_config(_use_default_values=noted)
+        found.append(step_inputs(this))
+    assert found[0] == found[1]
+
+
+def test_checkpoints_of_another_noise_schedule_are_refused(copied, sd, tmp_path) -> None:
+    """Otherwise a finished stage would be written again from its checkpoint, as if it had learned the new target."""
+    teacher = shutil.copytree(sd, tmp_path / "teacher")
+    config = teacher / "scheduler" / "scheduler_config.json"
+    recipe = recipe_of(copied, f"teacher={teacher}")
+    label = read_json(copied / "stage-1" / "inputs.json")
+    del label["settings"]["noise schedule"]
+    write_json(copied / "stage-1" / "inputs.json", label)  # as older versions wrote it
+    Run(recipe, CPU).check()
+    write_json(copied / "stage-1" / "inputs.json", stage_label(Run(recipe, CPU), 1))
+    config.write_text(config.read_text().replace("epsilon", "v_prediction"))
+    with pytest.raises(UserError, match=r"noise schedule.prediction_type epsilon, now v_prediction: set it back"):
+        Run(recipe, CPU).check()
 
 
 def test_changed_evaluation_repeats_only_what_depends_on_it(copied) -> None:

@@ -19,7 +19,7 @@ from prunet.disk.ownership import check_place, resolve
 from prunet.disk.reading import parse_yaml
 from prunet.errors import UserError
 from prunet.recipe.recipe import Recipe, load_recipe, read_prompts, recipe_yaml
-from prunet.runs.fingerprints import spec_settings, stage_label
+from prunet.runs.fingerprints import SCHEDULE, spec_settings, stage_label
 from prunet.runs.steps import check_replaceable
 from prunet.sampling.made_for import made_for
 from prunet.sampling.paths import check_jumps
@@ -147,8 +147,9 @@ def _check_folder(this: "Run") -> None:
         if not ((folder / "checkpoints").is_dir() and label.is_file()):
             continue
         found, now = read_label(label, ("inputs",), LABEL_FIX), stage_label(this, number)
-        if found["inputs"] != now["inputs"]:
-            what = difference(found["settings"], now["settings"]) if "settings" in found else None
+        then, schedule = found.get("settings", {}), now["settings"][SCHEDULE]
+        if found["inputs"] != now["inputs"] or then.get(SCHEDULE, schedule) != schedule:
+            what = difference({SCHEDULE: schedule} | then, now["settings"]) if then else None
             what = what or "another teacher, plan, data, seed or settings"
             raise UserError(
                 f"{folder}: holds checkpoints trained with {what}: {back}, give another output, or delete that folder"

@@ -7,11 +7,16 @@ from prunet.data.encoding import cache_spec
 from prunet.data.paths import paths_spec
 from prunet.hashing import json_hash
 from prunet.recipe.recipe import Evaluation, read_prompts
+from prunet.sampling.paths import schedule_of
+from prunet.teacher.teacher import Teacher
 from prunet.training.checkpoints import PACE
 from prunet.words import short
 
 if TYPE_CHECKING:
     from prunet.runs.run import Run
+
+#: The setting of a stage's label that labels of older versions lack.
+SCHEDULE = "noise schedule"
 
 
 def step_inputs(this: "Run") -> dict[str, str]:
@@ -28,7 +33,7 @@ def step_inputs(this: "Run") -> dict[str, str]:
         "cache": _hash([spec for _, spec in [*this.cache_specs, *this.path_specs.values()]]),
     }
     # These decide how the teacher is called and what stages minimise: prediction type, noise schedule, U-Net's config.
-    last = _hash(build, this.teacher.unet_config, dict(this.teacher.noise_scheduler.config))
+    last = _hash(build, this.teacher.unet_config, _scheduler(this.teacher))
     for number, stage in enumerate(recipe.stages, 1):
         settings = (
             stage.settings("teacher"),
@@ -45,10 +50,21 @@ def step_inputs(this: "Run") -> dict[str, str]:
     return out
 
 
+def _scheduler(teacher: Teacher) -> dict[str, Any]:
+    """Returns the config of a teacher's scheduler, the same in each process.
+
+    diffusers notes the fields that the file lacks in the order of a set, which each process has in another order.
+    """
+    config = dict(teacher.noise_scheduler.config)
+    noted = "_use_default_values"
+    return config | {noted: sorted(config[noted])} if noted in config else config
+
+
 def stage_label(this: "Run", number: int) -> dict[str, Any]:
     """Returns everything that a stage's checkpoints depend on: student, cache, seed, and its settings except the pace.
 
-    `inputs` is their hash; `settings` are the values that a message names if the hash differs.
+    `inputs` is the hash of all but the noise schedule, which labels of older versions lack; `settings` are the values
+    that a message names if something differs.
     """
     recipe, teacher, spec = this.recipe, this.teachers[number - 1], this.cache_specs[number - 1][1]
     settings = recipe.stages[number - 1].settings("teacher", *PACE)
@@ -67,6 +83,7 @@ def stage_label(this: "Run", number: int) -> dict[str, Any]:
             "plans": [_named(plan.name, plan.fingerprint) for plan in recipe.stage_plans[:number]],
             "U-Net": _named(this.teacher.source, this.teacher.fingerprint(["unet"])),
             "U-Nets": [_named(used.source, used.fingerprint(["unet"])) for used in this.teachers[:number]],
+            SCHEDULE: schedule_of(teacher),
         },
     }
 
