@@ -7,9 +7,11 @@ import os
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,10 +31,13 @@ from prunet.runtime import Runtime
 from prunet.search.sensitivity import check_samples
 from prunet.student.student import inherit, state_hash
 from prunet.teacher.process import DDPM, min_snr_weight
+from prunet.training import loop
 from prunet.training import session as training
 from prunet.training.checkpoints import Saving, checkpoints
+from prunet.training.fsdp import unsharded
 from prunet.training.least_squares import fit
 from prunet.training.loop import learning_rate_at
+from prunet.training.lora import add_lora
 from prunet.training.objectives import distillation
 from prunet.training.samples import LiveSamples, Samples, _permutation, batches
 from prunet.training.sheets import Sheets
@@ -500,9 +505,20 @@ def test_learning_rate_by_hand() -> None:
     assert learning_rate_at(Stage(steps=10, learning_rate=0.1, warmup_steps=0), 9) == 0.1
 
 
+def test_a_student_in_one_piece_again_has_its_lora(sd) -> None:
+    student = add_lora(build(Teacher(sd), load_plan("bk-small")), 2, seed=0)
+    assert state_hash(unsharded(student)) == state_hash(student)
+
+
 def test_micro_batch_that_does_not_divide_is_refused(sd, made, tmp_path) -> None:
     with pytest.raises(UserError, match=r"micro-batches of 3.*1, 2, 4"):
         train(sd, made, tmp_path / "run", runtime=Runtime(device="cpu", precision="no", micro_batch=3))
+
+
+def test_all_processes_take_the_micro_batch_of_the_smallest_device(sd, made, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(loop.processes, "gather", lambda mine: [*mine, (1, 2)])
+    monkeypatch.setattr(loop, "train", lambda objective, student, samples, micro_batch, *_, **__: micro_batch)
+    assert train(sd, made, tmp_path)[0] == 2  # four fit on this device
 
 
 def test_average_that_waits_on_the_cpu_is_the_same(sd, made, whole, tmp_path) -> None:
@@ -539,6 +555,16 @@ def test_batches_of_buckets_have_one_size_and_see_every_picture(sdxl, tmp_path) 
     pairs = derive(teacher.unet_config, plan).pairs("layer")
     distil(teacher, build(teacher, plan), pairs, made, stage, tmp_path / "run", seed=1, runtime=CPU)
     assert len(losses(tmp_path / "run")) == 7
+
+
+def test_pictures_of_a_rare_size_are_seen_as_often_as_others() -> None:
+    groups = range(90), range(90, 93), range(93, 100)
+    stage = STAGE.model_copy(update={"batch_size": 32})
+    samples = Samples(SimpleNamespace(groups=groups, unconditional=None), stage, 1, PROCESS)  # type: ignore[arg-type]
+    epoch = 31 + 1 + 2  # batches in eleven passes, so that three pictures fill one
+    seen = Counter(samples._choose(step, position) for step in range(epoch) for position in range(32))
+    times = [sum(seen[i] for i in group) / len(group) for group in groups]
+    assert times == pytest.approx([11, 11, 11], rel=0.2), times
 
 
 @pytest.mark.processes  # with what calls a compiler

@@ -34,7 +34,9 @@ def shard(net: Net, device: torch.device) -> None:
 def unsharded(net: Net) -> Net:
     """Returns the model in one piece, on the CPU of every process."""
     with torch.device("meta"):
-        out = architecture_of(config_of(net)).make(dict(net.config))
+        out: Any = architecture_of(config_of(net)).make(dict(net.config))
+        for name, lora in getattr(net, "peft_config", {}).items():
+            out.add_adapter(lora, name)
     out.load_state_dict({name: whole(value.detach()).cpu() for name, value in net.state_dict().items()}, assign=True)
     return out
 

@@ -67,9 +67,8 @@ def distil(
     configs = teacher.unet_config, config_of(student)
     processes.join(runtime.torch_device)
     # All processes use the smallest number, though their devices may differ, because they meet at every step.
-    micro_batch = processes.from_main(
-        lambda: micro_batch_of(stage, runtime, *configs, cache.latent_size, processes.count())
-    )
+    fits = micro_batch_of(stage, runtime, *configs, cache.latent_size, processes.count())
+    micro_batch = min(number for _, number in processes.gather([(processes.rank(), fits)]))
     cache.check(teacher)
     trainable(student, stage.rank, seed)
     objective, samples = _objective(teacher, student, pairs, cache, stage, seed)

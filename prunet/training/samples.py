@@ -66,13 +66,16 @@ class Samples(Dataset[dict[str, Any]]):
     def _choose(self, step: int, position: int) -> int:
         """Returns the number of a sample.
 
-        All samples of a batch have one size. In an epoch, the batches of a size are about in proportion to its samples
-        and in random order, and each size goes through its samples in its own order.
+        All samples of a batch have one size. In an epoch, the batches of a size are in proportion to its samples and in
+        random order, and each size goes through its samples in its own order. If a size has too few samples for a
+        batch, an epoch is so many passes over all samples that it fills one.
         """
-        size = self.stage.batch_size
-        shares = tuple(max(1, round(len(group) / size)) for group in self.cache.groups)
+        size, counts = self.stage.batch_size, [len(group) for group in self.cache.groups]
+        passes = -(-size // min(counts))
+        shares = tuple(round(passes * count / size) for count in counts)
         epoch, at = divmod(step, sum(shares))
-        chosen, before = _batch_order(self.seed, epoch, shares)[at]
+        groups, places = _batch_order(self.seed, epoch, shares)
+        chosen, before = int(groups[at]), int(places[at])
         group = self.cache.groups[chosen]
         turn, place = divmod((epoch * shares[chosen] + before) * size + position, len(group))
         return group[int(_permutation(self.seed, turn, len(group))[place])]
@@ -165,15 +168,14 @@ class LatentSamples(Samples):
 
 
 @lru_cache(maxsize=4)
-def _batch_order(seed: int, epoch: int, shares: tuple[int, ...]) -> list[tuple[int, int]]:
+def _batch_order(seed: int, epoch: int, shares: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Returns for each batch of an epoch its size, and the number of earlier batches of this size in the epoch."""
-    batches = [group for group, share in enumerate(shares) for _ in range(share)]
-    counts = [0] * len(shares)
-    order = []
-    for i in _permutation(seed, epoch, len(batches)).tolist():
-        order.append((batches[i], counts[batches[i]]))
-        counts[batches[i]] += 1
-    return order
+    batches = torch.arange(len(shares), dtype=torch.int32).repeat_interleave(torch.tensor(shares))
+    groups = batches[_permutation(seed, epoch, len(batches))]
+    before = torch.empty_like(groups)
+    for group, share in enumerate(shares):
+        before[groups == group] = torch.arange(share, dtype=torch.int32)
+    return groups, before
 
 
 @lru_cache(maxsize=64)
