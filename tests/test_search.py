@@ -3,7 +3,9 @@
 import itertools
 import shutil
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from test_blocks import make_folder
 from test_cli import call
 
 from prunet import Runtime, Teacher, UserError, derive, load_plan, load_recipe
-from prunet.disk.files import read_json
+from prunet.data.cache import Cache
+from prunet.disk.files import read_json, write_json
 from prunet.report.search import write_search
 from prunet.search import recovery, search
 from prunet.search.budgets import costs_of, parse_budgets
@@ -211,6 +214,30 @@ def test_students_recover_and_the_untrained_one_may_stay(space, finished, tmp_pa
     shutil.rmtree(tmp_path / "recovery")
     assert recover(students, scores, finished, 2, tmp_path / "recovery", RUNTIME) == found
     assert not (tmp_path / "recovery").exists()  # nothing was trained again
+    longer = recover(students, scores, finished, 4, tmp_path / "recovery", RUNTIME)  # after fewer steps, too
+    assert sorted(sorted(steps) for steps in longer.values()) == [[2], [2, 4]]
+    other = replace(Cache.open(finished / "cache"), spec={"of": "other pictures"})
+    monkeypatch.setattr(recovery, "Cache", SimpleNamespace(open=lambda _: other))
+    trained = []
+    monkeypatch.setattr(recovery, "_train", lambda student, *_: trained.append(student) or [1.0])
+    recover(students, scores, finished, 2, tmp_path / "recovery", RUNTIME)
+    assert len(trained) == 3  # scores of other samples are not taken for these
+
+
+def test_scores_of_another_noise_schedule_are_refused(searched, sd, tmp_path) -> None:
+    folder = Path(shutil.copytree(searched[0], tmp_path / "search"))
+    teacher = Path(shutil.copytree(sd, tmp_path / "teacher"))
+    texts, file = ["a cat", "a dog"], folder / "examples.safetensors"
+    kept = read_json(folder / "scores.json")
+    schedule = kept["made_from"].pop("schedule")
+    write_json(folder / "scores.json", kept)  # as older versions wrote it
+    scores = Scores(Teacher(teacher), open_examples(Teacher(teacher), texts, file=file), folder)
+    scores.keep("errors", "none", [0.0])
+    assert read_json(folder / "scores.json")["made_from"]["schedule"] == schedule
+    config = teacher / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("0.012", "0.02"))
+    with pytest.raises(UserError, match=r"schedule.beta_end 0.012, now 0.02: give another folder"):
+        Scores(Teacher(teacher), open_examples(Teacher(teacher), texts, file=file), folder)
 
 
 def test_a_good_student_gets_a_small_learning_rate() -> None:
@@ -233,6 +260,7 @@ def test_a_good_student_gets_a_small_learning_rate() -> None:
         (["--budget", "parameters=1%", "--keep", "*_blocks.[12]", "--keep", "down_blocks.0"], "no plan keeps"),
         (["--budget", "macs=80%", "--keep", "mid_blok"], "--keep: Pattern 'mid_blok' matches no module"),
         (["--budget", "macs=80%", "--recover", "5"], "give a run or a cache with --cache"),
+        (["--budget", "macs=8G", "--recover", "5", "--cache", "a", "--micro-batch", "3"], "choose 1, 2, 4, 8, 16"),
         (["--budget", "macs=80%", "--cache", "nowhere"], "nowhere: no finished cache there"),
     ],
 )

@@ -1,5 +1,6 @@
 """Units are the smallest sets that can be removed; the error of each removal is measured, stored and shown."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ from prunet.data.cache import Cache
 from prunet.diagram import STEPS
 from prunet.disk.files import read_json
 from prunet.report.sensitivity import chart, coloured_diagram
+from prunet.search.examples import MOST, cache_examples
 from prunet.search.scores import Scores
 from prunet.search.sensitivity import open_examples, sensitivity
 from prunet.search.units import find_units, patterns_of
@@ -141,6 +143,18 @@ def test_inspect_shows_it(sd, tmp_path, capsys, monkeypatch) -> None:
     page = (tmp_path / "out" / "sensitivity.html").read_text()
     assert 'class="part resnet colour-' in page and "mid_block" in page
     assert (tmp_path / "out" / "sensitivity.md").read_text().count("\n| ") == len(facts["units"])
+
+
+@pytest.mark.parametrize("count", [29, 58, 64, 200])
+def test_each_noise_level_comes_once_for_any_number_of_samples(sd, finished, monkeypatch, count) -> None:
+    teacher, samples = Teacher(sd), Cache.open(finished / "cache")
+    more = dataclasses.replace(samples, groups=([number % 12 for number in range(count)],))
+    with monkeypatch.context() as patch:
+        patch.setattr(Cache, "check", lambda *_: None)
+        examples = cache_examples(teacher, more)
+    steps = torch.cat([call(lambda noisy, t, **_: (t.view(-1, 1, 1, 1).expand_as(noisy),)) for call in examples.calls])
+    levels = min(count, MOST)
+    assert [int(step * levels / 1000) for step in steps[:, 0, 0, 0].round().sort().values] == list(range(levels))
 
 
 def test_a_cache_gives_its_samples_with_noise_of_all_levels(sd, finished) -> None:

@@ -48,6 +48,7 @@ def search(
     from prunet.report.search import write_search
     from prunet.search.budgets import parse_budgets
     from prunet.search.outcome import write_plan
+    from prunet.search.recovery import check_micro_batch
     from prunet.search.search import find_plan
     from prunet.search.sensitivity import check_samples
     from prunet.search.space import Space
@@ -60,6 +61,7 @@ def search(
     teacher = Teacher(model, config=config, device=runtime.torch_device, dtype=runtime.dtype, only_form=True)
     if recover and cache is None:
         raise UserError("--recover: needs samples for training: give a run or a cache with --cache")
+    check_micro_batch(runtime.micro_batch if recover else None)
     check_samples(teacher, None if recover else texts, cache)
     teacher.check_weights()
     space = Space(teacher, budgets, keep or [])

@@ -70,7 +70,8 @@ def path_examples(teacher: Teacher, prompts: Sequence[str] | None, file: Path | 
     """
     prompts = list(prompts or PROMPTS)
     teacher.check_prompts(prompts)
-    label = {"prompts": prompts_hash(prompts), "steps": STEPS, "points": POINTS, "guidance": GUIDANCE}
+    label: dict[str, Any] = {"prompts": prompts_hash(prompts), "steps": STEPS, "points": POINTS, "guidance": GUIDANCE}
+    label["schedule"] = schedule_of(teacher)
     made_from = json.dumps({**label, "teacher": teacher.fingerprint(), "precision": str(teacher.dtype)})
     if file is not None and _made_from(file) == made_from:
         tensors = load_file(file)
@@ -134,16 +135,18 @@ def cache_examples(teacher: Teacher, cache: Cache) -> Examples:
     cache.check(teacher)
     group = max(cache.groups, key=len)  # all latents must have one size
     count = min(MOST, len(group))
+    stride = 31 if count % 29 == 0 else 29  # a prime that does not divide the count, so that each level comes once
     process, rows = teacher.process, []
     for number in range(count):
         sample = cache.sample(group[number * len(group) // count])
         rng = torch.Generator().manual_seed(seed_of("example", number))
-        timestep = torch.tensor(process.timestep_at((number * 29 % count + 0.5) / count))
+        timestep = torch.tensor(process.timestep_at((number * stride % count + 0.5) / count))
         noise = torch.randn(sample.mean.shape, generator=rng)
         noisy = process.add_noise(sample.mean[None], noise[None], timestep[None])[0]
         rows.append({"noisy": noisy, "timestep": timestep.float(), "group": torch.tensor(number), **sample.condition})
     source = f"{count} samples of the cache in {cache.folder}"
-    return _examples(teacher, _stacked(rows, cache.unconditional), source, {"cache": cache.spec})
+    label = {"cache": cache.spec, "schedule": schedule_of(teacher)}
+    return _examples(teacher, _stacked(rows, cache.unconditional), source, label)
 
 
 def _examples(teacher: Teacher, tensors: dict[str, Tensor], source: str, label: dict[str, Any]) -> Examples:

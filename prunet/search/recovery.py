@@ -6,6 +6,8 @@ from pathlib import Path
 
 from prunet.console import say
 from prunet.data.cache import Cache
+from prunet.errors import UserError
+from prunet.hashing import json_hash
 from prunet.plan.derived import Derived
 from prunet.plan.plan import preset_names
 from prunet.recipe.recipe import load_recipe
@@ -19,6 +21,7 @@ from prunet.training.loop import distil
 
 #: Number of students, beside the presets, that are trained for a share of the steps; number of all that continue.
 FIRST, SHARE, LAST = 6, 0.25, 3
+BATCH = 16  # samples in a step
 #: Below this learning rate training changes almost nothing.
 LEAST_RATE = 1e-6
 
@@ -31,6 +34,17 @@ def learning_rate_for(error: float, usual: float) -> float:
     rate is multiplied by the root of the error.
     """
     return max(LEAST_RATE, usual * math.sqrt(min(1.0, error)))
+
+
+def check_micro_batch(micro_batch: int | None) -> None:
+    """Refuses a micro-batch that the training of the students could not use, before they are scored.
+
+    Raises:
+        UserError: the micro-batch does not divide the batch.
+    """
+    if micro_batch and BATCH % micro_batch:
+        fits = ", ".join(str(count) for count in range(1, BATCH + 1) if BATCH % count == 0)
+        raise UserError(f"--micro-batch {micro_batch}: does not divide the {BATCH} samples of a step: choose {fits}")
 
 
 def usual_rate(cache: Path | None) -> float:
@@ -46,19 +60,22 @@ def recover(
     """Distils the students with the least error before training, and all presets; returns the errors after training.
 
     The result maps `key_of` a student to its errors by steps. Presets take part because any of them can become the
-    best. Resumes in `folder`. At each rung, the best students of the rung before are trained further, and the best
-    preset in any case, because few steps favour the students that begin near the teacher.
+    best. Resumes in `folder`; with other samples, steps or learning rates it trains anew. At each rung, the best
+    students of the rung before are trained further, and the best preset in any case, because few steps favour the
+    students that begin near the teacher.
     """
-    samples, found = Cache.open(cache_folder(cache)), dict[str, dict[int, float]]()
+    samples, usual, found = Cache.open(cache_folder(cache)), usual_rate(cache), dict[str, dict[int, float]]()
+    made_from = json_hash([samples.spec, usual, steps])
     left = sorted(students, key=lambda student: scores.error(student).value)
     presets = [student for student in left if student.plan.name in preset_names()]
     for rung, most, others in ((max(1, round(SHARE * steps)), FIRST, len(presets)), (steps, LAST, 1)):
         best = [*left[:most], *[student for student in left if student in presets][:others]]
         left = [student for student in left if student in best]
         for student in left:
-            key = f"{key_of(student)} {rung}"
+            key = f"{key_of(student)} {rung} {made_from}"
             if key not in scores.kept("after"):
-                scores.keep("after", key, _train(student, scores, samples, rung, folder, usual_rate(cache), runtime))
+                errors = _train(student, scores, samples, rung, folder / made_from, usual, runtime)
+                scores.keep("after", key, errors)
             error = scores.measure(scores.kept("after")[key]).value
             found.setdefault(key_of(student), {})[rung] = error
             say(f"  {student.plan.name}: {scores.error(student).value:.4g} before, {error:.4g} after {rung} steps")
@@ -72,7 +89,7 @@ def _train(
     """Trains a student for `steps` steps; returns its squared errors by group of examples."""
     stage = Stage(
         steps=steps,
-        batch_size=16,
+        batch_size=BATCH,
         learning_rate=learning_rate_for(scores.error(student).value, usual),
         warmup_steps=min(10, steps // 4),
         ema_decay=None,

@@ -40,9 +40,10 @@ class Scores:
         self._kept: dict[str, Any] = {"made_from": {**label, **examples.label}, "errors": {}, "latency": {}}
         if self._file is not None and self._file.is_file():
             found = read_label(self._file, self._kept)
-            if apart := difference(found["made_from"], self._kept["made_from"]):
+            ours = self._kept["made_from"]
+            if apart := difference({"schedule": ours.get("schedule")} | found["made_from"], ours):  # older ones lack it
                 raise UserError(f"{self._file}: scores of another search: {apart}: give another folder, or delete it")
-            self._kept = found
+            self._kept = found | {"made_from": ours}
         self._groups = np.unique(np.asarray(examples.groups), return_inverse=True)[1]
         self._outputs: list[torch.Tensor] | None = None
 
