@@ -9,6 +9,7 @@ import yaml
 from safetensors.torch import load_file
 
 from prunet import Run, Runtime, cache, load_recipe
+from prunet.data.paths import cache_paths
 from prunet.recipe.stage import TeacherSource
 from prunet.runs import estimate as costs
 from prunet.runs.estimate import compared, estimate, memory
@@ -143,3 +144,19 @@ def test_the_cache_has_the_estimated_size(kind, opened, timed, pictures, request
     assert found.cache_bytes_per_sample["latents"] * len(made) == latents
     sizes = 2 * 6 * len(made) if kind == "sdxl" else 0  # six numbers in four bytes each, not in two
     assert found.cache_bytes_per_sample["text"] * len(made) == sum(stored.values()) - latents - sizes
+
+
+def test_the_cache_of_paths_has_the_estimated_size(opened, timed) -> None:
+    """It is often larger than that of latents; the second and the third stage share one."""
+    jumps = {**STAGE, "objective": "trajectory", "guidance_scale": 2, "jumps": 2, "path_steps": 4}
+    del jumps["losses"]
+    this = opened(STAGE, jumps, {**jumps, "jumps": 1}, {**jumps, "paths": 5})
+    found = estimate(this)
+    latents = cache(this.teacher, this.recipe.data, this.cache_folder)
+    folders = {folder: this.recipe.stages[number - 1] for number, (folder, _) in this.path_specs.items()}
+    stored = 0
+    for folder, stage in folders.items():
+        cache_paths(this.teacher, latents, stage, folder)
+        stored += sum(t.nbytes for file in folder.glob("shard-*") for t in load_file(file).values())
+    assert len(folders) == 2 and found.path_bytes == stored
+    assert estimate(opened(STAGE)).path_bytes == 0

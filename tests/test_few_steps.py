@@ -407,6 +407,9 @@ def test_jumps_that_the_noise_schedule_cannot_make_are_refused(sd, sd_v, tmp_pat
     stage = TRAJECTORY.model_copy(update={"jumps": 3, "path_steps": 12})
     with pytest.raises(UserError, match=r"stages.1.jumps: 3 do not divide the 1000 timesteps"):
         check_jumps(Teacher(sd), stage, "stages.1")
+    stage = TRAJECTORY.model_copy(update={"path_steps": 122})  # np.arange(1000, 0, -1000 / 122) has 123 numbers
+    with pytest.raises(UserError, match=r"stages.1.path_steps: of 122, dpmsolver\+\+ makes 123"):
+        check_jumps(Teacher(sd), stage, "stages.1")
     for source, fits in ((sd, False), (sd_v, True)):
         folder = tmp_path / source.name
         folder.mkdir()

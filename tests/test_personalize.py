@@ -14,8 +14,10 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from prunet import Runtime, Teacher, UserError, cli, personalize
+from prunet.adapters.adapt import LORA_FILE
 from prunet.adapters.lora_file import write_lora
 from prunet.denoisers.condition import Condition
+from prunet.disk.files import read_json, write_json
 from prunet.recipe.personalization import personalization
 from prunet.runs.personalization import Personal
 from prunet.student.student import state_hash
@@ -157,6 +159,23 @@ def test_how_it_is_computed_changes_no_more_than_rounding(how, lora, sd, dog, tm
     made = personalize(spec_of(sd, dog, output, lora=2), dataclasses.replace(CPU, **how))
     ours, theirs = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (made, lora / "lora"))
     assert all(torch.allclose(ours[key], theirs[key], rtol=1e-2, atol=1e-4) for key in ours.keys() | theirs.keys())
+
+
+def test_a_model_of_another_noise_schedule_is_another_model(lora, sd, dog, tmp_path) -> None:
+    """What was trained for one target is not done, and not resumed, for another."""
+    model, output = shutil.copytree(sd, tmp_path / sd.name), shutil.copytree(lora, tmp_path / "dog")
+    label = read_json(output / "personalization.json")
+    del label["inputs"]["noise schedule"]
+    write_json(output / "personalization.json", label)  # as older versions wrote it
+    this = Personal(spec_of(model, dog, output, lora=2, sheet_every=4), CPU)
+    this.check()
+    before = (output / "lora" / LORA_FILE).stat().st_mtime_ns
+    assert (this.finish() / LORA_FILE).stat().st_mtime_ns == before
+    write_json(output / "personalization.json", {"inputs": this._inputs})
+    config = model / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("epsilon", "v_prediction"))
+    with pytest.raises(UserError, match=r"noise schedule.prediction_type epsilon, now v_prediction: give another"):
+        Personal(spec_of(model, dog, output, lora=2), CPU).check()
 
 
 def test_names_of_a_lora_are_those_that_comfyui_reads(lora, sd) -> None:

@@ -236,7 +236,8 @@ def _cache(cost: "Estimate") -> Text:
     parts = cost.cache_bytes_per_sample
     each = f"{many(sum(parts.values()))}B a sample ({', '.join(f'{many(b)}B {name}' for name, b in parts.items())})"
     whole = f"about {many(cost.cache_bytes)}B{' or more' if cost.or_more else ''}, " if cost.cache_bytes else ""
-    return Text.from_markup(f"[bold]Cache[/]  {whole}{each}")
+    paths = f"; about {many(cost.path_bytes)}B of the teacher's paths" if cost.path_bytes else ""
+    return Text.from_markup(f"[bold]Cache[/]  {whole}{each}{paths}")
 
 
 def _data(cost: "Estimate") -> Text:

@@ -38,15 +38,16 @@ QUICK_S = 5.0  # a whole micro-batch, where an image takes less time, is timed i
 class Estimate:
     """What a run would cost.
 
-    `steps`: `done` or `to do`. `cache_bytes_per_sample`: by part; `cache_bytes`: of all samples. `memory_bytes`: the
-    peak by part, and `total`, of the stage that needs most, whose micro-batch is `micro_batch`. `images`: how many
-    training sees in all stages. `samples`: how many different ones there are (None: counted when they are read),
-    `or_more`, or `about` so many.
+    `steps`: `done` or `to do`. `cache_bytes_per_sample`: by part; `cache_bytes`: of all samples. `path_bytes`: of
+    the teacher's paths. `memory_bytes`: the peak by part, and `total`, of the stage that needs most, whose micro-batch
+    is `micro_batch`. `images`: how many training sees in all stages. `samples`: how many different ones there are
+    (None: counted when they are read), `or_more`, or `about` so many.
     """
 
     steps: dict[str, str]
     cache_bytes_per_sample: dict[str, int]
     cache_bytes: int | None
+    path_bytes: int | None
     memory_bytes: dict[str, int]
     micro_batch: int
     timed_micro_batch: int
@@ -96,6 +97,7 @@ def _estimate(this: Run, bar: Bar) -> Estimate:
         steps={name: "to do" if name in todo else "done" for name in this.step_names()},
         cache_bytes_per_sample=each,
         cache_bytes=sum(each.values()) * samples if samples else None,
+        path_bytes=path_bytes(this, samples),
         memory_bytes={**most, "total": sum(most.values())},
         micro_batch=this.micro_batch(1 + found.index(most)),
         timed_micro_batch=min(timed for _, timed in speeds.values()),
@@ -113,17 +115,30 @@ def _estimate(this: Run, bar: Bar) -> Estimate:
 
 def cache_bytes(this: Run) -> dict[str, int]:
     """Returns the bytes of a sample in the caches of all stages, by part, computed from shapes."""
-    found = {"latents": 0, "text": 0}
+    latents, text = _tensor_bytes(this)
+    caches = len({folder for folder, _ in this.cache_specs})
+    # Mean and standard deviation.
+    return {"latents": 2 * latents * caches, "text": 0 if is_live(this) else text * caches}
+
+
+def path_bytes(this: Run, samples: int | None) -> int | None:
+    """Returns the bytes of all caches of paths; None if one has a path for each sample, and these are not known."""
+    latents, text = _tensor_bytes(this)
+    stages = {folder: this.recipe.stages[number - 1] for number, (folder, _) in this.path_specs.items()}
+    if samples is None and not all(stage.paths for stage in stages.values()):
+        return None
+    each = ((stage.paths or samples or 0, (stage.path_steps + 1) * latents + text) for stage in stages.values())
+    return sum(count * size for count, size in each)
+
+
+def _tensor_bytes(this: Run) -> tuple[int, int]:
+    """Returns the bytes of the latents of one picture, and of the embeddings of its caption, as a cache stores them."""
     architecture, config = this.teacher.architecture, this.teacher.unet_config
     inputs = architecture.example_inputs(config, latent_size=this.latent_size, device="meta")
     given = [value for name, value in inputs.items() if name not in ("sample", "timestep")]
     tensors = [tensor for value in given for tensor in (value.values() if isinstance(value, dict) else [value])]
-    text = STORED.itemsize * sum(tensor.numel() for tensor in tensors)
-    latents = STORED.itemsize * this.teacher.part_config("vae")["latent_channels"] * math.prod(this.latent_size)
-    for _ in dict.fromkeys(folder for folder, _ in this.cache_specs):
-        found["latents"] += 2 * latents  # mean and standard deviation
-        found["text"] += 0 if is_live(this) else text
-    return found
+    channels = this.teacher.part_config("vae")["latent_channels"]
+    return STORED.itemsize * channels * math.prod(this.latent_size), STORED.itemsize * sum(t.numel() for t in tensors)
 
 
 def is_live(this: Run) -> bool:

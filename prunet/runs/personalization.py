@@ -38,9 +38,11 @@ from prunet.plan.plan import Plan
 from prunet.recipe.personalization import Personalization
 from prunet.recipe.values import Drawing
 from prunet.runs.estimate import seconds_per_image
+from prunet.runs.fingerprints import SCHEDULE
 from prunet.runtime import Runtime
 from prunet.sampling.draw import Model, collect, draw, is_drawn, open_model
 from prunet.sampling.made_for import drawing_of, made_for
+from prunet.sampling.paths import schedule_of
 from prunet.sampling.samplers import check_sampler
 from prunet.student.student import inherit
 from prunet.teacher.configs import check_condition
@@ -100,7 +102,7 @@ class Personal:
         self._check_disk()
         if (label := self.folder / "personalization.json").is_file():
             before = read_label(label, ("inputs",))["inputs"]
-            if what := difference(before, self._inputs):
+            if what := difference({SCHEDULE: self._inputs[SCHEDULE]} | before, self._inputs):
                 raise UserError(
                     f"{self.folder}: holds a personalisation with {what}: give another --output, or delete it"
                 )
@@ -122,6 +124,7 @@ class Personal:
         """Everything that the result depends on, except the pace of training."""
         return {
             "model": f"{short(self.spec.model)} ({self.model.fingerprint()})",
+            SCHEDULE: schedule_of(self.model),
             "pictures": f"{short(self.spec.pictures)} ({source_fingerprint(self.spec.pictures)})",
             **self.spec.settings(*PACE),
             "size": self.size,
@@ -138,7 +141,8 @@ class Personal:
         Raises:
             UserError: another command works in the folder, or the result was changed.
         """
-        made_from = json_hash([self._inputs, self.spec.settings()])
+        decided = {key: value for key, value in self._inputs.items() if key != SCHEDULE}  # `check` compares that
+        made_from = json_hash([decided, self.spec.settings()])
         if (read_seal(self.result) or {}).get("made_from") == made_from:
             verify(self.result, f"delete {self.result}, and it is written again from the last checkpoint")
             return self.result

@@ -64,8 +64,8 @@ def check_jumps(teacher: Teacher, stage: Stage, where: str) -> None:
 
     Raises:
         UserError: the jumps do not divide the timesteps, or are more than their sampler supports; there are fewer
-            timesteps than jumps or steps of the path; or the teacher predicts the noise, but the last timestep is pure
-            noise, from which no picture follows.
+            timesteps than jumps or steps of the path; the path's sampler makes another number of steps; or the teacher
+            predicts the noise, but the last timestep is pure noise, from which no picture follows.
     """
     process = teacher.process
     for key, count in (("jumps", stage.jumps or 1), ("path_steps", stage.path_steps)):
@@ -78,6 +78,8 @@ def check_jumps(teacher: Teacher, stage: Stage, where: str) -> None:
             f"{where}.jumps: {stage.jumps} do not divide the {process.num_timesteps} timesteps of {teacher.source}: a "
             "stock sampler would land between two of them"
         )
+    if stage.has("paths") and (made := len(path_times(teacher, stage.path_steps))) != stage.path_steps:
+        raise UserError(f"{where}.path_steps: of {stage.path_steps}, {SAMPLER} makes {made}, by rounding: give another")
     if stage.jumps:
         check_sampler(teacher, FEW_STEP_SAMPLER, stage.jumps, where)
     if process.prediction_type == "epsilon" and process.alphas_cumprod[-1] <= 0:

@@ -81,6 +81,7 @@ def _process(teacher: Teacher) -> dict[str, Any]:
         "beta_start",
         "beta_end",
         "beta_schedule",
+        "trained_betas",
         "rescale_betas_zero_snr",
     )
     return {name: config.get(name) for name in names}
