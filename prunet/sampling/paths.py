@@ -79,7 +79,7 @@ def check_jumps(teacher: Teacher, stage: Stage, where: str) -> None:
             "stock sampler would land between two of them"
         )
     if stage.jumps:
-        check_sampler(teacher, FEW_STEP_SAMPLER, stage.jumps, where)
+        check_sampler(FEW_STEP_SAMPLER, stage.jumps, teacher.part_config("scheduler"), teacher.source, where)
     if process.prediction_type == "epsilon" and process.alphas_cumprod[-1] <= 0:
         raise UserError(
             f"{where}: {teacher.source} predicts the noise, and at its last timestep there is nothing else (zero "
