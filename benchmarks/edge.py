@@ -2,13 +2,15 @@
 
     python benchmarks/edge.py sd-v1 bk-tiny --work edge       # SD v1.4's size, random weights, 512 px
     python benchmarks/edge.py emoji/emoji-sd bk-tiny          # the same in small
-    python benchmarks/edge.py sd-v1 bk-tiny --teacher         # and the teacher at 25 guided steps in torch: minutes
+    python benchmarks/edge.py sd-v1 bk-tiny --teacher         # and the teacher at 25 guided steps, in all forms
 
 The student draws without guidance, with a small decoder (`AutoencoderTiny`, random weights, so the pictures are
-noise) in place of the VAE. Each row is a process of its own (for OpenVINO `examples/edge/draw.py`): the seconds until
-it is loaded and until its first picture, the median seconds of a picture, and its peak memory. Making the models at SD
-v1.4's size takes 10 minutes, 10 GB of memory and 9 GB of disk; `--work DIR` keeps them for the next time. Run it on a
-quiet machine.
+noise) in place of the VAE. The teacher draws with guidance and with its VAE. Each row is a process of its own (for
+OpenVINO `examples/edge/draw.py`): the seconds until it is loaded and until its first picture, the median seconds of a
+picture, and its peak memory. With `--teacher`, `chart.svg` beside the models compares both in all forms.
+
+Making the models at SD v1.4's size takes 10 minutes, 10 GB of memory and 9 GB of disk, and with the teacher 40 minutes,
+17 GB of memory and 13 GB of disk in all; `--work DIR` keeps them for the next time. Run it on a quiet machine.
 """
 
 import argparse
@@ -29,9 +31,20 @@ from typing import Any
 
 BEGAN = time.perf_counter()
 HERE = Path(__file__).parent
-FORMS = ("openvino", "int8-weights", "int8")
+#: Row -> its folder, and the precision of the computation; all but the first are for OpenVINO.
+FORMS = {
+    "torch": ("torch", "bf16"),
+    "f32": ("openvino", "f32"),
+    "bf16": ("openvino", "bf16"),
+    "int8 weights": ("int8-weights", "bf16"),
+    "int8": ("int8", "bf16"),
+}
+FOLDERS = {"student": "torch", "teacher": "teacher-torch"}
+#: The teacher draws once in each of these numbers of steps, with guidance.
+TEACHERS_STEPS, GUIDANCE = [5, 25], 7.5
 PROMPTS = [f"a noto emoji of {thing}" for thing in ("dog", "car", "apple", "house")]
-ROW = "| {form} | {steps} | {loaded:.1f} | {first:.1f} | {seconds:.2f} | {memory:.0f} | {disk:.0f} |"
+SHARE = "| {model} | {form} | {call:.3f} | {rest:.2f} | {rate:.0f} | {share:.0%} of {peak:.0f} in {kind} |"
+ROW = "| {model} | {form} | {steps} | {loaded:.1f} | {first:.1f} | {seconds:.2f} | {memory:.0f} | {disk:.0f} |"
 
 
 def alone(do: Callable, *args: Any) -> Any:
@@ -46,7 +59,7 @@ def make_student(source: str, plan: str, root: Path) -> None:
     from prunet.training.objectives.decoding import small_decoder
 
     if source == "sd-v1":
-        source = str(root / "teacher")
+        source = str(root / FOLDERS["teacher"])
         make_teacher(Path(source))
     teacher = Teacher(source)
     small_decoder(teacher).save_pretrained(root / "decoder")
@@ -64,23 +77,23 @@ def make_teacher(folder: Path) -> None:
     pipe.save_pretrained(folder, max_shard_size="1TB")
 
 
-def make_openvino(root: Path, form: str) -> None:
-    """Writes the student for OpenVINO, in one of `FORMS`."""
+def make_openvino(model: Path, folder: Path, bits: str, guidance: float) -> None:
+    """Writes a model for OpenVINO; 8 bits are calibrated in four steps, the teacher's too."""
     import torch
 
     from prunet.exports.openvino import export_openvino
 
-    torch.set_num_threads(os.cpu_count() or 1)
-    bits = None if form == "openvino" else form
-    how: dict = {"bits": bits, "decoder": root / "decoder", "card": {"teacher": "teacher"}}
-    export_openvino(root / "torch", root / form, PROMPTS, drawing(), **how)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    decoder = model.parent / "decoder" if guidance == 1 else None
+    how: dict = {"bits": None if bits == "openvino" else bits, "decoder": decoder, "card": {"teacher": "teacher"}}
+    export_openvino(model, folder, PROMPTS, drawing(guidance), **how)
 
 
-def drawing():
-    """Returns how the student draws: in few steps without guidance."""
+def drawing(guidance: float = 1):
+    """Returns how the models draw: in few steps; the student without guidance."""
     from prunet.recipe.values import Drawing
 
-    return Drawing(steps=4, guidance_scale=1, sampler="ddim-trailing")
+    return Drawing(steps=4, guidance_scale=guidance, sampler="ddim-trailing" if guidance == 1 else "ddim")
 
 
 def in_range(module) -> None:
@@ -116,15 +129,16 @@ def draw_with_torch(folder: Path, decoder: Path | None, steps: int, guidance: fl
     return f"{told}{steps} steps in {statistics.median(seconds):.2f} s\npeak memory {peak:.0f} MB"
 
 
-def run(form: str, root: Path, steps: int, threads: int, repeat: int) -> dict[str, float]:
+def run(row: dict, root: Path, threads: int, repeat: int) -> dict[str, float]:
     """Times one process: seconds until loaded and until the first picture, median seconds of a picture, peak MB."""
-    if form in FORMS:
-        command = [HERE.parent / "examples/edge/draw.py", root / form, "a red apple", root / f"{form}.png"]
-        command += ["--steps", steps, "--threads", threads, "--repeat", repeat]
+    folder, steps = root / row["folder"], row["steps"]
+    if row["form"] != "torch":
+        command = [HERE.parent / "examples/edge/draw.py", folder, "a red apple", root / f"{folder.name}.png"]
+        command += ["--steps", steps, "--threads", threads, "--repeat", repeat, "--precision", FORMS[row["form"]][1]]
         told = subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True, text=True).stdout
     else:
-        decoder, guidance = (root / "decoder", 1) if form == "torch" else (None, 7.5)
-        told = alone(draw_with_torch, root / form, decoder, steps, guidance, threads, repeat)
+        decoder, guidance = (root / "decoder", 1) if row["model"] == "student" else (None, GUIDANCE)
+        told = alone(draw_with_torch, folder, decoder, steps, guidance, threads, repeat)
     found = {
         "loaded": r"loaded in ([\d.]+) s",
         "first": r"first picture after ([\d.]+) s",
@@ -135,13 +149,21 @@ def run(form: str, root: Path, steps: int, threads: int, repeat: int) -> dict[st
 
 
 def peaks(threads: int) -> dict[str, float]:
-    """Returns the operations a second (10^9) of large matrix products in torch's fastest precision."""
+    """Returns the operations a second (10^9) of large matrix products in torch, by precision; in f32 of a convolution,
+    because torch's products of matrices can be slower in f32 than convolutions.
+    """
     import torch
 
     torch.set_num_threads(threads)
     n, found = 2048, {}
     floats, whole = torch.randn(n, n).bfloat16(), torch.randint(-128, 127, (n, n), dtype=torch.int8)
+    side, channels = 64, 483  # as many operations as the products have
+    exact, kernels = (
+        torch.randn(shape).contiguous(memory_format=torch.channels_last)
+        for shape in ((1, channels, side, side), (channels, channels, 3, 3))
+    )
     for name, call in (
+        ("f32", lambda: torch.nn.functional.conv2d(exact, kernels, padding=1)),
         ("bf16", lambda: torch.nn.functional.linear(floats, floats)),
         ("int8", lambda: torch._int_mm(whole, whole)),
     ):
@@ -162,29 +184,68 @@ def operations(folder: Path) -> float:
     return 2 * sum(macs_by_kind(config).values()) / 1e9
 
 
-def tell_shares(results: list[dict], root: Path, threads: int) -> None:
-    """Prints the share of the machine's peak that the steps reach; the time of a step is the cost of one step more."""
-    peak, work = alone(peaks, threads), alone(operations, root / "torch")
-    print("\n| runtime | a step (s) | the rest (s) | operations a second (10^9) | of the peak in |")
-    print("|---|---:|---:|---:|---|")
-    for form in ("torch", *FORMS):
-        few, *_, many = sorted((row["steps"], row["seconds"]) for row in results if row["form"] == form)
+def shares(results: list[dict], root: Path, threads: int) -> list[dict]:
+    """Returns for each model and form the seconds of a call of the denoiser (what each further step adds), of the rest,
+    and the share of the machine's peak that the call reaches.
+    """
+    peak, found = alone(peaks, threads), []
+    for model, form in dict.fromkeys((row["model"], row["form"]) for row in results):
+        of = [row for row in results if (row["model"], row["form"]) == (model, form)]
+        few, *_, many = sorted((row["steps"], row["seconds"]) for row in of)
         step = (many[1] - few[1]) / (many[0] - few[0])
-        kind = "int8" if form == "int8" else "bf16"
-        share = f"{work / step / peak[kind]:.0%} of {peak[kind]:.0f} in {kind}"
-        print(f"| {form} | {step:.3f} | {few[1] - few[0] * step:.2f} | {work / step:.0f} | {share} |")
+        calls, kind = (2 if model == "teacher" else 1), {"f32": "f32", "int8": "int8"}.get(form, "bf16")
+        rate = calls * alone(operations, root / FOLDERS[model]) / step
+        call = {"call": step / calls, "rest": few[1] - few[0] * step, "rate": rate}
+        found.append(
+            {
+                **max(of, key=lambda row: row["steps"]),
+                **call,
+                "share": rate / peak[kind],
+                "peak": peak[kind],
+                "kind": kind,
+            }
+        )
+    return found
+
+
+def chart(found: list[dict]) -> str:
+    """Returns an SVG that compares models and forms, in the most steps of each; the teacher first."""
+    from prunet.report.bars import Bar, Panel, draw_bars
+
+    def panel(title: str, soft: str, key: str, kind: str, text: str) -> Panel:
+        bars = [Bar(row["model"], [(kind, row[key])], text.format(row[key]), note=row["form"]) for row in found]
+        return Panel(title, soft, bars, {})
+
+    found = sorted(found, key=lambda row: row["model"] == "student")
+    steps = {row["model"]: row["steps"] for row in found}
+    guided = {"teacher": "guided steps", "student": "steps"}
+    soft = "seconds; " + ", ".join(f"{model} in {count} {guided[model]}" for model, count in steps.items())
+    rows = [
+        [
+            panel("A call of the U-Net", "seconds; guidance needs two in each step", "call", "throughput", "{:.2f}"),
+            panel("A picture", soft, "seconds", "throughput", "{:.1f}"),
+        ],
+        [
+            panel("Memory", "MB, peak of the process", "memory", "memory", "{:,.0f}"),
+            panel("Size", "MB of all weights on disk", "disk", "memory", "{:,.0f}"),
+        ],
+    ]
+    return draw_bars("Prune or quantise", "from the prompt to the file, in one process each", rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="sd-v1 with random weights, or a pipeline folder")
     parser.add_argument("plan")
-    parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8], help="two or more")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--teacher", action="store_true", help="also the teacher in torch, at 25 guided steps, once")
+    parser.add_argument("--teacher", action="store_true", help="also the teacher, with guidance, once in each form")
+    parser.add_argument("--make", action="store_true", help="only make the models that are missing")
     parser.add_argument("--work", type=Path, help="keeps the models here; a temporary folder by default")
     args = parser.parse_args()
+    if len(args.steps) < 2:
+        parser.error("--steps: give two or more numbers, since a call is what a further step adds")
     root = args.work or Path(tempfile.mkdtemp(prefix="prunet-edge-"))
     root.mkdir(parents=True, exist_ok=True)
     try:
@@ -192,6 +253,17 @@ def main() -> None:
     finally:
         if not args.work:
             shutil.rmtree(root, ignore_errors=True)
+
+
+def rows_of(args: argparse.Namespace) -> list[dict]:
+    """The rows: model, form, steps, and the folder that it draws from."""
+    steps = {"student": args.steps, **({"teacher": TEACHERS_STEPS} if args.teacher else {})}
+    return [
+        {"model": model, "form": form, "steps": count, "folder": f"teacher-{bits}" if model == "teacher" else bits}
+        for model, counts in steps.items()
+        for count in counts
+        for form, (bits, _) in FORMS.items()
+    ]
 
 
 def measure(args: argparse.Namespace, root: Path) -> None:
@@ -202,27 +274,33 @@ def measure(args: argparse.Namespace, root: Path) -> None:
     made.write_text(json.dumps(asked))
     if not (root / "torch").exists():
         alone(make_student, args.source, args.plan, root)
-    for form in FORMS:
-        if not (root / form).exists():
-            alone(make_openvino, root, form)
-    print("| runtime | steps | loaded (s) | first picture (s) | a picture (s) | peak memory (MB) | weights (MB) |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    rows = [(form, steps, args.repeat) for steps in args.steps for form in ("torch", *FORMS)]
-    if args.teacher:
-        if not (root / "teacher").exists():
-            if args.source == "sd-v1":
-                alone(make_teacher, root / "teacher")
-            else:
-                (root / "teacher").symlink_to(Path(args.source).absolute())
-        rows.append(("teacher", 25, 1))
+    if args.teacher and not (root / FOLDERS["teacher"]).exists():
+        if args.source == "sd-v1":
+            alone(make_teacher, root / FOLDERS["teacher"])
+        else:
+            (root / FOLDERS["teacher"]).symlink_to(Path(args.source).absolute())
+    rows = rows_of(args)
+    for row in rows:
+        if not (root / row["folder"]).exists():
+            guidance = 1 if row["model"] == "student" else GUIDANCE
+            alone(make_openvino, root / FOLDERS[row["model"]], root / row["folder"], FORMS[row["form"]][0], guidance)
+    if args.make:
+        return
+    print("| model | form | steps | loaded (s) | first picture (s) | a picture (s) | peak memory (MB) | weights (MB) |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
     results = []
-    for form, steps, repeat in rows:
-        files = [p for p in (root / form).rglob("*") if p.suffix in (".bin", ".safetensors")]
-        row = {"form": form, "steps": steps, "disk": sum(path.stat().st_size for path in files) / 1e6}
-        results.append(row | run(form, root, steps, args.threads, repeat))
+    for row in rows:
+        files = [p for p in (root / row["folder"]).rglob("*") if p.suffix in (".bin", ".safetensors")]
+        row |= {"disk": sum(path.stat().st_size for path in files) / 1e6}
+        results.append(row | run(row, root, args.threads, args.repeat if row["model"] == "student" else 1))
         print(ROW.format(**results[-1]), flush=True)
-    if len(args.steps) > 1:
-        tell_shares(results, root, args.threads)
+    found = shares(results, root, args.threads)
+    print("\n| model | form | a call (s) | the rest (s) | operations a second (10^9) | of the peak in |")
+    print("|---|---|---:|---:|---:|---|")
+    for one in found:
+        print(SHARE.format(**one))
+    if args.teacher:
+        (root / "chart.svg").write_text(chart(found))
     print(json.dumps({"source": args.source, "plan": args.plan, "threads": args.threads, "rows": results}))
 
 

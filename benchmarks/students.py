@@ -246,6 +246,7 @@ def main() -> None:
     parser.add_argument("ablations", type=Path, nargs="+")
     parser.add_argument("--limit", type=int, default=200, help="prompts of each protocol (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", help="these of the ablation's seeds")
+    parser.add_argument("--arms", nargs="+", help="these of the ablation's arms")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="students that train at once (%(default)s)")
     parser.add_argument("--caches", action="store_true", help="only make the caches and the teacher's pictures")
@@ -256,8 +257,10 @@ def main() -> None:
         (ablation.title, arm, seed): recipe
         for ablation, of in loaded
         for (arm, seed), recipe in of.items()
-        if not args.seeds or seed in args.seeds
+        if (not args.seeds or seed in args.seeds) and (not args.arms or arm in args.arms)
     }
+    if not recipes:
+        parser.error("no student left: --arms and --seeds take names and numbers of the ablation's file")
     first = next(iter(recipes.values()))
     args.teachers = Path(loaded[0][0].output) / "teacher"
     jobs = {} if args.table else jobs_of(recipes, Path(first.teacher.source), args)

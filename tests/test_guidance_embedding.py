@@ -5,15 +5,20 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from test_few_steps import CPU, PACE, batch_of, first_row
+from test_onnx import NEAR, apart
+from test_onnx import ours as drawn_by_the_example
 
 from prunet import Teacher, UserError, distil, export, generate, load_recipe, run
 from prunet.data.encoding import cache
 from prunet.denoisers.unet2d.guidance import WEIGHT, guidance_embedding
+from prunet.exports.coreml import export_coreml
 from prunet.exports.onnx import export_onnx
+from prunet.exports.openvino import export_openvino
 from prunet.exports.single_file import export_single_file
 from prunet.plan.derived import derive
 from prunet.plan.plan import load_plan
@@ -24,6 +29,8 @@ from prunet.recipe.stage import Losses, Stage
 from prunet.recipe.values import Drawing, EmbeddedGuidance
 from prunet.runs.personalization import Personal
 from prunet.sampling.made_for import made_for
+from prunet.sampling.onnx import OnnxPipeline
+from prunet.sampling.openvino import OpenVinoPipeline
 from prunet.speed.models import drawings
 from prunet.student.student import cut, inherit, state_hash
 from prunet.training import session
@@ -136,6 +143,35 @@ def test_stock_diffusers_draws_any_scale_with_one_call_a_step(made, tmp_path) ->
     assert all((pictures[0] - other).abs().max() > 1e-3 for other in pictures[1:])
 
 
+@pytest.mark.processes
+def test_other_runtimes_draw_by_its_scale(made, tmp_path) -> None:
+    teacher, _, derived = made
+    student, stock = inherit(teacher.unet, derived), tmp_path / "stock"
+    torch.nn.init.normal_(student.get_parameter(WEIGHT), generator=torch.Generator().manual_seed(1))
+    how = EmbeddedGuidance(steps=2, guidance_scale=3, guidance_range=(1, 8), sampler="ddim")
+    export(teacher, student, stock, drawing=how)
+    facts = export_openvino(stock, tmp_path / "int8", ["a cat"], how, bits="int8", card={"teacher": "sd"})
+    export_onnx(stock, tmp_path / "onnx", ["a cat"], how, card={"teacher": "sd"})
+    export_openvino(stock, tmp_path / "openvino", ["a cat"], how, card={"teacher": "sd"})
+    assert facts["psnr"] > 25
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 4, 8, 8), np.float32))
+    pipe = DiffusionPipeline.from_pretrained(stock)
+    [theirs] = pipe("a cat", num_inference_steps=2, guidance_scale=3, latents=noise, height=16, width=16).images
+    assert apart(drawn_by_the_example(tmp_path / "onnx", "a cat", 0), theirs) <= NEAR
+    for ours in (OnnxPipeline(tmp_path / "onnx"), OpenVinoPipeline(tmp_path / "openvino", "f32")):
+        pictures = []
+        for scale in (3, 8):
+            asked = Drawing(guidance_scale=scale)
+            [theirs] = generate(stock, "a cat", drawing=asked, seed=4)
+            pictures += ours.draw(["a cat"], [4], ours.drawing_of(asked))
+            assert apart(pictures[-1], theirs) <= NEAR
+        assert apart(*pictures) > 5 * NEAR
+        with pytest.raises(UserError, match="guidance_scale 12: the model learned 1 to 8"):
+            ours.drawing_of(Drawing(guidance_scale=12))
+    with pytest.raises(UserError, match=r"--coreml: the U-Net of .* takes the guidance scale as an input"):
+        export_coreml(stock, tmp_path / "coreml", ["a cat"], how)
+
+
 @pytest.fixture(scope="module")
 def finished(sd, pictures, tmp_path_factory) -> Path:
     """A run: plain distillation, then guidance at scales from 1 to 8, with a high learning rate."""
@@ -232,8 +268,6 @@ def test_it_is_no_teacher_and_other_forms_are_refused(finished, sd, pictures, tm
         )
     with pytest.raises(UserError, match=one_line):
         export_single_file(pipeline, tmp_path / "student.safetensors")
-    with pytest.raises(UserError, match=one_line):
-        export_onnx(pipeline, tmp_path / "onnx", ["a cat"], Drawing())
     folder = shutil.copytree(pipeline, tmp_path / "lcm")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "_made_for"}))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,15 @@ def test_noise_of_lcm_is_new_at_every_step(exported, tmp_path) -> None:
         patch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: more.pop(0))
         drawn = pipe("a cat", num_inference_steps=3, guidance_scale=1, latents=first, height=16, width=16)
     assert apart(ours(made_for(folder, tmp_path / "copy", how), "a cat", 5), drawn.images[0]) <= NEAR
+
+
+@pytest.mark.parametrize("exported", ["sd"], indirect=True)
+def test_the_short_program_of_the_docs_draws_what_the_example_draws(exported, tmp_path) -> None:
+    code = re.search(r"```python\n(.*?)```", (EXAMPLE.parents[2] / "docs" / "edge.md").read_text(), re.DOTALL)
+    assert code is not None and code[1].count("\n") <= 30
+    folder = made_for(exported[0], tmp_path / "copy", Drawing(steps=4, guidance_scale=1, sampler="ddim-trailing"))
+    subprocess.run([sys.executable, "-c", code[1], folder, "a red cat", tmp_path / "drawn.png"], check=True)
+    assert apart(Image.open(tmp_path / "drawn.png"), ours(folder, "a red cat", 0)) <= 1
 
 
 def test_the_example_runs_without_torch(exported, tmp_path) -> None:

@@ -18,13 +18,17 @@ def draw(folder: Path, prompt: str, seed: int = 0) -> Image.Image:
     """Draws with the steps, guidance and sampler that the folder was made for: ddim, ddim-trailing or lcm."""
     index, size = read(folder / "model_index.json"), read(folder / "onnx.json")["size"]
     how, schedule = index["_made_for"], read(folder / "scheduler" / "scheduler_config.json")
-    guidance, guided, is_xl = how["guidance_scale"], how["guidance_scale"] > 1, (folder / "text_encoder_2").is_dir()
+    guidance, is_xl = how["guidance_scale"], (folder / "text_encoder_2").is_dir()
+    guided = guidance > 1 and "guidance_range" not in how
     given = encode(folder, ["", prompt] if guided else [prompt])
     if is_xl:
         given["time_ids"] = np.float32([[size, size, 0, 0, size, size]]).repeat(1 + guided, 0)
         if guided and index.get("force_zeros_for_empty_prompt", True):
             for name in ("encoder_hidden_states", "text_embeds"):
                 given[name][0] = 0
+    if "guidance_range" in how:  # the U-Net takes the scale, embedded like a timestep, and needs no empty prompt
+        angles = 1000 * (guidance - 1) * np.exp(np.arange(128) * -(np.log(10_000) / 127))
+        given["timestep_cond"] = np.float32([[*np.sin(angles), *np.cos(angles)]])
 
     betas = np.linspace(schedule["beta_start"] ** 0.5, schedule["beta_end"] ** 0.5, 1000, dtype=np.float32) ** 2
     kept = np.cumprod(1 - betas)  # the share of the picture in what is noisy, squared, at each timestep

@@ -62,7 +62,7 @@ def export_coreml(
 
     Raises:
         UserError: the extra `coreml` is not installed, the decoder does not fit, or Apple's reader cannot draw with the
-            noise schedule or the vocabulary of the pipeline.
+            U-Net, the noise schedule or the vocabulary of the pipeline.
     """
     check_extra("coreml", "--coreml")
     logging.getLogger("coremltools").setLevel(logging.ERROR)  # else it warns of each version that it does not know
@@ -89,7 +89,12 @@ def export_coreml(
 
 
 def _check_reader(teacher: Teacher) -> None:
-    """Refuses a noise schedule or a vocabulary that Apple's reader does not have."""
+    """Refuses a U-Net, a noise schedule or a vocabulary that Apple's reader does not know."""
+    if teacher.architecture.takes_guidance(teacher.unet_config):
+        raise UserError(
+            f"--coreml: the U-Net of {teacher.source} takes the guidance scale as an input, which Apple's reader does "
+            "not give it: use another form, such as --onnx"
+        )
     schedule = teacher.noise_scheduler.config
     for name, theirs in SCHEDULE.items():
         if (ours := schedule.get(name, theirs)) != theirs:

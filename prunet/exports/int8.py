@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from prunet.console import progress
+from prunet.exports.traced import MORE_INPUTS
 from prunet.intervals import Array
 from prunet.recipe.values import Drawing
 from prunet.sampling.draw import draw_latents
@@ -30,9 +31,9 @@ def captured(pipe: Any, prompts: Sequence[str], how: Drawing, size: int) -> tupl
 
     def keep(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         sample, timestep = given
-        added = named.get("added_cond_kwargs") or {}
-        tensors = {"sample": sample, "encoder_hidden_states": named["encoder_hidden_states"], **added}
-        seen.append({name: value.float().numpy().copy() for name, value in tensors.items()})
+        all_named = {**named, **(named.get("added_cond_kwargs") or {})}
+        tensors = {"sample": sample, **{name: all_named.get(name) for name in ("encoder_hidden_states", *MORE_INPUTS)}}
+        seen.append({name: value.float().numpy().copy() for name, value in tensors.items() if value is not None})
         seen[-1]["timestep"] = timestep.reshape(1).long().numpy()
 
     hook = pipe.unet.register_forward_pre_hook(keep, with_kwargs=True)

@@ -79,10 +79,10 @@ def _write(part: Part, folder: Path) -> None:
     """Writes a model with 16-bit weights."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer, about checks of shapes, which hold for all sizes
-        shapes = [(name, [-1 if isinstance(dim, str) else dim for dim in shape]) for name, shape in part.inputs.items()]
+        shapes = [[-1 if isinstance(dim, str) else dim for dim in shape] for shape in part.inputs.values()]
         model = need("openvino").convert_model(part.model, example_input=part.example, input=shapes)
-    for output, name in zip(model.outputs, part.outputs, strict=True):
-        output.get_tensor().set_names({name})
+    for port, name in zip((*model.inputs, *model.outputs), (*part.inputs, *part.outputs), strict=True):
+        port.get_tensor().set_names({name})
     need("openvino").save_model(model, folder / MODEL)
 
 

@@ -32,7 +32,7 @@ def open_source(pipeline: Path | str, decoder: Path | str | None = None) -> Sour
         UserError: a damaged folder, or a decoder that does not fit.
     """
     verify(Path(pipeline), f"delete {pipeline} and export it again")
-    teacher = Teacher(pipeline)
+    teacher = Teacher(pipeline, only_draw=True)
     return Source(teacher, open_decoder(decoder, teacher) if decoder else teacher.vae)
 
 

@@ -1,6 +1,6 @@
 """The models of a pipeline as they are traced for programs other than torch: inputs, outputs, and their names."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,9 @@ from prunet.denoisers.freeze import freeze
 from prunet.errors import UserError
 from prunet.teacher.configs import read_object
 from prunet.teacher.teacher import Teacher
+
+#: Inputs that some U-Nets have after `sample`, `timestep` and `encoder_hidden_states`, in this order.
+MORE_INPUTS = ("text_embeds", "time_ids", "timestep_cond")
 
 
 class Part(NamedTuple):
@@ -38,20 +41,23 @@ def parts(teacher: Teacher, vae: Any) -> Iterator[tuple[str, Part]]:
 
 
 class _Denoiser(nn.Module):
-    def __init__(self, unet: nn.Module) -> None:
+    """A U-Net. `more`: the names of its inputs after the first three."""
+
+    def __init__(self, unet: nn.Module, more: Sequence[str]) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet, self.more = unet, more
 
     def forward(
         self,
         sample: Tensor,
         timestep: Tensor,
         encoder_hidden_states: Tensor,
-        text_embeds: Tensor | None = None,
-        time_ids: Tensor | None = None,
+        *more: Tensor,
     ) -> Tensor:
-        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        out: Tensor = self.unet(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
+        named = dict(zip(self.more, more, strict=True))
+        scale = named.pop("timestep_cond", None)
+        how = {"timestep_cond": scale, "added_cond_kwargs": named or None, "return_dict": False}
+        out: Tensor = self.unet(sample, timestep, encoder_hidden_states, **how)[0]
         return out
 
 
@@ -83,17 +89,17 @@ def _denoiser(teacher: Teacher) -> Part:
     side = teacher.architecture.side_step(config)
     # Sides that differ, and are not 1 at any level: a tracer takes equal sides, and those of 1, for fixed.
     example = teacher.architecture.example_inputs(config, 2, latent_size=(2 * side, 4 * side))
-    context, added = example["encoder_hidden_states"], example.get("added_cond_kwargs") or {}
-    names = [name for name in ("text_embeds", "time_ids") if name in added]
+    context, more = example["encoder_hidden_states"], example | (example.get("added_cond_kwargs") or {})
+    names = [name for name in MORE_INPUTS if name in more]
     inputs: dict[str, list[int | str]] = {
         "sample": ["batch", config["in_channels"], "height", "width"],
         "timestep": [1],
         "encoder_hidden_states": ["batch", "tokens", context.shape[-1]],
-        **{name: ["batch", added[name].shape[1]] for name in names},
+        **{name: ["batch", more[name].shape[1]] for name in names},
     }
     # Whole timesteps: openvino_genai refuses fractional ones.
-    given = (example["sample"], torch.ones(1, dtype=torch.int64), context, *(added[name] for name in names))
-    return Part(_Denoiser(teacher.unet).eval(), given, inputs, ["out_sample"], config)
+    given = (example["sample"], torch.ones(1, dtype=torch.int64), context, *(more[name] for name in names))
+    return Part(_Denoiser(teacher.unet, names).eval(), given, inputs, ["out_sample"], config)
 
 
 def _text_encoder(teacher: Teacher, name: str) -> Part:

@@ -79,9 +79,7 @@ class TorchPlayer:
             UserError: a setting does not fit this model.
         """
         self.opened.check_prompts([asked.prompt])
-        how = drawing_of(self.opened, asked.drawing)
-        if isinstance(how, EmbeddedGuidance):
-            how = how.nearest(asked.drawing.guidance_scale)
+        how = _at_scale(drawing_of(self.opened, asked.drawing), asked)
         self._use(asked.lora)
         start = None
         if (given := asked.start) is not None:
@@ -161,8 +159,14 @@ class RuntimePlayer:
             raise UserError(f"{self.name}: a pipeline for {self.opened.runtime} draws without {extra}: leave it out")
         check_prompts([asked.prompt], "prompt")
         pipe, began = self.pipe, time.perf_counter()
-        [picture] = pipe.draw([asked.prompt], [asked.seed], self.made_for, asked.size)
-        return Drawn(picture, time.perf_counter() - began, None, self.made_for)
+        how = _at_scale(self.made_for, asked)
+        [picture] = pipe.draw([asked.prompt], [asked.seed], how, asked.size)
+        return Drawn(picture, time.perf_counter() - began, None, how)
+
+
+def _at_scale(how: Drawing, asked: Asked) -> Drawing:
+    """Returns `how`, at the learned scale nearest to the one asked for if the model takes it as an input."""
+    return how.nearest(asked.drawing.guidance_scale) if isinstance(how, EmbeddedGuidance) else how
 
 
 Player: TypeAlias = TorchPlayer | RuntimePlayer

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from prunet.denoisers.unet2d.guidance import guidance_embedding
 from prunet.errors import UserError
 from prunet.extras import need
 from prunet.recipe.values import Drawing
@@ -88,6 +89,8 @@ class OnnxPipeline(OnnxFolder):
         side = size // self.vae_scale
         latents = torch.randn(1, self.vae_config["latent_channels"], side, side, generator=generator)
         texts = self._encode(["", prompt][-how.rows :], size)
+        if self.architecture.takes_guidance(self.unet_config):
+            texts["timestep_cond"] = guidance_embedding(torch.tensor([how.guidance_scale])).numpy()
         for t in scheduler.timesteps:
             sample = latents.repeat(how.rows, 1, 1, 1).numpy()
             out = torch.from_numpy(self._parts["unet"]({"sample": sample, "timestep": t[None].numpy(), **texts})[0])
