@@ -2,12 +2,16 @@
 
 import ast
 import re
+import shlex
+from typing import Any
 
 import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+from prunet.errors import printable
 from prunet.exports.card import model_card
+from prunet.recipe.values import Drawing, EmbeddedGuidance
 
 NASTY = [
     "mit\nmalicious: true",
@@ -48,6 +52,26 @@ def card(text: str) -> str:
             "prompt": text,
         }
     )
+
+
+def runtime_card(form: str, **more: Any) -> str:
+    facts = {"teacher": "t", "decoder": "AutoencoderKL", "size": 8, "step": 8, "models": {}, "bits": None, "bytes": 1}
+    facts |= {"psnr": 1, "picture": 1, "prompts": 1, "prompt": "a", "drawing": Drawing()}
+    return model_card({**facts, "template": f"{form}.md.j2", **more})
+
+
+@pytest.mark.parametrize("text", [*NASTY, "for $5 `id` $(id)"])
+def test_a_prompt_is_one_argument_of_the_shell(text: str) -> None:
+    line = next(line for line in runtime_card("onnx", prompt=text).splitlines() if line.startswith("    python draw"))
+    _, script, _, prompt, picture = shlex.split(line)
+    assert (script, prompt, picture) == ("draw_onnx.py", printable(" ".join(text.split())), "picture.png")
+
+
+def test_a_model_that_takes_the_guidance_scale_is_not_called_one_without_guidance() -> None:
+    plain, embedded = Drawing(steps=2, guidance_scale=1), EmbeddedGuidance(steps=2, guidance_range=(1, 8))
+    assert "without guidance" in runtime_card("openvino", drawing=plain)
+    text = runtime_card("openvino", drawing=embedded)
+    assert "without guidance" not in text and "it learned scales from 1 to 8" in text
 
 
 def shape(text: str) -> list[str]:

@@ -96,6 +96,16 @@ def test_a_kill_anywhere_leaves_the_old_folder_or_the_new_one(tmp_path) -> None:
     assert texts(folder) == ["new", "new"]
 
 
+def test_a_link_to_a_folder_stays(tmp_path) -> None:
+    (tmp_path / "large-disk").mkdir()
+    (tmp_path / "a").symlink_to("large-disk")
+    for text in ("one", "two", "three"):
+        write(tmp_path / "a", text)
+        assert texts(tmp_path / "large-disk") == [text, text]
+    assert (tmp_path / "a").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "large-disk"]
+
+
 def test_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch) -> None:
     done: list[str] = []
     sync, replace = os.fsync, os.replace

@@ -11,20 +11,23 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from test_cli import call
 from torch import nn
 
 from prunet import Teacher, UserError, build, export, load_plan
 from prunet.disk.files import read_json
 from prunet.plan.size import kind_of, macs_by_kind, size_of
-from prunet.recipe.values import Drawing
+from prunet.recipe.values import Drawing, EmbeddedGuidance
 from prunet.report.speeds import chart, markdown, write_speeds
-from prunet.speed.bench import Bench, bench
+from prunet.sampling.draw import Model
+from prunet.speed.bench import Bench, BenchModel, _pictures, bench
 from prunet.speed.clock import times_in_turn
 from prunet.speed.models import open_models
 from prunet.speed.profiling import PARTS, times_by_kind
 
 CPU = torch.device("cpu")
+RUNTIMES = ("torch", "onnx")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -187,6 +190,16 @@ def test_another_runtime_stands_beside_torch(result) -> None:
     assert "| small | openvino | 1 |" in text and "not measured" in text
     words = " ".join(ElementTree.fromstring(chart(both)).itertext())
     assert "openvino" in words and "Throughput" in words and "Peak memory" not in words
+
+
+def test_pictures_to_compare_are_drawn_as_their_model_draws(monkeypatch) -> None:
+    how, seen = EmbeddedGuidance(steps=2, guidance_scale=3, guidance_range=(1, 8)), []
+    black = Image.new("RGB", (8, 8))
+    monkeypatch.setattr("prunet.speed.bench.draw_alone", lambda *given: seen.append(given) or (black, 9.0))
+    told = {name: BenchModel(parameters=1, macs={}, rows=1, steps=2, precision="", runtime=name) for name in RUNTIMES}
+    found = _pictures(told, {name: Model(name) for name in told}, dict.fromkeys(told, how), 8)
+    assert [(model.source, way) for model, _, way, _ in seen] == [(name, how) for name in RUNTIMES]
+    assert [(model.process_mb, model.apart) for model in found.values()] == [(9, None), (9, 0)]
 
 
 LOG = """\

@@ -281,6 +281,20 @@ def test_features_prepared_differently_are_refused(sd: Path, protocol: Path, who
     assert again.measures != read_measures(whole).measures
 
 
+def test_pictures_that_are_drawn_again_are_measured_again(sd, protocol: Path, whole: Path, tmp_path: Path) -> None:
+    """The advice for pictures of another model or another drawing is to delete their folder, not that of features."""
+    folder, (chosen, beside) = copy_of(whole, tmp_path), load_protocol(protocol)
+    shutil.rmtree(folder / "pictures")
+    given = {"files": ProtocolFiles(beside, real=whole / "real.safetensors"), "drawing": Drawing.given(steps=1)}
+    again = measure(sd, chosen, PROMPTS, folder, **given)
+    paths = sorted(folder.glob("pictures/*.tar"))
+    pictures, prompts = zip(*(pair for path in paths for pair in read_shard(path)), strict=True)
+    found = Clip.load(beside / "clip")([extraction.prepared(p, 12, "bicubic", 90) for p in pictures], prompts)
+    cosine = torch.nn.functional.cosine_similarity(found["image"], found["text"]).mean()
+    assert again.measures["clip_score"].value == pytest.approx(float(cosine), abs=1e-5)
+    assert abs(again.measures["clip_score"].value - read_measures(whole).measures["clip_score"].value) > 1e-4
+
+
 def test_damaged_files_are_made_again_or_named(sd: Path, protocol: Path, whole: Path, tmp_path: Path) -> None:
     folder, expected = copy_of(whole, tmp_path), (whole / "measures.json").read_bytes()
     first, second, _ = sorted(folder.glob("features/clip-*/*"))

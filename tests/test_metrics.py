@@ -59,6 +59,10 @@ def test_inception_score_of_sure_and_unsure_pictures() -> None:
 def test_retrieval_counts_equal_prompts_as_one() -> None:
     texts = np.eye(4)[[0, 1, 2, 0]]
     assert metrics.retrieved(np.eye(4)[[0, 1, 1, 0]], texts).tolist() == [1, 1, 0, 1]
+    rng = np.random.default_rng(0)  # also if they were computed in batches of different sizes, which round differently
+    texts = np.tile(rng.normal(size=(20, 64)), (3, 1))
+    rounded = (texts + 1e-6 * rng.normal(size=texts.shape)).astype(np.float32)
+    assert metrics.retrieved(texts, rounded.astype(np.float64)).mean() == 1
 
 
 def test_retrieval_among_other_prompts_finds_those_too() -> None:

@@ -283,7 +283,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, new) -> None:
             convert(tmp_path / "cut.ckpt")
 
 
-def test_an_existing_file_is_kept(tmp_path) -> None:
+def test_an_existing_file_is_kept(tmp_path, monkeypatch) -> None:
     path = save({"a": torch.ones(1)}, tmp_path / "a.ckpt")
     (tmp_path / "a.safetensors").write_text("mine")
     with pytest.raises(UserError, match="exists"):
@@ -294,6 +294,9 @@ def test_an_existing_file_is_kept(tmp_path) -> None:
     (tmp_path / "link.safetensors").symlink_to("nowhere")
     with pytest.raises(UserError, match="exists"):
         convert(path, tmp_path / "link.safetensors")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"a\.ckpt is a file, not a folder"):
+        patch.setattr("prunet.teacher.conversion.read_tensors", None)  # which takes minutes
+        convert(path, path / "new.safetensors")
     assert convert(path.rename(tmp_path / "model-v1.5"))["output"].endswith("/model-v1.5.safetensors")
     assert (tmp_path / "a.safetensors").read_text() == "mine"
 

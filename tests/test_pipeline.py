@@ -30,7 +30,8 @@ from prunet.denoisers.freeze import freeze
 from prunet.exports.folder import check_export
 from prunet.exports.single_file import export_single_file
 from prunet.sampling.draw import decode, draw, draw_latents
-from prunet.sampling.samplers import SAMPLERS, set_sampler
+from prunet.sampling.made_for import drawing_of
+from prunet.sampling.samplers import SAMPLERS, sampler_of, set_sampler
 from prunet.student.student import state_hash
 
 KINDS = [("sd", "bk-tiny"), ("sdxl", "ssd-1b")]
@@ -217,6 +218,22 @@ def test_unknown_sampler_and_size_are_refused(sd) -> None:
         generate(sd, "a", drawing=Drawing(sampler="best"))
     with pytest.raises(UserError, match="multiple of 16"):
         generate(sd, "a", size=24)
+
+
+def test_a_sampler_that_cannot_draw_on_the_noise_schedule_is_refused_before_weights_load(sd, tmp_path) -> None:
+    folder = shutil.copytree(sd, tmp_path / "zero-snr", ignore=shutil.ignore_patterns("*.safetensors"))
+    path = folder / "scheduler" / "scheduler_config.json"
+    zero = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | zero))
+    for name in SAMPLERS:
+        if name == "pndm":
+            with pytest.raises(UserError, match=r"sampler: pndm ignores rescale_betas_zero_snr .* the wrong noise"):
+                generate(folder, "a", drawing=Drawing(sampler=name))
+            continue
+        how = drawing_of(Teacher(folder), Drawing(sampler=name))
+        assert sampler_of(how.sampler, json.loads(path.read_text())).alphas_cumprod[-1] < 1e-6
+    with pytest.raises(UserError, match=r"steps: lcm cannot draw in 60 steps .*choose another number or sampler"):
+        generate(folder, "a", drawing=Drawing(steps=60, sampler="lcm"))
 
 
 def test_fp16_only_teacher_opens(sd, tmp_path) -> None:

@@ -152,7 +152,7 @@ def make_run(
             "data": {"source": "pictures"},
             "stages": [{"steps": rows * 10}] * stages,
             "evaluation": {"prompts": prompts},
-            "output": "runs/fox",
+            "output": "runs/fox & crow",
         }
     )
     pictures = folder / "evaluation" / "pictures"
@@ -197,6 +197,7 @@ def test_headline_says_how_small_and_how_fast(tmp_path: Path) -> None:
     text = Page(write_report(tmp_path)).text
     share = 100 * derived.student_size.parameters / derived.teacher_size.parameters
     assert "Student of my-model by plan pairs" in text
+    assert re.search(r"prunet run '[^']*runs/fox & crow'", text)
     assert f"{share:.0f} %" in text
     assert "1.5×" in text
     tile = text.split("distance before distillation")[1][:40]

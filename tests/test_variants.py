@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextModel
 
-from prunet import Teacher, UserError
-from prunet.teacher.copying import save_parts
+from prunet import Teacher, UserError, build, export, load_plan
+from prunet.teacher.copying import check_other_parts, save_parts
 from prunet.teacher.weight_files import WEIGHTS
 
 PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
@@ -64,6 +65,39 @@ def test_parts_are_read_in_each_form_and_copied_as_stock_classes_load_them(
         )  # the U-Net is not copied: a student's goes there
         stock = cls.from_pretrained(folder, subfolder=part, variant=variant if part == "unet" else None)
         assert torch.equal(next(stock.parameters()), weights(before, part))
+
+
+def test_a_safety_checker_of_which_only_the_variant_is_there_is_copied_as_stock_classes_load_it(
+    teacher_folder, tmp_path
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = CLIPConfig(text_config=sizes, vision_config={**sizes, "image_size": 8, "patch_size": 8}, projection_dim=8)
+    checker = StableDiffusionSafetyChecker(config)
+    checker.save_pretrained(teacher_folder / "safety_checker", variant="fp16")
+    assert not (teacher_folder / "safety_checker" / "model.safetensors").exists()
+    CLIPImageProcessor().save_pretrained(teacher_folder / "feature_extractor")
+    index = json.loads((teacher_folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (teacher_folder / "model_index.json").write_text(json.dumps(index))
+    teacher = Teacher(teacher_folder)
+    check_other_parts(teacher)
+    (tmp_path / "copy").mkdir()
+    save_parts(teacher, tmp_path / "copy")
+    again = StableDiffusionSafetyChecker.from_pretrained(tmp_path / "copy", subfolder="safety_checker")
+    assert torch.equal(again.visual_projection.weight, checker.visual_projection.weight)
+
+
+def test_the_fp16_variant_of_a_text_encoder_in_several_files_opens(teacher_folder, tmp_path) -> None:
+    rewrite(teacher_folder, "text_encoder", None, 3)
+    teacher = Teacher(teacher_folder)
+    folder = export(teacher, build(teacher, load_plan("bk-tiny")), tmp_path / "student", fp16=True)
+    pipe = DiffusionPipeline.from_pretrained(folder, variant="fp16", torch_dtype=torch.float16)
+    for name, tensor in pipe.text_encoder.state_dict().items():
+        assert torch.equal(tensor, teacher.text_part("text_encoder").state_dict()[name].half())
+    files = sorted(path.name for path in (folder / "text_encoder").glob("*.safetensors"))
+    assert [name for name in files if "fp16" in name] == ["model.fp16.safetensors"] and len(files) == 4
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])

@@ -154,9 +154,11 @@ def _evaluated(run: "Run") -> "Run":
 
 def _check_target(target: Path, folder: str | None, gguf: str | None, read: list[Path]) -> None:
     """Refuses a target that holds something else or has a wrong name. `folder`: its kind; None: a single file."""
+    from prunet.disk.files import check_writable
     from prunet.disk.ownership import check_file, check_place
     from prunet.exports.single_file import check_name, is_exported
 
+    check_writable(target.parent if folder is None else target, "--output")
     if folder is not None:
         check_place(target, folder, "--output", read)
         return

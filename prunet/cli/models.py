@@ -197,6 +197,7 @@ def build(
 
     The output is a stock diffusers folder of the denoiser (load it with UNet2DConditionModel.from_pretrained).
     """
+    from prunet.disk.files import check_writable
     from prunet.disk.ownership import check_place
     from prunet.plan.derived import derive
     from prunet.plan.plan import load_plan
@@ -205,6 +206,7 @@ def build(
     from prunet.teacher.teacher import Teacher
 
     check_place(output, "student", "--output", [Path(teacher)])
+    check_writable(output, "--output")
     opened = Teacher(teacher, config=config, only_form=True)
     derived = derive(opened.unet_config, load_plan(plan))
     opened.check_weights()

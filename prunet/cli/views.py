@@ -12,7 +12,7 @@ from rich.text import Text
 
 from prunet.diagram import STEPS, Diagram, Part, Section
 from prunet.plan.effect import Effect, Size
-from prunet.words import many, number, percent
+from prunet.words import command, many, number, percent
 
 if TYPE_CHECKING:  # these import torch, which a plan's effect does not need
     from prunet.plan.derived import Derived
@@ -79,7 +79,8 @@ def search_view(result: "SearchResult", folder: Any) -> RenderableType:
         name = ", ".join(row.remove) if row.name == "found" else row.name
         style = "bold" if row is result.plans[0] else None
         table.add_row(number(row.error, 2), *after, *shares, Text(name), style=style)
-    files = f"Page: {folder}/search.html\nPlan: {folder}/plan.yaml\nRun it: prunet run {folder}/recipe.yaml"
+    again = command("run", f"{folder}/recipe.yaml").strip("`")
+    files = f"Page: {folder}/search.html\nPlan: {folder}/plan.yaml\nRun it: {again}"
     title = f"{result.teacher} within {', '.join(result.budgets)}"
     return Group(Rule(Text(title, style="bold"), align="left"), table, Text(), Text(files))
 

@@ -80,8 +80,10 @@ def new_file(path: Path) -> Iterator[Path]:
 def new_folder(path: Path, what: str, made_from: str | None = None) -> Iterator[Path]:
     """Does the same as `new_file` for a folder; an existing folder is replaced only when the new one is whole.
 
-    The folder is sealed with its kind `what`, the checksums of its files, and the fingerprint `made_from`.
+    A link to a folder stays, and the folder that it leads to is replaced. The folder is sealed with its kind `what`,
+    the checksums of its files, and the fingerprint `made_from`.
     """
+    path = path.resolve()
     part, old = aside(path), path.with_name(f".{path.name}.old")
     try:
         with clear_errors(path):

@@ -1,6 +1,7 @@
 """Extracts embeddings of pictures, drawn or real, into one file for each shard; the files call them `features`.
 
-The name of their folder has hashes of the network and of the preparation of the pictures, so they are never stale.
+The name of their folder has a hash of the network, of the preparation of the pictures and of what they were drawn from,
+so they are never stale.
 """
 
 import json

@@ -10,6 +10,7 @@ The folder of a measurement::
 A stopped measurement resumes, and the processes of `accelerate launch` divide the work.
 """
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -78,11 +79,11 @@ def measure(
     }
     _check_folder(folder / "pictures", spec)
     with _claim(folder, spec, state):
-        named = {
-            name: folder / "features" / f"{name}-{tag(net.hash, preparation(protocol, name))}"
-            for name, net in networks.items()
+        made_by = {name: (net.hash, preparation(protocol, name)) for name, net in networks.items()}
+        named = {  # those of pictures that were drawn from something else are not these
+            name: folder / "features" / f"{name}-{tag(*how, json.dumps(spec))}" for name, how in made_by.items()
         }
-        theirs = _real_features(reference, networks, protocol, named, state)  # a picture may be broken
+        theirs = _real_features(reference, networks, protocol, folder, made_by, state)  # a picture may be broken
         paths = draw_shards(
             teacher.pipeline,
             prompts,
@@ -135,25 +136,32 @@ def _claim(folder: Path, drawing: dict[str, Any], state: Any) -> Iterator[None]:
 
 
 def _real_features(
-    reference: Reference | None, networks: Mapping[str, Any], protocol: Protocol, named: Mapping[str, Path], state: Any
+    reference: Reference | None,
+    networks: Mapping[str, Any],
+    protocol: Protocol,
+    folder: Path,
+    made_by: Mapping[str, tuple[str, str]],
+    state: Any,
 ) -> dict[str, Any]:
-    """Extracts the features of the real pictures, if there are any; returns them by network, in the main process."""
+    """Extracts the features of the real pictures, if there are any; returns them by network, in the main process.
+
+    `folder`: that of the measurement. `made_by`: for each network its hash and the preparation of pictures for it.
+    """
     if reference is None:
         return {}
     found: dict[str, Any] = {}
     sets = {str(protocol.features)} if NEED_REAL & set(protocol.metrics) else set()
     wanted = {*sets, *(SUBJECT[name] for name in protocol.metrics if name in SUBJECT)}
     for name in sorted(wanted):
-        folder = named[name].with_name(f"real-{tag(named[name].name, reference.content)}")
-        extract(reference.shards(), networks[name], protocol, folder)
+        extracted = folder / "features" / f"real-{tag(name, *made_by[name], reference.content)}"
+        extract(reference.shards(), networks[name], protocol, extracted)
         state.wait_for_everyone()
         if not state.is_main_process:
             continue
         if name in sets:
-            save_to = folder.parent.parent / "real.safetensors"
-            found[name] = reference.features(networks[name], protocol, folder, save_to)
+            found[name] = reference.features(networks[name], protocol, extracted, folder / "real.safetensors")
         else:
-            found[name] = gather(reference.shards(), folder)["image"]
+            found[name] = gather(reference.shards(), extracted)["image"]
     return found
 
 

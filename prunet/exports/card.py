@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from typing import Any
 
 import jinja2
@@ -30,7 +31,7 @@ def model_card(facts: dict[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    env.filters |= {"quoted": _quoted, "code": _code, "words": _words}
+    env.filters |= {"quoted": _quoted, "code": _code, "words": _words, "shell": _shell}
     return env.get_template(facts.get("template", "card.md.j2")).render(**facts)
 
 
@@ -42,6 +43,11 @@ def _quoted(text: str) -> str:
         lambda found: f"\\u{ord(found[0]):04x}",
         json.dumps(text, ensure_ascii=False),
     )
+
+
+def _shell(text: str) -> str:
+    """Quotes a text as one argument of a shell's command, on one line."""
+    return shlex.quote(printable(" ".join(str(text).split())))
 
 
 def _code(text: str) -> str:

@@ -18,6 +18,7 @@ from prunet.sampling.made_for import made_for, write_made_for
 from prunet.student.folder import write_unet
 from prunet.teacher.copying import save_parts
 from prunet.teacher.teacher import Teacher
+from prunet.teacher.weight_files import WEIGHTS
 
 
 def export(
@@ -60,9 +61,10 @@ def export(
 
 def _write_fp16(folder: Path, teacher: Teacher) -> None:
     for part in ("unet", "vae", *teacher.text_encoders):
-        for file in (folder / part).glob("*.safetensors"):
-            half = {k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}
-            save_file(half, file.with_name(f"{file.stem}.fp16.safetensors"), metadata={"format": "pt"})
+        files = list((folder / part).glob("*.safetensors"))  # a text encoder may be several; its variant is one
+        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        save_file(half, folder / part / f"{WEIGHTS[part]}.fp16.safetensors", metadata={"format": "pt"})
 
 
 @quiet_libraries()

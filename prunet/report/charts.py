@@ -4,6 +4,7 @@ import base64
 import io
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -24,7 +25,7 @@ def render(template: str, **values: Any) -> str:
     """Renders one of prunet's templates; a missing value is an error."""
     loader, undefined = jinja2.PackageLoader("prunet.report", "."), jinja2.StrictUndefined
     env = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=undefined)
-    env.filters |= {"number": number, "many": many, "percent": percent, "duration": duration}
+    env.filters |= {"number": number, "many": many, "percent": percent, "duration": duration, "quoted": shlex.quote}
     return env.get_template(template).render(**values)
 
 

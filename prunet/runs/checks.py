@@ -107,11 +107,13 @@ def _check_models(this: "Run") -> None:
         encoders = [teacher.part_config(part) for part in teacher.text_encoders]
         check_condition(teacher.unet_config, encoders, teacher.source)
         if data.source is None:
-            check_sampler(teacher, "dpmsolver++", data.steps, "data")
-    check_sampler(this.teachers[-1], evaluation.sampler, evaluation.steps, "evaluation")
-    own = made_for(this.teachers[-1])
+            check_sampler("dpmsolver++", data.steps, teacher.part_config("scheduler"), teacher.source, "data")
+    last = this.teachers[-1]
+    schedule = last.part_config("scheduler")
+    check_sampler(evaluation.sampler, evaluation.steps, schedule, last.source, "evaluation")
+    own = made_for(last)
     if own and any(getattr(evaluation, key) != value for key, value in own):
-        say(f"[yellow]{escape(this.teachers[-1].source)} was made for {own},[/] but evaluation draws in another way")
+        say(f"[yellow]{escape(last.source)} was made for {own},[/] but evaluation draws in another way")
     for number, stage in enumerate(this.recipe.stages):
         if stage.has("paths") or stage.jumps:
             check_jumps(this.teachers[number], stage, f"stages.{number}")

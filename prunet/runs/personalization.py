@@ -43,7 +43,6 @@ from prunet.runtime import Runtime
 from prunet.sampling.draw import Model, collect, draw, is_drawn, open_model
 from prunet.sampling.made_for import drawing_of, made_for
 from prunet.sampling.paths import schedule_of
-from prunet.sampling.samplers import check_sampler
 from prunet.student.student import inherit
 from prunet.teacher.configs import check_condition
 from prunet.teacher.copying import check_other_parts
@@ -98,7 +97,7 @@ class Personal:
         self.model.check_prompts([prompt for prompt in (self.spec.prompt, self.spec.class_prompt) if prompt])
         if self.spec.lora is None:
             check_other_parts(self.model)
-        check_sampler(self.model, self._drawing.sampler, self._drawing.steps, "model")
+        _ = self._drawing
         self._check_disk()
         if (label := self.folder / "personalization.json").is_file():
             before = read_label(label, ("inputs",))["inputs"]

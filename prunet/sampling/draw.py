@@ -207,8 +207,8 @@ def generate(
         check_prompts(given, "prompt")
         how, pipe = teacher.drawing_of(drawing), teacher.pipeline(opening.dtype)
         return collect(pipe.draw(prompts, seeds, how, size), prompts, text, save_to)
-    teacher.check_prompts(given)
     how = drawing_of(teacher, _usual(Path(opening.source)), drawing)
+    teacher.check_prompts(given)
     size, begin = size or teacher.native_size, None
     if start is not None:
         pictures, strength, mask = [start.picture], start.strength, start.mask

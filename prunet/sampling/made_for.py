@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from prunet.errors import UserError
 from prunet.recipe.recipe import explain
 from prunet.recipe.values import Drawing, EmbeddedGuidance
-from prunet.sampling.samplers import SAMPLERS, sampler_of
+from prunet.sampling.samplers import SAMPLERS, check_sampler, sampler_of
 from prunet.teacher.configs import read_object
 from prunet.teacher.pipeline_files import PipelineFiles
 
@@ -48,8 +48,8 @@ def drawing_of(pipeline: PipelineFiles, default: Drawing, asked: Drawing | None 
     """Returns how to draw with a pipeline: what `asked` sets, else what it was made for, else `default`.
 
     Raises:
-        UserError: there is no such sampler, or the pipeline takes the guidance scale as an input and did not learn this
-            one.
+        UserError: there is no such sampler, or it cannot draw in so many steps; or the pipeline takes the guidance
+            scale as an input and did not learn this one.
     """
     how = overridden(made_for(pipeline) or default, asked)
     if pipeline.architecture.takes_guidance(pipeline.unet_config) and not isinstance(how, EmbeddedGuidance):
@@ -57,8 +57,7 @@ def drawing_of(pipeline: PipelineFiles, default: Drawing, asked: Drawing | None 
             f"{pipeline.source}: its {pipeline.architecture.part} takes the guidance scale as an input, and its "
             "model_index.json does not say which scales it learned: draw with diffusers, or give another model"
         )
-    if how.sampler not in SAMPLERS:
-        raise UserError(f"No sampler {how.sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    check_sampler(how.sampler, how.steps, pipeline.part_config("scheduler"), pipeline.source)
     return how
 
 

@@ -81,7 +81,7 @@ def check_jumps(teacher: Teacher, stage: Stage, where: str) -> None:
     if stage.has("paths") and (made := len(path_times(teacher, stage.path_steps))) != stage.path_steps:
         raise UserError(f"{where}.path_steps: of {stage.path_steps}, {SAMPLER} makes {made}, by rounding: give another")
     if stage.jumps:
-        check_sampler(teacher, FEW_STEP_SAMPLER, stage.jumps, where)
+        check_sampler(FEW_STEP_SAMPLER, stage.jumps, teacher.part_config("scheduler"), teacher.source, where)
     if process.prediction_type == "epsilon" and process.alphas_cumprod[-1] <= 0:
         raise UserError(
             f"{where}: {teacher.source} predicts the noise, and at its last timestep there is nothing else (zero "

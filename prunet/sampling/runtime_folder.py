@@ -14,6 +14,7 @@ from prunet.errors import UserError
 from prunet.extras import need
 from prunet.recipe.values import Drawing
 from prunet.sampling.made_for import overridden, read_made_for
+from prunet.sampling.samplers import check_sampler
 from prunet.teacher.configs import check_config, read_object
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
@@ -77,11 +78,13 @@ class RuntimeFolder(ABC):
         """Returns how to draw: the values that `asked` sets, and otherwise those that it was made for.
 
         Raises:
-            UserError: `asked` has another sampler than the folder.
+            UserError: `asked` has another sampler than the folder, or more steps than it can draw in.
         """
         how = overridden(self.made_for, asked)
         if how.sampler != self.made_for.sampler:
             raise UserError(f"sampler: {self.folder} draws only with {self.made_for.sampler}: leave it out")
+        schedule = read_object(self.folder / "scheduler" / "scheduler_config.json", self._fix)
+        check_sampler(how.sampler, how.steps, schedule, str(self.folder))
         return how
 
     @abstractmethod

@@ -1,5 +1,6 @@
 """Samplers by name: schedulers of diffusers, set as Stable Diffusion ships them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from diffusers import (
@@ -13,7 +14,8 @@ from diffusers import (
 )
 
 from prunet.errors import UserError
-from prunet.teacher.teacher import Teacher
+from prunet.teacher.marks import ZERO_SNR
+from prunet.teacher.placing import known_fields
 
 SAMPLERS = {
     "dpmsolver++": DPMSolverMultistepScheduler,
@@ -55,19 +57,25 @@ def sampler_of(name: str, schedule: Any) -> Any:
     return SAMPLERS[name].from_config(schedule, **SAMPLER_OPTIONS.get(name, {}))
 
 
-def check_sampler(teacher: Teacher, name: str, steps: int, where: str) -> None:
-    """Refuses a sampler that does not exist, or that cannot run `steps` steps on the teacher's schedule.
+def check_sampler(name: str, steps: int, schedule: Mapping[str, Any], source: str, where: str = "") -> None:
+    """Refuses a sampler that does not exist, or that cannot draw in `steps` steps on a noise schedule.
 
-    `where`: the part of the recipe with the sampler.
+    `schedule`: the config of the scheduler of the pipeline `source`. `where`: the part of the recipe with the sampler.
     """
+    where = where and f"{where}."
     if name not in SAMPLERS:
-        raise UserError(f"{where}.sampler: no sampler {name!r}: {', '.join(SAMPLERS)}")
-    config = teacher.part_config("scheduler")
-    if steps > (most := teacher.noise_scheduler.config.num_train_timesteps):
-        raise UserError(f"{where}.steps: {steps} are more than the {most} timesteps of {teacher.source}")
+        raise UserError(f"{where}sampler: no sampler {name!r}: choose one of {', '.join(SAMPLERS)}")
+    if steps > (most := schedule.get("num_train_timesteps", 1000)):
+        raise UserError(f"{where}steps: {steps} are more than the {most} timesteps of {source}")
+    if schedule.get(ZERO_SNR) and not known_fields(SAMPLERS[name], {ZERO_SNR: True}):
+        raise UserError(
+            f"{where}sampler: {name} ignores {ZERO_SNR} in scheduler/scheduler_config.json of {source}, so it would "
+            "draw with the wrong noise: choose another, such as ddim"
+        )
     try:
-        sampler_of(name, config).set_timesteps(steps)
+        sampler_of(name, schedule).set_timesteps(steps)
     except Exception as error:  # any kind of error, since diffusers does not check the values
         raise UserError(
-            f"{teacher.source}: its scheduler/scheduler_config.json cannot drive {name} for {steps} steps: {error}"
+            f"{where}steps: {name} cannot draw in {steps} steps by scheduler/scheduler_config.json of {source} "
+            f"({error}): choose another number or sampler"
         ) from error

@@ -184,13 +184,13 @@ def _pictures(
     """Draws a picture with each of `sources` in a separate process; returns the models with the results."""
 
     @cache
-    def drawn(name: str, way: str) -> tuple[Image.Image, float | None]:
+    def drawn(name: str, way: Drawing) -> tuple[Image.Image, float | None]:
         say(f"A picture of {name}")
-        return draw_alone(sources[name], PROMPT, Drawing.model_validate_json(way), size)
+        return draw_alone(sources[name], PROMPT, way, size)
 
     found = dict(told)
     for name in sources:
-        ours, way = told[name], how[name].model_dump_json()
+        ours, way = told[name], how[name]
         picture, process_mb = drawn(name, way)
         same = [other for other in sources if told[other].runtime == "torch" and _net(told[other]) == _net(ours)]
         apart = picture_rmse(drawn(same[0], way)[0], picture) if same and ours.runtime != "torch" else None

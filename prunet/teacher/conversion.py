@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from prunet.disk.files import new_file
+from prunet.disk.files import check_writable, new_file
 from prunet.errors import UserError
 from prunet.teacher.pickles import PICKLES, read_tensors
 
@@ -31,6 +31,7 @@ def convert(path: Path | str, output: Path | str | None = None) -> dict[str, Any
         raise UserError(f"--output {output}: not the name of the new file: give NAME.safetensors")
     if os.path.lexists(output):  # also true for a broken link
         raise UserError(f"{output}: exists; delete it first, or give another --output")
+    check_writable(output.parent, "--output")
     tensors, dropped = read_tensors(path)
     with new_file(output) as part:
         save_file(tensors, part, metadata={"format": "pt"})

@@ -9,7 +9,7 @@ from prunet.errors import UserError
 from prunet.teacher import text_names
 from prunet.teacher.configs import read_object
 from prunet.teacher.teacher import Teacher, say_once
-from prunet.teacher.weight_files import WEIGHTS, weight_names
+from prunet.teacher.weight_files import WEIGHTS, variant_of, weight_names
 
 
 def save_parts(teacher: Teacher, folder: Path) -> None:
@@ -65,18 +65,22 @@ def _copy_config(teacher: Teacher, configs: Path, name: str, folder: Path) -> No
 def _copy_other(teacher: Teacher, configs: Path, name: str, folder: Path) -> bool:
     """Copies a part that prunet does not load itself (tokenizer, scheduler, safety checker); False if it is missing."""
     files = _other_files(teacher, configs, name)
-    for file in files:
+    for target, file in files.items():
         (folder / name).mkdir(exist_ok=True)
-        shutil.copyfile(file, folder / name / file.name)
+        shutil.copyfile(file, folder / name / target)
     return bool(files)
 
 
-def _other_files(teacher: Teacher, configs: Path, name: str) -> list[Path]:
+def _other_files(teacher: Teacher, configs: Path, name: str) -> dict[str, Path]:
+    """Returns the files of a part by their new names, which are without a variant, so that stock classes load them."""
     if teacher.hub is not None:
         teacher.download(f"{name}/*.json", f"{name}/*.txt", f"{name}/model.safetensors")
     files = [p for p in (configs / name).glob("*") if p.suffix in (".json", ".txt", ".safetensors", ".model")]
-    weights = any(p.suffix == ".safetensors" for p in files)
-    return [] if name == "safety_checker" and not weights else files
+    if name == "safety_checker" and not any(p.suffix == ".safetensors" for p in files):
+        return {}
+    variant = variant_of(weight_names(configs / name, "model")[0].name, "model")
+    chosen = [p for p in files if variant_of(p.name, "model") in ("", variant)]  # "": other files than weights
+    return {p.name.replace(f".{variant}", "") if variant else p.name: p for p in chosen}
 
 
 def check_other_parts(teacher: Teacher) -> None:
@@ -98,8 +102,8 @@ def check_other_parts(teacher: Teacher) -> None:
                 continue
             (Path(made) / name).mkdir()
             files = _other_files(teacher, configs, name)
-            for file in files:
-                (Path(made) / name / file.name).symlink_to(file.absolute())
+            for target, file in files.items():
+                (Path(made) / name / target).symlink_to(file.absolute())
             if not files:
                 say_once(f"{configs}: {name} is left out: its folder has no safetensors or JSON to copy")
                 index[name] = [None, None]
