@@ -82,6 +82,16 @@ def test_the_example_draws_what_diffusers_draws(exported, how, tmp_path) -> None
     assert apart(ours(made_for(folder, tmp_path / "copy", how), "a red cat", 5), theirs) <= NEAR
 
 
+@pytest.mark.parametrize("exported", ["sd"], indirect=True)
+def test_the_example_refuses_a_noise_schedule_that_it_does_not_have(exported, tmp_path) -> None:
+    path = Path(shutil.copytree(exported[0], tmp_path / "copy")) / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    for change in ({"rescale_betas_zero_snr": True}, {"beta_schedule": "linear"}, {"timestep_spacing": "linspace"}):
+        path.write_text(json.dumps(config | change))
+        with pytest.raises(SystemExit, match="a noise schedule that this program does not have"):
+            ours(tmp_path / "copy", "a cat", 0)
+
+
 def test_noise_of_lcm_is_new_at_every_step(exported, tmp_path) -> None:
     folder, teacher = exported
     how, random = Drawing(steps=3, guidance_scale=1, sampler="lcm"), np.random.default_rng(5)

@@ -30,6 +30,9 @@ def draw(folder: Path, prompt: str, seed: int = 0) -> Image.Image:
         angles = 1000 * (guidance - 1) * np.exp(np.arange(128) * -(np.log(10_000) / 127))
         given["timestep_cond"] = np.float32([[*np.sin(angles), *np.cos(angles)]])
 
+    other = schedule.get("rescale_betas_zero_snr") or schedule.get("timestep_spacing") == "linspace"
+    if other or schedule["beta_schedule"] != "scaled_linear":
+        sys.exit(f"{folder}: a noise schedule that this program does not have: draw with `prunet generate`")
     betas = np.linspace(schedule["beta_start"] ** 0.5, schedule["beta_end"] ** 0.5, 1000, dtype=np.float32) ** 2
     kept = np.cumprod(1 - betas)  # the share of the picture in what is noisy, squared, at each timestep
     unet, decoder = model(folder / "unet"), model(folder / "vae_decoder")
@@ -73,7 +76,7 @@ def timesteps(sampler: str, steps: int, schedule: dict[str, int]) -> list[tuple[
         at = [int(learned[i]) for i in np.floor(np.linspace(0, 50, steps, endpoint=False)).astype(int)]
         return list(zip(at, [*at[1:], -1], strict=True))
     stride = 1000 // steps
-    if sampler == "ddim-trailing":
+    if schedule.get("timestep_spacing") == "trailing":  # ddim-trailing, and ddim of some models
         at = [int(t) - 1 for t in np.round(np.arange(1000, 0, -1000 / steps))]
     else:
         at = [i * stride + schedule["steps_offset"] for i in reversed(range(steps))]

@@ -256,7 +256,7 @@ def _for_runtime(this: "Run", form: str, target: Path, bits: Any, decoder: Path 
             f"  pictures compared with those of 16-bit weights in f32: PSNR {facts['psnr']:.1f} dB, root mean squared "
             f"error {facts['picture']:.4f}, over {facts['prompts']} prompts"
         )
-        if len(all_of_run := exported(this.folder)) > 1:
+        if len(all_of_run := exported(this.folder, facts["pipeline"])) > 1:
             more += "".join(f"\n  {line}" for line in ("Side by side:", *all_of_run, *better_trades(all_of_run)))
         if (this.folder / "report.html").is_file():
             write_report(this.folder)

@@ -68,6 +68,7 @@ def write_facts(
     teacher = source.teacher
     step = teacher.vae_scale * teacher.architecture.side_step(teacher.unet_config)
     common = {"decoder": type(source.vae).__name__, "size": teacher.native_size, "step": step}
+    common |= {"pipeline": teacher.fingerprint()}
     facts = {**facts, **common, "made_for": drawing.model_dump()}
     write_json(folder / f"{form}.json", facts)
     readme = model_card({**card, **facts, "drawing": drawing, "template": f"{form}.md.j2"})

@@ -6,15 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prunet.disk.reading import load_yaml, parse_yaml
 from prunet.errors import UserError
 from prunet.hashing import json_hash
-
-if TYPE_CHECKING:
-    pass
-
 
 #: Characters of a pattern; the longest name of a part has 50.
 LONGEST_PATTERN = 1000

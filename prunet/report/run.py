@@ -35,7 +35,8 @@ def write_report(folder: Path | str) -> Path:
     recipe = yaml.safe_load(recipe_text)
     stages = [folder / f"stage-{number}" for number in range(1, len(recipe["stages"]) + 1)]
     axis = read_logs(stages, steps)
-    exports = exported(folder)
+    now = _fingerprint(folder)
+    exports = exported(folder, now)
     shown = {name: Column(folder / "evaluation", evaluation, name) for name in COLUMNS}
     page = render(
         "report.html.j2",
@@ -56,7 +57,7 @@ def write_report(folder: Path | str) -> Path:
             {name: evaluation.distance[name].denoiser_by_level for name in ("before", "after")},
             evaluation.protocol.levels,
         ),
-        measured=_measured(folder),
+        measured=[result for result in _measures(folder) if result.model.fingerprint == now],
         exports=exports,
         trades=better_trades(exports),
         times={name: step.seconds for name, step in steps.items()},
@@ -66,14 +67,15 @@ def write_report(folder: Path | str) -> Path:
     return path
 
 
-def _measured(folder: Path) -> list[Measures]:
-    """Returns the results of `prunet measure` for the run's present student, one for each protocol."""
-    paths = sorted((folder / "measured").glob("*/measures.json"))
-    if not paths or not (folder / "pipeline" / "model_index.json").is_file():
-        return []
-    now = Teacher(folder / "pipeline", only_draw=True).fingerprint()
-    found = [read_measures(path.parent) for path in paths]
-    return [result for result in found if result.model.fingerprint == now]
+def _fingerprint(folder: Path) -> str | None:
+    """Returns the fingerprint of the run's pipeline; None if there is no pipeline."""
+    pipeline = folder / "pipeline"
+    return Teacher(pipeline, only_draw=True).fingerprint() if (pipeline / "model_index.json").is_file() else None
+
+
+def _measures(folder: Path) -> list[Measures]:
+    """Returns the results of `prunet measure` in the run folder, one for each protocol."""
+    return [read_measures(path.parent) for path in sorted((folder / "measured").glob("*/measures.json"))]
 
 
 def _sheets(folder: Path) -> list[dict[str, Any]]:

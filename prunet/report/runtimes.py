@@ -23,10 +23,17 @@ class Exported(NamedTuple):
         return f"{self.name}: {self.bytes / 1e6:,.1f} MB, {self.seconds:.2f} s a picture, PSNR {self.psnr:.1f} dB"
 
 
-def exported(folder: Path) -> list[Exported]:
-    """Returns the exports for OpenVINO in a run folder, the largest first."""
+def exported(folder: Path, pipeline: str | None) -> list[Exported]:
+    """Returns the exports for OpenVINO in a run folder, the largest first; those of an earlier student are left out.
+
+    `pipeline`: the fingerprint of the run's pipeline.
+    """
     read = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/openvino.json"))}
-    found = [Exported(name, facts["bytes"], facts["seconds"], facts["psnr"]) for name, facts in read.items()]
+    found = [
+        Exported(name, facts["bytes"], facts["seconds"], facts["psnr"])
+        for name, facts in read.items()
+        if facts.get("pipeline", pipeline) == pipeline  # older exports do not say it
+    ]
     return sorted(found, key=lambda one: -one.bytes)
 
 
