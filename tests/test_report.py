@@ -360,8 +360,11 @@ def test_exports_for_openvino_stand_side_by_side(tmp_path: Path) -> None:
     for name, (size, seconds, psnr) in exports.items():
         (tmp_path / name).mkdir()
         write_json(tmp_path / name / "openvino.json", {"bytes": size, "seconds": seconds, "psnr": psnr})
+    (tmp_path / "earlier-student").mkdir()
+    facts = {"bytes": 1, "seconds": 0.1, "psnr": 60.0, "pipeline": "that of another student"}
+    write_json(tmp_path / "earlier-student" / "openvino.json", facts)
     text = Page(write_report(tmp_path)).text
-    assert all(name in text for name in exports) and "20.0" in text and "29.0" in text
+    assert all(name in text for name in exports) and "earlier-student" not in text and "20.0" in text and "29.0" in text
     assert "openvino-int8-weights is a better trade than openvino-int8:" in text
     assert "than openvino:" not in text and "than openvino-int8-weights" not in text
 
