@@ -36,12 +36,13 @@ PROTOCOLS = ("emoji-train", "emoji-heldout")
 #: Arm -> steps and guidance scales in which its student draws, if not only as it was made for.
 DRAWN = {
     "distilled": [(25, GUIDANCE), (2, GUIDANCE), (2, 1.0), (4, GUIDANCE), (1, 1.0)],
-    "distilled longer": [(25, GUIDANCE), (2, GUIDANCE), (4, GUIDANCE)],
+    "distilled longer": [(25, GUIDANCE), (2, GUIDANCE), (2, 1.0), (4, GUIDANCE), (1, 1.0)],
     "guidance": [(25, 1.0), (2, 1.0), (4, 1.0), (1, 1.0)],
     "distilled longer, on paths": [(25, GUIDANCE), (2, GUIDANCE), (4, GUIDANCE)],
     "guidance, on paths": [(25, 1.0), (2, 1.0), (4, 1.0), (1, 1.0)],
     "trajectory, 4 jumps": [(4, 1.0), (8, 1.0)],
-    "trajectory, 2 jumps": [(2, 1.0), (1, 1.0), (4, 1.0)],
+    "trajectory, 2 jumps": [(2, 1.0), (1, 1.0), (4, 1.0), (8, 1.0)],
+    "trajectory at once": [(2, 1.0), (1, 1.0), (4, 1.0)],
     "trajectory, 2 jumps, LoRA": [(2, 1.0)],
     "trajectory, 1 jump": [(1, 1.0), (2, 1.0)],
 }
