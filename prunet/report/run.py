@@ -68,9 +68,12 @@ def write_report(folder: Path | str) -> Path:
 
 
 def _fingerprint(folder: Path) -> str | None:
-    """Returns the fingerprint of the run's pipeline; None if there is no pipeline."""
+    """Returns the fingerprint of the run's pipeline; None if there is no pipeline, or nothing to compare it with."""
     pipeline = folder / "pipeline"
-    return Teacher(pipeline, only_draw=True).fingerprint() if (pipeline / "model_index.json").is_file() else None
+    made_of_it = [*folder.glob("measured/*/measures.json"), *folder.glob("*/openvino.json")]
+    if not made_of_it or not (pipeline / "model_index.json").is_file():
+        return None  # without reading the weights
+    return Teacher(pipeline, only_draw=True).fingerprint()
 
 
 def _measures(folder: Path) -> list[Measures]:

@@ -60,9 +60,9 @@ def recover(
     """Distils the students with the least error before training, and all presets; returns the errors after training.
 
     The result maps `key_of` a student to its errors by steps. Presets take part because any of them can become the
-    best. Resumes in `folder`; with other samples, steps or learning rates it trains anew. At each rung, the best
-    students of the rung before are trained further, and the best preset in any case, because few steps favour the
-    students that begin near the teacher.
+    best. Resumes in `folder`; with other samples, steps or learning rates it trains from the beginning. At each rung,
+    the best students of the rung before are trained further, and the best preset in any case, because few steps favour
+    the students that begin near the teacher.
     """
     samples, usual, found = Cache.open(cache_folder(cache)), usual_rate(cache), dict[str, dict[int, float]]()
     made_from = json_hash([samples.spec, usual, steps])
