@@ -7,22 +7,29 @@ Nothing that is finished is done again. Each ablation gets `students.md` in its 
 protocols `emoji-train` and `emoji-heldout`, and how far the pictures are from those of the teacher (25 guided steps,
 equal noise). Numbers are means over the training seeds, with half of the 95 % interval (Student's t); with one seed,
 the interval over the pictures. What is not finished is left out. `students.png` beside it shows the first pictures.
+
+With `--results FILE` the numbers are also kept in that file, and the table has those that it held before: seeds can be
+trained on several machines. Numbers of an arm whose recipe has changed since are dropped from it, and counted.
 """
 
 import argparse
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from pool import Jobs, all_done
 
 from prunet import Drawing, Model, Runtime
-from prunet.disk.files import write_json, write_text
+from prunet.disk.files import read_json, write_json, write_text
+from prunet.disk.values import Value
 from prunet.evaluation.measures import read_measures
 from prunet.evaluation.measuring import measure
 from prunet.evaluation.protocol import ProtocolFiles, load_protocol, protocol_prompts
+from prunet.hashing import json_hash
 from prunet.intervals import Measure, summary
 from prunet.recipe.recipe import Recipe
 from prunet.runs.ablation import Ablation, finish, load_ablation
@@ -144,7 +151,9 @@ def common(a: Recipe, b: Recipe) -> int:
 
 
 def caches_of(recipes: list[Recipe], args: argparse.Namespace) -> Jobs:
-    return {f"cache {r.cache}": (partial(finished, r, recipes, args, "cache"), set()) for r in recipes}
+    """A job for each cache, of the recipe that makes most of it: the last in this order."""
+    in_order = sorted(recipes, key=lambda recipe: sum(stage.has("paths") for stage in recipe.stages))
+    return {f"cache {r.cache}": (partial(finished, r, recipes, args, "cache"), set()) for r in in_order}
 
 
 def jobs_of(recipes: dict[tuple[str, str, int], Recipe], teacher: Path, args: argparse.Namespace) -> Jobs:
@@ -167,6 +176,58 @@ def jobs_of(recipes: dict[tuple[str, str, int], Recipe], teacher: Path, args: ar
     return jobs
 
 
+class Row(Value):
+    """How a student of an ablation (arm `teacher`: the teacher) draws the prompts of a protocol in these steps.
+
+    `recipe`: hash of what the student was trained by. `distance` from the teacher's pictures, `half` of its interval.
+    """
+
+    arm: str
+    seed: int
+    recipe: str
+    protocol: str
+    limit: int
+    steps: int
+    guidance: float
+    measures: dict[str, Measure]
+    distance: float
+    half: float
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.arm, self.seed, self.protocol, self.steps, self.guidance
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Hash of what a student is trained by, wherever it is trained."""
+    trained_by = recipe.model_dump(mode="json", include={"plan", "initialisation", "stages", "seed"})
+    return json_hash(trained_by | recipe.data.model_dump(mode="json", exclude={"source", "prompts"}), sort_keys=True)
+
+
+def rows_of(arm: str, seed: int, recipe: Recipe | None, args: argparse.Namespace) -> Iterator[Row]:
+    """The rows of a student, or of the teacher, that are measured on this machine."""
+    place = Path(recipe.output) if recipe else args.teachers
+    for protocol in PROTOCOLS:
+        best = folder_of(args.teachers, protocol, *TEACHER[0])
+        for steps, guidance in drawn_in(arm, recipe) if recipe else TEACHER:
+            folder = folder_of(place, protocol, steps, guidance)
+            if not (folder / "measures.json").is_file():
+                continue
+            found, apart = read_measures(folder).measures, distance(folder, best)
+            yield Row(
+                arm=arm,
+                seed=seed,
+                recipe=recipe_hash(recipe) if recipe else "",
+                protocol=protocol,
+                limit=args.limit,
+                steps=steps,
+                guidance=guidance,
+                measures={metric: found[metric] for metric in METRICS},
+                distance=apart["rmse"],
+                half=apart["half"],
+            )
+
+
 def cell(found: list[Measure]) -> str:
     """A metric's mean over seeds with half of its interval; with one seed, the interval over pictures."""
     if len(found) == 1:
@@ -175,39 +236,48 @@ def cell(found: list[Measure]) -> str:
     return f"{over.mean:.3f} ± {over.interval:.3f}"
 
 
-def row(name: str, places: list[Path], how: tuple[int, float], protocol: str, best: Path) -> list[str]:
-    """The row of a student in these steps, or no row if it was not measured."""
-    folders = [folder_of(place, protocol, *how) for place in places]
-    folders = [folder for folder in folders if (folder / "measures.json").is_file()]
-    if not folders:
-        return []
-    values = [cell([read_measures(folder).measures[metric] for folder in folders]) for metric in METRICS]
-    apart = [distance(folder, best) for folder in folders]
-    over = summary([found["rmse"] for found in apart])
-    half = over.interval if len(apart) > 1 else apart[0]["half"]
-    values.append(f"{over.mean:.4f} ± {half:.4f}")
-    shown = f"{how[1]:g}" if how[1] > 1 else "none"
-    return [f"| {name} | {how[0]} | {shown} | {len(folders)} | " + " | ".join(values) + " |"]
+def line(rows: list[Row]) -> str:
+    """The line of a table for one student in some steps; `rows`: those of its seeds."""
+    first = rows[0]
+    values = [cell([row.measures[metric] for row in rows]) for metric in METRICS]
+    over = summary([row.distance for row in rows])
+    values.append(f"{over.mean:.4f} ± {over.interval if len(rows) > 1 else first.half:.4f}")
+    shown = f"{first.guidance:g}" if first.guidance > 1 else "none"
+    return f"| {first.arm} | {first.steps} | {shown} | {len(rows)} | " + " | ".join(values) + " |"
 
 
-def table(title: str, arms: dict[str, list[Recipe]], args: argparse.Namespace) -> str:
+def table(title: str, rows: list[Row], args: argparse.Namespace) -> str:
     text = [f"# {title}", ""]
     for protocol in PROTOCOLS:
-        text += [
-            f"`{protocol}`, {args.limit} prompts at most:",
-            "",
-            "| | steps | guidance | seeds | R@1 | score | KID | ",
-        ]
-        text[-1] += "distance to the teacher's pictures |"
-        text += ["|---|---:|---:|---:|---:|---:|---:|---:|"]
-        best = folder_of(args.teachers, protocol, *TEACHER[0])
-        for how in TEACHER:
-            text += row("teacher", [args.teachers], how, protocol, best)
-        for arm, recipes in arms.items():
-            for how in drawn_in(arm, recipes[0]):
-                text += row(arm, [Path(recipe.output) for recipe in recipes], how, protocol, best)
-        text += [""]
+        columns = ["", "steps", "guidance", "seeds", *METRICS.values(), "distance to the teacher's pictures"]
+        text += [f"`{protocol}`, {args.limit} prompts at most:", "", f"| {' | '.join(columns)} |"]
+        text += ["|---|" + "---:|" * (len(columns) - 1)]
+        alike: dict[tuple[str, int, float], list[Row]] = {}
+        for row in rows:
+            if row.protocol == protocol:
+                alike.setdefault((row.arm, row.steps, row.guidance), []).append(row)
+        text += [*map(line, alike.values()), ""]
     return "\n".join(text)
+
+
+def results(ablation: Ablation, recipes: dict[tuple[str, int], Recipe], args: argparse.Namespace) -> list[Row]:
+    """The rows of an ablation in the order of its file, of this machine and of `--results`, which gets all."""
+    rows = {row.key: row for row in rows_of("teacher", 0, None, args)}
+    for (arm, seed), recipe in recipes.items():
+        rows |= {row.key: row for row in rows_of(arm, seed, recipe, args)}
+    if args.results:
+        path = args.results / f"{Path(ablation.output).name}.json"
+        earlier = [Row.model_validate(row) for row in read_json(path)] if path.is_file() else []
+        hashes = {("teacher", 0): ""} | {key: recipe_hash(recipe) for key, recipe in recipes.items()}
+        kept = {
+            row.key: row for row in earlier if hashes.get((row.arm, row.seed)) == row.recipe and row.limit == args.limit
+        }
+        if len(kept) < len(earlier):
+            print(f"{path}: {len(earlier) - len(kept)} rows of other recipes or limits dropped", flush=True)
+        rows = kept | rows
+        write_json(path, [row.model_dump(mode="json") for row in rows.values()])
+    order = {name: place for place, name in enumerate(["teacher", *ablation.arms])}
+    return sorted(rows.values(), key=lambda row: (order[row.arm], row.seed))
 
 
 def write_sheet(path: Path, arms: dict[str, list[Recipe]], args: argparse.Namespace) -> None:
@@ -226,18 +296,15 @@ def write_sheet(path: Path, arms: dict[str, list[Recipe]], args: argparse.Namesp
         grid(list(rows.values()), list(rows), captions).save(path, optimize=True)
 
 
-def write_tables(
-    ablations: list[Ablation], recipes: dict[tuple[str, str, int], Recipe], args: argparse.Namespace
-) -> list[str]:
+def write_tables(loaded: list[tuple[Ablation, dict[tuple[str, int], Recipe]]], args: argparse.Namespace) -> list[str]:
     """Writes table and sheet of each ablation from what is there; returns the tables."""
     texts = []
-    for ablation in ablations:
-        arms: dict[str, list[Recipe]] = {}
-        for (title, arm, _), recipe in recipes.items():
-            if title == ablation.title:
-                arms.setdefault(arm, []).append(recipe)
-        texts.append(table(ablation.title, arms, args))
+    for ablation, recipes in loaded:
+        texts.append(table(ablation.title, results(ablation, recipes, args), args))
         write_text(Path(ablation.output) / "students.md", texts[-1] + "\n")
+        arms: dict[str, list[Recipe]] = {}
+        for (arm, _), recipe in recipes.items():
+            arms.setdefault(arm, []).append(recipe)
         write_sheet(Path(ablation.output) / "students.png", arms, args)
     return texts
 
@@ -252,6 +319,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="students that train at once (%(default)s)")
     parser.add_argument("--caches", action="store_true", help="only make the caches and the teacher's pictures")
     parser.add_argument("--table", action="store_true", help="only write the tables of what is there")
+    parser.add_argument("--results", type=Path, help="folder with the numbers of other machines; these are added")
     args = parser.parse_args()
     loaded = [load_ablation(path) for path in args.ablations]
     recipes = {
@@ -266,8 +334,8 @@ def main() -> None:
     args.teachers = Path(loaded[0][0].output) / "teacher"
     jobs = {} if args.table else jobs_of(recipes, Path(first.teacher.source), args)
     for _ in all_done(jobs, args.workers):  # what is finished can be read at any time
-        write_tables([ablation for ablation, _ in loaded], recipes, args)
-    print("\n".join(write_tables([ablation for ablation, _ in loaded], recipes, args)))
+        write_tables(loaded, args)
+    print("\n".join(write_tables(loaded, args)))
 
 
 if __name__ == "__main__":

@@ -116,6 +116,29 @@ def test_table_equals_separate_runs(resumed: Resumed, tmp_path: Path) -> None:
     assert (resumed.files / "out" / "ablation.md").read_text() == markdown(resumed.result)
 
 
+def test_arms_without_paths_use_the_cache_of_those_with_paths(files: Path) -> None:
+    """Otherwise the teacher would draw or encode the same latents twice."""
+    ablation = yaml.safe_load((files / "ablation.yaml").read_text())
+    jumps = {"objective": "trajectory", "jumps": 1, "steps": 2, "batch_size": 2}
+    weak, strong = ({**jumps, "guidance_scale": scale} for scale in (2, 5))
+    size = {"steps": 2, "batch_size": 2}
+    ablation["arms"] = {
+        "none": {},
+        "weak": {"stages": [size, weak]},
+        "strong": {"stages": [size, strong]},
+        "weak, then strong": {"stages": [weak, strong]},
+        "other data": {"data.limit": 3},
+    }
+    (files / "ablation.yaml").write_text(yaml.safe_dump(ablation))
+    recipes = load_ablation(files / "ablation.yaml")[1]
+    assert len(recipes) == 10
+    for seed in (1, 2):
+        cache = {arm: recipes[arm, seed].cache for arm, of in recipes if of == seed}
+        assert cache["none"] == cache["weak"] == cache["weak, then strong"]
+        assert len(set(cache.values())) == 3  # strong paths alone begin another list, and other data have other latents
+    assert len({recipe.cache for recipe in recipes.values()}) == 6  # none is shared by two seeds
+
+
 @pytest.mark.processes
 def test_two_workers_resume_to_the_same_result(files: Path, resumed: Resumed) -> None:
     before = stop_after_the_first_arm(files)

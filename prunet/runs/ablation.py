@@ -122,7 +122,7 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Abla
                 recipe = load_recipe(ablation.recipe, overrides, values={**ablation.set, **values, **fixed})
             except UserError as error:
                 raise UserError(f"{path}: arm {arm!r}: {error}") from error
-            recipes[arm, seed] = _share_cache(recipe, Path(ablation.output) / "caches")
+            recipes[arm, seed] = recipe
             same, ours = (_measured(r) for r in (next(iter(recipes.values())), recipe))
             if apart := [part for part in ours if ours[part] != same[part]]:
                 first = next(iter(ablation.arms))
@@ -134,7 +134,7 @@ def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Abla
         asked = recipes[arm, ablation.seeds[0]].model_dump_json(exclude={"output", "cache"})
         if (same_as := seen.setdefault(asked, arm)) != arm:
             raise UserError(f"{path}: arms {same_as!r} and {arm!r} are the same recipe: leave one out")
-    return ablation, recipes
+    return ablation, _share_caches(recipes, Path(ablation.output) / "caches")
 
 
 def _measured(recipe: Recipe) -> dict[str, Any]:
@@ -148,16 +148,33 @@ def folder_name(arm: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", arm.lower()).strip("-")
 
 
-def _share_cache(recipe: Recipe, folder: Path) -> Recipe:
-    """Gives recipes with the same teachers, data, paths and seed one cache in `folder`."""
+def _share_caches(recipes: Mapping[tuple[str, int], Recipe], folder: Path) -> dict[tuple[str, int], Recipe]:
+    """Gives recipes with the same teachers, data and seed one cache in `folder`, unless they learn from other paths.
+
+    Paths lie beside their cache, so recipes without any use the cache of those that have some.
+    """
+    needs = {key: (_cache_name(recipe, []), _paths_of(recipe)) for key, recipe in recipes.items()}
+    shared = {}
+    for key, recipe in recipes.items():
+        latents, paths = needs[key]
+        alike = (theirs for same, theirs in needs.values() if same == latents and theirs[: len(paths)] == paths)
+        shared[key] = recipe.model_copy(update={"cache": str(folder / _cache_name(recipe, max(alike, key=len)))})
+    return shared
+
+
+def _cache_name(recipe: Recipe, paths: list[dict[str, Any]]) -> str:
     teachers = [stage.teacher.model_dump() for stage in recipe.stages if stage.teacher]
+    return recipe.fingerprint("teacher", "data", "seed", extra=[*teachers, *paths])
+
+
+def _paths_of(recipe: Recipe) -> list[dict[str, Any]]:
+    """Returns the paths that the stages of a recipe learn from, each once."""
     paths: list[dict[str, Any]] = []
     for stage in recipe.stages:
         drawn = {"paths": [stage.paths, stage.path_steps, stage.guidance_scale]}
         if stage.has("paths") and drawn not in paths:
             paths.append(drawn)
-    name = recipe.fingerprint("teacher", "data", "seed", extra=[*teachers, *paths])
-    return recipe.model_copy(update={"cache": str(folder / name)})
+    return paths
 
 
 def ablate(
