@@ -3,6 +3,7 @@
 import json
 import math
 import multiprocessing
+import shutil
 import statistics
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +14,10 @@ import yaml
 
 from prunet.disk.ownership import hold
 from prunet.errors import UserError
+from prunet.evaluation.results import EvaluationResult
 from prunet.intervals import summary
 from prunet.recipe.recipe import Recipe
-from prunet.runs.ablation import AblationResult, ablate, load_ablation, markdown
+from prunet.runs.ablation import AblationResult, ablate, collect, load_ablation, markdown
 from prunet.runs.run import Run, run
 from prunet.runtime import Runtime
 from prunet.student.folder import load_unet
@@ -114,6 +116,22 @@ def test_table_equals_separate_runs(resumed: Resumed, tmp_path: Path) -> None:
     begun = {arm: {students[arm, seed] for seed in (1, 2)} for arm in arms}
     assert len(begun["random"]) == 2 and len(begun["inherited, all losses"]) == 1
     assert (resumed.files / "out" / "ablation.md").read_text() == markdown(resumed.result)
+
+
+def test_evaluations_of_another_version_are_not_mixed(resumed: Resumed, tmp_path: Path) -> None:
+    """Evaluations of prunet 0.2 gave the denoisers the noise of the pictures."""
+    files = Path(shutil.copytree(resumed.files, tmp_path / "files"))
+    for path in files.glob("*.yaml"):
+        path.write_text(path.read_text().replace(str(resumed.files), str(files)))
+    ablation, recipes = load_ablation(files / "ablation.yaml")
+    folder = Path(recipes["inherited, all losses", 2].output)
+    runs = {key: Run(recipe, CPU) for key, recipe in recipes.items()}
+    assert collect(ablation, runs) == resumed.result
+    result = EvaluationResult.load(path := folder / "evaluation" / "evaluation.json")
+    assert result.protocol.noise == "independent"
+    result.model_copy(update={"protocol": result.protocol.model_copy(update={"noise": None})}).save(path)
+    with pytest.raises(UserError, match=r"all-losses/seed-2: evaluated differently from .*: they differ in noise,"):
+        collect(ablation, runs)
 
 
 def test_arms_without_paths_use_the_cache_of_those_with_paths(files: Path) -> None:

@@ -112,6 +112,23 @@ def test_denoiser_distance_by_hand(sd) -> None:
     assert (error / power).flatten().tolist() == pytest.approx([1.0] * 5 * len(LEVELS), rel=1e-5)
 
 
+def test_denoisers_get_other_noise_than_the_pictures_were_drawn_from(sd) -> None:
+    """With equal noise the inputs lie near the teacher's own paths, where errors are smaller."""
+    teacher, inputs = Teacher(sd), []
+    drawn_from = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(7 + i)) for i in range(4)])
+    net = build(teacher, Plan("none"))
+    hook = net.register_forward_pre_hook(
+        lambda _, args, kwargs: inputs.append([*args, *kwargs.values()][0]), with_kwargs=True
+    )
+    for _ in range(2):
+        denoiser_errors(teacher, net, ["a"] * 4, torch.zeros(4, 4, 8, 8), seed=7)
+    hook.remove()
+    noisiest = inputs[len(LEVELS) - 1]
+    assert torch.equal(noisiest, inputs[-1])  # the same for every student
+    alike = torch.corrcoef(torch.cat([noisiest, drawn_from]).flatten(1))
+    assert alike.fill_diagonal_(0).abs().max() < 0.3  # 256 numbers each: 0.06 by chance
+
+
 def test_evaluation_does_not_depend_on_other_students(sdxl, tmp_path) -> None:
     teacher, spec = Teacher(sdxl), Evaluation(prompts=["a cat", "a dog"], steps=1, guidance_scale=3.0)
     cut = build(teacher, load_plan("vega"))

@@ -25,6 +25,7 @@ from prunet.evaluation import measuring
 from prunet.evaluation.measures import markdown
 from prunet.evaluation.protocol import Protocol
 from prunet.intervals import Measure
+from prunet.plan.plan import Plan
 from prunet.recipe.recipe import Data
 from prunet.recipe.stage import Losses, Stage
 from prunet.recipe.values import Drawing
@@ -36,6 +37,7 @@ from prunet.student.student import state_hash
 from prunet.training import session
 from prunet.training.checkpoints import Saving
 from prunet.training.loop import _objective
+from prunet.training.lora import check_rank
 from prunet.training.samples import PathSamples, Samples
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
@@ -438,3 +440,10 @@ def test_a_damaged_note_on_how_to_draw_is_one_line(finished_fast, tmp_path) -> N
         (folder / "model_index.json").write_text(json.dumps(index | {"_made_for": value}))
         with pytest.raises(UserError, match=said):
             made_for(Teacher(folder))
+
+
+def test_a_lora_without_attentions_is_refused(sd) -> None:
+    removed = ("{down,up}_blocks.*.attentions.*", "mid_block.attentions.0", "mid_block.resnets.1")
+    config = derive(Teacher(sd).unet_config, Plan("none left", removed)).student_config
+    with pytest.raises(UserError, match=r"^stages\.1\.lora: a LoRA changes attentions, and this denoiser has none"):
+        check_rank(config, 4, "stages.1.lora")

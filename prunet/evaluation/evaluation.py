@@ -18,6 +18,7 @@ from prunet.disk.seals import file_checksum
 from prunet.evaluation.drawing import batches, draw_all
 from prunet.evaluation.image_to_image import Pictures, image_to_image
 from prunet.evaluation.results import Distance, EvaluationProtocol, EvaluationResult
+from prunet.hashing import seed_of
 from prunet.intervals import Array, bootstrap, mean_of
 from prunet.plan.size import size_of
 from prunet.recipe.recipe import Evaluation, read_prompts
@@ -77,6 +78,7 @@ def evaluate(
             size=size,
             **spec.model_dump(include={"steps", "guidance_scale", "sampler"}),
             levels=list(LEVELS),
+            noise="independent",
             precision=str(teacher.dtype).removeprefix("torch."),
             **(protocol or {}),
         ),
@@ -122,7 +124,8 @@ def denoiser_errors(teacher: Teacher, net: Net, prompts: list[str], latents: Ten
     """Returns the squared error of the denoiser's output, and the teacher's squared output, each (B, len(LEVELS)).
 
     The inputs are the teacher's own latents (B, 4, h, w), and noise that depends only on the seed, so every student of
-    a teacher gets the same inputs.
+    a teacher gets the same inputs. It is not the noise that the latents were drawn from: with that the inputs would lie
+    near the teacher's own paths, where errors are smaller.
     """
     process, call = teacher.process, teacher.architecture.call
     takes_scale = teacher.architecture.takes_guidance(config_of(net))
@@ -136,12 +139,9 @@ def denoiser_errors(teacher: Teacher, net: Net, prompts: list[str], latents: Ten
         condition = Condition(teacher.encode_prompts(prompts[rows]) | sizes)
         unguided = {"guidance_scale": torch.ones(len(clean), device=teacher.device)} if takes_scale else {}
         calls = (net, Condition(condition | unguided)), (teacher.unet, condition)
-        noise = torch.stack(
-            [
-                torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(seed + rows.start + i))
-                for i in range(len(clean))
-            ]
-        )
+        seeds = [seed_of("denoiser", seed, rows.start + i) for i in range(len(clean))]
+        generators = [torch.Generator().manual_seed(number) for number in seeds]
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in generators])
         sums = np.zeros((2, len(clean), len(LEVELS)))  # error, power
         for i, level in enumerate(LEVELS):
             t = torch.full((len(clean),), process.timestep_at(level))

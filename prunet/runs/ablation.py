@@ -22,6 +22,7 @@ from prunet.disk.ownership import check_place, hold
 from prunet.disk.reading import load_mapping
 from prunet.disk.values import Value
 from prunet.errors import UserError
+from prunet.evaluation.protocol import differences
 from prunet.evaluation.results import EvaluationResult
 from prunet.intervals import Summary, summary
 from prunet.recipe.paths import PathOrId, PathText, from_folder
@@ -76,6 +77,7 @@ class SharedProtocol(Value):
     guidance_scale: float | None = None
     sampler: str | None = None
     levels: list[float] | None = None
+    noise: str | None = None
     precision: str | None = None
     teacher: str | None = None
     prompts: list[str] = Field(default=[])
@@ -316,12 +318,28 @@ def collect(ablation: Ablation, runs: Mapping[tuple[str, int], Run]) -> Ablation
         }
         parameters = next((r.sizes["student"].parameters for r in results.values()), None)
         arms[arm] = Arm(seeds=list(results), parameters=parameters, measures=measures)
-    protocols = (result.protocol.model_dump(exclude={"seed", "student"}) for result in done.values())
-    protocol = SharedProtocol.model_validate(next(protocols, {}))
+    protocol = SharedProtocol.model_validate(_shared_protocol({runs[key].folder: of for key, of in done.items()}))
     result = AblationResult(title=ablation.title, arms=arms, protocol=protocol)
     result.save(Path(ablation.output) / "ablation.json")
     write_text(Path(ablation.output) / "ablation.md", markdown(result))
     return result
+
+
+def _shared_protocol(done: Mapping[Path, EvaluationResult]) -> dict[str, Any]:
+    """Returns the protocol that all evaluations have.
+
+    Raises:
+        UserError: one differs, because another version of prunet made it.
+    """
+    protocols = {folder: of.protocol.model_dump(exclude={"seed", "student"}) for folder, of in done.items()}
+    for folder, protocol in protocols.items():
+        first = next(iter(protocols))
+        if apart := differences(protocols[first], protocol):
+            raise UserError(
+                f"{folder}: evaluated differently from {first}: they differ in {', '.join(apart)}, so no table can "
+                f"hold both: delete {folder / 'evaluation'} or {first / 'evaluation'}, and run it again"
+            )
+    return next(iter(protocols.values()), {})
 
 
 def markdown(result: AblationResult) -> str:

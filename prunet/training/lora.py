@@ -56,11 +56,14 @@ def check_rank(config: Mapping[str, Any], rank: int, key: str) -> None:
     """Refuses a LoRA that cannot be trained on a denoiser of `config`; `key` begins the message.
 
     Raises:
-        UserError: peft is not installed, or the LoRA would not be smaller than a layer that it changes.
+        UserError: peft is not installed, the denoiser has no attention left, or the LoRA would not be smaller than a
+            layer that it changes.
     """
     if importlib.util.find_spec("peft") is None:
         raise UserError(f"{key}: needs peft, which is not installed: pip install 'prunet[personalize]'")
     sizes = [shape for name, shape in _weights(architecture_of(config), config_text(config)) if is_target(name)]
+    if not sizes:
+        raise UserError(f"{key}: a LoRA changes attentions, and this denoiser has none left: leave it out")
     most = min(math.prod(shape) // sum(shape) for shape in sizes)
     if rank > most:
         raise UserError(
