@@ -218,7 +218,7 @@ def test_decoders_of_other_latents_are_refused(sd, tiny, tmp_path) -> None:
 def test_a_folder_that_is_not_whole_is_one_line(tmp_path, monkeypatch) -> None:
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "openvino_model.xml").touch()
-    with pytest.raises(UserError, match=r"export it again.*no file .*model_index.json"):
+    with pytest.raises(UserError, match=r"no file .*index.json: export it again with `prunet export RUN --openvino`$"):
         generate(tmp_path, "a cat")
     monkeypatch.setitem(sys.modules, "openvino_genai", None)
     with pytest.raises(UserError, match=r"openvino_genai, which is not installed: pip install 'prunet\[openvino\]'"):

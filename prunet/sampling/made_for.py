@@ -28,12 +28,12 @@ def made_for(pipeline: PipelineFiles) -> Drawing | None:
     return read_made_for(pipeline.configs() / "model_index.json", pipeline.source)
 
 
-def read_made_for(path: Path, source: str) -> Drawing | None:
-    """Does the same for a `model_index.json`; `source` begins the message if it cannot be read."""
-    value = read_object(path, source).get(KEY)
+def read_made_for(path: Path, source: str, fix: str = "fetch or copy it again") -> Drawing | None:
+    """Does the same for a `model_index.json`; `source` begins the message if it cannot be read, and `fix` ends it."""
+    value = read_object(path, source, fix).get(KEY)
     if value is None:
         return None
-    fix = f"fetch or copy it again, or delete {KEY} to draw with it like with any other pipeline"
+    fix = f"{fix}, or delete {KEY} to draw with it like with any other pipeline"
     kind = EmbeddedGuidance if isinstance(value, dict) and "guidance_range" in value else Drawing
     try:
         found = kind.model_validate(value)

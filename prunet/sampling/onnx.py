@@ -15,7 +15,6 @@ from prunet.extras import need
 from prunet.recipe.values import Drawing
 from prunet.sampling.runtime_folder import Arrays, Part, RuntimeFolder, RuntimePipeline
 from prunet.sampling.samplers import sampler_of
-from prunet.teacher.configs import read_object
 from prunet.teacher.space import check_size
 
 #: The name of a part's model in its folder.
@@ -63,8 +62,8 @@ class OnnxPipeline(OnnxFolder):
     def __init__(self, folder: Path | str) -> None:
         super().__init__(folder)
         self._parts = self.open_parts(torch.float32)
-        self._schedule = read_object(self.folder / "scheduler" / "scheduler_config.json", self._fix)
-        index = read_object(self.folder / "model_index.json", self._fix)
+        self._schedule = self._read("scheduler/scheduler_config.json")
+        index = self._read("model_index.json")
         self._zeros = "text_encoder_2" in self._parts and bool(index.get("force_zeros_for_empty_prompt", True))
 
     def draw(

@@ -45,13 +45,13 @@ class RuntimeFolder(ABC):
     def __init__(self, folder: Path | str) -> None:
         need(self.package, self.form, self.runtime)
         folder = self.folder = Path(folder)
-        self._fix = fix = f"{folder}: export it again with `prunet export RUN --{self.form}`"
-        made_for = read_made_for(folder / "model_index.json", fix)
+        self._fix = fix = f"export it again with `prunet export RUN --{self.form}`"
+        made_for = read_made_for(folder / "model_index.json", str(folder), fix)
         if made_for is None or made_for.sampler not in self.samplers:
             raise UserError(f"{folder}: its model_index.json does not say how to draw with it: {fix}")
         self.made_for: Drawing = made_for
-        self.unet_config = read_object(folder / "unet" / "config.json", fix)
-        self.vae_config = read_object(folder / "vae_decoder" / "config.json", fix)
+        self.unet_config = self._read("unet/config.json")
+        self.vae_config = self._read("vae_decoder/config.json")
         check_config("unet", self.unet_config, folder / "unet" / "config.json")
         check_config("vae", self.vae_config, folder / "vae_decoder" / "config.json")
         self.architecture = architecture_of(self.unet_config)
@@ -61,12 +61,15 @@ class RuntimeFolder(ABC):
     @property
     def facts(self) -> dict[str, Any]:
         """What its export wrote about it (`prunet.exports.openvino.export_openvino`, for example)."""
-        return read_object(self.folder / f"{self.form}.json", self._fix)
+        return self._read(f"{self.form}.json")
 
     @property
     def tokens(self) -> int:
         """The number of tokens of a prompt, with padding."""
-        return int(read_object(self.folder / "tokenizer" / "tokenizer_config.json", self._fix)["model_max_length"])
+        return int(self._read("tokenizer/tokenizer_config.json")["model_max_length"])
+
+    def _read(self, name: str) -> dict[str, Any]:
+        return read_object(self.folder / name, str(self.folder), self._fix)
 
     def check_weights(self) -> None:
         """Refuses a folder that lacks the weights of a part."""
@@ -83,7 +86,7 @@ class RuntimeFolder(ABC):
         how = overridden(self.made_for, asked)
         if how.sampler != self.made_for.sampler:
             raise UserError(f"sampler: {self.folder} draws only with {self.made_for.sampler}: leave it out")
-        schedule = read_object(self.folder / "scheduler" / "scheduler_config.json", self._fix)
+        schedule = self._read("scheduler/scheduler_config.json")
         check_sampler(how.sampler, how.steps, schedule, str(self.folder))
         return how
 

@@ -181,21 +181,21 @@ def check_config(part: str, config: Mapping[str, Any], path: Path) -> None:
         raise UserError(f"{path}: {explain(error)}: fetch or copy it again, or correct that field") from error
 
 
-def read_object(path: Path, message: str) -> dict[str, Any]:
-    """Reads a JSON object; `message` begins the text of errors.
+def read_object(path: Path, message: str, fix: str = "fetch or copy it again") -> dict[str, Any]:
+    """Reads a JSON object; `message` begins the text of errors, and `fix` ends it.
 
     Raises:
         UserError: the file is missing, not JSON, or not an object.
     """
     if not path.is_file():  # reading a pipe would block
-        raise UserError(f"{message}: no file {path}: fetch or copy it again")
+        raise UserError(f"{message}: no file {path}: {fix}")
     check_permission(path)
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{message}: {path} is not readable JSON ({error}): fetch or copy it again") from error
+        raise UserError(f"{message}: {path} is not readable JSON ({error}): {fix}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{message}: {path} is not a JSON object: fetch or copy it again")
+        raise UserError(f"{message}: {path} is not a JSON object: {fix}")
     return value
 
 
