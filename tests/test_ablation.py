@@ -17,7 +17,8 @@ from prunet.errors import UserError
 from prunet.evaluation.results import EvaluationResult
 from prunet.intervals import summary
 from prunet.recipe.recipe import Recipe
-from prunet.runs.ablation import AblationResult, ablate, collect, load_ablation, markdown
+from prunet.runs.ablation import ablate, collect, load_ablation
+from prunet.runs.ablation_table import AblationResult, markdown
 from prunet.runs.run import Run, run
 from prunet.runtime import Runtime
 from prunet.student.folder import load_unet

@@ -9,6 +9,7 @@ from test_cli import call
 
 from prunet import Run, Runtime, Teacher, UserError, load_recipe
 from prunet.exports.single_file import export_single_file
+from prunet.recipe.values import Drawing
 from prunet.runs import estimate, new
 from prunet.runs.new import new_recipe, parse_budget
 
@@ -64,6 +65,26 @@ def test_prompts_a_plan_and_a_budget(sd, tmp_path) -> None:
     assert "It does not fit" in text and "--micro-batch 1 --gradient-checkpointing" in text
     with pytest.raises(UserError, match=r"No plan 'bk-tin'.*did you mean"):
         new_recipe(str(sd), str(tmp_path / "prompts.txt"), plan="bk-tin", runtime=CPU)
+
+
+@pytest.mark.parametrize(("jumps", "path_steps"), [(1, 24), (4, 24), (5, 20)])
+def test_few_steps(jumps, path_steps, sd, pictures, tmp_path) -> None:
+    """The second stage is that of a shipped recipe in everything that does not depend on the data."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(new_recipe(str(sd), str(pictures), plan="bk-tiny", jumps=jumps, runtime=CPU))
+    Run(recipe := load_recipe(path), CPU).check()
+    size, steps = recipe.stages
+    assert (steps.jumps, steps.path_steps, steps.paths) == (jumps, path_steps, 12)
+    assert recipe.made_for == Drawing(steps=jumps, guidance_scale=1, sampler="ddim-trailing")
+    shipped = load_recipe("bk-tiny-few-steps").stages
+    assert steps.steps / size.steps == shipped[1].steps / shipped[0].steps
+    for key in ("objective", "guidance_scale", "learning_rate", "schedule", "weight_decay", "max_grad_norm"):
+        assert getattr(steps, key) == getattr(shipped[1], key)
+
+
+def test_jumps_that_no_sampler_makes_are_refused(sd, pictures) -> None:
+    with pytest.raises(UserError, match=r"^stages\.1\.jumps: 7 do not divide the 1000 timesteps"):
+        new_recipe(str(sd), str(pictures), jumps=7, runtime=CPU)
 
 
 def test_options_that_save_memory_come_in_the_order_of_their_cost(sd, pictures, tmp_path) -> None:

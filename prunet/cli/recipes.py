@@ -58,6 +58,13 @@ def new(
         str, typer.Option(help="Pictures with captions (docs/recipes.md), or a text file of prompts.")
     ] = ...,  # type: ignore[assignment]
     budget: Annotated[str | None, typer.Option(help="Memory of the GPU that will train it, such as 24GB.")] = None,
+    jumps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Steps in which the student draws, without guidance; 4 is usual. By default, as many as the teacher.",
+        ),
+    ] = None,
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
@@ -76,6 +83,7 @@ def new(
         data,
         plan=plan,
         config=config,
+        jumps=jumps,
         budget=parse_budget(budget) if budget else None,
         runtime=runtime,
     )
@@ -190,7 +198,8 @@ def ablate(
     Finished runs are skipped, so the same command resumes where it was stopped.
     """
     from prunet.runs.ablation import ablate as do_all
-    from prunet.runs.ablation import load_ablation, markdown
+    from prunet.runs.ablation import load_ablation
+    from prunet.runs.ablation_table import markdown
 
     chosen, recipes = load_ablation(ablation, overrides or ())
     result = do_all(chosen, recipes, runtime, workers=workers)

@@ -20,26 +20,18 @@ from prunet.console import console, progress, say
 from prunet.disk.files import write_text
 from prunet.disk.ownership import check_place, hold
 from prunet.disk.reading import load_mapping
-from prunet.disk.values import Value
 from prunet.errors import UserError
-from prunet.evaluation.protocol import differences
 from prunet.evaluation.results import EvaluationResult
-from prunet.intervals import Summary, summary
+from prunet.intervals import summary
 from prunet.recipe.paths import PathOrId, PathText, from_folder
 from prunet.recipe.recipe import Recipe, explain, load_recipe
 from prunet.recipe.values import Part, Seed
+from prunet.runs.ablation_table import MEASURES, AblationResult, Arm, markdown, shared_protocol
 from prunet.runs.checks import read_paths
 from prunet.runs.run import Run
 from prunet.runs.steps import copy_stage
 from prunet.runtime import Runtime
 
-#: Columns of the table: (student, key) in evaluation.json, and the title.
-MEASURES = {
-    ("before", "denoiser"): "denoiser error before",
-    ("after", "denoiser"): "denoiser error",
-    ("after", "latent"): "latents, MSE",
-    ("after", "picture"): "pictures, RMSE",
-}
 #: Most runs (arms times seeds), because each recipe is read and checked before the first run starts.
 MOST_RUNS = 500
 #: Keys of a recipe that the ablation sets for each run.
@@ -59,36 +51,6 @@ class Ablation(Part):
         description="maps the name of an arm to its values by key (`stages.0.losses.feature: 0`)"
     )
     output: Annotated[PathText, Field(min_length=1)] = Field(description="folder for all runs and the table")
-
-
-class Arm(Value):
-    """The results of the finished runs of an arm: the student's parameters, and measures by `STUDENT/FIELD`."""
-
-    seeds: list[int]
-    parameters: int | None
-    measures: dict[str, Summary]
-
-
-class SharedProtocol(Value):
-    """The part of the protocol that all runs of an ablation share; empty until a run is finished."""
-
-    size: int | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    sampler: str | None = None
-    levels: list[float] | None = None
-    noise: str | None = None
-    precision: str | None = None
-    teacher: str | None = None
-    prompts: list[str] = Field(default=[])
-
-
-class AblationResult(Value):
-    """The table of an ablation (`ablation.json`), with a row for each arm."""
-
-    title: str
-    arms: dict[str, Arm]
-    protocol: SharedProtocol
 
 
 def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Ablation, dict[tuple[str, int], Recipe]]:
@@ -318,56 +280,8 @@ def collect(ablation: Ablation, runs: Mapping[tuple[str, int], Run]) -> Ablation
         }
         parameters = next((r.sizes["student"].parameters for r in results.values()), None)
         arms[arm] = Arm(seeds=list(results), parameters=parameters, measures=measures)
-    protocol = SharedProtocol.model_validate(_shared_protocol({runs[key].folder: of for key, of in done.items()}))
+    protocol = shared_protocol({runs[key].folder: of for key, of in done.items()})
     result = AblationResult(title=ablation.title, arms=arms, protocol=protocol)
     result.save(Path(ablation.output) / "ablation.json")
     write_text(Path(ablation.output) / "ablation.md", markdown(result))
     return result
-
-
-def _shared_protocol(done: Mapping[Path, EvaluationResult]) -> dict[str, Any]:
-    """Returns the protocol that all evaluations have.
-
-    Raises:
-        UserError: one differs, because another version of prunet made it.
-    """
-    protocols = {folder: of.protocol.model_dump(exclude={"seed", "student"}) for folder, of in done.items()}
-    for folder, protocol in protocols.items():
-        first = next(iter(protocols))
-        if apart := differences(protocols[first], protocol):
-            raise UserError(
-                f"{folder}: evaluated differently from {first}: they differ in {', '.join(apart)}, so no table can "
-                f"hold both: delete {folder / 'evaluation'} or {first / 'evaluation'}, and run it again"
-            )
-    return next(iter(protocols.values()), {})
-
-
-def markdown(result: AblationResult) -> str:
-    """Formats the result in Markdown: one row for each arm, with the best (lowest) of each column in bold."""
-    lines = [f"# {result.title}", "", "| | parameters (M) | seeds | " + " | ".join(MEASURES.values()) + " |"]
-    lines.append("|---|---:|---:|" + "---:|" * len(MEASURES))
-    keys = [f"{which}/{key}" for which, key in MEASURES]
-    best = {
-        key: min((m for a in result.arms.values() if (m := a.measures[key].mean) is not None), default=0)
-        for key in keys
-    }
-    for name, arm in result.arms.items():
-        if arm.parameters is None:
-            lines.append(f"| {name} | | 0 |" + " |" * len(MEASURES))
-            continue
-        cells = [_cell(arm.measures[key], best[key]) for key in keys]
-        lines.append(f"| {name} | {arm.parameters / 1e6:.2f} | {len(arm.seeds)} | " + " | ".join(cells) + " |")
-    if (protocol := result.protocol).prompts:
-        lines += [
-            "",
-            f"Distance from the teacher on {len(protocol.prompts)} held-out prompts at equal seeds, after "
-            "distillation unless it says before; mean over the training seeds ± half of its 95 % interval (Student's "
-            f"t); lower is nearer. {protocol.sampler}, {protocol.steps} steps, guidance {protocol.guidance_scale}, "
-            f"{protocol.size} px.",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(found: Summary, best: float) -> str:
-    mean = f"**{found.mean:.4f}**" if found.mean == best else f"{found.mean:.4f}"
-    return mean if found.interval is None else f"{mean} ± {found.interval:.4f}"

@@ -24,6 +24,7 @@ from prunet.recipe.recipe import Recipe, load_recipe, read_prompts
 from prunet.runs.estimate import COUNTED, memory
 from prunet.runs.run import Run
 from prunet.runtime import Runtime
+from prunet.sampling.paths import check_jumps
 from prunet.teacher.teacher import Teacher
 from prunet.training.fit import device_memory, training_memory
 from prunet.words import short
@@ -36,6 +37,8 @@ BATCH = 32
 #: How often BK-SDM saw each of its 212,776 pictures, in 50,000 steps of 256.
 SEEN = 60
 STEPS = (1_000, 50_000)  # fewest and most steps
+#: Steps of a path of the teacher, and most paths, for a student that draws in a few steps.
+PATH_STEPS, PATHS = 24, 50_000
 #: A micro-batch that uses a device well; if less fits, options that save memory are tried.
 ENOUGH = 4
 #: Options that save memory, cheapest first, by the kind of device.
@@ -66,6 +69,7 @@ def new_recipe(
     *,
     plan: str | None = None,
     config: str | None = None,
+    jumps: int | None = None,
     budget: int | None = None,
     runtime: Runtime | None = None,
 ) -> str:
@@ -76,10 +80,11 @@ def new_recipe(
         data: pictures with captions, as `data.source`, or a text file of prompts.
         plan: a preset; by default the usual one of the teacher's layout.
         config: for a single file: folder or hub id with configs and tokenizers.
+        jumps: steps in which the student draws, without guidance; by default it draws like the teacher.
         budget: bytes of the device's memory that may be used; by default what `device_memory` says.
 
     Raises:
-        UserError: the teacher, the plan or the data cannot be used.
+        UserError: the teacher, the plan, the data or so many jumps cannot be used.
     """
     runtime = runtime or Runtime()
     opened = Teacher(teacher, config=config)
@@ -105,15 +110,37 @@ def new_recipe(
         "batch": BATCH,
         "seen": seen,
         "by_heart": seen > 10 * SEEN,
-        "ema": float(f"{1 - 5 / steps:.4f}"),
+        "ema": ema_for(steps),
+        "jumping": jumping(jumps, steps, found["count"]) if jumps else None,
         "output": f"runs/{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(short(teacher)).stem)}-{chosen.name}",
     }
     recipe = Recipe.model_validate(yaml.safe_load(_render(facts | {"fit": None})))
+    if jumps:
+        check_jumps(opened, recipe.stages[1], "stages.1")
     run = Run(recipe, runtime)
     fit = fit_to(run, budget or device_memory(runtime.torch_device))
     # A run takes the largest micro-batch that fits the device; it must be told only of another budget.
     flags = (f" --micro-batch {fit.micro_batch}" if budget else "") + fit.flags
     return _render(facts | {"fit": fit, "flags": flags, "run": run, "device": runtime.torch_device.type})
+
+
+def ema_for(steps: int) -> float:
+    """Returns the decay of an average over about the last fifth of the steps."""
+    return float(f"{1 - 5 / steps:.4f}")
+
+
+def jumping(jumps: int, steps: int, samples: int | None) -> dict[str, Any]:
+    """Returns the settings of the stage that teaches a student to draw in `jumps` steps, in the proportions of the
+    recipe bk-tiny-few-steps: 2/5 of the steps before, and paths of about 24 steps of the teacher.
+    """
+    after = 2 * steps // 5
+    return {
+        "jumps": jumps,
+        "path_steps": jumps * max(1, PATH_STEPS // jumps),
+        "paths": min(samples or PATHS, PATHS),
+        "steps": after,
+        "ema": ema_for(after),
+    }
 
 
 def _render(facts: dict[str, Any]) -> str:

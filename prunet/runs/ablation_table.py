@@ -1,0 +1,98 @@
+"""The table of an ablation: a row for each arm, with means and intervals over its seeds."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import Field
+
+from prunet.disk.values import Value
+from prunet.errors import UserError
+from prunet.evaluation.protocol import differences
+from prunet.evaluation.results import EvaluationResult
+from prunet.intervals import Summary
+
+#: Columns of the table: (student, key) in evaluation.json, and the title.
+MEASURES = {
+    ("before", "denoiser"): "denoiser error before",
+    ("after", "denoiser"): "denoiser error",
+    ("after", "latent"): "latents, MSE",
+    ("after", "picture"): "pictures, RMSE",
+}
+
+
+class Arm(Value):
+    """The results of the finished runs of an arm: the student's parameters, and measures by `STUDENT/FIELD`."""
+
+    seeds: list[int]
+    parameters: int | None
+    measures: dict[str, Summary]
+
+
+class SharedProtocol(Value):
+    """The part of the protocol that all runs of an ablation share; empty until a run is finished."""
+
+    size: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+    levels: list[float] | None = None
+    noise: str | None = None
+    precision: str | None = None
+    teacher: str | None = None
+    prompts: list[str] = Field(default=[])
+
+
+class AblationResult(Value):
+    """The table of an ablation (`ablation.json`), with a row for each arm."""
+
+    title: str
+    arms: dict[str, Arm]
+    protocol: SharedProtocol
+
+
+def shared_protocol(done: Mapping[Path, EvaluationResult]) -> SharedProtocol:
+    """Returns the protocol that all evaluations (by the folder of their run) have.
+
+    Raises:
+        UserError: one differs, because another version of prunet made it.
+    """
+    protocols = {folder: of.protocol.model_dump(exclude={"seed", "student"}) for folder, of in done.items()}
+    for folder, protocol in protocols.items():
+        first = next(iter(protocols))
+        if apart := differences(protocols[first], protocol):
+            raise UserError(
+                f"{folder}: evaluated differently from {first}: they differ in {', '.join(apart)}, so no table can "
+                f"hold both: delete {folder / 'evaluation'} or {first / 'evaluation'}, and run it again"
+            )
+    return SharedProtocol.model_validate(next(iter(protocols.values()), {}))
+
+
+def markdown(result: AblationResult) -> str:
+    """Formats the result in Markdown: one row for each arm, with the best (lowest) of each column in bold."""
+    lines = [f"# {result.title}", "", "| | parameters (M) | seeds | " + " | ".join(MEASURES.values()) + " |"]
+    lines.append("|---|---:|---:|" + "---:|" * len(MEASURES))
+    keys = [f"{which}/{key}" for which, key in MEASURES]
+    best = {
+        key: min((m for a in result.arms.values() if (m := a.measures[key].mean) is not None), default=0)
+        for key in keys
+    }
+    for name, arm in result.arms.items():
+        if arm.parameters is None:
+            lines.append(f"| {name} | | 0 |" + " |" * len(MEASURES))
+            continue
+        cells = [_cell(arm.measures[key], best[key]) for key in keys]
+        lines.append(f"| {name} | {arm.parameters / 1e6:.2f} | {len(arm.seeds)} | " + " | ".join(cells) + " |")
+    if (protocol := result.protocol).prompts:
+        lines += [
+            "",
+            f"Distance from the teacher on {len(protocol.prompts)} held-out prompts at equal seeds, after "
+            "distillation unless it says before; mean over the training seeds ± half of its 95 % interval (Student's "
+            f"t); lower is nearer. {protocol.sampler}, {protocol.steps} steps, guidance {protocol.guidance_scale}, "
+            f"{protocol.size} px.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(found: Summary, best: float) -> str:
+    mean = f"**{found.mean:.4f}**" if found.mean == best else f"{found.mean:.4f}"
+    return mean if found.interval is None else f"{mean} ± {found.interval:.4f}"
