@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from prunet import Run, Runtime, Teacher, UserError, load_recipe, run
 from prunet.data.cache import Cache
 from prunet.disk.files import read_json, write_json
 from prunet.recipe.recipe import Recipe
-from prunet.runs.checks import checkpoint_bytes
+from prunet.runs.disk import check_disk, checkpoint_bytes, path_bytes
 from prunet.runs.fingerprints import _hash, stage_label, step_inputs
 from prunet.runs.steps import logged_seconds
 from prunet.student.student import inherit
@@ -269,6 +270,26 @@ def test_disk_for_the_checkpoints_of_all_stages(sd, pictures, tmp_path, monkeypa
     assert checkpoint_bytes(this, this.todo()) == 2 * first + 2 * second + first
     monkeypatch.setattr(this, "is_done", lambda step: step == "stage-1")
     assert checkpoint_bytes(this, this.todo()) == 2 * second + second
+
+
+def test_disk_for_paths_is_there_before_they_are_drawn(sd, pictures, tmp_path, monkeypatch) -> None:
+    size = {"steps": 5, "batch_size": 2}
+    jumps = {**size, "objective": "trajectory", "guidance_scale": 2, "jumps": 2, "path_steps": 4, "paths": 10}
+    recipe = load_recipe(recipe_file(tmp_path, sd, pictures, stages=[size, jumps, {**jumps, "jumps": 1}]))
+    this = Run(recipe, CPU)
+    checkpoints, paths = checkpoint_bytes(this, this.todo()), path_bytes(this, None)
+    assert paths is not None and paths > 10_000  # both stages learn from the same
+
+    def check(free: int) -> None:
+        monkeypatch.setattr("prunet.runs.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+        check_disk(this, this.todo())
+
+    check(checkpoints + paths)
+    with pytest.raises(UserError, match=r"^output: checkpoints of .*B and paths of .*B do not fit .* stages\.1\.paths"):
+        check(checkpoints + paths - 1)
+    monkeypatch.undo()
+    this.finish("cache")
+    check(checkpoints)
 
 
 def test_a_stage_that_was_stopped_took_all_of_its_steps(sd, pictures, tmp_path) -> None:

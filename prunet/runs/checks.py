@@ -1,8 +1,6 @@
 """Checks everything that can be wrong with a run, before anything is loaded or computed."""
 
 import re
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +12,12 @@ from prunet.data.encoding import pictures_are_gone
 from prunet.data.paths import check_paths
 from prunet.data.sources import check_source
 from prunet.denoisers.pairs import term_factors
-from prunet.disk.files import check_writable, read_label
+from prunet.disk.files import read_label
 from prunet.disk.ownership import check_place, resolve
 from prunet.disk.reading import parse_yaml
 from prunet.errors import UserError
 from prunet.recipe.recipe import Recipe, load_recipe, read_prompts, recipe_yaml
+from prunet.runs.disk import check_disk
 from prunet.runs.fingerprints import SCHEDULE, spec_settings, stage_label
 from prunet.runs.steps import check_replaceable
 from prunet.sampling.made_for import made_for
@@ -29,8 +28,8 @@ from prunet.teacher.configs import check_condition
 from prunet.teacher.copying import check_other_parts
 from prunet.teacher.space import check_same_space, check_size
 from prunet.training.checkpoints import check_stage
-from prunet.training.lora import check_rank, trained_count
-from prunet.words import command, difference, many
+from prunet.training.lora import check_rank
+from prunet.words import command, difference
 
 if TYPE_CHECKING:
     from prunet.runs.run import Run
@@ -64,7 +63,7 @@ def check_run(this: "Run", until: str) -> None:
         if step.startswith("stage-"):
             check_stage(this.folder / step, this.recipe.stages[int(step.removeprefix("stage-")) - 1])
     if todo:  # a finished run may lie on a read-only mount
-        _check_disk(this, todo)
+        check_disk(this, todo)
     _say_what_is_odd(this.recipe)
 
 
@@ -167,32 +166,6 @@ def _back(this: "Run") -> str:
     if then == now:
         return "put that back as it was"  # the files changed, not the recipe
     return f"set it back ({command('run', this.folder)} resumes with the run's own recipe)"
-
-
-def _check_disk(this: "Run", todo: Sequence[str]) -> None:
-    where = check_writable(this.folder, "output")
-    for folder, _ in [*this.cache_specs, *this.path_specs.values()] if "cache" in todo else ():
-        check_writable(folder, "cache")
-    need = checkpoint_bytes(this, todo)
-    if shutil.disk_usage(where).free < need:
-        raise UserError(
-            f"output: checkpoints in {this.folder} need about {many(need)}B free; lower keep_checkpoints, or "
-            "give an output on another disk"
-        )
-
-
-def checkpoint_bytes(this: "Run", todo: Sequence[str]) -> int:
-    """Returns the bytes that new checkpoints of the stages in `todo` need: the kept ones, and one being written."""
-    need, largest = 0, 0
-    for number, (stage, derived) in enumerate(zip(this.recipe.stages, this.steps_down, strict=True), 1):
-        if f"stage-{number}" not in todo:
-            continue
-        # Trained weights, their average and two moments, in fp32.
-        size = 16 * trained_count(derived.student_config, stage.rank)
-        need += size * min(this.recipe.keep_checkpoints, -(-stage.steps // this.recipe.checkpoint_every))
-        need -= sum(f.stat().st_size for f in this.folder.glob(f"stage-{number}/checkpoints/*/*"))
-        largest = max(largest, size)
-    return max(0, need) + largest
 
 
 def _say_what_is_odd(recipe: Recipe) -> None:

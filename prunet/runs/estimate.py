@@ -1,6 +1,5 @@
 """Estimates the cost of a recipe: memory from shapes, hours from a few real steps with random weights."""
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +10,13 @@ import torch
 
 from prunet import processes
 from prunet.console import Bar, progress
-from prunet.data.cache import STORED
 from prunet.data.encoding import ENCODE_BATCH
 from prunet.data.listing import source_paths
 from prunet.data.remote import Remote, marks
 from prunet.data.sources import is_hub_id, picture_files, read_pictures
 from prunet.denoisers.pairs import Pair
-from prunet.disk.files import read_label
 from prunet.plan.derived import Derived
-from prunet.recipe.recipe import read_prompts
+from prunet.runs.disk import cache_bytes, is_live, known_samples, path_bytes
 from prunet.runs.run import Run
 from prunet.runtime import Runtime
 from prunet.training.allocator import kept_memory
@@ -113,39 +110,6 @@ def _estimate(this: Run, bar: Bar) -> Estimate:
     )
 
 
-def cache_bytes(this: Run) -> dict[str, int]:
-    """Returns the bytes of a sample in the caches of all stages, by part, computed from shapes."""
-    latents, text = _tensor_bytes(this)
-    caches = len({folder for folder, _ in this.cache_specs})
-    # Mean and standard deviation.
-    return {"latents": 2 * latents * caches, "text": 0 if is_live(this) else text * caches}
-
-
-def path_bytes(this: Run, samples: int | None) -> int | None:
-    """Returns the bytes of all caches of paths; None if one has a path for each sample, and these are not known."""
-    latents, text = _tensor_bytes(this)
-    stages = {folder: this.recipe.stages[number - 1] for number, (folder, _) in this.path_specs.items()}
-    if samples is None and not all(stage.paths for stage in stages.values()):
-        return None
-    each = ((stage.paths or samples or 0, (stage.path_steps + 1) * latents + text) for stage in stages.values())
-    return sum(count * size for count, size in each)
-
-
-def _tensor_bytes(this: Run) -> tuple[int, int]:
-    """Returns the bytes of the latents of one picture, and of the embeddings of its caption, as a cache stores them."""
-    architecture, config = this.teacher.architecture, this.teacher.unet_config
-    inputs = architecture.example_inputs(config, latent_size=this.latent_size, device="meta")
-    given = [value for name, value in inputs.items() if name not in ("sample", "timestep")]
-    tensors = [tensor for value in given for tensor in (value.values() if isinstance(value, dict) else [value])]
-    channels = this.teacher.part_config("vae")["latent_channels"]
-    return STORED.itemsize * channels * math.prod(this.latent_size), STORED.itemsize * sum(t.numel() for t in tensors)
-
-
-def is_live(this: Run) -> bool:
-    """Returns whether captions are embedded while training."""
-    return this.recipe.data.text == "live"
-
-
 def text_seconds(this: Run, count: int) -> float:
     """Times the text encoders, with random weights, on `count` captions at once; returns seconds per caption."""
     device, seconds = this.runtime.torch_device, 0.0
@@ -171,11 +135,10 @@ def count_samples(this: Run) -> tuple[int | None, str]:
     "" means exact, "or more" a lower limit, "about" an estimate: of files behind URLs only the first is counted, and
     the others are estimated by their sizes.
     """
-    made, data = this.cache_folder / "cache.json", this.recipe.data
-    if made.is_file():
-        return int(read_label(made, ("samples",))["samples"]), ""
-    if data.source is None:
-        return len(read_prompts(data.prompts or [], data.limit)) * data.images_per_prompt, ""
+    data = this.recipe.data
+    if (known := known_samples(this)) is not None:
+        return known, ""
+    assert data.source is not None
     if isinstance(data.source, str) and is_hub_id(data.source):
         return None, ""
     columns: dict[str, Any] = {"image_column": data.image_column, "caption_column": data.caption_column}

@@ -1,0 +1,135 @@
+"""How much disk a run takes: caches of latents and of paths, checkpoints."""
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from prunet.data.cache import STORED
+from prunet.disk.files import check_writable, read_label
+from prunet.errors import UserError
+from prunet.recipe.recipe import read_prompts
+from prunet.training.lora import trained_count
+from prunet.words import many
+
+if TYPE_CHECKING:
+    from prunet.runs.run import Run
+
+
+class Need(NamedTuple):
+    """Bytes that are still to be written to a folder: what they are, its nearest existing folder, how to need less."""
+
+    what: str
+    where: Path
+    size: int
+    less: str
+
+
+def check_disk(this: "Run", todo: Sequence[str]) -> None:
+    """Refuses a run whose checkpoints and caches do not fit on their disks, as far as their size is known.
+
+    Raises:
+        UserError: a disk is too small, or a folder cannot be written to.
+    """
+    where = check_writable(this.folder, "output")
+    needs = [Need("checkpoints", where, checkpoint_bytes(this, todo), "lower keep_checkpoints")]
+    if "cache" in todo:
+        needs += _cache_needs(this)
+    disks: dict[int, list[Need]] = {}
+    for need in needs:
+        disks.setdefault(need.where.stat().st_dev, []).append(need)
+    for same in disks.values():
+        whole, free = sum(need.size for need in same), shutil.disk_usage(same[0].where).free
+        if whole > free:
+            large = [need for need in same if need.size]
+            parts = " and ".join(f"{need.what} of {many(need.size)}B" for need in large)
+            less = ", ".join(need.less for need in large)
+            setting = "output" if same[0].where == where else "cache"
+            raise UserError(
+                f"{setting}: {parts} do not fit into the {many(free)}B that are free at {same[0].where}: {less}, or "
+                "give an output or cache on another disk"
+            )
+
+
+def _cache_needs(this: "Run") -> list[Need]:
+    """Returns what caches of known size still take. The number of samples of pictures is known once they are read."""
+    samples = known_samples(this)
+    latents, text = _tensor_bytes(this)
+    each = 2 * latents + (0 if is_live(this) else text)
+    folders = {folder for folder, _ in this.cache_specs}
+    needs = [_need("latents", folder, each * (samples or 0), "take fewer prompts") for folder in sorted(folders)]
+    for folder, number in _path_folders(this).items():
+        less = f"lower stages.{number - 1}.paths or path_steps"
+        needs.append(_need("paths", folder, _bytes_of_paths(this, number, samples) or 0, less))
+    return needs
+
+
+def _path_folders(this: "Run") -> dict[Path, int]:
+    """Returns the folders of paths, each with the number of the first stage that learns from them."""
+    return {folder: number for number, (folder, _) in reversed(this.path_specs.items())}
+
+
+def _need(what: str, folder: Path, size: int, less: str) -> Need:
+    there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return Need(what, check_writable(folder, "cache"), max(0, size - there), less)
+
+
+def known_samples(this: "Run") -> int | None:
+    """Returns the number of samples of the cache: that of a finished one, or of the recipe's prompts."""
+    made, data = this.cache_folder / "cache.json", this.recipe.data
+    if made.is_file():
+        return int(read_label(made, ("samples",))["samples"])
+    if data.source is None:
+        return len(read_prompts(data.prompts or [], data.limit)) * data.images_per_prompt
+    return None
+
+
+def cache_bytes(this: "Run") -> dict[str, int]:
+    """Returns the bytes of a sample in the caches of all stages, by part, computed from shapes."""
+    latents, text = _tensor_bytes(this)
+    caches = len({folder for folder, _ in this.cache_specs})
+    # Mean and standard deviation.
+    return {"latents": 2 * latents * caches, "text": 0 if is_live(this) else text * caches}
+
+
+def path_bytes(this: "Run", samples: int | None) -> int | None:
+    """Returns the bytes of all caches of paths; None if one has a path for each sample, and these are not known."""
+    sizes = [_bytes_of_paths(this, number, samples) for number in _path_folders(this).values()]
+    return None if None in sizes else sum(size for size in sizes if size)
+
+
+def _bytes_of_paths(this: "Run", number: int, samples: int | None) -> int | None:
+    latents, text = _tensor_bytes(this)
+    stage = this.recipe.stages[number - 1]
+    count = stage.paths or samples
+    return count and count * ((stage.path_steps + 1) * latents + text)
+
+
+def _tensor_bytes(this: "Run") -> tuple[int, int]:
+    """Returns the bytes of the latents of one picture, and of the embeddings of its caption, as a cache stores them."""
+    architecture, config = this.teacher.architecture, this.teacher.unet_config
+    inputs = architecture.example_inputs(config, latent_size=this.latent_size, device="meta")
+    given = [value for name, value in inputs.items() if name not in ("sample", "timestep")]
+    tensors = [tensor for value in given for tensor in (value.values() if isinstance(value, dict) else [value])]
+    channels = this.teacher.part_config("vae")["latent_channels"]
+    return STORED.itemsize * channels * math.prod(this.latent_size), STORED.itemsize * sum(t.numel() for t in tensors)
+
+
+def is_live(this: "Run") -> bool:
+    """Returns whether captions are embedded while training."""
+    return this.recipe.data.text == "live"
+
+
+def checkpoint_bytes(this: "Run", todo: Sequence[str]) -> int:
+    """Returns the bytes that new checkpoints of the stages in `todo` need: the kept ones, and one being written."""
+    need, largest = 0, 0
+    for number, (stage, derived) in enumerate(zip(this.recipe.stages, this.steps_down, strict=True), 1):
+        if f"stage-{number}" not in todo:
+            continue
+        # Trained weights, their average and two moments, in fp32.
+        size = 16 * trained_count(derived.student_config, stage.rank)
+        need += size * min(this.recipe.keep_checkpoints, -(-stage.steps // this.recipe.checkpoint_every))
+        need -= sum(f.stat().st_size for f in this.folder.glob(f"stage-{number}/checkpoints/*/*"))
+        largest = max(largest, size)
+    return max(0, need) + largest
