@@ -8,8 +8,8 @@ protocols `emoji-train` and `emoji-heldout`, and how far the pictures are from t
 equal noise). Numbers are means over the training seeds, with half of the 95 % interval (Student's t); with one seed,
 the interval over the pictures. What is not finished is left out. `students.png` beside it shows the first pictures.
 
-With `--results FILE` the numbers are also kept in that file, and the table has those that it held before: seeds can be
-trained on several machines. Numbers of an arm whose recipe has changed since are dropped from it, and counted.
+With `--results FOLDER` the numbers are also kept in a file there, and the table has those that it held before: seeds
+can be trained on several machines. Numbers of an arm whose recipe has changed since are dropped from it, and counted.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def measured(
         folder, best = (folder_of(*of) for of in ((place, protocol, *how), (teachers, protocol, *TEACHER[0])))
         if not (folder / "measures.json").is_file():
             chosen, beside = load_protocol(f"emoji/protocols/{protocol}.yaml")
-            prompts = protocol_prompts(chosen, beside, None, args.limit)
+            prompts = prompts_of(protocol, args.limit)
             chosen = chosen.model_copy(update={"kid_subset_size": min(chosen.kid_subset_size, len(prompts))})
             asked = Drawing(steps=how[0], guidance_scale=how[1], sampler=sampler)
             opening = Model(model, device=args.device)
@@ -152,7 +152,11 @@ def common(a: Recipe, b: Recipe) -> int:
 
 def caches_of(recipes: list[Recipe], args: argparse.Namespace) -> Jobs:
     """A job for each cache, of the recipe that makes most of it: the last in this order."""
-    in_order = sorted(recipes, key=lambda recipe: sum(stage.has("paths") for stage in recipe.stages))
+
+    def paths(recipe: Recipe) -> int:
+        return len({(s.paths, s.path_steps, str(s.guidance_scale)) for s in recipe.stages if s.has("paths")})
+
+    in_order = sorted(recipes, key=paths)
     return {f"cache {r.cache}": (partial(finished, r, recipes, args, "cache"), set()) for r in in_order}
 
 
@@ -179,14 +183,15 @@ def jobs_of(recipes: dict[tuple[str, str, int], Recipe], teacher: Path, args: ar
 class Row(Value):
     """How a student of an ablation (arm `teacher`: the teacher) draws the prompts of a protocol in these steps.
 
-    `recipe`: hash of what the student was trained by. `distance` from the teacher's pictures, `half` of its interval.
+    `recipe`: hash of what the student was trained by. `count`: of prompts. `distance` from the teacher's pictures,
+    `half` of its interval.
     """
 
     arm: str
     seed: int
     recipe: str
     protocol: str
-    limit: int
+    count: int
     steps: int
     guidance: float
     measures: dict[str, Measure]
@@ -195,13 +200,23 @@ class Row(Value):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return self.arm, self.seed, self.protocol, self.steps, self.guidance
+        return self.arm, self.seed, self.protocol, self.count, self.steps, self.guidance
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Hash of what a student is trained by, wherever it is trained."""
+    """Hash of what a student is trained by, wherever it is trained: paths are left out, except for teachers' names."""
     trained_by = recipe.model_dump(mode="json", include={"plan", "initialisation", "stages", "seed"})
-    return json_hash(trained_by | recipe.data.model_dump(mode="json", exclude={"source", "prompts"}), sort_keys=True)
+    for stage in trained_by["stages"]:
+        stage["teacher"] = stage["teacher"] and Path(stage["teacher"]["source"]).name
+    data = recipe.data.model_dump(mode="json", exclude={"source", "prompts"})
+    return json_hash([trained_by, data, Path(recipe.teacher.source).name], sort_keys=True)
+
+
+def prompts_of(protocol: str, limit: int) -> list[str]:
+    """The prompts of a protocol that are measured."""
+    chosen, beside = load_protocol(f"emoji/protocols/{protocol}.yaml")
+    prompts: list[str] = protocol_prompts(chosen, beside, None, limit)
+    return prompts
 
 
 def rows_of(arm: str, seed: int, recipe: Recipe | None, args: argparse.Namespace) -> Iterator[Row]:
@@ -213,13 +228,14 @@ def rows_of(arm: str, seed: int, recipe: Recipe | None, args: argparse.Namespace
             folder = folder_of(place, protocol, steps, guidance)
             if not (folder / "measures.json").is_file():
                 continue
-            found, apart = read_measures(folder).measures, distance(folder, best)
+            measures, apart = read_measures(folder), distance(folder, best)
+            found = measures.measures
             yield Row(
                 arm=arm,
                 seed=seed,
                 recipe=recipe_hash(recipe) if recipe else "",
                 protocol=protocol,
-                limit=args.limit,
+                count=measures.protocol["count"],
                 steps=steps,
                 guidance=guidance,
                 measures={metric: found[metric] for metric in METRICS},
@@ -269,15 +285,15 @@ def results(ablation: Ablation, recipes: dict[tuple[str, int], Recipe], args: ar
         path = args.results / f"{Path(ablation.output).name}.json"
         earlier = [Row.model_validate(row) for row in read_json(path)] if path.is_file() else []
         hashes = {("teacher", 0): ""} | {key: recipe_hash(recipe) for key, recipe in recipes.items()}
-        kept = {
-            row.key: row for row in earlier if hashes.get((row.arm, row.seed)) == row.recipe and row.limit == args.limit
-        }
+        kept = {row.key: row for row in earlier if hashes.get((row.arm, row.seed)) == row.recipe}
         if len(kept) < len(earlier):
-            print(f"{path}: {len(earlier) - len(kept)} rows of other recipes or limits dropped", flush=True)
+            print(f"{path}: {len(earlier) - len(kept)} rows of other recipes dropped", flush=True)
         rows = kept | rows
         write_json(path, [row.model_dump(mode="json") for row in rows.values()])
     order = {name: place for place, name in enumerate(["teacher", *ablation.arms])}
-    return sorted(rows.values(), key=lambda row: (order[row.arm], row.seed))
+    counts = {protocol: len(prompts_of(protocol, args.limit)) for protocol in PROTOCOLS}
+    shown = [row for row in rows.values() if row.count == counts[row.protocol]]
+    return sorted(shown, key=lambda row: (order[row.arm], row.seed))
 
 
 def write_sheet(path: Path, arms: dict[str, list[Recipe]], args: argparse.Namespace) -> None:
@@ -303,10 +319,15 @@ def write_tables(loaded: list[tuple[Ablation, dict[tuple[str, int], Recipe]]], a
         texts.append(table(ablation.title, results(ablation, recipes, args), args))
         write_text(Path(ablation.output) / "students.md", texts[-1] + "\n")
         arms: dict[str, list[Recipe]] = {}
-        for (arm, _), recipe in recipes.items():
-            arms.setdefault(arm, []).append(recipe)
+        for (arm, seed), recipe in recipes.items():
+            if wanted(arm, seed, args):
+                arms.setdefault(arm, []).append(recipe)
         write_sheet(Path(ablation.output) / "students.png", arms, args)
     return texts
+
+
+def wanted(arm: str, seed: int, args: argparse.Namespace) -> bool:
+    return (not args.seeds or seed in args.seeds) and (not args.arms or arm in args.arms)
 
 
 def main() -> None:
@@ -326,7 +347,7 @@ def main() -> None:
         (ablation.title, arm, seed): recipe
         for ablation, of in loaded
         for (arm, seed), recipe in of.items()
-        if (not args.seeds or seed in args.seeds) and (not args.arms or arm in args.arms)
+        if wanted(arm, seed, args)
     }
     if not recipes:
         parser.error("no student left: --arms and --seeds take names and numbers of the ablation's file")

@@ -18,7 +18,7 @@ from prunet.evaluation.results import EvaluationResult
 from prunet.intervals import summary
 from prunet.recipe.recipe import Recipe
 from prunet.runs.ablation import ablate, collect, load_ablation
-from prunet.runs.ablation_table import AblationResult, markdown
+from prunet.runs.ablation_table import AblationResult, markdown, shared_protocol
 from prunet.runs.run import Run, run
 from prunet.runtime import Runtime
 from prunet.student.folder import load_unet
@@ -131,8 +131,23 @@ def test_evaluations_of_another_version_are_not_mixed(resumed: Resumed, tmp_path
     result = EvaluationResult.load(path := folder / "evaluation" / "evaluation.json")
     assert result.protocol.noise == "independent"
     result.model_copy(update={"protocol": result.protocol.model_copy(update={"noise": None})}).save(path)
-    with pytest.raises(UserError, match=r"all-losses/seed-2: evaluated differently from .*: they differ in noise,"):
+    with pytest.raises(
+        UserError, match=r"^1 runs were evaluated by prunet 0\.2, .*delete evaluation/ in .*all-losses/seed-2,"
+    ):
         collect(ablation, runs)
+    done = {runs[key].folder: EvaluationResult.load(runs[key].result_of("evaluate")) for key in runs}
+    old = {folder: done[folder]}
+    assert shared_protocol(old).noise is None  # a table of old ones alone
+    with pytest.raises(UserError, match=r"^1 runs were evaluated by prunet 0\.2"):
+        shared_protocol(old, more=True)
+    del done[folder]
+    first, other = list(done)[:2]
+    changed = done[other].protocol.model_copy(update={"precision": "bfloat16"})
+    done[other] = done[other].model_copy(update={"protocol": changed})
+    with pytest.raises(
+        UserError, match=rf"^{other}: evaluated differently from {first} \(precision bfloat16, not float32\)"
+    ):
+        shared_protocol(done)
 
 
 def test_arms_without_paths_use_the_cache_of_those_with_paths(files: Path) -> None:
@@ -146,16 +161,22 @@ def test_arms_without_paths_use_the_cache_of_those_with_paths(files: Path) -> No
         "weak": {"stages": [size, weak]},
         "strong": {"stages": [size, strong]},
         "weak, then strong": {"stages": [weak, strong]},
+        "weak, size, strong": {"stages": [weak, size, strong]},  # the third stage names the folder of its paths
         "other data": {"data.limit": 3},
     }
     (files / "ablation.yaml").write_text(yaml.safe_dump(ablation))
     recipes = load_ablation(files / "ablation.yaml")[1]
-    assert len(recipes) == 10
+    assert len(recipes) == 12
     for seed in (1, 2):
         cache = {arm: recipes[arm, seed].cache for arm, of in recipes if of == seed}
-        assert cache["none"] == cache["weak"] == cache["weak, then strong"]
-        assert len(set(cache.values())) == 3  # strong paths alone begin another list, and other data have other latents
-    assert len({recipe.cache for recipe in recipes.values()}) == 6  # none is shared by two seeds
+        assert cache["none"] == cache["weak"] == cache["weak, size, strong"]  # the first of the longest lists
+        assert len(set(cache.values())) == 4  # strong paths alone begin another list, and other data have other latents
+    assert len({recipe.cache for recipe in recipes.values()}) == 8  # none is shared by two seeds
+    specs: dict[Path, list[dict]] = {}
+    for recipe in recipes.values():
+        for folder, spec in Run(recipe, CPU).path_specs.values():
+            specs.setdefault(folder, []).append(spec)
+    assert len(specs) == 10 and all(spec == same[0] for same in specs.values() for spec in same)
 
 
 @pytest.mark.processes

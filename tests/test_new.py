@@ -73,8 +73,9 @@ def test_few_steps(jumps, path_steps, sd, pictures, tmp_path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(new_recipe(str(sd), str(pictures), plan="bk-tiny", jumps=jumps, runtime=CPU))
     Run(recipe := load_recipe(path), CPU).check()
+    assert recipe.output.endswith(f"-bk-tiny-{jumps}-steps")
     size, steps = recipe.stages
-    assert (steps.jumps, steps.path_steps, steps.paths) == (jumps, path_steps, 12)
+    assert (steps.jumps, steps.path_steps, steps.paths) == (jumps, path_steps, 2000)
     assert recipe.made_for == Drawing(steps=jumps, guidance_scale=1, sampler="ddim-trailing")
     shipped = load_recipe("bk-tiny-few-steps").stages
     assert steps.steps / size.steps == shipped[1].steps / shipped[0].steps
@@ -83,8 +84,10 @@ def test_few_steps(jumps, path_steps, sd, pictures, tmp_path) -> None:
 
 
 def test_jumps_that_no_sampler_makes_are_refused(sd, pictures) -> None:
-    with pytest.raises(UserError, match=r"^stages\.1\.jumps: 7 do not divide the 1000 timesteps"):
+    with pytest.raises(UserError, match=r"^--jumps 7: give a divisor of the teacher's 1000 timesteps"):
         new_recipe(str(sd), str(pictures), jumps=7, runtime=CPU)
+    with pytest.raises(UserError, match=r"^--jumps 2000: give a divisor"):
+        new_recipe(str(sd), str(pictures), jumps=2000, runtime=CPU)
 
 
 def test_options_that_save_memory_come_in_the_order_of_their_cost(sd, pictures, tmp_path) -> None:

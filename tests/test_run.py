@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +26,7 @@ from prunet import Run, Runtime, Teacher, UserError, load_recipe, run
 from prunet.data.cache import Cache
 from prunet.disk.files import read_json, write_json
 from prunet.recipe.recipe import Recipe
-from prunet.runs.disk import check_disk, checkpoint_bytes, path_bytes
+from prunet.runs.disk import SLACK, cache_bytes, check_disk, checkpoint_bytes, known_samples, path_bytes
 from prunet.runs.fingerprints import _hash, stage_label, step_inputs
 from prunet.runs.steps import logged_seconds
 from prunet.student.student import inherit
@@ -272,24 +274,49 @@ def test_disk_for_the_checkpoints_of_all_stages(sd, pictures, tmp_path, monkeypa
     assert checkpoint_bytes(this, this.todo()) == 2 * second + second
 
 
-def test_disk_for_paths_is_there_before_they_are_drawn(sd, pictures, tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def other_disk(tmp_path: Path) -> Iterator[Path]:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second disk")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
+def test_disk_for_paths_and_latents_is_there_before_they_are_drawn(sd, tmp_path, other_disk, monkeypatch) -> None:
     size = {"steps": 5, "batch_size": 2}
-    jumps = {**size, "objective": "trajectory", "guidance_scale": 2, "jumps": 2, "path_steps": 4, "paths": 10}
-    recipe = load_recipe(recipe_file(tmp_path, sd, pictures, stages=[size, jumps, {**jumps, "jumps": 1}]))
-    this = Run(recipe, CPU)
-    checkpoints, paths = checkpoint_bytes(this, this.todo()), path_bytes(this, None)
-    assert paths is not None and paths > 10_000  # both stages learn from the same
+    jumps = {**size, "objective": "trajectory", "guidance_scale": 2, "jumps": 2, "path_steps": 4}
+    data = {"prompts": ["a", "b", "c"], "limit": 2, "images_per_prompt": 2, "steps": 1}
+    values = {"stages": [size, jumps, {**jumps, "jumps": 1}], "data": data}
 
-    def check(free: int) -> None:
-        monkeypatch.setattr("prunet.runs.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
-        check_disk(this, this.todo())
+    def opened(cache: Path) -> Run:
+        return Run(load_recipe(recipe_file(tmp_path, sd, tmp_path, **values, cache=str(cache))), CPU)
 
-    check(checkpoints + paths)
-    with pytest.raises(UserError, match=r"^output: checkpoints of .*B and paths of .*B do not fit .* stages\.1\.paths"):
-        check(checkpoints + paths - 1)
-    monkeypatch.undo()
-    this.finish("cache")
-    check(checkpoints)
+    def check(this: Run, here: int, there: int = 0) -> None:
+        """With so many bytes free on the disk of the run, and on the other one."""
+        free = {tmp_path.stat().st_dev: here, other_disk.stat().st_dev: there}
+        with monkeypatch.context() as patch:
+            usage = lambda place: SimpleNamespace(free=free[place.stat().st_dev])  # noqa: E731
+            patch.setattr("prunet.runs.disk.shutil.disk_usage", usage)
+            check_disk(this, this.todo())
+
+    this = opened(tmp_path / "cache")
+    checkpoints, paths = checkpoint_bytes(this, this.todo()), path_bytes(this, 4)
+    assert known_samples(this) == 4 and paths  # both stages learn from the same paths
+    caches = 4 * sum(cache_bytes(this).values()) + paths + 2 * SLACK
+    check(this, checkpoints + caches)
+    both = r"^output: no room for checkpoints of .*B, latents of .*B, paths of .*B on .* set a lower stages\.1\.paths"
+    with pytest.raises(UserError, match=both):
+        check(this, checkpoints + caches - 1)
+    apart = opened(other_disk / "cache")
+    check(apart, checkpoints, caches)
+    with pytest.raises(UserError, match=r"^cache: no room for latents of .*, or give a cache on another disk$"):
+        check(apart, checkpoints, caches - 1)
+    with pytest.raises(UserError, match=r"^output: no room for checkpoints of [^,]*B on .*, or give an output on"):
+        check(apart, checkpoints - 1, caches)
+    apart.finish("cache")
+    (apart.folder / "steps.json").unlink()
+    check(opened(other_disk / "cache"), checkpoints, 0)  # a finished cache needs nothing more
 
 
 def test_a_stage_that_was_stopped_took_all_of_its_steps(sd, pictures, tmp_path) -> None:

@@ -62,7 +62,8 @@ def new(
         int | None,
         typer.Option(
             min=1,
-            help="Steps in which the student draws, without guidance; 4 is usual. By default, as many as the teacher.",
+            help="Steps in which the student draws, without guidance; 4 is usual. By default it draws like the "
+            "teacher, with guidance.",
         ),
     ] = None,
     config: ConfigOption = None,

@@ -17,7 +17,7 @@ from prunet.disk.files import new_file
 from prunet.disk.seals import file_checksum
 from prunet.evaluation.drawing import batches, draw_all
 from prunet.evaluation.image_to_image import Pictures, image_to_image
-from prunet.evaluation.results import Distance, EvaluationProtocol, EvaluationResult
+from prunet.evaluation.results import NOISE, Distance, EvaluationProtocol, EvaluationResult
 from prunet.hashing import seed_of
 from prunet.intervals import Array, bootstrap, mean_of
 from prunet.plan.size import size_of
@@ -78,7 +78,7 @@ def evaluate(
             size=size,
             **spec.model_dump(include={"steps", "guidance_scale", "sampler"}),
             levels=list(LEVELS),
-            noise="independent",
+            noise=NOISE,
             precision=str(teacher.dtype).removeprefix("torch."),
             **(protocol or {}),
         ),

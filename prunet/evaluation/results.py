@@ -65,6 +65,10 @@ class ImageToImage(Value):
     distance: dict[str, PictureDistance]
 
 
+#: The noise that the denoisers get: not that which the pictures were drawn from.
+NOISE = "independent"
+
+
 class EvaluationProtocol(Value):
     """The protocol of an evaluation. `teacher` and `student`: fingerprints, only in a run.
 

@@ -61,9 +61,12 @@ def open_runs(folders: Sequence[Path | str]) -> list[Compared]:
     first = _protocol(runs[0])
     for run in runs[1:]:
         if apart := differences(first, _protocol(run)):
+            fix = "evaluate both in the same way"
+            if "noise" in apart:
+                fix = "delete the evaluation/ of the one that prunet 0.2 evaluated, and run it again"
             raise UserError(
                 f"{run.folder}: evaluated differently from {runs[0].folder}: they differ in {', '.join(apart)}, so "
-                "their numbers cannot be compared: evaluate both in the same way"
+                f"their numbers cannot be compared: {fix}"
             )
     return runs
 

@@ -115,7 +115,7 @@ def folder_name(arm: str) -> str:
 def _share_caches(recipes: Mapping[tuple[str, int], Recipe], folder: Path) -> dict[tuple[str, int], Recipe]:
     """Gives recipes with the same teachers, data and seed one cache in `folder`, unless they learn from other paths.
 
-    Paths lie beside their cache, so recipes without any use the cache of those that have some.
+    Paths lie beside their cache (`stage_paths`), so recipes without any use the cache of those that have some.
     """
     needs = {key: (_cache_name(recipe, []), _paths_of(recipe)) for key, recipe in recipes.items()}
     shared = {}
@@ -132,12 +132,14 @@ def _cache_name(recipe: Recipe, paths: list[dict[str, Any]]) -> str:
 
 
 def _paths_of(recipe: Recipe) -> list[dict[str, Any]]:
-    """Returns the paths that the stages of a recipe learn from, each once."""
+    """Returns the paths that the stages of a recipe learn from, each once, with the number that names their folder."""
     paths: list[dict[str, Any]] = []
-    for stage in recipe.stages:
-        drawn = {"paths": [stage.paths, stage.path_steps, stage.guidance_scale]}
-        if stage.has("paths") and drawn not in paths:
-            paths.append(drawn)
+    for number, stage in enumerate(recipe.stages, 1):
+        drawn: dict[str, Any] = {"paths": [stage.paths, stage.path_steps, stage.guidance_scale]}
+        if stage.teacher:
+            drawn["teacher"] = stage.teacher.model_dump()
+        if stage.has("paths") and drawn not in [{k: v for k, v in other.items() if k != "stage"} for other in paths]:
+            paths.append(drawn | ({"stage": number} if paths else {}))
     return paths
 
 
@@ -166,6 +168,7 @@ def ablate(
             runs[key].check("evaluate")
         except UserError as error:
             raise UserError(f"arm {key[0]!r}: {error}") from error
+    shared_protocol(_finished(runs), more=not all(run.is_done("evaluate") for run in runs.values()))
     with hold(output, "ablation"):
         for run in runs.values():  # caches first, because several arms share one; copied stages follow the build
             for step in run.todo("evaluate"):
@@ -268,20 +271,23 @@ def _do_in_worker(recipe: Recipe, runtime: Runtime, recipes: Sequence[Recipe]) -
 
 def collect(ablation: Ablation, runs: Mapping[tuple[str, int], Run]) -> AblationResult:
     """Collects the finished evaluations, and writes them to `ablation.json` and `ablation.md` in the output folder."""
-    done = {
-        key: EvaluationResult.load(run.result_of("evaluate")) for key, run in runs.items() if run.is_done("evaluate")
-    }
+    done = _finished(runs)
     arms = {}
     for arm in ablation.arms:
-        results = {seed: done[arm, seed] for seed in ablation.seeds if (arm, seed) in done}
+        results = {seed: done[folder] for seed in ablation.seeds if (folder := runs[arm, seed].folder) in done}
         measures = {
             f"{which}/{key}": summary([getattr(r.distance[which], key) for r in results.values()])
             for which, key in MEASURES
         }
         parameters = next((r.sizes["student"].parameters for r in results.values()), None)
         arms[arm] = Arm(seeds=list(results), parameters=parameters, measures=measures)
-    protocol = shared_protocol({runs[key].folder: of for key, of in done.items()})
-    result = AblationResult(title=ablation.title, arms=arms, protocol=protocol)
+    result = AblationResult(title=ablation.title, arms=arms, protocol=shared_protocol(done))
     result.save(Path(ablation.output) / "ablation.json")
     write_text(Path(ablation.output) / "ablation.md", markdown(result))
     return result
+
+
+def _finished(runs: Mapping[tuple[str, int], Run]) -> dict[Path, EvaluationResult]:
+    """Returns the evaluations of the finished runs, by the folder of the run."""
+    done = [run for run in runs.values() if run.is_done("evaluate")]
+    return {run.folder: EvaluationResult.load(run.result_of("evaluate")) for run in done}

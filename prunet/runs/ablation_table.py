@@ -8,7 +8,7 @@ from pydantic import Field
 from prunet.disk.values import Value
 from prunet.errors import UserError
 from prunet.evaluation.protocol import differences
-from prunet.evaluation.results import EvaluationResult
+from prunet.evaluation.results import NOISE, EvaluationResult
 from prunet.intervals import Summary
 
 #: Columns of the table: (student, key) in evaluation.json, and the title.
@@ -50,19 +50,26 @@ class AblationResult(Value):
     protocol: SharedProtocol
 
 
-def shared_protocol(done: Mapping[Path, EvaluationResult]) -> SharedProtocol:
-    """Returns the protocol that all evaluations (by the folder of their run) have.
+def shared_protocol(done: Mapping[Path, EvaluationResult], *, more: bool = False) -> SharedProtocol:
+    """Returns the protocol that all evaluations (by the folder of their run) have; `more` are still to be done.
 
     Raises:
-        UserError: one differs, because another version of prunet made it.
+        UserError: they differ, because another version of prunet or another precision made some of them.
     """
-    protocols = {folder: of.protocol.model_dump(exclude={"seed", "student"}) for folder, of in done.items()}
+    old = [folder for folder, result in done.items() if result.protocol.noise != NOISE]
+    if old and (more or len(old) < len(done)):
+        raise UserError(
+            f"{len(old)} runs were evaluated by prunet 0.2, with other noise than now, and no table can hold both: "
+            f"delete evaluation/ in {', '.join(map(str, old))}, and give the same command again"
+        )
+    protocols = {folder: result.protocol.model_dump(exclude={"seed", "student"}) for folder, result in done.items()}
     for folder, protocol in protocols.items():
         first = next(iter(protocols))
         if apart := differences(protocols[first], protocol):
+            values = "; ".join(f"{key} {protocol.get(key)}, not {protocols[first].get(key)}" for key in apart)
             raise UserError(
-                f"{folder}: evaluated differently from {first}: they differ in {', '.join(apart)}, so no table can "
-                f"hold both: delete {folder / 'evaluation'} or {first / 'evaluation'}, and run it again"
+                f"{folder}: evaluated differently from {first} ({values}), and no table can hold both: delete its "
+                "evaluation/, and give the same command again with the options of the first"
             )
     return SharedProtocol.model_validate(next(iter(protocols.values()), {}))
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from prunet.runs.run import Run
 
 
+#: What a disk keeps free beside the sums of tensors: headers, and blocks that are written aside.
+SLACK = 2**22
+
+
 class Need(NamedTuple):
     """Bytes that are still to be written to a folder: what they are, its nearest existing folder, how to need less."""
 
@@ -29,38 +33,47 @@ class Need(NamedTuple):
 def check_disk(this: "Run", todo: Sequence[str]) -> None:
     """Refuses a run whose checkpoints and caches do not fit on their disks, as far as their size is known.
 
+    Latents and paths for each sample are known if there are prompts, or if the samples were counted. Students and
+    pipelines are left out, because they are small beside the checkpoints.
+
     Raises:
         UserError: a disk is too small, or a folder cannot be written to.
     """
     where = check_writable(this.folder, "output")
-    needs = [Need("checkpoints", where, checkpoint_bytes(this, todo), "lower keep_checkpoints")]
+    less = "lower keep_checkpoints" if this.recipe.keep_checkpoints > 1 else "train a smaller student"
+    needs = [Need("checkpoints", where, checkpoint_bytes(this, todo), less)]
     if "cache" in todo:
         needs += _cache_needs(this)
     disks: dict[int, list[Need]] = {}
     for need in needs:
-        disks.setdefault(need.where.stat().st_dev, []).append(need)
-    for same in disks.values():
-        whole, free = sum(need.size for need in same), shutil.disk_usage(same[0].where).free
-        if whole > free:
-            large = [need for need in same if need.size]
-            parts = " and ".join(f"{need.what} of {many(need.size)}B" for need in large)
-            less = ", ".join(need.less for need in large)
-            setting = "output" if same[0].where == where else "cache"
+        if need.size:
+            disks.setdefault(need.where.stat().st_dev, []).append(need)
+    for device, same in disks.items():
+        free = shutil.disk_usage(same[0].where).free
+        if sum(need.size for need in same) > free:
+            parts = ", ".join(f"{need.what} of {_bytes(need.size)}" for need in same)
+            ways = ", ".join(dict.fromkeys(need.less for need in same))
+            setting = "output" if device == where.stat().st_dev else "cache"
             raise UserError(
-                f"{setting}: {parts} do not fit into the {many(free)}B that are free at {same[0].where}: {less}, or "
-                "give an output or cache on another disk"
+                f"{setting}: no room for {parts} on the disk of {same[0].where}, which has {_bytes(free)} free: "
+                f"{ways}, or give {'an output' if setting == 'output' else 'a cache'} on another disk"
             )
+
+
+def _bytes(count: int) -> str:
+    return f"{many(count, 4)}B" if count >= 1000 else f"{count} B"
 
 
 def _cache_needs(this: "Run") -> list[Need]:
     """Returns what caches of known size still take. The number of samples of pictures is known once they are read."""
-    samples = known_samples(this)
+    samples, data = known_samples(this), this.recipe.data
     latents, text = _tensor_bytes(this)
     each = 2 * latents + (0 if is_live(this) else text)
+    less = "lower data.images_per_prompt" if data.images_per_prompt > 1 else "set a lower data.limit"
     folders = {folder for folder, _ in this.cache_specs}
-    needs = [_need("latents", folder, each * (samples or 0), "take fewer prompts") for folder in sorted(folders)]
+    needs = [_need("latents", folder, each * (samples or 0), less) for folder in sorted(folders)]
     for folder, number in _path_folders(this).items():
-        less = f"lower stages.{number - 1}.paths or path_steps"
+        less = f"set a lower stages.{number - 1}.paths or path_steps"
         needs.append(_need("paths", folder, _bytes_of_paths(this, number, samples) or 0, less))
     return needs
 
@@ -71,8 +84,12 @@ def _path_folders(this: "Run") -> dict[Path, int]:
 
 
 def _need(what: str, folder: Path, size: int, less: str) -> Need:
-    there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return Need(what, check_writable(folder, "cache"), max(0, size - there), less)
+    """Returns what a cache still needs: nothing if it is finished; blocks that are there need no more."""
+    where = check_writable(folder, "cache")
+    if (folder / "cache.json").is_file() or not size:
+        return Need(what, where, 0, less)
+    there = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
+    return Need(what, where, max(0, size - there) + SLACK, less)
 
 
 def known_samples(this: "Run") -> int | None:
@@ -112,7 +129,7 @@ def _tensor_bytes(this: "Run") -> tuple[int, int]:
     inputs = architecture.example_inputs(config, latent_size=this.latent_size, device="meta")
     given = [value for name, value in inputs.items() if name not in ("sample", "timestep")]
     tensors = [tensor for value in given for tensor in (value.values() if isinstance(value, dict) else [value])]
-    channels = this.teacher.part_config("vae")["latent_channels"]
+    channels = this.teacher.part_config("vae").get("latent_channels", 4)
     return STORED.itemsize * channels * math.prod(this.latent_size), STORED.itemsize * sum(t.numel() for t in tensors)
 
 

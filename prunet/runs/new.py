@@ -37,8 +37,8 @@ BATCH = 32
 #: How often BK-SDM saw each of its 212,776 pictures, in 50,000 steps of 256.
 SEEN = 60
 STEPS = (1_000, 50_000)  # fewest and most steps
-#: Steps of a path of the teacher, and most paths, for a student that draws in a few steps.
-PATH_STEPS, PATHS = 24, 50_000
+#: Steps of a path of the teacher, and fewest and most paths, for a student that draws in a few steps.
+PATH_STEPS, PATHS = 24, (2_000, 50_000)
 #: A micro-batch that uses a device well; if less fits, options that save memory are tried.
 ENOUGH = 4
 #: Options that save memory, cheapest first, by the kind of device.
@@ -91,7 +91,10 @@ def new_recipe(
     opened.check_weights(headers_only=True)
     chosen = load_plan(plan or USUAL_PLAN[opened.layout])
     found = data_facts(data, opened.native_size)
+    if jumps and (count := opened.process.num_timesteps) % jumps:
+        raise UserError(f"--jumps {jumps}: give a divisor of the teacher's {count} timesteps, such as 4")
     steps = min(max(STEPS[0], SEEN * (found["count"] or 0) // BATCH), STEPS[1])
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(short(teacher)).stem)
     seen = steps * BATCH / (found["count"] or math.inf)
     model = {"source": in_full(teacher), "config": in_full(config)} if config else in_full(teacher)
     facts: dict[str, Any] = {
@@ -111,12 +114,12 @@ def new_recipe(
         "seen": seen,
         "by_heart": seen > 10 * SEEN,
         "ema": ema_for(steps),
-        "jumping": jumping(jumps, steps, found["count"]) if jumps else None,
-        "output": f"runs/{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(short(teacher)).stem)}-{chosen.name}",
+        "jumping": jumping(jumps, steps, None if found.get("or_more") else found["count"]) if jumps else None,
+        "output": f"runs/{name}-{chosen.name}" + (f"-{jumps}-steps" if jumps else ""),
     }
     recipe = Recipe.model_validate(yaml.safe_load(_render(facts | {"fit": None})))
     if jumps:
-        check_jumps(opened, recipe.stages[1], "stages.1")
+        check_jumps(opened, recipe.stages[1], f"--jumps {jumps}: stages.1")
     run = Run(recipe, runtime)
     fit = fit_to(run, budget or device_memory(runtime.torch_device))
     # A run takes the largest micro-batch that fits the device; it must be told only of another budget.
@@ -131,13 +134,14 @@ def ema_for(steps: int) -> float:
 
 def jumping(jumps: int, steps: int, samples: int | None) -> dict[str, Any]:
     """Returns the settings of the stage that teaches a student to draw in `jumps` steps, in the proportions of the
-    recipe bk-tiny-few-steps: 2/5 of the steps before, and paths of about 24 steps of the teacher.
+    recipe bk-tiny-few-steps: 2/5 of the steps before, and paths of about 24 steps of the teacher. Few paths would be
+    learned by heart, so each caption has several; `samples`: captions, None if there may be many.
     """
     after = 2 * steps // 5
     return {
         "jumps": jumps,
         "path_steps": jumps * max(1, PATH_STEPS // jumps),
-        "paths": min(samples or PATHS, PATHS),
+        "paths": min(max(PATHS[0], 4 * samples), PATHS[1]) if samples else PATHS[1],
         "steps": after,
         "ema": ema_for(after),
     }

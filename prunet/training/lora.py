@@ -63,7 +63,7 @@ def check_rank(config: Mapping[str, Any], rank: int, key: str) -> None:
         raise UserError(f"{key}: needs peft, which is not installed: pip install 'prunet[personalize]'")
     sizes = [shape for name, shape in _weights(architecture_of(config), config_text(config)) if is_target(name)]
     if not sizes:
-        raise UserError(f"{key}: a LoRA changes attentions, and this denoiser has none left: leave it out")
+        raise UserError(f"{key}: a LoRA changes attentions, and this denoiser has none: leave it out")
     most = min(math.prod(shape) // sum(shape) for shape in sizes)
     if rank > most:
         raise UserError(
