@@ -9,7 +9,8 @@ equal noise). Numbers are means over the training seeds, with half of the 95 % i
 the interval over the pictures. What is not finished is left out. `students.png` beside it shows the first pictures.
 
 With `--results FOLDER` the numbers are also kept in a file there, and the table has those that it held before: seeds
-can be trained on several machines. Numbers of an arm whose recipe has changed since are dropped from it, and counted.
+can be trained on several machines. What is in the file is not trained again. Numbers of an arm whose recipe has changed
+since are dropped from it, and counted.
 """
 
 import argparse
@@ -22,15 +23,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from pool import Jobs, all_done
+from student_table import METRICS, PROTOCOLS, Row, Rows, table
 
 from prunet import Drawing, Model, Runtime
 from prunet.disk.files import read_json, write_json, write_text
-from prunet.disk.values import Value
 from prunet.evaluation.measures import read_measures
 from prunet.evaluation.measuring import measure
 from prunet.evaluation.protocol import ProtocolFiles, load_protocol, protocol_prompts
 from prunet.hashing import json_hash
-from prunet.intervals import Measure, summary
 from prunet.recipe.recipe import Recipe
 from prunet.runs.ablation import Ablation, finish, load_ablation
 from prunet.runs.run import Run
@@ -39,7 +39,6 @@ from prunet.student.folder import save_unet
 from prunet.training.sheets import grid
 
 GUIDANCE = 1.5
-PROTOCOLS = ("emoji-train", "emoji-heldout")
 #: Arm -> steps and guidance scales in which its student draws, if not only as it was made for.
 DRAWN = {
     "distilled": [(25, GUIDANCE), (2, GUIDANCE), (2, 1.0), (4, GUIDANCE), (1, 1.0)],
@@ -56,7 +55,19 @@ DRAWN = {
 TEACHER = [(25, GUIDANCE), (8, GUIDANCE), (4, GUIDANCE), (2, GUIDANCE), (1, GUIDANCE)]
 #: Pictures of each protocol in the sheet.
 SHOWN = 6
-METRICS = {"retrieval": "R@1", "clip_score": "score", "kid": "KID"}
+
+
+def prompts_of(protocol: str, limit: int) -> list[str]:
+    """The prompts of a protocol that are measured."""
+    chosen, beside = load_protocol(f"emoji/protocols/{protocol}.yaml")
+    prompts: list[str] = protocol_prompts(chosen, beside, None, limit)
+    return prompts
+
+
+def keys_of(arm: str, seed: int, drawn: list[tuple[int, float]], args: argparse.Namespace) -> set[tuple[Any, ...]]:
+    """The keys of all rows of a student or the teacher."""
+    counts = {protocol: len(prompts_of(protocol, args.limit)) for protocol in PROTOCOLS}
+    return {(arm, seed, protocol, counts[protocol], *how) for protocol in PROTOCOLS for how in drawn}
 
 
 def drawn_in(arm: str, recipe: Recipe) -> list[tuple[int, float]]:
@@ -131,9 +142,11 @@ def trained(
         measured(model, Path(recipe.output), how, sampler_of(how[1]), teachers=args.teachers, args=args)
 
 
-def teachers_pictures(source: Path, args: argparse.Namespace) -> None:
+def teachers_pictures(source: Path, known: Rows, args: argparse.Namespace) -> None:
+    """The first are always drawn, because the students' pictures are compared with them."""
     for how in TEACHER:
-        measured(source, args.teachers, how, "dpmsolver++", teachers=args.teachers, args=args)
+        if how == TEACHER[0] or not keys_of("teacher", 0, [how], args) <= known.keys():
+            measured(source, args.teachers, how, "dpmsolver++", teachers=args.teachers, args=args)
 
 
 def finished(recipe: Recipe, recipes: list[Recipe], args: argparse.Namespace, until: str = "distil") -> Run:
@@ -160,14 +173,14 @@ def caches_of(recipes: list[Recipe], args: argparse.Namespace) -> Jobs:
     return {f"cache {r.cache}": (partial(finished, r, recipes, args, "cache"), set()) for r in in_order}
 
 
-def jobs_of(recipes: dict[tuple[str, str, int], Recipe], teacher: Path, args: argparse.Namespace) -> Jobs:
+def jobs_of(recipes: dict[tuple[str, str, int], Recipe], known: Rows, teacher: Path, args: argparse.Namespace) -> Jobs:
     """The caches, the teacher's pictures, and the students: after all caches, which nothing else should slow down, and
     each after the one with most stages alike.
     """
     every = list(recipes.values())
     jobs = caches_of(every, args)
     caches = set(jobs)
-    jobs["teacher"] = (partial(teachers_pictures, teacher, args), set())
+    jobs["teacher"] = (partial(teachers_pictures, teacher, known, args), set())
     if args.caches:
         return jobs
     before: list[tuple[str, Recipe]] = []
@@ -180,29 +193,6 @@ def jobs_of(recipes: dict[tuple[str, str, int], Recipe], teacher: Path, args: ar
     return jobs
 
 
-class Row(Value):
-    """How a student of an ablation (arm `teacher`: the teacher) draws the prompts of a protocol in these steps.
-
-    `recipe`: hash of what the student was trained by. `count`: of prompts. `distance` from the teacher's pictures,
-    `half` of its interval.
-    """
-
-    arm: str
-    seed: int
-    recipe: str
-    protocol: str
-    count: int
-    steps: int
-    guidance: float
-    measures: dict[str, Measure]
-    distance: float
-    half: float
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return self.arm, self.seed, self.protocol, self.count, self.steps, self.guidance
-
-
 def recipe_hash(recipe: Recipe) -> str:
     """Hash of what a student is trained by, wherever it is trained: paths are left out, except for teachers' names."""
     trained_by = recipe.model_dump(mode="json", include={"plan", "initialisation", "stages", "seed"})
@@ -210,13 +200,6 @@ def recipe_hash(recipe: Recipe) -> str:
         stage["teacher"] = stage["teacher"] and Path(stage["teacher"]["source"]).name
     data = recipe.data.model_dump(mode="json", exclude={"source", "prompts"})
     return json_hash([trained_by, data, Path(recipe.teacher.source).name], sort_keys=True)
-
-
-def prompts_of(protocol: str, limit: int) -> list[str]:
-    """The prompts of a protocol that are measured."""
-    chosen, beside = load_protocol(f"emoji/protocols/{protocol}.yaml")
-    prompts: list[str] = protocol_prompts(chosen, beside, None, limit)
-    return prompts
 
 
 def rows_of(arm: str, seed: int, recipe: Recipe | None, args: argparse.Namespace) -> Iterator[Row]:
@@ -244,51 +227,29 @@ def rows_of(arm: str, seed: int, recipe: Recipe | None, args: argparse.Namespace
             )
 
 
-def cell(found: list[Measure]) -> str:
-    """A metric's mean over seeds with half of its interval; with one seed, the interval over pictures."""
-    if len(found) == 1:
-        return f"{found[0].value:.3f} [{found[0].low:.3f}, {found[0].high:.3f}]"
-    over = summary([f.value for f in found])
-    return f"{over.mean:.3f} ± {over.interval:.3f}"
+def earlier_rows(ablation: Ablation, recipes: dict[tuple[str, int], Recipe], args: argparse.Namespace) -> Rows:
+    """The rows in `--results` of arms whose recipes have not changed."""
+    path = results_file(ablation, args)
+    if path is None or not path.is_file():
+        return {}
+    rows = [Row.model_validate(row) for row in read_json(path)]
+    hashes = {("teacher", 0): ""} | {key: recipe_hash(recipe) for key, recipe in recipes.items()}
+    kept = {row.key: row for row in rows if hashes.get((row.arm, row.seed)) == row.recipe}
+    if len(kept) < len(rows):
+        print(f"{path}: {len(rows) - len(kept)} rows of other recipes left out", flush=True)
+    return kept
 
 
-def line(rows: list[Row]) -> str:
-    """The line of a table for one student in some steps; `rows`: those of its seeds."""
-    first = rows[0]
-    values = [cell([row.measures[metric] for row in rows]) for metric in METRICS]
-    over = summary([row.distance for row in rows])
-    values.append(f"{over.mean:.4f} ± {over.interval if len(rows) > 1 else first.half:.4f}")
-    shown = f"{first.guidance:g}" if first.guidance > 1 else "none"
-    return f"| {first.arm} | {first.steps} | {shown} | {len(rows)} | " + " | ".join(values) + " |"
-
-
-def table(title: str, rows: list[Row], args: argparse.Namespace) -> str:
-    text = [f"# {title}", ""]
-    for protocol in PROTOCOLS:
-        columns = ["", "steps", "guidance", "seeds", *METRICS.values(), "distance to the teacher's pictures"]
-        text += [f"`{protocol}`, {args.limit} prompts at most:", "", f"| {' | '.join(columns)} |"]
-        text += ["|---|" + "---:|" * (len(columns) - 1)]
-        alike: dict[tuple[str, int, float], list[Row]] = {}
-        for row in rows:
-            if row.protocol == protocol:
-                alike.setdefault((row.arm, row.steps, row.guidance), []).append(row)
-        text += [*map(line, alike.values()), ""]
-    return "\n".join(text)
+def results_file(ablation: Ablation, args: argparse.Namespace) -> Path | None:
+    return args.results / f"{Path(ablation.output).name}.json" if args.results else None
 
 
 def results(ablation: Ablation, recipes: dict[tuple[str, int], Recipe], args: argparse.Namespace) -> list[Row]:
     """The rows of an ablation in the order of its file, of this machine and of `--results`, which gets all."""
-    rows = {row.key: row for row in rows_of("teacher", 0, None, args)}
+    rows = earlier_rows(ablation, recipes, args) | {row.key: row for row in rows_of("teacher", 0, None, args)}
     for (arm, seed), recipe in recipes.items():
         rows |= {row.key: row for row in rows_of(arm, seed, recipe, args)}
-    if args.results:
-        path = args.results / f"{Path(ablation.output).name}.json"
-        earlier = [Row.model_validate(row) for row in read_json(path)] if path.is_file() else []
-        hashes = {("teacher", 0): ""} | {key: recipe_hash(recipe) for key, recipe in recipes.items()}
-        kept = {row.key: row for row in earlier if hashes.get((row.arm, row.seed)) == row.recipe}
-        if len(kept) < len(earlier):
-            print(f"{path}: {len(earlier) - len(kept)} rows of other recipes dropped", flush=True)
-        rows = kept | rows
+    if path := results_file(ablation, args):
         write_json(path, [row.model_dump(mode="json") for row in rows.values()])
     order = {name: place for place, name in enumerate(["teacher", *ablation.arms])}
     counts = {protocol: len(prompts_of(protocol, args.limit)) for protocol in PROTOCOLS}
@@ -316,7 +277,7 @@ def write_tables(loaded: list[tuple[Ablation, dict[tuple[str, int], Recipe]]], a
     """Writes table and sheet of each ablation from what is there; returns the tables."""
     texts = []
     for ablation, recipes in loaded:
-        texts.append(table(ablation.title, results(ablation, recipes, args), args))
+        texts.append(table(ablation.title, results(ablation, recipes, args), args.limit))
         write_text(Path(ablation.output) / "students.md", texts[-1] + "\n")
         arms: dict[str, list[Recipe]] = {}
         for (arm, seed), recipe in recipes.items():
@@ -353,7 +314,14 @@ def main() -> None:
         parser.error("no student left: --arms and --seeds take names and numbers of the ablation's file")
     first = next(iter(recipes.values()))
     args.teachers = Path(loaded[0][0].output) / "teacher"
-    jobs = {} if args.table else jobs_of(recipes, Path(first.teacher.source), args)
+    known = {ablation.title: earlier_rows(ablation, of, args) for ablation, of in loaded}
+    left = {
+        (title, arm, seed): recipe
+        for (title, arm, seed), recipe in recipes.items()
+        if not keys_of(arm, seed, drawn_in(arm, recipe), args) <= known[title].keys()
+    }
+    todo = left and not args.table
+    jobs = jobs_of(left, known[loaded[0][0].title], Path(first.teacher.source), args) if todo else {}
     for _ in all_done(jobs, args.workers):  # what is finished can be read at any time
         write_tables(loaded, args)
     print("\n".join(write_tables(loaded, args)))
