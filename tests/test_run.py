@@ -319,6 +319,17 @@ def test_disk_for_paths_and_latents_is_there_before_they_are_drawn(sd, tmp_path,
     check(opened(other_disk / "cache"), checkpoints, 0)  # a finished cache needs nothing more
 
 
+def test_a_vae_that_leaves_its_channels_out_has_four(sd, pictures, tmp_path) -> None:
+    """As diffusers takes it."""
+    folder = shutil.copytree(sd, tmp_path / "teacher")
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    assert config.pop("latent_channels") == 4
+    (folder / "vae" / "config.json").write_text(json.dumps(config))
+    this = Run(load_recipe(recipe_file(tmp_path, folder, pictures)), CPU)
+    this.check()
+    assert cache_bytes(this) == cache_bytes(Run(load_recipe(recipe_file(tmp_path, sd, pictures)), CPU))
+
+
 def test_a_stage_that_was_stopped_took_all_of_its_steps(sd, pictures, tmp_path) -> None:
     this = Run(load_recipe(recipe_file(tmp_path, sd, pictures)), CPU)  # 4 pictures a step
     (this.folder / "stage-1").mkdir(parents=True)
