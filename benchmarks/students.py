@@ -194,7 +194,7 @@ def jobs_of(recipes: dict[tuple[str, str, int], Recipe], known: Rows, teacher: P
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Hash of what a student is trained by, wherever it is trained: paths are left out, except for teachers' names."""
+    """Hash of what a student is trained by. It is equal on all machines: of folders only the teachers' names count."""
     trained_by = recipe.model_dump(mode="json", include={"plan", "initialisation", "stages", "seed"})
     for stage in trained_by["stages"]:
         stage["teacher"] = stage["teacher"] and Path(stage["teacher"]["source"]).name

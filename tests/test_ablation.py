@@ -132,13 +132,13 @@ def test_evaluations_of_another_version_are_not_mixed(resumed: Resumed, tmp_path
     assert result.protocol.noise == "independent"
     result.model_copy(update={"protocol": result.protocol.model_copy(update={"noise": None})}).save(path)
     with pytest.raises(
-        UserError, match=r"^1 runs were evaluated by prunet 0\.2, .*delete evaluation/ in .*all-losses/seed-2,"
+        UserError, match=r"^prunet 0\.2 evaluated with other noise .*delete evaluation/ in .*all-losses/seed-2,"
     ):
         collect(ablation, runs)
     done = {runs[key].folder: EvaluationResult.load(runs[key].result_of("evaluate")) for key in runs}
     old = {folder: done[folder]}
     assert shared_protocol(old).noise is None  # a table of old ones alone
-    with pytest.raises(UserError, match=r"^1 runs were evaluated by prunet 0\.2"):
+    with pytest.raises(UserError, match=r"^prunet 0\.2 evaluated with other noise"):
         shared_protocol(old, more=True)
     del done[folder]
     first, other = list(done)[:2]

@@ -69,7 +69,7 @@ def test_prompts_a_plan_and_a_budget(sd, tmp_path) -> None:
 
 @pytest.mark.parametrize(("jumps", "path_steps"), [(1, 24), (4, 24), (5, 20)])
 def test_few_steps(jumps, path_steps, sd, pictures, tmp_path) -> None:
-    """The second stage is that of a shipped recipe in everything that does not depend on the data."""
+    """Settings of the second stage that do not depend on the data equal those of a shipped recipe."""
     path = tmp_path / "mine.yaml"
     path.write_text(new_recipe(str(sd), str(pictures), plan="bk-tiny", jumps=jumps, runtime=CPU))
     Run(recipe := load_recipe(path), CPU).check()

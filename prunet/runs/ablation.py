@@ -132,15 +132,14 @@ def _cache_name(recipe: Recipe, paths: list[dict[str, Any]]) -> str:
 
 
 def _paths_of(recipe: Recipe) -> list[dict[str, Any]]:
-    """Returns the paths that the stages of a recipe learn from, each once, with the number that names their folder."""
-    paths: list[dict[str, Any]] = []
+    """Returns the paths that the stages of a recipe learn from, each once, with the stage that names their folder."""
+    found: dict[int, dict[str, Any]] = {}
     for number, stage in enumerate(recipe.stages, 1):
         drawn: dict[str, Any] = {"paths": [stage.paths, stage.path_steps, stage.guidance_scale]}
-        if stage.teacher:
-            drawn["teacher"] = stage.teacher.model_dump()
-        if stage.has("paths") and drawn not in [{k: v for k, v in other.items() if k != "stage"} for other in paths]:
-            paths.append(drawn | ({"stage": number} if paths else {}))
-    return paths
+        drawn |= {"teacher": stage.teacher.model_dump()} if stage.teacher else {}
+        if stage.has("paths") and drawn not in found.values():
+            found[number if found else 0] = drawn  # the first folder has no number
+    return [drawn | ({"stage": number} if number else {}) for number, drawn in found.items()]
 
 
 def ablate(

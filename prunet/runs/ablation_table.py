@@ -59,8 +59,8 @@ def shared_protocol(done: Mapping[Path, EvaluationResult], *, more: bool = False
     old = [folder for folder, result in done.items() if result.protocol.noise != NOISE]
     if old and (more or len(old) < len(done)):
         raise UserError(
-            f"{len(old)} runs were evaluated by prunet 0.2, with other noise than now, and no table can hold both: "
-            f"delete evaluation/ in {', '.join(map(str, old))}, and give the same command again"
+            "prunet 0.2 evaluated with other noise than this version, and no table can hold both: delete evaluation/ "
+            f"in {', '.join(map(str, old))}, and give the same command again"
         )
     protocols = {folder: result.protocol.model_dump(exclude={"seed", "student"}) for folder, result in done.items()}
     for folder, protocol in protocols.items():
