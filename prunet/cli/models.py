@@ -29,7 +29,12 @@ from prunet.errors import UserError
 @with_runtime("device", "precision", later=True)
 def inspect(
     runtime: Any,
-    teacher: TeacherArgument,
+    teacher: Annotated[
+        str,
+        typer.Argument(
+            help="diffusers folder, .safetensors file, hub id, recipe, run, or layout (sd-v1, sdxl, flux-dev, ...)."
+        ),
+    ],
     plan: PlanOption = "none",
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Measure the cost and the error of each removal (reads weights).")
@@ -195,7 +200,8 @@ def build(
 ) -> None:
     """Make a plan's student with the teacher's weights, not yet distilled.
 
-    The output is a stock diffusers folder of the denoiser (load it with UNet2DConditionModel.from_pretrained).
+    The output is a stock diffusers folder of the denoiser: load it with the class that is printed, such as
+    UNet2DConditionModel.from_pretrained(FOLDER).
     """
     from prunet.disk.files import check_writable
     from prunet.disk.ownership import check_place

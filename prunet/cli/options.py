@@ -25,9 +25,7 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print the facts as one JSON object on the last line of stdout.")]
 PlanOption = Annotated[str, typer.Option("--plan", "-p", help="A preset's name or a YAML file with patterns.")]
-TeacherArgument = Annotated[
-    str, typer.Argument(help="diffusers folder, .safetensors file, hub id, or layout (sd-v1, sd-v2, sdxl).")
-]
+TeacherArgument = Annotated[str, typer.Argument(help="diffusers folder, .safetensors file or hub id.")]
 ConfigOption = Annotated[
     str | None,
     typer.Option("--config", help="For a single file: folder or hub id with configs and tokenizers."),

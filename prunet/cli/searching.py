@@ -19,7 +19,9 @@ def search(
     ],
     budget: Annotated[
         list[str] | None,
-        typer.Option("--budget", "-b", help="Such as parameters=50%, macs=60%, latency=40% or size=1GB; repeatable."),
+        typer.Option(
+            "--budget", "-b", help="Such as parameters=50%, macs=60%, latency=40% or size=1GB; give at least one."
+        ),
     ] = None,
     keep: Annotated[
         list[str] | None, typer.Option("--keep", help="A pattern of parts that must stay; repeatable.")
