@@ -26,6 +26,11 @@ def _cut(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[:half]} [...] {text[-half:]}"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error says that the machine or a device has no memory left."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate" in str(error)
+
+
 class UserError(Exception):
     """Something that the user can fix: one line saying what is wrong, where, and how to fix it.
 
@@ -35,3 +40,7 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
+
+
+class NotFinite(UserError):
+    """Numbers that overflowed, or a training that diverged."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from prunet.denoisers.taps import tap
 from prunet.teacher.process import add_noise, min_snr_weight, training_target
@@ -63,6 +64,11 @@ def test_taps_catch_outputs_and_are_gone_afterwards() -> None:
         assert caught[1].shape == (1, 3)
         with pytest.raises(RuntimeError, match="did not run"):
             features.take()
+        # Gradient checkpointing runs the module again in the backward pass: that output is not kept.
+        out = checkpoint(net, torch.ones(1, 2, requires_grad=True), use_reentrant=False)
+        assert torch.equal(features.take()[0], out)
+        out.sum().backward()
+        assert features == [None, None] and net[0].weight.grad is not None
     assert not net[0]._forward_hooks
     assert not net[1]._forward_hooks
     try:

@@ -22,7 +22,7 @@ from prunet.search.budgets import costs_of, parse_budgets
 from prunet.search.choice import Problem, best_sets, smallest_failing, total
 from prunet.search.outcome import write_plan
 from prunet.search.recovery import learning_rate_for, recover
-from prunet.search.scores import Scores
+from prunet.search.scores import Scores, key_of
 from prunet.search.search import find_plan
 from prunet.search.sensitivity import open_examples
 from prunet.search.space import Space
@@ -136,17 +136,22 @@ def test_the_page_shows_errors_after_training(searched, tmp_path) -> None:
     assert "error after 100 steps" in page and "0.71 <small>(25)</small>, 0.63 <small>(100)</small>" in page
 
 
-def test_the_recipe_can_be_run(searched, sd) -> None:
-    folder, plan, _ = searched
+def test_the_recipe_can_be_run(searched, sd, tmp_path) -> None:
+    folder, plan, result = searched
     recipe = load_recipe(folder / "recipe.yaml")
     assert recipe.plan.remove == plan.remove
     assert Path(recipe.teacher.source) == sd and Path(recipe.output) == folder / "run"
     assert yaml.safe_load((folder / "plan.yaml").read_text())["remove"] == list(plan.remove)
+    assert "give your\n# pictures with captions, or your prompts" in (folder / "recipe.yaml").read_text()
+    (tmp_path / "mine.txt").write_text("a cat\na dog\n")
+    write_plan(plan, result, tmp_path, prompts=tmp_path / "mine.txt")
+    text = (tmp_path / "recipe.yaml").read_text()
+    assert load_recipe(tmp_path / "recipe.yaml").data.prompts == str(tmp_path / "mine.txt") and "give your" not in text
 
 
 def test_the_recipe_follows_that_of_the_run_it_is_given(searched, finished, tmp_path) -> None:
     _, plan, result = searched
-    write_plan(plan, result, tmp_path, finished)
+    write_plan(plan, result, tmp_path, cache=finished)
     ours, theirs = load_recipe(tmp_path / "recipe.yaml"), load_recipe(finished / "recipe.yaml")
     assert ours.plan.remove == plan.remove and Path(ours.cache or "") == finished / "cache"
     assert (ours.data, ours.evaluation, len(ours.stages)) == (theirs.data, theirs.evaluation, len(theirs.stages))
@@ -202,6 +207,9 @@ def test_latency_is_timed_and_keeps_its_budget(space, searched, tmp_path, monkey
     _, result = find_plan(timed, tmp_path / "copy", RUNTIME, prompts=["a cat", "a dog"])
     assert result.limits == {"latency": pytest.approx(45)} and result.costs["latency"] == 50
     assert all(row.costs["latency"] <= 45 for row in result.plans)
+    timed.budgets = parse_budgets(["latency=60ms"])
+    with pytest.raises(UserError, match=r"--budget 60.0 ms: the teacher has 50.0 ms, which is within it"):
+        find_plan(timed, tmp_path / "copy", RUNTIME, prompts=["a cat", "a dog"])
 
 
 def test_students_recover_and_the_untrained_one_may_stay(space, finished, tmp_path, monkeypatch) -> None:
@@ -209,19 +217,24 @@ def test_students_recover_and_the_untrained_one_may_stay(space, finished, tmp_pa
     students = [derive(space.config, load_plan(name)) for name in ("bk-base", "bk-small")]
     for name, value in {"FIRST": 0, "SHARE": 0.5, "LAST": 1}.items():  # presets are trained in any case
         monkeypatch.setattr(recovery, name, value)
+    train, trained = recovery._train, []
+    monkeypatch.setattr(recovery, "_train", lambda *given: trained.append(given[3]) or train(*given))
     found = recover(students, scores, finished, 2, tmp_path / "recovery", RUNTIME)
-    assert sorted(sorted(steps) for steps in found.values()) == [[1], [1, 2]]
-    shutil.rmtree(tmp_path / "recovery")
+    assert sorted(sorted(steps) for steps in found.values()) == [[1], [1, 2]] and trained == [1, 1, 2]
+    assert not list((tmp_path / "recovery").iterdir())  # checkpoints are deleted
     assert recover(students, scores, finished, 2, tmp_path / "recovery", RUNTIME) == found
-    assert not (tmp_path / "recovery").exists()  # nothing was trained again
+    assert trained == [1, 1, 2]  # nothing was trained again
     longer = recover(students, scores, finished, 4, tmp_path / "recovery", RUNTIME)  # after fewer steps, too
     assert sorted(sorted(steps) for steps in longer.values()) == [[2], [2, 4]]
     other = replace(Cache.open(finished / "cache"), spec={"of": "other pictures"})
     monkeypatch.setattr(recovery, "Cache", SimpleNamespace(open=lambda _: other))
-    trained = []
-    monkeypatch.setattr(recovery, "_train", lambda student, *_: trained.append(student) or [1.0])
-    recover(students, scores, finished, 2, tmp_path / "recovery", RUNTIME)
-    assert len(trained) == 3  # scores of other samples are not taken for these
+    # Scores of other samples are not taken for these. A student that diverges does not stop the search.
+    monkeypatch.setattr(recovery, "_train", lambda student, *_: None if student is students[0] else [1.0])
+    found = recover(students, scores, finished, 2, tmp_path / "recovery", RUNTIME)
+    assert {key: list(steps) for key, steps in found.items()} == {key_of(students[1]): [1, 2]}
+    monkeypatch.setattr(recovery.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    with pytest.raises(UserError, match=r"--recover: no room for checkpoints of 2 students \(.*MB\).*1.00 MB free"):
+        recover(students, scores, finished, 6, tmp_path / "recovery", RUNTIME)
 
 
 def test_scores_of_another_noise_schedule_are_refused(searched, sd, tmp_path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from test_cli import call
 
 from prunet import Plan, Teacher, UserError, derive, load_plan
 from prunet.data.cache import Cache
+from prunet.denoisers.known import architecture_of
 from prunet.diagram import STEPS
-from prunet.disk.files import read_json
+from prunet.disk.files import read_json, write_json
 from prunet.report.sensitivity import chart, coloured_diagram
+from prunet.search import examples
 from prunet.search.examples import MOST, cache_examples
 from prunet.search.scores import Scores
-from prunet.search.sensitivity import open_examples, sensitivity
+from prunet.search.sensitivity import check_samples, open_examples, sensitivity
 from prunet.search.units import find_units, patterns_of
 
 CPU = ("--device", "cpu", "--precision", "no")
@@ -110,7 +113,7 @@ def test_removing_nothing_has_no_error(scored) -> None:
 def test_scores_are_measured_once(scored, monkeypatch) -> None:
     teacher, units, result, folder = scored
     scores = Scores(teacher, open_examples(teacher, ["a cat", "a dog"]), folder)
-    monkeypatch.setattr("prunet.search.scores.inherit", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("prunet.search.scores.sharing", lambda *_: pytest.fail("measured again"))
     assert sensitivity(units, scores) == result
     if not teacher.architecture.only_form:
         with pytest.raises(UserError, match="scores of another search: prompts"):
@@ -184,3 +187,28 @@ def test_a_cache_gives_its_samples_with_noise_of_all_levels(sd, finished) -> Non
 def test_mistakes_are_one_line(given, message, sd: Path, capsys) -> None:
     code, _, err = call(capsys, "inspect", sd, *(str(sd) if word == "SD" else word for word in given))
     assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_cache_of_paths_is_refused(sd, finished, tmp_path) -> None:
+    folder = Path(shutil.copytree(finished / "cache", tmp_path / "cache-paths"))
+    write_json(folder / "spec.json", read_json(folder / "spec.json") | {"paths": {}})
+    with pytest.raises(UserError, match="holds the teacher's paths, not samples: give the run instead"):
+        check_samples(Teacher(sd), None, folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "last"), [("SD3Transformer2DModel", 1000), ("FluxTransformer2DModel", 1), ("WanTransformer3DModel", 1000)]
+)
+def test_random_examples_have_the_times_of_the_pipeline_and_real_positions(name, last) -> None:
+    inputs = architecture_of({"_class_name": name}).example_inputs(config_of(name), latent_size=(8, 8))
+    ids = {key: value.clone() for key, value in inputs.items() if key.endswith("_ids")}
+    times = []
+    for number in range(20):
+        given = {key: value.clone() for key, value in inputs.items()}
+        examples._fill(given, torch.Generator().manual_seed(number))
+        assert all(torch.equal(given[key], value) for key, value in ids.items())
+        assert given["hidden_states"].std().item() == pytest.approx(1, abs=0.3)
+        times.append(given["timestep"].item() / last)
+    assert 0 <= min(times) < 0.3 < 0.7 < max(times) <= 1
+    if ids:
+        assert ids["img_ids"][:, 1:3].tolist() == [[row, column] for row in range(4) for column in range(4)]

@@ -26,7 +26,7 @@ from prunet.cli import (  # noqa: F401  (their verbs)
     searching,
 )
 from prunet.cli.options import app
-from prunet.errors import UserError, one_line
+from prunet.errors import UserError, is_out_of_memory, one_line
 
 # Click's class, from a subclass of it, because typer has click in different places in different versions.
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -122,7 +122,7 @@ def _call() -> int:
             raise
         _fail(f"{error.filename}: {error.strerror}; give another path, or fix this one")
     except (MemoryError, RuntimeError) as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             _fail(
                 "Out of memory: do less at once (--micro-batch, --batch-size), use smaller pictures (data.size, "
                 "--size), or distil with --gradient-checkpointing"
@@ -161,10 +161,6 @@ def _fail(message: str) -> NoReturn:
     where = "" if rank == "0" else f" (process {rank})"
     print(f"error{where}: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate" in str(error)
 
 
 def _quiet() -> None:

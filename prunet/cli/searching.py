@@ -69,7 +69,7 @@ def search(
     space = Space(teacher, budgets, keep or [])
     with hold(output, "search"):
         plan, result = find_plan(space, output, runtime, prompts=texts, cache=cache, recover_steps=recover)
-        write_plan(plan, result, output, cache, config)
+        write_plan(plan, result, output, cache=cache, prompts=prompts, config=config)
         write_search(result, output)
     facts = result.model_dump(include={"budgets", "costs", "plans", "presets"}) | {"output": str(output)}
     say(as_json, facts, None if as_json else search_view(result, output))

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -34,6 +35,8 @@ def tap(modules: Sequence[nn.Module]) -> Iterator[Features]:
 
     def hook_for(i: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+                return  # gradient checkpointing computes it again for the backward pass, which would keep its memory
             features[i] = output[0] if isinstance(output, tuple) else output
 
         return hook

@@ -37,7 +37,7 @@ from prunet.sampling.draw import Model, open_model
 from prunet.sampling.made_for import drawing_of
 from prunet.sampling.shards import draw_shards
 from prunet.teacher.space import check_size
-from prunet.teacher.teacher import Teacher
+from prunet.teacher.teacher import PARTS, Teacher
 from prunet.words import brief, short
 
 
@@ -94,7 +94,7 @@ def measure(
             jpeg=protocol.jpeg,
             batch_size=batch_size,
         )
-        teacher.release("unet", "vae", "text")
+        teacher.release(*PARTS)
         shards = drawn_shards(paths, len(prompts))
         for name, net in networks.items():
             extract(shards, net, protocol, named[name])

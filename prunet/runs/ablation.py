@@ -31,6 +31,7 @@ from prunet.runs.checks import read_paths
 from prunet.runs.run import Run
 from prunet.runs.steps import copy_stage
 from prunet.runtime import Runtime
+from prunet.teacher.teacher import PARTS
 
 #: Most runs (arms times seeds), because each recipe is read and checked before the first run starts.
 MOST_RUNS = 500
@@ -174,7 +175,7 @@ def ablate(
                 if step in run.step_names("build"):
                     run.do(step)
             for teacher in {run.teacher, *run.teachers}:
-                teacher.release("unet", "vae", "text")
+                teacher.release(*PARTS)
         todo = [key for key, run in runs.items() if not run.is_done("evaluate")]
         say(f"{len(runs)} runs: {len(ablation.arms)} arms, {len(ablation.seeds)} seeds; {len(todo)} to do")
         with progress("Ablation", len(runs)) as bar:

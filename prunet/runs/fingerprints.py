@@ -24,7 +24,7 @@ def step_inputs(this: "Run") -> dict[str, str]:
     recipe = this.recipe
     begins: list[Any] = [] if recipe.initialisation == "inherited" else [recipe.initialisation, recipe.seed]
     if recipe.initialisation == "fitted":
-        begins += [this.cache_specs[0][1], this.teachers[0].fingerprint(["unet"])]
+        begins += [this.cache_specs[0][1], this.teachers[0].fingerprint(["unet"]), schedule_of(this.teachers[0])]
     more = ["guidance as an input"] if this.derived.form.new else []
     build = _hash(this.teacher.fingerprint(["unet"]), recipe.plan.fingerprint, *begins, *more)
     out = {

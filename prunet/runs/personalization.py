@@ -47,7 +47,7 @@ from prunet.student.student import inherit
 from prunet.teacher.configs import check_condition
 from prunet.teacher.copying import check_other_parts
 from prunet.teacher.space import check_size
-from prunet.teacher.teacher import Teacher
+from prunet.teacher.teacher import PARTS, Teacher
 from prunet.training.checkpoints import PACE, Saving, check_stage
 from prunet.training.fit import micro_batch_of, training_memory
 from prunet.training.loop import train
@@ -193,9 +193,9 @@ class Personal:
             self.size,
             self._drawing,
             labels=("before", "after"),
+            idle=PARTS,
         )
-        if not spec.sheet_every:
-            self.model.release("unet", "vae", "text")
+        self.model.release(*PARTS)
         return train(
             Objective(self.model, spec.prior_weight if spec.class_prompt else None),
             trainable(inherit(self._stored().unet, self.derived), spec.lora, spec.seed),

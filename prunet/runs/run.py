@@ -47,7 +47,7 @@ from prunet.runs.checks import check_run
 from prunet.runtime import Runtime
 from prunet.student.folder import load_unet, save_unet
 from prunet.student.student import cut, derive_stages, inherit, random_student
-from prunet.teacher.teacher import Teacher
+from prunet.teacher.teacher import PARTS, Teacher
 from prunet.training.checkpoints import Saving
 from prunet.training.fit import micro_batch_of
 from prunet.training.least_squares import fit
@@ -235,14 +235,14 @@ class Run:
         recipe, stage, teacher = self.recipe, self.recipe.stages[number - 1], self.teachers[number - 1]
         folder = self.folder / f"stage-{number}"
         for other in {*self.teachers, self.teacher} - {teacher}:
-            other.release("unet", "vae", "text")
+            other.release(*PARTS)
         pairs = self.pairs(number)
         if processes.is_main():
             write_json(folder / "inputs.json", fingerprints.stage_label(self, number))
             StagePairs(pairs=list(pairs)).save(folder / "pairs.json")
         prompts = recipe.sheet.prompts or read_prompts(recipe.evaluation.prompts)[:6]
-        if not recipe.sheet.every:  # the loop needs no other parts
-            teacher.release("vae", *(["text"] if recipe.data.text == "cached" else []))
+        idle = ["vae"] + ["text"] * (recipe.data.text == "cached") + ["unet"] * (not stage.teacher_calls)
+        teacher.release(*idle)
         sheets = Sheets(
             teacher,
             folder / "sheets",
@@ -252,6 +252,7 @@ class Run:
             self.size,
             recipe.evaluation,
             stage.made_for(recipe.evaluation),
+            idle=idle,
         )
         try:
             trained = distil(

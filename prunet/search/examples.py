@@ -185,12 +185,18 @@ def noise_examples(teacher: Teacher) -> Examples:
 
     calls = [call(number) for number in range(RANDOM)]
     source = f"{RANDOM} random inputs, since prunet cannot draw with it yet: a first guess"
-    return Examples(calls, range(RANDOM), source, {"random": RANDOM})
+    return Examples(calls, range(RANDOM), source, {"random": RANDOM, "times": "of the pipeline"})
 
 
 def _fill(value: Any, rng: torch.Generator) -> None:
-    """Fills the zeros of an example with random numbers; a single number per sample (such as a time) is from 0 to 1."""
+    """Fills an example with random numbers, but for positions; a single number per sample is from 0 to what it was."""
     if isinstance(value, Tensor) and value.is_floating_point():
-        value.copy_((torch.rand if value.ndim == 1 else torch.randn)(value.shape, generator=rng))
-    for inside in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _fill(inside, rng)
+        shares = torch.rand(value.shape, generator=rng).to(value)
+        value.copy_(value * shares if value.ndim == 1 else torch.randn(value.shape, generator=rng))
+    elif isinstance(value, dict):
+        for name, inside in value.items():
+            if not name.endswith("_ids"):
+                _fill(inside, rng)
+    elif isinstance(value, list):
+        for inside in value:
+            _fill(inside, rng)

@@ -1,12 +1,14 @@
 """Short distillations of several students; longer ones only of the best students (successive halving)."""
 
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from prunet.console import say
 from prunet.data.cache import Cache
-from prunet.errors import UserError
+from prunet.disk.files import check_writable
+from prunet.errors import NotFinite, UserError
 from prunet.hashing import json_hash
 from prunet.plan.derived import Derived
 from prunet.plan.plan import preset_names
@@ -18,6 +20,7 @@ from prunet.search.sensitivity import cache_folder
 from prunet.student.student import inherit
 from prunet.training.checkpoints import Saving
 from prunet.training.loop import distil
+from prunet.words import many
 
 #: Number of students, beside the presets, that are trained for a share of the steps; number of all that continue.
 FIRST, SHARE, LAST = 6, 0.25, 3
@@ -59,34 +62,56 @@ def recover(
 ) -> dict[str, dict[int, float]]:
     """Distils the students with the least error before training, and all presets; returns the errors after training.
 
-    The result maps `key_of` a student to its errors by steps. Presets take part because any of them can become the
-    best. Resumes in `folder`; with other samples, steps or learning rates it trains from the beginning. At each rung,
-    the best students of the rung before are trained further, and the best preset in any case, because few steps favour
-    the students that begin near the teacher.
+    The result maps `key_of` a student to its errors by steps; a student whose training diverged has none. All presets
+    among `students` take part because any of them can become the best. Resumes in `folder`; with other samples, steps
+    or learning rates it trains from the beginning. At each rung, the best students of the rung before are trained
+    further, and the best preset in any case, because few steps favour the students that begin near the teacher.
+    Checkpoints of the others are deleted.
+
+    Raises:
+        UserError: the disk has no room for the checkpoints.
     """
     samples, usual, found = Cache.open(cache_folder(cache)), usual_rate(cache), dict[str, dict[int, float]]()
-    made_from = json_hash([samples.spec, usual, steps])
+    folder /= json_hash([samples.spec, usual, steps])
     left = sorted(students, key=lambda student: scores.error(student).value)
     presets = [student for student in left if student.plan.name in preset_names()]
     for rung, most, others in ((max(1, round(SHARE * steps)), FIRST, len(presets)), (steps, LAST, 1)):
         best = [*left[:most], *[student for student in left if student in presets][:others]]
-        left = [student for student in left if student in best]
         for student in left:
-            key = f"{key_of(student)} {rung} {made_from}"
-            if key not in scores.kept("after"):
-                errors = _train(student, scores, samples, rung, folder / made_from, usual, runtime)
-                scores.keep("after", key, errors)
-            error = scores.measure(scores.kept("after")[key]).value
-            found.setdefault(key_of(student), {})[rung] = error
-            say(f"  {student.plan.name}: {scores.error(student).value:.4g} before, {error:.4g} after {rung} steps")
-        left = sorted(left, key=lambda student: found[key_of(student)][rung])
+            if student not in best:
+                shutil.rmtree(folder / key_of(student), ignore_errors=True)
+        left = [student for student in left if student in best]
+        keys = {key_of(student): f"{key_of(student)} {rung} {folder.name}" for student in left}
+        _check_disk([student for student in left if keys[key_of(student)] not in scores.kept("after")], folder)
+        for student in left:
+            if (key := keys[key_of(student)]) not in scores.kept("after"):
+                scores.keep("after", key, _train(student, scores, samples, rung, folder, usual, runtime))
+            errors = scores.kept("after")[key]
+            after = "diverged"
+            if errors is not None:
+                error = found.setdefault(key_of(student), {})[rung] = scores.measure(errors).value
+                after = f"{error:.4g}"
+            say(f"  {student.plan.name}: {scores.error(student).value:.4g} before, {after} after {rung} steps")
+        left = sorted(left, key=lambda student: found.get(key_of(student), {}).get(rung, math.inf))
+    shutil.rmtree(folder, ignore_errors=True)
     return found
+
+
+def _check_disk(students: Sequence[Derived], folder: Path) -> None:
+    """Refuses training if a checkpoint of each student, and one that is being written, do not fit on the disk."""
+    sizes = [12 * student.student_size.parameters for student in students]  # weights and two moments in fp32
+    need, where = sum(sizes) + max(sizes, default=0), check_writable(folder, "--output")
+    if need > (free := shutil.disk_usage(where).free):
+        raise UserError(
+            f"--recover: no room for checkpoints of {len(students)} students ({many(need)}B) on the disk of {where}, "
+            f"which has {many(free)}B free: give an --output on another disk, or search without --recover"
+        )
 
 
 def _train(
     student: Derived, scores: Scores, samples: Cache, steps: int, folder: Path, usual: float, runtime: Runtime
-) -> list[float]:
-    """Trains a student for `steps` steps; returns its squared errors by group of examples."""
+) -> list[float] | None:
+    """Trains a student for `steps` steps; returns its squared errors by group of examples, None if it diverged."""
     stage = Stage(
         steps=steps,
         batch_size=BATCH,
@@ -94,15 +119,18 @@ def _train(
         warmup_steps=min(10, steps // 4),
         ema_decay=None,
     )
-    net = distil(
-        scores.teacher,
-        inherit(scores.teacher.unet, student),
-        student.pairs(),
-        samples,
-        stage,
-        folder / key_of(student),
-        seed=1,  # all students see the same samples and noise
-        runtime=runtime,
-        saving=Saving(every=max(steps // 4, 1), keep=1),
-    )
-    return scores.error_of(net)
+    try:
+        net = distil(
+            scores.teacher,
+            inherit(scores.teacher.unet, student),
+            student.pairs(),
+            samples,
+            stage,
+            folder / key_of(student),
+            seed=1,  # all students see the same samples and noise
+            runtime=runtime,
+            saving=Saving(every=steps, keep=1),
+        )
+        return scores.error_of(net)
+    except NotFinite:
+        return None

@@ -12,12 +12,12 @@ from torch import nn
 
 from prunet.denoisers.architecture import Net
 from prunet.disk.files import read_label, write_json
-from prunet.errors import UserError
+from prunet.errors import NotFinite, UserError
 from prunet.intervals import Array, Measure, bootstrap
 from prunet.plan.derived import Derived
 from prunet.search.examples import Examples
 from prunet.speed.clock import denoiser_call, device_name, times_in_turn
-from prunet.student.student import inherit
+from prunet.student.student import sharing
 from prunet.teacher.teacher import Teacher, after_overflow
 from prunet.words import difference
 
@@ -104,7 +104,7 @@ class Scores:
     # -- measuring
 
     def _student(self, derived: Derived) -> Net:
-        student = inherit(self.teacher.unet, derived)
+        student = sharing(self.teacher.unet, derived)
         return nn.Module.to(student, self.teacher.device, self.teacher.dtype)
 
     @property
@@ -128,7 +128,7 @@ class Scores:
         ]
         errors, _ = self._sums(apart), self._power
         if not np.isfinite(errors).all():
-            raise UserError(
+            raise NotFinite(
                 f"{self.teacher.source}: a student's output is not finite: {after_overflow(self.teacher.dtype)}"
             )
         return errors

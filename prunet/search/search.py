@@ -58,12 +58,15 @@ def find_plan(
         prompts. recover_steps: steps for which the best plans are distilled before one is chosen; 0: none.
 
     Raises:
-        UserError: no timed plan keeps the budget of latency.
+        UserError: the teacher itself, or no timed plan, keeps the budget of latency.
     """
     file = folder / "examples.safetensors"
     scores = Scores(
         space.teacher, open_examples(space.teacher, prompts, None if recover_steps else cache, file), folder
     )
+    if space.timed:
+        scores.latency(space.units[0].derived)  # with it the teacher's
+        space.check_latency(scores.teacher_latency)
     units = sensitivity(space.units, scores, timed=bool(space.timed))
     problem = space.problem(
         [unit.error for unit in units.units],

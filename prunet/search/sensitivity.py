@@ -35,6 +35,8 @@ def check_samples(teacher: Teacher, prompts: Sequence[str] | None, cache: Path |
     if cache is not None:
         opened = Cache.open(cache_folder(cache))
         opened.check(teacher)
+        if "paths" in opened.spec:
+            raise UserError(f"--cache {cache}: holds the teacher's paths, not samples: give the run instead")
         if not opened.has_text:
             raise UserError(f"--cache {cache}: holds no text embeddings (its data.text is live): give another")
 

@@ -34,9 +34,8 @@ class Space:
         self.costs: dict[str, float] = costs_of(whole.teacher_size)
         self.limits = {budget.kind: budget.limit(self.costs) for budget in budgets if budget.kind != "latency"}
         for budget in budgets:
-            if budget.kind in self.costs and self.limits[budget.kind] >= self.costs[budget.kind]:
-                has = shown(budget.kind, self.costs[budget.kind])
-                raise UserError(f"--budget {budget}: the teacher has {has}, which is within it: give less")
+            if budget.kind in self.costs:
+                _check_needed(budget, self.costs)
         self.units = find_units(self.config, keep)
         if not self.units:
             raise UserError(f"{teacher.source}: nothing can be removed" + (" beside --keep" if keep else ""))
@@ -94,6 +93,15 @@ class Space:
         """Returns the budget of latency, if there is one."""
         return [budget for budget in self.budgets if budget.kind == "latency"]
 
+    def check_latency(self, teacher_latency: float) -> None:
+        """Refuses a budget of latency that the teacher keeps.
+
+        Raises:
+            UserError: there is such a budget.
+        """
+        for budget in self.timed:
+            _check_needed(budget, {"latency": teacher_latency})
+
     def all_limits(self, teacher_latency: float) -> dict[str, float]:
         """Returns the limit of each kind of cost that has a budget."""
         whole = self.costs | {"latency": teacher_latency}
@@ -115,3 +123,10 @@ class Space:
                     f"{shown(kind, least)}, {100 * least / self.costs[kind]:.1f} % of the teacher's: give more"
                 )
         raise UserError("--budget: no plan keeps all of these together: give more of one")
+
+
+def _check_needed(budget: Budget, teacher: Mapping[str, float]) -> None:
+    """Refuses a budget that a teacher with these costs keeps."""
+    if budget.limit(teacher) >= teacher[budget.kind]:
+        has = shown(budget.kind, teacher[budget.kind])
+        raise UserError(f"--budget {budget}: the teacher has {has}, which is within it: give less")

@@ -8,7 +8,7 @@ from prunet.denoisers.freeze import freeze
 from prunet.denoisers.known import architecture_of
 from prunet.disk.files import new_folder, read_json
 from prunet.disk.seals import verify
-from prunet.errors import UserError
+from prunet.errors import UserError, is_out_of_memory
 
 
 def save_unet(net: Net, folder: Path, what: str, made_from: str | None = None) -> None:
@@ -29,6 +29,8 @@ def load_unet(folder: Path, made_from: str | None = None) -> Net:
     try:
         return freeze(architecture_of(config).load(folder))
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{folder}: not a whole denoiser ({error}): {fix}") from error
 
 

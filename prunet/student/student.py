@@ -1,7 +1,7 @@
 """The student: a stock denoiser made from a plan, with the weights that it inherits from the teacher."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,11 @@ def build(teacher: Teacher, plan: Plan) -> Net:
 
 def inherit(source: nn.Module, derived: Derived) -> Net:
     """Builds the student of `derived` with weights copied from `source`, the teacher's denoiser."""
+    return _fill(derived, _copied(source, derived.weight_map.values()), derived.weight_map)
+
+
+def sharing(source: nn.Module, derived: Derived) -> Net:
+    """Builds the student of `derived` from the tensors of `source` themselves: only to call it, without a copy."""
     return _fill(derived, source.state_dict(), derived.weight_map)
 
 
@@ -39,14 +44,17 @@ def random_student(derived: Derived, seed: int) -> Net:
         return derived.architecture.make(derived.student_config).eval().requires_grad_(False)
 
 
+def _copied(source: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Returns copies of these weights, in fp32 on the CPU."""
+    weights = source.state_dict()
+    return {name: weights[name].to("cpu", torch.float32, copy=True).contiguous() for name in names}
+
+
 def _fill(derived: Derived, weights: Mapping[str, Tensor], origins: Mapping[str, str]) -> Net:
     """Makes the student without weights and assigns them, so that no time is spent on random weights."""
     student = derived.architecture.empty(derived.student_config)
     student.load_state_dict(
-        {
-            name: weights[origin].detach().to("cpu", torch.float32, copy=True).contiguous()
-            for name, origin in origins.items()
-        }
+        {name: weights[origin] for name, origin in origins.items()}
         | {name: torch.zeros(student.get_parameter(name).shape) for name in derived.form.new if name not in origins},
         assign=True,
     )
@@ -89,7 +97,8 @@ def check_steps(steps: Sequence[Derived]) -> None:
 
 def cut(student: nn.Module, before: Derived, after: Derived) -> Net:
     """Builds the student of `after` from `student`, the student of the earlier plan `before`."""
-    return _fill(after, student.state_dict(), compose(before, after))
+    origins = compose(before, after)
+    return _fill(after, _copied(student, origins.values()), origins)
 
 
 def state_hash(module: nn.Module) -> str:

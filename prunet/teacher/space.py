@@ -62,9 +62,12 @@ def check_same_space(first: Teacher, other: Teacher) -> None:
 
 
 def _denoiser(teacher: Teacher) -> dict[str, Any]:
-    """Returns the U-Net's config as plain data, with defaults for fields that older versions did not write."""
+    """Returns the U-Net's config as plain data, with defaults for fields that older versions did not write.
+
+    Some files have null where others have false (`upcast_attention`), which means the same.
+    """
     config = json.loads(json.dumps(dict(teacher.architecture.skeleton(teacher.unet_config).config)))
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    return {key: value for key, value in config.items() if not key.startswith("_") and value is not False}
 
 
 def _latent_space(teacher: Teacher) -> dict[str, Any]:

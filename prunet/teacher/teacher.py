@@ -23,6 +23,9 @@ from prunet.teacher.weight_files import WEIGHTS, variant_of
 if TYPE_CHECKING:  # imported on use, because reading a config takes one second, importing diffusers several
     from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 
+#: The parts that are loaded one by one: denoiser, VAE, text encoders with their tokenizers.
+PARTS = ("unet", "vae", "text")
+
 
 class Teacher(PipelineFiles):
     """A frozen Stable Diffusion pipeline.

@@ -14,7 +14,7 @@ from prunet.console import say
 from prunet.denoisers.architecture import Net
 from prunet.disk.files import aside, new_folder, read_label, write_json
 from prunet.disk.seals import verify
-from prunet.errors import UserError
+from prunet.errors import UserError, is_out_of_memory
 from prunet.processes import is_main
 from prunet.recipe.training import Training
 from prunet.training.fsdp import local, piece, whole
@@ -48,7 +48,7 @@ def trained_parameters(student: Net) -> dict[str, nn.Parameter]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Lists the whole checkpoints of a stage, oldest first."""
-    return sorted((folder / "checkpoints").glob("step-*"))
+    return sorted((folder / "checkpoints").glob("step-*"), key=lambda saved: int(saved.name.removeprefix("step-")))
 
 
 def save(now: State, folder: Path, step: int, stage: Training, keep: int, unlogged: dict[str, Any]) -> None:
@@ -115,12 +115,13 @@ def check_stage(folder: Path, stage: Training) -> tuple[dict[str, Any], list[str
     fix = f"damaged is {saved[-1]}: {_before(saved)}"
     state = read_label(saved[-1] / "state.json", ("step", "stage", "scaler"), fix)
     now = stage.settings()
-    changed = sorted(k for k in now if state["stage"].get(k) != now[k])
+    changed = sorted(k for k in {*now, *state["stage"]} if state["stage"].get(k) != now.get(k))
     if set(changed) - PACE:
         key = next(k for k in changed if k not in PACE)
+        before, after = (settings.get(key, "its default") for settings in (state["stage"], now))
         raise UserError(
-            f"{saved[-1]}: trained with {key} {state['stage'].get(key)}, now {now[key]}: set it back, give another "
-            f"output, or delete {folder / 'checkpoints'}"
+            f"{saved[-1]}: trained with {key} {before}, now {after}: set it back, give another output, or delete "
+            f"{folder / 'checkpoints'}"
         )
     if state["step"] == stage.steps and changed:
         raise UserError(
@@ -160,6 +161,8 @@ def resume(into: State, folder: Path, stage: Training) -> tuple[int, dict[str, A
         if into.scaler is not None and state["scaler"]:
             into.scaler.load_state_dict(state["scaler"])
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{saved[-1]}: damaged or of another student ({error}): {before}") from error
     how = "".join(f", {k} {state['stage'][k]} -> {now[k]}" for k in changed)
     say(f"Resuming from step {state['step']} of {stage.steps}{how}")

@@ -27,8 +27,8 @@ def training_memory(
 
     The student is in fp32, and its trained weights have gradients and AdamW's two moments. The teacher is in the
     runtime's precision. In half precision, the activations include a copy of the student's weights in half precision.
-    `activations` are counted as if all existed at the same
-    time; `prunet.training.memory.step_memory` simulates the step, which takes seconds.
+    `activations` are counted as if all existed at the same time; `prunet.training.memory.step_memory` simulates the
+    step, which takes seconds.
     """
     t, s, trained = size_of(teacher).parameters, size_of(student).parameters, trained_count(student, stage.rank)
     half, shards = runtime.mixed_precision != "no", processes.count() if runtime.fsdp else 1

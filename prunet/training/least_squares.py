@@ -30,8 +30,8 @@ PIXELS, LEAST, MOST = 2**18, 32, 256
 CHUNK = 8  # samples whose patches are in memory at once
 #: Added to the diagonal of the equations, as a share of its mean: weights of which the samples say nothing stay.
 RIDGE = 0.1
-#: Layers with a smaller relative error are not changed.
-EQUAL = 1e-9
+#: Layers with a smaller relative error are not changed. In half precision the teacher's rounding alone is larger.
+EQUAL, EQUAL_IN_HALF = 1e-9, 1e-3
 #: The linear maps that end a layer.
 Ends: TypeAlias = Sequence[nn.Linear | nn.Conv2d]
 
@@ -52,14 +52,14 @@ def fit(teacher: Teacher, student: Net, derived: Derived, cache: Cache, seed: in
     origins = [net.get_submodule(teacher_name(name, derived.form.module_map)) for name in layers]
     with tap(origins) as theirs:
         _call(teacher, net, batch)
-        targets = theirs.take()
+        targets = dict(zip(layers, theirs.take(), strict=True))
     with progress("Fitting layers", len(layers)) as bar, ExitStack() as hooks:
-        for (name, ends), target in zip(layers.items(), targets, strict=True):
+        for name, ends in layers.items():
             inputs: list[Tensor] = []
             for end in ends:
                 hooks.callback(end.register_forward_pre_hook(partial(_note, inputs)).remove)
             layer = student.get_submodule(name)
-            hooks.callback(layer.register_forward_hook(partial(_fit_layer, ends, inputs, target, bar)).remove)
+            hooks.callback(layer.register_forward_hook(partial(_fit_layer, name, ends, inputs, targets, bar)).remove)
         _call(teacher, student, batch)
     return nn.Module.to(student, "cpu")
 
@@ -85,15 +85,26 @@ def _note(inputs: list[Tensor], end: nn.Module, args: tuple[Tensor, ...]) -> Non
     inputs.append(args[0])
 
 
-def _fit_layer(ends: Ends, inputs: list[Tensor], target: Tensor, bar: Any, layer: Any, args: Any, output: Any) -> Any:
-    """Changes the maps `ends` of a layer so that its output is nearest to `target`; returns its new output.
+def _fit_layer(
+    name: str,
+    ends: Ends,
+    inputs: list[Tensor],
+    targets: dict[str, Tensor],
+    bar: Any,
+    layer: Any,
+    args: Any,
+    output: Any,
+) -> Any:
+    """Changes the maps `ends` of a layer so that its output is nearest to its target; returns its new output.
 
-    A forward hook. `inputs`: those of `ends`.
+    A forward hook. `inputs`: those of `ends`. Inputs and target are dropped, so that their memory can be freed.
     """
     bar.advance()
+    target, inputs = targets.pop(name), [inputs.pop(0) for _ in ends]
+    equal = EQUAL if target.dtype == torch.float32 else EQUAL_IN_HALF
     ours = output[0] if isinstance(output, tuple) else output
     rest = (target.to(ours) - ours) * getattr(layer, "output_scale_factor", 1.0)
-    if rest.square().sum() <= EQUAL * target.float().square().sum():
+    if rest.square().sum() <= equal * target.float().square().sum():
         return output
     changes = _solve(ends, inputs, rest)
     before = [end.forward(given) for end, given in zip(ends, inputs, strict=True)]

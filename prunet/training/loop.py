@@ -10,7 +10,7 @@ from prunet.console import progress
 from prunet.data.cache import Cache
 from prunet.denoisers.architecture import Net, config_of
 from prunet.denoisers.pairs import Pair
-from prunet.errors import UserError
+from prunet.errors import NotFinite, UserError
 from prunet.recipe.stage import Stage
 from prunet.recipe.training import Training
 from prunet.runtime import Runtime
@@ -184,7 +184,7 @@ def _check_finite(means: dict[str, float], step: int, objective: Objective, sess
     if bad:
         saved = checkpoints(session.folder)
         state = f"the last good state is {saved[-1]}" if saved else "no checkpoint was written yet"
-        raise UserError(
+        raise NotFinite(
             f"The loss is not finite at step {step} ({', '.join(bad[:3])}); {state}, and the same command resumes from "
             f"there: try a lower learning_rate (now {session.stage.learning_rate:g}), more warmup_steps, a lower "
             "max_grad_norm, or --precision bf16 or no"

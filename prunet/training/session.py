@@ -96,12 +96,10 @@ class Session:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.stage.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        if self._ema:
-            if self.runtime.offload_ema:
-                self._ema.to(self.device)
+        if self._ema and self.runtime.offload_ema:  # computed there, so that the device needs no memory for it
+            self._ema.step([held.detach().to("cpu").requires_grad_() for held in self._held])
+        elif self._ema:
             self._ema.step(self._held)
-            if self.runtime.offload_ema:
-                self._ema.to("cpu")
         total: Tensor = whole(norm)
         return total
 
@@ -138,6 +136,7 @@ class Session:
         student = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
         if self.runtime.fsdp:
             student = unsharded(student)
+        student.__dict__.pop("forward", None)  # accelerate leaves one without diffusers' decorators
         student.disable_gradient_checkpointing()
         if self.runtime.channels_last:
             set_memory_format(torch.contiguous_format, [student])

@@ -49,7 +49,10 @@ def grid(
 
 @dataclass
 class Sheets:
-    """Sheets of teacher above student, with the same prompts and noise, every `every` steps, in `folder`."""
+    """Sheets of teacher above student, with the same prompts and noise, every `every` steps, in `folder`.
+
+    `idle`: parts of the teacher that only sheets need; each sheet loads them and frees their memory again.
+    """
 
     teacher: Teacher
     folder: Path
@@ -60,6 +63,7 @@ class Sheets:
     drawing: Drawing = field(default_factory=Drawing)
     students: Drawing | None = None  # how the student draws, if not like the teacher
     labels: tuple[str, str] = ("teacher", "student")
+    idle: Sequence[str] = ()
     _teacher_row: list[Image.Image] = field(default_factory=list)
 
     def draw(self, step: int, student: Net) -> None:
@@ -72,6 +76,7 @@ class Sheets:
         if not self._teacher_row:
             self._teacher_row = self._row(self.teacher.unet, self.drawing)
         row = self._row(student, self.students or self.drawing)
+        self.teacher.release(*self.idle)
         if not processes.is_main():
             return
         sheet = grid([self._teacher_row, row], [self.labels[0], f"{self.labels[1]}, step {step}"], self.prompts)

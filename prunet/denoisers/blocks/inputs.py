@@ -13,6 +13,8 @@ from torch import Tensor
 
 #: (height, width) of the latents of 480p video, and their number of frames (81 frames of video).
 WAN_SIZE, WAN_FRAMES = (60, 104), 21
+#: The guidance scale of Flux's pipeline.
+USUAL_GUIDANCE = 3.5
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,20 @@ class Shape:
         """Returns zeros of shape (batch, *shape)."""
         return torch.zeros(self.batch, *shape, device=self.device, dtype=self.dtype)
 
-    def ids(self, count: int, axes: int) -> Tensor:
-        """Returns positions (count, axes) for the rotary embedding."""
+    def times(self, most: float) -> Tensor:
+        """Returns a number for each sample: the most that the class's pipeline gives (a time, a guidance scale)."""
+        return torch.full((self.batch,), most, device=self.device, dtype=self.dtype)
+
+    def text_ids(self, count: int, axes: int) -> Tensor:
+        """Returns the positions (count, axes) of text tokens for the rotary embedding."""
         return torch.zeros(count, axes, device=self.device, dtype=self.dtype)
+
+    def packed_ids(self, axes: int) -> Tensor:
+        """Returns the positions (tokens, axes) of 2x2 latents for the rotary embedding: rows and columns."""
+        ids = torch.zeros(self.height // 2, self.width // 2, axes, device=self.device, dtype=self.dtype)
+        ids[..., 1] = torch.arange(self.height // 2, device=self.device)[:, None]
+        ids[..., 2] = torch.arange(self.width // 2, device=self.device)
+        return ids.flatten(0, 1)
 
     def latents(self, channels: int) -> Tensor:
         """Returns latents (batch, channels, height, width)."""
@@ -46,14 +59,14 @@ class Shape:
 Inputs = Callable[[Any, Shape], dict[str, Any]]
 
 
-def _usual(shape: Shape, latents: Tensor, tokens: int, width: int) -> dict[str, Any]:
-    """Returns latents, `tokens` embeddings of text and the timestep under their usual names."""
+def _usual(shape: Shape, latents: Tensor, tokens: int, width: int, last: float = 1.0) -> dict[str, Any]:
+    """Returns latents, `tokens` embeddings of text and the `last` timestep under their usual names."""
     text = shape.zeros(tokens, width)
-    return {"hidden_states": latents, "encoder_hidden_states": text, "timestep": shape.zeros()}
+    return {"hidden_states": latents, "encoder_hidden_states": text, "timestep": shape.times(last)}
 
 
 def _guidance(config: Any, shape: Shape) -> dict[str, Any]:
-    return {"guidance": shape.zeros()} if config.guidance_embeds else {}
+    return {"guidance": shape.times(USUAL_GUIDANCE)} if config.guidance_embeds else {}
 
 
 def flux(config: Any, shape: Shape) -> dict[str, Any]:
@@ -62,8 +75,8 @@ def flux(config: Any, shape: Shape) -> dict[str, Any]:
     pooled = {"pooled_projections": shape.zeros(config.pooled_projection_dim)} if axes == 3 else {}
     return {
         **_usual(shape, shape.zeros(shape.packed, config.in_channels), 512, config.joint_attention_dim),
-        "img_ids": shape.ids(shape.packed, axes),
-        "txt_ids": shape.ids(512, axes),
+        "img_ids": shape.packed_ids(axes),
+        "txt_ids": shape.text_ids(512, axes),
         **pooled,
         **_guidance(config, shape),
     }
@@ -80,19 +93,21 @@ def qwen_image(config: Any, shape: Shape) -> dict[str, Any]:
 
 def sd3(config: Any, shape: Shape) -> dict[str, Any]:
     """Returns inputs of Stable Diffusion 3."""
-    inputs = _usual(shape, shape.latents(config.in_channels), 77 + 256, config.joint_attention_dim)  # of CLIP and T5
+    tokens = 77 + 256  # of CLIP and T5
+    inputs = _usual(shape, shape.latents(config.in_channels), tokens, config.joint_attention_dim, 1000)
     return {**inputs, "pooled_projections": shape.zeros(config.pooled_projection_dim)}
 
 
 def sana(config: Any, shape: Shape) -> dict[str, Any]:
     """Returns inputs of Sana."""
-    inputs = _usual(shape, shape.latents(config.in_channels), 300, config.caption_channels)
+    last = 1000 * config.get("timestep_scale", 1.0)
+    inputs = _usual(shape, shape.latents(config.in_channels), 300, config.caption_channels, last)
     return {**inputs, **_guidance(config, shape)}
 
 
 def pixart(config: Any, shape: Shape) -> dict[str, Any]:
     """Returns inputs of PixArt."""
-    inputs = _usual(shape, shape.latents(config.in_channels), 300, config.caption_channels)
+    inputs = _usual(shape, shape.latents(config.in_channels), 300, config.caption_channels, 1000)
     return {**inputs, "added_cond_kwargs": {"resolution": shape.zeros(2), "aspect_ratio": shape.zeros(1)}}
 
 
@@ -100,7 +115,7 @@ def z_image(config: Any, shape: Shape) -> dict[str, Any]:
     """Returns inputs of Z-Image."""
     return {
         "x": list(shape.zeros(config.in_channels, 1, shape.height, shape.width)),
-        "t": shape.zeros(),
+        "t": shape.times(1),
         "cap_feats": list(shape.zeros(512, config.cap_feat_dim)),
     }
 
@@ -121,14 +136,14 @@ def auraflow(config: Any, shape: Shape) -> dict[str, Any]:
 
 def cogview4(config: Any, shape: Shape) -> dict[str, Any]:
     """Returns inputs of CogView4."""
-    inputs = _usual(shape, shape.latents(config.in_channels), 1024, config.text_embed_dim)
+    inputs = _usual(shape, shape.latents(config.in_channels), 1024, config.text_embed_dim, 1000)
     return {**inputs, **{name: shape.zeros(2) for name in ("original_size", "target_size", "crop_coords")}}
 
 
 def wan(config: Any, shape: Shape) -> dict[str, Any]:
     """Returns inputs of Wan."""
     latents = shape.zeros(config.in_channels, WAN_FRAMES, shape.height, shape.width)
-    inputs = _usual(shape, latents, 512, config.text_dim)
+    inputs = _usual(shape, latents, 512, config.text_dim, 1000)
     if "vace_in_channels" in config:
         inputs["control_hidden_states"] = shape.zeros(config.vace_in_channels, WAN_FRAMES, shape.height, shape.width)
     return inputs
