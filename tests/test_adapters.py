@@ -29,6 +29,7 @@ from prunet.denoisers.form import teacher_name
 from prunet.denoisers.unet2d.form import make_unet
 from prunet.denoisers.unet2d.student_controlnet import StudentControlNet
 from prunet.plan.derived import Derived
+from prunet.plan.plan import Plan
 
 PLANS = {
     "bk-base": "sd",
@@ -52,10 +53,10 @@ def derived_of(plan: str) -> Derived:
 def run(tmp_path):
     """Makes the part of a run's folder that `adapt` reads."""
 
-    def make(plan: str) -> Path:
-        folder = tmp_path / f"run-{plan}"
+    def make(plan: str | Derived) -> Path:
+        folder = tmp_path / f"run-{plan if isinstance(plan, str) else 'own'}"
         folder.mkdir(exist_ok=True)
-        derived_of(plan).result().save(folder / "plan.json")
+        (derived_of(plan) if isinstance(plan, str) else plan).result().save(folder / "plan.json")
         return folder
 
     return make
@@ -143,6 +144,19 @@ def load(path: Path, derived: Derived, kind: str):
     state, alphas, metadata = cls.lora_state_dict(path, unet_config=student.config, return_lora_metadata=True)
     cls.load_lora_into_unet(state, network_alphas=alphas, unet=student, metadata=metadata)
     return student
+
+
+def test_names_of_the_original_layout_where_diffusers_cannot_read_them(tmp_path, run) -> None:
+    """It computes with the number of layers of a level, which is a list for plans that leave levels uneven."""
+    removed = ("down_blocks.1.{resnets,attentions}.1", "up_blocks.1.{resnets,attentions}.1")
+    derived = derive(make_unet(SMALL_UNETS["sdxl"]).config, Plan("uneven", removed))
+    assert isinstance(derived.student_config["layers_per_block"], list)
+    path, theirs = write_lora(tmp_path / "lora.safetensors", "sdxl", "sgm")
+    adapt(path, run(derived), tmp_path / "new.safetensors")
+    ours = deltas(load(tmp_path / "new.safetensors", derived, "sdxl"))
+    assert len(ours) > 20
+    for name, delta in ours.items():
+        assert (delta - theirs[teacher_name(name, derived.form.module_map)]).abs().max() < 1e-6, name
 
 
 @pytest.mark.parametrize("form", ["peft", "diffusers", "kohya", "sgm"])

@@ -74,6 +74,13 @@ def test_a_model_that_takes_the_guidance_scale_is_not_called_one_without_guidanc
     assert "without guidance" not in text and "it learned scales from 1 to 8" in text
 
 
+def test_all_teachers_are_named() -> None:
+    text = model_card({"teacher": "a/first", "also": ["a/last"], "base_model": ["a/first", "a/last"]})
+    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == ["a/first", "a/last"]
+    assert "learned from `a/last`; VAE and text encoders are those of `a/last`" in text
+    assert "licence of its teacher; see `a/first`, `a/last`" in text
+
+
 def shape(text: str) -> list[str]:
     """Lists the kinds of all parts of a Markdown text."""
     tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)

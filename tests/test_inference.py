@@ -6,6 +6,7 @@ import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,19 +136,25 @@ def test_what_is_below_the_limit_is_explained_by_its_largest_part(result) -> Non
     at = next(i for i, row in enumerate(result.rows) if row.model == "small" and row.batch_size == 2)
     limit = result.rows[at].limit
 
-    def text(**changes: Any) -> str:
+    def text_of(result: Bench, **changes: Any) -> str:
         over = dict.fromkeys(PARTS, 0.0) | {"attention": 1.5, "matmul": 0.5}
         rows = list(result.rows)
-        rows[at] = replace(rows[at], **{"share": 0.5, "over_ms": over, **changes})
+        judged = {"share": 0.5, "over_ms": over, "interval": (0.4 * limit, 0.6 * limit)}
+        rows[at] = replace(rows[at], **{**judged, **changes})
         return markdown(result.model_copy(update={"rows": rows}))
 
+    text = partial(text_of, result)
+
     assert "small (batch 2): the interval is too wide to judge" in text(interval=(0.1, 10.0))
-    judged = text(interval=(0.4 * limit, 0.6 * limit))
+    judged = text()
     words = "**small (batch 2) reaches 50 % of its limit by MACs**: most of the time over the limit goes into att"
     assert words in judged
     macs = {name: model.macs["attention"] for name, model in result.models.items()}
     assert f"| {100 * macs['small'] / macs['sd']:.0f} % | +1.5 |" in judged
-    assert "small (batch 2) reaches" not in text(interval=(0.4 * limit, 0.6 * limit), share=0.9)
+    assert "small (batch 2) reaches" not in text(share=0.9)
+    models = result.models | {"small": result.models["small"].model_copy(update={"rows": 1})}  # without guidance
+    half = text_of(result.model_copy(update={"models": models}))
+    assert f"| {50 * macs['small'] / macs['sd']:.0f} % | +1.5 |" in half
 
 
 def test_files_hold_the_results(result, tmp_path) -> None:

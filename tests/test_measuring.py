@@ -357,6 +357,14 @@ def test_another_model_is_refused_before_it_draws(sdxl: Path, protocol: Path, wh
         run(sdxl, protocol, whole)
 
 
+def test_another_noise_schedule_is_refused_before_it_draws(sd: Path, protocol: Path, whole: Path, tmp_path) -> None:
+    other = Path(shutil.copytree(sd, tmp_path / "sd"))
+    config = other / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("0.012", "0.02"))
+    with pytest.raises(UserError, match="drawn with another schedule: delete that folder"):
+        run(other, protocol, whole)
+
+
 @pytest.mark.parametrize("name", protocol_names())
 def test_shipped_protocols_say_where_their_prompts_are(name: str) -> None:
     chosen, beside = load_protocol(name)

@@ -236,6 +236,17 @@ def test_a_sampler_that_cannot_draw_on_the_noise_schedule_is_refused_before_weig
         generate(folder, "a", drawing=Drawing(steps=60, sampler="lcm"))
 
 
+@pytest.mark.parametrize("name", ["dpmsolver++", "unipc", "euler"])
+def test_a_sampler_is_the_same_whatever_options_the_pipelines_own_has(sd, name) -> None:
+    config = json.loads((sd / "scheduler" / "scheduler_config.json").read_text())
+    options = {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True, "solver_order": 3}
+    plain, given = (sampler_of(name, schedule) for schedule in (config, config | options))
+    for sampler in (plain, given):
+        sampler.set_timesteps(7)
+    assert torch.equal(plain.timesteps, given.timesteps) and torch.equal(plain.sigmas, given.sigmas)
+    assert name != "dpmsolver++" or given.config["algorithm_type"] == "dpmsolver++"
+
+
 def test_fp16_only_teacher_opens(sd, tmp_path) -> None:
     folder = shutil.copytree(sd, tmp_path / "half")
     DiffusionPipeline.from_pretrained(sd, torch_dtype=torch.float16).save_pretrained(tmp_path / "v", variant="fp16")

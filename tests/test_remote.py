@@ -51,7 +51,7 @@ class Server(BaseHTTPRequestHandler):
         else:
             fault = ""
         if fault == "busy":
-            self.send_response(503)
+            self.send_response(429 if len(self.requests) % 2 else 503)
             self.send_header("Content-Length", "0")
             return self.end_headers()
         if fault == "wrong length":
@@ -191,7 +191,7 @@ def test_unreadable_data_are_one_line(served, source, message) -> None:
     if message is None:
         assert [picture.key for picture in read_pictures(source)] == [f"train-1.tar/{i:03d}" for i in range(4, 8)]
         served[0].fault = "busy"
-        source, message = source.replace("-1", "-2"), r"train-2\.tar: cannot be read \(503\)"
+        source, message = source.replace("-1", "-2"), r"train-2\.tar: cannot be read \((429|503)\)"
         remote._facts.cache_clear()
         served[0].requests = type("Never", (list,), {"__len__": lambda _: 1})()
     with pytest.raises(UserError, match=message) as error:

@@ -54,6 +54,9 @@ def layers(derived: Derived) -> dict[str, Layer]:
     """Maps every name that a file may use for a layer of the teacher to this layer."""
     forms, mapping = derived.architecture.adapters, derived.form.module_map
     theirs, ours = (_written(forms, net) for net in (derived.teacher_skeleton, derived.student_skeleton))
+    if isinstance(derived.student_config.get("layers_per_block"), list):
+        # diffusers then cannot read kohya's names of the original layout: its own names stand for them.
+        ours = {name: (*names[:4], names[2]) for name, names in ours.items()}
     here: dict[str, tuple[str | None, ...]] = {teacher_name(m, mapping): names for m, names in ours.items()}
     found: dict[str, Layer] = {}
     for module, names in theirs.items():

@@ -163,6 +163,11 @@ def _check_target(target: Path, folder: str | None, gguf: str | None, read: list
         check_place(target, folder, "--output", read)
         return
     check_name(target, gguf)
+    other = target.with_suffix(".safetensors" if target.suffix == ".gguf" else ".gguf")
+    if other.exists():
+        raise UserError(
+            f"--output {target}: its configs would replace those of {other.name} beside it: give another name"
+        )
     check_file(target, "single file", "--output", is_exported, read)
     check_place(target.with_suffix(".config"), "configs", "--output", read)  # the file's configs go there
 
@@ -203,8 +208,11 @@ def _stock(this: "Run", target: Path, what: str, fp16: bool, file: dict[str, Any
     """Writes a folder sealed as `what`, or a single file of the form `file`."""
     from prunet.exports.folder import export as export_folder
     from prunet.exports.single_file import export_single_file
-    from prunet.runs.card import card_facts
+    from prunet.runs.card import card_facts, loads_in
 
+    loads = loads_in(this)
+    if file and (file["bits"] or file["program"] == "sd.cpp"):
+        loads = {"stable-diffusion.cpp, single file": "yes"}  # other programs do not read this file
     if file:
         if not this.is_done("export"):
             this.do("export")
@@ -213,9 +221,8 @@ def _stock(this: "Run", target: Path, what: str, fp16: bool, file: dict[str, Any
         how: dict[str, Any] = {"card": card_facts(this), "fp16": fp16, "drawing": this.recipe.made_for, "what": what}
         written = export_folder(this.exported_teacher(), this.last_unet(), target, **how)
     size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.rglob("*.safetensors")))
-    loads, works = this.derived.loads_in, this.derived.works_with
     return (
-        {"bytes": size, "loads_in": loads, "works_with": works},
+        {"bytes": size, "loads_in": loads, "works_with": this.derived.works_with},
         f"{written}: {size / 1e6:,.1f} MB of weights\n"
         + "\n".join(f"  {program}: {answer}" for program, answer in loads.items()),
     )

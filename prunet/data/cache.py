@@ -152,7 +152,7 @@ class Cache:
         ):
             return {}
         same = {part for part, made_by in theirs["parts"].items() if ours["parts"][part] == made_by}
-        stems = {"mean", "std"} if {"vae", "unet"} & theirs["parts"].keys() <= same else set()
+        stems = {"mean", "std"} if "vae" in same else set()
         if {part for part in theirs["parts"] if part.startswith("text_encoder")} <= same:
             stems |= {"prompt_embeds", "pooled"}
         file = _opened(block_path(self.folder, block))

@@ -89,7 +89,7 @@ def _same_places(cached: Any, now: str | list[str]) -> bool:
 def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234, like: Cache | None = None) -> Cache:
     """Encodes pictures and captions, or lets the teacher draw prompts, into `folder`; resumes where it was stopped.
 
-    Tensors that are the same in `like`, another teacher's cache of the same pictures, are copied from there
+    Of pictures, tensors that are the same in `like`, another teacher's cache of them, are copied from there
     (`Cache.kept`). Several processes divide the blocks among them.
 
     Raises:
@@ -112,8 +112,11 @@ def cache(teacher: Teacher, data: Data, folder: Path | str, *, seed: int = 1234,
     processes.from_main(lambda: check_place(folder, "cache", "cache"))
     with hold(folder, "cache") if processes.is_main() else nullcontext():
         processes.from_main(lambda: begin(teacher, data, folder, spec))
-        write_blocks = _draw_prompts if data.prompts is not None else _encode_pictures
-        blocks = write_blocks(teacher, data, folder, size, seed, lambda block: like.kept(spec, block) if like else {})
+        how = teacher, data, folder, size, seed
+        if data.prompts is not None:
+            blocks = _draw_prompts(*how)
+        else:
+            blocks = _encode_pictures(*how, lambda block: like.kept(spec, block) if like else {})
         processes.from_main(lambda: finish(teacher, data, folder, blocks))
     return Cache.open(folder)
 
@@ -262,7 +265,7 @@ def _encode(teacher: Teacher, pixels: list[Tensor], buckets: bool, advance: Call
     return {name: torch.stack(tensors) if tensors else torch.zeros(0, 4, 1, 1) for name, tensors in parts.items()}
 
 
-def _draw_prompts(teacher: Teacher, data: Data, folder: Path, size: int, seed: int, kept: Kept) -> int:
+def _draw_prompts(teacher: Teacher, data: Data, folder: Path, size: int, seed: int) -> int:
     """Does the same as `_encode_pictures` for latents that the teacher draws from prompts; their std is 0."""
     from prunet.sampling.samplers import set_sampler
 

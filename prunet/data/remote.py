@@ -22,6 +22,7 @@ from prunet.console import say
 from prunet.errors import UserError
 
 BLOCK = 4 << 20  # bytes of one request
+TEMPORARY = (408, 429)  # a timeout; too many requests
 WAITS_S = (0.5, 1, 2, 4)  # seconds before the second, third, ... try
 SILENCE_S = 60  # seconds without data after which a connection counts as lost
 AT_ONCE = 16  # files with requests for their marks at the same time
@@ -161,7 +162,8 @@ def _again(file: Remote, ask: Callable[[], _T]) -> _T:
         except Exception as error:  # every filesystem has its own errors
             status = getattr(error.__cause__ or error, "status", None)
             why = f"{status}" if status else " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-            if wait is None or (isinstance(status, int) and 400 <= status < 500) or isinstance(error, PermissionError):
+            refused = isinstance(status, int) and 400 <= status < 500 and status not in TEMPORARY
+            if wait is None or refused or isinstance(error, PermissionError):
                 fix = "check the address, your right to read it and the network; the same command resumes"
                 raise UserError(f"{file}: cannot be read ({why.replace(file.url, str(file))}): {fix}") from None
             if wait != WAITS_S[0]:

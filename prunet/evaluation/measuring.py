@@ -35,6 +35,7 @@ from prunet.recipe.values import Drawing
 from prunet.runtime import Runtime
 from prunet.sampling.draw import Model, open_model
 from prunet.sampling.made_for import drawing_of
+from prunet.sampling.paths import schedule_of
 from prunet.sampling.shards import draw_shards
 from prunet.teacher.space import check_size
 from prunet.teacher.teacher import PARTS, Teacher
@@ -77,6 +78,7 @@ def measure(
         **used.model_dump(mode="json"),
         **{"size": protocol.size or teacher.native_size, "count": len(prompts)},
     }
+    spec["schedule"] = schedule_of(teacher)
     _check_folder(folder / "pictures", spec)
     with _claim(folder, spec, state):
         made_by = {name: (net.hash, preparation(protocol, name)) for name, net in networks.items()}
@@ -195,7 +197,10 @@ def _check_folder(pictures: Path, drawing: dict[str, Any]) -> None:
         if pictures.is_dir() and any(pictures.glob("*.tar")):
             raise UserError(f"{pictures}: pictures without a spec.json: delete that folder, or give another --output")
         return
-    before = read_label(spec, drawing, f"delete {pictures} to draw again, or give another --output")
+    now = {"schedule": drawing["schedule"]}  # older folders lack it
+    before = now | read_label(
+        spec, drawing.keys() - now.keys(), f"delete {pictures} to draw again, or give another --output"
+    )
     apart = sorted(key for key in drawing if before[key] != drawing[key])
     if apart:
         raise UserError(

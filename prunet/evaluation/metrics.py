@@ -87,9 +87,19 @@ def kernel_distance(a: Array, b: Array, subset_size: int = 1000, subsets: int = 
 
 def squared_mmd(x: Array, y: Array) -> float:
     """Unbiased squared MMD over all pairs of `x` and `y` (N, D), with KID's kernel."""
-    xx, yy, xy = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
-    within = ((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (xx, yy))
-    return float(sum(within) - 2 * xy.mean())
+    return _alike_within(x) + _alike_within(y) - 2 * _alike(x, y)
+
+
+def _alike(x: Array, y: Array, rows: int = 2000) -> float:
+    """Returns the mean of KID's kernel over all pairs of `x` and `y`; some rows of it at once are in memory."""
+    sums = [float(((part @ y.T / x.shape[1] + 1) ** 3).sum()) for part in parts_of(x, rows)]
+    return sum(sums) / (len(x) * len(y))
+
+
+def _alike_within(x: Array) -> float:
+    """Returns the mean of KID's kernel over all pairs of two different rows of `x`."""
+    own = float((((x * x).sum(axis=1) / x.shape[1] + 1) ** 3).sum())
+    return (_alike(x, x) * len(x) ** 2 - own) / (len(x) * (len(x) - 1))
 
 
 def covered(points: Array, manifold: Array, neighbours: int = 3, rows: int = 2000) -> Array:
@@ -159,4 +169,6 @@ def inception(logits: Array) -> Measure:
 def kid(ours: Array, real: Array, subset_size: int = 1000) -> Measure:
     """KID of features (N, D) against real ones; its interval is over all pairs, since random subsets would widen it."""
     value = kernel_distance(ours, real, subset_size)
-    return jackknife(value, len(ours), lambda kept: squared_mmd(ours[kept].astype(np.float64), real.astype(np.float64)))
+    ours, real = ours.astype(np.float64), real.astype(np.float64)
+    theirs = _alike_within(real)
+    return jackknife(value, len(ours), lambda kept: _alike_within(ours[kept]) + theirs - 2 * _alike(ours[kept], real))

@@ -12,10 +12,16 @@ from prunet.teacher.teacher import Teacher
 from prunet.words import short
 
 
-def origin(teacher: Teacher) -> dict[str, Any]:
-    """Returns the facts of a model card about the teacher; `base_model` is None unless the teacher is on the hub."""
+def origin(teacher: Teacher, *later: Teacher) -> dict[str, Any]:
+    """Returns the facts of a model card about the teacher, and about `later` ones of single stages.
+
+    `base_model`: the one on the hub, or a list of several, or None; `also`: the names of others than the first.
+    """
+    names = list(dict.fromkeys(one.hub_id or short(one.source) for one in (teacher, *later)))
+    hub = list(dict.fromkeys(one.hub_id for one in (teacher, *later) if one.hub_id))
+    base = hub if len(hub) > 1 else hub[0] if hub else None
     commit = teacher.commit if teacher.hub_id else None
-    return {"teacher": teacher.hub_id or short(teacher.source), "base_model": teacher.hub_id, "commit": commit}
+    return {"teacher": names[0], "also": names[1:], "base_model": base, "commit": commit}
 
 
 def model_card(facts: dict[str, Any]) -> str:
@@ -35,8 +41,8 @@ def model_card(facts: dict[str, Any]) -> str:
     return env.get_template(facts.get("template", "card.md.j2")).render(**facts)
 
 
-def _quoted(text: str) -> str:
-    """Quotes any text as a string of one line that both YAML and Python read."""
+def _quoted(text: str | list[str]) -> str:
+    """Quotes any text, or a list of texts, as one line that both YAML and Python read."""
     # json.dumps leaves other line ends as they are, and with ensure_ascii would write an emoji as two halves.
     return re.sub(
         "[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]",

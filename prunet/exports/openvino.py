@@ -65,9 +65,9 @@ def export_openvino(
         write_pipeline(source, part, drawing, _write)
         _write_tokenizers(source.teacher, part)
         compared = prompts[PROMPTS : 2 * PROMPTS] or prompts[:PROMPTS]
-        with TemporaryDirectory() as before:
+        with TemporaryDirectory(dir=part) as before:  # on the disk that has room; a killed export leaves nothing
             if bits:
-                shutil.copytree(part, before, dirs_exist_ok=True)
+                shutil.copytree(part, before, dirs_exist_ok=True, ignore=shutil.ignore_patterns(Path(before).name))
             chosen = _quantize(source.teacher, part, bits, prompts[:PROMPTS], drawing) if bits else {}
             exact = OpenVinoPipeline(before if bits else part, "f32")
             size = sum(path.stat().st_size for path in part.glob("*/openvino_model.bin"))

@@ -51,6 +51,7 @@ def write_search(result: SearchResult, folder: Path) -> None:
         rows=rows(result),
         kind=kind_of(result),
         names=NAMES,
+        shown=shown,
         found=result.plan.diagram(),
         net=sensitivity.coloured_diagram(result),
         steps=STEPS,

@@ -35,7 +35,7 @@ def markdown(result: Bench) -> str:
     """Formats latency by part, speed-ups beside their limits, and the operations that keep a model from its limit."""
     rows = result.rows
     lines = [
-        "| model | mode | batch | text (ms) | denoiser (ms) | VAE (ms) | all (s) | pictures/s | memory (MB) |",
+        "| model | mode | batch | text (ms) | denoiser (ms) | VAE (ms) | all (s) | pictures/s | memory (MiB) |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
@@ -79,7 +79,7 @@ def _of_processes(result: Bench) -> list[str]:
     if not rows:
         return []
     lines = [
-        "| model | computed by | weights (MB) | memory of a process (MB) | picture apart |",
+        "| model | computed by | weights (MiB) | memory of a process (MiB) | picture apart |",
         "|---|---|---:|---:|---:|",
     ]
     for name, model in rows:
@@ -115,7 +115,8 @@ def _explain(row: Row, result: Bench) -> list[str]:
     if not row.over_ms:
         return [f"{head}; the times of single operations are not available on this device."]
     baseline = _baseline(row, result)
-    ours, theirs = (result.models[name].macs for name in (row.model, baseline.model))
+    models = [result.models[name] for name in (row.model, baseline.model)]
+    ours, theirs = ({kind: macs * model.rows for kind, macs in model.macs.items()} for model in models)
     over = row.over_ms
     worst = max(over, key=lambda kind: over[kind])
     time = row.kinds_ms[worst] / baseline.kinds_ms[worst] if baseline.kinds_ms[worst] else None
@@ -175,7 +176,7 @@ def chart(result: Bench) -> str:
         panels.append([_kinds(first, result)])
     last = [_lengths("Throughput", "pictures/s", "throughput", "pictures_per_s", rows, result)]
     if all(row.peak_memory_mb for row in rows):
-        last.append(_lengths("Peak memory", "MB", "memory", "peak_memory_mb", rows, result))
+        last.append(_lengths("Peak memory", "MiB", "memory", "peak_memory_mb", rows, result))
     title = "How fast they draw" if others else f"How fast {rows[0].model} draws"
     beside = max(len(_name(row, result)) for row in rows) <= 26  # longer names do not fit into half of the width
     return draw_bars(title, conditions(result), [*panels, *([last] if beside else [[panel] for panel in last])])

@@ -12,6 +12,15 @@ if TYPE_CHECKING:
     from prunet.runs.run import Run
 
 
+def loads_in(this: "Run") -> dict[str, str]:
+    """Maps each program to whether it loads the student (see `prunet.denoisers.unet2d.compatibility.loads_in`)."""
+    answers, config = dict(this.derived.loads_in), this.teachers[-1].noise_scheduler.config
+    comfy = "ComfyUI, single file"
+    if config["prediction_type"] == "v_prediction" and this.teacher.kind == "sd" and answers.get(comfy) == "yes":
+        answers[comfy] = "yes: with the node ModelSamplingDiscrete set to v_prediction, else it draws noise"
+    return answers
+
+
 def card_facts(this: "Run") -> dict[str, Any]:
     """Returns the facts that `prunet.exports.card.model_card` renders.
 
@@ -25,7 +34,7 @@ def card_facts(this: "Run") -> dict[str, Any]:
     source = this.recipe.data.source or []
     pictures = ", ".join(map(short, [source] if isinstance(source, str) else source))
     return {
-        **origin(this.teacher),
+        **origin(this.teacher, *this.teachers),
         "data": pictures or "latents that the teacher drew from prompts",
         "license": this.recipe.export.license,
         "plan": {"name": this.recipe.plan.name, "remove": list(this.recipe.plan.remove)},
@@ -33,7 +42,7 @@ def card_facts(this: "Run") -> dict[str, Any]:
         "samples": f"{read_label(cache, ('samples',))['samples']:,}" if cache.is_file() else None,
         "size": this.size,
         "sizes": result.sizes,
-        "loads_in": this.derived.loads_in,
+        "loads_in": loads_in(this),
         "works_with": this.derived.works_with,
         "measures": {"prompts": len(prompts), **measures},
         "prompt": prompts[0],

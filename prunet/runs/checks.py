@@ -51,6 +51,8 @@ def check_run(this: "Run", until: str) -> None:
     todo = this.todo(until)
     if "export" in todo:
         check_other_parts(this.teachers[-1])
+        if this.recipe.export.single_file:
+            _check_single_file(this)
     check_steps(this.steps_down)
     for number, stage in enumerate(this.recipe.stages, 1):
         this.micro_batch(number)
@@ -65,6 +67,17 @@ def check_run(this: "Run", until: str) -> None:
     if todo:  # a finished run may lie on a read-only mount
         check_disk(this, todo)
     _say_what_is_odd(this.recipe)
+
+
+def _check_single_file(this: "Run") -> None:
+    """Refuses a student that has no form as a single file."""
+    from prunet.teacher.ldm import check_layout
+
+    last = this.teachers[-1]
+    try:
+        check_layout(this.derived.student_config, last.part_config("vae"), last.part_config("text_encoder"))
+    except UserError as error:
+        raise UserError(f"export.single_file: {error}: set it to false") from error
 
 
 def check_places(recipe: Recipe) -> None:

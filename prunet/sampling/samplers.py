@@ -29,8 +29,13 @@ SAMPLERS = {
 }
 # As Stable Diffusion ships them. Without these, diffusers' defaults would clip latents to [-1, 1] (DDIM), and
 # warm up over more steps than may be asked for (PNDM). The trailing sampler goes from pure noise to the clean picture,
-# however few its steps are (arXiv 2305.08891).
+# however few its steps are (arXiv 2305.08891). Options of the pipeline's own scheduler (stochastic, Karras) are not
+# taken over, because a name stands for one sampler.
+_PLAIN = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 SAMPLER_OPTIONS: dict[str, dict[str, Any]] = {
+    "dpmsolver++": {"algorithm_type": "dpmsolver++", "solver_order": 2, **_PLAIN},
+    "euler": _PLAIN,
+    "unipc": {"solver_order": 2, **_PLAIN},
     "ddim": {"clip_sample": False},
     "ddim-trailing": {"clip_sample": False, "timestep_spacing": "trailing", "set_alpha_to_one": True},
     "lcm": {"clip_sample": False, "set_alpha_to_one": True},

@@ -87,8 +87,9 @@ def recover(
             if (key := keys[key_of(student)]) not in scores.kept("after"):
                 scores.keep("after", key, _train(student, scores, samples, rung, folder, usual, runtime))
             errors = scores.kept("after")[key]
-            after = "diverged"
-            if errors is not None:
+            if errors is None:
+                after, _ = "diverged", found.pop(key_of(student), None)
+            else:
                 error = found.setdefault(key_of(student), {})[rung] = scores.measure(errors).value
                 after = f"{error:.4g}"
             say(f"  {student.plan.name}: {scores.error(student).value:.4g} before, {after} after {rung} steps")
@@ -100,7 +101,8 @@ def recover(
 def _check_disk(students: Sequence[Derived], folder: Path) -> None:
     """Refuses training if a checkpoint of each student, and one that is being written, do not fit on the disk."""
     sizes = [12 * student.student_size.parameters for student in students]  # weights and two moments in fp32
-    need, where = sum(sizes) + max(sizes, default=0), check_writable(folder, "--output")
+    there = sum(f.stat().st_size for student in students for f in folder.glob(f"{key_of(student)}/checkpoints/*/*"))
+    need, where = max(0, sum(sizes) - there) + max(sizes, default=0), check_writable(folder, "--output")
     if need > (free := shutil.disk_usage(where).free):
         raise UserError(
             f"--recover: no room for checkpoints of {len(students)} students ({many(need)}B) on the disk of {where}, "
@@ -129,7 +131,7 @@ def _train(
             folder / key_of(student),
             seed=1,  # all students see the same samples and noise
             runtime=runtime,
-            saving=Saving(every=steps, keep=1),
+            saving=Saving(every=max(steps // 4, 1), keep=1),
         )
         return scores.error_of(net)
     except NotFinite:

@@ -17,7 +17,7 @@ from prunet.search.budgets import costs_of
 from prunet.search.choice import Problem, best_sets, total
 from prunet.search.recovery import recover
 from prunet.search.results import ScoredPlan, SearchResult
-from prunet.search.scores import Scores, key_of
+from prunet.search.scores import Scores, key_of, teacher_ms
 from prunet.search.sensitivity import open_examples, sensitivity
 from prunet.search.space import ROUNDING, Space
 
@@ -60,13 +60,12 @@ def find_plan(
     Raises:
         UserError: the teacher itself, or no timed plan, keeps the budget of latency.
     """
+    if space.timed:
+        space.check_latency(teacher_ms(space.teacher))
     file = folder / "examples.safetensors"
     scores = Scores(
         space.teacher, open_examples(space.teacher, prompts, None if recover_steps else cache, file), folder
     )
-    if space.timed:
-        scores.latency(space.units[0].derived)  # with it the teacher's
-        space.check_latency(scores.teacher_latency)
     units = sensitivity(space.units, scores, timed=bool(space.timed))
     problem = space.problem(
         [unit.error for unit in units.units],

@@ -77,6 +77,18 @@ def to_ldm(
     return {key: tensor.detach().to(dtype or tensor.dtype).contiguous() for key, tensor in tensors.items()}
 
 
+def check_layout(unet: Mapping[str, Any], vae: Mapping[str, Any], text_encoder: Mapping[str, Any]) -> None:
+    """Refuses a pipeline that has no form in this layout, from its configs; of the text encoders from the first one's.
+
+    Raises:
+        UserError: a module has no LDM name, or the text encoder has more layers than the layout.
+    """
+    unet_key_map(unet)
+    vae_key_map(vae)
+    if unet.get("addition_embed_type") != "text_time" and unet.get("use_linear_projection"):
+        _check_layers(int(text_encoder.get("num_hidden_layers", 0)))
+
+
 def from_ldm_unet(path: str | Path, config: Mapping[str, Any]) -> UNet2DConditionModel:
     """Reads the U-Net of a single file, in the file's dtype; `config` is its diffusers config."""
     unet = placing.empty(UNet2DConditionModel, config)
@@ -269,6 +281,10 @@ def _layout_for(config: Mapping[str, Any], text_encoder: Any, text_encoder_2: An
         raise UserError("to_ldm: an SDXL U-Net has two text encoders, all others have one: pass its own")
     if sdxl or not config["use_linear_projection"]:
         return "sdxl" if sdxl else "sd-v1"
-    if (layers := text_encoder.config.num_hidden_layers if text_encoder is not None else 0) > SD_V2_LAYERS:
-        raise UserError(f"to_ldm: text_encoder has {layers} layers, SD v2 uses {SD_V2_LAYERS}: remove the others")
+    _check_layers(text_encoder.config.num_hidden_layers if text_encoder is not None else 0)
     return "sd-v2"
+
+
+def _check_layers(layers: int) -> None:
+    if layers > SD_V2_LAYERS:
+        raise UserError(f"text_encoder has {layers} layers, SD v2's single file has {SD_V2_LAYERS}: {INSTEAD}")

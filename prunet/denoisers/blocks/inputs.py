@@ -100,9 +100,10 @@ def sd3(config: Any, shape: Shape) -> dict[str, Any]:
 
 def sana(config: Any, shape: Shape) -> dict[str, Any]:
     """Returns inputs of Sana."""
-    last = 1000 * config.get("timestep_scale", 1.0)
+    sprint = config.guidance_embeds  # Sana-Sprint, whose times are from 0 to 1
+    last = 1.0 if sprint else 1000 * config.get("timestep_scale", 1.0)
     inputs = _usual(shape, shape.latents(config.in_channels), 300, config.caption_channels, last)
-    return {**inputs, **_guidance(config, shape)}
+    return inputs | ({"guidance": shape.times(4.5 * config.guidance_embeds_scale)} if sprint else {})
 
 
 def pixart(config: Any, shape: Shape) -> dict[str, Any]:
