@@ -99,7 +99,9 @@ def test_a_run_keeps_the_commit_and_its_student_goes_to_the_hub(
     assert student.unet.state_dict().keys() == load_unet(tmp_path / "run" / "stage-1" / "unet").state_dict().keys()
     code, _, err = call(capsys, *push, "--single-file")
     assert code == 0, err
-    assert "student.safetensors" in hub.repositories["owner/small"][-1][1]
+    files = hub.repositories["owner/small"][-1][1]
+    assert {"student.safetensors", "student.config/model_index.json", "student.config/unet/config.json"} <= files.keys()
+    assert files["README.md"].decode() == card and "student.config/.prunet.json" not in files
 
 
 def test_the_licence_of_a_model_card_is_found(hub: Hub, sd, tmp_path) -> None:

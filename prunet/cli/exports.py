@@ -107,7 +107,8 @@ def export(
         else:
             file = {"program": program or "comfyui", "bits": gguf} if is_file else None
             facts, text = _stock(this, target, what, fp16, file)
-    pushed = push(target, to_hub) if to_hub else None
+    card = this.folder / "pipeline" / "README.md" if is_file else None
+    pushed = push(target, to_hub, card) if to_hub else None
     say(as_json, {"output": str(target), **facts, "pushed": pushed}, f"{pushed}\n{text}" if pushed else text)
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from prunet.disk.seals import SEAL
@@ -21,10 +21,10 @@ def check_push(repository: str) -> None:
     _asked(repository, lambda: HfApi().whoami())
 
 
-def push(written: Path, repository: str) -> str:
-    """Uploads a pipeline folder or a single file as one commit; returns the commit's address.
+def push(written: Path, repository: str, card: Path | None = None) -> str:
+    """Uploads a pipeline folder, or a single file with its configs and its model `card`, as one commit.
 
-    A new repository is private; an existing one keeps its visibility and its other files.
+    Returns the commit's address. A new repository is private; an existing one keeps its visibility and its other files.
 
     Raises:
         UserError: the user is not logged in or not allowed to write, or the hub is not reachable.
@@ -33,12 +33,18 @@ def push(written: Path, repository: str) -> str:
 
     def upload() -> Any:
         api.create_repo(repository, private=True, exist_ok=True)
+        message = "Upload a student by prunet"
         if written.is_dir():
-            message = "Upload a student by prunet"
             return api.upload_folder(
                 repo_id=repository, folder_path=written, commit_message=message, ignore_patterns=[SEAL]
             )
-        return api.upload_file(repo_id=repository, path_or_fileobj=written, path_in_repo=written.name)
+        configs = written.with_suffix(
+            ".config"
+        )  # without them only programs that know the layout's sizes open the file
+        files = {written.name: written} | ({"README.md": card} if card else {})
+        files |= {str(path.relative_to(written.parent)): path for path in configs.rglob("*") if path.is_file()}
+        added = [CommitOperationAdd(name, path) for name, path in files.items() if path.name != SEAL]
+        return api.create_commit(repository, added, commit_message=message)
 
     return str(_asked(repository, upload).commit_url)
 
