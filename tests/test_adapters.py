@@ -159,8 +159,11 @@ def test_names_of_the_original_layout_where_diffusers_cannot_read_them(tmp_path,
         assert (delta - theirs[teacher_name(name, derived.form.module_map)]).abs().max() < 1e-6, name
 
 
-@pytest.mark.parametrize("form", ["peft", "diffusers", "kohya", "sgm"])
-@each_plan
+@pytest.mark.parametrize(
+    ("plan", "form"),
+    [(plan, "peft") for plan in PLANS]
+    + [(plan, form) for plan in ("bk-tiny", "ssd-1b", "koala-700m") for form in ("diffusers", "kohya", "sgm")],
+)
 def test_each_layer_of_a_lora_has_its_own_delta(plan, form, tmp_path, run) -> None:
     kind, derived = PLANS[plan], derived_of(plan)
     path, theirs = write_lora(tmp_path / "lora.safetensors", kind, form)

@@ -82,6 +82,7 @@ def test_a_narrow_terminal_cuts_the_note_and_not_the_count_or_the_time(width, mo
     assert ("loss 0.1234" if width > 60 else "…") in last and len(last.split("\r")[-1].replace("\x1b[2K", "")) <= width
 
 
+@pytest.mark.processes
 def test_a_library_user_sees_no_warning_of_other_libraries(sd, tmp_path) -> None:
     """In a new process, because some libraries warn when they are first imported."""
     code = f"""

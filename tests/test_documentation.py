@@ -108,6 +108,7 @@ def test_the_tutorial_goes_from_pictures_to_a_single_file(tmp_path: Path) -> Non
     assert len(list(tmp_path.glob("generated/*.png"))) == 4
 
 
+@pytest.mark.processes
 def test_commands_that_need_nothing_work(capsys: pytest.CaptureFixture[str]) -> None:
     """Runs the commands about plans and layouts, which need no files."""
     layouts = r"prunet (plans|protocols|inspect (sd|flux|qwen|z-image|sana|pixart)[\w.-]* --plan [\w-]+)$"

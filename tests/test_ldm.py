@@ -397,7 +397,7 @@ def test_models_without_a_single_file_form_are_refused():
         to_ldm(unet_of("sdxl vega"), None, text_encoder_of())
     with pytest.raises(UserError, match="two text encoders"):
         to_ldm(unet_of("sd-v1 bk-base"), None, text_encoder_of(), text_encoder_of())
-    with pytest.raises(UserError, match="24 layers, SD v2 uses 23"):
+    with pytest.raises(UserError, match="24 layers, SD v2's single file has 23"):
         to_ldm(unet_of("sd-v2 bk-base"), None, text_encoder_of(layers=24))
     with pytest.raises(UserError, match="does not belong to a CLIP text encoder"):
         to_ldm(unet_of("sd-v1 bk-base"), None, torch.nn.Linear(2, 2))

@@ -200,7 +200,7 @@ def test_headline_says_how_small_and_how_fast(tmp_path: Path) -> None:
     assert re.search(r"prunet run '[^']*runs/fox & crow'", text)
     assert f"{share:.0f} %" in text
     assert "1.5×" in text
-    tile = text.split("distance before distillation")[1][:40]
+    tile = text.split("of the distance that it had before distillation")[1][:40]
     assert "10 %" in tile, "every distance fell to a tenth"
     assert "build 1.5 min" in text
 
