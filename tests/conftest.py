@@ -71,6 +71,11 @@ def sd(once: Once) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sd_v(once: Once) -> Path:
+    return once("sd_v", lambda folder: make_pipeline(folder, "sd", prediction_type="v_prediction"))
+
+
+@pytest.fixture(scope="session")
 def sdxl(once: Once) -> Path:
     return once("sdxl", lambda folder: make_pipeline(folder, "sdxl"))
 

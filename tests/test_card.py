@@ -3,15 +3,19 @@
 import ast
 import re
 import shlex
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+from prunet import Teacher
 from prunet.errors import printable
-from prunet.exports.card import model_card
+from prunet.exports.card import model_card, origin
 from prunet.recipe.values import Drawing, EmbeddedGuidance
+from prunet.runs.card import loads_in
 
 NASTY = [
     "mit\nmalicious: true",
@@ -75,10 +79,24 @@ def test_a_model_that_takes_the_guidance_scale_is_not_called_one_without_guidanc
 
 
 def test_all_teachers_are_named() -> None:
-    text = model_card({"teacher": "a/first", "also": ["a/last"], "base_model": ["a/first", "a/last"]})
+    first, last = (SimpleNamespace(hub_id=name, commit="c") for name in ("a/first", "a/last"))
+    assert origin(first, first)["base_model"] == "a/first" and not origin(first, first)["also"]
+    back = origin(first, last, first)  # the last stage learns from the first teacher again
+    assert (back["also"], back["last"]) == (["a/last"], "a/first")
+    text = model_card(origin(first, first, last))
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == ["a/first", "a/last"]
     assert "learned from `a/last`; VAE and text encoders are those of `a/last`" in text
     assert "licence of its teacher; see `a/first`, `a/last`" in text
+
+
+def test_comfyui_must_be_told_of_v_prediction(sd, sd_v, sdxl) -> None:
+    def answer(folder: Path, said: str) -> str:
+        teacher = Teacher(folder)
+        derived = SimpleNamespace(loads_in={"ComfyUI, single file": said})
+        return loads_in(SimpleNamespace(derived=derived, teacher=teacher, teachers=[teacher]))["ComfyUI, single file"]
+
+    assert answer(sd, "yes") == answer(sdxl, "yes") == "yes" and answer(sd_v, "no: why") == "no: why"
+    assert answer(sd_v, "yes").startswith("yes: with the node ModelSamplingDiscrete")
 
 
 def shape(text: str) -> list[str]:

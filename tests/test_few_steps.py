@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_pipeline
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -45,11 +44,6 @@ PACE = {"steps": 2, "batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0, "
 TRAJECTORY = Stage(objective="trajectory", guidance_scale=2.0, jumps=2, path_steps=4, paths=10, **PACE)
 GUIDANCE = Stage(objective="guidance", guidance_scale=3.0, losses=Losses(task=0), caption_dropout=0, **PACE)
 SCALE = 2.0
-
-
-@pytest.fixture(scope="module")
-def sd_v(once) -> Path:
-    return once("sd_v", lambda folder: make_pipeline(folder, "sd", prediction_type="v_prediction"))
 
 
 @pytest.fixture(scope="module", params=["sd", "sd_v", "sdxl"])

@@ -24,6 +24,7 @@ from prunet.errors import UserError
 from prunet.teacher import placing
 from prunet.teacher.ldm import (
     UNET,
+    check_layout,
     from_ldm_unet,
     layout_of,
     place,
@@ -399,6 +400,11 @@ def test_models_without_a_single_file_form_are_refused():
         to_ldm(unet_of("sd-v1 bk-base"), None, text_encoder_of(), text_encoder_of())
     with pytest.raises(UserError, match="24 layers, SD v2's single file has 23"):
         to_ldm(unet_of("sd-v2 bk-base"), None, text_encoder_of(layers=24))
+    vae = json.loads((Path(__file__).parent.parent / "emoji/emoji-sd/vae/config.json").read_text())
+    check_layout(unet_of("sd-v2 bk-base").config, vae, {"num_hidden_layers": 23})
+    check_layout(unet_of("sd-v1 bk-base").config, vae, {"num_hidden_layers": 24})
+    with pytest.raises(UserError, match="24 layers, SD v2's single file has 23"):
+        check_layout(unet_of("sd-v2 bk-base").config, vae, {"num_hidden_layers": 24})
     with pytest.raises(UserError, match="does not belong to a CLIP text encoder"):
         to_ldm(unet_of("sd-v1 bk-base"), None, torch.nn.Linear(2, 2))
 

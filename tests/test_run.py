@@ -472,6 +472,15 @@ def test_teacher_of_another_layout_or_latent_space_is_refused(sd, sdxl, pictures
         Run(load_recipe(recipe_file(tmp_path, sd, pictures, stages=stages)), CPU).check()
 
 
+def test_a_single_file_that_cannot_be_is_refused_before_the_training(sd, pictures, tmp_path, monkeypatch) -> None:
+    this = Run(load_recipe(recipe_file(tmp_path, sd, pictures, export={"single_file": True})), CPU)
+    this.check()
+    monkeypatch.setattr("prunet.teacher.ldm._VAE_INSIDE", {})  # as if it had a module without a name in the layout
+    with pytest.raises(UserError, match=r"^export\.single_file: LDM has no place for .*: set it to false$"):
+        this.check()
+    this.check("distil")
+
+
 WAIT_FOR = {
     "cache": "run/cache/shard-00001.safetensors",
     "distil": "run/stage-1/checkpoints/step-0000006",

@@ -127,8 +127,6 @@ def test_export_refuses(options, message, run_folder, capsys) -> None:
 
 def test_two_files_do_not_share_their_configs(run_folder, tmp_path, capsys) -> None:
     (tmp_path / "tiny.safetensors").write_bytes(b"an export")
-    code, _, err = call(capsys, "export", run_folder, "--single-file", "-o", tmp_path / "tiny.gguf", "--gguf", "q8_0")
-    assert code == 2
     code, _, err = call(capsys, "export", run_folder, "--gguf", "q8_0", "-o", tmp_path / "tiny.gguf")
     assert code == 2 and "would replace those of tiny.safetensors beside it: give another name" in err
 

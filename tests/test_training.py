@@ -388,6 +388,7 @@ def test_only_the_last_checkpoints_are_kept(sd, made, tmp_path) -> None:
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-0000002", "step-0000003"]
     (tmp_path / "run" / "checkpoints" / "step-10000000").mkdir()  # its number has a digit more
     (tmp_path / "run" / "checkpoints" / "step-9999000").mkdir()
+    (tmp_path / "run" / "checkpoints" / "step-9999000 copy").mkdir()  # not prunet's
     assert [p.name for p in checkpoints(tmp_path / "run")][-2:] == ["step-9999000", "step-10000000"]
 
 

@@ -15,13 +15,15 @@ from prunet.words import short
 def origin(teacher: Teacher, *later: Teacher) -> dict[str, Any]:
     """Returns the facts of a model card about the teacher, and about `later` ones of single stages.
 
-    `base_model`: the one on the hub, or a list of several, or None; `also`: the names of others than the first.
+    `base_model`: the one on the hub, or a list of several, or None; `also`: the names of others than the first; `last`:
+    the name of the last one, whose VAE and text encoders the student has.
     """
-    names = list(dict.fromkeys(one.hub_id or short(one.source) for one in (teacher, *later)))
+    named = [one.hub_id or short(one.source) for one in (teacher, *later)]
+    names = list(dict.fromkeys(named))
     hub = list(dict.fromkeys(one.hub_id for one in (teacher, *later) if one.hub_id))
     base = hub if len(hub) > 1 else hub[0] if hub else None
     commit = teacher.commit if teacher.hub_id else None
-    return {"teacher": names[0], "also": names[1:], "base_model": base, "commit": commit}
+    return {"teacher": names[0], "also": names[1:], "last": named[-1], "base_model": base, "commit": commit}
 
 
 def model_card(facts: dict[str, Any]) -> str:

@@ -88,7 +88,8 @@ def recover(
                 scores.keep("after", key, _train(student, scores, samples, rung, folder, usual, runtime))
             errors = scores.kept("after")[key]
             if errors is None:
-                after, _ = "diverged", found.pop(key_of(student), None)
+                after = "diverged"
+                found.pop(key_of(student), None)
             else:
                 error = found.setdefault(key_of(student), {})[rung] = scores.measure(errors).value
                 after = f"{error:.4g}"

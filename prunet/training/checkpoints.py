@@ -48,7 +48,8 @@ def trained_parameters(student: Net) -> dict[str, nn.Parameter]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Lists the whole checkpoints of a stage, oldest first."""
-    return sorted((folder / "checkpoints").glob("step-*"), key=lambda saved: int(saved.name.removeprefix("step-")))
+    steps = {path: path.name.removeprefix("step-") for path in (folder / "checkpoints").glob("step-*")}
+    return sorted((path for path, step in steps.items() if step.isdigit()), key=lambda path: int(steps[path]))
 
 
 def save(now: State, folder: Path, step: int, stage: Training, keep: int, unlogged: dict[str, Any]) -> None:
