@@ -8,6 +8,9 @@ protocols `emoji-train` and `emoji-heldout`, and how far the pictures are from t
 equal noise). Numbers are means over the training seeds, with half of the 95 % interval (Student's t); with one seed,
 the interval over the pictures. What is not finished is left out. `students.png` beside it shows the first pictures.
 
+With `--length 0.25` every stage has a quarter of its steps, in folders of its own: short trainings can mislead, so
+plans and losses are compared at several lengths.
+
 With `--results FOLDER` the numbers are also kept in a file there, and the table has those that it held before: seeds
 can be trained on several machines. What is in the file is not trained again. Numbers of an arm whose recipe has changed
 since are dropped from it, and counted.
@@ -53,6 +56,8 @@ DRAWN = {
     "trajectory, 1 jump": [(1, 1.0), (2, 1.0)],
 }
 TEACHER = [(25, GUIDANCE), (8, GUIDANCE), (4, GUIDANCE), (2, GUIDANCE), (1, GUIDANCE)]
+#: Where nothing else is said, students draw like this: both teachers draw as well as in 25 steps.
+USUAL = TEACHER[1]
 #: Pictures of each protocol in the sheet.
 SHOWN = 6
 
@@ -73,7 +78,7 @@ def keys_of(arm: str, seed: int, drawn: list[tuple[int, float]], args: argparse.
 def drawn_in(arm: str, recipe: Recipe) -> list[tuple[int, float]]:
     """Steps and guidance scales in which the student of an arm draws."""
     made_for = recipe.made_for
-    return DRAWN.get(arm, [(made_for.steps, made_for.guidance_scale) if made_for else TEACHER[0]])
+    return DRAWN.get(arm, [(made_for.steps, made_for.guidance_scale) if made_for else USUAL])
 
 
 def sampler_of(guidance: float) -> str:
@@ -150,7 +155,25 @@ def teachers_pictures(source: Path, known: Rows, args: argparse.Namespace) -> No
 
 
 def finished(recipe: Recipe, recipes: list[Recipe], args: argparse.Namespace, until: str = "distil") -> Run:
-    return finish(recipe, Runtime(device=args.device, precision="no"), recipes, until=until)
+    return finish(recipe, Runtime(device=args.device, precision=args.precision), recipes, until=until)
+
+
+def at_length(
+    ablation: Ablation, recipes: dict[tuple[str, int], Recipe], length: float
+) -> tuple[Ablation, dict[tuple[str, int], Recipe]]:
+    """The ablation with this share of the steps of every stage, in folders of its own. The caches stay the same."""
+    if length == 1:
+        return ablation, recipes
+
+    def shorter(recipe: Recipe) -> Recipe:
+        stages = [s.model_copy(update={"steps": max(1, round(s.steps * length))}) for s in recipe.stages]
+        inside = Path(recipe.output).relative_to(ablation.output)
+        return recipe.model_copy(update={"stages": stages, "output": f"{output / inside}"})
+
+    output = Path(f"{ablation.output}-{length:g}")
+    title = f"{ablation.title}, {length:g} of the steps"
+    changed = ablation.model_copy(update={"title": title, "output": f"{output}"})
+    return changed, {key: shorter(recipe) for key, recipe in recipes.items()}
 
 
 def common(a: Recipe, b: Recipe) -> int:
@@ -298,12 +321,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="these of the ablation's seeds")
     parser.add_argument("--arms", nargs="+", help="these of the ablation's arms")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="no", help="of the training (%(default)s)")
+    parser.add_argument("--length", type=float, default=1, help="share of the steps of every stage (%(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="students that train at once (%(default)s)")
     parser.add_argument("--caches", action="store_true", help="only make the caches and the teacher's pictures")
     parser.add_argument("--table", action="store_true", help="only write the tables of what is there")
     parser.add_argument("--results", type=Path, help="folder with the numbers of other machines; these are added")
     args = parser.parse_args()
-    loaded = [load_ablation(path) for path in args.ablations]
+    loaded = []
+    for path in args.ablations:
+        ablation, of = load_ablation(path)
+        loaded.append(at_length(ablation, of, args.length))
     recipes = {
         (ablation.title, arm, seed): recipe
         for ablation, of in loaded

@@ -9,6 +9,7 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prunet.errors import UserError
 from prunet.intervals import Array, Measure, jackknife, parts_of
@@ -87,19 +88,23 @@ def kernel_distance(a: Array, b: Array, subset_size: int = 1000, subsets: int = 
 
 def squared_mmd(x: Array, y: Array) -> float:
     """Unbiased squared MMD over all pairs of `x` and `y` (N, D), with KID's kernel."""
-    return _alike_within(x) + _alike_within(y) - 2 * _alike(x, y)
+    return _alike_within(x) + _alike_within(y) - 2 * float(_sums(x, y).mean()) / len(y)
 
 
-def _alike(x: Array, y: Array, rows: int = 2000) -> float:
-    """Returns the mean of KID's kernel over all pairs of `x` and `y`; some rows of it at once are in memory."""
-    sums = [float(((part @ y.T / x.shape[1] + 1) ** 3).sum()) for part in parts_of(x, rows)]
-    return sum(sums) / (len(x) * len(y))
+def _sums(x: Array, y: Array, rows: int = 2000) -> Array:
+    """Returns for each row of `x` the sum of KID's kernel over all rows of `y`; some rows at once are in memory."""
+    return np.concatenate([((part @ y.T / x.shape[1] + 1) ** 3).sum(axis=1) for part in parts_of(x, rows)])
+
+
+def _own(x: Array) -> Array:
+    """Returns KID's kernel of each row of `x` with itself."""
+    out: Array = ((x * x).sum(axis=1) / x.shape[1] + 1) ** 3
+    return out
 
 
 def _alike_within(x: Array) -> float:
     """Returns the mean of KID's kernel over all pairs of two different rows of `x`."""
-    own = float((((x * x).sum(axis=1) / x.shape[1] + 1) ** 3).sum())
-    return (_alike(x, x) * len(x) ** 2 - own) / (len(x) * (len(x) - 1))
+    return float(_sums(x, x).sum() - _own(x).sum()) / (len(x) * (len(x) - 1))
 
 
 def covered(points: Array, manifold: Array, neighbours: int = 3, rows: int = 2000) -> Array:
@@ -170,5 +175,11 @@ def kid(ours: Array, real: Array, subset_size: int = 1000) -> Measure:
     """KID of features (N, D) against real ones; its interval is over all pairs, since random subsets would widen it."""
     value = kernel_distance(ours, real, subset_size)
     ours, real = ours.astype(np.float64), real.astype(np.float64)
-    theirs = _alike_within(real)
-    return jackknife(value, len(ours), lambda kept: _alike_within(ours[kept]) + theirs - 2 * _alike(ours[kept], real))
+    theirs, among, cross, own = _alike_within(real), _sums(ours, ours), _sums(ours, real), _own(ours)
+
+    def of(kept: NDArray[np.int64]) -> float:
+        gone = np.setdiff1d(np.arange(len(ours)), kept)  # few, so only their pairs are computed again
+        pairs = among.sum() - 2 * among[gone].sum() + _sums(ours[gone], ours[gone]).sum() - own[kept].sum()
+        return float(pairs / (len(kept) * (len(kept) - 1)) + theirs - 2 * cross[kept].mean() / len(real))
+
+    return jackknife(value, len(ours), of)
