@@ -62,6 +62,8 @@ def test_prompts_a_plan_and_a_budget(sd, tmp_path) -> None:
     text = new_recipe(str(sd), str(tmp_path / "prompts.txt"), plan="bk-tiny", budget=10**5, runtime=CPU)
     recipe = yaml.safe_load(text)
     assert recipe["plan"] == "bk-tiny" and recipe["data"]["prompts"] == str(tmp_path / "prompts.txt")
+    (stage,) = recipe["stages"]  # learns from the teacher alone, since the latents are the teacher's too
+    assert stage["losses"]["task"] == 0 and stage["random_captions"]
     assert "It does not fit" in text and "--micro-batch 1 --gradient-checkpointing" in text
     with pytest.raises(UserError, match=r"No plan 'bk-tin'.*did you mean"):
         new_recipe(str(sd), str(tmp_path / "prompts.txt"), plan="bk-tin", runtime=CPU)
@@ -75,6 +77,7 @@ def test_few_steps(jumps, path_steps, sd, pictures, tmp_path) -> None:
     Run(recipe := load_recipe(path), CPU).check()
     assert recipe.output.endswith(f"-bk-tiny-{jumps}-steps")
     size, steps = recipe.stages
+    assert size.losses.task == 1 and not size.random_captions
     assert (steps.jumps, steps.path_steps, steps.paths) == (jumps, path_steps, 2000)
     assert recipe.made_for == Drawing(steps=jumps, guidance_scale=1, sampler="ddim-trailing")
     shipped = load_recipe("bk-tiny-few-steps").stages
