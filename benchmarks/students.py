@@ -56,8 +56,6 @@ DRAWN = {
     "trajectory, 1 jump": [(1, 1.0), (2, 1.0)],
 }
 TEACHER = [(25, GUIDANCE), (8, GUIDANCE), (4, GUIDANCE), (2, GUIDANCE), (1, GUIDANCE)]
-#: Where nothing else is said, students draw like this: both teachers draw as well as in 25 steps.
-USUAL = TEACHER[1]
 #: Pictures of each protocol in the sheet.
 SHOWN = 6
 
@@ -75,10 +73,10 @@ def keys_of(arm: str, seed: int, drawn: list[tuple[int, float]], args: argparse.
     return {(arm, seed, protocol, counts[protocol], *how) for protocol in PROTOCOLS for how in drawn}
 
 
-def drawn_in(arm: str, recipe: Recipe) -> list[tuple[int, float]]:
+def drawn_in(arm: str, recipe: Recipe, args: argparse.Namespace) -> list[tuple[int, float]]:
     """Steps and guidance scales in which the student of an arm draws."""
     made_for = recipe.made_for
-    return DRAWN.get(arm, [(made_for.steps, made_for.guidance_scale) if made_for else USUAL])
+    return DRAWN.get(arm, [(made_for.steps, made_for.guidance_scale) if made_for else (args.steps, GUIDANCE)])
 
 
 def sampler_of(guidance: float) -> str:
@@ -158,20 +156,23 @@ def finished(recipe: Recipe, recipes: list[Recipe], args: argparse.Namespace, un
     return finish(recipe, Runtime(device=args.device, precision=args.precision), recipes, until=until)
 
 
-def at_length(
-    ablation: Ablation, recipes: dict[tuple[str, int], Recipe], length: float
+def trained_as_asked(
+    ablation: Ablation, recipes: dict[tuple[str, int], Recipe], args: argparse.Namespace
 ) -> tuple[Ablation, dict[tuple[str, int], Recipe]]:
-    """The ablation with this share of the steps of every stage, in folders of its own. The caches stay the same."""
-    if length == 1:
+    """The ablation with this share of the steps of every stage, and in this precision, in folders of its own. The
+    caches, and the stages' warm-up, stay the same.
+    """
+    apart = [f"{args.length:g}"] * (args.length != 1) + [args.precision] * (args.precision != "no")
+    if not apart:
         return ablation, recipes
 
     def shorter(recipe: Recipe) -> Recipe:
-        stages = [s.model_copy(update={"steps": max(1, round(s.steps * length))}) for s in recipe.stages]
+        stages = [s.model_copy(update={"steps": max(1, round(s.steps * args.length))}) for s in recipe.stages]
         inside = Path(recipe.output).relative_to(ablation.output)
         return recipe.model_copy(update={"stages": stages, "output": f"{output / inside}"})
 
-    output = Path(f"{ablation.output}-{length:g}")
-    title = f"{ablation.title}, {length:g} of the steps"
+    output = Path("-".join([ablation.output, *apart]))
+    title = ", ".join([ablation.title, *([f"{args.length:g} of the steps"] if args.length != 1 else [])])
     changed = ablation.model_copy(update={"title": title, "output": f"{output}"})
     return changed, {key: shorter(recipe) for key, recipe in recipes.items()}
 
@@ -211,18 +212,19 @@ def jobs_of(recipes: dict[tuple[str, str, int], Recipe], known: Rows, teacher: P
         name = f"{title}: {arm}, seed {seed}"
         alike = max(before, key=lambda other: common(recipe, other[1]), default=None)
         after = {*caches, *([alike[0]] if alike and common(recipe, alike[1]) else [])}
-        jobs[name] = (partial(trained, recipe, every, drawn_in(arm, recipe), teacher, args), after)
+        jobs[name] = (partial(trained, recipe, every, drawn_in(arm, recipe, args), teacher, args), after)
         before.append((name, recipe))
     return jobs
 
 
-def recipe_hash(recipe: Recipe) -> str:
+def recipe_hash(recipe: Recipe, args: argparse.Namespace) -> str:
     """Hash of what a student is trained by. It is equal on all machines: of folders only the teachers' names count."""
     trained_by = recipe.model_dump(mode="json", include={"plan", "initialisation", "stages", "seed"})
     for stage in trained_by["stages"]:
         stage["teacher"] = stage["teacher"] and Path(stage["teacher"]["source"]).name
     data = recipe.data.model_dump(mode="json", exclude={"source", "prompts"})
-    return json_hash([trained_by, data, Path(recipe.teacher.source).name], sort_keys=True)
+    precision = [args.precision] * (args.precision != "no")  # numbers that were kept before this option stay known
+    return json_hash([trained_by, data, Path(recipe.teacher.source).name, *precision], sort_keys=True)
 
 
 def rows_of(arm: str, seed: int, recipe: Recipe | None, args: argparse.Namespace) -> Iterator[Row]:
@@ -230,7 +232,7 @@ def rows_of(arm: str, seed: int, recipe: Recipe | None, args: argparse.Namespace
     place = Path(recipe.output) if recipe else args.teachers
     for protocol in PROTOCOLS:
         best = folder_of(args.teachers, protocol, *TEACHER[0])
-        for steps, guidance in drawn_in(arm, recipe) if recipe else TEACHER:
+        for steps, guidance in drawn_in(arm, recipe, args) if recipe else TEACHER:
             folder = folder_of(place, protocol, steps, guidance)
             if not (folder / "measures.json").is_file():
                 continue
@@ -239,7 +241,7 @@ def rows_of(arm: str, seed: int, recipe: Recipe | None, args: argparse.Namespace
             yield Row(
                 arm=arm,
                 seed=seed,
-                recipe=recipe_hash(recipe) if recipe else "",
+                recipe=recipe_hash(recipe, args) if recipe else "",
                 protocol=protocol,
                 count=measures.protocol["count"],
                 steps=steps,
@@ -256,7 +258,7 @@ def earlier_rows(ablation: Ablation, recipes: dict[tuple[str, int], Recipe], arg
     if path is None or not path.is_file():
         return {}
     rows = [Row.model_validate(row) for row in read_json(path)]
-    hashes = {("teacher", 0): ""} | {key: recipe_hash(recipe) for key, recipe in recipes.items()}
+    hashes = {("teacher", 0): ""} | {key: recipe_hash(recipe, args) for key, recipe in recipes.items()}
     kept = {row.key: row for row in rows if hashes.get((row.arm, row.seed)) == row.recipe}
     if len(kept) < len(rows):
         print(f"{path}: {len(rows) - len(kept)} rows of other recipes left out", flush=True)
@@ -283,7 +285,7 @@ def results(ablation: Ablation, recipes: dict[tuple[str, int], Recipe], args: ar
 def write_sheet(path: Path, arms: dict[str, list[Recipe]], args: argparse.Namespace) -> None:
     """Writes a sheet of the first prompts of both protocols: the teacher, and the first seed of each arm."""
     drawn = {"teacher": (args.teachers, TEACHER[0])}
-    drawn |= {arm: (Path(recipes[0].output), drawn_in(arm, recipes[0])[0]) for arm, recipes in arms.items()}
+    drawn |= {arm: (Path(recipes[0].output), drawn_in(arm, recipes[0], args)[0]) for arm, recipes in arms.items()}
     rows: dict[str, list[Image.Image]] = {}
     captions: list[str] = []
     for name, (place, how) in drawn.items():
@@ -321,17 +323,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="these of the ablation's seeds")
     parser.add_argument("--arms", nargs="+", help="these of the ablation's arms")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", default="no", help="of the training (%(default)s)")
+    parser.add_argument("--precision", default="no", choices=["no", "bf16"], help="of the training (%(default)s)")
+    parser.add_argument("--steps", type=int, default=25, help="of guided students, if not said (%(default)s)")
     parser.add_argument("--length", type=float, default=1, help="share of the steps of every stage (%(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="students that train at once (%(default)s)")
     parser.add_argument("--caches", action="store_true", help="only make the caches and the teacher's pictures")
     parser.add_argument("--table", action="store_true", help="only write the tables of what is there")
     parser.add_argument("--results", type=Path, help="folder with the numbers of other machines; these are added")
     args = parser.parse_args()
+    if args.length <= 0:
+        parser.error("--length: give a share of the steps above 0")
     loaded = []
     for path in args.ablations:
         ablation, of = load_ablation(path)
-        loaded.append(at_length(ablation, of, args.length))
+        loaded.append(trained_as_asked(ablation, of, args))
     recipes = {
         (ablation.title, arm, seed): recipe
         for ablation, of in loaded
@@ -346,7 +351,7 @@ def main() -> None:
     left = {
         (title, arm, seed): recipe
         for (title, arm, seed), recipe in recipes.items()
-        if not keys_of(arm, seed, drawn_in(arm, recipe), args) <= known[title].keys()
+        if not keys_of(arm, seed, drawn_in(arm, recipe, args), args) <= known[title].keys()
     }
     todo = left and not args.table
     jobs = jobs_of(left, known[loaded[0][0].title], Path(first.teacher.source), args) if todo else {}

@@ -94,7 +94,7 @@ def new_recipe(
     if jumps and (count := opened.process.num_timesteps) % jumps:
         raise UserError(f"--jumps {jumps}: give a divisor of the teacher's {count} timesteps, such as 4")
     stage = published(chosen, opened.layout)
-    if found["kind"] == "prompts":  # benchmarks/best.yaml: nearer than with the task loss on the teacher's own latents
+    if found["kind"] == "prompts":  # random captions need this, and bring students nearer: benchmarks/best.yaml
         stage["losses"]["task"] = 0.0
     steps = min(max(STEPS[0], SEEN * (found["count"] or 0) // BATCH), STEPS[1])
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(short(teacher)).stem)
