@@ -24,6 +24,7 @@ class Hub:
         self.cut: set[str] = set()
         self.requests: list[tuple[str, str]] = []  # path, Range
         self.token: str | None = None  # uploads must send it
+        self.role = "write"  # of the token
 
     def commit(self, repository: str, folder: Path) -> str:
         """Adds a commit with the files of a folder; returns its hash."""
@@ -73,7 +74,8 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         self.hub.requests.append((path, self.headers.get("Range", "")))
         if path == "/api/whoami-v2":
-            return self.json({"name": "owner"}) if self.may_write() else self.refuse(401, "")
+            login = {"name": "owner", "auth": {"type": "access_token", "accessToken": {"role": self.hub.role}}}
+            return self.json(login) if self.may_write() else self.refuse(401, "")
         api = re.fullmatch(r"/api/models/(\w+/[\w.-]+)/(revision|tree)/(\w+)", path)
         file = re.fullmatch(r"/(\w+/[\w.-]+)/resolve/(\w+)/(.+)", path)
         found = api or file

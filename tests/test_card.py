@@ -1,8 +1,10 @@
 """The model card shows a user's text as plain text, never as Markdown or as other keys."""
 
 import ast
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +12,14 @@ from typing import Any
 import pytest
 import yaml
 from markdown_it import MarkdownIt
+from test_cli import call
 
 from prunet import Teacher
 from prunet.errors import printable
 from prunet.exports.card import model_card, origin
 from prunet.recipe.values import Drawing, EmbeddedGuidance
 from prunet.runs.card import loads_in
+from prunet.teacher.known import layout_config
 
 NASTY = [
     "mit\nmalicious: true",
@@ -91,12 +95,20 @@ def test_all_teachers_are_named() -> None:
 
 def test_comfyui_must_be_told_of_v_prediction(sd, sd_v, sdxl) -> None:
     def answer(folder: Path, said: str) -> str:
-        teacher = Teacher(folder)
-        derived = SimpleNamespace(loads_in={"ComfyUI, single file": said})
-        return loads_in(SimpleNamespace(derived=derived, teacher=teacher, teachers=[teacher]))["ComfyUI, single file"]
+        derived: Any = SimpleNamespace(loads_in={"ComfyUI, single file": said})
+        return loads_in(derived, Teacher(folder))["ComfyUI, single file"]
 
     assert answer(sd, "yes") == answer(sdxl, "yes") == "yes" and answer(sd_v, "no: why") == "no: why"
     assert answer(sd_v, "yes").startswith("yes: with the node ModelSamplingDiscrete")
+
+
+def test_inspect_says_it_too(sd_v, tmp_path, capsys) -> None:
+    shutil.copytree(sd_v, tmp_path / "v", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "v" / "unet" / "config.json").write_text(json.dumps(layout_config("sd-v2")))
+    for folder, said in ((tmp_path / "v", "yes: with the node"), ("sd-v2", "yes")):
+        code, out, err = call(capsys, "inspect", folder, "--plan", "bk-base", "--json")
+        assert code == 0, err
+        assert json.loads(out)["loads_in"]["ComfyUI, single file"].startswith(said)
 
 
 def shape(text: str) -> list[str]:

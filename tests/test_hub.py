@@ -90,6 +90,10 @@ def test_a_run_keeps_the_commit_and_its_student_goes_to_the_hub(
     assert code == 2 and "hf auth login" in err and "owner/small" not in hub.repositories
     hub.token = "written-for-this-test"
     monkeypatch.setenv("HF_TOKEN", hub.token)
+    hub.role = "read"
+    code, _, err = call(capsys, *push)
+    assert code == 2 and "may only read" in err and "owner/small" not in hub.repositories
+    hub.role = "write"
     code, out, err = call(capsys, *push, "--json")
     assert code == 0, err
     ((sha, files),) = hub.repositories["owner/small"]

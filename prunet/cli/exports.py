@@ -211,7 +211,7 @@ def _stock(this: "Run", target: Path, what: str, fp16: bool, file: dict[str, Any
     from prunet.exports.single_file import export_single_file
     from prunet.runs.card import card_facts, loads_in
 
-    loads = loads_in(this)
+    loads = loads_in(this.derived, this.teachers[-1])
     if file and (file["bits"] or file["program"] == "sd.cpp"):
         loads = {"stable-diffusion.cpp, single file": "yes"}  # other programs do not read this file
     if file:

@@ -99,8 +99,7 @@ def _inspect_plan(source: str, plan: str, config: str | None, as_json: bool) -> 
         opened = Teacher(source, config=config, only_form=True)
         derived = derive(opened.unet_config, chosen)
         opened.check_weights(headers_only=True)
-        facts = derived.result().facts() if as_json else {}
-        say(as_json, facts, None if as_json else plan_view(derived.effect(), title))
+        _say_effect(as_json, derived, opened, title)
 
 
 @contextmanager
@@ -148,10 +147,7 @@ def _inspect_sensitivity(
 
 
 def _inspect_recipe(path: Path, as_json: bool) -> None:
-    from rich.console import Group
-    from rich.text import Text
-
-    from prunet.cli.views import plan_view, stairs_view
+    from prunet.cli.views import stairs_view
     from prunet.student.student import check_steps, derive_stages
     from prunet.teacher.teacher import Teacher
 
@@ -164,12 +160,25 @@ def _inspect_recipe(path: Path, as_json: bool) -> None:
     check_steps(steps)
     notes = [f"{stage.steps:,} x {stage.batch_size}" for stage in recipe.stages]
     title = f"{source.source} by {recipe.plan.name}"
-    facts = derived.result().facts() | {"stages": [step.result().facts() for step in steps]} if as_json else {}
-    say(
-        as_json,
-        facts,
-        None if as_json else Group(plan_view(derived.effect(), title), Text(), stairs_view(steps, notes)),
-    )
+    more = {"stages": [step.result().facts() for step in steps]} if as_json else {}
+    _say_effect(as_json, derived, teacher, title, more, None if as_json else stairs_view(steps, notes))
+
+
+def _say_effect(
+    as_json: bool, derived: Any, teacher: Any, title: str, more: dict[str, Any] | None = None, below: Any = ""
+) -> None:
+    """Says what a plan does to a teacher, with `more` facts, or with a view `below` it."""
+    from rich.console import Group
+
+    from prunet.cli.views import plan_view
+    from prunet.runs.card import loads_in
+
+    programs = {"loads_in": loads_in(derived, teacher)}
+    if as_json:
+        say(as_json, derived.result().facts() | programs | (more or {}))
+    else:
+        view = plan_view(derived.effect().model_copy(update=programs), title)
+        say(as_json, {}, Group(view, "", below) if below else view)
 
 
 @app.command()

@@ -11,14 +11,20 @@ from prunet.errors import UserError
 
 
 def check_push(repository: str) -> None:
-    """Refuses a wrong repository name, and a push without a login, before anything is exported.
+    """Refuses a wrong repository name, and a push without a login that may write, before anything is exported.
+
+    What a fine-grained token may write only the upload shows.
 
     Raises:
-        UserError: the name is not owner/name, or the hub does not accept the login.
+        UserError: the name is not owner/name, the hub does not accept the login, or its token may only read.
     """
     if len(repository.split("/")) != 2 or not all(repository.split("/")):
         raise UserError(f"--push {repository}: not a name of a repository on the hub: give owner/name")
-    _asked(repository, lambda: HfApi().whoami())
+    login = _asked(repository, lambda: HfApi().whoami())
+    if login.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise UserError(
+            f"--push {repository}: this login's token may only read: `hf auth login` with one that may write"
+        )
 
 
 def push(written: Path, repository: str, card: Path | None = None) -> str:

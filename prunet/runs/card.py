@@ -9,14 +9,18 @@ from prunet.exports.card import origin
 from prunet.words import short
 
 if TYPE_CHECKING:
+    from prunet.plan.derived import Derived
     from prunet.runs.run import Run
+    from prunet.teacher.teacher import Teacher
 
 
-def loads_in(this: "Run") -> dict[str, str]:
-    """Maps each program to whether it loads the student (see `prunet.denoisers.unet2d.compatibility.loads_in`)."""
-    answers, config = dict(this.derived.loads_in), this.teachers[-1].noise_scheduler.config
-    comfy = "ComfyUI, single file"
-    if config["prediction_type"] == "v_prediction" and this.teacher.kind == "sd" and answers.get(comfy) == "yes":
+def loads_in(derived: "Derived", teacher: "Teacher") -> dict[str, str]:
+    """Maps each program to whether it loads the student (see `prunet.denoisers.unet2d.compatibility.loads_in`).
+
+    `teacher`: the one whose prediction the student learned.
+    """
+    answers, comfy = dict(derived.loads_in), "ComfyUI, single file"
+    if answers.get(comfy) == "yes" and teacher.kind == "sd" and teacher.prediction == "v_prediction":
         answers[comfy] = "yes: with the node ModelSamplingDiscrete set to v_prediction, else it draws noise"
     return answers
 
@@ -42,7 +46,7 @@ def card_facts(this: "Run") -> dict[str, Any]:
         "samples": f"{read_label(cache, ('samples',))['samples']:,}" if cache.is_file() else None,
         "size": this.size,
         "sizes": result.sizes,
-        "loads_in": loads_in(this),
+        "loads_in": loads_in(this.derived, this.teachers[-1]),
         "works_with": this.derived.works_with,
         "measures": {"prompts": len(prompts), **measures},
         "prompt": prompts[0],

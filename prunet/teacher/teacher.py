@@ -63,6 +63,12 @@ class Teacher(PipelineFiles):
             )
         self.device, self.dtype = torch.device(device), dtype
 
+    @property
+    def prediction(self) -> str | None:
+        """What the denoiser predicts, by the scheduler's config; None where that config is not at hand."""
+        here = self._folder is not None and (self._folder / "scheduler" / "scheduler_config.json").is_file()
+        return str(self.noise_scheduler.config.prediction_type) if here and not self.architecture.only_form else None
+
     def check_weights(self, *, headers_only: bool = False) -> None:
         """Refuses unusable files before anything is done with them.
 
