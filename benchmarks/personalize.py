@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 from pool import Jobs, all_done
-from students import caches_of, drawable
+from students import caches_of, drawable, place_of
 
 from prunet import Model, Runtime, personalize
 from prunet.disk.files import write_json, write_text
@@ -161,7 +161,7 @@ def opened(given: list[Path], args: argparse.Namespace) -> tuple[dict[str, Path]
         every = list(recipes.values())
         jobs |= (caches := caches_of(every, args))
         for arm, recipe in recipes.items():
-            models[arm] = Path(recipe.output) / "drawn-by"
+            models[arm] = place_of(recipe, args) / "drawn-by"
             jobs[arm] = (partial(drawable, recipe, every, Path(recipe.teacher.source), args), set(caches))
     return models, jobs
 

@@ -56,7 +56,7 @@ def main() -> None:
     recipes = {arm: recipe for (arm, _), recipe in loaded.items() if arm in (args.arms or [arm])}
     out, every = Path(ablation.output), list(loaded.values())
     teacher = Path(every[0].teacher.source)
-    student = args.run / "drawn-by" if (args.run / "drawn-by").is_dir() else args.run / "pipeline"
+    student = next(args.run.glob("measured-*/drawn-by"), args.run / "pipeline")
     few = next(iter(recipes.values())).made_for
     asked: dict[str, tuple[Path, Path | None, Any]] = {}
     for name, model in (("teacher", teacher), ("student", student)):

@@ -84,18 +84,22 @@ def sampler_of(guidance: float) -> str:
     return "dpmsolver++" if guidance > 1 else "ddim-trailing"
 
 
-def folder_of(place: Path, protocol: str, steps: int, guidance: float) -> Path:
-    return place / "measured" / f"{protocol}-{steps}-{guidance:g}"
+def place_of(recipe: Recipe, args: argparse.Namespace) -> Path:
+    """The folder of what a student drew, named by the recipe's hash: pictures of an earlier recipe are not its own."""
+    return Path(recipe.output) / f"measured-{recipe_hash(recipe, args)[:8]}"
 
 
-def measured(
-    model: Path, place: Path, how: tuple[int, float], sampler: str, *, teachers: Path, args: argparse.Namespace
-) -> None:
-    """Measures a model by both protocols in these steps with this guidance, and how far its pictures are from those of
-    the teacher in `teachers`, unless that was done.
+def folder_of(place: Path, protocol: str, how: tuple[int, float], args: argparse.Namespace) -> Path:
+    return place / f"{protocol}-{args.limit}-{how[0]}-{how[1]:g}"
+
+
+def measured(model: Path, place: Path, how: tuple[int, float], sampler: str, args: argparse.Namespace) -> None:
+    """Measures a model by both protocols in these steps with this guidance, and how far its pictures are from the
+    teacher's, unless that was done.
     """
     for protocol in PROTOCOLS:
-        folder, best = (folder_of(*of) for of in ((place, protocol, *how), (teachers, protocol, *TEACHER[0])))
+        folder = folder_of(place, protocol, how, args)
+        best = folder_of(args.teachers, protocol, TEACHER[0], args)
         if not (folder / "measures.json").is_file():
             chosen, beside = load_protocol(f"emoji/protocols/{protocol}.yaml")
             prompts = prompts_of(protocol, args.limit)
@@ -126,9 +130,9 @@ def pictures(folder: Path) -> np.ndarray:
 def drawable(recipe: Recipe, recipes: list[Recipe], teacher: Path, args: argparse.Namespace) -> Path:
     """Trains a student; returns a pipeline with it, beside its run."""
     run = finished(recipe, recipes, args)
-    model = run.folder / "drawn-by"
+    model = place_of(recipe, args) / "drawn-by"
     if not (model / "unet").is_dir():
-        model.mkdir(exist_ok=True)
+        model.mkdir(parents=True, exist_ok=True)
         for part in teacher.iterdir():
             if part.name != "unet" and not (model / part.name).exists():
                 (model / part.name).symlink_to(part.resolve())
@@ -142,14 +146,14 @@ def trained(
     """Trains a student, and measures how it draws."""
     model = drawable(recipe, recipes, teacher, args)
     for how in drawn:
-        measured(model, Path(recipe.output), how, sampler_of(how[1]), teachers=args.teachers, args=args)
+        measured(model, place_of(recipe, args), how, sampler_of(how[1]), args)
 
 
 def teachers_pictures(source: Path, known: Rows, args: argparse.Namespace) -> None:
     """The first are always drawn, because the students' pictures are compared with them."""
     for how in TEACHER:
         if how == TEACHER[0] or not keys_of("teacher", 0, [how], args) <= known.keys():
-            measured(source, args.teachers, how, "dpmsolver++", teachers=args.teachers, args=args)
+            measured(source, args.teachers, how, "dpmsolver++", args)
 
 
 def finished(recipe: Recipe, recipes: list[Recipe], args: argparse.Namespace, until: str = "distil") -> Run:
@@ -229,11 +233,11 @@ def recipe_hash(recipe: Recipe, args: argparse.Namespace) -> str:
 
 def rows_of(arm: str, seed: int, recipe: Recipe | None, args: argparse.Namespace) -> Iterator[Row]:
     """The rows of a student, or of the teacher, that are measured on this machine."""
-    place = Path(recipe.output) if recipe else args.teachers
+    place = place_of(recipe, args) if recipe else args.teachers
     for protocol in PROTOCOLS:
-        best = folder_of(args.teachers, protocol, *TEACHER[0])
+        best = folder_of(args.teachers, protocol, TEACHER[0], args)
         for steps, guidance in drawn_in(arm, recipe, args) if recipe else TEACHER:
-            folder = folder_of(place, protocol, steps, guidance)
+            folder = folder_of(place, protocol, (steps, guidance), args)
             if not (folder / "measures.json").is_file():
                 continue
             measures, apart = read_measures(folder), distance(folder, best)
@@ -285,11 +289,11 @@ def results(ablation: Ablation, recipes: dict[tuple[str, int], Recipe], args: ar
 def write_sheet(path: Path, arms: dict[str, list[Recipe]], args: argparse.Namespace) -> None:
     """Writes a sheet of the first prompts of both protocols: the teacher, and the first seed of each arm."""
     drawn = {"teacher": (args.teachers, TEACHER[0])}
-    drawn |= {arm: (Path(recipes[0].output), drawn_in(arm, recipes[0], args)[0]) for arm, recipes in arms.items()}
+    drawn |= {arm: (place_of(recipes[0], args), drawn_in(arm, recipes[0], args)[0]) for arm, recipes in arms.items()}
     rows: dict[str, list[Image.Image]] = {}
     captions: list[str] = []
     for name, (place, how) in drawn.items():
-        folders = [folder_of(place, protocol, *how) / "pictures" for protocol in PROTOCOLS]
+        folders = [folder_of(place, protocol, how, args) / "pictures" for protocol in PROTOCOLS]
         if all(folder.is_dir() for folder in folders):
             shown = [pair for folder in folders for pair in list(read_shard(min(folder.glob("*.tar"))))[:SHOWN]]
             label = f"{name}, {how[0]} step{'s' * (how[0] > 1)}"
@@ -346,6 +350,8 @@ def main() -> None:
     if not recipes:
         parser.error("no student left: --arms and --seeds take names and numbers of the ablation's file")
     first = next(iter(recipes.values()))
+    if len({recipe.teacher.source for recipe in recipes.values()}) > 1:
+        parser.error("the ablations have different teachers: give those of one teacher")
     args.teachers = Path(loaded[0][0].output) / "teacher"
     known = {ablation.title: earlier_rows(ablation, of, args) for ablation, of in loaded}
     left = {

@@ -10,13 +10,16 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_models import SMALL_UNETS, make_pictures, make_pipeline, make_tokenizer
 
 __all__ = ["SMALL_UNETS", "make_pictures", "make_pipeline", "make_tokenizer"]
@@ -111,3 +114,32 @@ def finished(sd: Path, pictures: Path, once: Once) -> Path:
         run(load_recipe(folder / "recipe.yaml"), Runtime(device="cpu", precision="no", log_every=1))
 
     return once("finished", make) / "run"
+
+
+@pytest.fixture(scope="module")
+def run_folder(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of `finished` for each module, which its tests may add to."""
+    return Path(shutil.copytree(finished, tmp_path_factory.mktemp("run") / "run"))
+
+
+@contextmanager
+def dies_after_checkpoint(step: int) -> Iterator[None]:
+    """The training in the block ends as if it were killed, right after the checkpoint of this step was written."""
+    from prunet.training import session
+
+    save = session.save
+
+    def save_and_die(state: object, folder: Path, at: int, *rest: object) -> None:
+        save(state, folder, at, *rest)
+        if at == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(session, "save", save_and_die)
+        yield
+
+
+def levels_apart(a: Image.Image, b: Image.Image) -> int:
+    """The largest difference of two pictures, of 255."""
+    assert a.size == b.size
+    return int(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max())

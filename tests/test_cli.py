@@ -54,11 +54,15 @@ def test_inspect_json_has_the_facts(capsys) -> None:
     assert {"macs", "student_config", "pairs", "weight_map", "loads_in"} <= facts.keys()
 
 
-def test_inspect_of_a_published_plan_needs_no_torch(capsys, monkeypatch) -> None:
+def test_inspect_of_a_published_plan_says_what_is_computed(capsys, monkeypatch) -> None:
     found = {plan: call(capsys, "inspect", "sd-v1", "--plan", plan) for plan in ("bk-tiny", "none")}
     monkeypatch.setattr("prunet.plan.effect.shipped_effect", lambda *_: None)
     assert found == {plan: call(capsys, "inspect", "sd-v1", "--plan", plan) for plan in ("bk-tiny", "none")}
     assert [code for code, *_ in found.values()] == [0, 0] and "323,384,964" in found["bk-tiny"][1]
+
+
+@pytest.mark.processes
+def test_inspect_of_a_published_plan_needs_no_torch() -> None:
     program = "import sys; from prunet.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", program, "inspect", "sd-v1", "--plan", "bk-tiny"], capture_output=True)
     assert done.returncode == 0 and b"323,384,964" in done.stdout, done.stderr
@@ -371,6 +375,7 @@ def test_no_folder_is_named_like_a_file(verb, capsys, sd, tmp_path) -> None:
     assert code == 2 and "q.gif has the name of a file" in err and not (tmp_path / "q.gif").exists()
 
 
+@pytest.mark.processes
 def test_ctrl_c_during_imports_leaves_no_traceback() -> None:
     code = (
         "import os, signal, sys\nfrom prunet import __main__\n"

@@ -89,11 +89,6 @@ def test_the_programs_compute_what_torch_does(exported) -> None:
         assert apart(pooled, found["pooled_outputs"]) < ROUNDING
 
 
-@pytest.fixture(scope="module")
-def run_folder(finished, tmp_path_factory) -> Path:
-    return Path(shutil.copytree(finished, tmp_path_factory.mktemp("run") / "run"))
-
-
 @pytest.mark.processes
 @pytest.mark.parametrize("bits", ["palettized", "int8-weights"])
 def test_a_student_in_fewer_bits(bits, run_folder, capsys) -> None:

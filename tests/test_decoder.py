@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from test_cli import call
@@ -12,11 +11,6 @@ from test_cli import call
 from prunet import Teacher
 from prunet.training.log import read_log
 from prunet.training.objectives.decoding import small_decoder
-
-
-@pytest.fixture(scope="module")
-def run_folder(finished, tmp_path_factory) -> Path:
-    return Path(shutil.copytree(finished, tmp_path_factory.mktemp("run") / "run"))
 
 
 def test_decoder_learns_and_is_stock(run_folder, capsys) -> None:

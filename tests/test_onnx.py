@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import levels_apart
 from diffusers import AutoencoderTiny
 from PIL import Image
 from test_cli import call
@@ -54,11 +55,6 @@ def made_for(folder: Path, copy: Path, how: Drawing) -> Path:
     return copy
 
 
-def apart(a: Image.Image, b: Image.Image) -> int:
-    assert a.size == b.size
-    return int(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max())
-
-
 @pytest.mark.parametrize(
     "how",
     [
@@ -79,7 +75,7 @@ def test_the_example_draws_what_diffusers_draws(exported, how, tmp_path) -> None
         height=16,
         width=16,
     ).images[0]
-    assert apart(ours(made_for(folder, tmp_path / "copy", how), "a red cat", 5), theirs) <= NEAR
+    assert levels_apart(ours(made_for(folder, tmp_path / "copy", how), "a red cat", 5), theirs) <= NEAR
 
 
 @pytest.mark.parametrize("exported", ["sd"], indirect=True)
@@ -100,18 +96,21 @@ def test_noise_of_lcm_is_new_at_every_step(exported, tmp_path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, **__: more.pop(0))
         drawn = pipe("a cat", num_inference_steps=3, guidance_scale=1, latents=first, height=16, width=16)
-    assert apart(ours(made_for(folder, tmp_path / "copy", how), "a cat", 5), drawn.images[0]) <= NEAR
+    assert levels_apart(ours(made_for(folder, tmp_path / "copy", how), "a cat", 5), drawn.images[0]) <= NEAR
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("exported", ["sd"], indirect=True)
 def test_the_short_program_of_the_docs_draws_what_the_example_draws(exported, tmp_path) -> None:
     code = re.search(r"```python\n(.*?)```", (EXAMPLE.parents[2] / "docs" / "edge.md").read_text(), re.DOTALL)
     assert code is not None and code[1].count("\n") <= 30
     folder = made_for(exported[0], tmp_path / "copy", Drawing(steps=4, guidance_scale=1, sampler="ddim-trailing"))
     subprocess.run([sys.executable, "-c", code[1], folder, "a red cat", tmp_path / "drawn.png"], check=True)
-    assert apart(Image.open(tmp_path / "drawn.png"), ours(folder, "a red cat", 0)) <= 1
+    assert levels_apart(Image.open(tmp_path / "drawn.png"), ours(folder, "a red cat", 0)) <= 1
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize("exported", ["sdxl"], indirect=True)  # a program that names what it imports: once is enough
 def test_the_example_runs_without_torch(exported, tmp_path) -> None:
     picture = tmp_path / "picture.png"
     argv = [sys.executable, EXAMPLE, exported[0], "a cat", picture]
@@ -134,7 +133,7 @@ def test_generate_draws_what_diffusers_draws_from_the_same_noise(exported, how, 
     how = how.model_copy(update={"sampler": "lcm" if how.sampler == "lcm" else "ddim"})
     copy, theirs = made_for(folder, tmp_path / "copy", how), draw(teacher.pipeline(), ["a cat"], [3], how, size=32)
     [drawn] = generate(copy, "a cat", seed=3, size=32)
-    assert apart(drawn, next(theirs)) <= NEAR
+    assert levels_apart(drawn, next(theirs)) <= NEAR
     with pytest.raises(UserError, match="draws only with"):
         generate(copy, "a cat", drawing=Drawing(sampler="euler"))
     (copy / "unet" / "model.onnx").write_bytes(b"")
@@ -154,11 +153,6 @@ def test_bench_beside_torch(exported, capsys) -> None:
     torchs, ours = json.loads(out.splitlines()[-1])["models"].values()
     assert (ours["runtime"], ours["precision"], ours["macs"]) == ("onnx", "f32", torchs["macs"])
     assert ours["apart"] < NEAR / 255 and ours["process_mb"] > 1 and ours["weights_mb"] > 0.1
-
-
-@pytest.fixture(scope="module")
-def run_folder(finished, tmp_path_factory) -> Path:
-    return Path(shutil.copytree(finished, tmp_path_factory.mktemp("run") / "run"))
 
 
 def test_a_run_with_a_small_decoder(run_folder, tmp_path, capsys) -> None:

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from conftest import levels_apart
 from diffusers import AutoencoderTiny
 from PIL import Image
 from test_cli import call
@@ -63,9 +63,9 @@ def test_draws_what_diffusers_draws_from_the_same_noise(exported) -> None:
     for size in (teacher.native_size, 2 * teacher.native_size):
         theirs = list(draw(pipe, PROMPTS, [3, 4], how, size=size))
         for a, b in zip(ours.draw(PROMPTS, [3, 4], how, size), theirs, strict=True):
-            assert _apart(a, b) <= NEAR
+            assert levels_apart(a, b) <= NEAR
         for a, b in zip(rounded.draw(PROMPTS, [3, 4], how, size), theirs, strict=True):
-            assert _apart(a, b) <= NEAR_IN_BF16
+            assert levels_apart(a, b) <= NEAR_IN_BF16
 
 
 @pytest.mark.processes
@@ -76,12 +76,7 @@ def test_draws_what_diffusers_draws_with_noise_at_every_step(exported, tmp_path)
     write_made_for(tmp_path / "lcm", lcm)
     theirs = draw(teacher.pipeline(), PROMPTS, [3, 4], lcm, size=teacher.native_size)
     for a, b in zip(OpenVinoPipeline(tmp_path / "lcm", "f32").draw(PROMPTS, [3, 4], lcm), theirs, strict=True):
-        assert _apart(a, b) <= NEAR
-
-
-def _apart(a: Image.Image, b: Image.Image) -> int:
-    assert a.size == b.size
-    return int(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max())
+        assert levels_apart(a, b) <= NEAR
 
 
 @pytest.mark.processes
@@ -108,11 +103,6 @@ def test_the_example_draws_within_two_gigabytes(exported, tmp_path) -> None:
     )
     assert Image.open(picture).size == (16, 16)
     assert "torch is not imported" in told.stdout and re.search(r"peak memory \d+ MB", told.stdout)
-
-
-@pytest.fixture(scope="module")
-def run_folder(finished, tmp_path_factory) -> Path:
-    return Path(shutil.copytree(finished, tmp_path_factory.mktemp("run") / "run"))
 
 
 @pytest.mark.processes

@@ -16,8 +16,9 @@ from PIL import Image
 from test_cli import call, recipe
 
 from prunet import Runtime, UserError, load_recipe, run
+from prunet.disk import ownership
 from prunet.disk.files import new_folder
-from prunet.disk.ownership import LOCK, check_place, hold, kind_of
+from prunet.disk.ownership import LOCK, check_place, hold, kind_of, worker_of
 from prunet.disk.seals import SEAL
 from prunet.evaluation import measuring
 from prunet.exports import folder as pipeline
@@ -305,6 +306,15 @@ def test_one_writer_at_a_time_and_any_number_of_readers(files, capsys) -> None:
         held.kill()  # the lock dies with its process
         held.wait()
     assert call(capsys, "run", folder, "--set", "evaluation.steps=2", "--device", "cpu")[0] == 0
+
+
+def test_the_seal_is_written_under_the_lock(tmp_path, monkeypatch) -> None:
+    """Else two processes that start together write it at once, and one fails."""
+    write, workers = ownership.seal_text, []
+    monkeypatch.setattr(ownership, "seal_text", lambda what: workers.append(worker_of(tmp_path / "new")) or write(what))
+    with hold(tmp_path / "new", "search"):
+        assert kind_of(tmp_path / "new") == "search"
+    assert len(workers) == 1 and f"process {os.getpid()} " in str(workers[0])
 
 
 def test_a_process_may_take_its_lock_twice_and_a_fork_does_not_keep_it(tmp_path) -> None:

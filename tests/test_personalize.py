@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_pipeline
+from conftest import dies_after_checkpoint
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
@@ -21,7 +21,6 @@ from prunet.disk.files import read_json, write_json
 from prunet.recipe.personalization import personalization
 from prunet.runs.personalization import Personal
 from prunet.student.student import state_hash
-from prunet.training import session as training
 from prunet.training.fit import training_memory
 from prunet.training.lora import add_lora, is_target, lora_layers, trained_count
 from prunet.training.objectives.personalization import Personalization as Objective
@@ -67,9 +66,9 @@ def losses(folder: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows]
 
 
-@pytest.mark.parametrize(("kind", "prediction_type"), [("sd", "epsilon"), ("sd", "v_prediction"), ("sdxl", "epsilon")])
-def test_the_loss_is_that_of_two_separate_batches(kind, prediction_type, dog, tmp_path) -> None:
-    model = make_pipeline(tmp_path / "model", kind, prediction_type=prediction_type)
+@pytest.mark.parametrize("kind", ["sd", "sd_v", "sdxl"])
+def test_the_loss_is_that_of_two_separate_batches(kind, request, dog, tmp_path) -> None:
+    model = request.getfixturevalue(kind)
     this = Personal(spec_of(model, dog, tmp_path / "out", prior_weight=0.3), CPU)
     samples, teacher = this._samples(), Teacher(model)
     batch = next(batches(samples, 0, 2))
@@ -77,7 +76,7 @@ def test_the_loss_is_that_of_two_separate_batches(kind, prediction_type, dog, tm
 
     def plain(prefix: str) -> torch.Tensor:
         latents, noise, time = (batch[prefix + name] for name in ("latents", "noise", "timestep"))
-        target = noise if prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, time)
+        target = scheduler.get_velocity(latents, noise, time) if kind == "sd_v" else noise
         told = Condition(batch[f"{prefix}condition"])
         added = {"text_embeds": told["pooled"], "time_ids": told["time_ids"]} if kind == "sdxl" else None
         noisy = scheduler.add_noise(latents, noise, time)
@@ -91,19 +90,10 @@ def test_the_loss_is_that_of_two_separate_batches(kind, prediction_type, dog, tm
 
 
 @pytest.mark.parametrize("rank", [None, 2])
-def test_stopped_and_resumed_equals_uninterrupted(rank, sd, dog, tmp_path, monkeypatch) -> None:
-    save = training.save
-
-    def save_and_die(state, folder, step, *rest):
-        save(state, folder, step, *rest)
-        if step == 2:
-            raise KeyboardInterrupt
-
+def test_stopped_and_resumed_equals_uninterrupted(rank, sd, dog, tmp_path) -> None:
     whole = personalize(spec_of(sd, dog, tmp_path / "whole", lora=rank), CPU)
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "save", save_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            personalize(spec_of(sd, dog, tmp_path / "parts", lora=rank), CPU)
+    with dies_after_checkpoint(2):
+        personalize(spec_of(sd, dog, tmp_path / "parts", lora=rank), CPU)
     drawn = sorted((tmp_path / "parts" / "class").iterdir())
     before = [path.stat().st_mtime_ns for path in drawn]
     parts = personalize(spec_of(sd, dog, tmp_path / "parts", lora=rank), CPU)

@@ -1,6 +1,7 @@
 """Plans against the published architectures, from configs alone."""
 
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ PUBLISHED = {
 }
 
 
+@cache
 def plan_of(layout: str, name: str):
     return derive(layout_config(layout), Plan("none") if name == "none" else load_plan(name))
 

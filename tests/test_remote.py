@@ -5,7 +5,8 @@ import re
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache as memo
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -118,23 +119,34 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json")}
 
 
+@pytest.fixture(scope="module")
+def local(sd, shards, tmp_path_factory) -> Callable[[str], Path]:
+    """Returns the cache of local files, made when a test first asks for it, with what the test patches."""
+
+    @memo
+    def made(name: str) -> Path:
+        return cache(Teacher(sd), Data(source=f"{shards}/{name}"), tmp_path_factory.mktemp("local") / "cache").folder
+
+    return made
+
+
 @pytest.mark.parametrize("fault", ["", "dropped", "slow", "wrong length", "no parts", "busy"])
 @pytest.mark.parametrize("name", ["train-{0..2}.tar", "rows.parquet"])
-def test_the_cache_of_a_bad_network_is_that_of_local_files(sd, served, tmp_path, monkeypatch, name, fault) -> None:
+def test_the_cache_of_a_bad_network_is_that_of_local_files(
+    sd, served, local, tmp_path, monkeypatch, name, fault
+) -> None:
     server, address = served
     server.fault = fault
     monkeypatch.setattr(
         encoding, "source_fingerprint", lambda *_: "the same"
     )  # because it is part of every block's label
-    teacher = Teacher(sd)
-    cache(teacher, Data(source=f"{server.folder}/{name}"), tmp_path / "local")
-    made = cache(teacher, Data(source=f"{address}/{name}"), tmp_path / "remote")
+    made = cache(Teacher(sd), Data(source=f"{address}/{name}"), tmp_path / "remote")
     assert len(made) == 12
     assert server.requests
-    local, far = files(tmp_path / "local"), files(tmp_path / "remote")
-    for found in (local, far):
+    near, far = files(local(name)), files(tmp_path / "remote")
+    for found in (near, far):
         found.pop("cache.json"), found.pop("source.json", None), found.pop(".prunet.json", None)  # name the source
-    assert far == local
+    assert far == near
 
 
 def test_a_cache_that_resumes_reads_no_shard_again_whose_samples_it_has(sd, served, tmp_path, monkeypatch) -> None:

@@ -1,7 +1,6 @@
 """Files for stable-diffusion.cpp: its numbering of layers, GGUF, and what is refused."""
 
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -100,11 +99,6 @@ def test_kinds_of_tensors_in_gguf(tiny, tmp_path, monkeypatch) -> None:
     for name, (kind, rank) in kinds.items():
         assert kind == "F32" if rank == 1 else kind == "F16" if rank == 4 else kind in ("F16", "Q8_0"), name
         assert kind != "Q8_0" or not re.search(r"time_embed|embedding", name), name
-
-
-@pytest.fixture(scope="module")
-def run_folder(finished, tmp_path_factory) -> Path:
-    return Path(shutil.copytree(finished, tmp_path_factory.mktemp("run") / "run"))
 
 
 @pytest.mark.parametrize(

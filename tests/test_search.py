@@ -14,6 +14,8 @@ from test_blocks import make_folder
 from test_cli import call
 
 from prunet import Runtime, Teacher, UserError, derive, load_plan, load_recipe
+from prunet.cli.views import search_view
+from prunet.console import results
 from prunet.data.cache import Cache
 from prunet.disk.files import read_json, write_json
 from prunet.report.search import write_search
@@ -219,7 +221,7 @@ def test_students_recover_and_the_untrained_one_may_stay(space, finished, tmp_pa
     for name, value in {"FIRST": 0, "SHARE": 0.5, "LAST": 1}.items():  # presets are trained in any case
         monkeypatch.setattr(recovery, name, value)
     train, trained = recovery._train, []
-    monkeypatch.setattr(recovery, "_train", lambda *given: trained.append(given[3]) or train(*given))
+    monkeypatch.setattr(recovery, "_train", lambda *given: trained.append(given[3].steps) or train(*given))
     found = recover(students, scores, finished, 2, tmp_path / "recovery", RUNTIME)
     assert sorted(sorted(steps) for steps in found.values()) == [[1], [1, 2]] and trained == [1, 1, 2]
     assert not list((tmp_path / "recovery").iterdir())  # checkpoints are deleted
@@ -255,6 +257,56 @@ def test_scores_of_another_noise_schedule_are_refused(searched, sd, tmp_path) ->
     config.write_text(config.read_text().replace("0.012", "0.02"))
     with pytest.raises(UserError, match=r"schedule.beta_end 0.012, now 0.02: give another folder"):
         Scores(Teacher(teacher), open_examples(Teacher(teacher), texts, file=file), folder)
+
+
+def test_scores_of_another_text_encoder_or_guidance_are_refused(searched, sd, tmp_path) -> None:
+    folder = Path(shutil.copytree(searched[0], tmp_path / "search"))
+    teacher = Path(shutil.copytree(sd, tmp_path / "teacher"))
+    texts, file = ["a cat", "a dog"], folder / "examples.safetensors"
+    Scores(Teacher(teacher), open_examples(Teacher(teacher), texts, file=file), folder)
+    with pytest.raises(UserError, match=r"guidance 7.5, now 3.0: give another folder"):
+        Scores(Teacher(teacher), open_examples(Teacher(teacher), texts, file=file, guidance_scale=3.0), folder)
+    config = teacher / "text_encoder" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(UserError, match=r"scores of another search: pipeline"):
+        Scores(Teacher(teacher), open_examples(Teacher(teacher), texts, file=file), folder)
+
+
+def test_students_that_were_trained_to_the_end_come_first(space, searched, finished, tmp_path, monkeypatch) -> None:
+    """The error of a student that was dropped after fewer steps is not compared with theirs."""
+    folder = Path(shutil.copytree(searched[0], tmp_path / "search"))
+
+    def recovered(students, *_):
+        dropped, *others = map(key_of, students)
+        return {dropped: {1: 0.0}} | {key: {1: 2.0, 4: 1.0 + i} for i, key in enumerate(others[:2])}
+
+    monkeypatch.setattr(search, "recover", recovered)
+    given = {"prompts": ["a cat", "a dog"], "cache": finished, "recover_steps": 4}
+    _, result = find_plan(space, folder, RUNTIME, **given)
+    assert [4 in row.after for row in result.plans[:3]] == [True, True, False]
+
+
+def test_a_plan_chosen_by_a_large_error_says_so(searched, tmp_path, capsys) -> None:
+    _, plan, result = searched
+    broken = result.model_copy(update={"error_before": 0.87})
+    assert broken.is_broken and not result.model_copy(update={"error_before": 0.46}).is_broken
+    assert not broken.model_copy(update={"recover_steps": 100}).is_broken
+    write_plan(plan, broken, tmp_path)
+    write_search(broken, tmp_path)
+    results.print(search_view(broken, tmp_path))
+    shown = [(tmp_path / "recipe.yaml").read_text(), (tmp_path / "search.html").read_text(), capsys.readouterr().out]
+    assert all("an output of zeros" in " ".join(text.replace("\n# ", " ").split()) for text in shown)
+
+
+def test_each_learning_rate_of_a_run_is_lowered(searched, finished, tmp_path) -> None:
+    recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
+    recipe["stages"] = [{**recipe["stages"][0], "learning_rate": rate} for rate in (1e-3, 1e-4)]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    result = searched[2].model_copy(update={"error_before": 0.04})
+    write_plan(searched[1], result, tmp_path, cache=tmp_path / "run")
+    stages = load_recipe(tmp_path / "recipe.yaml").stages
+    assert [stage.learning_rate for stage in stages] == pytest.approx([2e-4, 2e-5])
 
 
 def test_a_good_student_gets_a_small_learning_rate() -> None:

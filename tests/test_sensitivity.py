@@ -189,6 +189,12 @@ def test_mistakes_are_one_line(given, message, sd: Path, capsys) -> None:
     assert code == 2 and message in err and err.count("\n") == 1
 
 
+def test_a_model_without_units_is_refused(sd, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("prunet.search.units.find_units", lambda _: [])
+    code, _, err = call(capsys, "inspect", sd, "--sensitivity")
+    assert code == 2 and "nothing can be removed" in err and err.count("\n") == 1
+
+
 def test_a_cache_of_paths_is_refused(sd, finished, tmp_path) -> None:
     folder = Path(shutil.copytree(finished / "cache", tmp_path / "cache-paths"))
     write_json(folder / "spec.json", read_json(folder / "spec.json") | {"paths": {}})

@@ -269,7 +269,8 @@ def test_a_full_disk_is_one_line_wherever_the_file_is_cut(kind, tmp_path) -> Non
     save(values, tmp_path / "whole" / "a")
     size = (tmp_path / "whole" / "a").stat().st_size
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for limit in (*range(1, 1000, 37), *range(1000, size - 1500, 1999), *range(size - 1500, size, 23)):
+    coarse, fine = range(1000, size - 1500, 1999), range(size - 200, size, 23)  # the last parts are short
+    for limit in (*range(1, 1000, 37), *coarse, *range(size - 1500, size - 200, 97), *fine):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
         try:
             with pytest.raises(UserError, match=r"while writing|Cannot write"), new_file(tmp_path / "a") as part:

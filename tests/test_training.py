@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_pipeline
+from conftest import dies_after_checkpoint, make_pipeline
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -31,11 +30,12 @@ from prunet.runtime import Runtime
 from prunet.search.sensitivity import check_samples
 from prunet.student.student import inherit, state_hash
 from prunet.teacher.process import DDPM, min_snr_weight
-from prunet.training import loop
+from prunet.training import least_squares, loop
 from prunet.training import session as training
 from prunet.training.checkpoints import Saving, check_stage, checkpoints
 from prunet.training.fsdp import unsharded
 from prunet.training.least_squares import fit
+from prunet.training.log import read_log
 from prunet.training.loop import learning_rate_at
 from prunet.training.lora import add_lora
 from prunet.training.objectives import distillation
@@ -91,18 +91,9 @@ def two_steps(trained_two_steps, tmp_path) -> Path:
     return Path(shutil.copytree(trained_two_steps, tmp_path / "run"))
 
 
-def test_stopped_and_resumed_equals_uninterrupted(sd, made, whole, tmp_path, monkeypatch) -> None:
-    save = training.save
-
-    def save_and_die(state, folder, step, *rest):
-        save(state, folder, step, *rest)
-        if step == 4:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(training, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
+def test_stopped_and_resumed_equals_uninterrupted(sd, made, whole, tmp_path) -> None:
+    with dies_after_checkpoint(4):
         train(sd, made, tmp_path / "parts", saving=Saving(2))
-    monkeypatch.setattr(training, "save", save)
     with (tmp_path / "parts" / "log.jsonl").open("a") as log:  # a row past the checkpoint, and one cut by the kill
         log.write('{"step": 5, "loss": 0}\n{"step": 6, "lo')
     parts, _ = train(sd, made, tmp_path / "parts", saving=Saving(2))
@@ -130,18 +121,17 @@ def stops(number: int) -> Iterator[None]:
         signal.signal(number, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_step_with_a_checkpoint(number, sd, made, whole, tmp_path) -> None:
-    """The signal arrives while the sheet of step 3 is drawn."""
+def test_a_signal_ends_the_step_with_a_checkpoint(sd, made, whole, tmp_path) -> None:
+    """The signal arrives while the sheet of step 3 is drawn. The next test sends another of the signals."""
 
     class Interrupts:
         every = 3
 
         def draw(self, step: int, student: UNet2DConditionModel) -> None:
             if step == 3:
-                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), signal.SIGINT)
 
-    with stops(number):
+    with stops(signal.SIGINT):
         train(sd, made, tmp_path, sheets=Interrupts(), saving=Saving(100))
     assert [path.name for path in checkpoints(tmp_path)] == ["step-0000003"]
     again, _ = train(sd, made, tmp_path)
@@ -151,28 +141,33 @@ def test_a_signal_ends_the_step_with_a_checkpoint(number, sd, made, whole, tmp_p
 
 def test_a_stop_between_two_rows_of_the_log_leaves_no_trace_in_it(sd, made, whole, tmp_path, monkeypatch) -> None:
     """The sums and the time from before the stop count in the row after it."""
-    runtime, step, steps, seconds = dataclasses.replace(CPU, log_every=4), training.Session.step, [], 0.5
+    runtime, step, now, taken = dataclasses.replace(CPU, log_every=4), training.Session.step, [0.0], Counter[str]()
+    part = "whole"
 
     def step_and_stop(session: training.Session, learning_rate: float) -> torch.Tensor:
-        steps.append(learning_rate)
-        if len(steps) in (1, 3, 5):
-            time.sleep(seconds)
+        now[0] += 2 ** taken[part]  # the seconds of each step are others
+        taken[part] += 1
+        if part == "parts" and taken[part] in (1, 3):
             os.kill(os.getpid(), signal.SIGTERM)
         return step(session, learning_rate)
 
-    train(sd, made, tmp_path / "whole", runtime=runtime)
     monkeypatch.setattr(training.Session, "step", step_and_stop)
-    for last in (1, 3, 5):
+    monkeypatch.setattr("prunet.training.sums.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    train(sd, made, tmp_path / "whole", runtime=runtime)
+    part = "parts"
+    for last in (1, 3):
         with stops(signal.SIGTERM):
             train(sd, made, tmp_path / "parts", runtime=runtime)
         assert checkpoints(tmp_path / "parts")[-1].name == f"step-{last:07d}"
+        now[0] += 1000  # until it goes on: in no row
     parts, _ = train(sd, made, tmp_path / "parts", runtime=runtime)
     assert state_hash(parts) == state_hash(whole.student)
-    assert [row["step"] for row in losses(tmp_path / "parts")] == [4, 6]
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    rates = [json.loads(line)["images_per_s"] for line in (tmp_path / "parts/log.jsonl").read_text().splitlines()]
-    assert rates[0] < 4 * STAGE.batch_size / (2 * seconds)
-    assert rates[1] < 2 * STAGE.batch_size / seconds
+    rows = read_log(tmp_path / "parts" / "log.jsonl")
+    assert rows == read_log(tmp_path / "whole" / "log.jsonl")
+    assert [(row["step"], row["images_per_s"]) for row in rows] == [
+        (4, pytest.approx(4 * STAGE.batch_size / 15, abs=1e-4)),
+        (6, pytest.approx(2 * STAGE.batch_size / 48, abs=1e-4)),
+    ]
 
 
 def plain_losses(sd: Path, made, stage: Stage, dtype: torch.dtype) -> list[float]:
@@ -399,15 +394,17 @@ def test_cache_of_another_teacher_is_refused(made, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "prediction", "plan"), [("sd", "v_prediction", "bk-tiny"), ("sdxl", "epsilon", "vega")]
+    ("kind", "prediction", "plan", "steps"),
+    [("sd_v", "v_prediction", "bk-tiny", LEARNING.steps), ("sdxl", "epsilon", "vega", 1)],
 )
-def test_v_prediction_and_sdxl_train(kind, prediction, plan, pictures, tmp_path) -> None:
-    folder = make_pipeline(tmp_path / kind, kind, prediction_type=prediction)
+def test_v_prediction_and_sdxl_train(kind, prediction, plan, steps, request, pictures, tmp_path) -> None:
+    """The first loss is the plain formula's, and v-prediction learns; that SDXL learns is above, in bf16."""
+    folder = request.getfixturevalue(kind)
     teacher = Teacher(folder)
     made = cache(teacher, Data(source=str(pictures), limit=4), tmp_path / "cache")
-    student, _ = train(folder, made, tmp_path / "run", plan=plan, stage=LEARNING)
+    student, _ = train(folder, made, tmp_path / "run", plan=plan, stage=LEARNING.model_copy(update={"steps": steps}))
     before = build(teacher, load_plan(plan))
-    assert distance(folder, student) < 0.7 * distance(folder, before)
+    assert steps == 1 or distance(folder, student) < 0.7 * distance(folder, before)
     samples = Samples(made, LEARNING, 5, teacher.process)
     batch = default_collate([samples[0, place] for place in range(4)])
     latents, noise, t, known = (batch[key] for key in ("latents", "noise", "timestep", "condition"))
@@ -500,6 +497,20 @@ def test_fitted_layers_bring_the_output_nearer_on_other_samples(sd, made) -> Non
         teacher = Teacher(sd, dtype=dtype)
         same = fit(teacher, inherit(teacher.unet, whole), whole, made, seed=5)
         assert state_hash(same) == state_hash(inherit(teacher.unet, whole))
+
+
+def test_layers_are_fitted_alike_in_pieces(sd, made, monkeypatch) -> None:
+    teacher = Teacher(sd)
+    derived = derive(teacher.unet_config, load_plan("bk-small"))
+    fitted = [fit(teacher, inherit(teacher.unet, derived), derived, made, seed=5)]
+    monkeypatch.setattr(least_squares, "CHUNK", 1)  # one sample at a time
+    fitted.append(fit(teacher, inherit(teacher.unet, derived), derived, made, seed=5))
+    whole, pieces = (net.state_dict() for net in fitted)
+    assert any(
+        not torch.equal(whole[name], value) for name, value in inherit(teacher.unet, derived).state_dict().items()
+    )
+    for name, value in whole.items():
+        assert torch.allclose(value, pieces[name], rtol=1e-4, atol=1e-5), name
 
 
 def test_where_there_is_much_noise_other_captions_are_shown(made) -> None:

@@ -11,6 +11,7 @@ import typer
 from prunet.cli.options import (
     RUNTIME,
     CacheOption,
+    CompareOption,
     ConfigOption,
     Json,
     PlanOption,
@@ -44,6 +45,7 @@ def inspect(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="With --sensitivity: folder for a page, a chart and numbers.")
     ] = None,
+    guidance_scale: CompareOption = 7.5,
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
@@ -58,9 +60,10 @@ def inspect(
     from prunet.recipe.paths import shipped_names
 
     computes = any(value != RUNTIME[name][1] for name, value in runtime.keywords.items())
-    if not sensitivity and (prompts or cache or output or computes):
+    if not sensitivity and (prompts or cache or output or computes or guidance_scale != 7.5):
         raise UserError(
-            "--prompts, --cache, --output, --device and --precision are for --sensitivity: add it, or leave them out"
+            "--prompts, --cache, --guidance-scale, --output, --device and --precision are for --sensitivity: add it, "
+            "or leave them out"
         )
     is_recipe = teacher.endswith((".yaml", ".yml")) or teacher in shipped_names(".yaml")
     if is_recipe or (Path(teacher) / "recipe.yaml").is_file():
@@ -74,7 +77,7 @@ def inspect(
     if sensitivity:
         if plan != "none":
             raise UserError("--sensitivity: measures all parts of a model: leave --plan out")
-        _inspect_sensitivity(teacher, runtime(), prompts, cache, output, config, as_json)
+        _inspect_sensitivity(teacher, runtime(), prompts, cache, output, config, guidance_scale, as_json)
         return
     _inspect_plan(teacher, plan, config, as_json)
 
@@ -119,6 +122,7 @@ def _inspect_sensitivity(
     cache: Path | None,
     output: Path | None,
     config: str | None,
+    guidance_scale: float,
     as_json: bool,
 ) -> None:
     from prunet.cli.views import sensitivity_view
@@ -134,12 +138,15 @@ def _inspect_sensitivity(
     texts = read_prompt_file(prompts) if prompts else None
     teacher = Teacher(source, config=config, device=runtime.torch_device, dtype=runtime.dtype, only_form=True)
     if output is not None:
-        check_place(output, "sensitivity", "--output", [Path(source)])
+        check_place(output, "sensitivity", "--output", [Path(source), *([cache] if cache else [])])
     check_samples(teacher, texts, cache)
     teacher.check_weights()
     units = find_units(teacher.unet_config)
+    if not units:
+        raise UserError(f"{teacher.source}: nothing can be removed")
     with hold(output, "sensitivity") if output else nullcontext():
-        examples = open_examples(teacher, texts, cache, output and output / "examples.safetensors")
+        file = output and output / "examples.safetensors"
+        examples = open_examples(teacher, texts, cache, file, guidance_scale)
         result = measure(units, Scores(teacher, examples, output))
         if output is not None:
             write_sensitivity(result, output)

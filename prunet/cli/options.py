@@ -36,6 +36,12 @@ PromptsOption = Annotated[
 CacheOption = Annotated[
     Path | None, typer.Option(help="Score removals on these samples instead: a run, or a cache that prunet made.")
 ]
+CompareOption = Annotated[
+    float,
+    typer.Option(
+        "--guidance-scale", min=1, help="Of the outputs that are compared: the scale that you draw with; 1: none."
+    ),
+]
 RecipeArgument = Annotated[Path, typer.Argument(help="A YAML recipe, the name of a shipped one, or a run folder.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override a value of the recipe: stages.0.steps=100.")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prunet.cli.options import CacheOption, ConfigOption, Json, PromptsOption, app, say, with_runtime
+from prunet.cli.options import CacheOption, CompareOption, ConfigOption, Json, PromptsOption, app, say, with_runtime
 from prunet.errors import UserError
 
 
@@ -32,6 +32,7 @@ def search(
         int,
         typer.Option(min=0, help="Distil the best plans for this many steps on --cache; choose by the error after it."),
     ] = 0,
+    guidance_scale: CompareOption = 7.5,
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
@@ -68,7 +69,8 @@ def search(
     teacher.check_weights()
     space = Space(teacher, budgets, keep or [])
     with hold(output, "search"):
-        plan, result = find_plan(space, output, runtime, prompts=texts, cache=cache, recover_steps=recover)
+        given: dict[str, Any] = {"prompts": texts, "cache": cache, "guidance_scale": guidance_scale}
+        plan, result = find_plan(space, output, runtime, recover_steps=recover, **given)
         write_plan(plan, result, output, cache=cache, prompts=prompts, config=config)
         write_search(result, output)
     facts = result.model_dump(include={"budgets", "costs", "plans", "presets"}) | {"output": str(output)}

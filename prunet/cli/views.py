@@ -68,6 +68,8 @@ def sensitivity_view(result: "Sensitivity") -> RenderableType:
 
 def search_view(result: "SearchResult", folder: Any) -> RenderableType:
     """Shows the plans of a search, the chosen one first, and the files that the search wrote."""
+    from prunet.search.results import BROKEN
+
     table = Table(box=None, padding=(0, 1))
     kinds = [kind for kind in ("parameters", "macs", "latency") if kind in result.costs]
     for title in ("error", *(["after"] if result.recover_steps else []), *kinds):
@@ -82,7 +84,8 @@ def search_view(result: "SearchResult", folder: Any) -> RenderableType:
     again = command("run", f"{folder}/recipe.yaml").strip("`")
     files = f"Page: {folder}/search.html\nPlan: {folder}/plan.yaml\nRun it: {again}"
     title = f"{result.teacher} within {', '.join(result.budgets)}"
-    return Group(Rule(Text(title, style="bold"), align="left"), table, Text(), Text(files))
+    warning = [Text(BROKEN, style="yellow"), Text()] if result.is_broken else []
+    return Group(Rule(Text(title, style="bold"), align="left"), table, Text(), *warning, Text(files))
 
 
 def stairs_view(steps: "Sequence[Derived]", notes: Sequence[str]) -> RenderableType:

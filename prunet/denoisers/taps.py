@@ -26,8 +26,10 @@ class Features(list[Tensor | None]):
 
 
 @contextmanager
-def tap(modules: Sequence[nn.Module]) -> Iterator[Features]:
+def tap(modules: Sequence[nn.Module], device: torch.device | str | None = None) -> Iterator[Features]:
     """Collects the output of each module; if it is a tuple (a down block also returns its skips), the first item.
+
+    `device`: where the features are kept; by default where they are computed.
 
     The modules are objects of the bare model, so a wrapper (DDP, FSDP, `torch.compile`) cannot lose them.
     """
@@ -37,7 +39,8 @@ def tap(modules: Sequence[nn.Module]) -> Iterator[Features]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
                 return  # gradient checkpointing computes it again for the backward pass, which would keep its memory
-            features[i] = output[0] if isinstance(output, tuple) else output
+            feature = output[0] if isinstance(output, tuple) else output
+            features[i] = feature if device is None else feature.to(device)
 
         return hook
 

@@ -191,9 +191,6 @@ def _lock(folder: Path, what: str) -> int | None:
         return None
     with clear_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / SEAL).exists():
-            with new_file(folder / SEAL) as part:
-                part.write_text(seal_text(what), encoding="utf-8")
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -206,6 +203,13 @@ def _lock(folder: Path, what: str) -> int | None:
             raise UserError(f"{folder}: {holder} works in it: wait until that process ends, or end it") from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+                os.close(file)
+                raise
+        if not (folder / SEAL).exists():  # only now: processes that start together would write it at once
+            try:
+                with new_file(folder / SEAL) as part:
+                    part.write_text(seal_text(what), encoding="utf-8")
+            except BaseException:
                 os.close(file)
                 raise
     return file

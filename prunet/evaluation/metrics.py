@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from prunet.errors import UserError
 from prunet.intervals import Array, Measure, jackknife, parts_of
 
+#: Seed of subsets and splits: that of torch-fidelity, so that both choose the same.
+SEED = 2020
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -56,12 +59,12 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
 
 
-def inception_score(logits: Array, splits: int = 10, seed: int = 2020) -> float:
+def inception_score(logits: Array, splits: int = 10) -> float:
     """exp of the mean KL divergence between p(y | x) and p(y), the mean over splits (https://arxiv.org/abs/1606.03498).
 
     `logits` (N, classes); shuffled and split as torch-fidelity does it.
     """
-    logits = logits[np.random.RandomState(seed).permutation(len(logits))].astype(np.float64)
+    logits = logits[np.random.RandomState(SEED).permutation(len(logits))].astype(np.float64)
     logits = logits - logits.max(axis=1, keepdims=True)
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     scores = []
@@ -72,12 +75,12 @@ def inception_score(logits: Array, splits: int = 10, seed: int = 2020) -> float:
     return float(np.mean(scores))
 
 
-def kernel_distance(a: Array, b: Array, subset_size: int = 1000, subsets: int = 100, seed: int = 2020) -> float:
+def kernel_distance(a: Array, b: Array, subset_size: int = 1000, subsets: int = 100) -> float:
     """KID: unbiased squared MMD with the kernel (x.y / D + 1)^3, the mean over subsets (https://arxiv.org/abs/1801.01401).
 
     `a` and `b` (N, D); subsets are chosen as torch-fidelity chooses them.
     """
-    rng, found = np.random.RandomState(seed), []
+    rng, found = np.random.RandomState(SEED), []
     a, b = a.astype(np.float64), b.astype(np.float64)
     for _ in range(subsets):
         x = a[rng.choice(len(a), subset_size, replace=False)]

@@ -18,12 +18,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from prunet import hashing
 from prunet.errors import UserError
 from prunet.sampling.pictures import encode
+from prunet.teacher.pickles import read_tensors
 from prunet.teacher.placing import is_finite
 from prunet.teacher.teacher import open_tokenizer
 from prunet.torchvision_ops import declare_torchvision_ops
@@ -244,12 +246,8 @@ def read_weights(name: str, path: Path, source: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"--weights {name}={path}: no such file: take {source}")
     try:
-        return (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, weights_only=True, map_location="cpu")
-        )
-    except Exception as error:
+        return load_file(path) if path.suffix == ".safetensors" else read_tensors(path)[0]
+    except (UserError, SafetensorError, OSError) as error:
         raise UserError(f"{path}: not readable as weights: take {source}") from error
 
 

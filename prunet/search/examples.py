@@ -43,7 +43,7 @@ PROMPTS = (
     "a football on the grass",
 )
 STEPS, POINTS = 12, 4  # steps of a path; examples taken from each path
-GUIDANCE = 7.5  # guidance scale of the paths, and of the outputs that are compared
+GUIDANCE = 7.5  # guidance scale of the paths, and of the outputs that are compared, if none is given
 MOST, RANDOM, BATCH = 64, 16, 8  # examples from a cache; random examples; examples at once
 
 
@@ -62,7 +62,9 @@ class Examples:
     label: dict[str, Any]
 
 
-def path_examples(teacher: Teacher, prompts: Sequence[str] | None, file: Path | None = None) -> Examples:
+def path_examples(
+    teacher: Teacher, prompts: Sequence[str] | None, file: Path | None = None, guidance_scale: float = GUIDANCE
+) -> Examples:
     """Makes examples from the paths on which the teacher draws `prompts` with guidance, at all noise levels.
 
     The output is the guided one, because the prompt hardly changes the plain output. `file`: where the examples are
@@ -70,19 +72,19 @@ def path_examples(teacher: Teacher, prompts: Sequence[str] | None, file: Path | 
     """
     prompts = list(prompts or PROMPTS)
     teacher.check_prompts(prompts)
-    label: dict[str, Any] = {"prompts": prompts_hash(prompts), "steps": STEPS, "points": POINTS, "guidance": GUIDANCE}
-    label["schedule"] = schedule_of(teacher)
-    made_from = json.dumps({**label, "teacher": teacher.fingerprint(), "precision": str(teacher.dtype)})
+    label: dict[str, Any] = {"prompts": prompts_hash(prompts), "steps": STEPS, "points": POINTS}
+    label |= {"guidance": guidance_scale, "schedule": schedule_of(teacher), "pipeline": teacher.fingerprint()}
+    made_from = json.dumps({**label, "precision": str(teacher.dtype)})
     if file is not None and _made_from(file) == made_from:
         tensors = load_file(file)
     else:
-        tensors = _draw(teacher, prompts)
+        tensors = _draw(teacher, prompts, guidance_scale)
         if file is not None:
             with new_file(file) as part:
                 save_file(tensors, part, {"made_from": made_from})
     teacher.release("text")
     source = f"{len(prompts)} prompts drawn by the teacher, {POINTS} points of each path"
-    return _examples(teacher, tensors, source, label)
+    return _examples(teacher, tensors, source, label, guidance_scale)
 
 
 def _made_from(file: Path) -> str | None:
@@ -94,7 +96,7 @@ def _made_from(file: Path) -> str | None:
         return None
 
 
-def _draw(teacher: Teacher, prompts: Sequence[str]) -> dict[str, Tensor]:
+def _draw(teacher: Teacher, prompts: Sequence[str], guidance_scale: float) -> dict[str, Tensor]:
     """Draws `noisy` (N, C, h, w), `timestep` (N,), `group` (N,), the condition of N examples and that of no prompt."""
     side = teacher.native_size
     shape = (teacher.part_config("vae").get("latent_channels", 4), *(side // teacher.vae_scale,) * 2)
@@ -111,7 +113,7 @@ def _draw(teacher: Teacher, prompts: Sequence[str]) -> dict[str, Tensor]:
             noise = torch.stack(
                 [torch.randn(shape, generator=torch.Generator().manual_seed(seed_of("example", i))) for i in numbers]
             )
-            paths = draw_path(teacher, noise, condition, empty, steps=STEPS, guidance_scale=GUIDANCE)
+            paths = draw_path(teacher, noise, condition, empty, steps=STEPS, guidance_scale=guidance_scale)
             for place, number in enumerate(numbers):
                 for point in range(POINTS):
                     at = point * STEPS // POINTS + number % (STEPS // POINTS)
@@ -126,7 +128,7 @@ def _stacked(rows: Sequence[dict[str, Tensor]], empty: Condition) -> dict[str, T
     return tensors | {f"empty.{name}": tensor for name, tensor in empty.items()}
 
 
-def cache_examples(teacher: Teacher, cache: Cache) -> Examples:
+def cache_examples(teacher: Teacher, cache: Cache, guidance_scale: float = GUIDANCE) -> Examples:
     """Makes examples from the pictures of a cache, noised to all noise levels; the output is the guided one.
 
     Raises:
@@ -145,11 +147,13 @@ def cache_examples(teacher: Teacher, cache: Cache) -> Examples:
         noisy = process.add_noise(sample.mean[None], noise[None], timestep[None])[0]
         rows.append({"noisy": noisy, "timestep": timestep.float(), "group": torch.tensor(number), **sample.condition})
     source = f"{count} samples of the cache in {cache.folder}"
-    label = {"cache": cache.spec, "schedule": schedule_of(teacher)}
-    return _examples(teacher, _stacked(rows, cache.unconditional), source, label)
+    label = {"cache": cache.spec, "guidance": guidance_scale, "schedule": schedule_of(teacher)}
+    return _examples(teacher, _stacked(rows, cache.unconditional), source, label, guidance_scale)
 
 
-def _examples(teacher: Teacher, tensors: dict[str, Tensor], source: str, label: dict[str, Any]) -> Examples:
+def _examples(
+    teacher: Teacher, tensors: dict[str, Tensor], source: str, label: dict[str, Any], guidance_scale: float
+) -> Examples:
     empty = Condition({name.removeprefix("empty."): t for name, t in tensors.items() if name.startswith("empty.")})
     named = {name: tensor for name, tensor in tensors.items() if not name.startswith("empty.")}
     noisy, timestep, groups = named.pop("noisy"), named.pop("timestep"), named.pop("group").tolist()
@@ -161,7 +165,7 @@ def _examples(teacher: Teacher, tensors: dict[str, Tensor], source: str, label: 
 
         def give(net: Net) -> Tensor:
             step = noisy[at].to(device, dtype), timestep[at].to(device)
-            return guided(call, net, *step, condition.to(device, dtype), empty.to(device, dtype), GUIDANCE)
+            return guided(call, net, *step, condition.to(device, dtype), empty.to(device, dtype), guidance_scale)
 
         return give
 

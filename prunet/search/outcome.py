@@ -1,6 +1,7 @@
 """The files of a search: the plan, and the recipe that makes its student."""
 
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import yaml
@@ -12,7 +13,7 @@ from prunet.recipe.prompts import read_prompt_file
 from prunet.recipe.recipe import load_recipe, recipe_yaml
 from prunet.search.examples import PROMPTS
 from prunet.search.recovery import learning_rate_for, usual_rate
-from prunet.search.results import SearchResult
+from prunet.search.results import BROKEN, SearchResult
 from prunet.search.sensitivity import cache_folder
 
 #: Pictures that the recipe's teacher draws from few prompts.
@@ -51,6 +52,10 @@ def write_plan(
             "# Its data are a few prompts of prunet's own, so the student forgets what they do not ask for: give your\n"
             "# pictures with captions, or your prompts.\n"
         )
+        if cache is not None:
+            note += f"# The data of the cache {cache} are not known here: give what it was made from.\n"
+    if result.is_broken:
+        note += "".join(f"# {line}\n" for line in wrap(BROKEN, 110))
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000)
     write_text(folder / "recipe.yaml", note + text)
 
@@ -60,16 +65,21 @@ def _recipe(
 ) -> dict[str, Any]:
     """Returns the recipe of `run` with the new plan; without a run, a recipe with `prompts`, or with a few prompts.
 
-    The learning rate follows from the student's error before training.
+    The learning rates are multiplied by what `learning_rate_for` gives for the student's error before training.
     """
-    rate = float(f"{learning_rate_for(result.error_before, usual_rate(run)):.2g}")
+    usual = usual_rate(run)
+    share = learning_rate_for(result.error_before, usual) / usual
+
+    def lowered(rate: float) -> float:
+        return float(f"{share * rate:.2g}")
+
     own: dict[str, Any] = {
         "teacher": {"source": in_full(result.teacher), **({"config": in_full(config)} if config else {})},
         "plan": {"name": plan.name, "description": plan.description, "remove": list(plan.remove)},
         "output": str((folder / "run").absolute()),
     }
     if run is None:
-        stage = {"steps": 10_000, "batch_size": 64, "learning_rate": rate, "ema_decay": 0.999}
+        stage = {"steps": 10_000, "batch_size": 64, "learning_rate": lowered(usual), "ema_decay": 0.999}
         count = len(read_prompt_file(prompts) if prompts else PROMPTS)
         data = {
             "prompts": in_full(str(prompts)) if prompts else list(PROMPTS),
@@ -79,5 +89,5 @@ def _recipe(
     recipe: dict[str, Any] = yaml.safe_load(recipe_yaml(load_recipe(run / "recipe.yaml")))
     for stage in recipe["stages"]:
         stage.pop("plan", None)
-        stage["learning_rate"] = rate
+        stage["learning_rate"] = lowered(stage["learning_rate"])
     return recipe | own | {"cache": str(cache_folder(run).absolute())}

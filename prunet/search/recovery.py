@@ -72,7 +72,7 @@ def recover(
         UserError: the disk has no room for the checkpoints.
     """
     samples, usual, found = Cache.open(cache_folder(cache)), usual_rate(cache), dict[str, dict[int, float]]()
-    folder /= json_hash([samples.spec, usual, steps])
+    folder /= json_hash([samples.spec, usual, steps, _stage(usual, steps, steps).warmup_steps])
     left = sorted(students, key=lambda student: scores.error(student).value)
     presets = [student for student in left if student.plan.name in preset_names()]
     for rung, most, others in ((max(1, round(SHARE * steps)), FIRST, len(presets)), (steps, LAST, 1)):
@@ -85,7 +85,8 @@ def recover(
         _check_disk([student for student in left if keys[key_of(student)] not in scores.kept("after")], folder)
         for student in left:
             if (key := keys[key_of(student)]) not in scores.kept("after"):
-                scores.keep("after", key, _train(student, scores, samples, rung, folder, usual, runtime))
+                stage = _stage(learning_rate_for(scores.error(student).value, usual), rung, steps)
+                scores.keep("after", key, _train(student, scores, samples, stage, folder, runtime))
             errors = scores.kept("after")[key]
             if errors is None:
                 after = "diverged"
@@ -111,17 +112,16 @@ def _check_disk(students: Sequence[Derived], folder: Path) -> None:
         )
 
 
+def _stage(learning_rate: float, steps: int, most: int) -> Stage:
+    """The first `steps` of a training of `most` steps: a student that continues equals one that begins again."""
+    warmup = min(10, round(SHARE * most) // 4)
+    return Stage(steps=steps, batch_size=BATCH, learning_rate=learning_rate, warmup_steps=warmup, ema_decay=None)
+
+
 def _train(
-    student: Derived, scores: Scores, samples: Cache, steps: int, folder: Path, usual: float, runtime: Runtime
+    student: Derived, scores: Scores, samples: Cache, stage: Stage, folder: Path, runtime: Runtime
 ) -> list[float] | None:
-    """Trains a student for `steps` steps; returns its squared errors by group of examples, None if it diverged."""
-    stage = Stage(
-        steps=steps,
-        batch_size=BATCH,
-        learning_rate=learning_rate_for(scores.error(student).value, usual),
-        warmup_steps=min(10, steps // 4),
-        ema_decay=None,
-    )
+    """Trains a student; returns its squared errors by group of examples, None if it diverged."""
     try:
         net = distil(
             scores.teacher,
@@ -132,7 +132,7 @@ def _train(
             folder / key_of(student),
             seed=1,  # all students see the same samples and noise
             runtime=runtime,
-            saving=Saving(every=max(steps // 4, 1), keep=1),
+            saving=Saving(every=max(stage.steps // 4, 1), keep=1),
         )
         return scores.error_of(net)
     except NotFinite:

@@ -11,6 +11,15 @@ from prunet.plan.result import PlanResult
 
 Costs = dict[str, int | float]
 
+#: Above this error the order before training says nothing. On emoji-xl the order of plans with 0.06 and 0.46 stayed
+#: after training; on emoji-sd a plan with 0.87 became far worse than one with 1.5 (benchmarks/2026-11-27-plans.md).
+MOST_ERROR = 0.5
+BROKEN = (
+    "Without training even the best student within the budget is nearly as far from the teacher as an output of zeros "
+    "(error 1), or farther. Then the error does not tell which student will be best after training: search with "
+    "--recover 100 and --cache RUN, or train the presets within the budget too, and compare."
+)
+
 
 class UnitResult(Value):
     """A unit: the parts that it removes, the costs that this saves, and its error."""
@@ -65,3 +74,8 @@ class SearchResult(Sensitivity):
     frontier: list[ScoredPlan]
     remove: list[str]
     plan: PlanResult
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the plan was chosen by an error that is too large to choose by (`BROKEN`)."""
+        return self.error_before > MOST_ERROR and not self.recover_steps

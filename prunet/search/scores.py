@@ -15,7 +15,7 @@ from prunet.disk.files import read_label, write_json
 from prunet.errors import NotFinite, UserError
 from prunet.intervals import Array, Measure, bootstrap
 from prunet.plan.derived import Derived
-from prunet.search.examples import Examples
+from prunet.search.examples import GUIDANCE, Examples
 from prunet.speed.clock import denoiser_call, device_name, times_in_turn
 from prunet.student.student import sharing
 from prunet.teacher.teacher import Teacher, after_overflow
@@ -48,7 +48,9 @@ class Scores:
         if self._file is not None and self._file.is_file():
             found = read_label(self._file, self._kept)
             ours = self._kept["made_from"]
-            if apart := difference({"schedule": ours.get("schedule")} | found["made_from"], ours):  # older ones lack it
+            older = {"schedule": ours.get("schedule"), "pipeline": ours.get("pipeline")}  # what older ones lack
+            older |= {"guidance": GUIDANCE} if "guidance" in ours else {}
+            if apart := difference({key: older[key] for key in older if key in ours} | found["made_from"], ours):
                 raise UserError(f"{self._file}: scores of another search: {apart}: give another folder, or delete it")
             self._kept = found | {"made_from": ours}
         self._groups = np.unique(np.asarray(examples.groups), return_inverse=True)[1]

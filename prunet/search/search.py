@@ -15,6 +15,7 @@ from prunet.plan.plan import Plan, load_plan, preset_names
 from prunet.runtime import Runtime
 from prunet.search.budgets import costs_of
 from prunet.search.choice import Problem, best_sets, total
+from prunet.search.examples import GUIDANCE
 from prunet.search.recovery import recover
 from prunet.search.results import ScoredPlan, SearchResult
 from prunet.search.scores import Scores, key_of, teacher_ms
@@ -50,12 +51,13 @@ def find_plan(
     prompts: Sequence[str] | None = None,
     cache: Path | None = None,
     recover_steps: int = 0,
+    guidance_scale: float = GUIDANCE,
 ) -> tuple[Plan, SearchResult]:
     """Finds the plan; returns it and all results. Resumes in `folder`.
 
     Args:
-        prompts, cache: see `open_examples`; with `recover_steps` students learn from the cache and are scored on
-        prompts. recover_steps: steps for which the best plans are distilled before one is chosen; 0: none.
+        prompts, cache, guidance_scale: see `open_examples`; with `recover_steps` students learn from the cache and are
+        scored on prompts. recover_steps: steps for which the best plans are distilled before one is chosen; 0: none.
 
     Raises:
         UserError: the teacher itself, or no timed plan, keeps the budget of latency.
@@ -63,9 +65,8 @@ def find_plan(
     if space.timed:
         space.check_latency(teacher_ms(space.teacher))
     file = folder / "examples.safetensors"
-    scores = Scores(
-        space.teacher, open_examples(space.teacher, prompts, None if recover_steps else cache, file), folder
-    )
+    examples = open_examples(space.teacher, prompts, None if recover_steps else cache, file, guidance_scale)
+    scores = Scores(space.teacher, examples, folder)
     units = sensitivity(space.units, scores, timed=bool(space.timed))
     problem = space.problem(
         [unit.error for unit in units.units],
@@ -80,7 +81,8 @@ def find_plan(
     if recover_steps and cache is not None:
         after = recover([one.derived for one in found], scores, cache, recover_steps, folder / "recovery", runtime)
         found = [replace(one, after=after.get(key_of(one.derived), {})) for one in found]
-        found.sort(key=lambda one: one.best)
+        # Errors after fewer steps, or none, are not compared with those of the students that were trained to the end.
+        found.sort(key=lambda one: (recover_steps not in one.after, one.best))
     best = found[0]
     plan = Plan("found", best.derived.plan.remove, _described(space, best))
     frontier = _frontier(space, problem, scores)

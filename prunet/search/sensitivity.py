@@ -10,7 +10,7 @@ from prunet.plan.derived import derive
 from prunet.plan.plan import Plan
 from prunet.recipe.recipe import load_recipe
 from prunet.search.budgets import costs_of
-from prunet.search.examples import Examples, cache_examples, noise_examples, path_examples
+from prunet.search.examples import GUIDANCE, Examples, cache_examples, noise_examples, path_examples
 from prunet.search.results import Sensitivity, UnitResult
 from prunet.search.scores import Scores
 from prunet.search.units import Unit
@@ -42,17 +42,22 @@ def check_samples(teacher: Teacher, prompts: Sequence[str] | None, cache: Path |
 
 
 def open_examples(
-    teacher: Teacher, prompts: Sequence[str] | None = None, cache: Path | None = None, file: Path | None = None
+    teacher: Teacher,
+    prompts: Sequence[str] | None = None,
+    cache: Path | None = None,
+    file: Path | None = None,
+    guidance_scale: float = GUIDANCE,
 ) -> Examples:
     """Opens the examples on which students are scored: from a cache, or from prompts that the teacher draws.
 
-    `cache`: a cache folder, or a run. `file`: where drawn examples are kept.
+    `cache`: a cache folder, or a run. `file`: where drawn examples are kept. `guidance_scale`: of the paths, and of the
+    outputs that are compared.
     """
     if teacher.architecture.only_form:
         return noise_examples(teacher)
     if cache is not None:
-        return cache_examples(teacher, Cache.open(cache_folder(cache)))
-    return path_examples(teacher, prompts, file)
+        return cache_examples(teacher, Cache.open(cache_folder(cache)), guidance_scale)
+    return path_examples(teacher, prompts, file, guidance_scale)
 
 
 def cache_folder(path: Path) -> Path:

@@ -118,11 +118,14 @@ def bench(
 ) -> Bench:
     """Times the parts of stock pipelines, or of models from `open_models`, in turns, with their devices and precisions.
 
-    The first model is the baseline. `size` in pixels: by default the size that the baseline was trained at. `drawn`:
-    how each model draws; models that are not in it draw like the baseline, and the baseline by default in `steps`
-    guided steps. `compiled`: also times the denoisers of torch under `torch.compile`. `sources`: paths of models; each
-    of these
-    draws a picture in a separate process.
+    Args:
+        pipelines: models by name; the first is the baseline.
+        size: in pixels; by default the size that the baseline was trained at.
+        batch_sizes: pictures that are drawn at once.
+        drawn: how each model draws; others draw like the baseline, and the baseline by default in `steps` guided steps.
+        repeats: times that each call is timed, at most.
+        compiled: also times the denoisers of torch under `torch.compile`.
+        sources: models by the names of `pipelines`; each draws a picture in a separate process.
     """
     models: dict[str, TimedModel] = {
         name: TorchModel(pipe) if hasattr(pipe, "unet") else pipe for name, pipe in pipelines.items()

@@ -27,7 +27,7 @@ from prunet.training.samples import LiveSamples, Samples, batches
 
 #: Samples: as many as have so many pixels of latents in all, but at least and at most so many.
 PIXELS, LEAST, MOST = 2**18, 32, 256
-CHUNK = 8  # samples whose patches are in memory at once
+CHUNK = 2**26  # numbers of patches that are in memory at once, or those of one sample: as float64 half a GiB
 #: Added to the diagonal of the equations, as a share of its mean: weights of which the samples say nothing stay.
 RIDGE = 0.1
 #: Layers with a smaller relative error are not changed. In half precision the teacher's rounding alone is larger.
@@ -50,9 +50,11 @@ def fit(teacher: Teacher, student: Net, derived: Derived, cache: Cache, seed: in
     batch = next(batches(samples, 0, how.batch_size))
     layers = _layers(student, derived)
     origins = [net.get_submodule(teacher_name(name, derived.form.module_map)) for name in layers]
-    with tap(origins) as theirs:
+    with tap(origins, "cpu") as theirs:  # for 64 samples of SD v1 they take 7 GB in fp32
         _call(teacher, net, batch)
         targets = dict(zip(layers, theirs.take(), strict=True))
+    del net, origins
+    teacher.release(teacher.architecture.part)  # so that the device holds one denoiser
     with progress("Fitting layers", len(layers)) as bar, ExitStack() as hooks:
         for name, ends in layers.items():
             inputs: list[Tensor] = []
@@ -100,9 +102,9 @@ def _fit_layer(
     A forward hook. `inputs`: those of `ends`. Inputs and target are dropped, so that their memory can be freed.
     """
     bar.advance()
-    target, inputs = targets.pop(name), [inputs.pop(0) for _ in ends]
-    equal = EQUAL if target.dtype == torch.float32 else EQUAL_IN_HALF
     ours = output[0] if isinstance(output, tuple) else output
+    target, inputs = targets.pop(name).to(ours.device), [inputs.pop(0) for _ in ends]
+    equal = EQUAL if target.dtype == torch.float32 else EQUAL_IN_HALF
     rest = (target.to(ours) - ours) * getattr(layer, "output_scale_factor", 1.0)
     if rest.square().sum() <= equal * target.float().square().sum():
         return output
@@ -124,8 +126,9 @@ def _solve(ends: Ends, inputs: Sequence[Tensor], rest: Tensor) -> tuple[Tensor, 
     where = torch.device("cpu") if rest.device.type == "mps" else rest.device  # mps has no float64
     left = torch.zeros(sum(sizes) + 1, sum(sizes) + 1, dtype=torch.float64, device=where)
     right = torch.zeros(sum(sizes) + 1, rest.shape[1], dtype=torch.float64, device=where)
-    for start in range(0, len(rest), CHUNK):
-        at = slice(start, start + CHUNK)
+    count = max(1, CHUNK // (len(left) * rest[0, 0].numel()))
+    for start in range(0, len(rest), count):
+        at = slice(start, start + count)
         parts = [_patches(end, given[at]) for end, given in zip(ends, inputs, strict=True)]
         known = torch.cat([*parts, torch.ones_like(parts[0][:, :1])], 1).to(where).double()
         left += known.T @ known

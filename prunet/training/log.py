@@ -44,7 +44,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
             if not isinstance(rows[-1].get("step"), int):
                 raise TypeError("no step in it")
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, ValueError) and not line.endswith(b"\n"):
                 break
             raise UserError(
