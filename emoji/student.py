@@ -3,7 +3,8 @@
     prunet run emoji/emoji-sd-small.yaml && python emoji/student.py runs/emoji-sd-small emoji/emoji-sd-small
 
 Writes the folder, its card with the measures of both by the two protocols, and a sheet of the fixed prompts: the
-teacher's pictures above the student's. Measures are kept in RUN/measured, so that the same command resumes.
+teacher's pictures above the student's; the front page shows its first pictures.
+Measures are kept in RUN/measured, so that the same command resumes.
 """
 
 import argparse
@@ -27,6 +28,7 @@ TEACHER = HERE / "emoji-sd"
 PROTOCOLS = ("emoji-train", "emoji-heldout")
 METRICS = {"retrieval": "R@1", "clip_score": "score", "kid": "KID"}
 ABOUT = HERE / "student-card.md"
+FRONT_PAGE, ON_FRONT_PAGE = HERE.parent / "docs" / "student.png", 16
 
 
 def write_pipeline(run: Path, out: Path) -> UNet2DConditionModel:
@@ -67,6 +69,8 @@ def write_sheet(models: dict[str, Path], path: Path) -> None:
     asked = {"teacher": Drawing(steps=25, guidance_scale=1.5, sampler="dpmsolver++")}
     drawn = [generate(model, prompts, drawing=asked.get(name)) for name, model in models.items()]
     grid(drawn, list(models), prompts, SHEET_COLUMNS).save(path, optimize=True)
+    first = [row[:ON_FRONT_PAGE] for row in drawn]
+    grid(first, list(models), prompts[:ON_FRONT_PAGE], SHEET_COLUMNS).save(FRONT_PAGE, optimize=True)
 
 
 def main() -> None:

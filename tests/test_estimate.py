@@ -160,3 +160,30 @@ def test_the_cache_of_paths_has_the_estimated_size(opened, timed) -> None:
         stored += sum(t.nbytes for file in folder.glob("shard-*") for t in load_file(file).values())
     assert len(folders) == 2 and found.path_bytes == stored
     assert estimate(opened(STAGE)).path_bytes == 0
+
+
+def test_what_the_teacher_draws_takes_time(opened, timed, monkeypatch, tmp_path) -> None:
+    """The hours are those of the calls that really happen when latents and paths are drawn."""
+    monkeypatch.setattr(costs, "call_seconds", lambda this, count: 3600.0)
+    jumps = {**STAGE, "objective": "trajectory", "guidance_scale": 2, "jumps": 2, "path_steps": 4, "paths": 5}
+    del jumps["losses"]
+    pictures = opened(STAGE)
+    data = {"source": None, "prompts": ["a", "b", "c"], "steps": 3}
+    for guidance in (1.0, 2.0):
+        this = opened(STAGE, jumps, {**jumps, "jumps": 1})
+        drawn = this.recipe.data.model_copy(update={**data, "guidance_scale": guidance})
+        this = Run(this.recipe.model_copy(update={"data": drawn}), CPU)
+        expected, calls = estimate(this).drawing_hours, 0
+
+        def counted(module, args, kwargs, output) -> None:
+            nonlocal calls
+            calls += len(kwargs["sample"] if "sample" in kwargs else args[0])
+
+        hook = this.teacher.unet.register_forward_hook(counted, with_kwargs=True)
+        latents = cache(this.teacher, drawn, tmp_path / f"cache-{guidance}", seed=this.recipe.seed)
+        cache_paths(this.teacher, latents, this.recipe.stages[1], tmp_path / f"paths-{guidance}")
+        hook.remove()
+        assert expected == calls == 3 * 3 * guidance + 5 * 4 * 2
+    assert estimate(pictures).drawing_hours == 0
+    each = opened({key: value for key, value in jumps.items() if key != "paths"})
+    assert estimate(each).drawing_hours == estimate(each).samples * 4 * 2

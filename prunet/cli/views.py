@@ -221,18 +221,33 @@ def estimate_view(this: Any, cost: "Estimate") -> RenderableType:
     memory = Table(box=None, padding=(0, 2), title="[bold]Memory of distillation[/]", title_justify="left")
     for name, count in filter(itemgetter(1), cost.memory_bytes.items()):
         memory.add_row(name, f"{count / 2**30:8.2f} GiB", style="bold" if name == "total" else None)
-    hours = cost.distil_hours
-    time_text = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
     speed = number(1 / cost.seconds_per_image)
     lines = Text.from_markup(
         f"[bold]Distillation[/]  {cost.images:,} images, {speed} images/s timed on "
         f"{this.runtime.torch_device} ({this.runtime.mixed_precision}, micro-batch {cost.timed_micro_batch}): "
-        f"about [bold]{time_text}[/]"
+        f"about [bold]{_hours(cost.distil_hours)}[/]"
     )
     if text_s := cost.text_seconds_per_image:
         lines.append(f"; {percent(text_s / cost.seconds_per_image)} of it embeds captions (data.text: live)")
     title = f"{this.teacher.source} by {this.recipe.plan.name}"
-    return Group(_cache(cost), plan_view(this.derived.effect(), title), steps, memory, lines, _data(cost))
+    drawing = [_drawing(cost)] if cost.drawing_hours != 0 else []
+    return Group(_cache(cost), plan_view(this.derived.effect(), title), steps, memory, *drawing, lines, _data(cost))
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+
+
+def _drawing(cost: "Estimate") -> Text:
+    """Shows how long the teacher draws before training."""
+    what = "the teacher draws what the student learns from"
+    if cost.drawing_hours is None:
+        return Text.from_markup(
+            f"[bold]Drawing[/]  {what}: a path for each sample, which are counted when they are read"
+        )
+    return Text.from_markup(
+        f"[bold]Drawing[/]  {what}, before the training: about [bold]{_hours(cost.drawing_hours)}[/]"
+    )
 
 
 def _cache(cost: "Estimate") -> Text:

@@ -72,13 +72,13 @@ def _cache_needs(this: "Run") -> list[Need]:
     less = "lower data.images_per_prompt" if data.images_per_prompt > 1 else "set a lower data.limit"
     folders = {folder for folder, _ in this.cache_specs}
     needs = [_need("latents", folder, each * (samples or 0), less) for folder in sorted(folders)]
-    for folder, number in _path_folders(this).items():
+    for folder, number in path_folders(this).items():
         less = f"set a lower stages.{number - 1}.paths or path_steps"
         needs.append(_need("paths", folder, _bytes_of_paths(this, number, samples) or 0, less))
     return needs
 
 
-def _path_folders(this: "Run") -> dict[Path, int]:
+def path_folders(this: "Run") -> dict[Path, int]:
     """Returns the folders of paths, each with the number of the first stage that learns from them."""
     return {folder: number for number, (folder, _) in reversed(this.path_specs.items())}
 
@@ -112,7 +112,7 @@ def cache_bytes(this: "Run") -> dict[str, int]:
 
 def path_bytes(this: "Run", samples: int | None) -> int | None:
     """Returns the bytes of all caches of paths; None if one has a path for each sample, and these are not known."""
-    sizes = [_bytes_of_paths(this, number, samples) for number in _path_folders(this).values()]
+    sizes = [_bytes_of_paths(this, number, samples) for number in path_folders(this).values()]
     return None if None in sizes else sum(size for size in sizes if size)
 
 

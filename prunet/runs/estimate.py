@@ -1,8 +1,9 @@
 """Estimates the cost of a recipe: memory from shapes, hours from a few real steps with random weights."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -10,15 +11,16 @@ import torch
 
 from prunet import processes
 from prunet.console import Bar, progress
-from prunet.data.encoding import ENCODE_BATCH
+from prunet.data.encoding import ENCODE_BATCH, draw_batch
 from prunet.data.listing import source_paths
 from prunet.data.remote import Remote, marks
 from prunet.data.sources import is_hub_id, picture_files, read_pictures
 from prunet.denoisers.pairs import Pair
 from prunet.plan.derived import Derived
-from prunet.runs.disk import cache_bytes, is_live, known_samples, path_bytes
+from prunet.runs.disk import cache_bytes, is_live, known_samples, path_bytes, path_folders
 from prunet.runs.run import Run
 from prunet.runtime import Runtime
+from prunet.speed.clock import denoiser_call, times_in_turn
 from prunet.training.allocator import kept_memory
 from prunet.training.checkpoints import trained_parameters
 from prunet.training.fit import training_memory
@@ -38,7 +40,8 @@ class Estimate:
     `steps`: `done` or `to do`. `cache_bytes_per_sample`: by part; `cache_bytes`: of all samples. `path_bytes`: of
     the teacher's paths. `memory_bytes`: the peak by part, and `total`, of the stage that needs most, whose micro-batch
     is `micro_batch`. `images`: how many training sees in all stages. `samples`: how many different ones there are
-    (None: counted when they are read), `or_more`, or `about` so many.
+    (None: counted when they are read), `or_more`, or `about` so many. `drawing_hours`: of the teacher, for the
+    latents of prompts and for paths that are not drawn yet (None: one path for each sample, and these are not counted).
     """
 
     steps: dict[str, str]
@@ -57,6 +60,7 @@ class Estimate:
     seconds_per_image: float
     text_seconds_per_image: float
     distil_hours: float
+    drawing_hours: float | None
 
 
 def estimate(this: Run) -> Estimate:
@@ -66,7 +70,7 @@ def estimate(this: Run) -> Estimate:
 
 
 def _estimate(this: Run, bar: Bar) -> Estimate:
-    runtime, stages, found = this.runtime, this.recipe.stages, []
+    stages, found = this.recipe.stages, []
     for number in range(1, len(stages) + 1):
         found.append(memory(this, number))
         bar.advance()
@@ -75,14 +79,9 @@ def _estimate(this: Run, bar: Bar) -> Estimate:
     seconds = 0.0
     for number, stage in enumerate(stages, 1):
         derived, micro, pairs = this.steps_down[number - 1], this.micro_batch(number), compared(this, number)
-        step = (runtime, stage.teacher_calls, stage.rank)
-        key = (derived.plan.fingerprint, pairs, micro, *step[1:])
+        key = (derived.plan.fingerprint, pairs, micro, stage.teacher_calls, stage.rank)
         if key not in speeds:
-            timed = min(micro, FEW)
-            each_s = seconds_per_image(derived, pairs, this.latent_size, timed, *step)
-            if timed < micro and each_s * micro < QUICK_S:
-                timed, each_s = micro, seconds_per_image(derived, pairs, this.latent_size, micro, *step)
-            speeds[key] = each_s, timed
+            speeds[key] = _timed(micro, partial(_step_seconds, this, number))
         seconds += (speeds[key][0] + text_s) * stage.steps * stage.batch_size
         bar.advance()
     images = sum(stage.steps * stage.batch_size for stage in stages)
@@ -107,7 +106,60 @@ def _estimate(this: Run, bar: Bar) -> Estimate:
         seconds_per_image=seconds / images,
         text_seconds_per_image=text_s,
         distil_hours=seconds / 3600,
+        drawing_hours=drawing_hours(this, samples),
     )
+
+
+def _timed(most: int, seconds_of: Callable[[int], float]) -> tuple[float, int]:
+    """Times a few images at once, and if that is quick, `most`; returns seconds per image, and how many were timed."""
+    count = min(most, FEW)
+    seconds = seconds_of(count)
+    if count < most and seconds * most < QUICK_S:
+        count, seconds = most, seconds_of(most)
+    return seconds, count
+
+
+def _step_seconds(this: Run, number: int, count: int) -> float:
+    """Returns the seconds per image of a step of stage `number` with `count` images."""
+    stage, derived = this.recipe.stages[number - 1], this.steps_down[number - 1]
+    how = (this.runtime, stage.teacher_calls, stage.rank)
+    return seconds_per_image(derived, compared(this, number), this.latent_size, count, *how)
+
+
+def drawing_hours(this: Run, samples: int | None) -> float | None:
+    """Returns the hours that the teacher draws latents and paths before training; None if their number is not known.
+
+    Guidance takes two calls of the denoiser for each step and picture. Text encoders and the VAE are not counted.
+    """
+    if "cache" not in this.todo():
+        return 0.0
+    calls, data = 0, this.recipe.data
+    if data.source is None and samples:
+        folders = {folder for folder, _ in this.cache_specs if not (folder / "cache.json").is_file()}
+        calls += len(folders) * samples * data.steps * (2 if data.guidance_scale > 1 else 1)
+    for folder, number in path_folders(this).items():
+        stage = this.recipe.stages[number - 1]
+        count = stage.paths or samples
+        if count is None:
+            return None
+        calls += 0 if (folder / "cache.json").is_file() else count * stage.path_steps * 2
+    if not calls:
+        return 0.0
+    seconds, _ = _timed(draw_batch(*this.latent_size), partial(call_seconds, this))
+    return calls * seconds / 3600
+
+
+@torch.no_grad()
+def call_seconds(this: Run, count: int) -> float:
+    """Times a call of the teacher's denoiser, with random weights, on `count` latents; returns the seconds for each."""
+    teacher, device = this.teacher, this.runtime.torch_device
+    with device:
+        net = teacher.architecture.make(teacher.unet_config).to(this.runtime.dtype).eval()
+    half = this.runtime.mixed_precision != "no"
+    with kept_memory(device), teacher.architecture.fast_attention([net], device, half=half):
+        call = denoiser_call(net, count, latent_size=this.latent_size, device=device)
+        (times,) = times_in_turn({"teacher": call}, STEPS, device).values()
+    return sum(times) / len(times) / 1000 / count
 
 
 def text_seconds(this: Run, count: int) -> float:
