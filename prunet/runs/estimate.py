@@ -30,7 +30,7 @@ from prunet.training.probe import probe
 STEPS = 2
 FEW = 4  # samples of the first, small micro-batch that is timed
 COUNTED = 10_000  # most pictures that are counted, because counting a shard reads it
-QUICK_S = 5.0  # a whole micro-batch, where an image takes less time, is timed if it takes no longer
+QUICK_S = 5.0  # a larger batch, where an image takes less time, is timed if it takes no longer
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,14 @@ def _estimate(this: Run, bar: Bar) -> Estimate:
 
 
 def _timed(most: int, seconds_of: Callable[[int], float]) -> tuple[float, int]:
-    """Times a few images at once, and if that is quick, `most`; returns seconds per image, and how many were timed."""
+    """Times a few images at once, then four times as many, up to `most`, while that is quick.
+
+    Returns the seconds per image, and how many were timed at once. Few images at once take longer each.
+    """
     count = min(most, FEW)
     seconds = seconds_of(count)
-    if count < most and seconds * most < QUICK_S:
-        count, seconds = most, seconds_of(most)
+    while count < most and seconds * (more := min(most, 4 * count)) < QUICK_S:
+        count, seconds = more, seconds_of(more)
     return seconds, count
 
 
