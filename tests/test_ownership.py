@@ -317,6 +317,20 @@ def test_the_seal_is_written_under_the_lock(tmp_path, monkeypatch) -> None:
     assert len(workers) == 1 and f"process {os.getpid()} " in str(workers[0])
 
 
+def test_a_command_that_is_refused_leaves_no_new_folder(tmp_path) -> None:
+    new, old = tmp_path / "new", tmp_path / "old"
+    old.mkdir()
+    for folder in (new, old):
+        with pytest.raises(UserError), hold(folder, "pictures"), hold(folder, "pictures"):
+            assert (folder / SEAL).is_file()
+            raise UserError("size: 24 is no multiple of 64")
+    assert not new.exists() and old.is_dir()
+    with pytest.raises(UserError), hold(new, "pictures"):
+        (new / "000000.png").touch()
+        raise UserError("the disk is full")
+    assert (new / "000000.png").is_file()
+
+
 def test_a_process_may_take_its_lock_twice_and_a_fork_does_not_keep_it(tmp_path) -> None:
     with hold(tmp_path / "a", "run"), hold(tmp_path / "a", "run"):
         pass

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -166,17 +167,22 @@ _held: dict[Path, tuple[int, int]] = {}  # for each folder: file descriptor of i
 def hold(folder: Path, what: str) -> Iterator[None]:
     """Locks a folder as a `what`: other processes cannot write into it until the block, or this process, ends.
 
-    A folder without write permission (a finished run on a read-only mount) is not locked.
+    A folder without write permission (a finished run on a read-only mount) is not locked. A new folder is removed if
+    the block fails before it writes anything there.
 
     Raises:
         UserError: another process works in the folder; the message names it.
     """
-    key = folder.resolve()
+    key, is_new = folder.resolve(), not folder.exists()
     file, times = _held.get(key) or (_lock(folder, what), 0)
     if file is not None:
         _held[key] = file, times + 1
     try:
         yield
+    except BaseException:
+        if is_new and folder.is_dir() and {path.name for path in folder.iterdir()} <= {SEAL, LOCK}:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     finally:
         if file is not None:
             _, times = _held.pop(key, (file, 0))  # 0: in a forked child
