@@ -260,6 +260,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="jobs at once (%(default)s)")
     parser.add_argument("--table", action="store_true", help="only write the table and the sheet of what is there")
+    parser.set_defaults(precision="no")  # of the students' training; students.py has an option for it
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.subject = subject(args.subject or args.out / "subject")

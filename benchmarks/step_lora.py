@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", help="these of the ablation's LoRAs")
     parser.add_argument("--limit", type=int, default=108, help="prompts (%(default)s)")
     parser.add_argument("--device", default="cpu")
+    parser.set_defaults(precision="no")  # of the training; students.py has an option for it
     args = parser.parse_args()
     torch.set_num_threads(1)
     ablation, loaded = load_ablation("benchmarks/step-lora.yaml")

@@ -28,6 +28,7 @@ TEACHER = HERE / "emoji-sd"
 PROTOCOLS = ("emoji-train", "emoji-heldout")
 METRICS = {"retrieval": "R@1", "clip_score": "score", "kid": "KID"}
 ABOUT = HERE / "student-card.md"
+SHIPPED = HERE.resolve() / "emoji-sd-small"
 FRONT_PAGE, ON_FRONT_PAGE = HERE.parent / "docs" / "student.png", 16
 
 
@@ -69,6 +70,8 @@ def write_sheet(models: dict[str, Path], path: Path) -> None:
     asked = {"teacher": Drawing(steps=25, guidance_scale=1.5, sampler="dpmsolver++")}
     drawn = [generate(model, prompts, drawing=asked.get(name)) for name, model in models.items()]
     grid(drawn, list(models), prompts, SHEET_COLUMNS).save(path, optimize=True)
+    if path.parent.resolve() != SHIPPED:
+        return
     first = [row[:ON_FRONT_PAGE] for row in drawn]
     grid(first, list(models), prompts[:ON_FRONT_PAGE], SHEET_COLUMNS).save(FRONT_PAGE, optimize=True)
 

@@ -46,6 +46,7 @@ def timed(monkeypatch) -> dict[str, Any]:
         return found["seconds"](derived.plan.name, batch_size)
 
     monkeypatch.setattr(costs, "seconds_per_image", seconds_per_image)
+    monkeypatch.setattr(costs, "call_seconds", lambda this, count: 3600.0)  # drawing hours are the calls
     monkeypatch.setattr(costs, "step_memory", lambda *args, **options: 1000)
     return found
 
@@ -162,9 +163,8 @@ def test_the_cache_of_paths_has_the_estimated_size(opened, timed) -> None:
     assert estimate(opened(STAGE)).path_bytes == 0
 
 
-def test_what_the_teacher_draws_takes_time(opened, timed, monkeypatch, tmp_path) -> None:
+def test_what_the_teacher_draws_takes_time(opened, timed, tmp_path) -> None:
     """The hours are those of the calls that really happen when latents and paths are drawn."""
-    monkeypatch.setattr(costs, "call_seconds", lambda this, count: 3600.0)
     jumps = {**STAGE, "objective": "trajectory", "guidance_scale": 2, "jumps": 2, "path_steps": 4, "paths": 5}
     del jumps["losses"]
     pictures = opened(STAGE)
@@ -187,3 +187,29 @@ def test_what_the_teacher_draws_takes_time(opened, timed, monkeypatch, tmp_path)
     assert estimate(pictures).drawing_hours == 0
     each = opened({key: value for key, value in jumps.items() if key != "paths"})
     assert estimate(each).drawing_hours == estimate(each).samples * 4 * 2
+
+
+def test_only_what_is_not_drawn_yet_takes_time(opened, timed, monkeypatch) -> None:
+    monkeypatch.setattr("prunet.data.paths.BLOCK", 2)
+    monkeypatch.setattr(costs, "PATHS", 2)
+    jumps = {**STAGE, "objective": "trajectory", "guidance_scale": 2, "jumps": 2, "path_steps": 4, "paths": 5}
+    del jumps["losses"]
+    this = opened(jumps)
+    latents = cache(this.teacher, this.recipe.data, this.cache_folder, seed=this.recipe.seed)
+    ((folder, _),) = this.path_specs.values()
+    made = cache_paths(this.teacher, latents, this.recipe.stages[0], folder)
+    assert estimate(opened(jumps)).drawing_hours == 0 and len(made) == 5
+    for name in ("cache.json", "shard-00001.safetensors"):
+        (folder / name).unlink()
+    assert estimate(opened(jumps)).drawing_hours == (5 - 4) * 4 * 2
+
+
+def test_the_time_of_a_call_is_for_one_picture(opened, monkeypatch) -> None:
+    this, asked = opened(STAGE), []
+
+    def times_in_turn(calls, repeats, device) -> dict[str, list[float]]:
+        asked.extend(len(call()[0]) for call in calls.values())
+        return {name: [500.0, 700.0] for name in calls}  # milliseconds
+
+    monkeypatch.setattr(costs, "times_in_turn", times_in_turn)
+    assert costs.call_seconds(this, 3) == pytest.approx(0.2) and asked == [3]

@@ -281,7 +281,7 @@ def pipeline_of(name, folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["sd-v1", "sd-v1 bk-tiny", "sd-v2", "sd-v2 bk-tiny", "sdxl", "sdxl ssd-1b"]
+    "name", ["sd-v1", "sd-v1 bk-tiny", "sd-v2", "sd-v2 bk-tiny", "sdxl", "sdxl ssd-1b", "sdxl koala-700m"]
 )  # its reader of names is compared for all models above
 def test_stock_diffusers_opens_the_file(name, tmp_path):
     pipeline = pipeline_of(name, tmp_path / "tokenizer")

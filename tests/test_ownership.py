@@ -331,6 +331,21 @@ def test_a_command_that_is_refused_leaves_no_new_folder(tmp_path) -> None:
     assert (new / "000000.png").is_file()
 
 
+def test_a_folder_that_was_removed_meanwhile_is_made_again(tmp_path, monkeypatch) -> None:
+    """Another process fails, and removes the new folder, between the opening of the lock and the locking."""
+    folder, flock, times = tmp_path / "new", ownership.fcntl.flock, []
+
+    def removed_before(file: int, how: int) -> None:
+        times.append(how)
+        if len(times) == 1:
+            ownership._remove_empty(folder)
+        flock(file, how)
+
+    monkeypatch.setattr(ownership.fcntl, "flock", removed_before)
+    with hold(folder, "pictures"):
+        assert {path.name for path in folder.iterdir()} == {SEAL, LOCK} and len(times) == 2
+
+
 def test_a_process_may_take_its_lock_twice_and_a_fork_does_not_keep_it(tmp_path) -> None:
     with hold(tmp_path / "a", "run"), hold(tmp_path / "a", "run"):
         pass

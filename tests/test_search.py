@@ -268,17 +268,20 @@ def test_scores_of_another_text_encoder_or_guidance_are_refused(searched, sd, tm
         Scores(Teacher(teacher), open_examples(Teacher(teacher), texts, file=file, guidance_scale=3.0), folder)
     config = teacher / "text_encoder" / "config.json"
     config.write_text(config.read_text() + "\n")
+    with pytest.raises(UserError, match=r"examples of another search: pipeline"):
+        open_examples(Teacher(teacher), texts, file=file)
+    file.unlink()
     with pytest.raises(UserError, match=r"scores of another search: pipeline"):
         Scores(Teacher(teacher), open_examples(Teacher(teacher), texts, file=file), folder)
 
 
-def test_students_that_were_trained_to_the_end_come_first(space, searched, finished, tmp_path, monkeypatch) -> None:
-    """The error of a student that was dropped after fewer steps is not compared with theirs."""
+def test_an_error_after_fewer_steps_is_not_compared(space, searched, finished, tmp_path, monkeypatch) -> None:
+    """A student that was dropped counts by its error before training."""
     folder = Path(shutil.copytree(searched[0], tmp_path / "search"))
 
     def recovered(students, *_):
         dropped, *others = map(key_of, students)
-        return {dropped: {1: 0.0}} | {key: {1: 2.0, 4: 1.0 + i} for i, key in enumerate(others[:2])}
+        return {dropped: {1: 0.0}} | {key: {1: 2.0, 4: i * 1e-9} for i, key in enumerate(others[:2])}
 
     monkeypatch.setattr(search, "recover", recovered)
     given = {"prompts": ["a cat", "a dog"], "cache": finished, "recover_steps": 4}
@@ -290,7 +293,8 @@ def test_a_plan_chosen_by_a_large_error_says_so(searched, tmp_path, capsys) -> N
     _, plan, result = searched
     broken = result.model_copy(update={"error_before": 0.87})
     assert broken.is_broken and not result.model_copy(update={"error_before": 0.46}).is_broken
-    assert not broken.model_copy(update={"recover_steps": 100}).is_broken
+    trained = [broken.plans[0].model_copy(update={"after": {100: 0.3}}), *broken.plans[1:]]
+    assert not broken.model_copy(update={"plans": trained}).is_broken
     write_plan(plan, broken, tmp_path)
     write_search(broken, tmp_path)
     results.print(search_view(broken, tmp_path))

@@ -147,7 +147,7 @@ def test_a_stop_between_two_rows_of_the_log_leaves_no_trace_in_it(sd, made, whol
     def step_and_stop(session: training.Session, learning_rate: float) -> torch.Tensor:
         now[0] += 2 ** taken[part]  # the seconds of each step are others
         taken[part] += 1
-        if part == "parts" and taken[part] in (1, 3):
+        if part == "parts" and taken[part] in (1, 5):
             os.kill(os.getpid(), signal.SIGTERM)
         return step(session, learning_rate)
 
@@ -155,7 +155,7 @@ def test_a_stop_between_two_rows_of_the_log_leaves_no_trace_in_it(sd, made, whol
     monkeypatch.setattr("prunet.training.sums.time", SimpleNamespace(perf_counter=lambda: now[0]))
     train(sd, made, tmp_path / "whole", runtime=runtime)
     part = "parts"
-    for last in (1, 3):
+    for last in (1, 5):
         with stops(signal.SIGTERM):
             train(sd, made, tmp_path / "parts", runtime=runtime)
         assert checkpoints(tmp_path / "parts")[-1].name == f"step-{last:07d}"
@@ -491,6 +491,7 @@ def test_fitted_layers_bring_the_output_nearer_on_other_samples(sd, made) -> Non
     student = inherit(teacher.unet, derived)
     before = error(student)
     fit(teacher, student, derived, made, seed=5)
+    assert "unet" not in vars(teacher)  # the device holds one denoiser at a time
     assert error(student) < 0.5 * before, (error(student), before)
     whole = derive(teacher.unet_config, Plan("none"))
     for dtype in (torch.float32, torch.bfloat16):  # the rounding of a teacher is not fitted to

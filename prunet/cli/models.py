@@ -139,7 +139,7 @@ def _inspect_sensitivity(
     teacher = Teacher(source, config=config, device=runtime.torch_device, dtype=runtime.dtype, only_form=True)
     if output is not None:
         check_place(output, "sensitivity", "--output", [Path(source), *([cache] if cache else [])])
-    check_samples(teacher, texts, cache)
+    check_samples(teacher, texts, cache, guidance_scale)
     teacher.check_weights()
     units = find_units(teacher.unet_config)
     if not units:
@@ -168,6 +168,9 @@ def _inspect_recipe(path: Path, as_json: bool) -> None:
     notes = [f"{stage.steps:,} x {stage.batch_size}" for stage in recipe.stages]
     title = f"{source.source} by {recipe.plan.name}"
     more = {"stages": [step.result().facts() for step in steps]} if as_json else {}
+    last = recipe.stages[-1].teacher  # whose pipeline the student gets
+    if last is not None:
+        teacher = Teacher(last.source, config=last.config, revision=last.revision)
     _say_effect(as_json, derived, teacher, title, more, None if as_json else stairs_view(steps, notes))
 
 

@@ -39,7 +39,7 @@ CacheOption = Annotated[
 CompareOption = Annotated[
     float,
     typer.Option(
-        "--guidance-scale", min=1, help="Of the outputs that are compared: the scale that you draw with; 1: none."
+        "--guidance-scale", min=1, help="Guidance scale of the outputs that are compared: that with which you draw."
     ),
 ]
 RecipeArgument = Annotated[Path, typer.Argument(help="A YAML recipe, the name of a shipped one, or a run folder.")]

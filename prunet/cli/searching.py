@@ -65,7 +65,7 @@ def search(
     if recover and cache is None:
         raise UserError("--recover: needs samples for training: give a run or a cache with --cache")
     check_micro_batch(runtime.micro_batch if recover else None)
-    check_samples(teacher, None if recover else texts, cache)
+    check_samples(teacher, None if recover else texts, cache, guidance_scale)
     teacher.check_weights()
     space = Space(teacher, budgets, keep or [])
     with hold(output, "search"):

@@ -8,10 +8,9 @@ import errno
 import fcntl
 import os
 import re
-import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from mimetypes import MimeTypes
 from pathlib import Path
@@ -180,8 +179,8 @@ def hold(folder: Path, what: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if is_new and folder.is_dir() and {path.name for path in folder.iterdir()} <= {SEAL, LOCK}:
-            shutil.rmtree(folder, ignore_errors=True)
+        if is_new:
+            _remove_empty(folder)
         raise
     finally:
         if file is not None:
@@ -190,6 +189,15 @@ def hold(folder: Path, what: str) -> Iterator[None]:
                 _held[key] = file, times - 1
             elif times:
                 os.close(file)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Removes a locked folder if nothing but the seal and the lock is in it."""
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {SEAL, LOCK}:
+        with suppress(OSError):
+            for name in (SEAL, LOCK):
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def _lock(folder: Path, what: str) -> int | None:
@@ -211,6 +219,9 @@ def _lock(folder: Path, what: str) -> int | None:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
                 os.close(file)
                 raise
+        if not _is_open(file, folder / LOCK):  # another process has removed the folder in the meantime
+            os.close(file)
+            return _lock(folder, what)
         if not (folder / SEAL).exists():  # only now: processes that start together would write it at once
             try:
                 with new_file(folder / SEAL) as part:
@@ -219,6 +230,14 @@ def _lock(folder: Path, what: str) -> int | None:
                 os.close(file)
                 raise
     return file
+
+
+def _is_open(file: int, path: Path) -> bool:
+    """Returns whether an open file is the one that lies at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def worker_of(folder: Path) -> str | None:

@@ -5,14 +5,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from prunet import processes
 from prunet.console import Bar, progress
+from prunet.data.cache import BLOCK
 from prunet.data.encoding import ENCODE_BATCH, draw_batch
 from prunet.data.listing import source_paths
+from prunet.data.paths import BLOCK as PATHS
 from prunet.data.remote import Remote, marks
 from prunet.data.sources import is_hub_id, picture_files, read_pictures
 from prunet.denoisers.pairs import Pair
@@ -25,7 +28,7 @@ from prunet.training.allocator import kept_memory
 from prunet.training.checkpoints import trained_parameters
 from prunet.training.fit import training_memory
 from prunet.training.memory import step_memory
-from prunet.training.probe import probe
+from prunet.training.probe import default_dtype, probe
 
 STEPS = 2
 FEW = 4  # samples of the first, small micro-batch that is timed
@@ -106,7 +109,7 @@ def _estimate(this: Run, bar: Bar) -> Estimate:
         seconds_per_image=seconds / images,
         text_seconds_per_image=text_s,
         distil_hours=seconds / 3600,
-        drawing_hours=drawing_hours(this, samples),
+        drawing_hours=drawing_hours(this, None if how == "or more" else samples),
     )
 
 
@@ -138,26 +141,33 @@ def drawing_hours(this: Run, samples: int | None) -> float | None:
         return 0.0
     calls, data = 0, this.recipe.data
     if data.source is None and samples:
-        folders = {folder for folder, _ in this.cache_specs if not (folder / "cache.json").is_file()}
-        calls += len(folders) * samples * data.steps * (2 if data.guidance_scale > 1 else 1)
+        left = sum(_undrawn(folder, samples, BLOCK) for folder in {folder for folder, _ in this.cache_specs})
+        calls += left * data.steps * (2 if data.guidance_scale > 1 else 1)
     for folder, number in path_folders(this).items():
         stage = this.recipe.stages[number - 1]
         count = stage.paths or samples
         if count is None:
             return None
-        calls += 0 if (folder / "cache.json").is_file() else count * stage.path_steps * 2
+        calls += _undrawn(folder, count, PATHS) * stage.path_steps * 2
     if not calls:
         return 0.0
     seconds, _ = _timed(draw_batch(*this.latent_size), partial(call_seconds, this))
     return calls * seconds / 3600
 
 
+def _undrawn(folder: Path, count: int, block: int) -> int:
+    """Returns how many of `count` samples are not in a cache yet, which is written in blocks of `block`."""
+    if (folder / "cache.json").is_file():
+        return 0
+    return max(0, count - block * len(list(folder.glob("shard-*.safetensors"))))
+
+
 @torch.no_grad()
 def call_seconds(this: Run, count: int) -> float:
     """Times a call of the teacher's denoiser, with random weights, on `count` latents; returns the seconds for each."""
     teacher, device = this.teacher, this.runtime.torch_device
-    with device:
-        net = teacher.architecture.make(teacher.unet_config).to(this.runtime.dtype).eval()
+    with device, default_dtype(this.runtime.dtype):
+        net = teacher.architecture.make(teacher.unet_config).eval()
     half = this.runtime.mixed_precision != "no"
     with kept_memory(device), teacher.architecture.fast_attention([net], device, half=half):
         call = denoiser_call(net, count, latent_size=this.latent_size, device=device)

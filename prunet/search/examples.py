@@ -16,12 +16,14 @@ from prunet.data.cache import Cache
 from prunet.denoisers.architecture import Net
 from prunet.denoisers.condition import Condition
 from prunet.disk.files import new_file
+from prunet.errors import UserError
 from prunet.hashing import seed_of
 from prunet.recipe.prompts import prompts_hash
 from prunet.sampling.paths import SAMPLER, draw_path, schedule_of
 from prunet.sampling.samplers import sampler_of
 from prunet.teacher.guidance import guided
 from prunet.teacher.teacher import Teacher
+from prunet.words import difference
 
 #: Prompts to draw if the user gives no prompts and no cache.
 PROMPTS = (
@@ -69,30 +71,37 @@ def path_examples(
 
     The output is the guided one, because the prompt hardly changes the plain output. `file`: where the examples are
     kept, so that they are drawn only once.
+
+    Raises:
+        UserError: the file has examples of other prompts, another guidance scale or another teacher.
     """
     prompts = list(prompts or PROMPTS)
     teacher.check_prompts(prompts)
     label: dict[str, Any] = {"prompts": prompts_hash(prompts), "steps": STEPS, "points": POINTS}
     label |= {"guidance": guidance_scale, "schedule": schedule_of(teacher), "pipeline": teacher.fingerprint()}
-    made_from = json.dumps({**label, "precision": str(teacher.dtype)})
-    if file is not None and _made_from(file) == made_from:
+    made_from = {**label, "precision": str(teacher.dtype)}
+    known = _made_from(file) if file is not None else None
+    if apart := known and difference(made_from | known, made_from):
+        raise UserError(f"{file}: examples of another search: {apart}: give another folder, or delete it")
+    if file is not None and known == made_from:
         tensors = load_file(file)
     else:
         tensors = _draw(teacher, prompts, guidance_scale)
         if file is not None:
             with new_file(file) as part:
-                save_file(tensors, part, {"made_from": made_from})
+                save_file(tensors, part, {"made_from": json.dumps(made_from)})
     teacher.release("text")
     source = f"{len(prompts)} prompts drawn by the teacher, {POINTS} points of each path"
     return _examples(teacher, tensors, source, label, guidance_scale)
 
 
-def _made_from(file: Path) -> str | None:
+def _made_from(file: Path) -> dict[str, Any] | None:
     """Returns what the examples in a file were drawn from; None if the file is missing or damaged."""
     try:
         with safe_open(file, framework="pt") as opened:
-            return (opened.metadata() or {}).get("made_from")
-    except (OSError, SafetensorError):
+            found = json.loads((opened.metadata() or {}).get("made_from", "null"))
+            return found if isinstance(found, dict) else None
+    except (OSError, ValueError, RecursionError, SafetensorError):
         return None
 
 

@@ -65,13 +65,11 @@ def _recipe(
 ) -> dict[str, Any]:
     """Returns the recipe of `run` with the new plan; without a run, a recipe with `prompts`, or with a few prompts.
 
-    The learning rates are multiplied by what `learning_rate_for` gives for the student's error before training.
+    The learning rates are lowered by `learning_rate_for`, for the student's error before training.
     """
-    usual = usual_rate(run)
-    share = learning_rate_for(result.error_before, usual) / usual
 
     def lowered(rate: float) -> float:
-        return float(f"{share * rate:.2g}")
+        return float(f"{min(rate, learning_rate_for(result.error_before, rate)):.2g}")
 
     own: dict[str, Any] = {
         "teacher": {"source": in_full(result.teacher), **({"config": in_full(config)} if config else {})},
@@ -79,7 +77,7 @@ def _recipe(
         "output": str((folder / "run").absolute()),
     }
     if run is None:
-        stage = {"steps": 10_000, "batch_size": 64, "learning_rate": lowered(usual), "ema_decay": 0.999}
+        stage = {"steps": 10_000, "batch_size": 64, "learning_rate": lowered(usual_rate(None)), "ema_decay": 0.999}
         count = len(read_prompt_file(prompts) if prompts else PROMPTS)
         data = {
             "prompts": in_full(str(prompts)) if prompts else list(PROMPTS),

@@ -6,6 +6,7 @@ teacher's squared output, before training, with their 95 % interval from `low` t
 
 from typing import Any
 
+from prunet.denoisers.known import architecture_of
 from prunet.disk.values import Value
 from prunet.plan.result import PlanResult
 
@@ -77,5 +78,6 @@ class SearchResult(Sensitivity):
 
     @property
     def is_broken(self) -> bool:
-        """Whether the plan was chosen by an error that is too large to choose by (`BROKEN`)."""
-        return self.error_before > MOST_ERROR and not self.recover_steps
+        """Whether the plan was chosen before training by an error that is too large to choose by (`BROKEN`)."""
+        can_recover = not architecture_of(self.teacher_config).only_form
+        return can_recover and self.error_before > MOST_ERROR and not self.plans[0].after

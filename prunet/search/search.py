@@ -81,8 +81,8 @@ def find_plan(
     if recover_steps and cache is not None:
         after = recover([one.derived for one in found], scores, cache, recover_steps, folder / "recovery", runtime)
         found = [replace(one, after=after.get(key_of(one.derived), {})) for one in found]
-        # Errors after fewer steps, or none, are not compared with those of the students that were trained to the end.
-        found.sort(key=lambda one: (recover_steps not in one.after, one.best))
+        # A student that was dropped counts by its error before training: that after fewer steps is not compared.
+        found.sort(key=lambda one: min(one.error.value, one.after.get(recover_steps, np.inf)))
     best = found[0]
     plan = Plan("found", best.derived.plan.remove, _described(space, best))
     frontier = _frontier(space, problem, scores)

@@ -18,7 +18,9 @@ from prunet.speed.clock import device_name
 from prunet.teacher.teacher import Teacher
 
 
-def check_samples(teacher: Teacher, prompts: Sequence[str] | None, cache: Path | None) -> None:
+def check_samples(
+    teacher: Teacher, prompts: Sequence[str] | None, cache: Path | None, guidance_scale: float = GUIDANCE
+) -> None:
     """Refuses prompts or a cache that cannot give examples, before weights are loaded.
 
     Raises:
@@ -27,10 +29,10 @@ def check_samples(teacher: Teacher, prompts: Sequence[str] | None, cache: Path |
     """
     if prompts and cache:
         raise UserError("--prompts and --cache: give one of them")
-    if teacher.architecture.only_form and (prompts or cache):
+    if teacher.architecture.only_form and (prompts or cache or guidance_scale != GUIDANCE):
         raise UserError(
             f"{teacher.source}: prunet cannot draw with a {teacher.architecture.class_name} yet, and scores it on "
-            "random inputs: leave --prompts and --cache out"
+            "random inputs: leave --prompts, --cache and --guidance-scale out"
         )
     if cache is not None:
         opened = Cache.open(cache_folder(cache))

@@ -41,7 +41,7 @@ def probe(
         student = architecture.make(student_config).train()
         if rank:
             _add_lora(student, rank)
-        with _default_dtype(dtype):
+        with default_dtype(dtype):
             teacher = architecture.make(teacher_config).eval().requires_grad_(False)
     if gradient_checkpointing:
         student.enable_gradient_checkpointing()
@@ -69,7 +69,8 @@ def probe(
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Makes new tensors in `dtype` inside the block."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
