@@ -69,6 +69,14 @@ def test_prompts_a_plan_and_a_budget(sd, tmp_path) -> None:
         new_recipe(str(sd), str(tmp_path / "prompts.txt"), plan="bk-tin", runtime=CPU)
 
 
+def test_losses_of_layers_are_normalised(sdxl, sd, pictures) -> None:
+    for folder, plan, level in ((sdxl, "vega", "layer"), (sd, "bk-tiny", "block")):
+        (stage,) = yaml.safe_load(new_recipe(str(folder), str(pictures), plan=plan, runtime=CPU))["stages"]
+        assert stage["losses"]["level"] == level
+        assert stage["losses"].get("normalize", False) == (level == "layer")
+    assert not load_recipe("vega").stages[-1].losses.normalize  # as published
+
+
 @pytest.mark.parametrize(("jumps", "path_steps"), [(1, 24), (4, 24), (5, 20)])
 def test_few_steps(jumps, path_steps, sd, pictures, tmp_path) -> None:
     """Settings of the second stage that do not depend on the data equal those of a shipped recipe."""

@@ -93,7 +93,7 @@ def new_recipe(
     found = data_facts(data, opened.native_size)
     if jumps and (count := opened.process.num_timesteps) % jumps:
         raise UserError(f"--jumps {jumps}: give a divisor of the teacher's {count} timesteps, such as 4")
-    stage = published(chosen, opened.layout)
+    stage = usual_stage(chosen, opened.layout)
     if found["kind"] == "prompts":  # random captions need this, and bring students nearer: benchmarks/best.yaml
         stage["losses"]["task"] = 0.0
     steps = min(max(STEPS[0], SEEN * (found["count"] or 0) // BATCH), STEPS[1])
@@ -224,14 +224,19 @@ def data_facts(data: str, size: int) -> dict[str, Any]:
     }
 
 
-def published(plan: Plan, layout: str) -> dict[str, Any]:
-    """Returns the settings of the last stage of a shipped recipe with this plan, or else with the usual plan."""
+def usual_stage(plan: Plan, layout: str) -> dict[str, Any]:
+    """Returns the settings of the last stage of a shipped recipe with this plan, or else with the usual plan.
+
+    Layers are compared with normalised losses, which the shipped recipes, as published, do not have.
+    """
     recipes = {name: load_recipe(name) for name in shipped_names(".yaml") if not name.startswith("demo")}
     plain = {name: recipe for name, recipe in recipes.items() if recipe.stages[-1].objective == "distillation"}
     wanted = (plan.remove, load_plan(USUAL_PLAN[layout]).remove)
     name = next(name for remove in wanted for name, recipe in plain.items() if recipe.plan.remove == remove)
     stage = plain[name].stages[-1]
     losses = stage.losses.model_dump(include={"task", "output", "feature", "level"})
+    if losses["level"] == "layer":
+        losses["normalize"] = True  # students of emoji-xl came nearer in the same time: benchmarks/2026-11-28-best.md
     return {
         **stage.model_dump(include={"learning_rate", "caption_dropout", "steps", "batch_size"}),
         "losses": losses,
