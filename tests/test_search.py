@@ -291,8 +291,8 @@ def test_an_error_after_fewer_steps_is_not_compared(space, searched, finished, t
 
 def test_a_plan_chosen_by_a_large_error_says_so(searched, tmp_path, capsys) -> None:
     _, plan, result = searched
-    broken = result.model_copy(update={"error_before": 0.87})
-    assert broken.is_broken and not result.model_copy(update={"error_before": 0.46}).is_broken
+    broken = result.model_copy(update={"error_before": 0.33})
+    assert broken.is_broken and not result.model_copy(update={"error_before": 0.064}).is_broken
     trained = [broken.plans[0].model_copy(update={"after": {100: 0.3}}), *broken.plans[1:]]
     assert not broken.model_copy(update={"plans": trained}).is_broken
     write_plan(plan, broken, tmp_path)
