@@ -12,14 +12,14 @@ from prunet.plan.result import PlanResult
 
 Costs = dict[str, int | float]
 
-#: Above this error the order of plans can turn with training. On emoji-xl the order of 0.06 and 1.6, and of 0.46 and 1.9,
-#: stayed. On emoji-sd a student with 0.87 became far worse than one with 1.6, and such a plan has only 0.33 if outputs are
-#: compared at guidance scale 1.5 (benchmarks/2026-11-27-plans.md). A warning too many costs less than one too few.
+#: Above this error the order of plans can turn with training. On emoji-xl 0.06 stayed better than 1.6, and 0.46 than
+#: 1.9. On emoji-sd 0.87 became far worse than 1.6, and such a plan has only 0.33 if outputs are compared at guidance
+#: scale 1.5 (benchmarks/2026-11-27-plans.md). A warning too many costs less than one too few.
 MOST_ERROR = 0.1
 BROKEN = (
     "Before training even the best student within the budget is far from the teacher (in errors 0 is equal, and 1 an "
-    "output of zeros). Another plan may be the best after training: search with --recover 100 and --cache RUN, or train "
-    "the presets within the budget too, and compare."
+    "output of zeros). Another plan may be the best after training: search with --recover 100 and --cache RUN, or "
+    "train the presets within the budget too, and compare."
 )
 
 
