@@ -74,6 +74,7 @@ def test_losses_of_layers_are_normalised(sdxl, sd, pictures) -> None:
         (stage,) = yaml.safe_load(new_recipe(str(folder), str(pictures), plan=plan, runtime=CPU))["stages"]
         assert stage["losses"]["level"] == level
         assert stage["losses"].get("normalize", False) == (level == "layer")
+        assert stage["losses"]["output"] == stage["losses"]["feature"] == 1
     assert not load_recipe("vega").stages[-1].losses.normalize  # as published
 
 

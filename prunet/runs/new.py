@@ -227,7 +227,7 @@ def data_facts(data: str, size: int) -> dict[str, Any]:
 def usual_stage(plan: Plan, layout: str) -> dict[str, Any]:
     """Returns the settings of the last stage of a shipped recipe with this plan, or else with the usual plan.
 
-    Layers are compared with normalised losses, which the shipped recipes, as published, do not have.
+    Layers are compared by normalised losses with equal weights, which the shipped recipes, as published, do not have.
     """
     recipes = {name: load_recipe(name) for name in shipped_names(".yaml") if not name.startswith("demo")}
     plain = {name: recipe for name, recipe in recipes.items() if recipe.stages[-1].objective == "distillation"}
@@ -236,7 +236,8 @@ def usual_stage(plan: Plan, layout: str) -> dict[str, Any]:
     stage = plain[name].stages[-1]
     losses = stage.losses.model_dump(include={"task", "output", "feature", "level"})
     if losses["level"] == "layer":
-        losses["normalize"] = True  # students of emoji-xl came nearer in the same time: benchmarks/2026-11-28-best.md
+        # Students of emoji-xl came nearer with these, in the same time: benchmarks/2026-11-28-best.md.
+        losses |= {"output": 1.0, "feature": 1.0, "normalize": True}
     return {
         **stage.model_dump(include={"learning_rate", "caption_dropout", "steps", "batch_size"}),
         "losses": losses,
