@@ -1,11 +1,12 @@
 """A style LoRA of a teacher on its student: as `prunet adapt` carries it over, and as it is.
 
     prunet run demo
-    python benchmarks/adapted_lora.py runs/demo --out lora-report
+    python benchmarks/adapted_lora.py runs/demo/pipeline --plan bk-small --out lora-report
 
 Trains a LoRA on pictures of the shipped data in two colours, a style that the teacher never saw. Draws teacher, teacher
-with it, student, student with the carried file and student with the file as it is, at equal prompts and noise. Measures
-how far each is from the style, and from the teacher with the LoRA. Needs peft (pip install 'prunet[personalize]').
+with it, student, student with the carried file and student with the file as it is, at equal prompts and noise, each in
+the steps that it was made for. Measures how far each is from the style, and from the teacher with the LoRA. Needs peft
+(pip install 'prunet[personalize]').
 """
 
 import argparse
@@ -18,10 +19,12 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from prunet import Drawing, Teacher, adapt
+from prunet import Drawing, Teacher, adapt, derive, load_plan
 from prunet.sampling.draw import draw
+from prunet.sampling.made_for import read_made_for
+from prunet.training.sheets import grid
 
 DARK, LIGHT = np.array([24, 32, 96]) / 255, np.array([255, 196, 128]) / 255
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
@@ -101,34 +104,28 @@ def train(teacher: Teacher, shard: Path, folder: Path, steps: int, count: int) -
     return folder / "pytorch_lora_weights.safetensors"
 
 
-def sheet(rows: dict[str, list[Image.Image]], path: Path) -> None:
-    side, margin = rows["teacher"][0].width, 190
-    page = Image.new("RGB", (margin + side * len(PROMPTS), side * len(rows)), "white")
-    for y, (name, pictures) in enumerate(rows.items()):
-        ImageDraw.Draw(page).text((8, y * side + side // 2), name, fill="black")
-        for x, picture in enumerate(pictures):
-            page.paste(picture, (margin + x * side, y * side))
-    page.save(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a finished run of emoji-sd")
+    here = Path(__file__).parent.parent / "emoji"
+    parser.add_argument("student", type=Path, help="the pipeline of a student of emoji-sd")
+    parser.add_argument("--plan", default="bk-small", help="the student's plan")
     parser.add_argument("--out", type=Path, default=Path("lora-report"))
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--pictures", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=1, help="pictures of each prompt that are measured")
     arguments = parser.parse_args()
-    here = Path(__file__).parent.parent / "emoji"
     arguments.out.mkdir(parents=True, exist_ok=True)
-    teacher, student = Teacher(here / "emoji-sd"), Teacher(arguments.run / "pipeline")
+    teacher, student = Teacher(here / "emoji-sd"), Teacher(arguments.student)
+    guided = Drawing(steps=15, guidance_scale=1.5)
+    made_for = read_made_for(arguments.student / "model_index.json", str(arguments.student)) or guided
     lora = arguments.out / "pytorch_lora_weights.safetensors"
     if not lora.exists():
         train(teacher, here / "data" / "train-0000.tar", arguments.out, arguments.steps, arguments.pictures)
-    facts = adapt(lora, arguments.run, arguments.out / "carried.safetensors")
+    derived = derive(teacher.unet_config, load_plan(arguments.plan))
+    facts = adapt(lora, derived, arguments.out / "carried.safetensors")
     print(f"{len(facts['kept'])} layers kept, {len(facts['dropped'])} dropped")
     seeds = [seed for seed in range(arguments.seeds) for _ in PROMPTS]
-    rows, how = {}, Drawing(steps=15, guidance_scale=1.5)
+    rows = {}
     for name, model, file in (
         ("teacher", teacher, None),
         ("teacher + LoRA", teacher, lora),
@@ -137,12 +134,19 @@ def main() -> None:
         ("student + LoRA as it is", student, lora),
     ):
         pipe = model.pipeline()
-        if file is not None:
-            pipe.load_lora_weights(str(file))
+        try:
+            if file is not None:
+                pipe.load_lora_weights(str(file))
+        except RuntimeError as error:  # sizes differ; where they are equal the wrong layers change without an error
+            print(f"{name}: does not load ({str(error).splitlines()[0]})")
+            continue
+        how = guided if model is teacher else made_for
         rows[name] = list(draw(pipe, PROMPTS * arguments.seeds, seeds, how, batch_size=8))
         if file is not None:
             pipe.unload_lora_weights()
-    sheet({name: pictures[: len(PROMPTS)] for name, pictures in rows.items()}, arguments.out / "sheet.png")
+    grid([pictures[: len(PROMPTS)] for pictures in rows.values()], list(rows), PROMPTS).save(
+        arguments.out / "sheet.png"
+    )
     print("| | off the style | from teacher + LoRA |\n|---|---:|---:|")
     for name, pictures in rows.items():
         print(f"| {name} | {off_style(pictures):.3f} | {apart(pictures, rows['teacher + LoRA']):.3f} |")

@@ -497,7 +497,7 @@ def test_a_pickled_ip_adapter_opens_after_the_advised_conversion(tmp_path, run) 
 
 def test_the_student_is_given_by_its_run(tmp_path, run) -> None:
     path = write_lora(tmp_path / "lora.safetensors", "sd", "kohya")[0]
-    with pytest.raises(UserError, match=r"no plan.json there.*give the run folder"):
+    with pytest.raises(UserError, match=r"no plan.json there.*give the run folder.*--teacher and --plan"):
         adapt(path, tmp_path)
     plan = run("bk-base") / "plan.json"
     facts = json.loads(plan.read_text())
@@ -526,3 +526,23 @@ def test_the_command(finished, tmp_path, capsys, monkeypatch) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main()
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_student_without_its_run(sd, finished, tmp_path, capsys, monkeypatch) -> None:
+    """By teacher and plan a file is carried over as by the run; neither or both are refused."""
+    path = write_lora(tmp_path / "style.safetensors", "sd", "kohya")[0]
+    by_run = adapt(path, finished)
+    teacher_and_plan = ["--teacher", str(sd), "--plan", "bk-small"]
+    monkeypatch.setattr("sys.argv", ["prunet", "adapt", str(path), *teacher_and_plan, "--json"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    by_plan = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert Path(by_plan["output"]).name == "style-bk-small.safetensors" and "run" not in by_plan
+    assert [by_plan[key] for key in ("kept", "dropped")] == [by_run[key] for key in ("kept", "dropped")]
+    one, other = load_file(by_run["output"]), load_file(by_plan["output"])
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    for wrong in ([], teacher_and_plan[:2], teacher_and_plan[2:], ["--to", str(finished), *teacher_and_plan[2:]]):
+        monkeypatch.setattr("sys.argv", ["prunet", "adapt", str(path), *wrong])
+        with pytest.raises(SystemExit, match="2"):
+            cli.main()
+        assert "give either --to RUN, or both --teacher and --plan" in capsys.readouterr().err

@@ -4,11 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from test_cli import call
 
 from prunet import Teacher
+from prunet.runs.decoder import micro_batch_for
 from prunet.training.log import read_log
 from prunet.training.objectives.decoding import small_decoder
 
@@ -61,3 +63,9 @@ def test_refuses_a_run_without_its_cache(run_folder, tmp_path, capsys) -> None:
     assert code == 2 and "no finished cache there" in err
     code, _, err = call(capsys, "decoder", tmp_path, "--device", "cpu")
     assert code == 2 and "not a run folder" in err
+
+
+@pytest.mark.parametrize(("side", "count"), [(16, 8), (32, 4), (48, 1), (64, 1), (128, 1)])
+def test_large_pictures_are_decoded_one_by_one(side, count) -> None:
+    """Eight at once of 512 px take 22 GB."""
+    assert micro_batch_for(side, side) == count

@@ -17,7 +17,9 @@ from prunet import Runtime, Teacher, UserError, derive, load_plan, load_recipe
 from prunet.cli.views import search_view
 from prunet.console import results
 from prunet.data.cache import Cache
+from prunet.denoisers.patterns import is_within
 from prunet.disk.files import read_json, write_json
+from prunet.plan.plan import Plan
 from prunet.report.search import write_search
 from prunet.search import recovery, search
 from prunet.search.budgets import costs_of, parse_budgets
@@ -302,6 +304,54 @@ def test_a_plan_chosen_by_a_large_error_says_so(searched, tmp_path, capsys) -> N
     assert all("an output of zeros" in " ".join(text.replace("\n# ", " ").split()) for text in shown)
 
 
+ALTERNATIVES = {  # other plans of the form of a preset, for the small teachers
+    "bk-tiny": [
+        *("mid_block", "down_blocks.3", "up_blocks.0", "down_blocks.0.{attentions,resnets}.0"),
+        *("down_blocks.[12].{attentions,resnets}.1", "up_blocks.[12].{attentions,resnets}.1"),
+        "up_blocks.3.{attentions,resnets}.2",
+    ],
+    "vega": [
+        *("mid_block.attentions.0", "mid_block.resnets.0", "*_blocks.1.attentions.0.transformer_blocks.0"),
+        *("*_blocks.1.attentions.[12].transformer_blocks.1", "down_blocks.2.attentions.1.transformer_blocks.[02-8]"),
+        *("down_blocks.2.attentions.0.transformer_blocks.[2-9]", "up_blocks.0.attentions.*.transformer_blocks.[1-79]"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ALTERNATIVES)
+def test_of_one_form_the_plan_that_hurts_least_is_found(name, request) -> None:
+    """If only other parts than an alternative's hurt, the alternative is found; all plans have the preset's form."""
+    teacher = Teacher(request.getfixturevalue("sd" if name == "bk-tiny" else "sdxl_deep"))
+    space = Space(teacher, [], form=load_plan(name))
+    alternative = derive(space.config, Plan("other", tuple(ALTERNATIVES[name])))
+    assert alternative.student_config == derive(space.config, load_plan(name)).student_config
+    hurts = [0.01 if all(is_within(part, alternative.removed) for part in unit.parts) else 1.0 for unit in space.units]
+    found = [space.together(chosen) for chosen in best_sets(space.problem(hurts), space.refusal(space.limits), 4)]
+    assert set(found[0].weight_map.values()) == set(alternative.weight_map.values())
+    assert len({key_of(one) for one in found}) == 4
+    assert all(one.student_config == alternative.student_config for one in found)
+
+
+def test_programs_that_load_only_the_teacher_are_named(searched, tmp_path, capsys) -> None:
+    _, plan, result = searched
+    assert not result.warnings or "does not load" not in " ".join(result.warnings)  # its teacher does not load, either
+    whole = derive(
+        Teacher("sdxl").unet_config,
+        Plan(
+            "found", ("down_blocks.2.attentions.0.transformer_blocks.0", "mid_block.attentions.0.transformer_blocks.0")
+        ),
+    )
+    lost = result.model_copy(update={"teacher_config": whole.teacher_config, "plan": whole.result()})
+    (said,) = [text for text in lost.warnings if "does not load" in text]
+    assert "ComfyUI, single file and stable-diffusion.cpp, single file. With --form" in said
+    preset = derive(whole.teacher_config, load_plan("vega"))
+    assert not any("does not load" in text for text in lost.model_copy(update={"plan": preset.result()}).warnings)
+    write_plan(plan, lost, tmp_path)
+    results.print(search_view(lost, tmp_path))
+    shown = [(tmp_path / "recipe.yaml").read_text(), capsys.readouterr().out]
+    assert all("does not load in ComfyUI" in " ".join(text.replace("\n# ", " ").split()) for text in shown)
+
+
 def test_each_learning_rate_of_a_run_is_lowered(searched, finished, tmp_path) -> None:
     recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
     recipe["stages"] = [{**recipe["stages"][0], "learning_rate": rate} for rate in (1e-3, 1e-4)]
@@ -321,7 +371,9 @@ def test_a_good_student_gets_a_small_learning_rate() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([], "--budget: give at least one: parameters=50%"),
+        ([], "--budget: give at least one, or a --form: parameters=50%"),
+        (["--form", "bk-tiny", "--budget", "macs=60%"], "--form, --budget: a form says what the student costs"),
+        (["--form", "vega"], "--form vega: Pattern"),
         (["--budget", "macs"], "--budget macs: write one of parameters=50%"),
         (["--budget", "vram=1GB"], "--budget vram=1GB: write one of"),
         (["--budget", "macs=sixty%"], "give a number and %, k, M, G, T, such as macs=50%"),

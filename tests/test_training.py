@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -31,8 +32,9 @@ from prunet.search.sensitivity import check_samples
 from prunet.student.student import inherit, state_hash
 from prunet.teacher.process import DDPM, min_snr_weight
 from prunet.training import least_squares, loop
+from prunet.training import samples as reading
 from prunet.training import session as training
-from prunet.training.checkpoints import Saving, check_stage, checkpoints
+from prunet.training.checkpoints import Saving, _check_bits, check_stage, checkpoints
 from prunet.training.fsdp import unsharded
 from prunet.training.least_squares import fit
 from prunet.training.log import read_log
@@ -418,6 +420,62 @@ def test_v_prediction_and_sdxl_train(kind, prediction, plan, steps, request, pic
     target = noise if prediction == "epsilon" else signal * noise - sigma * latents  # of arXiv 2202.00512
     first = losses(tmp_path / "run")[0]
     assert first["task"] == pytest.approx((said - target).square().mean().item(), rel=1e-4)
+
+
+def test_a_signal_to_the_processes_that_read_does_not_stop_training(made, monkeypatch) -> None:
+    """As on a GPU, when the whole group of processes gets it."""
+    samples = Samples(made, STAGE, 3, PROCESS)
+    alone = list(batches(samples, 0, 2))
+    monkeypatch.setattr(reading, "workers_for", lambda *given: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    read = batches(samples, 0, 2)
+    found = [next(read)]
+    (reader,) = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(reader.pid, number)
+    found += read
+    assert len(found) == len(alone) > 8  # more than were prepared before the signals
+    assert all(torch.equal(one["noise"], other["noise"]) for one, other in zip(found, alone, strict=True))
+
+
+def test_processes_read_only_if_shared_memory_is_large_enough(made, tmp_path, monkeypatch, capsys) -> None:
+    samples = Samples(made, STAGE, 3, PROCESS)
+    item = samples[0, 0]
+    size = sum(v.nbytes for v in [item["latents"], item["noise"], item["timestep"], *item["condition"].values()])
+    monkeypatch.setattr(reading, "SHARED_MEMORY", tmp_path)
+    for free, workers in ((8 * 4 * size, reading.WORKERS), (8 * 4 * size - 1, 0)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        assert reading.workers_for(samples, 0, 4) == workers
+    assert capsys.readouterr().err.count("--shm-size") == 1
+    monkeypatch.setattr(reading, "SHARED_MEMORY", tmp_path / "none")
+    assert reading.workers_for(samples, 0, 4) == reading.WORKERS
+
+
+def test_moments_of_another_optimizer_are_refused(tmp_path) -> None:
+    plain = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
+    in_8_bits = type("AdamW8bit", (), {"__module__": "bitsandbytes.optim.adamw"})()
+    kept = {name: {"state": {0: {name: torch.zeros(2)}}} for name in ("exp_avg", "state1")}
+    for moments, optimizer in ((kept["exp_avg"], plain), (kept["state1"], in_8_bits), ({"state": {}}, in_8_bits)):
+        _check_bits(moments, optimizer, tmp_path / "step-2")
+    with pytest.raises(UserError, match="step-2: its optimizer was in 8 bits: resume with --use-8bit-adam, or delete"):
+        _check_bits(kept["state1"], plain, tmp_path / "step-2")
+    with pytest.raises(UserError, match="was not in 8 bits: resume without --use-8bit-adam"):
+        _check_bits(kept["exp_avg"], SimpleNamespace(optimizer=in_8_bits), tmp_path / "step-2")
+
+
+def test_a_tracker_ends_without_the_group_of_processes(sd, made, tmp_path, monkeypatch) -> None:
+    """`end_training` would end the group too, and the run that saves the student after that needs it."""
+    ended = []
+    save = training.Session.save
+
+    def saved(self, *given) -> None:
+        self.accelerator.trackers = [SimpleNamespace(finish=lambda: ended.append("tracker"))]
+        save(self, *given)
+
+    monkeypatch.setattr(training.Session, "save", saved)
+    monkeypatch.setattr("accelerate.Accelerator.end_training", lambda self: ended.append("all"))
+    train(sd, made, tmp_path / "run")
+    assert ended == ["tracker"]
 
 
 def test_draws_depend_on_step_and_position_alone(made) -> None:

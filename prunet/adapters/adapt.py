@@ -23,36 +23,39 @@ from prunet.teacher.configs import check_config
 from prunet.teacher.pickles import PICKLES
 from prunet.words import command, short
 
-#: Key in the metadata of a file that was carried over; its value names the run.
+#: Key in the metadata of a file that was carried over; its value names the run and the plan.
 MARK = "prunet.adapted"
 #: The name under which diffusers looks for a LoRA in a folder.
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KINDS = "a LoRA or an IP-Adapter (a .safetensors file), or a ControlNet (its diffusers folder)"
 
 
-def adapt(file: Path | str, to: Path | str, output: Path | str | None = None) -> dict[str, Any]:
-    """Carries a LoRA, an IP-Adapter or a ControlNet of the teacher over to a student, by the plan of its run.
+def adapt(file: Path | str, to: Path | str | Derived, output: Path | str | None = None) -> dict[str, Any]:
+    """Carries a LoRA, an IP-Adapter or a ControlNet of the teacher over to a student, by its plan.
 
     Args:
         file: a LoRA's or IP-Adapter's `.safetensors`, or the diffusers folder of a ControlNet.
-        to: the run folder, or another one with the run's `plan.json`.
-        output: the new file or folder; by default beside `file`, with the run's name at its end.
+        to: the run folder, or another one with the run's `plan.json`; without it, the plan as `derive` gives it for the
+            teacher's config.
+        output: the new file or folder; by default beside `file`, with the name of the run (or plan) at its end.
 
     Returns:
-        `output` and `kind`. For a LoRA or IP-Adapter also the teacher's layers that were `kept` and `dropped`; for a
-        ControlNet its `form` (`cut` or `whole`) and the `residuals` that are taken.
+        `output`, `kind`, the name of the `plan`, and of the `run` if one is given. For a LoRA or IP-Adapter also the
+        teacher's layers that were `kept` and `dropped`; for a ControlNet its `form` (`cut` or `whole`) and the
+        `residuals` that are taken.
 
     Raises:
         UserError: the file is not an adapter, has a form that cannot be carried over, or is for another model.
     """
-    source, student = Path(file), Path(to)
-    derived = _open_student(student)
-    mark = {"run": short(str(student.resolve())), "plan": derived.plan.name, "from": source.name}
+    source = Path(file)
+    derived = to if isinstance(to, Derived) else _open_student(Path(to))
+    run = {} if isinstance(to, Derived) else {"run": short(str(Path(to).resolve()))}
+    mark = {**run, "plan": derived.plan.name, "from": source.name}
     if source.is_dir() and (source / LORA_FILE).is_file():
         source = source / LORA_FILE
     ending = "" if source.is_dir() else ".safetensors"
     stem = source.name.removesuffix(ending)
-    target = Path(output) if output else source.with_name(f"{stem}-{mark['run']}{ending}")
+    target = Path(output) if output else source.with_name(f"{stem}-{run.get('run', derived.plan.name)}{ending}")
     if source.is_dir():
         check_place(target, "adapter", "--output", [source])
         control = controlnet.open_controlnet(source, derived)
@@ -77,7 +80,8 @@ def _open_student(folder: Path) -> Derived:
     path = folder / "plan.json"
     if not path.is_file():
         raise UserError(
-            f"--to {folder}: no plan.json there, which lists the removed blocks: give the run folder of the student"
+            f"--to {folder}: no plan.json there, which lists the removed blocks: give the run folder of the student, "
+            "or instead of --to its --teacher and --plan"
         )
     result = PlanResult.load(path)
     config = result.teacher_config

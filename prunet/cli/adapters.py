@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from prunet.cli.options import Json, app, say
+from prunet.cli.options import ConfigOption, Json, app, say
+from prunet.errors import UserError
 
 #: Dropped layers that the text names; it counts the others.
 NAMED = 3
@@ -14,10 +15,19 @@ NAMED = 3
 @app.command()
 def adapt(
     file: Annotated[Path, typer.Argument(help="LoRA or IP-Adapter (.safetensors), or a ControlNet's folder.")],
-    to: Annotated[Path, typer.Option("--to", help="The student's run folder.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The new file or folder; FILE-RUN beside FILE by default.")
+    to: Annotated[Path | None, typer.Option("--to", help="The student's run folder.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Without a run folder: the teacher, as in `prunet inspect` (also a layout: sd-v1, sdxl)."),
     ] = None,
+    plan: Annotated[
+        str | None, typer.Option("--plan", "-p", help="Without a run folder: the plan; a preset's name or a YAML file.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The new file or folder; FILE-RUN (or FILE-PLAN) beside FILE by default."),
+    ] = None,
+    config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
     """Convert a LoRA, an IP-Adapter or a ControlNet of the teacher for its student.
@@ -25,13 +35,26 @@ def adapt(
     Without conversion, an adapter changes the wrong layers of the student, usually without an error.
 
     Example: prunet adapt style.safetensors --to runs/demo
+
+    For a student without its run folder: prunet adapt style.safetensors --teacher sdxl --plan ssd-1b
     """
     from prunet.adapters.adapt import adapt as carry_over
+    from prunet.plan.derived import derive
+    from prunet.plan.plan import load_plan
+    from prunet.teacher.teacher import Teacher
 
-    facts = carry_over(file, to, output)
-    whom = f"{facts['output']}: the {facts['kind']} for {facts['run']} ({facts['plan']})"
+    if to is not None and (teacher, plan, config) == (None, None, None):
+        facts = carry_over(file, to, output)
+        whom = f"{facts['run']} ({facts['plan']})"
+    elif to is None and teacher is not None and plan is not None:
+        chosen = load_plan(plan)
+        opened = Teacher(teacher, config=config, only_form=True)
+        facts = carry_over(file, derive(opened.unet_config, chosen), output)
+        whom = f"students of {teacher} by {facts['plan']}"
+    else:
+        raise UserError("give either --to RUN, or both --teacher and --plan")
     text = _controlnet_text(facts) if facts["kind"] == "ControlNet" else _layers_text(facts)
-    say(as_json, facts, whom + text)
+    say(as_json, facts, f"{facts['output']}: the {facts['kind']} for {whom}{text}")
 
 
 def _layers_text(facts: dict[str, list[str]]) -> str:

@@ -23,6 +23,10 @@ def search(
             "--budget", "-b", help="Such as parameters=50%, macs=60%, latency=40% or size=1GB; give at least one."
         ),
     ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(help="Instead of a budget, a plan: its form, with the blocks to keep chosen for this teacher."),
+    ] = None,
     keep: Annotated[
         list[str] | None, typer.Option("--keep", help="A pattern of parts that must stay; repeatable.")
     ] = None,
@@ -40,13 +44,17 @@ def search(
 
     Scores the removal of every unit alone, then the best sets of units as a whole. With --recover it also distils the
     best sets for some steps. A budget is a share of the teacher's cost, or an amount. Size means the denoiser in half
-    precision; latency is timed on this device. The same command resumes.
+    precision; latency is timed on this device. With --form vega the student loads in all programs that load vega, such
+    as ComfyUI. The same command resumes.
 
     Example: prunet search my-model --budget macs=60% -o runs/search, then prunet run runs/search/recipe.yaml
+
+    For ComfyUI: prunet search my-sdxl --form vega -o runs/search
     """
     from prunet.cli.views import search_view
     from prunet.disk.files import check_writable
     from prunet.disk.ownership import check_place, hold
+    from prunet.plan.plan import load_plan
     from prunet.recipe.prompts import read_prompt_file
     from prunet.report.search import write_search
     from prunet.search.budgets import parse_budgets
@@ -57,7 +65,9 @@ def search(
     from prunet.search.space import Space
     from prunet.teacher.teacher import Teacher
 
-    budgets = parse_budgets(budget or [])
+    if form and budget:
+        raise UserError("--form, --budget: a form says what the student costs: leave one of them out")
+    budgets = [] if form else parse_budgets(budget or [])
     check_place(output, "search", "--output", [Path(model), *([cache] if cache else [])])
     check_writable(output, "--output")
     texts = read_prompt_file(prompts) if prompts else None
@@ -67,7 +77,7 @@ def search(
     check_micro_batch(runtime.micro_batch if recover else None)
     check_samples(teacher, None if recover else texts, cache, guidance_scale)
     teacher.check_weights()
-    space = Space(teacher, budgets, keep or [])
+    space = Space(teacher, budgets, keep or [], load_plan(form) if form else None)
     with hold(output, "search"):
         given: dict[str, Any] = {"prompts": texts, "cache": cache, "guidance_scale": guidance_scale}
         plan, result = find_plan(space, output, runtime, recover_steps=recover, **given)

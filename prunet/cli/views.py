@@ -68,8 +68,6 @@ def sensitivity_view(result: "Sensitivity") -> RenderableType:
 
 def search_view(result: "SearchResult", folder: Any) -> RenderableType:
     """Shows the plans of a search, the chosen one first, and the files that the search wrote."""
-    from prunet.search.results import BROKEN
-
     table = Table(box=None, padding=(0, 1))
     kinds = [kind for kind in ("parameters", "macs", "latency") if kind in result.costs]
     for title in ("error", *(["after"] if result.recover_steps else []), *kinds):
@@ -84,8 +82,8 @@ def search_view(result: "SearchResult", folder: Any) -> RenderableType:
     again = command("run", f"{folder}/recipe.yaml").strip("`")
     files = f"Page: {folder}/search.html\nPlan: {folder}/plan.yaml\nRun it: {again}"
     title = f"{result.teacher} within {', '.join(result.budgets)}"
-    warning = [Text(BROKEN, style="yellow"), Text()] if result.is_broken else []
-    return Group(Rule(Text(title, style="bold"), align="left"), table, Text(), *warning, Text(files))
+    warnings = [Text(f"{warning}\n", style="yellow") for warning in result.warnings]
+    return Group(Rule(Text(title, style="bold"), align="left"), table, Text(), *warnings, Text(files))
 
 
 def stairs_view(steps: "Sequence[Derived]", notes: Sequence[str]) -> RenderableType:
@@ -251,12 +249,13 @@ def _drawing(cost: "Estimate") -> Text:
 
 
 def _cache(cost: "Estimate") -> Text:
-    """Shows the size of the cache on the disk."""
+    """Shows the sizes of the cache and of the checkpoints on the disk."""
     parts = cost.cache_bytes_per_sample
     each = f"{many(sum(parts.values()))}B a sample ({', '.join(f'{many(b)}B {name}' for name, b in parts.items())})"
     whole = f"about {many(cost.cache_bytes)}B{' or more' if cost.or_more else ''}, " if cost.cache_bytes else ""
     paths = f"; about {many(cost.path_bytes)}B of the teacher's paths" if cost.path_bytes else ""
-    return Text.from_markup(f"[bold]Cache[/]  {whole}{each}{paths}")
+    checkpoints = f"\n[bold]Checkpoints[/]  {many(cost.checkpoint_bytes)}B at most" if cost.checkpoint_bytes else ""
+    return Text.from_markup(f"[bold]Cache[/]  {whole}{each}{paths}{checkpoints}")
 
 
 def _data(cost: "Estimate") -> Text:

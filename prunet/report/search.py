@@ -10,7 +10,7 @@ from prunet.disk.files import write_text
 from prunet.report import sensitivity
 from prunet.report.charts import render
 from prunet.search.budgets import shown
-from prunet.search.results import BROKEN, ScoredPlan, SearchResult
+from prunet.search.results import ScoredPlan, SearchResult
 from prunet.words import number, short
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 560, 84, 40, 104, 72  # pixels; the last four are margins
@@ -47,7 +47,6 @@ def write_search(result: SearchResult, folder: Path) -> None:
         version=__version__,
         teacher=short(result.teacher),
         result=result,
-        broken=BROKEN,
         frontier=drawing,
         rows=rows(result),
         kind=kind_of(result),

@@ -28,7 +28,9 @@ from prunet.words import percent
 if TYPE_CHECKING:
     from prunet.runs.run import Run
 
-BATCH = MICRO_BATCH = 8
+BATCH = 8
+#: Latents' pixels at once: a picture of 512 px takes 2.8 GB in fp32, for the gradients behind the VAE's first level.
+PIXELS = 64 * 64
 #: One in this number of samples, at most `MOST` in all, is held out for measuring.
 HELD_OUT, MOST = 8, 64
 FACTS = "decoder.json"
@@ -86,7 +88,7 @@ def make_decoder(this: "Run", steps: int) -> DecoderResult:
         Decoding(teacher, student),
         student,
         samples,
-        MICRO_BATCH,
+        micro_batch_for(*cache.latent_size),
         this.folder / "decoder-training",
         runtime=replace(this.runtime, precision="no"),  # many VAEs overflow in half precision
         saving=Saving(every=max(1, steps // 10)),
@@ -98,6 +100,11 @@ def make_decoder(this: "Run", steps: int) -> DecoderResult:
         sheet.save(part / "sheet.png")
         (part / "README.md").write_text(_card(facts, origin(teacher)["teacher"]), encoding="utf-8")
     return facts
+
+
+def micro_batch_for(height: int, width: int) -> int:
+    """Returns how many latents of this size are decoded at once: a divisor of the batch."""
+    return next(count for count in (8, 4, 2, 1) if count == 1 or count * height * width <= PIXELS)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from prunet.data.remote import Remote, marks
 from prunet.data.sources import is_hub_id, picture_files, read_pictures
 from prunet.denoisers.pairs import Pair
 from prunet.plan.derived import Derived
-from prunet.runs.disk import cache_bytes, is_live, known_samples, path_bytes, path_folders
+from prunet.runs.disk import cache_bytes, checkpoint_bytes, is_live, known_samples, path_bytes, path_folders
 from prunet.runs.run import Run
 from prunet.runtime import Runtime
 from prunet.speed.clock import denoiser_call, times_in_turn
@@ -41,16 +41,18 @@ class Estimate:
     """What a run would cost.
 
     `steps`: `done` or `to do`. `cache_bytes_per_sample`: by part; `cache_bytes`: of all samples. `path_bytes`: of
-    the teacher's paths. `memory_bytes`: the peak by part, and `total`, of the stage that needs most, whose micro-batch
-    is `micro_batch`. `images`: how many training sees in all stages. `samples`: how many different ones there are
-    (None: counted when they are read), `or_more`, or `about` so many. `drawing_hours`: of the teacher, for the
-    latents of prompts and for paths that are not drawn yet (None: one path for each sample, and these are not counted).
+    the teacher's paths. `checkpoint_bytes`: of the checkpoints that are still to be written. `memory_bytes`: the
+    peak by part, and `total`, of the stage that needs most, whose micro-batch is `micro_batch`. `images`: how many
+    training sees in all stages. `samples`: how many different ones there are (None: counted when they are read),
+    `or_more`, or `about` so many. `drawing_hours`: of the teacher, for the latents of prompts and for paths that
+    are not drawn yet (None: one path for each sample, and these are not counted).
     """
 
     steps: dict[str, str]
     cache_bytes_per_sample: dict[str, int]
     cache_bytes: int | None
     path_bytes: int | None
+    checkpoint_bytes: int
     memory_bytes: dict[str, int]
     micro_batch: int
     timed_micro_batch: int
@@ -97,6 +99,7 @@ def _estimate(this: Run, bar: Bar) -> Estimate:
         cache_bytes_per_sample=each,
         cache_bytes=sum(each.values()) * samples if samples else None,
         path_bytes=path_bytes(this, samples),
+        checkpoint_bytes=checkpoint_bytes(this, todo),
         memory_bytes={**most, "total": sum(most.values())},
         micro_batch=this.micro_batch(1 + found.index(most)),
         timed_micro_batch=min(timed for _, timed in speeds.values()),

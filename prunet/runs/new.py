@@ -27,6 +27,7 @@ from prunet.runtime import Runtime
 from prunet.sampling.paths import check_jumps
 from prunet.teacher.teacher import Teacher
 from prunet.training.fit import device_memory, training_memory
+from prunet.training.least_squares import samples_for
 from prunet.words import short
 
 #: The plan for each layout if none is given.
@@ -127,7 +128,13 @@ def new_recipe(
     fit = fit_to(run, budget or device_memory(runtime.torch_device))
     # A run takes the largest micro-batch that fits the device; it must be told only of another budget.
     flags = (f" --micro-batch {fit.micro_batch}" if budget else "") + fit.flags
-    return _render(facts | {"fit": fit, "flags": flags, "run": run, "device": runtime.torch_device.type})
+    known = {
+        "fit": fit,
+        "flags": flags,
+        "fitted_on": samples_for(*run.latent_size),
+        "device": runtime.torch_device.type,
+    }
+    return _render(facts | known)
 
 
 def ema_for(steps: int) -> float:
@@ -225,7 +232,8 @@ def data_facts(data: str, size: int) -> dict[str, Any]:
 
 
 def usual_stage(plan: Plan, layout: str) -> dict[str, Any]:
-    """Returns the settings of the last stage of a shipped recipe with this plan, or else with the usual plan.
+    """Returns the settings of the last stage of a shipped recipe with this plan, or else with the usual plan, and the
+    steps of all its stages.
 
     Layers are compared by normalised losses with equal weights, which the shipped recipes, as published, do not have.
     """
@@ -233,13 +241,15 @@ def usual_stage(plan: Plan, layout: str) -> dict[str, Any]:
     plain = {name: recipe for name, recipe in recipes.items() if recipe.stages[-1].objective == "distillation"}
     wanted = (plan.remove, load_plan(USUAL_PLAN[layout]).remove)
     name = next(name for remove in wanted for name, recipe in plain.items() if recipe.plan.remove == remove)
-    stage = plain[name].stages[-1]
+    *_, stage = plain[name].stages
     losses = stage.losses.model_dump(include={"task", "output", "feature", "level"})
     if losses["level"] == "layer":
         # Students of emoji-xl came nearer with these, in the same time: benchmarks/2026-11-28-best.md.
         losses |= {"output": 1.0, "feature": 1.0, "normalize": True}
     return {
-        **stage.model_dump(include={"learning_rate", "caption_dropout", "steps", "batch_size"}),
+        **stage.model_dump(include={"learning_rate", "caption_dropout", "batch_size"}),
+        "steps": sum(stage.steps for stage in plain[name].stages),
+        "stages": len(plain[name].stages),
         "losses": losses,
         "recipe": name,
     }

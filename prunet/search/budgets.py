@@ -45,7 +45,7 @@ def parse_budgets(texts: Sequence[str]) -> list[Budget]:
         UserError: there is no budget, or a text has another form.
     """
     if not texts:
-        raise UserError(f"--budget: give at least one: {EXAMPLES}")
+        raise UserError(f"--budget: give at least one, or a --form: {EXAMPLES}")
     found = [_parse(text) for text in texts]
     kinds = [budget.kind for budget in found]
     if twice := next((kind for kind in kinds if kinds.count(kind) > 1), None):

@@ -17,7 +17,8 @@ class Problem:
 
     `hurts`: error of each unit alone (n,). `savings` and `needs`: for each kind of cost, the shares of the teacher's
     cost that each unit saves (n,), and the share that must be saved. `pairs`: for units (i, j), the error of both
-    together minus the sum of their errors. `exclude`: sets of units that may not be removed together.
+    together minus the sum of their errors. `exclude`: sets of units that may not be removed together. `exactly`: how
+    many parts each unit removes from a list of parts, and how many must be removed from it.
     """
 
     hurts: Array
@@ -25,6 +26,7 @@ class Problem:
     needs: Mapping[str, float]
     pairs: Mapping[tuple[int, int], float] = field(default_factory=dict)
     exclude: Iterable[frozenset[int]] = ()
+    exactly: Sequence[tuple[Mapping[int, float], float]] = ()
 
 
 def best_sets(problem: Problem, refusal: Refusal, count: int) -> list[frozenset[int]]:
@@ -63,7 +65,7 @@ def total(problem: Problem, chosen: Iterable[int]) -> float:
 
 
 def _bounds(problem: Problem) -> tuple[list[Array], list[float], list[float]]:
-    """Returns the rows of the program with bounds: savings, exclusions, and y = 1 if both of a pair are removed."""
+    """Returns the rows of the program with bounds: savings, counts, exclusions, and y = 1 if a pair is removed."""
     n, size = len(problem.hurts), len(problem.hurts) + len(problem.pairs)
     rows, lows, highs = [], [], []
 
@@ -77,6 +79,8 @@ def _bounds(problem: Problem) -> tuple[list[Array], list[float], list[float]]:
 
     for kind, need in problem.needs.items():
         bound(dict(enumerate(problem.savings[kind])), need - 1e-9, np.inf)
+    for counts, wanted in problem.exactly:
+        bound(counts, wanted, wanted)
     for together in problem.exclude:
         bound(dict.fromkeys(together, 1.0), -np.inf, len(together) - 1)
     for at, (i, j) in enumerate(problem.pairs, n):

@@ -13,7 +13,7 @@ from prunet.recipe.prompts import read_prompt_file
 from prunet.recipe.recipe import load_recipe, recipe_yaml
 from prunet.search.examples import PROMPTS
 from prunet.search.recovery import learning_rate_for, usual_rate
-from prunet.search.results import BROKEN, SearchResult
+from prunet.search.results import SearchResult
 from prunet.search.sensitivity import cache_folder
 
 #: Pictures that the recipe's teacher draws from few prompts.
@@ -54,8 +54,7 @@ def write_plan(
         )
         if cache is not None:
             note += f"# The data of the cache {cache} are not known here: give what it was made from.\n"
-    if result.is_broken:
-        note += "".join(f"# {line}\n" for line in wrap(BROKEN, 110))
+    note += "".join(f"# {line}\n" for warning in result.warnings for line in wrap(warning, 110))
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=1000)
     write_text(folder / "recipe.yaml", note + text)
 

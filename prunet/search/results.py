@@ -8,6 +8,8 @@ from typing import Any
 
 from prunet.denoisers.known import architecture_of
 from prunet.disk.values import Value
+from prunet.plan.derived import derive
+from prunet.plan.plan import Plan
 from prunet.plan.result import PlanResult
 
 Costs = dict[str, int | float]
@@ -76,6 +78,19 @@ class SearchResult(Sensitivity):
     frontier: list[ScoredPlan]
     remove: list[str]
     plan: PlanResult
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should know before training: `BROKEN`, programs that load the teacher but not the student."""
+        whole = derive(self.teacher_config, Plan("none")).loads_in
+        lost = [name for name, answer in self.plan.loads_in.items() if answer.startswith("no") and whole[name] == "yes"]
+        said = [BROKEN] if self.is_broken else []
+        if lost:
+            said.append(
+                f"Unlike the teacher, a student by this plan does not load in {' and '.join(lost)}. With --form and a "
+                "preset, search finds a plan whose student loads wherever the preset's does."
+            )
+        return said
 
     @property
     def is_broken(self) -> bool:

@@ -14,7 +14,7 @@ from prunet.plan.derived import Derived, derive
 from prunet.plan.plan import Plan, load_plan, preset_names
 from prunet.runtime import Runtime
 from prunet.search.budgets import costs_of
-from prunet.search.choice import Problem, best_sets, total
+from prunet.search.choice import Problem, best_sets, needs_of, total
 from prunet.search.examples import GUIDANCE
 from prunet.search.recovery import recover
 from prunet.search.results import ScoredPlan, SearchResult
@@ -88,7 +88,7 @@ def find_plan(
     frontier = _frontier(space, problem, scores)
     return plan, SearchResult(
         **dict(units),
-        budgets=list(map(str, space.budgets)),
+        budgets=space.wanted,
         limits=space.all_limits(scores.teacher_latency if space.timed else 0.0),
         recover_steps=recover_steps,
         error_before=best.error.value,
@@ -107,9 +107,10 @@ def _score(space: Space, derived: Derived, scores: Scores) -> Scored:
 
 
 def within(space: Space, scored: Scored, scores: Scores) -> bool:
-    """Returns whether a scored plan keeps all budgets."""
+    """Returns whether a scored plan keeps all budgets, and has the form of the space."""
     limits = space.all_limits(scores.teacher_latency if space.timed else 0.0)
-    return all(scored.costs[kind] <= limit * ROUNDING for kind, limit in limits.items())
+    keeps = all(scored.costs[kind] <= limit * ROUNDING for kind, limit in limits.items())
+    return keeps and space.has_form(scored.derived)
 
 
 def candidates(space: Space, problem: Problem, scores: Scores) -> list[Scored]:
@@ -170,13 +171,14 @@ def _presets(space: Space, scores: Scores) -> list[Scored]:
 
 
 def _frontier(space: Space, problem: Problem, scores: Scores) -> list[Scored]:
-    """Returns the best plans by the sums for budgets between the teacher's costs and the given ones."""
+    """Returns the best plans by the sums for budgets between the teacher's costs and the given ones, of any form."""
     found: dict[str, Derived] = {}
     for point in range(1, POINTS):
         share = point / POINTS
         limits = {kind: space.costs[kind] - share * (space.costs[kind] - most) for kind, most in space.limits.items()}
-        eased = replace(problem, needs={kind: need * share for kind, need in problem.needs.items()})
-        for chosen in best_sets(eased, space.refusal(limits), 1):
+        needs = {kind: need * share for kind, need in problem.needs.items()} | needs_of(limits, space.costs)
+        eased = replace(problem, needs=needs, exactly=())
+        for chosen in best_sets(eased, space.refusal(limits, form=False), 1):
             if (derived := space.together(chosen)) is not None:
                 found[key_of(derived)] = derived
     return [_score(space, derived, scores) for derived in found.values()]
@@ -197,5 +199,5 @@ def _row(scored: Scored) -> ScoredPlan:
 
 def _described(space: Space, best: Scored) -> str:
     after = f", {best.after[max(best.after)]:.3g} after {max(best.after)} steps" if best.after else ""
-    budget = ", ".join(map(str, space.budgets))
-    return f"found for {budget} of the teacher's: error {best.error.value:.3g} before training{after}"
+    wanted = ", ".join(space.wanted) + ("" if space.form else " of the teacher's")
+    return f"found for {wanted}: error {best.error.value:.3g} before training{after}"

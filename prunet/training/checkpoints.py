@@ -1,6 +1,7 @@
 """Checkpoints of a stage: written whole, only the newest few kept, and refused if they are of another stage."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,18 @@ def _before(saved: list[Path]) -> str:
     return f"delete it to resume from {saved[-2]}" if len(saved) > 1 else "delete it to begin again"
 
 
+def _check_bits(moments: Mapping[str, Any], optimizer: Any, path: Path) -> None:
+    """Refuses moments in 8 bits for an optimizer that keeps 32, and the other way round: it would fail at a step."""
+    kept = {key for state in moments["state"].values() for key in state}
+    before = "state1" in kept  # bitsandbytes' name of the first moment
+    now = type(getattr(optimizer, "optimizer", optimizer)).__module__.startswith("bitsandbytes")
+    if kept and before != now:
+        raise UserError(
+            f"{path}: its optimizer was {'' if before else 'not '}in 8 bits: resume with{'' if before else 'out'} "
+            f"--use-8bit-adam, or delete {path.parent} to begin again"
+        )
+
+
 def resume(into: State, folder: Path, stage: Training) -> tuple[int, dict[str, Any] | None]:
     """Loads the newest checkpoint; returns its step (0 without a checkpoint) and `unlogged`."""
     saved = checkpoints(folder)
@@ -154,6 +167,7 @@ def resume(into: State, folder: Path, stage: Training) -> tuple[int, dict[str, A
             raise KeyError(min(other))
         into.student.load_state_dict({name: piece(weights[name], p) for name, p in named.items()}, strict=False)
         moments = torch.load(saved[-1] / "optimizer.pt", weights_only=True, map_location="cpu")
+        _check_bits(moments, into.optimizer, saved[-1])
         into.optimizer.load_state_dict(_mapped(moments, piece, into.student))
         if into.ema:
             shadow = load_file(saved[-1] / "ema.safetensors")
@@ -161,6 +175,8 @@ def resume(into: State, folder: Path, stage: Training) -> tuple[int, dict[str, A
             into.ema.optimization_step = state["step"]
         if into.scaler is not None and state["scaler"]:
             into.scaler.load_state_dict(state["scaler"])
+    except UserError:
+        raise
     except Exception as error:
         if is_out_of_memory(error):
             raise

@@ -36,6 +36,11 @@ EQUAL, EQUAL_IN_HALF = 1e-9, 1e-3
 Ends: TypeAlias = Sequence[nn.Linear | nn.Conv2d]
 
 
+def samples_for(height: int, width: int) -> int:
+    """Returns the number of samples that layers are fitted to, for latents of this size."""
+    return max(LEAST, min(MOST, PIXELS // (height * width)))
+
+
 @torch.no_grad()
 def fit(teacher: Teacher, student: Net, derived: Derived, cache: Cache, seed: int) -> Net:
     """Fits the layers of `student` to those of `teacher`, in place, on noised samples of `cache`.
@@ -45,7 +50,7 @@ def fit(teacher: Teacher, student: Net, derived: Derived, cache: Cache, seed: in
     net = teacher.unet.to(teacher.device)
     nn.Module.to(student, teacher.device)
     height, width = cache.latent_size
-    how = Stage(steps=1, batch_size=max(LEAST, min(MOST, PIXELS // (height * width))))
+    how = Stage(steps=1, batch_size=samples_for(height, width))
     samples = Samples(cache, how, seed, teacher.process) if cache.has_text else LiveSamples(cache, how, seed, teacher)
     batch = next(batches(samples, 0, how.batch_size))
     layers = _layers(student, derived)

@@ -1,13 +1,17 @@
 """The inputs of the denoiser at each step; they depend only on seed, step and place in the batch."""
 
+import shutil
+import signal
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from prunet.console import say
 from prunet.data.cache import STORED, Cache
 from prunet.denoisers.condition import Condition
 from prunet.errors import UserError
@@ -16,6 +20,11 @@ from prunet.recipe.stage import Stage
 from prunet.recipe.training import Training
 from prunet.teacher.process import DDPM
 from prunet.teacher.teacher import Teacher
+
+#: Processes that read samples for a GPU, and micro-batches that each of them prepares.
+WORKERS, PREPARED = 4, 2
+#: Where such processes leave the samples for the one that trains.
+SHARED_MEMORY = Path("/dev/shm")
 
 
 class Samples(Dataset[dict[str, Any]]):
@@ -195,8 +204,30 @@ def batches(samples: Samples, start: int, micro_batch: int, rank: int = 0, ranks
                 yield [(step, position) for position in range(first, first + micro_batch)]
 
     cuda = torch.cuda.is_available()
+    workers = workers_for(samples, start, share) if cuda and start < samples.stage.steps else 0
+    how: dict[str, Any] = {"prefetch_factor": PREPARED, "worker_init_fn": _ignore_signals} if workers else {}
     try:
-        loader = DataLoader(samples, batch_sampler=places(), num_workers=4 if cuda else 0, pin_memory=cuda)
+        loader = DataLoader(samples, batch_sampler=places(), num_workers=workers, pin_memory=cuda, **how)
         yield from map(samples.complete, loader)
     except UserError as error:  # from a worker process; torch puts a traceback before the message
         raise UserError(str(error).rpartition("prunet.errors.UserError: ")[2]) from error
+
+
+def workers_for(samples: Samples, start: int, at_once: int) -> int:
+    """Returns how many processes read samples: none if the micro-batches that they prepare, with `at_once` samples on
+    all devices, do not fit into shared memory (64 MB in a container, if nothing else is asked for).
+    """
+    item = samples[start, 0]
+    size = sum(
+        value.nbytes for part in item.values() for value in (part.values() if isinstance(part, dict) else [part])
+    )
+    if not SHARED_MEMORY.is_dir() or WORKERS * PREPARED * at_once * size <= shutil.disk_usage(SHARED_MEMORY).free:
+        return WORKERS
+    say(f"  {SHARED_MEMORY} is small, so one process reads and trains: give a container more, such as --shm-size=8g")
+    return 0
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leaves signals that the whole group of processes gets to the process that trains, which writes a checkpoint."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)

@@ -129,11 +129,12 @@ class Session:
 
     def finish(self) -> Net:
         """Returns the student on the CPU, with the weights of its average if it has one."""
-        if self.runtime.tracker:
-            self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # `end_training` would end the group of processes as well
+            tracker.finish()
         if self._ema:
             self._ema.copy_to(self._held)
         student = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+        student = getattr(student, "_orig_mod", student)  # accelerate leaves torch.compile's wrapper below DDP's
         if self.runtime.fsdp:
             student = unsharded(student)
         student.__dict__.pop("forward", None)  # accelerate leaves one without diffusers' decorators
