@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_pictures
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from prunet import Teacher, build, derive, load_plan
 from prunet.cli import main
@@ -118,6 +118,16 @@ def test_a_terminal_without_utf8_shows_escapes(monkeypatch, sd) -> None:
 def test_inspect_reads_no_weight(capsys, sd, tmp_path) -> None:
     folder = shutil.copytree(sd, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
     assert call(capsys, "inspect", folder, "--plan", "bk-small")[0] == 0
+
+
+def test_a_single_file_has_the_precision_of_the_recipe(run_folder, tmp_path, capsys) -> None:
+    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text())
+    recipe["export"]["fp16"] = True
+    (run_folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for given, dtype in (((), torch.float16), (("--no-fp16",), torch.float32)):
+        file = tmp_path / f"{len(given)}.safetensors"
+        assert call(capsys, "export", run_folder, "--single-file", *given, "-o", file)[0] == 0
+        assert load_file(file)["model.diffusion_model.out.2.weight"].dtype == dtype
 
 
 def test_verbs_in_a_row(capsys, sd, pictures, tmp_path, monkeypatch) -> None:

@@ -55,6 +55,7 @@ def test_hours_are_summed_over_all_stages(opened, timed) -> None:
     timed["seconds"] = lambda plan, count: {"bk-base": 0.3, "bk-small": 0.2}[plan]
     found = estimate(opened({**STAGE, "plan": "bk-base"}, STAGE, {**STAGE, "steps": 10}))
     assert found.images == (3 + 3 + 10) * 8
+    assert found.checkpoint_bytes > 0
     seconds = 3 * 8 * 0.3 + 13 * 8 * 0.2
     assert found.distil_hours == pytest.approx(seconds / 3600)
     assert found.seconds_per_image == pytest.approx(seconds / found.images)

@@ -70,8 +70,11 @@ def test_prompts_a_plan_and_a_budget(sd, tmp_path) -> None:
 
 
 def test_losses_of_layers_are_normalised(sdxl, sd, pictures) -> None:
+    said = {"vega": "The recipe vega has 250,000 steps of 128 in 3 stages.", "bk-tiny": "has 50,000 steps of 256."}
     for folder, plan, level in ((sdxl, "vega", "layer"), (sd, "bk-tiny", "block")):
-        (stage,) = yaml.safe_load(new_recipe(str(folder), str(pictures), plan=plan, runtime=CPU))["stages"]
+        text = new_recipe(str(folder), str(pictures), plan=plan, runtime=CPU)
+        assert said[plan] in text
+        (stage,) = yaml.safe_load(text)["stages"]
         assert stage["losses"]["level"] == level
         assert stage["losses"].get("normalize", False) == (level == "layer")
         assert stage["losses"]["output"] == stage["losses"]["feature"] == 1
@@ -125,6 +128,7 @@ def test_what_is_seen_of_the_pictures_is_reported(sd, tmp_path) -> None:
     assert "1 of the first 3 cannot be read and will be skipped. The first: 002.png: the file is empty" in text
     assert "2 of them are smaller than 16 px" in text
     assert "1,000 steps of 32 see each sample 8,000 times" in text and "learned by heart" in text
+    assert "The recipe bk-small-sd-v1.4 has 50,000 steps of 256. More" in text
     assert "prunet run mine.yaml  " in text  # without options: a run finds the micro-batch itself
 
 

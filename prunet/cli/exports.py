@@ -48,10 +48,7 @@ def export(
     ] = None,
     fp16: Annotated[
         bool | None,
-        typer.Option(
-            "--fp16/--no-fp16",
-            help="Half precision (a folder gets the fp16 variant as well); by default as in the recipe.",
-        ),
+        typer.Option(help="Half precision (a folder gets the fp16 variant as well); by default the recipe's."),
     ] = None,
     openvino: Annotated[
         bool, typer.Option("--openvino", help="A folder for OpenVINO GenAI, which draws on CPUs without torch.")
@@ -98,7 +95,6 @@ def export(
     elsewhere = os.path.realpath(target) != os.path.realpath(own)
     recipe = open_recipe(run_folder, [f"output={json.dumps(str(run_folder))}"])
     read = [*read_paths(recipe), *([decoder] if decoder else [])]
-    half = recipe.export.fp16 if fp16 is None else fp16
     what = form[2:] or ("pipeline" if elsewhere else "export")
     _check_target(target, None if is_file else what, gguf, read)
     this = _evaluated(Run(recipe))
@@ -111,7 +107,7 @@ def export(
             facts, text = _for_runtime(this, form, target, bits, decoder)
         else:
             file = {"program": program or "comfyui", "bits": gguf} if is_file else None
-            facts, text = _stock(this, target, what, half, file)
+            facts, text = _stock(this, target, what, recipe.export.fp16 if fp16 is None else fp16, file)
     card = this.folder / "pipeline" / "README.md" if is_file else None
     pushed = push(target, to_hub, card) if to_hub else None
     say(as_json, {"output": str(target), **facts, "pushed": pushed}, f"{pushed}\n{text}" if pushed else text)
