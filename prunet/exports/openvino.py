@@ -45,7 +45,7 @@ def export_openvino(
 
     Args:
         prompts: the first `PROMPTS` calibrate 8 bits, the next ones are drawn for comparison.
-        drawing: how to draw with it; a sampler that openvino_genai lacks is replaced by DDIM.
+        drawing: how to draw with it; a sampler that openvino_genai lacks (`lcm` for v-prediction) is replaced by DDIM.
         decoder: a folder with an `AutoencoderTiny`, which replaces the pipeline's VAE.
         card: more facts for the README (`openvino.md.j2`).
 
@@ -59,7 +59,8 @@ def export_openvino(
     for package in ("openvino", "openvino_genai", "openvino_tokenizers", *(["nncf"] if bits else [])):
         need(package)
     source, folder = open_source(pipeline, decoder), Path(folder)
-    if drawing.sampler not in SAMPLERS:
+    prediction = source.teacher.noise_scheduler.config.prediction_type
+    if drawing.sampler not in SAMPLERS or (drawing.sampler, prediction) == ("lcm", "v_prediction"):  # that one crashes
         drawing = drawing.model_copy(update={"sampler": "ddim"})
     with new_folder(folder, what) as part:
         write_pipeline(source, part, drawing, _write)
