@@ -497,7 +497,9 @@ def test_text_embedded_while_training_is_that_of_a_cache(kind, pictures, request
     stored = [set(load_file(opened.folder / "shard-00000.safetensors")) for opened in made]
     assert stored[0] - stored[1] == {"prompt_embeds", "pooled"} - ({"pooled"} if kind == "sd" else set())
     known = list(batches(Samples(made[0], stage, 3, teacher.process), 0, 2))
-    for before, now in zip(known, batches(LiveSamples(made[1], stage, 3, teacher), 0, 2), strict=True):
+    live = LiveSamples(made[1], stage, 3, teacher)
+    assert reading.workers_for(live, 0, 2) in (0, reading.WORKERS)  # its items have a caption, too
+    for before, now in zip(known, batches(live, 0, 2), strict=True):
         assert now.keys() == before.keys() and now["condition"].keys() == before["condition"].keys()
         for name, value in before["condition"].items():
             torch.testing.assert_close(now["condition"][name], value, rtol=2e-3, atol=2e-3)

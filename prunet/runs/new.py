@@ -241,7 +241,7 @@ def usual_stage(plan: Plan, layout: str) -> dict[str, Any]:
     plain = {name: recipe for name, recipe in recipes.items() if recipe.stages[-1].objective == "distillation"}
     wanted = (plan.remove, load_plan(USUAL_PLAN[layout]).remove)
     name = next(name for remove in wanted for name, recipe in plain.items() if recipe.plan.remove == remove)
-    *_, stage = plain[name].stages
+    stage = plain[name].stages[-1]
     losses = stage.losses.model_dump(include={"task", "output", "feature", "level"})
     if losses["level"] == "layer":
         # Students of emoji-xl came nearer with these, in the same time: benchmarks/2026-11-28-best.md.

@@ -217,10 +217,9 @@ def workers_for(samples: Samples, start: int, at_once: int) -> int:
     """Returns how many processes read samples: none if the micro-batches that they prepare, with `at_once` samples on
     all devices, do not fit into shared memory (64 MB in a container, if nothing else is asked for).
     """
-    item = samples[start, 0]
-    size = sum(
-        value.nbytes for part in item.values() for value in (part.values() if isinstance(part, dict) else [part])
-    )
+    parts = samples[start, 0].values()
+    values = [value for part in parts for value in (part.values() if isinstance(part, dict) else [part])]
+    size = sum(value.nbytes for value in values if isinstance(value, Tensor))
     if not SHARED_MEMORY.is_dir() or WORKERS * PREPARED * at_once * size <= shutil.disk_usage(SHARED_MEMORY).free:
         return WORKERS
     say(f"  {SHARED_MEMORY} is small, so one process reads and trains: give a container more, such as --shm-size=8g")
