@@ -238,7 +238,7 @@ def rows_of(arm: str, seed: int, recipe: Recipe | None, args: argparse.Namespace
         best = folder_of(args.teachers, protocol, TEACHER[0], args)
         for steps, guidance in drawn_in(arm, recipe, args) if recipe else TEACHER:
             folder = folder_of(place, protocol, (steps, guidance), args)
-            if not (folder / "measures.json").is_file():
+            if not all((drawn / "measures.json").is_file() for drawn in (folder, best)):
                 continue
             measures, apart = read_measures(folder), distance(folder, best)
             found = measures.measures
@@ -294,7 +294,7 @@ def write_sheet(path: Path, arms: dict[str, list[Recipe]], args: argparse.Namesp
     captions: list[str] = []
     for name, (place, how) in drawn.items():
         folders = [folder_of(place, protocol, how, args) / "pictures" for protocol in PROTOCOLS]
-        if all(folder.is_dir() for folder in folders):
+        if all(any(folder.glob("*.tar")) for folder in folders):  # another worker may have only begun
             shown = [pair for folder in folders for pair in list(read_shard(min(folder.glob("*.tar"))))[:SHOWN]]
             label = f"{name}, {how[0]} step{'s' * (how[0] > 1)}"
             rows[label], captions = [picture for picture, _ in shown], [caption for _, caption in shown]

@@ -50,6 +50,11 @@ def without_home(text: str) -> str:
     return text.replace(f"{Path.home()}/", "~/")
 
 
+def config_for(source: Path | str, config: str | None, sources: Sequence[Path | str]) -> str | None:
+    """Returns the `config` of several sources for one of them: only files need it, if there are any."""
+    return config if Path(source).is_file() or not any(Path(other).is_file() for other in sources) else None
+
+
 def names_of(sources: Sequence[Path | str]) -> list[str]:
     """Returns the shortest ends of paths that are all different.
 

@@ -18,7 +18,7 @@ from prunet.evaluation.results import EvaluationResult
 from prunet.intervals import summary
 from prunet.recipe.recipe import Recipe
 from prunet.runs.ablation import ablate, collect, load_ablation
-from prunet.runs.ablation_table import AblationResult, markdown, shared_protocol
+from prunet.runs.ablation_table import MEASURES, AblationResult, Arm, SharedProtocol, markdown, shared_protocol
 from prunet.runs.run import Run, run
 from prunet.runtime import Runtime
 from prunet.student.folder import load_unet
@@ -227,6 +227,20 @@ def test_interval_is_student_t() -> None:
     # From the definition; 4.303 is t(0.975, 2 degrees of freedom) in any table.
     assert found.interval == pytest.approx(4.303 * statistics.stdev([1.0, 2.0, 4.0]) / math.sqrt(3))
     assert summary([1.0]).interval is None
+
+
+def test_students_that_draw_otherwise_are_not_compared_by_their_denoisers() -> None:
+    """Students without guidance or with few steps are not meant to give the teacher's output of a call."""
+    few = "ddim-trailing, 4 steps, no guidance"
+    measures = {f"{which}/{key}": summary([0.5]) for which, key in MEASURES}
+    jumps = measures | {"after/denoiser": summary([]), "after/picture": summary([0.25])}
+    arms = {"plain": Arm(seeds=[1], parameters=10, measures=measures)}
+    arms["jumps"] = Arm(seeds=[1], parameters=10, measures=jumps, drawn=few)
+    protocol = SharedProtocol(size=16, steps=25, guidance_scale=7.5, sampler="ddim", prompts=["a"])
+    text = markdown(AblationResult(title="T", arms=arms, protocol=protocol))
+    assert "| plain | 0.00 | 1 | **0.5000** | **0.5000** | **0.5000** | 0.5000 |" in text
+    assert "| jumps | 0.00 | 1 | **0.5000** |  | **0.5000** | **0.2500** |" in text
+    assert f"made for in jumps: {few}." in text
 
 
 @pytest.mark.parametrize(

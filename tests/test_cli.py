@@ -15,8 +15,11 @@ import yaml
 from conftest import make_pictures
 from safetensors.torch import load_file, save_file
 
-from prunet import Teacher, build, derive, load_plan
+from prunet import Teacher, UserError, build, derive, load_plan
 from prunet.cli import main
+from prunet.exports.single_file import export_single_file
+from prunet.play.models import open_players
+from prunet.speed.models import drawings
 
 
 def call(capsys, *args: object) -> tuple[int, str, str]:
@@ -336,6 +339,15 @@ def test_a_config_that_would_not_be_used_is_refused(capsys, sd, tmp_path) -> Non
         assert err.startswith(f"error: {sd}: --config (in a recipe teacher.config) is for a single .safetensors file")
     code, _, err = call(capsys, "inspect", tmp_path / "none.safetensors", "--config", sd)
     assert code == 2 and "No teacher at" in err
+
+
+def test_a_config_is_for_the_files_among_several_models(sd, tmp_path) -> None:
+    file = str(export_single_file(sd, tmp_path / "model.safetensors"))
+    assert len(drawings([file, str(sd)], config=str(sd))) == 2
+    given = {"config": str(sd), "device": "cpu", "dtype": torch.float32}
+    assert [player.name for player in open_players([file, str(sd)], **given)] == ["model.safetensors", "sd"]
+    with pytest.raises(UserError, match=r"--config .* is for a single \.safetensors file"):
+        drawings([str(sd)], config=str(sd))
 
 
 @pytest.mark.processes

@@ -43,7 +43,7 @@ def test_image_to_image_starts_from_the_teachers_pictures(sd, tmp_path) -> None:
     nets = {"same": build(teacher, Plan("none")), "cut": build(teacher, load_plan("bk-small"))}
     result = evaluate(teacher, nets, SPEC.model_copy(update={"image_to_image": 2}), tmp_path / "two", size=16, seed=3)
     found = result.image_to_image
-    assert (found.prompts, found.seed) == (["a dog", "a house"], 6)
+    assert (found.prompts, found.seed, found.strength) == (["a dog", "a house"], 6, 0.5)  # one of two steps
     assert found.distance["same"].by_picture == [0, 0] != found.distance["cut"].by_picture
     low, high = found.distance["cut"].interval
     assert low < found.distance["cut"].picture < high

@@ -24,6 +24,7 @@ from prunet.data.paths import cache_paths
 from prunet.evaluation import measuring
 from prunet.evaluation.measures import markdown
 from prunet.evaluation.protocol import Protocol
+from prunet.evaluation.results import read_evaluation
 from prunet.intervals import Measure
 from prunet.plan.plan import Plan
 from prunet.recipe.recipe import Data
@@ -324,6 +325,8 @@ def test_image_to_image_starts_at_one_of_its_own_timesteps(finished_fast, capsys
         generate(finished_fast, "a cat", start=StartPicture(picture, 0.7))
     assert seen == [(499, 1)]  # the second of its two jumps, without guidance
     assert "strength 0.7 of 2 steps: 1 drawn, as with 0.5" in capsys.readouterr().err
+    result = read_evaluation(finished_fast / "evaluation").image_to_image
+    assert result.strength == 0.5  # so the teacher begins there as well, with two of its four steps
     with pytest.raises(UserError, match=r"strength 0.4: of 2 steps that is not one: give 0.5 or more"):
         generate(finished_fast, "a cat", start=StartPicture(picture, 0.4))
 
@@ -381,6 +384,11 @@ def test_evaluation_draws_the_teacher_by_the_recipe_and_the_student_by_what_it_w
         ({"path_steps": 9}, "'path_steps' has no meaning with objective distillation: leave it out"),
         ({"paths": 9, "guidance_scale": 2}, "'paths' need 'losses.task' 0"),
         ({"paths": 9, "losses": {"task": 0}}, "objective distillation needs 'guidance_scale'"),
+        (
+            {"objective": "trajectory", "guidance_scale": 0, "jumps": 2},
+            "'guidance_scale' 0 moves .* away from the prompt",
+        ),
+        ({"objective": "guidance", "guidance_scale": 0.5, "losses": {"task": 0}}, "'guidance_scale' 0.5 moves"),
         ({"objective": "adversarial"}, "stages.0.objective"),
     ],
 )

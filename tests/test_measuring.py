@@ -360,9 +360,14 @@ def test_another_model_is_refused_before_it_draws(sdxl: Path, protocol: Path, wh
 def test_another_noise_schedule_is_refused_before_it_draws(sd: Path, protocol: Path, whole: Path, tmp_path) -> None:
     other = Path(shutil.copytree(sd, tmp_path / "sd"))
     config = other / "scheduler" / "scheduler_config.json"
-    config.write_text(config.read_text().replace("0.012", "0.02"))
+    own = config.read_text()
+    config.write_text(own.replace("0.012", "0.02"))
     with pytest.raises(UserError, match="drawn with another schedule: delete that folder"):
         run(other, protocol, whole)
+    for spacing in ("trailing", "linspace"):  # decides at which noise levels the sampler calls the denoiser
+        config.write_text(json.dumps(json.loads(own) | {"timestep_spacing": spacing}))
+        with pytest.raises(UserError, match="drawn with another scheduler: delete that folder"):
+            run(other, protocol, whole)
 
 
 @pytest.mark.parametrize("name", protocol_names())

@@ -132,6 +132,17 @@ def test_what_is_seen_of_the_pictures_is_reported(sd, tmp_path) -> None:
     assert "prunet run mine.yaml  " in text  # without options: a run finds the micro-batch itself
 
 
+@pytest.mark.parametrize("facts", [{"count": None}, {"count": 10_000, "or_more": True}])
+def test_data_that_are_not_counted_may_be_many(facts, sd, pictures, monkeypatch) -> None:
+    """A dataset of the hub, or more pictures than are counted: steps for many of them, and each path is seen."""
+    counted = new.data_facts(str(pictures), 16)
+    monkeypatch.setattr(new, "data_facts", lambda data, size: counted | facts)
+    text = new_recipe(str(sd), str(pictures), jumps=4, runtime=CPU)
+    first, second = yaml.safe_load(text)["stages"]
+    assert first["steps"] == 50_000 and second["steps"] * second["batch_size"] >= second["paths"] == 50_000
+    assert ("see each sample at most 160 times" in text) == (facts["count"] is not None)
+
+
 def test_budget() -> None:
     assert parse_budget("24GB") == parse_budget("24 GiB") == int(0.9 * 24 * 2**30)
     for text in ("24", "lots", "0GB", "-1GB"):

@@ -34,7 +34,7 @@ def test_runs_with_their_state_plan_distance_and_size(capsys, finished, tmp_path
     assert found.keys() == {"seed-1", "done", "hurt"} and found["hurt"].state.startswith("damaged: ")
     assert (found["done"].state, found["seed-1"].state) == ("done", "stage-1, step 2 of 2")
     distance = read_json(runs / "done" / "evaluation" / "evaluation.json")["distance"]
-    assert found["done"].after == distance["after"]["denoiser"] and found["seed-1"].after is None
+    assert found["done"].after == distance["after"]["picture"] and found["seed-1"].after is None
     assert found["done"].plan == "bk-small" and found["done"].bytes > 10**5
     code, out, _ = call(capsys, "list", runs / "done")
     assert code == 0 and "bk-small" in out and "→" in out

@@ -33,6 +33,7 @@ from prunet.sampling.draw import decode, draw, draw_latents
 from prunet.sampling.made_for import drawing_of
 from prunet.sampling.samplers import SAMPLERS, sampler_of, set_sampler
 from prunet.student.student import state_hash
+from prunet.teacher.tokens import unusual_tokens
 
 KINDS = [("sd", "bk-tiny"), ("sdxl", "ssd-1b")]
 KINDS += [pytest.param(*more, marks=pytest.mark.slow) for more in (("sd", "bk-small"), ("sdxl_deep", "koala-700m"))]
@@ -339,3 +340,25 @@ def test_sharded_parts_are_one_model(sd, opened, tmp_path) -> None:
     shards[-1].write_bytes(b"")
     with pytest.raises(UserError, match="cut off"):
         Teacher(folder).check_weights()
+
+
+def test_tokens_of_a_text_are_part_of_the_fingerprint(sd, sdxl, tmp_path) -> None:
+    """Another fill or length changes the tokens like another vocabulary; usual ones are as if they were not said."""
+    folder = Path(shutil.copytree(sd, tmp_path / "sd"))
+    config, special = (folder / "tokenizer" / name for name in ("tokenizer_config.json", "special_tokens_map.json"))
+
+    def now(parts: list[str] | None = None) -> str:
+        return Teacher(folder).fingerprint(parts)
+
+    own = json.loads(config.read_text()) if config.is_file() else {}
+    usual, unet = now(), now(["unet"])
+    found = {usual}
+    for change in ({"pad_token": "!"}, {"pad_token": {"content": "?"}}, {"model_max_length": 8}):
+        config.write_text(json.dumps(own | change))
+        found.add(now())
+        assert now(["unet"]) == unet
+    config.write_text(json.dumps(own | {"pad_token": "!"}))
+    special.write_text(json.dumps({"pad_token": {"content": "<|endoftext|>", "lstrip": False}}))
+    assert len(found) == 4 and now() == usual
+    wide = {"hidden_size": 1024, "max_position_embeddings": 77}  # as SD v2's and SDXL's second
+    assert unusual_tokens(folder / "tokenizer", wide) == {"pad_token": "<|endoftext|>"}

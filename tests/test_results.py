@@ -12,6 +12,7 @@ from test_damage import WEIGHTS, do_as_told, last_byte
 from test_ownership import tree
 
 from prunet import Run, Runtime, UserError, load_recipe
+from prunet.report.run import write_report
 from prunet.runs import run as runs
 
 CPU = Runtime(device="cpu", precision="no", log_every=1)
@@ -163,3 +164,15 @@ def test_a_stopped_stage_says_from_which_step_it_resumes(folder, capsys, monkeyp
             opened(folder, "stages.0.steps=3").finish()
         assert words in " ".join(capsys.readouterr().err.split())
         shutil.rmtree(folder / "stage-1" / "checkpoints", ignore_errors=True)
+
+
+def test_a_page_that_another_command_writes_again_is_no_damaged_one(folder, capsys) -> None:
+    """`prunet measure RUN` and others add their results to the page; whoever changes it by hand is told."""
+    this = Run(load_recipe(folder / "recipe.yaml", [f"output={folder}"]), CPU)
+    before = (folder / "report.html").read_bytes()
+    write_report(folder)
+    this.finish()
+    assert (folder / "report.html").read_bytes() != before  # it has the time of the step that wrote the first one
+    (folder / "report.html").write_bytes(before)
+    with pytest.raises(UserError, match=r"report\.html: damaged or changed after it was written"):
+        this.finish()

@@ -98,6 +98,13 @@ def test_budgets_are_read(text, amount, is_share) -> None:
     assert budget.limit({budget.kind: 10.0}) == pytest.approx(10 * amount if is_share else amount)
 
 
+def test_a_plan_says_which_budgets_are_shares_of_the_teachers() -> None:
+    budgets = parse_budgets(["size=300MB", "macs=60%"])
+    best = SimpleNamespace(after={}, error=SimpleNamespace(value=0.25))
+    said = search._described(SimpleNamespace(form=None, budgets=budgets), best)
+    assert said == "found for 300 MB, MACs 60 % of the teacher's: error 0.25 before training"
+
+
 @pytest.fixture(scope="module")
 def space(sd) -> Space:
     outer = ["down_blocks.[012]", "up_blocks.[123]"]  # keep these, so that there are few units
@@ -189,7 +196,8 @@ def test_blocks_in_lists_for_a_budget_of_parameters(tmp_path, capsys) -> None:
     facts = read_json(tmp_path / "out" / "search.json")
     assert (
         code == 0
-        and "Run it: prunet run" in out
+        and f"Build it: prunet build {teacher} --plan" in " ".join(out.split())  # it cannot be trained
+        and not (tmp_path / "out" / "recipe.yaml").exists()
         and facts["plans"][0]["costs"]["parameters"] <= 0.7 * facts["costs"]["parameters"]
     )
     removed = derive(Teacher(teacher, only_form=True).unet_config, load_plan(tmp_path / "out" / "plan.yaml")).removed

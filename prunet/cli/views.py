@@ -79,8 +79,9 @@ def search_view(result: "SearchResult", folder: Any) -> RenderableType:
         name = ", ".join(row.remove) if row.name == "found" else row.name
         style = "bold" if row is result.plans[0] else None
         table.add_row(number(row.error, 2), *after, *shares, Text(name), style=style)
-    again = command("run", f"{folder}/recipe.yaml").strip("`")
-    files = f"Page: {folder}/search.html\nPlan: {folder}/plan.yaml\nRun it: {again}"
+    build = ("build", result.teacher, "--plan", f"{folder}/plan.yaml", "--output", f"{folder}/student")
+    todo = ("Run", ("run", f"{folder}/recipe.yaml")) if result.is_trainable else ("Build", build)
+    files = f"Page: {folder}/search.html\nPlan: {folder}/plan.yaml\n{todo[0]} it: {command(*todo[1])}".replace("`", "")
     title = f"{result.teacher} within {', '.join(result.budgets)}"
     warnings = [Text(f"{warning}\n", style="yellow") for warning in result.warnings]
     return Group(Rule(Text(title, style="bold"), align="left"), table, Text(), *warnings, Text(files))

@@ -20,7 +20,6 @@ from prunet.disk.seals import CHECKSUM, checksum
 from prunet.hashing import hash_of
 from prunet.recipe.values import Drawing
 from prunet.sampling.draw import decode, draw_latents
-from prunet.sampling.paths import schedule_of
 from prunet.student.student import state_hash
 from prunet.teacher.teacher import Teacher
 
@@ -52,7 +51,8 @@ def draw_all(
     processes divide the batches, and each process returns all of them.
     """
     settings: dict[str, Any] = {"size": size, "steps": how.steps, "guidance_scale": how.guidance_scale}
-    made_by = [teacher.fingerprint(), schedule_of(teacher), state_hash(net), str(teacher.dtype), how.sampler, settings]
+    settings |= {"scheduler": teacher.part_config("scheduler"), "zeros": teacher.zeros_for_empty_prompt}
+    made_by = [teacher.fingerprint(), state_hash(net), str(teacher.dtype), how.sampler, settings]
     pipe: Any = None
     mine = []
     for rows in batches(len(prompts)):

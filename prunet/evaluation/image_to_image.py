@@ -4,6 +4,7 @@ The pictures are the teacher's own, of evaluation prompts, because these exist f
 again by the next prompt, so that there is something to change.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 from PIL import Image
@@ -53,10 +54,12 @@ def image_to_image(
         pipe = teacher.pipeline(unet=nets[name])
         return list(draw(pipe, wanted, seeds, hows[name], batch_size=BATCH, start=start))
 
-    start = start_from(teacher, pictures, size=size, steps=hows["teacher"].steps, strength=STRENGTH)
+    # The stock pipelines round the strength down to whole steps, so all nets begin where the one with fewest steps can.
+    strength = math.ceil(1e6 * int(fewest * STRENGTH) / fewest) / 1e6  # up, so that rounding leaves as many steps
+    start = start_from(teacher, pictures, size=size, steps=fewest, strength=strength)
     out = processes.from_main(lambda: {name: drawn(name) for name in nets})
     distance = {name: _distance(out[name], out["teacher"]) for name in nets if name != "teacher"}
-    return ImageToImage(strength=STRENGTH, seed=first, prompts=wanted, distance=distance), out
+    return ImageToImage(strength=strength, seed=first, prompts=wanted, distance=distance), out
 
 
 def _distance(ours: Sequence[Image.Image], theirs: Sequence[Image.Image]) -> PictureDistance:

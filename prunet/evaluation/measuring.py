@@ -35,7 +35,7 @@ from prunet.recipe.values import Drawing
 from prunet.runtime import Runtime
 from prunet.sampling.draw import Model, open_model
 from prunet.sampling.made_for import drawing_of
-from prunet.sampling.paths import schedule_of
+from prunet.sampling.paths import SCHEDULE, schedule_of
 from prunet.sampling.shards import draw_shards
 from prunet.teacher.space import check_size
 from prunet.teacher.teacher import PARTS, Teacher
@@ -79,6 +79,9 @@ def measure(
         **{"size": protocol.size or teacher.native_size, "count": len(prompts)},
     }
     spec["schedule"] = schedule_of(teacher)
+    # The sampler also reads the spacing of steps, and more.
+    spec["scheduler"] = {key: value for key, value in teacher.part_config("scheduler").items() if key not in SCHEDULE}
+    spec["empty_prompt"] = "zeros" if teacher.zeros_for_empty_prompt else "encoded"
     _check_folder(folder / "pictures", spec)
     with _claim(folder, spec, state):
         made_by = {name: (net.hash, preparation(protocol, name)) for name, net in networks.items()}
@@ -197,7 +200,7 @@ def _check_folder(pictures: Path, drawing: dict[str, Any]) -> None:
         if pictures.is_dir() and any(pictures.glob("*.tar")):
             raise UserError(f"{pictures}: pictures without a spec.json: delete that folder, or give another --output")
         return
-    now = {"schedule": drawing["schedule"]}  # older folders lack it
+    now = {key: drawing[key] for key in ("schedule", "scheduler", "empty_prompt")}  # older folders lack them
     before = now | read_label(
         spec, drawing.keys() - now.keys(), f"delete {pictures} to draw again, or give another --output"
     )

@@ -151,7 +151,7 @@ def markdown(result: EvaluationResult) -> str:
     lines.append(row("multiply-adds of a call (G)", (size.macs / 1e9 for size in sizes), "{:.3f}"))
     lines.append(row("latency of a call (ms)", (one.latency_ms for one in speeds), "{:.1f}"))
     if all(memory := [one.peak_memory_mb or 0 for one in speeds]):
-        lines.append(row("peak memory of a call (MB)", memory, "{:.0f}"))
+        lines.append(row("peak memory of a call (MiB)", memory, "{:.0f}"))
     if result.drawn:
         calls = [how.steps * how.rows for how in (protocol.drawing, result.drawn)]
         lines.append(row("samples through the U-Net for a picture", calls, "{:.0f}"))

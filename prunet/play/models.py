@@ -25,7 +25,7 @@ from prunet.sampling.start import StartPicture, start_from
 from prunet.speed.clock import weights_mb, working_mb
 from prunet.teacher.space import check_size
 from prunet.teacher.teacher import Teacher
-from prunet.words import names_of
+from prunet.words import config_for, names_of
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def open_players(models: Sequence[str], *, config: str | None = None, device: An
     runs = [Path(model) if (Path(model) / "recipe.yaml").is_file() else None for model in models]
     players: list[Player] = []
     for name, model, run in zip(names_of(models), models, runs, strict=True):
-        opened = open_any(Model(model, config, device, dtype))
+        opened = open_any(Model(model, config_for(model, config, models), device, dtype))
         if isinstance(opened, RuntimeFolder):
             players.append(RuntimePlayer(name, opened, dtype))
         else:

@@ -141,6 +141,11 @@ class Stage(Training):
             raise ValueError("objective guidance needs 'losses.task' 0, because the data teach the unguided output")
         if name == "distillation" and self.paths and self.losses.task:
             raise ValueError("'paths' need 'losses.task' 0, because guided paths do not lead to the data")
+        if self.has("guidance_scale") and isinstance(self.guidance_scale, float) and self.guidance_scale < 1:
+            raise ValueError(
+                f"'guidance_scale' {self.guidance_scale:g} moves the teacher's output away from the prompt: give 1 for "
+                "no guidance, or more"
+            )
         if self.guidance_range and (name != "guidance" or self.paths or self.lora):
             raise ValueError(
                 "a range of 'guidance_scale' needs objective guidance without 'paths', which are drawn at one scale, "

@@ -7,7 +7,8 @@ import yaml
 
 from prunet import __version__
 from prunet.disk.files import write_text
-from prunet.disk.steps import read_steps
+from prunet.disk.seals import file_checksum
+from prunet.disk.steps import read_steps, write_steps
 from prunet.evaluation.measures import Measures, read_measures
 from prunet.evaluation.results import read_evaluation
 from prunet.plan.result import PlanResult
@@ -64,6 +65,8 @@ def write_report(folder: Path | str) -> Path:
     )
     path = folder / "report.html"
     write_text(path, page)
+    if (done := steps.get("report")) and done.page:  # else the run would take its new page for a damaged one
+        write_steps(folder, steps | {"report": done.model_copy(update={"page": file_checksum(path)})})
     return path
 
 

@@ -276,11 +276,18 @@ def collect(ablation: Ablation, runs: Mapping[tuple[str, int], Run]) -> Ablation
     for arm in ablation.arms:
         results = {seed: done[folder] for seed in ablation.seeds if (folder := runs[arm, seed].folder) in done}
         measures = {
-            f"{which}/{key}": summary([getattr(r.distance[which], key) for r in results.values()])
+            f"{which}/{key}": summary(
+                [
+                    getattr(result.distance[which], key)
+                    for result in results.values()
+                    if not (result.drawn and (which, key) == ("after", "denoiser"))
+                ]
+            )
             for which, key in MEASURES
         }
         parameters = next((r.sizes["student"].parameters for r in results.values()), None)
-        arms[arm] = Arm(seeds=list(results), parameters=parameters, measures=measures)
+        drawn = next((str(r.drawn) for r in results.values() if r.drawn), None)
+        arms[arm] = Arm(seeds=list(results), parameters=parameters, measures=measures, drawn=drawn)
     result = AblationResult(title=ablation.title, arms=arms, protocol=shared_protocol(done))
     result.save(Path(ablation.output) / "ablation.json")
     write_text(Path(ablation.output) / "ablation.md", markdown(result))

@@ -21,11 +21,15 @@ MEASURES = {
 
 
 class Arm(Value):
-    """The results of the finished runs of an arm: the student's parameters, and measures by `STUDENT/FIELD`."""
+    """The results of the finished runs of an arm: the student's parameters, and measures by `STUDENT/FIELD`.
+
+    `drawn`: how its students draw, if not like the teacher. Their denoisers are not meant to give the teacher's output.
+    """
 
     seeds: list[int]
     parameters: int | None
     measures: dict[str, Summary]
+    drawn: str | None = None
 
 
 class SharedProtocol(Value):
@@ -97,9 +101,14 @@ def markdown(result: AblationResult) -> str:
             f"t); lower is nearer. {protocol.sampler}, {protocol.steps} steps, guidance {protocol.guidance_scale}, "
             f"{protocol.size} px.",
         ]
+    for drawn in {arm.drawn: None for arm in result.arms.values() if arm.drawn}:
+        names = ", ".join(name for name, arm in result.arms.items() if arm.drawn == drawn)
+        lines += ["", f"Students draw as they were made for in {names}: {drawn}. Their denoisers are not compared."]
     return "\n".join(lines) + "\n"
 
 
 def _cell(found: Summary, best: float) -> str:
+    if found.mean is None:
+        return ""
     mean = f"**{found.mean:.4f}**" if found.mean == best else f"{found.mean:.4f}"
     return mean if found.interval is None else f"{mean} ± {found.interval:.4f}"

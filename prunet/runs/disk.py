@@ -127,6 +127,9 @@ def _tensor_bytes(this: "Run") -> tuple[int, int]:
     """Returns the bytes of the latents of one picture, and of the embeddings of its caption, as a cache stores them."""
     architecture, config = this.teacher.architecture, this.teacher.unet_config
     inputs = architecture.example_inputs(config, latent_size=this.latent_size, device="meta")
+    encoders = [this.teacher.part_config(part) for part in this.teacher.text_encoders]
+    tokens = max(encoder.get("max_position_embeddings", 77) for encoder in encoders)
+    inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :1].expand(-1, tokens, -1)
     given = [value for name, value in inputs.items() if name not in ("sample", "timestep")]
     tensors = [tensor for value in given for tensor in (value.values() if isinstance(value, dict) else [value])]
     channels = this.teacher.part_config("vae").get("latent_channels", 4)

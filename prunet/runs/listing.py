@@ -22,7 +22,8 @@ class FoundRun:
     """A run as its files describe it. Values that do not exist yet are None.
 
     `run`: its path. `worker`: the process that works in it. `parameters`: the student's, and their `share` of the
-    teacher's. `before` and `after`: relative squared error of the denoiser's output. `bytes`: of all files.
+    teacher's. `before` and `after` distillation: root mean squared error of the student's
+    pictures against the teacher's, which all kinds of students have. `bytes`: of all files.
     """
 
     run: str
@@ -67,7 +68,7 @@ def _summary(folder: Path) -> FoundRun:
         found |= {"parameters": student, "share": student / teacher, "state": _state(folder, recipe, done)}
         if "evaluate" in done:
             distance = read_json(folder / "evaluation" / "evaluation.json")["distance"]
-            found |= {name: distance[name]["denoiser"] for name in ("before", "after")}
+            found |= {name: distance[name]["picture"] for name in ("before", "after")}
     except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         found["state"] = f"damaged: {error}"
     files = (Path(top) / name for top, _, names in os.walk(folder) for name in names)

@@ -97,7 +97,8 @@ def new_recipe(
     stage = usual_stage(chosen, opened.layout)
     if found["kind"] == "prompts":  # random captions need this, and bring students nearer: benchmarks/best.yaml
         stage["losses"]["task"] = 0.0
-    steps = min(max(STEPS[0], SEEN * (found["count"] or 0) // BATCH), STEPS[1])
+    many = found["count"] is None or found.get("or_more")
+    steps = STEPS[1] if many else min(max(STEPS[0], SEEN * found["count"] // BATCH), STEPS[1])
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(short(teacher)).stem)
     seen = steps * BATCH / (found["count"] or math.inf)
     model = {"source": in_full(teacher), "config": in_full(config)} if config else in_full(teacher)
@@ -118,7 +119,7 @@ def new_recipe(
         "seen": seen,
         "by_heart": seen > 10 * SEEN,
         "ema": ema_for(steps),
-        "jumping": jumping(jumps, steps, None if found.get("or_more") else found["count"]) if jumps else None,
+        "jumping": jumping(jumps, steps, None if many else found["count"]) if jumps else None,
         "output": f"runs/{name}-{chosen.name}" + (f"-{jumps}-steps" if jumps else ""),
     }
     recipe = Recipe.model_validate(yaml.safe_load(_render(facts | {"fit": None})))

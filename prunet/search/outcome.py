@@ -29,7 +29,7 @@ def write_plan(
     prompts: Path | None = None,
     config: str | None = None,
 ) -> None:
-    """Writes `plan.yaml`, `recipe.yaml` and `search.json` into the folder of a search.
+    """Writes `plan.yaml`, `search.json` and, if prunet can train the student, `recipe.yaml` into a search's folder.
 
     `cache`: the run whose recipe the new one follows, if the search used one. `prompts`: the file of prompts to learn
     from otherwise. `config`: see `Teacher`.
@@ -37,6 +37,8 @@ def write_plan(
     chosen = {"description": plan.description, "source": "prunet search", "remove": list(plan.remove)}
     write_text(folder / "plan.yaml", yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True, width=1000))
     result.save(folder / "search.json")
+    if not result.is_trainable:
+        return
     run = cache if cache is not None and (cache / "recipe.yaml").is_file() else None
     recipe = _recipe(plan, result, folder, run, prompts, config)
     note = (

@@ -95,5 +95,9 @@ class SearchResult(Sensitivity):
     @property
     def is_broken(self) -> bool:
         """Whether the plan was chosen before training by an error that is too large to choose by (`BROKEN`)."""
-        can_recover = not architecture_of(self.teacher_config).only_form
-        return can_recover and self.error_before > MOST_ERROR and not self.plans[0].after
+        return self.is_trainable and self.error_before > MOST_ERROR and not self.plans[0].after
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether prunet can train the student, and not only build it."""
+        return not architecture_of(self.teacher_config).only_form

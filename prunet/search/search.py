@@ -199,5 +199,6 @@ def _row(scored: Scored) -> ScoredPlan:
 
 def _described(space: Space, best: Scored) -> str:
     after = f", {best.after[max(best.after)]:.3g} after {max(best.after)} steps" if best.after else ""
-    wanted = ", ".join(space.wanted) + ("" if space.form else " of the teacher's")
+    limits = [f"{budget} of the teacher's" if budget.is_share else str(budget) for budget in space.budgets]
+    wanted = ", ".join(space.wanted if space.form else limits)
     return f"found for {wanted}: error {best.error.value:.3g} before training{after}"

@@ -23,7 +23,7 @@ from prunet.student.student import inherit
 from prunet.teacher.runtimes import runtime_of
 from prunet.teacher.space import check_size
 from prunet.teacher.teacher import Teacher
-from prunet.words import names_of
+from prunet.words import config_for, names_of
 
 PROMPT = "a photograph of an astronaut riding a horse"
 
@@ -109,7 +109,8 @@ def open_models(
         UserError: a model cannot be opened, is given twice, or cannot draw pictures of `size` pixels on `device`; or a
             plan does not fit the first model. All of this is checked before weights are loaded.
     """
-    names, opened = names_of(models), [_open(Model(model, config, device, dtype), sd_cpp) for model in models]
+    names = names_of(models)
+    opened = [_open(Model(model, config_for(model, config, models), device, dtype), sd_cpp) for model in models]
     first = opened[0]
     if isinstance(first, CppFile):
         raise UserError(f"{models[0]}: stable-diffusion.cpp cannot be the baseline: give another model first")
@@ -163,7 +164,9 @@ def sources_of(
         return None
     named = zip(names_of(models), models, strict=True)
     return {
-        name: Model(model, config, device, dtype) for name, model in named if not (sd_cpp and Path(model).is_file())
+        name: Model(model, config_for(model, config, models), device, dtype)
+        for name, model in named
+        if not (sd_cpp and Path(model).is_file())
     }
 
 
@@ -172,7 +175,7 @@ def drawings(
 ) -> dict[str, Drawing]:
     """Returns how to draw with each model, by name: as it was made for, else in 25 guided steps; `steps` if given."""
     asked = Drawing.given(steps=steps)
-    opened = (_open(Model(model, config), sd_cpp) for model in models)
+    opened = (_open(Model(model, config_for(model, config, models)), sd_cpp) for model in models)
     ways = (
         one.drawing_of(asked) if isinstance(one, RuntimeFolder) else drawing_of(one, Drawing(), asked) for one in opened
     )

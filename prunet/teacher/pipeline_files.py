@@ -4,6 +4,7 @@ Only this file and `prunet.teacher.teacher` know what differs between SD v1, v2 
 micro-conditioning, epsilon or v-prediction, the scaling factor.
 """
 
+import json
 import re
 from collections.abc import Iterable
 from functools import cached_property
@@ -18,6 +19,7 @@ from prunet.teacher import hub, marks, placing, scheduler
 from prunet.teacher.configs import check_config, read_object
 from prunet.teacher.known import LAYOUTS, layout_config
 from prunet.teacher.runtimes import RUNTIMES, runtime_of
+from prunet.teacher.tokens import unusual_tokens, vocabulary_files
 from prunet.teacher.weight_files import WEIGHTS, find_weights
 from prunet.words import command
 
@@ -303,23 +305,12 @@ class PipelineFiles:
 
     def _part_files(self, part: str) -> list[Path]:
         weights = [self.file] if self.file is not None else self.weight_files(part)
-        vocabulary = self.vocabulary_files(part) if part.startswith("text_encoder") else []
+        vocabulary = vocabulary_files(self.tokenizer_folder(part)) if part.startswith("text_encoder") else []
         return [*weights, self.configs() / part / "config.json", *vocabulary]
 
-    def vocabulary_files(self, text_encoder: str) -> list[Path]:
-        """Returns the vocabulary files of a text encoder's tokenizer; without them all texts give the same tokens.
-
-        Raises:
-            UserError: a file is missing or empty.
-        """
-        folder = self.configs() / text_encoder.replace("text_encoder", "tokenizer")
-        whole = [folder / "tokenizer.json"], [folder / "vocab.json", folder / "merges.txt"]
-        found = [path for files in whole if all(p.is_file() and p.stat().st_size for p in files) for path in files]
-        if not found:
-            raise UserError(
-                f"{folder}: no vocab.json and merges.txt (or tokenizer.json): fetch or copy the tokenizer again"
-            )
-        return found
+    def tokenizer_folder(self, text_encoder: str) -> Path:
+        """Returns the folder of a text encoder's tokenizer."""
+        return self.configs() / text_encoder.replace("text_encoder", "tokenizer")
 
     def fingerprint(self, parts: Iterable[str] | None = None) -> str:
         """Returns a hash of the files of `parts` (by default all that prunet uses): weights, configs and tokenizers.
@@ -334,6 +325,10 @@ class PipelineFiles:
             if key not in self._fingerprints:
                 self._fingerprints[key] = file_hash(path)
             found.append(self._fingerprints[key].encode())
+        for part in parts:
+            if part.startswith("text_encoder"):  # usual ones are left out, so that older caches stay the same
+                unusual = unusual_tokens(self.tokenizer_folder(part), self.part_config(part))
+                found += [json.dumps({part: unusual}).encode()] if unusual else []
         return hash_of(found)[:16]
 
     def weight_files(self, part: str) -> list[Path]:

@@ -18,6 +18,7 @@ from prunet.teacher import placing
 from prunet.teacher.pipeline_files import CLASSES, PipelineFiles
 from prunet.teacher.process import DDPM
 from prunet.teacher.scheduler import from_config, scheduler_class
+from prunet.teacher.tokens import vocabulary_files
 from prunet.teacher.weight_files import WEIGHTS, variant_of
 
 if TYPE_CHECKING:  # imported on use, because reading a config takes one second, importing diffusers several
@@ -92,7 +93,7 @@ class Teacher(PipelineFiles):
             parts = parts if self._folder is not None else parts[:1]  # the configs of the others are on the hub
         if self._folder is not None:
             for part in self.text_encoders:
-                self.vocabulary_files(part)
+                vocabulary_files(self.tokenizer_folder(part))
                 if not headers_only:
                     self._check_tokenizer(part)
         for part in parts:
@@ -102,7 +103,7 @@ class Teacher(PipelineFiles):
 
     def _check_tokenizer(self, part: str) -> None:
         """Refuses a tokenizer that makes more tokens, or more kinds of tokens, than its text encoder `part` accepts."""
-        folder, config = self.configs() / part.replace("text_encoder", "tokenizer"), self.part_config(part)
+        folder, config = self.tokenizer_folder(part), self.part_config(part)
         tokenizer = open_tokenizer(folder)
         sides = (
             ("tokens at once", tokenizer.model_max_length, config.get("max_position_embeddings", 77)),
