@@ -37,7 +37,7 @@ def _runs_view(runs: "list[FoundRun]") -> Any:
 
     from prunet.words import many, number, percent
 
-    table = Table("run", "state", "plan", "parameters", "pictures' distance", "disk", box=None)
+    table = Table("run", "state", "plan", "parameters", "distance", "disk", box=None)
     for run in runs:
         state = run.state + (f", at work: {run.worker}" if run.worker else "")
         size, distance = "", ""
